@@ -1,0 +1,525 @@
+# mypy: ignore-errors
+"""Numba kernels of the cpu backend. Formulas and shapes stand in reference.py.
+
+One pool of threads for everything: Numba's. Matrix products are single-threaded calls into OpenBLAS
+made from inside Numba's parallel loops, so the two never compete for a core. All kernels have
+explicit signatures: they are compiled (or read from Numba's cache on disk) when this module is
+imported, and a wrong dtype is an error. `parts` is the number of threads to cut the work for; only
+matrix products depend on it, all other sums are cut the same way whatever the number of threads.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import llvmlite.binding
+import numpy as np
+from numba import carray, njit, prange, types
+from numba.extending import intrinsic
+
+
+def _openblas():
+    """Path of the OpenBLAS that the scipy-openblas64 package ships."""
+    package = Path(importlib.util.find_spec("scipy_openblas64").origin).parent
+    return str(next(p for p in sorted((package / "lib").iterdir()) if p.suffix in (".so", ".dylib", ".dll")))
+
+
+llvmlite.binding.load_library_permanently(_openblas())
+
+_i32, _i64, _f32, _addr = types.int32, types.int64, types.float32, types.uintp
+_sgemm = types.ExternalFunction(
+    "scipy_cblas_sgemm64_",
+    types.void(_i32, _i32, _i32, _i64, _i64, _i64, _f32, _addr, _i64, _addr, _i64, _f32, _addr, _i64),
+)
+_blas_threads = types.ExternalFunction("scipy_openblas_set_num_threads64_", types.void(_i32))
+_ROW_MAJOR, _N, _T = 101, 111, 112  # enumerators of cblas.h
+
+# The passes that rewrite array expressions cost compile time and find nothing to do in these loops.
+_PARALLEL = dict.fromkeys(
+    ("fusion", "comprehension", "reduction", "setitem", "numpy", "stencil", "inplace_binop"), False
+)
+_PARALLEL["prange"] = True
+# Sums may be reordered (they must be, to use vector registers); NaN and infinity keep their meaning.
+_FAST = {"contract", "reassoc", "nsz", "arcp"}
+_announced = []
+
+
+def _kernel(signature, parallel=True):
+    def compile_it(f):
+        k = njit(
+            signature,
+            cache=True,
+            nogil=True,
+            error_model="numpy",
+            fastmath=_FAST,
+            parallel=_PARALLEL if parallel else False,
+        )(f)
+        if k.stats.cache_misses and not _announced:
+            _announced.append(True)
+            print("apr: compiling the CPU kernels, once (about 20 s) ...", file=sys.stderr, flush=True)
+        return k
+
+    return compile_it
+
+
+# Helpers inlined into the kernels
+
+
+@intrinsic
+def _bits(typing, x):
+    """int32 with the bits of a float32."""
+    return types.int32(types.float32), lambda c, b, s, a: b.bitcast(a[0], c.get_value_type(types.int32))
+
+
+@intrinsic
+def _float(typing, x):
+    """float32 with the bits of an int32."""
+    return types.float32(types.int32), lambda c, b, s, a: b.bitcast(a[0], c.get_value_type(types.float32))
+
+
+@intrinsic
+def _pointer(typing, x):
+    """Address to pointer."""
+    to = types.CPointer(types.float32)
+    return to(types.uintp), lambda c, b, s, a: b.inttoptr(a[0], c.get_value_type(to))
+
+
+@njit(inline="always")
+def _row(address, n):
+    """n float32 at an address, as a contiguous array: rows of strided views vectorise too."""
+    return carray(_pointer(np.uintp(address)), (n,))
+
+
+_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+
+
+@njit(_f32(_f32), fastmath={"contract"}, error_model="numpy", cache=True)
+def _exp(x):
+    """exp(x) to 1.2e-7 relative, vectorisable: 2^n * polynomial(r), x = n ln 2 + r (Cephes, expf).
+
+    Below -87.3 it is 1.2e-38, above 88.3 it is 2.4e38; NaN stays NaN.
+    """
+    x = min(max(x, np.float32(-87.33654)), np.float32(88.37))
+    shifted = x * np.float32(1.44269504088896341) + _ROUND
+    n = shifted - _ROUND
+    r = x - n * np.float32(0.693359375)
+    r = r + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    return p * _float((_bits(shifted) + np.int32(127)) << np.int32(23))
+
+
+@_kernel("void(int32)", parallel=False)
+def set_blas_threads(n):
+    _blas_threads(n)
+
+
+@njit(inline="always")
+def _cut(n, parts, p):
+    """Where part p of n begins, on a multiple of 16 so that BLAS works on whole tiles."""
+    return min(n, (n * p // parts + 15) // 16 * 16) if p < parts else n
+
+
+@_kernel("void(float32[:,:], float32[:,:], float32[:,:], int64, int64, float32, int64, int64)")
+def gemm(c, a, b, ta, tb, beta, rows, cols):
+    """c = op(a) op(b) + beta c on a grid of rows x cols threads; ta, tb: transpose or not."""
+    m, n = c.shape
+    k = a.shape[0] if ta else a.shape[1]
+    sa, sb, sc = a.strides[0], b.strides[0], c.strides[0]
+    pa, pb, pc = a.ctypes.data, b.ctypes.data, c.ctypes.data
+    for p in prange(rows * cols):
+        i0, i1 = _cut(m, rows, p // cols), _cut(m, rows, p // cols + 1)
+        j0, j1 = _cut(n, cols, p % cols), _cut(n, cols, p % cols + 1)
+        if i1 > i0 and j1 > j0:
+            _sgemm(
+                _ROW_MAJOR,
+                _T if ta else _N,
+                _T if tb else _N,
+                i1 - i0,
+                j1 - j0,
+                k,
+                1.0,
+                pa + (i0 * 4 if ta else i0 * sa),
+                sa // 4,
+                pb + (j0 * sb if tb else j0 * 4),
+                sb // 4,
+                beta,
+                pc + i0 * sc + j0 * 4,
+                sc // 4,
+            )
+
+
+@_kernel("void(float32[:,:], float32[::1])")
+def fill_rows(y, b):
+    """y[n] = b"""
+    n, o = y.shape
+    base, stride = y.ctypes.data, y.strides[0]
+    for i in prange(n):
+        row = _row(base + i * stride, o)
+        for j in range(o):
+            row[j] = b[j]
+
+
+@_kernel("void(float32[::1], float32[:,:])")
+def add_columns(db, dy):
+    """db += sum_n dy[n]"""
+    n, o = dy.shape
+    base, stride = dy.ctypes.data, dy.strides[0]
+    for p in prange((o + 63) // 64):
+        j0, j1 = p * 64, min(o, p * 64 + 64)
+        total = np.zeros(64, np.float32)
+        for i in range(n):
+            row = _row(base + i * stride + 4 * j0, j1 - j0)
+            for j in range(j1 - j0):
+                total[j] += row[j]
+        for j in range(j1 - j0):
+            db[j0 + j] += total[j]
+
+
+@_kernel("void(float32[:,::1], int32[::1], float32[:,::1])")
+def embedding_fwd(y, ids, w):
+    n, c = y.shape
+    for i in prange(n):
+        for j in range(c):
+            y[i, j] = w[ids[i], j]
+
+
+@_kernel("void(float32[:,::1], float32[:,::1], int32[::1])")
+def embedding_bwd(dw, dy, ids):
+    n, c = dy.shape
+    for p in prange((c + 63) // 64):  # each thread owns columns, so that tokens add in order
+        for i in range(n):
+            for j in range(p * 64, min(c, p * 64 + 64)):
+                dw[ids[i], j] += dy[i, j]
+
+
+@_kernel(
+    "void(float32[:,::1], float32[:,::1], float32[::1], float32[:,::1], float32[:,::1], float32[::1], float32, boolean)"
+)
+def add_rmsnorm_fwd(res, y, rstd, res_in, delta, w, eps, add):
+    n, c = res.shape
+    for i in prange(n):
+        ss = np.float32(0)
+        if add:
+            for j in range(c):
+                x = res_in[i, j] + delta[i, j]
+                res[i, j] = x
+                ss += x * x
+        else:
+            for j in range(c):
+                x = res_in[i, j]
+                res[i, j] = x
+                ss += x * x
+        r = np.float32(1) / np.sqrt(ss / np.float32(c) + eps)
+        rstd[i] = r
+        for j in range(c):
+            y[i, j] = res[i, j] * r * w[j]
+
+
+_ROWS = 32  # rows whose weight gradient is summed before it is added to the others
+
+
+@_kernel("void(float32[:,::1], float32[::1], float32[:,::1], float32[:,::1], float32[::1], float32[::1])")
+def add_rmsnorm_bwd(dres, dw, dy, res, rstd, w):
+    n, c = res.shape
+    blocks = (n + _ROWS - 1) // _ROWS
+    partial = np.zeros((blocks, c), np.float32)
+    for b in prange(blocks):
+        for i in range(b * _ROWS, min(n, (b + 1) * _ROWS)):
+            r = rstd[i]
+            dot = np.float32(0)
+            for j in range(c):
+                dot += dy[i, j] * w[j] * res[i, j]
+            dot = dot * r / np.float32(c)
+            for j in range(c):
+                xhat = res[i, j] * r
+                dres[i, j] += r * (dy[i, j] * w[j] - xhat * dot)
+                partial[b, j] += dy[i, j] * xhat
+    for b in range(blocks):
+        for j in range(c):
+            dw[j] += partial[b, j]
+
+
+@_kernel("void(float32[:,:,:], float32[:,:], float32[:,:,:], float32[::1], float32)")
+def head_rmsnorm_fwd(y, rstd, x, w, eps):
+    n, h, d = x.shape
+    py, px = y.ctypes.data, x.ctypes.data
+    for i in prange(n):
+        for k in range(h):
+            xr = _row(px + i * x.strides[0] + k * x.strides[1], d)
+            yr = _row(py + i * y.strides[0] + k * y.strides[1], d)
+            ss = np.float32(0)
+            for j in range(d):
+                ss += xr[j] * xr[j]
+            r = np.float32(1) / np.sqrt(ss / np.float32(d) + eps)
+            rstd[i, k] = r
+            for j in range(d):
+                yr[j] = xr[j] * r * w[j]
+
+
+@_kernel("void(float32[:,:,:], float32[::1], float32[:,:,:], float32[:,:,:], float32[:,:], float32[::1])")
+def head_rmsnorm_bwd(dx, dw, dy, x, rstd, w):
+    n, h, d = x.shape
+    blocks = (n + _ROWS - 1) // _ROWS
+    partial = np.zeros((blocks, d), np.float32)
+    pdx, pdy, px = dx.ctypes.data, dy.ctypes.data, x.ctypes.data
+    for b in prange(blocks):
+        for i in range(b * _ROWS, min(n, (b + 1) * _ROWS)):
+            for k in range(h):
+                xr = _row(px + i * x.strides[0] + k * x.strides[1], d)
+                dyr = _row(pdy + i * dy.strides[0] + k * dy.strides[1], d)
+                dxr = _row(pdx + i * dx.strides[0] + k * dx.strides[1], d)
+                r = rstd[i, k]
+                dot = np.float32(0)
+                for j in range(d):
+                    dot += dyr[j] * w[j] * xr[j]
+                dot = dot * r / np.float32(d)
+                for j in range(d):
+                    xhat = xr[j] * r
+                    partial[b, j] += dyr[j] * xhat
+                    dxr[j] = r * (dyr[j] * w[j] - xhat * dot)
+    for b in range(blocks):
+        for j in range(d):
+            dw[j] += partial[b, j]
+
+
+@_kernel("void(float32[:,:,:,:], float32[:,::1], float32[:,::1], float32)")
+def rope(x, cos, sin, sign):
+    nb, nt, nh, d = x.shape
+    half = d // 2
+    base = x.ctypes.data
+    for i in prange(nb * nt):
+        t = i % nt
+        for h in range(nh):
+            row = _row(base + (i // nt) * x.strides[0] + t * x.strides[1] + h * x.strides[2], d)
+            for j in range(half):
+                a, b, c, s = row[j], row[j + half], cos[t, j], sign * sin[t, j]
+                row[j] = a * c - b * s
+                row[j + half] = b * c + a * s
+
+
+_BLOCK = 64  # queries whose scores against all their keys are held at once
+
+
+@_kernel(
+    "void(float32[:,:,:,:], float32[:,:,::1], float32[:,:,:,:], float32[:,:,:,:], float32[:,:,:,:], int64)"
+)
+def attention_fwd(y, lse, q, k, v, window):
+    nb, nt, nh, d = q.shape
+    ns, nk = k.shape[1], k.shape[2]
+    past = ns - nt
+    scale = np.float32(1 / np.sqrt(d))
+    py, pq, pk, pv = y.ctypes.data, q.ctypes.data, k.ctypes.data, v.ctypes.data
+    for p in prange(nb * nh):
+        b, h = p // nh, p % nh
+        kv = h * nk // nh
+        scores = np.empty((min(_BLOCK, nt), ns), np.float32)
+        ps = scores.ctypes.data
+        for i0 in range(0, nt, _BLOCK):
+            i1 = min(nt, i0 + _BLOCK)
+            hi = past + i1
+            lo = max(0, past + i0 - window + 1) if window > 0 else 0
+            kb = pk + b * k.strides[0] + lo * k.strides[1] + kv * k.strides[2]
+            vb = pv + b * v.strides[0] + lo * v.strides[1] + kv * v.strides[2]
+            qb = pq + b * q.strides[0] + i0 * q.strides[1] + h * q.strides[2]
+            yb = py + b * y.strides[0] + i0 * y.strides[1] + h * y.strides[2]
+            _sgemm(
+                _ROW_MAJOR, _N, _T, i1 - i0, hi - lo, d, scale,
+                qb, q.strides[1] // 4, kb, k.strides[1] // 4, 0.0, ps, ns,
+            )  # fmt: skip
+            for i in range(i1 - i0):
+                row = scores[i]
+                end = past + i0 + i + 1 - lo
+                start = max(0, end - window) if window > 0 else 0
+                top = row[start]
+                for j in range(start, end):
+                    top = max(top, row[j])
+                total = np.float32(0)
+                for j in range(start, end):
+                    e = _exp(row[j] - top)
+                    row[j] = e
+                    total += e
+                lse[b, h, i0 + i] = top + np.log(total)
+                inverse = np.float32(1) / total
+                for j in range(start, end):
+                    row[j] *= inverse
+                for j in range(start):
+                    row[j] = 0
+                for j in range(end, hi - lo):
+                    row[j] = 0
+            _sgemm(
+                _ROW_MAJOR, _N, _N, i1 - i0, d, hi - lo, 1.0,
+                ps, ns, vb, v.strides[1] // 4, 0.0, yb, y.strides[1] // 4,
+            )  # fmt: skip
+
+
+@_kernel(
+    "void(float32[:,:,:,:], float32[:,:,:,:], float32[:,:,:,:], float32[:,:,:,:], float32[:,:,:,:],"
+    "float32[:,:,::1], float32[:,:,:,:], float32[:,:,:,:], float32[:,:,:,:], int64)"
+)
+def attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, window):
+    nb, nt, nh, d = q.shape
+    ns, nk = k.shape[1], k.shape[2]
+    past, group = ns - nt, nh // nk
+    scale = np.float32(1 / np.sqrt(d))
+    pdq, pdk, pdv, pdy, py = dq.ctypes.data, dk.ctypes.data, dv.ctypes.data, dy.ctypes.data, y.ctypes.data
+    pq, pk, pv = q.ctypes.data, k.ctypes.data, v.ctypes.data
+    for p in prange(nb * nk):  # a key/value head belongs to one thread: its sums have one order
+        b, kv = p // nk, p % nk
+        prob = np.empty((min(_BLOCK, nt), ns), np.float32)
+        dprob = np.empty((min(_BLOCK, nt), ns), np.float32)
+        pp, pd = prob.ctypes.data, dprob.ctypes.data
+        dk0 = pdk + b * dk.strides[0] + kv * dk.strides[2]
+        dv0 = pdv + b * dv.strides[0] + kv * dv.strides[2]
+        for j in range(ns):
+            dkr, dvr = _row(dk0 + j * dk.strides[1], d), _row(dv0 + j * dv.strides[1], d)
+            for e in range(d):
+                dkr[e] = 0
+                dvr[e] = 0
+        for h in range(kv * group, kv * group + group):
+            for i0 in range(0, nt, _BLOCK):
+                i1 = min(nt, i0 + _BLOCK)
+                hi = past + i1
+                lo = max(0, past + i0 - window + 1) if window > 0 else 0
+                n, rows = hi - lo, i1 - i0
+                kb = pk + b * k.strides[0] + lo * k.strides[1] + kv * k.strides[2]
+                vb = pv + b * v.strides[0] + lo * v.strides[1] + kv * v.strides[2]
+                qb = pq + b * q.strides[0] + i0 * q.strides[1] + h * q.strides[2]
+                yb = py + b * y.strides[0] + i0 * y.strides[1] + h * y.strides[2]
+                dyb = pdy + b * dy.strides[0] + i0 * dy.strides[1] + h * dy.strides[2]
+                dqb = pdq + b * dq.strides[0] + i0 * dq.strides[1] + h * dq.strides[2]
+                lq, lk, lv, ly = q.strides[1] // 4, k.strides[1] // 4, v.strides[1] // 4, dy.strides[1] // 4
+                _sgemm(_ROW_MAJOR, _N, _T, rows, n, d, scale, qb, lq, kb, lk, 0.0, pp, ns)
+                _sgemm(_ROW_MAJOR, _N, _T, rows, n, d, 1.0, dyb, ly, vb, lv, 0.0, pd, ns)
+                for i in range(rows):
+                    pr, dr = prob[i], dprob[i]
+                    yr, dyr = _row(yb + i * y.strides[1], d), _row(dyb + i * dy.strides[1], d)
+                    dot = np.float32(0)
+                    for e in range(d):
+                        dot += yr[e] * dyr[e]
+                    end = past + i0 + i + 1 - lo
+                    start = max(0, end - window) if window > 0 else 0
+                    log_sum = lse[b, h, i0 + i]
+                    for j in range(start, end):
+                        x = _exp(pr[j] - log_sum)
+                        pr[j] = x
+                        dr[j] = x * (dr[j] - dot) * scale
+                    for j in range(start):
+                        pr[j] = 0
+                        dr[j] = 0
+                    for j in range(end, n):
+                        pr[j] = 0
+                        dr[j] = 0
+                _sgemm(_ROW_MAJOR, _N, _N, rows, d, n, 1.0, pd, ns, kb, lk, 0.0, dqb, dq.strides[1] // 4)
+                dkb, dvb = dk0 + lo * dk.strides[1], dv0 + lo * dv.strides[1]
+                _sgemm(_ROW_MAJOR, _T, _N, n, d, rows, 1.0, pd, ns, qb, lq, 1.0, dkb, dk.strides[1] // 4)
+                _sgemm(_ROW_MAJOR, _T, _N, n, d, rows, 1.0, pp, ns, dyb, ly, 1.0, dvb, dv.strides[1] // 4)
+
+
+@_kernel("void(float32[:,::1], float32[:,::1])")
+def swiglu_fwd(y, gu):
+    n, f = y.shape
+    for i in prange(n):
+        g, u, out = gu[i, :f], gu[i, f:], y[i]
+        for j in range(f):
+            x = g[j]
+            out[j] = x / (np.float32(1) + _exp(-x)) * u[j]
+
+
+@_kernel("void(float32[:,::1], float32[:,::1], float32[:,::1])")
+def swiglu_bwd(dgu, dy, gu):
+    n, f = dy.shape
+    for i in prange(n):
+        g, u, dout, dg, du = gu[i, :f], gu[i, f:], dy[i], dgu[i, :f], dgu[i, f:]
+        for j in range(f):
+            x = g[j]
+            s = np.float32(1) / (np.float32(1) + _exp(-x))
+            up, d = u[j], dout[j]
+            dg[j] = d * up * s * (np.float32(1) + x * (np.float32(1) - s))
+            du[j] = d * x * s
+
+
+@_kernel("void(float32[::1], float32[:,::1], int32[::1], float32, boolean)")
+def cross_entropy(loss, logits, targets, scale, grad):
+    n, v = logits.shape
+    for i in prange(n):
+        row = logits[i]
+        t = targets[i]
+        if t < 0:
+            loss[i] = 0
+            if grad:
+                for j in range(v):
+                    row[j] = 0
+        else:
+            top = row[0]
+            for j in range(v):
+                top = max(top, row[j])
+            total = 0.0  # float32 within 512 terms, float64 across: exact enough for any vocabulary
+            for j0 in range(0, v, 512):
+                part = np.float32(0)
+                for j in range(j0, min(v, j0 + 512)):
+                    part += _exp(row[j] - top)
+                total += part
+            lse = top + np.float32(np.log(total))
+            loss[i] = lse - row[t]
+            if grad:
+                factor = np.float32(scale / total)
+                for j in range(v):
+                    row[j] = _exp(row[j] - top) * factor
+                row[t] -= scale
+
+
+_CHUNK = 16384  # elements of a flat buffer that one iteration takes
+
+
+@_kernel("void(float32[::1], float32)")
+def fill(x, value):
+    n = x.size
+    for p in prange((n + _CHUNK - 1) // _CHUNK):
+        for i in range(p * _CHUNK, min(n, (p + 1) * _CHUNK)):
+            x[i] = value
+
+
+@_kernel("float64(float32[::1], boolean)")
+def total(x, square):
+    """sum x or sum x^2: float32 within 256 terms, float64 across; always cut in the same places."""
+    n = x.size
+    chunks = (n + _CHUNK - 1) // _CHUNK
+    partial = np.zeros(chunks, np.float64)
+    for p in prange(chunks):
+        end = min(n, (p + 1) * _CHUNK)
+        for i0 in range(p * _CHUNK, end, 256):
+            s = np.float32(0)
+            if square:
+                for i in range(i0, min(end, i0 + 256)):
+                    s += x[i] * x[i]
+            else:
+                for i in range(i0, min(end, i0 + 256)):
+                    s += x[i]
+            partial[p] += s
+    out = 0.0
+    for p in range(chunks):
+        out += partial[p]
+    return out
+
+
+@_kernel(
+    "void(float32[::1], float32[::1], float32[::1], float32[::1], float32, float32, float32, float32,"
+    "float32, float32, float32, float32)"
+)
+def adamw(w, m, v, g, factor, rate, c1, c2, bias1, bias2, eps, shrink):
+    """rate = lr, c = 1 - beta, bias = 1 / (1 - beta^step), shrink = lr * decay."""
+    n = w.size
+    for p in prange((n + _CHUNK - 1) // _CHUNK):
+        for i in range(p * _CHUNK, min(n, (p + 1) * _CHUNK)):
+            d = g[i] * factor
+            mi = m[i] + c1 * (d - m[i])
+            vi = v[i] + c2 * (d * d - v[i])
+            m[i] = mi
+            v[i] = vi
+            w[i] -= rate * (mi * bias1) / (np.sqrt(vi * bias2) + eps) + shrink * w[i]

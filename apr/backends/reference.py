@@ -1,0 +1,310 @@
+"""The reference backend: every op in plain NumPy, any float dtype, no tricks. The specification.
+
+The contract of an op, here and in every other backend:
+1. Outputs come first and are written in place; an op allocates nothing that outlives it.
+2. Parameter gradients (dw, db) and running sums (total) are ADDED TO; activation gradients are
+   overwritten; the one exception is dres, the gradient of the residual stream, which is only ever
+   added to.
+3. Arrays carry the dtype; there are no device, stream or dtype arguments.
+4. Letters: B sequences, T positions, N = B*T tokens, C model width, H query heads, K key/value
+   heads, D head width, F MLP width, V vocabulary, I inputs and O outputs of a linear map.
+   The last axis of every array is contiguous; a gradient "da" has the shape of "a".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = Any  # an array of this backend: numpy.ndarray here
+
+name = "reference"
+dtypes = ("float64", "float32")
+_allocated = [0]
+
+
+# Plumbing
+
+
+def empty(shape: int | tuple[int, ...], dtype: Any) -> Array:
+    """A new zero-filled array; its bytes count in memory()."""
+    x = np.zeros(shape, dtype)
+    _allocated[0] += x.nbytes
+    return x
+
+
+def from_host(x: Array, host: np.ndarray) -> None:
+    """x = host, rounded to the dtype of x. Shapes must be equal."""
+    _same_shape(x, host)
+    x[...] = host
+
+
+def to_host(x: Array) -> np.ndarray:
+    """A copy on the host, same dtype."""
+    return np.array(x)
+
+
+def fill(x: Array, value: float) -> None:
+    """x = value everywhere."""
+    x[...] = value
+
+
+def copy(y: Array, x: Array) -> None:
+    """y = x. Shapes must be equal."""
+    _same_shape(y, x)
+    y[...] = x
+
+
+def sync() -> None:
+    """Wait until everything asked for so far is done (at once, here)."""
+
+
+def memory() -> int:
+    """Bytes handed out by empty() since the process started."""
+    return _allocated[0]
+
+
+def set_threads(n: int) -> None:
+    """How many threads later calls use; the reference computes on the caller's thread."""
+
+
+# Embedding and linear maps
+
+
+def embedding_fwd(y: Array, ids: Array, w: Array) -> None:
+    """y[n] = w[ids[n]].  y (N,C), ids (N,) integers in [0,V), w (V,C)"""
+    y[...] = w[ids]
+
+
+def embedding_bwd(dw: Array, dy: Array, ids: Array) -> None:
+    """dw[ids[n]] += dy[n], in the order of n.  dw (V,C), dy (N,C), ids (N,)"""
+    np.add.at(dw, ids, dy)
+
+
+def linear_fwd(y: Array, x: Array, w: Array, b: Array | None) -> None:
+    """y = x w^T + b.  y (N,O), x (N,I), w (O,I), b (O,) or None"""
+    y[...] = x @ w.T if b is None else x @ w.T + b
+
+
+def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Array, w: Array) -> None:
+    """dx = dy w;  dw += dy^T x;  db += sum_n dy[n].  Shapes as in linear_fwd; dw, db may be None"""
+    dx[...] = dy @ w
+    if dw is not None:
+        dw += dy.T @ x
+    if db is not None:
+        db += dy.sum(0)
+
+
+# Normalisation
+
+
+def add_rmsnorm_fwd(
+    res: Array, y: Array, rstd: Array, res_in: Array, delta: Array | None, w: Array, eps: float
+) -> None:
+    """Residual add and RMSNorm in one pass (Zhang and Sennrich 2019, eq. 4).
+
+    res = res_in + delta;  rstd[n] = (mean_c res[n,c]^2 + eps)^(-1/2);  y = res * rstd * w
+    res, y, res_in, delta (N,C), rstd (N,), w (C,). delta may be None; res may be res_in.
+    """
+    res[...] = res_in if delta is None else res_in + delta
+    rstd[...] = 1 / np.sqrt((res * res).mean(-1) + eps)
+    y[...] = res * rstd[..., None] * w
+
+
+def add_rmsnorm_bwd(dres: Array, dw: Array, dy: Array, res: Array, rstd: Array, w: Array) -> None:
+    """With xhat = res * rstd and g = dy * w:
+
+    dres += rstd * (g - xhat * mean_c(g * xhat));  dw += sum_n dy * xhat
+    The gradient of res_in and of delta is dres.
+    """
+    xhat = res * rstd[..., None]
+    g = dy * w
+    dw += (dy * xhat).sum(0)
+    dres += rstd[..., None] * (g - xhat * (g * xhat).mean(-1, keepdims=True))
+
+
+def head_rmsnorm_fwd(y: Array, rstd: Array, x: Array, w: Array, eps: float) -> None:
+    """RMSNorm over each head (Qwen3's q/k norm).  y, x (N,heads,D), rstd (N,heads), w (D,)"""
+    rstd[...] = 1 / np.sqrt((x * x).mean(-1) + eps)
+    y[...] = x * rstd[..., None] * w
+
+
+def head_rmsnorm_bwd(dx: Array, dw: Array, dy: Array, x: Array, rstd: Array, w: Array) -> None:
+    """dx = rstd * (g - xhat * mean_d(g * xhat)), g = dy * w, xhat = x * rstd;  dw += sum dy * xhat"""
+    xhat = x * rstd[..., None]
+    g = dy * w
+    dw += (dy * xhat).sum((0, 1))
+    dx[...] = rstd[..., None] * (g - xhat * (g * xhat).mean(-1, keepdims=True))
+
+
+# Attention
+
+
+def rope(x: Array, cos: Array, sin: Array, sign: int) -> None:
+    """Turn each pair (x[d], x[d + D/2]) by sign * angle[t], in place (Su et al. 2021, eq. 34, with
+    the halves split as in GPT-NeoX).  x (B,T,heads,D), cos, sin (T,D/2). sign is +1 forward, -1
+    backward: the gradient of a rotation is the rotation back.
+    """
+    h = x.shape[-1] // 2
+    a, b = x[..., :h].copy(), x[..., h:].copy()
+    c, s = cos[:, None], sign * sin[:, None]
+    x[..., :h] = a * c - b * s
+    x[..., h:] = b * c + a * s
+
+
+def attention_fwd(y: Array, lse: Array, q: Array, k: Array, v: Array, window: int) -> None:
+    """Causal softmax attention; query head h reads key/value head h // (H/K).
+
+    y[t] = sum_j p[t,j] v[j],  p[t] = softmax_j(q[t] . k[j] / sqrt(D)) over the keys j that t sees:
+    j <= t + S - T, and with window > 0 also j > t + S - T - window.
+    lse[t] = log sum_j exp(q[t] . k[j] / sqrt(D))
+    y, q (B,T,H,D), k, v (B,S,K,D) with S >= T (the last T of S positions ask), lse (B,H,T)
+    """
+    p, lse[...] = _probabilities(q, k, window)
+    y[...] = np.einsum("bhts,bshd->bthd", p, _per_query_head(v, q))
+
+
+def attention_bwd(
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    dy: Array,
+    y: Array,
+    lse: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    window: int,
+) -> None:
+    """Gradients of attention_fwd (Dao et al. 2022, appendix B.2): with p recomputed from q, k, lse,
+
+    dp = dy v^T;  ds = p * (dp - sum_d dy*y) / sqrt(D);  dq = ds k;  dk = ds^T q;  dv = p^T dy,
+    summed over the query heads that share a key/value head.
+    """
+    p, _ = _probabilities(q, k, window)
+    kq, vq, scale = _per_query_head(k, q), _per_query_head(v, q), q.dtype.type(q.shape[-1]) ** -0.5
+    dp = np.einsum("bthd,bshd->bhts", dy, vq)
+    ds = p * (dp - np.einsum("bthd,bthd->bht", dy, y)[..., None]) * scale
+    dq[...] = np.einsum("bhts,bshd->bthd", ds, kq)
+    b, s, kv, d = k.shape
+    dk[...] = np.einsum("bhts,bthd->bshd", ds, q).reshape(b, s, kv, -1, d).sum(3)
+    dv[...] = np.einsum("bhts,bthd->bshd", p, dy).reshape(b, s, kv, -1, d).sum(3)
+
+
+def _per_query_head(x: Array, q: Array) -> Array:
+    return np.repeat(x, q.shape[2] // x.shape[2], axis=2)
+
+
+def _probabilities(q: Array, k: Array, window: int) -> tuple[Array, Array]:
+    s = np.einsum("bthd,bshd->bhts", q, _per_query_head(k, q)) * q.dtype.type(q.shape[-1]) ** -0.5
+    t = np.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+    j = np.arange(k.shape[1])[None]
+    seen = (j <= t) & ((j > t - window) if window else True)
+    s = np.where(seen, s, -np.inf)
+    m = s.max(-1, keepdims=True)
+    lse = m + np.log(np.exp(s - m).sum(-1, keepdims=True))
+    return np.exp(s - lse), lse[..., 0]
+
+
+# MLP
+
+
+def swiglu_fwd(y: Array, gu: Array) -> None:
+    """y = silu(gate) * up, silu(x) = x / (1 + exp(-x)) (Shazeer 2020).
+
+    gu (N,2F) holds gate then up, y (N,F)
+    """
+    g, u = np.split(gu, 2, -1)
+    y[...] = g * _sigmoid(g) * u
+
+
+def swiglu_bwd(dgu: Array, dy: Array, gu: Array) -> None:
+    """d gate = dy * up * s * (1 + gate * (1 - s)), s = sigmoid(gate);  d up = dy * gate * s"""
+    g, u = np.split(gu, 2, -1)
+    s = _sigmoid(g)
+    f = dy.shape[-1]
+    dgu[:, :f], dgu[:, f:] = dy * u * s * (1 + g * (1 - s)), dy * g * s
+
+
+def _sigmoid(x: Array) -> Array:
+    e = np.exp(-np.abs(x))  # never overflows
+    return np.where(x >= 0, 1, e) / (1 + e)
+
+
+# Loss
+
+
+def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | None) -> None:
+    """loss[n] = logsumexp(logits[n]) - logits[n, targets[n]], in nats; 0 where the target is negative.
+
+    If scale is a number, logits becomes the gradient of scale * sum_n loss[n]:
+    scale * (softmax(logits[n]) - onehot(targets[n])), 0 where the target is negative.
+    loss (N,), logits (N,V), targets (N,) integers below V
+    """
+    n = np.flatnonzero(targets >= 0)
+    t = targets[n]
+    m = logits.max(-1, keepdims=True)
+    lse = m + np.log(np.exp(logits - m).sum(-1, keepdims=True))
+    loss[...] = 0
+    loss[n] = lse[n, 0] - logits[n, t]
+    if scale is None:
+        return
+    logits[...] = np.exp(logits - lse)
+    logits[n, t] -= 1
+    logits[targets < 0] = 0
+    logits *= logits.dtype.type(scale)
+
+
+# Flat buffers
+
+
+def add_sum(total: Array, x: Array) -> None:
+    """total[0] += sum(x).  total (1,) float64"""
+    total += x.sum(dtype=total.dtype)
+
+
+def add_sum_sq(total: Array, x: Array) -> None:
+    """total[0] += sum(x^2).  total (1,) float64"""
+    total += np.square(x, dtype=np.result_type(x, total)).sum(dtype=total.dtype)
+
+
+def clip_factor(factor: Array, sum_sq: Array, max_norm: float) -> None:
+    """factor[0] = min(1, max_norm / (sqrt(sum_sq[0]) + 1e-6)), as torch.nn.utils.clip_grad_norm_.
+
+    factor, sum_sq (1,) float64. Not finite when sum_sq is not.
+    """
+    factor[...] = np.minimum(1, max_norm / (np.sqrt(sum_sq) + 1e-6)) + 0 * sum_sq
+
+
+def adamw(
+    w: Array,
+    m: Array,
+    v: Array,
+    g: Array,
+    factor: Array,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    step: int,
+) -> None:
+    """One AdamW step (Loshchilov and Hutter 2019, algorithm 2; torch.optim.AdamW), step from 1.
+
+    With g' = factor[0] * g:  m += (1 - beta1) (g' - m);  v += (1 - beta2) (g'^2 - v);
+    w -= lr * (m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps) + decay * w)
+    w, m, v, g (n,), factor (1,) float64
+    """
+    num = w.dtype.type
+    g = g * num(factor[0])
+    m += num(1 - beta1) * (g - m)
+    v += num(1 - beta2) * (g * g - v)
+    mhat = m / num(1 - beta1**step)
+    vhat = v / num(1 - beta2**step)
+    w -= num(lr) * (mhat / (np.sqrt(vhat) + num(eps)) + num(decay) * w)
+
+
+def _same_shape(y: Array, x: Array) -> None:
+    if y.shape != x.shape:  # NumPy would broadcast
+        raise ValueError(f"shapes differ: {y.shape} and {x.shape}")

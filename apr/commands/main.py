@@ -1,0 +1,65 @@
+"""`apr COMMAND`: find the sub-command, run it, turn errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import AprError
+
+COMMANDS = {
+    "pretrain": "train a model; with no arguments: the demo job",
+    "run": "generate text from a checkpoint",
+    "trace": "write every intermediate of one forward (and backward) pass to a file",
+    "plan": "parameters, FLOPs and bytes of a job, before anything is allocated",
+    "inspect": "what is in a checkpoint, and is it whole",
+}
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    return f"usage: apr COMMAND [options]\n\n{rows}\n\n`apr COMMAND --help` lists a command's options."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: the process's own); returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["--version"]:
+        from .. import __version__
+
+        print(f"apr {__version__}")
+        return 0
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if args else 2
+    if args[0] not in COMMANDS:
+        print(f"apr: unknown command {args[0]!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    return run_command(args[0], args[1:])
+
+
+def run_command(name: str, args: Sequence[str]) -> int:
+    """Run one sub-command with its own arguments; returns the exit code of INTERFACE: see errors.py."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        return importlib.import_module(f"apr.commands.{name}").main(args) or 0
+    except AprError as e:
+        print(f"apr {name}: {e}", file=sys.stderr)
+        if e.status != "FAILED":
+            print(e.status, file=sys.stderr)
+        return e.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away (`| head`): nothing is wrong
+        return 0
+    except KeyboardInterrupt:
+        print(f"apr {name}: interrupted", file=sys.stderr)
+        return 130
+    except MemoryError:
+        print(f"apr {name}: out of memory; `apr plan` shows what a job needs", file=sys.stderr)
+        return 5
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""`apr plan`: parameters, FLOPs and bytes of a job, before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import load_config
+from ..device import available_memory, select
+from ..errors import UsageError
+from ..flags import option, parse
+from ..formats.models import load_model
+from ..params import Layout
+from ..plan import flops_per_token, matmul_rate, memory
+from ..training.show import Show
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr plan`."""
+
+    model: str | None = option("preset name or config.json")
+    init: str | None = option("checkpoint: an .apr file or a Hugging Face folder")
+    batch_size: int = option("sequences per optimizer step", 16)
+    micro_batch_size: int | None = option("sequences computed at once (default: the batch size)")
+    seq_length: int = option("tokens per sequence", 1024)
+    num_steps: int | None = option("optimizer steps, for the FLOPs of the whole job")
+    train: bool = option("training; --no-train: one forward pass", True)
+    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    threads: int | None = option("CPU threads (default: all cores)")
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    f = parse(Flags, args, "apr plan", __doc__ or "")
+    if (f.model is None) == (f.init is None):
+        raise UsageError("say which model: give --model or --init, one of them")
+    if f.batch_size < 1 or f.seq_length < 1 or (f.micro_batch_size or 1) < 1:
+        raise UsageError("--batch-size, --micro-batch-size and --seq-length must be at least 1")
+    cfg = load_model(f.init).cfg if f.init else load_config(str(f.model))
+    backend = select(f.device, threads=f.threads)
+    layout, micro = Layout(cfg), min(f.micro_batch_size or f.batch_size, f.batch_size)
+    need, have = memory(cfg, micro, f.seq_length, train=f.train), available_memory()
+    flops = flops_per_token(cfg, f.seq_length, f.train)
+    rate = matmul_rate(backend)
+    result: dict[str, Any] = {
+        "parameters": layout.num_parameters,
+        "tensors": len(layout.slots),
+        "flops_per_token": flops,
+        "bytes": {**vars(need), "total": need.total},
+        "available_bytes": have,
+        "fits": have is None or need.total <= have,
+        "matmul_flops_per_sec": rate,
+        "tokens_per_sec_limit": rate / flops,
+    }
+    steps = f.num_steps
+    if steps is not None:
+        result["flops"] = flops * steps * f.batch_size * f.seq_length
+        result["hours_at_limit"] = result["flops"] / rate / 3600
+    if f.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    show, gib = Show(), 2**30
+    parts = [(name, f"{value / gib:9.3f} GiB") for name, value in vars(need).items() if value]
+    rows = [
+        ("parameters", f"{layout.num_parameters:,} in {len(layout.slots)} tensors"),
+        ("FLOPs per token", f"{flops / 1e9:.3f} G{' (forward and backward)' if f.train else ' (forward)'}"),
+        *parts,
+        ("all buffers", f"{need.total / gib:9.3f} GiB for {micro} x {f.seq_length} tokens at once"),
+        ("free memory", f"{have / gib:9.3f} GiB" if have is not None else "the system does not say"),
+        ("limit of speed", f"{rate / flops:,.0f} tokens/s: all FLOPs at this device's matrix-product rate, "
+         f"{rate / 1e9:.0f} GFLOP/s, measured now"),
+    ]  # fmt: skip
+    if steps is not None:
+        rows.append(("whole job", f"{result['flops']:.3g} FLOPs, at least {result['hours_at_limit']:.2f} h"))
+    show.table(f"plan: {f.init or f.model}", rows)
+    if not result["fits"]:
+        show.note("DOES NOT FIT: use a smaller --micro-batch-size, --seq-length or model")
+    return 0

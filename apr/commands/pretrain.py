@@ -1,0 +1,165 @@
+"""`apr pretrain`: train a model from raw text or token shards. Without arguments: the demo job."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import to_hf
+from ..data.tokenizer import Tokenizer
+from ..device import cores, cpu_name
+from ..errors import Refused, UsageError
+from ..generate import generate
+from ..params import Layout
+from ..training.inputs import Inputs, describe, open_inputs
+from ..training.loop import Trainer
+from ..training.rundir import RunDir, git_commit, next_free, versions
+from ..training.settings import DEMO, MAY_CHANGE, Settings, check, from_command_line, resolve
+from ..training.show import Show, loss_curve
+
+SAMPLE_TOKENS = 160
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    start = time.perf_counter()
+    settings, explicit = from_command_line(args)
+    show = Show(quiet=settings.json)
+    if settings.resume:
+        settings = _continued(settings, explicit)
+    settings = resolve(settings)
+    try:
+        inputs = open_inputs(settings, show.preparing)
+        run = _run_dir(inputs)
+        _header(show, inputs, run)
+        trainer = Trainer(inputs, run, show, settings.resume)
+        show.start(trainer.progress.step, settings.num_steps)
+        status = trainer.train()
+    finally:
+        show.stop()
+    result = _finish(trainer, show, status, time.perf_counter() - start)
+    if settings.json:
+        print(json.dumps(result, indent=2))
+    return 0
+
+
+def _continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
+    """The settings of the run that is resumed; only what cannot change its numbers may differ."""
+    if settings.run_dir is None:
+        raise UsageError("--resume needs --run-dir: the folder of the run to go on with")
+    path = Path(settings.run_dir)
+    saved = check(RunDir(path).read_config()["settings"], str(path / "config.json"))
+    for key, value in explicit.items():
+        if key not in MAY_CHANGE and saved.get(key) != value:
+            flag = key.replace("_", "-")
+            raise Refused(
+                f"--{flag} {value} differs from {saved.get(key)!r} of the run in {path}; a resumed run keeps its "
+                f"settings. Start a new run with --init {path}/ckpt/epoch-NNN.apr to change them"
+            )
+    kept = {key: explicit[key] for key in MAY_CHANGE if key in explicit}
+    return Settings(**{**saved, **kept, "resume": True, "run_dir": settings.run_dir})
+
+
+def _run_dir(i: Inputs) -> RunDir:
+    s = i.settings
+    if s.resume:
+        assert s.run_dir is not None
+        return RunDir(Path(s.run_dir))
+    name = "demo" if all(getattr(s, k) == v for k, v in DEMO.items()) else Path(str(s.model or s.init)).stem
+    run = RunDir(Path(s.run_dir) if s.run_dir else next_free(name))
+    run.create(
+        {
+            "settings": {
+                **dataclasses.asdict(s),
+                "resume": False,
+                "run_dir": str(run.path),
+                "threads": s.threads or cores(),
+            },
+            "model": to_hf(i.cfg),
+            "num_parameters": Layout(i.cfg).num_parameters,
+            "data": describe(i),
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "device": {"backend": i.backend.name, "cpu": cpu_name(), "threads": s.threads or cores()},
+        }
+    )
+    return run
+
+
+def _header(show: Show, i: Inputs, run: RunDir) -> None:
+    s, c, train, val = i.settings, i.cfg, i.train.shards, i.val.shards
+    tokens = s.num_steps * s.batch_size * s.seq_length
+    show.table(
+        "apr pretrain",
+        [
+            ("corpus", i.corpus_name),
+            ("", f"{train.total_tokens:,} tokens to train on, {val.total_tokens:,} held out ({val.total_documents} documents)"),
+            ("tokenizer", f"{i.tokenizer.vocab_size:,} ids, {train.total_bytes / train.total_tokens:.2f} bytes/token"),
+            ("model", f"{c.family}, {Layout(c).num_parameters:,} parameters: {c.num_layers} layers of {c.hidden_size},"),
+            ("", f"heads {c.num_heads}/{c.num_kv_heads} of {c.head_dim}, MLP {c.intermediate_size}"),
+            ("job", f"{s.num_steps:,} steps of {s.batch_size} x {s.seq_length} tokens = {tokens / 1e6:.2f} M tokens"),
+            ("", f"{s.schedule} learning rate up to {s.lr:g}, {s.warmup_steps} warm-up steps, seed {s.seed}"),
+            ("device", f"{i.backend.name}{' (chosen by auto)' if s.device == 'auto' else ''}: {cpu_name()}"),
+            ("", f"{s.threads or cores()} threads, {s.dtype}"),
+            ("run directory", str(run.path)),
+        ],
+    )  # fmt: skip
+
+
+def sample_text(i: Inputs, trainer: Trainer, prompt: str, tokens: int = SAMPLE_TOKENS) -> str:
+    """Prompt and continuation, drawn with temperature 0.7 and top-p 0.95, seed of the run."""
+    ids = list(i.tokenizer.encode(prompt)) or [i.tokenizer.eos_id or 0]
+    new = generate(
+        i.cfg, i.backend, trainer.model.w, ids, tokens, 0.7, 0, 0.95, i.settings.seed, i.tokenizer.eos_id
+    )  # fmt: skip
+    return prompt + decode_new(i.tokenizer, [int(t) for t in new])
+
+
+def decode_new(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Generated ids as text, without the end-of-text token."""
+    return tokenizer.decode(list(ids), skip_special=True)
+
+
+def _finish(trainer: Trainer, show: Show, status: str, seconds: float) -> dict[str, Any]:
+    i, p, run = trainer.inputs, trainer.progress, trainer.run
+    metrics, val = run.metrics(), i.val.shards
+    picture = run.path / "loss.png"
+    loss_curve(metrics, val.unigram_entropy, i.cfg.vocab_size, picture)
+    last = [m for m in metrics if "val_loss" in m][-1]
+    result = {
+        "status": status,
+        "steps": p.step,
+        "val_loss": last["val_loss"],
+        "best_val_loss": p.best_val,
+        "val_bits_per_byte": last["val_bits_per_byte"],
+        "unigram_entropy": val.unigram_entropy,
+        "tokens_seen": p.tokens_seen,
+        "seconds": seconds,
+        "run_dir": str(run.path),
+    }
+    if i.settings.sample is not None:
+        result["sample"] = sample_text(i, trainer, i.settings.sample)
+        show.note(f"\n{' sample ':-^68}\n{result['sample']}\n{'':-^68}\n")
+    gain = val.unigram_entropy - last["val_loss"]
+    verdict = f"{gain:.2f} below" if gain >= 0 else f"{-gain:.2f} ABOVE: it has learned nothing yet"
+    speed = p.tokens_seen / max(p.seconds, 1e-9)
+    show.table(
+        "result",
+        [
+            ("validation loss", f"{last['val_loss']:.4f} nats/token = {last['val_bits_per_byte']:.3f} bits/byte"),
+            ("", f"on {last['val_tokens']:,} tokens that training never saw"),
+            ("token frequencies", f"{val.unigram_entropy:.4f} nats/token, their entropy: the model is {verdict}"),
+            ("uniform guess", f"{math.log(i.cfg.vocab_size):.4f} nats/token, ln of the vocabulary"),
+            ("trained on", f"{p.tokens_seen:,} tokens in {p.step:,} steps, {speed:,.0f} tokens/s with evaluations"),
+            ("checkpoint", str(sorted(run.ckpt.glob("epoch-*.apr"))[-1])),
+            ("loss curve", str(picture)),
+            ("time", f"{seconds:.0f} s in all"),
+        ],
+    )  # fmt: skip
+    show.note(status)
+    return result

@@ -1,0 +1,138 @@
+"""`apr trace MODEL`: every intermediate of one forward (and backward) pass, as a safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import backends
+from ..config import ModelConfig, read_json
+from ..device import check_fits, select
+from ..errors import InputNotFound, MalformedFile, Refused, UsageError
+from ..flags import option, parse
+from ..formats.hf import write_safetensors
+from ..loading import open_source, put
+from ..model import Model
+from ..plan import memory
+from ..taps import Record
+from ..training.rundir import versions
+
+IGNORED = -100  # a target that no loss is computed for
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr trace`."""
+
+    model: str = option("an .apr file, a Hugging Face folder, or a preset (random weights)", positional=True)
+    tokens: str = option('ids: "1,2,3", or a .json or .npy file of one row or (B,T)', "")
+    output: str = option("the safetensors file to write", "")
+    backend: str = option("reference or cpu", "", choices=backends.NAMES)
+    device: str = option("auto, cpu, cuda or cuda:N; says the backend when --backend does not", "auto")
+    dtype: str = option(
+        "default: float64 on reference, float32 elsewhere", "", choices=("float64", "float32", "bfloat16")
+    )
+    backward: bool = option("also all gradients, of the mean loss", False)
+    targets: str = option("file of targets (B,T), -100 ignored (default: the next tokens)", "")
+    threads: int | None = option("CPU threads (default: all cores)")
+    seed: int = option("of a preset's random weights", 42)
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    args = ["--output" if a == "-o" else a for a in args]
+    f = parse(Flags, args, "apr trace", __doc__ or "")
+    if not f.tokens or not f.output:
+        raise UsageError("--tokens and --output (or -o) are needed: what goes in, and where the trace goes")
+    name = f.backend or "cpu"
+    dtype = f.dtype or ("float64" if name == "reference" else "float32")
+    backend = backends.get("reference") if name == "reference" else select(f.device, dtype, f.threads)
+    if dtype not in backend.dtypes:
+        raise Refused(f"--dtype {dtype}: the {name} backend computes in {', '.join(backend.dtypes)}")
+    source = open_source(f.model, dtype, f.seed)
+    ids = read_ids(f.tokens, source.cfg, "--tokens", lowest=0)
+    targets = (
+        read_ids(f.targets, source.cfg, "--targets", lowest=IGNORED)
+        if f.targets
+        else np.concatenate([ids[:, 1:], np.full_like(ids[:, :1], IGNORED)], 1)
+    )
+    if targets.shape != ids.shape:
+        raise UsageError(f"--targets has shape {targets.shape}, --tokens {ids.shape}; they must be equal")
+    batch, seq = ids.shape
+    need = memory(source.cfg, batch, seq, np.dtype(dtype).itemsize, f.backward, ids.size)
+    check_fits(need, "trace fewer tokens or a smaller model")
+    weights = put(backend, source, dtype)
+    model = Model(source.cfg, backend, batch, seq, dtype, f.backward, ids.size, w=weights)
+    tensors = record(model, ids, targets)
+    facts = {
+        "model": f.model,
+        "model_sha256": source.sha256,
+        "backend": name,
+        "dtype": dtype,
+        "versions": json.dumps(versions()),
+    }
+    write_safetensors(f.output, tensors, metadata=facts, finite=False)
+    loss = tensors["loss"]
+    result = {"output": f.output, "tensors": len(tensors), "loss": float(loss[0]), **facts}
+    if f.json:
+        print(json.dumps(result))
+    else:
+        print(f"{f.output}: {len(tensors)} tensors, backend {name} {dtype}, loss {loss[0]:.6f} nats/token")
+    return 0
+
+
+def record(model: Model, ids: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+    """All taps of a pass over ids (B,T), rows of tokens as (B,T,...); with a training model also the
+    gradients, "d_..." of activations and "grad.NAME" of parameters. loss is the mean, shape (1,)."""
+    backend, tap = model.be, Record(model.be)
+    count = int((targets >= 0).sum())
+    if not count:
+        raise UsageError("no target to compute a loss of: give at least two tokens, or --targets")
+    model.forward(ids, tap)
+    model.loss(targets, 1 / count if model.train else None, tap)
+    if model.train:
+        model.backward(tap)
+    seen = {k: x.reshape(*ids.shape, *x.shape[1:]) if len(x) == ids.size else x for k, x in tap.seen.items()}
+    seen["loss"] = np.array(backend.to_host(model.total) / count)
+    if model.train:
+        host = backend.to_host(model.g)
+        seen |= {f"grad.{name}": x for name, x in model.layout.named(host).items()}
+    return seen
+
+
+def read_ids(text: str, cfg: ModelConfig, flag: str, lowest: int) -> np.ndarray:
+    """int32 (B,T) from "1,2,3" or a .json or .npy file. Raises for anything that is not token ids."""
+    value: Any
+    path = Path(text)
+    if path.suffix in (".json", ".npy"):
+        if not path.is_file():
+            raise InputNotFound(f"{flag} {text}: no such file")
+        try:
+            value = read_json(path) if path.suffix == ".json" else np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as e:
+            raise MalformedFile(f"{text}: not an array of ids: {e}") from None
+    else:
+        value = text.split(",")
+    try:
+        ids = np.array(value)
+        if ids.dtype.kind not in "iu":
+            ids = np.array([int(x) for x in value]) if ids.dtype.kind == "U" else ids
+        if ids.dtype.kind not in "iu":
+            raise ValueError
+    except (ValueError, TypeError):
+        raise UsageError(
+            f'{flag} {text}: expected whole numbers such as "1,2,3", or a file of them'
+        ) from None
+    ids = np.atleast_2d(ids)
+    if ids.ndim != 2 or not ids.size:
+        raise UsageError(f"{flag} {text}: shape {ids.shape}; expected one row or (B,T)")
+    if ids.max() >= cfg.vocab_size or ids.min() < lowest:
+        bad = ids.max() if ids.max() >= cfg.vocab_size else ids.min()
+        raise Refused(f"{flag}: id {bad} is outside the model's vocabulary of {cfg.vocab_size}")
+    return np.ascontiguousarray(ids, np.int32)

@@ -1,0 +1,1 @@
+"""From text to batches: tokenizer, corpus, token shards, windows of tokens."""

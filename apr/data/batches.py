@@ -1,0 +1,225 @@
+"""Windows of tokens, and the shuffled, resumable stream of batches that training reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from copy import copy
+from typing import Any
+
+import numpy as np
+
+from ..errors import AprError, Refused
+from .shards import TokenShards
+
+ROUNDS = 4
+
+
+class Exhausted(AprError):
+    """Every window was read once, and the stream was told not to begin again."""
+
+    exit_code = 6
+    status = "ABORTED"
+
+
+class Windows:
+    """Windows of seq_length + 1 tokens at a stride of seq_length inside each shard.
+
+    Neighbours share one token, so each token but a shard's first is predicted exactly once; what is
+    left at a shard's end is dropped and counted in `tokens_dropped`. Raises Refused when no window fits."""
+
+    def __init__(self, shards: TokenShards, seq_length: int) -> None:
+        if seq_length < 1:
+            raise Refused(f"seq_length = {seq_length} is not positive")
+        self.shards = shards
+        self.seq_length = seq_length
+        sizes = np.array([array.size for array in shards.arrays], dtype=np.int64)
+        counts = (sizes - 1) // seq_length
+        self._ends = np.cumsum(counts)  # index after the last window of each shard
+        self.first = 0  # index of this object's first window among those of the shards
+        self.count = int(self._ends[-1])
+        # Of a shard with a window, its first token is read but never predicted: it is not dropped.
+        self.tokens_dropped = int((sizes - counts * seq_length - (counts > 0)).sum())
+        if not self.count:
+            raise Refused(
+                f"{shards.folder}: no window of seq_length = {seq_length} + 1 tokens in "
+                f"{shards.total_tokens} tokens (largest shard {sizes.max()}); "
+                "lower --seq-length or use more data"
+            )
+
+    def __len__(self) -> int:
+        return self.count
+
+    def split(self, held_out: int) -> tuple[Windows, Windows]:
+        """These windows without the last `held_out` ones, and those; a document may reach across the border.
+
+        Raises Refused when either side is empty."""
+        if not 0 < held_out < self.count:
+            raise Refused(
+                f"{self.shards.folder}: {held_out} of {self.count} windows held out leaves one side empty; "
+                "give --val-dataset, or lower --val-batches, --batch-size or --seq-length"
+            )
+        train, held = copy(self), copy(self)
+        train.count -= held_out
+        held.first += train.count
+        held.count = held_out
+        return train, held
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, targets) int32 (B, T) of the windows `indices` int64 (B,); targets are the next tokens."""
+        t, indices = self.seq_length, indices + self.first
+        rows = np.empty((len(indices), t + 1), dtype=np.int32)
+        which = np.searchsorted(self._ends, indices, side="right")
+        for row, index, shard in zip(rows, indices, which, strict=True):
+            start = int(index - (self._ends[shard - 1] if shard else 0)) * t
+            row[:] = self.shards.arrays[shard][start : start + t + 1]
+        return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+
+
+class Permutation:
+    """A seeded permutation of range(n) that is computed, not stored.
+
+    Four Feistel rounds over the even number of bits that covers n - 1; an image outside the range is
+    put in again until it falls inside, which ends because a permutation's cycles are closed
+    (Black and Rogaway 2002, "cycle walking"). Integers only: the same on every machine."""
+
+    def __init__(self, n: int, seed: int, number: int) -> None:
+        self.n = n
+        half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+        self._half = np.uint64(half)
+        self._mask = np.uint64((1 << half) - 1)
+        digest = hashlib.sha512(f"apr permutation {seed} {number}".encode()).digest()
+        self._keys = np.frombuffer(digest, dtype="<u8")[:ROUNDS].astype(np.uint64)
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        """Images int64 (B,) of indices int64 (B,), all in range(n)."""
+        x = self._rounds(indices.astype(np.uint64))
+        while (outside := x >= self.n).any():
+            x[outside] = self._rounds(x[outside])
+        return x.astype(np.int64)
+
+    def _rounds(self, x: np.ndarray) -> np.ndarray:
+        left, right = x >> self._half, x & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (_mix(right + key) & self._mask)
+        return (left << self._half) | right
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014), uint64 (B,), modulo 2^64."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+class Batches:
+    """The stream of batches: every window once a pass, in a new order each pass when shuffled.
+
+    batch_size is the rows that `next` returns on this rank; one step takes world * batch_size windows
+    from the stream, rank r the r-th slice, so the ranks together read what one rank would read with
+    that larger batch. on_exhausted "cycle": a batch may straddle two passes; "stop": Exhausted is
+    raised when a pass has fewer windows left than a step takes.
+    Raises Refused for arguments that make no sense."""
+
+    def __init__(
+        self,
+        windows: Windows,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        on_exhausted: str = "cycle",
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch_size < 1 or not 0 <= rank < world:
+            raise Refused(
+                f"batch_size = {batch_size}, rank = {rank}, world = {world} is not a way to read a stream"
+            )
+        if on_exhausted not in ("cycle", "stop"):
+            raise Refused(f"on_exhausted = {on_exhausted!r}; choose cycle or stop")
+        if on_exhausted == "stop" and batch_size * world > windows.count:
+            raise Refused(
+                f"{windows.shards.folder}: a step takes {batch_size * world} windows, there are "
+                f"{windows.count}; lower --batch-size or --seq-length"
+            )
+        self.windows = windows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.on_exhausted = on_exhausted
+        self.rank = rank
+        self.step_windows = batch_size * world
+        self._read = 0  # windows that all ranks together have read, over all passes
+
+    @property
+    def passes(self) -> int:
+        """Passes over the data that are complete."""
+        return self._read // self.windows.count
+
+    def next(self) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, targets), int32 (batch_size, seq_length) each."""
+        n = self.windows.count
+        if self.on_exhausted == "stop" and self._read + self.step_windows > n:
+            raise Exhausted(
+                f"{self.windows.shards.folder}: {max(0, n - self._read)} of {n} windows left, a step takes "
+                f"{self.step_windows}; allow another pass with --on-exhausted cycle"
+            )
+        first = self._read + self.rank * self.batch_size
+        places = np.arange(first, first + self.batch_size, dtype=np.int64)
+        batch = self.windows.read(self._indices(places))
+        self._read += self.step_windows
+        return batch
+
+    def _indices(self, places: np.ndarray) -> np.ndarray:
+        """Window indices int64 (B,) at places int64 (B,) of the endless stream."""
+        number, place = np.divmod(places, self.windows.count)
+        if not self.shuffle:
+            return place
+        indices = np.empty_like(place)
+        for p in np.unique(number):
+            permutation = Permutation(self.windows.count, self.seed, int(p))
+            indices[number == p] = permutation(place[number == p])
+        return indices
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "data_sha256": self.windows.shards.sha256,
+            "seq_length": self.windows.seq_length,
+            "first_window": self.windows.first,
+            "windows": self.windows.count,
+            "step_windows": self.step_windows,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands and of which data, for json.dumps; the same on all ranks."""
+        number, position = divmod(self._read, self.windows.count)
+        return {"pass": number, "position": position, **self._identity()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken. Raises Refused at a state of other data, order or step size."""
+        if not isinstance(state, dict):
+            raise Refused(f"data position: {state!r} is not a state of the data stream")
+        for key, ours in self._identity().items():
+            if state.get(key) != ours:
+                raise Refused(
+                    f"data position: {key} = {state.get(key)!r} in the saved state, {ours!r} in this run; "
+                    "resume with the data and settings of the saved run"
+                )
+        for key, end in (("pass", (1 << 62) // self.windows.count), ("position", self.windows.count)):
+            value = state.get(key)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < end:
+                raise Refused(f"data position: {key} = {value!r} is not a whole number in 0..{end - 1}")
+        self._read = state["pass"] * self.windows.count + state["position"]
+
+
+def sequential(
+    windows: Windows, batch_size: int, max_batches: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every window once, in order: (ids, targets) int32 (B, T) each, B smaller in the last batch."""
+    if batch_size < 1:
+        raise Refused(f"batch_size = {batch_size} is not positive")
+    stop = windows.count if max_batches is None else min(windows.count, max_batches * batch_size)
+    for start in range(0, stop, batch_size):
+        yield windows.read(np.arange(start, min(start + batch_size, stop), dtype=np.int64))

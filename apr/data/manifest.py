@@ -1,0 +1,131 @@
+"""manifest.json of a folder of token shards: what the shards hold, and who made them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from .. import __version__
+from ..config import read_json
+from ..errors import MalformedFile
+
+FORMAT = "apr-shards-1"
+MANIFEST = "manifest.json"
+EOS_POLICIES = ("after", "between", "none")  # an EOS after each document, only between two, or nowhere
+MAX_VOCAB = 1 << 24  # bounds the table of counts that a hostile manifest could ask for
+
+
+@dataclass
+class Manifest:
+    """manifest.json. `complete` is false until the writer is closed; `total_bytes` is UTF-8 bytes of text."""
+
+    tokenizer_sha256: str
+    vocab_size: int
+    eos_policy: str
+    eos_token_id: int | None
+    normalization: str
+    corpus_sha256: str = ""  # of the documents' sha256, in order
+    shard_count: int = 0
+    total_tokens: int = 0
+    total_documents: int = 0
+    total_bytes: int = 0
+    shards: list[dict[str, Any]] = field(default_factory=list)  # name, tokens, sha256
+    audit: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+    producer: str = f"apr {__version__}, tokenizers {tokenizers.__version__}"
+    format: str = FORMAT
+
+
+def audit(counts: np.ndarray, total_bytes: int) -> dict[str, Any]:
+    """What one look should see: counts int64 (V,) of each id; the entropy is in nats per token."""
+    total = int(counts.sum())
+    p = counts[counts > 0] / total
+    return {
+        "distinct_ids": int(p.size),
+        "unigram_entropy_nats": float(max(0.0, -(p * np.log(p)).sum())),
+        "top_id_share": float(p.max()),
+        "bytes_per_token": total_bytes / total,
+    }
+
+
+def shard_name(index: int) -> str:
+    """File name of a shard; lexical order is numerical order."""
+    return f"shard-{index:05d}.bin"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """manifest.json of a shard folder, with every field checked against the others."""
+    d = read_json(path)
+    if not isinstance(d, dict) or d.get("format") != FORMAT:
+        found = d.get("format") if isinstance(d, dict) else type(d).__name__
+        raise MalformedFile(f"{path}: format = {found!r}, not {FORMAT!r}")
+    fields = set(Manifest.__dataclass_fields__)
+    if set(d) != fields:
+        raise MalformedFile(
+            f"{path}: missing keys {sorted(fields - set(d))}, unknown keys {sorted(set(d) - fields)}"
+        )
+    if d["complete"] is not True:
+        raise MalformedFile(f"{path}: complete = {d['complete']!r}: encoding did not finish; run it again")
+    for key in ("shard_count", "total_tokens", "total_documents", "total_bytes", "vocab_size"):
+        _check_int(path, key, d[key], 1, MAX_VOCAB if key == "vocab_size" else 1 << 62)
+    for key in ("tokenizer_sha256", "corpus_sha256"):
+        _check_sha(path, key, d[key])
+    if d["eos_policy"] not in EOS_POLICIES:
+        raise MalformedFile(
+            f"{path}: eos_policy = {d['eos_policy']!r} is not one of {', '.join(EOS_POLICIES)}"
+        )
+    if d["eos_token_id"] is not None or d["eos_policy"] != "none":
+        _check_int(path, "eos_token_id", d["eos_token_id"], 0, d["vocab_size"] - 1)
+    _check_shards(path, d)
+    keys = {"distinct_ids", "unigram_entropy_nats", "top_id_share", "bytes_per_token"}
+    if not isinstance(d["audit"], dict) or set(d["audit"]) != keys:
+        raise MalformedFile(f"{path}: audit = {d['audit']!r} does not have the keys {sorted(keys)}")
+    for key in keys:
+        value = d["audit"][key]
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise MalformedFile(f"{path}: audit.{key} = {value!r} is not a figure")
+    same_figure(
+        f"{path}: audit.bytes_per_token", d["audit"]["bytes_per_token"], d["total_bytes"] / d["total_tokens"]
+    )
+    return Manifest(**d)
+
+
+def _check_shards(path: Path, d: dict[str, Any]) -> None:
+    shards = d["shards"]
+    if not isinstance(shards, list) or len(shards) != d["shard_count"]:
+        count = len(shards) if isinstance(shards, list) else repr(shards)
+        raise MalformedFile(f"{path}: shard_count = {d['shard_count']}, shards lists {count}")
+    for i, shard in enumerate(shards):
+        if not isinstance(shard, dict) or set(shard) != {"name", "tokens", "sha256"}:
+            raise MalformedFile(
+                f"{path}: shards[{i}] = {shard!r} does not have the keys name, tokens, sha256"
+            )
+        if shard["name"] != shard_name(i):  # also keeps paths out of the folder out
+            raise MalformedFile(f"{path}: shards[{i}].name = {shard['name']!r}, expected {shard_name(i)!r}")
+        _check_int(path, f"shards[{i}].tokens", shard["tokens"], 1, 1 << 60)
+        _check_sha(path, f"shards[{i}].sha256", shard["sha256"])
+    total = sum(shard["tokens"] for shard in shards)
+    if total != d["total_tokens"]:
+        raise MalformedFile(f"{path}: total_tokens = {d['total_tokens']}, its shards add up to {total}")
+
+
+def same_figure(what: str, written: float, measured: float) -> None:
+    # Another machine's logarithm may differ in the last bits.
+    if not abs(written - measured) <= 1e-9 * max(1.0, abs(measured)):
+        raise MalformedFile(f"{what} = {written!r}, measured {measured!r}")
+
+
+def _check_int(path: Path, key: str, value: Any, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise MalformedFile(f"{path}: {key} = {value!r} is not a whole number in {low}..{high}")
+
+
+def _check_sha(path: Path, key: str, value: Any) -> None:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise MalformedFile(f"{path}: {key} = {value!r} is not a sha256")

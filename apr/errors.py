@@ -1,0 +1,63 @@
+"""Errors a user can meet. Each names the file, key and value, and the next thing to try.
+
+Every class carries the exit code of the process; `apr.commands.main` prints the message alone,
+without a traceback.
+"""
+
+
+class AprError(Exception):
+    """Base of all errors that are answered with one line and an exit code."""
+
+    exit_code = 1
+    status = "FAILED"
+
+
+class UsageError(AprError):
+    """A flag or a combination of flags makes no sense."""
+
+    exit_code = 2
+
+
+class InputNotFound(AprError):
+    """A file, folder, preset or device name that does not exist."""
+
+    exit_code = 3
+
+
+class MalformedFile(AprError):
+    """A file that exists but is truncated, corrupted or in a format we do not read."""
+
+    exit_code = 4
+
+
+class Refused(AprError):
+    """The input is readable, but training or loading it would be wrong."""
+
+    exit_code = 5
+    status = "REFUSED"
+
+
+class Aborted(AprError):
+    """A gate stopped a running job: non-finite, diverged."""
+
+    exit_code = 6
+    status = "ABORTED"
+
+
+class IOFailure(AprError):
+    """Writing failed: disk full, read-only folder."""
+
+    exit_code = 7
+
+
+class DeviceError(AprError):
+    """A device or backend that is not there or cannot be used."""
+
+    exit_code = 8
+
+
+class Interrupted(AprError):
+    """Ctrl-C or SIGTERM, after the state was saved."""
+
+    exit_code = 130
+    status = "INTERRUPTED"

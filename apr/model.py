@@ -1,0 +1,324 @@
+"""The transformer, forward and backward, over whichever backend it is given.
+
+No array arithmetic happens here: this file says which op reads and writes which buffer. Buffers are
+declared by `buffers`, which `apr plan` reads too, and are named like the taps that show them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from .config import ModelConfig, RopeScaling
+from .errors import Refused
+from .params import Layout
+from .taps import Tap, no_tap
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def block_buffers(c: ModelConfig, batch: int, seq: int) -> Shapes:
+    """What a block keeps for its backward pass. One set per layer in training, one in all otherwise."""
+    n, heads = batch * seq, c.num_heads + c.num_kv_heads
+    shapes: Shapes = {
+        "res1": (n, c.hidden_size),  # the residual stream entering the block: tap hidden.LAYER
+        "norm1": (n, c.hidden_size),
+        "rstd1": (n,),
+        "qkv": (n, (heads + c.num_kv_heads) * c.head_dim),
+        "lse": (batch, c.num_heads, seq),
+        "att": (n, c.num_heads * c.head_dim),
+        "res2": (n, c.hidden_size),
+        "norm2": (n, c.hidden_size),
+        "rstd2": (n,),
+        "gu": (n, 2 * c.intermediate_size),
+        "act": (n, c.intermediate_size),
+    }
+    if c.qk_norm:
+        shapes |= {"qk": (n, heads, c.head_dim), "qk_rstd": (n, heads)}
+    return shapes
+
+
+def scratch_buffers(c: ModelConfig, batch: int, seq: int, train: bool) -> Shapes:
+    """What all layers share."""
+    n, heads = batch * seq, c.num_heads + c.num_kv_heads
+    shapes: Shapes = {
+        "delta": (n, c.hidden_size),
+        "res": (n, c.hidden_size),  # tap hidden.L
+        "final_norm": (n, c.hidden_size),
+        "rstd": (n,),
+        "loss": (n,),
+    }
+    if train:
+        shapes |= {
+            "dres": (n, c.hidden_size),
+            "dnorm": (n, c.hidden_size),
+            "dqkv": (n, (heads + c.num_kv_heads) * c.head_dim),
+            "datt": (n, c.num_heads * c.head_dim),
+            "dgu": (n, 2 * c.intermediate_size),
+            "dact": (n, c.intermediate_size),
+        }
+        if c.qk_norm:
+            shapes["dqk"] = (n, heads, c.head_dim)
+    return shapes
+
+
+def default_loss_rows(c: ModelConfig, tokens: int) -> int:
+    """Rows of logits held at once: about 2^23 elements, so that all logits never exist together."""
+    return min(tokens, max(64, (1 << 23) // c.vocab_size // 64 * 64))
+
+
+def rope_tables(c: ModelConfig, positions: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of every position's angles, float64 (positions, D/2), computed once on the host.
+
+    angle[t, i] = t * theta^(-2i/D) (Su et al. 2021), with frequencies scaled as Llama 3.1 does.
+    """
+    freq = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
+    if c.rope_scaling:
+        freq = _llama3(freq, c.rope_scaling)
+    angle = np.outer(np.arange(positions), freq)
+    return np.cos(angle), np.sin(angle)
+
+
+def _llama3(freq: np.ndarray, s: RopeScaling) -> np.ndarray:
+    """Llama 3.1: wavelengths above original/low are divided by factor, below original/high kept,
+    between them interpolated linearly in original/wavelength."""
+    turns = s.original_max_position_embeddings * freq / (2 * np.pi)  # original / wavelength
+    keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    keep = np.clip(keep, 0, 1)
+    return freq * (keep + (1 - keep) / s.factor)
+
+
+class Model:
+    """Weights, buffers and the two passes for batches of up to (batch, seq) tokens.
+
+    w, g: flat parameters and gradients (Layout order); p, d: their named views.
+    train=False keeps no values for backward and has no gradients. cache > 0 adds a key/value cache
+    of that many positions for forward(past=...). Give w to share another model's parameters.
+    Raises Refused when seq or cache exceed the positions the configuration allows.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        backend: ModuleType,
+        batch: int,
+        seq: int,
+        dtype: str = "float32",
+        train: bool = True,
+        loss_rows: int | None = None,
+        cache: int = 0,
+        w: Any = None,
+    ) -> None:
+        if dtype not in backend.dtypes:
+            raise Refused(f"backend {backend.name} computes in {', '.join(backend.dtypes)}, not {dtype}")
+        if max(seq, cache) > cfg.max_position_embeddings:
+            raise Refused(
+                f"{max(seq, cache)} positions asked of a model with max_position_embeddings = "
+                f"{cfg.max_position_embeddings}; use a smaller --seq-length"
+            )
+        self.cfg, self.be, self.dtype, self.train = cfg, backend, dtype, train
+        self.batch, self.seq, self.cache_len = batch, seq, cache
+        self.layout = Layout(cfg)
+        self.w = backend.empty(self.layout.size, dtype) if w is None else w
+        self.p = self.layout.views(self.w)
+        if train:
+            self.g = backend.empty(self.layout.size, dtype)
+            self.d = self.layout.views(self.g)
+        self.loss_rows = min(loss_rows or default_loss_rows(cfg, batch * seq), batch * seq)
+
+        def allocate(shapes: Shapes) -> dict[str, Any]:
+            return {name: backend.empty(prod(shape), dtype) for name, shape in shapes.items()}
+
+        kept = cfg.num_layers if train else 1
+        self._block = [allocate(block_buffers(cfg, batch, seq)) for _ in range(kept)]
+        self._scratch = allocate(scratch_buffers(cfg, batch, seq, train))
+        self._logits = backend.empty(self.loss_rows * cfg.vocab_size, dtype)
+        self._ids = backend.empty(batch * seq, "int32")
+        self._targets = backend.empty(batch * seq, "int32")
+        self.total = backend.empty(1, "float64")  # sum of losses since it was last set to 0
+        shape = (batch, cache, cfg.num_kv_heads, cfg.head_dim)
+        self._cache = [
+            (backend.empty(shape, dtype), backend.empty(shape, dtype))
+            for _ in range(cfg.num_layers if cache else 0)
+        ]
+        cos, sin = rope_tables(cfg, max(seq, cache))
+        self.cos, self.sin = backend.empty(cos.shape, dtype), backend.empty(sin.shape, dtype)
+        backend.from_host(self.cos, cos)
+        backend.from_host(self.sin, sin)
+        self._views: dict[tuple[int, int], tuple[list[Any], Any]] = {}
+
+    def _at(self, batch: int, seq: int) -> tuple[list[Any], Any]:
+        """Block and scratch buffers shaped for a batch, which may be smaller than they were made for."""
+        if (batch, seq) not in self._views:
+            if batch > self.batch or seq > self.seq:
+                raise ValueError(f"batch {batch} x {seq} does not fit buffers of {self.batch} x {self.seq}")
+
+            def view(flat: dict[str, Any], shapes: Shapes) -> Any:
+                return SimpleNamespace(**{k: flat[k][: prod(s)].reshape(s) for k, s in shapes.items()})
+
+            blocks = [view(flat, block_buffers(self.cfg, batch, seq)) for flat in self._block]
+            scratch = view(self._scratch, scratch_buffers(self.cfg, batch, seq, self.train))
+            scratch.ids, scratch.targets = self._ids[: batch * seq], self._targets[: batch * seq]
+            layers = blocks if self.train else blocks * self.cfg.num_layers
+            self._views[batch, seq] = layers, scratch
+        return self._views[batch, seq]
+
+    def _heads(self, x: Any) -> tuple[Any, Any, Any]:
+        """Query, key and value parts of rows of heads, each (B,T,heads,D)."""
+        c = self.cfg
+        x = x.reshape(self.b, self.t, -1, c.head_dim)
+        kv = c.num_heads + c.num_kv_heads
+        return x[:, :, : c.num_heads], x[:, :, c.num_heads : kv], x[:, :, kv:]
+
+    def _head_norms(self, w: Any, qk: Any, qkv: Any, rstd: Any) -> list[tuple[Any, Any, Any, Any]]:
+        """(weight, normalised, raw, rstd) of the query heads and of the key heads."""
+        c = self.cfg
+        raw = qkv.reshape(self.b * self.t, -1, c.head_dim)
+        q, k = slice(0, c.num_heads), slice(c.num_heads, c.num_heads + c.num_kv_heads)
+        return [(w_, qk[:, s], raw[:, s], rstd[:, s]) for w_, s in ((w.q_norm, q), (w.k_norm, k))]
+
+    def forward(self, ids: np.ndarray, tap: Tap = no_tap, past: int = 0) -> None:
+        """From ids (B,T), integers in [0,V), to final_norm (B*T,C), kept in the scratch buffers.
+
+        past: positions already in the key/value cache; needs a model made with cache > 0.
+        """
+        be, c, p = self.be, self.cfg, self.p
+        self.b, self.t = ids.shape
+        blocks, s = self._at(self.b, self.t)
+        cos, sin = self.cos[past : past + self.t], self.sin[past : past + self.t]
+        be.from_host(s.ids, ids.reshape(-1))
+        be.embedding_fwd(blocks[0].res1, s.ids, p.embed)
+        res, delta = blocks[0].res1, None
+        for i, (w, a) in enumerate(zip(p.layer, blocks, strict=True)):
+            be.add_rmsnorm_fwd(a.res1, a.norm1, a.rstd1, res, delta, w.attn_norm, c.rms_norm_eps)
+            tap(None, f"hidden.{i}", a.res1)
+            tap(i, "norm1", a.norm1)
+            be.linear_fwd(a.qkv, a.norm1, w.wqkv, w.bqkv if c.qkv_bias else None)
+            tap(i, "qkv", a.qkv)
+            q, k, v = self._heads(a.qkv)
+            if c.qk_norm:
+                for weight, y, x, rstd in self._head_norms(w, a.qk, a.qkv, a.qk_rstd):
+                    be.head_rmsnorm_fwd(y, rstd, x, weight, c.rms_norm_eps)
+                tap(i, "qk", a.qk)
+                q, k, _ = self._heads(a.qk)
+            be.rope(q, cos, sin, +1)
+            tap(i, "q_rope", q)
+            be.rope(k, cos, sin, +1)
+            tap(i, "k_rope", k)
+            if self._cache:
+                k, v = self._remember(i, k, v, past)
+            be.attention_fwd(a.att.reshape(q.shape), a.lse, q, k, v, c.sliding_window)
+            tap(i, "lse", a.lse)
+            tap(i, "att", a.att)
+            be.linear_fwd(s.delta, a.att, w.wo, None)
+            tap(i, "att_out", s.delta)
+            be.add_rmsnorm_fwd(a.res2, a.norm2, a.rstd2, a.res1, s.delta, w.mlp_norm, c.rms_norm_eps)
+            tap(i, "res2", a.res2)
+            tap(i, "norm2", a.norm2)
+            be.linear_fwd(a.gu, a.norm2, w.wgu, None)
+            tap(i, "gu", a.gu)
+            be.swiglu_fwd(a.act, a.gu)
+            tap(i, "act", a.act)
+            be.linear_fwd(s.delta, a.act, w.wdown, None)
+            tap(i, "mlp_out", s.delta)
+            res, delta = a.res2, s.delta
+        be.add_rmsnorm_fwd(s.res, s.final_norm, s.rstd, res, delta, p.final_norm, c.rms_norm_eps)
+        tap(None, f"hidden.{c.num_layers}", s.res)
+        tap(None, "final_norm", s.final_norm)
+
+    def _remember(self, layer: int, k: Any, v: Any, past: int) -> tuple[Any, Any]:
+        """Put keys and values of the new positions into the cache; all positions so far."""
+        end = past + self.t
+        for cache, new in zip(self._cache[layer], (k, v), strict=True):
+            self.be.copy(cache[: self.b, past:end], new)
+        keys, values = self._cache[layer]
+        return keys[: self.b, :end], values[: self.b, :end]
+
+    def loss(self, targets: np.ndarray, scale: float | None = None, tap: Tap = no_tap) -> None:
+        """Add the losses of targets (B,T) to self.total, in nats; negative targets are left out.
+
+        With a scale, also start the backward pass of scale * sum of losses: the gradient of the head
+        is added and that of final_norm kept. Goes through the rows in pieces of loss_rows; with
+        more than one piece the taps are named logits.FIRST_ROW.
+        """
+        be, s = self.be, self._at(self.b, self.t)[1]
+        be.from_host(s.targets, targets.reshape(-1))
+        n = self.b * self.t
+        for first in range(0, n, self.loss_rows):
+            rows = slice(first, min(n, first + self.loss_rows))
+            suffix = "" if n <= self.loss_rows else f".{first}"
+            logits = self._logits[: (rows.stop - first) * self.cfg.vocab_size].reshape(
+                -1, self.cfg.vocab_size
+            )
+            be.linear_fwd(logits, s.final_norm[rows], self.p.head, None)
+            tap(None, "logits" + suffix, logits)
+            be.cross_entropy(s.loss[rows], logits, s.targets[rows], scale)
+            tap(None, "loss_rows" + suffix, s.loss[rows])
+            if scale is not None:
+                tap(None, "d_logits" + suffix, logits)
+                be.linear_bwd(s.dnorm[rows], self.d.head, None, logits, s.final_norm[rows], self.p.head)
+        be.add_sum(self.total, s.loss)
+
+    def last_logits(self) -> np.ndarray:
+        """Logits of the last position of each sequence of the latest forward, on the host, (B,V)."""
+        s = self._at(self.b, self.t)[1]
+        logits = self._logits[: self.b * self.cfg.vocab_size].reshape(self.b, -1)
+        self.be.linear_fwd(logits, s.final_norm[self.t - 1 :: self.t], self.p.head, None)
+        return self.be.to_host(logits)
+
+    def backward(self, tap: Tap = no_tap, ready: Callable[[int | None], None] = lambda layer: None) -> None:
+        """Add the gradients of all parameters but the head, after forward and loss(scale=...).
+
+        ready(layer) is called when a layer's gradients are complete, ready(None) at the end.
+        """
+        be, c, p, d = self.be, self.cfg, self.p, self.d
+        blocks, s = self._at(self.b, self.t)
+        tap(None, "d_final_norm", s.dnorm)
+        be.fill(s.dres, 0)
+        be.add_rmsnorm_bwd(s.dres, d.final_norm, s.dnorm, s.res, s.rstd, p.final_norm)
+        tap(None, f"d_hidden.{c.num_layers}", s.dres)
+        for i in reversed(range(c.num_layers)):
+            w, g, a = p.layer[i], d.layer[i], blocks[i]
+            be.linear_bwd(s.dact, g.wdown, None, s.dres, a.act, w.wdown)
+            tap(i, "d_act", s.dact)
+            be.swiglu_bwd(s.dgu, s.dact, a.gu)
+            tap(i, "d_gu", s.dgu)
+            be.linear_bwd(s.dnorm, g.wgu, None, s.dgu, a.norm2, w.wgu)
+            tap(i, "d_norm2", s.dnorm)
+            be.add_rmsnorm_bwd(s.dres, g.mlp_norm, s.dnorm, a.res2, a.rstd2, w.mlp_norm)
+            tap(i, "d_res2", s.dres)
+            be.linear_bwd(s.datt, g.wo, None, s.dres, a.att, w.wo)
+            tap(i, "d_att", s.datt)
+            q, k, v = self._heads(a.qkv)
+            dq, dk, dv = self._heads(s.dqkv)
+            if c.qk_norm:
+                q, k, _ = self._heads(a.qk)
+                dq, dk, _ = self._heads(s.dqk)
+            y, dy = a.att.reshape(q.shape), s.datt.reshape(q.shape)
+            be.attention_bwd(dq, dk, dv, dy, y, a.lse, q, k, v, c.sliding_window)
+            tap(i, "d_q_rope", dq)
+            tap(i, "d_k_rope", dk)
+            tap(i, "d_v", dv)
+            be.rope(dq, self.cos[: self.t], self.sin[: self.t], -1)
+            be.rope(dk, self.cos[: self.t], self.sin[: self.t], -1)
+            if c.qk_norm:
+                tap(i, "d_qk", s.dqk)
+                norms = zip(
+                    self._head_norms(w, a.qk, a.qkv, a.qk_rstd),
+                    self._head_norms(g, s.dqk, s.dqkv, a.qk_rstd),
+                    strict=True,
+                )
+                for (weight, _, x, rstd), (dweight, dyn, dx, _) in norms:
+                    be.head_rmsnorm_bwd(dx, dweight, dyn, x, rstd, weight)
+            tap(i, "d_qkv", s.dqkv)
+            be.linear_bwd(s.dnorm, g.wqkv, g.bqkv if c.qkv_bias else None, s.dqkv, a.norm1, w.wqkv)
+            tap(i, "d_norm1", s.dnorm)
+            be.add_rmsnorm_bwd(s.dres, g.attn_norm, s.dnorm, a.res1, a.rstd1, w.attn_norm)
+            tap(None, f"d_hidden.{i}", s.dres)
+            ready(i)
+        be.embedding_bwd(d.embed, s.dres, s.ids)
+        ready(None)

@@ -1,0 +1,191 @@
+"""One table says what the parameters are.
+
+It drives allocation, initialisation, weight decay, checkpoint names and gradient buckets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from .config import ModelConfig
+
+ALIGN = 64  # elements: every tensor starts on a 128-byte line in bf16, 256 in float32
+
+
+@dataclass(frozen=True)
+class Param:
+    """A row: name, shape in the letters of the config, how it starts, decayed or not, its HF name."""
+
+    name: str
+    shape: str
+    init: str  # "ones", "zeros", "in" (std 0.02) or "out" (std 0.02 / sqrt(2 L): into the residual)
+    decay: bool
+    hf: str  # {} is the layer
+
+
+LAYER = [
+    Param("attn_norm", "C", "ones", False, "model.layers.{}.input_layernorm.weight"),
+    Param("wq", "H*D C", "in", True, "model.layers.{}.self_attn.q_proj.weight"),
+    Param("wk", "K*D C", "in", True, "model.layers.{}.self_attn.k_proj.weight"),
+    Param("wv", "K*D C", "in", True, "model.layers.{}.self_attn.v_proj.weight"),
+    Param("bq", "H*D", "zeros", False, "model.layers.{}.self_attn.q_proj.bias"),
+    Param("bk", "K*D", "zeros", False, "model.layers.{}.self_attn.k_proj.bias"),
+    Param("bv", "K*D", "zeros", False, "model.layers.{}.self_attn.v_proj.bias"),
+    Param("q_norm", "D", "ones", False, "model.layers.{}.self_attn.q_norm.weight"),
+    Param("k_norm", "D", "ones", False, "model.layers.{}.self_attn.k_norm.weight"),
+    Param("wo", "C H*D", "out", True, "model.layers.{}.self_attn.o_proj.weight"),
+    Param("mlp_norm", "C", "ones", False, "model.layers.{}.post_attention_layernorm.weight"),
+    Param("wgate", "F C", "in", True, "model.layers.{}.mlp.gate_proj.weight"),
+    Param("wup", "F C", "in", True, "model.layers.{}.mlp.up_proj.weight"),
+    Param("wdown", "C F", "out", True, "model.layers.{}.mlp.down_proj.weight"),
+]
+TOP = [
+    Param("embed", "V C", "in", True, "model.embed_tokens.weight"),
+    Param("final_norm", "C", "ones", False, "model.norm.weight"),
+    Param("head", "V C", "in", True, "lm_head.weight"),
+]
+FUSED = {  # neighbours without padding between them: one view, one matrix product
+    "wqkv": ("wq", "wk", "wv"),
+    "bqkv": ("bq", "bk", "bv"),
+    "wgu": ("wgate", "wup"),
+}
+_PACKED = {name for group in FUSED.values() for name in group[1:]}
+
+
+def has(cfg: ModelConfig, name: str) -> bool:
+    """Whether a model of this configuration has the parameter `name`."""
+    if name in ("bq", "bk", "bv"):
+        return cfg.qkv_bias
+    if name in ("q_norm", "k_norm"):
+        return cfg.qk_norm
+    return not (name == "head" and cfg.tie_word_embeddings)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter lies in the flat buffer. layer is None outside the blocks."""
+
+    layer: int | None
+    param: Param
+    offset: int  # elements
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def hf(self) -> str:
+        """Hugging Face name of the tensor."""
+        return self.param.hf.format(self.layer)
+
+
+class Layout:
+    """Where each parameter lies in a flat buffer.
+
+    Decayed tensors first, so that AdamW is two calls; within them layers from last to first, so
+    that a layer's gradients are one slice, complete in the order in which backward finishes.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        self.cfg = cfg
+        rows: list[tuple[int | None, Param]] = [
+            (layer, p) for layer in reversed(range(cfg.num_layers)) for p in LAYER
+        ]
+        rows += [(None, p) for p in reversed(TOP)]
+        self.slots: list[Slot] = []
+        n = 0
+        for decay in (True, False):
+            for layer, p in rows:
+                if p.decay is decay and has(cfg, p.name):
+                    shape = tuple(prod(cfg.letters[c] for c in s.split("*")) for s in p.shape.split())
+                    n = n if p.name in _PACKED else _up(n)
+                    self.slots.append(Slot(layer, p, n, shape))
+                    n += prod(shape)
+            n = _up(n)
+            if decay:
+                self.decayed = n  # elements [0, decayed) take weight decay, the rest do not
+        self.size = n
+        self.by_hf = {s.hf: s for s in self.slots}
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model, padding not counted, a tied head counted once."""
+        return sum(s.size for s in self.slots)
+
+    def views(self, flat: Any) -> Any:
+        """The named arrays inside a flat buffer: .embed, .layer[3].wq, the fused .layer[3].wqkv.
+
+        With tied embeddings .head is .embed.
+        """
+
+        def cut(offset: int, shape: tuple[int, ...]) -> Any:
+            return flat[offset : offset + prod(shape)].reshape(shape)
+
+        out = SimpleNamespace(layer=[SimpleNamespace() for _ in range(self.cfg.num_layers)])
+        for s in self.slots:
+            setattr(out if s.layer is None else out.layer[s.layer], s.param.name, cut(s.offset, s.shape))
+        first = {(s.layer, s.param.name): s for s in self.slots}
+        for layer, views in enumerate(out.layer):
+            for name, group in FUSED.items():
+                if (layer, group[0]) in first:
+                    parts = [first[layer, part] for part in group]
+                    shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
+                    setattr(views, name, cut(parts[0].offset, shape))
+        if self.cfg.tie_word_embeddings:
+            out.head = out.embed
+        return out
+
+    def named(self, flat: Any) -> dict[str, Any]:
+        """Views of every parameter in a flat buffer by Hugging Face name, in table order."""
+        return {s.hf: flat[s.offset : s.offset + s.size].reshape(s.shape) for s in self.in_order()}
+
+    def in_order(self) -> list[Slot]:
+        """Slots as a reader expects them: embedding, layers first to last, final norm, head."""
+        top = {p.name: i for i, p in enumerate(TOP)}
+        inner = {p.name: i for i, p in enumerate(LAYER)}
+
+        def key(s: Slot) -> tuple[int, int, int]:
+            if s.layer is not None:
+                return (1, s.layer, inner[s.param.name])
+            return (0 if s.param.name == "embed" else 2, 0, top[s.param.name])
+
+        return sorted(self.slots, key=key)
+
+    def init(self, flat: np.ndarray, seed: int) -> None:
+        """Fill a host buffer with starting weights: normal(0, std) matrices, ones, zeros.
+
+        Each tensor has a random stream of its own, named by seed and position in the table, so
+        that a tensor's start does not depend on the others.
+        """
+        flat[...] = 0
+        out_std = 0.02 / np.sqrt(2 * self.cfg.num_layers)  # GPT-2, section 2.3
+        for i, s in enumerate(self.in_order()):
+            view = flat[s.offset : s.offset + s.size]
+            if s.param.init == "ones":
+                view[...] = 1
+            elif s.param.init in ("in", "out"):
+                rng = np.random.Generator(np.random.PCG64([seed, i]))
+                view[...] = rng.standard_normal(s.size, dtype=np.float32)
+                view *= view.dtype.type(0.02 if s.param.init == "in" else out_std)
+
+    def randomise(self, flat: np.ndarray, seed: int, std: float = 0.05) -> None:
+        """Starting weights with noise on every parameter: biases away from 0, norms away from 1.
+
+        For tests and comparisons: a fault in a bias or a norm weight is invisible without it.
+        """
+        self.init(flat, seed)
+        rng = np.random.Generator(np.random.PCG64([seed, len(self.slots)]))
+        for s in self.in_order():
+            noise = rng.standard_normal(s.size, dtype=np.float32)
+            flat[s.offset : s.offset + s.size] += (noise * np.float32(std)).astype(flat.dtype)
+
+
+def _up(n: int) -> int:
+    return -(-n // ALIGN) * ALIGN

@@ -1,0 +1,1 @@
+"""The training job: settings, the loop, checkpoints, metrics, pictures."""

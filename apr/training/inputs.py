@@ -1,0 +1,132 @@
+"""Everything a run reads, opened and checked before anything large is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..config import ModelConfig, load_config
+from ..data.batches import Windows
+from ..data.corpus import documents, stdlib_documents
+from ..data.prepare import prepare
+from ..data.shards import TokenShards
+from ..data.tokenizer import Progress, Tokenizer
+from ..device import available_memory, check_fits, select
+from ..errors import Refused
+from ..formats.models import LoadedModel, load_model
+from ..plan import memory
+from .settings import Settings
+
+HELD_OUT_BATCHES = 16  # with --dataset alone, as many batches become the validation set
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run computes on and with."""
+
+    settings: Settings  # with micro_batch_size filled in
+    backend: ModuleType
+    cfg: ModelConfig
+    tokenizer: Tokenizer
+    train: Windows
+    val: Windows
+    init: LoadedModel | None
+    corpus_name: str
+
+
+def cache_dir() -> Path:
+    """Where tokenised corpora are kept: $APR_CACHE, or apr in the user's cache folder."""
+    base = os.environ.get("APR_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "apr"
+
+
+def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
+    """Open device, data, tokenizer and model description. Raises AprError for what does not fit together."""
+    backend = select(s.device, s.dtype, s.threads)
+    init = load_model(s.init) if s.init else None
+    cfg = init.cfg if init else load_config(str(s.model))
+    if s.seq_length > cfg.max_position_embeddings:
+        raise Refused(
+            f"--seq-length {s.seq_length} is more than the model's max_position_embeddings = {cfg.max_position_embeddings}"
+        )
+    tokenizer, train, val, name = _open_data(s, cfg, init, progress)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise Refused(
+            f"{tokenizer.source}: {tokenizer.vocab_size} token ids do not fit the model's vocab_size = {cfg.vocab_size}"
+        )
+    s = dataclasses.replace(s, micro_batch_size=_micro_batch(s, cfg))
+    return Inputs(s, backend, cfg, tokenizer, train, val, init, name)
+
+
+def _open_data(
+    s: Settings, cfg: ModelConfig, init: LoadedModel | None, progress: Progress | None
+) -> tuple[Tokenizer, Windows, Windows, str]:
+    tokenizer = Tokenizer.from_file(s.tokenizer) if s.tokenizer else None
+    if s.corpus:
+        if tokenizer is None and init is not None:
+            if init.tokenizer_json is None:
+                raise Refused(f"{s.init}: no tokenizer in the checkpoint; give --tokenizer")
+            tokenizer = Tokenizer.from_json(init.tokenizer_json, str(s.init))
+        docs = stdlib_documents() if s.corpus == "stdlib" else documents(s.corpus)
+        made_by = tokenizer.sha256 if tokenizer else f"vocab {cfg.vocab_size}"
+        where = "stdlib" if s.corpus == "stdlib" else str(Path(s.corpus).resolve())
+        key = hashlib.sha256(f"{where} {made_by} {s.val_fraction}".encode()).hexdigest()[:16]
+        ready = prepare(
+            docs,
+            cache_dir() / "corpora" / key,
+            vocab_size=None if tokenizer else cfg.vocab_size,
+            tokenizer=tokenizer,
+            val_fraction=s.val_fraction,
+            progress=progress,
+        )
+        name = "this Python's standard library" if s.corpus == "stdlib" else s.corpus
+        return (
+            ready.tokenizer,
+            Windows(ready.train, s.seq_length),
+            Windows(ready.val, s.seq_length),
+            name,
+        )
+    folder = Path(str(s.dataset))
+    tokenizer = tokenizer or Tokenizer.from_file(folder / "tokenizer")
+    val_folder = Path(s.val_dataset) if s.val_dataset else None
+    if val_folder is None and (folder / "train").is_dir() and (folder / "val").is_dir():
+        folder, val_folder = folder / "train", folder / "val"
+    train = Windows(TokenShards(folder, tokenizer), s.seq_length)
+    if val_folder is not None:
+        return tokenizer, train, Windows(TokenShards(val_folder, tokenizer), s.seq_length), str(folder)
+    held = (s.val_batches or HELD_OUT_BATCHES) * s.batch_size
+    return tokenizer, *train.split(held), str(folder)
+
+
+def _micro_batch(s: Settings, cfg: ModelConfig) -> int:
+    """Sequences computed at once: what was asked for, or the largest divisor of the batch that fits."""
+    if s.micro_batch_size:
+        size = min(s.micro_batch_size, s.batch_size)
+    else:
+        have = available_memory()
+        divisors = [d for d in range(s.batch_size, 0, -1) if s.batch_size % d == 0]
+        fits = (d for d in divisors if have is None or memory(cfg, d, s.seq_length).total < 0.8 * have)
+        size = next(fits, 1)
+    check_fits(memory(cfg, size, s.seq_length), "use a smaller --micro-batch-size, --seq-length or --model")
+    return size
+
+
+def describe(i: Inputs) -> dict[str, Any]:
+    """Identity of the data, for the run's config.json."""
+    return {
+        "corpus": i.corpus_name,
+        "train_sha256": i.train.shards.sha256,
+        "val_sha256": i.val.shards.sha256,
+        "tokenizer_sha256": i.tokenizer.sha256,
+        "train_tokens": i.train.shards.total_tokens,
+        "val_tokens": i.val.shards.total_tokens,
+        "train_windows": len(i.train),
+        "val_windows": len(i.val),
+        "val_unigram_entropy_nats": i.val.shards.unigram_entropy,
+        "init_sha256": i.init.sha256 if i.init else None,
+    }

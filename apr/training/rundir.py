@@ -1,0 +1,221 @@
+"""The run directory: config.json, metrics.jsonl, checkpoints, states that --resume needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from .. import __version__
+from ..config import read_json
+from ..data.tokenizer import Tokenizer
+from ..errors import InputNotFound, IOFailure, MalformedFile, Refused
+from ..formats.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
+from ..formats.atomic import write_json, write_text
+from ..model import Model
+from ..optim import AdamW
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that computes."""
+    packages = ("numpy", "numba", "scipy-openblas64", "tokenizers")
+    return {"apr": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that apr runs from, with + when files differ; None outside a checkout."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        return commit + ("+" if _git(here, "status", "--porcelain", "apr") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def sha256(*arrays: np.ndarray) -> str:
+    """SHA-256 of the bytes of arrays, one after the other."""
+    digest = hashlib.sha256()
+    for a in arrays:
+        digest.update(np.ascontiguousarray(a).view(np.uint8).reshape(-1).data)
+    return digest.hexdigest()
+
+
+class RunDir:
+    """Paths and files of one run. Everything is written whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.ckpt = path / "ckpt"
+        self.state = self.ckpt / "state"
+        self._metrics: TextIO | None = None
+
+    def create(self, config: dict[str, Any]) -> None:
+        """Make the folders and config.json. Raises Refused when a run is there already."""
+        if (self.path / "config.json").exists():
+            raise Refused(
+                f"{self.path} holds a run already; continue it with --resume or choose another --run-dir"
+            )
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise IOFailure(f"{self.path}: cannot make the run directory: {e.strerror}") from None
+        write_json(self.path / "config.json", config)
+
+    def read_config(self) -> dict[str, Any]:
+        """config.json of an existing run."""
+        path = self.path / "config.json"
+        if not path.is_file():
+            raise InputNotFound(f"{path}: no run to resume here; give the --run-dir of one")
+        d = read_json(path)
+        if not isinstance(d, dict) or not isinstance(d.get("settings"), dict):
+            raise MalformedFile(f"{path}: no settings in it; the run cannot be resumed")
+        return d
+
+    # Metrics
+
+    def open_metrics(self, keep_until: int) -> None:
+        """Open metrics.jsonl to add to it, dropping what an interrupted run wrote after step keep_until."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in _lines(path) if line["step"] <= keep_until]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        try:
+            self._metrics = path.open("a", encoding="utf-8")
+        except OSError as e:
+            raise IOFailure(f"{path}: {e.strerror}") from None
+
+    def log(self, **line: Any) -> None:
+        """Add a line to metrics.jsonl."""
+        assert self._metrics is not None
+        try:
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
+        except OSError as e:
+            raise IOFailure(f"{self.path / 'metrics.jsonl'}: {e.strerror}") from None
+
+    def close(self) -> None:
+        """Close metrics.jsonl."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return list(_lines(self.path / "metrics.jsonl"))
+
+    # Checkpoints
+
+    def save_epoch(
+        self, epoch: int, model: Model, opt: AdamW, tokenizer: Tokenizer, facts: dict[str, Any]
+    ) -> Path:
+        """ckpt/epoch-NNN.apr with weights, architecture and tokenizer, and its metadata.json."""
+        path = self.ckpt / f"epoch-{epoch:03d}.apr"
+        w = model.be.to_host(model.w)
+        meta = config_to_metadata(model.cfg)
+        embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id)
+        tensors = model.layout.named(w)
+        write_apr(path, meta, tensors, model.dtype)
+        facts = {
+            "epoch": epoch,
+            **facts,
+            "optimizer_state_sha": sha256(model.be.to_host(opt.m), model.be.to_host(opt.v)),
+            "weights_sha": sha256(*tensors.values()),
+        }
+        write_json(path.with_name(f"epoch-{epoch:03d}.metadata.json"), facts)
+        return path
+
+    def save_state(self, model: Model, opt: AdamW, progress: dict[str, Any], keep: int) -> Path:
+        """ckpt/state/step-NNNNNN.apr: weights, both moments and where the run stands; older ones go."""
+        path = self.state / f"step-{progress['step']:06d}.apr"
+        tensors: dict[str, np.ndarray] = {}
+        for prefix, flat in (("", model.w), ("optimizer.m.", opt.m), ("optimizer.v.", opt.v)):
+            host = model.be.to_host(flat)
+            tensors |= {prefix + name: x for name, x in model.layout.named(host).items()}
+        meta = {**config_to_metadata(model.cfg), "training": progress}
+        write_apr(path, meta, tensors, "float32")
+        for old in self.states()[:-keep]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def states(self) -> list[Path]:
+        """Saved states, oldest first."""
+        found = [p for p in self.state.glob("step-*.apr") if re.fullmatch(r"step-\d{6,}", p.stem)]
+        return sorted(found, key=lambda p: int(p.stem[5:]))
+
+    def load_state(self, model: Model, opt: AdamW) -> dict[str, Any]:
+        """Put the latest saved state into model and optimizer; returns where the run stood."""
+        if not self.states():
+            raise InputNotFound(
+                f"{self.state}: no saved state; the run stopped before its first one: start anew"
+            )
+        path = self.states()[-1]
+        file = read_apr(path)
+        for prefix, flat in (("", model.w), ("optimizer.m.", opt.m), ("optimizer.v.", opt.v)):
+            host = np.zeros(model.layout.size, np.float32)
+            for name, view in model.layout.named(host).items():
+                saved = file.tensors.get(prefix + name)
+                if saved is None or saved.shape != view.shape or saved.dtype != np.float32:
+                    raise MalformedFile(
+                        f"{path}: tensor {prefix + name!r} is missing or of the wrong shape or dtype"
+                    )
+                view[...] = saved
+            model.be.from_host(flat, host)
+        progress = file.metadata.get("training")
+        if not isinstance(progress, dict):
+            raise MalformedFile(f"{path}: no 'training' entry; this is a checkpoint, not a state")
+        opt.steps = progress["step"]
+        return progress
+
+
+def next_free(name: str, root: Path = Path("runs")) -> Path:
+    """runs/NAME, or runs/NAME-2, runs/NAME-3 ...: the first that holds no run."""
+    number = 1
+    while True:
+        path = root / (name if number == 1 else f"{name}-{number}")
+        if not path.exists() or not any(path.iterdir()):
+            return path
+        number += 1
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of metrics.jsonl; a last line cut short by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(lines):
+        try:
+            d = json.loads(line)
+        except json.JSONDecodeError:
+            d = None
+        if isinstance(d, dict) and isinstance(d.get("step"), int):
+            yield d
+        elif i + 1 < len(lines):
+            raise MalformedFile(f"{path}: line {i + 1} is not a line of metrics")
+
+
+def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
+    """Loss per token as bits per UTF-8 byte of text."""
+    return nats_per_token / math.log(2) * tokens / text_bytes
+
+
+def free_space(path: Path) -> int:
+    """Bytes free on the disk that holds path (or the nearest folder above it that exists)."""
+    while not path.exists():
+        path = path.parent
+    s = os.statvfs(path)
+    return s.f_bavail * s.f_frsize

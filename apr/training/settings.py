@@ -1,0 +1,195 @@
+"""Every setting of `apr pretrain`: flags, configuration file, defaults of the mode, the demo job."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import read_json
+from ..errors import InputNotFound, MalformedFile, UsageError
+from ..flags import field_types, given, option
+from ..optim import SCHEDULES
+
+MODES = {"from-scratch": dict(lr=3e-4, warmup_steps=1000), "finetune": dict(lr=5e-5, warmup_steps=100)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags of `apr pretrain`, one field each; None means "depends on other settings"."""
+
+    corpus: str | None = option(
+        "raw text to train on: a file, a folder, or 'stdlib' for this Python's own standard library; "
+        "tokenised once into a cache"
+    )
+    dataset: str | None = option("folder of token shards (or one with train/ and val/ inside)")
+    tokenizer: str | None = option("tokenizer folder; with --corpus and none given, one is trained")
+    run_dir: str | None = option("where the run writes (default: the next free runs/NAME)")
+    model: str | None = option("preset name or config.json of the model to train from random weights")
+    init: str | None = option("checkpoint to start from: an .apr file or a Hugging Face folder")
+    mode: str | None = option(
+        "defaults for lr and warm-up; follows from --model or --init", choices=tuple(MODES)
+    )
+    device: str = option("auto, cpu, cuda or cuda:N; only auto may choose", "auto")
+    dtype: str = option("of weights and activations", "float32", choices=("float32", "bfloat16"))
+    threads: int | None = option("CPU threads for matrix products and kernels (default: all cores)")
+    num_steps: int = option("optimizer steps", 1000)
+    batch_size: int = option("sequences per optimizer step", 16)
+    micro_batch_size: int | None = option("sequences computed at once (default: as many as fit in memory)")
+    seq_length: int = option("tokens per sequence", 1024)
+    steps_per_epoch: int = option("steps between evaluations", 100)
+    lr: float | None = option("peak learning rate (default: 3e-4 from scratch, 5e-5 fine-tuning)")
+    lr_min: float | None = option("learning rate at the end (default: 1 % of the peak)")
+    warmup_steps: int | None = option(
+        "steps of linear warm-up (default: 1000 from scratch, 100 fine-tuning, at most 10 % of all steps)"
+    )
+    schedule: str = option("how the learning rate falls", "cosine", choices=SCHEDULES)
+    weight_decay: float = option("AdamW decay of matrices; norms and biases have none", 0.1)
+    beta1: float = option("AdamW", 0.9)
+    beta2: float = option("AdamW", 0.95)
+    eps: float = option("AdamW", 1e-8)
+    grad_clip: float = option("largest global gradient norm; 0 does not clip", 1.0)
+    val_dataset: str | None = option("folder of token shards that training never sees")
+    val_fraction: float = option("share of a corpus's documents that is held out", 0.05)
+    val_batches: int | None = option(
+        "evaluate on this many batches only; with --dataset alone, hold out that many (default there: 16)"
+    )
+    patience: int = option("evaluations without improvement before an early stop", 5)
+    min_epochs: int = option("evaluations before an early stop or a reached target may end the run", 3)
+    target_val_loss: float | None = option("end when the validation loss (nats/token) reaches this")
+    seed: int = option("of initial weights and data order", 42)
+    shuffle: bool = option("windows in random order", True)
+    on_exhausted: str = option("at the end of the data", "cycle", choices=("cycle", "stop"))
+    resume: bool = option("go on with the run in --run-dir from its last saved state", False)
+    save_every: int = option("steps between saved states; 0: at every evaluation", 0)
+    keep_states: int = option("how many saved states to keep", 2)
+    sample: str | None = option("prompt to continue when the run is done")
+    config: str | None = option("JSON file with the same names; flags win")
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+# The job of `make pretrain`: everything else keeps its default.
+DEMO: dict[str, Any] = dict(
+    corpus="stdlib",
+    model="llama-demo",
+    seq_length=256,
+    batch_size=8,
+    num_steps=1000,
+    steps_per_epoch=100,
+    lr=3e-3,
+    warmup_steps=50,
+    sample="def ",
+)
+
+# What may differ between a run and its continuation.
+MAY_CHANGE = {"run_dir", "resume", "save_every", "keep_states", "json", "config", "threads"}
+
+
+def from_command_line(args: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
+    """Settings and, apart, those that were given explicitly (by flag or configuration file)."""
+    explicit = given(Settings, args, "apr pretrain", __doc__ or "")
+    if "config" in explicit:
+        explicit = {**read_config(Path(explicit["config"])), **explicit}
+    if not set(explicit) - {"json", "run_dir", "threads", "resume"} and not explicit.get("resume"):
+        explicit = {**DEMO, **explicit}
+    return Settings(**explicit), explicit
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Settings in a JSON file, names with - or _. Raises for unknown keys and wrong types."""
+    if not path.is_file():
+        raise InputNotFound(f"--config {path}: no such file")
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise MalformedFile(f"{path}: expected a JSON object of settings")
+    return check({k.replace("-", "_"): v for k, v in raw.items()}, str(path))
+
+
+def check(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """The same values with whole numbers made float where that is the type; unknown keys raise."""
+    plain, out = field_types(Settings), {}
+    allowed = {f.name: f.metadata["choices"] for f in dataclasses.fields(Settings)}
+    for key, value in values.items():
+        if key not in plain:
+            raise UsageError(
+                f"{source}: unknown setting {key!r} = {value!r}; `apr pretrain --help` lists them"
+            )
+        if plain[key] is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if value is not None and (
+            not isinstance(value, plain[key]) or (plain[key] is int and isinstance(value, bool))
+        ):
+            raise UsageError(f"{source}: {key} = {value!r} is not of type {plain[key].__name__}")
+        if value is not None and allowed[key] and value not in allowed[key]:
+            raise UsageError(f"{source}: {key} = {value!r}; choose one of {', '.join(allowed[key])}")
+        out[key] = value
+    return out
+
+
+def resolve(s: Settings) -> Settings:
+    """Fill in what depends on other settings and refuse what cannot be. Raises UsageError."""
+    _one_of(s, "corpus", "dataset", "what to train on")
+    _one_of(s, "model", "init", "which model")
+    mode = s.mode or ("finetune" if s.init else "from-scratch")
+    if mode == "from-scratch" and s.init:
+        raise UsageError("--mode from-scratch starts from random weights; drop --init or use --mode finetune")
+    if mode == "finetune" and not s.init:
+        raise UsageError("--mode finetune needs --init: a checkpoint to start from")
+    if s.dataset and not s.tokenizer and not (Path(s.dataset) / "tokenizer").is_dir():
+        raise UsageError("--dataset needs --tokenizer: the folder of the tokenizer that made the shards")
+    for name in (
+        "num_steps",
+        "batch_size",
+        "seq_length",
+        "steps_per_epoch",
+        "keep_states",
+        "lr",
+        "micro_batch_size",
+    ):
+        value = getattr(s, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name.replace('_', '-')} = {value}: must be above 0")
+    for name in (
+        "warmup_steps",
+        "lr_min",
+        "weight_decay",
+        "eps",
+        "grad_clip",
+        "patience",
+        "min_epochs",
+        "save_every",
+        "seed",
+    ):
+        value = getattr(s, name)
+        if value is not None and not value >= 0:
+            raise UsageError(f"--{name.replace('_', '-')} = {value}: must be at least 0")
+    for name, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("val_fraction", 0, 1)):
+        if not low <= getattr(s, name) < high:
+            raise UsageError(
+                f"--{name.replace('_', '-')} = {getattr(s, name)}: must be at least 0 and below 1"
+            )
+    if s.val_batches is not None and s.val_batches < 1:
+        raise UsageError(f"--val-batches = {s.val_batches}: must be at least 1")
+    for f in dataclasses.fields(s):
+        value = getattr(s, f.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{f.name.replace('_', '-')} = {value}: must be a finite number")
+    base: dict[str, Any] = MODES[mode]
+    lr = base["lr"] if s.lr is None else s.lr
+    return dataclasses.replace(
+        s,
+        mode=mode,
+        lr=lr,
+        lr_min=0.01 * lr if s.lr_min is None else s.lr_min,
+        warmup_steps=min(base["warmup_steps"], s.num_steps // 10)
+        if s.warmup_steps is None
+        else s.warmup_steps,
+    )
+
+
+def _one_of(s: Settings, a: str, b: str, what: str) -> None:
+    if (getattr(s, a) is None) == (getattr(s, b) is None):
+        raise UsageError(f"say {what}: give --{a} or --{b}, one of them")

@@ -1,0 +1,135 @@
+"""What a person sees of a run: a header, a progress bar, a line per evaluation, the end, a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+
+class Show:
+    """Progress on a terminal: a bar. Elsewhere (a pipe, a log file): a line every tenth of the run."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = 120
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._total = 0
+
+    def note(self, text: str) -> None:
+        """A line of text."""
+        self.console.print(text, markup=False)
+
+    def preparing(self, stage: str, done: int, total: int) -> None:
+        """Progress of the corpus: what is being done, documents done and in all."""
+        if self._bar is None:
+            self._open("{task.description}")
+        assert self._bar is not None
+        if self._task is None or self._bar.tasks[-1].description != stage:
+            self._task = self._bar.add_task(stage, total=total or None)
+            if not self.console.is_terminal:
+                self.note(f"{stage} ...")
+        self._bar.update(self._task, completed=done)
+
+    def start(self, done: int, total: int) -> None:
+        """Begin the bar of the training steps."""
+        self.stop()
+        self._total = total
+        self._open(
+            "step", "loss {task.fields[loss]}", "lr {task.fields[lr]}", "{task.fields[speed]} tokens/s"
+        )
+        assert self._bar is not None
+        self._task = self._bar.add_task("train", total=total, completed=done, loss="-", lr="-", speed="-")
+
+    def _open(self, *columns: str) -> None:
+        texts = [TextColumn(c) for c in columns]
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._bar = Progress(
+            texts[0], BarColumn(), MofNCompleteColumn(), *texts[1:], *times,
+            console=self.console, transient=True, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self._bar.start()
+
+    def step(self, line: dict[str, Any]) -> None:
+        """A training step, as logged."""
+        step, loss, lr, speed = line["step"], line["train_loss"], line["lr"], line["tokens_per_sec"]
+        if self._bar is not None:
+            self._bar.update(
+                self._task, completed=step, loss=f"{loss:.3f}", lr=f"{lr:.2e}", speed=f"{speed:,.0f}"
+            )
+        if not self.console.is_terminal and step % max(1, self._total // 10) == 0:
+            self.note(f"step {step}/{self._total}  train {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s")
+
+    def evaluation(self, step: int, val_loss: float, bits: float, train_losses: list[float]) -> None:
+        """An evaluation; train_losses are those of the epoch that it ends."""
+        train = f"train {np.mean(train_losses):.4f}  " if train_losses else "before training: "
+        self.note(f"step {step:>5}  {train}val {val_loss:.4f} nats/token  {bits:.3f} bits/byte")
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar, self._task = None, None
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Two columns: what and how much."""
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, value in rows:
+            table.add_row(name, Text(value))
+        self.console.print(table)
+
+
+def loss_curve(metrics: list[dict[str, Any]], unigram_entropy: float, vocab_size: int, path: Path) -> None:
+    """Draw train_loss, its moving mean, val_loss and two yardsticks against tokens seen, as a PNG."""
+    from matplotlib.figure import Figure
+
+    steps = [m for m in metrics if "train_loss" in m]
+    evals = [m for m in metrics if "val_loss" in m]
+    tokens = {m["step"]: m["tokens_seen"] for m in steps} | {0: 0}
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    x, y = np.array([m["tokens_seen"] for m in steps]) / 1e6, np.array([m["train_loss"] for m in steps])
+    axes.plot(x, y, color="tab:blue", alpha=0.25, linewidth=0.8, label="train, each step")
+    width = max(1, len(y) // 50)
+    if len(y) >= width > 1:
+        axes.plot(
+            x[width - 1 :],
+            np.convolve(y, np.ones(width) / width, "valid"),
+            color="tab:blue",
+            label=f"train, mean of {width}",
+        )
+    points = [(tokens[m["step"]] / 1e6, m["val_loss"]) for m in evals]
+    axes.plot(*zip(*points, strict=True), "o-", color="tab:red", markersize=4, label="validation")
+    for value, text in (
+        (math.log(vocab_size), "uniform guess, ln V"),
+        (unigram_entropy, "entropy of token frequencies"),
+    ):
+        axes.axhline(value, color="grey", linewidth=0.8, linestyle="--")
+        axes.annotate(
+            text,
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color="grey",
+        )
+    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats/token)", title=f"{path.parent.name}: loss")
+    axes.grid(alpha=0.2)
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.78))
+    figure.savefig(path)

@@ -1,0 +1,331 @@
+"""One row per way of calling an op, and the machine that runs a row on a backend.
+
+A call is "OP: ARGUMENT, ARGUMENT, ..." in the order of the parameters. An argument is NAME ROLE AXES, or
+NAME=VALUE for a scalar, or NAME alone for an array that was named before. The roles:
+
+    in        read; its gradient is the array d+NAME of the backward call
+    const     read; has no gradient         ids, targets   integers below V; every fourth target is -100
+    out       overwritten                   save           the same, and read by the backward call
+    acc       added to                      inplace        read and overwritten
+    none      None is passed
+
+A role ending in 64 is float64 whatever the dtype of the row, one ending in + has values above zero. An axis is a
+length; H@K/W is a slice of length H that starts at K of an axis of length W: a strided view, as the model passes
+them. A backward call starts from upstream gradients: dy is that of y; dres, which is added to, starts as that of res.
+Sizes are odd on purpose: one row per line of the table "LETTERS: sizes, sizes, ...".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from apr.backends import reference
+
+Backend = ModuleType | SimpleNamespace
+Arrays = dict[str, np.ndarray]
+Figures = dict[str, tuple[float, float]]  # name -> (error, tolerance)
+WRITTEN = ("out", "save", "acc", "inplace")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: the forward call, the backward call ("" where there is none) and a table of sizes."""
+
+    name: str
+    fwd: str
+    bwd: str
+    table: str
+
+
+QKV = "q in B T H@0/H+2*K D, k in B T K@H/H+2*K D, v in B T K@H+K/H+2*K D"
+DQKV = "dq out B T H@0/H+2*K D, dk out B T K@H/H+2*K D, dv out B T K@H+K/H+2*K D"
+ADAMW = (
+    "adamw: w inplace N, m inplace N, v inplace+ N, g in N, factor in64+ 1, lr=0.01, beta1=0.9, beta2=0.95"
+)
+
+CASES = [
+    Case(
+        "embedding",
+        "embedding_fwd: y out N C, ids ids N, w in V C",
+        "embedding_bwd: dw acc V C, dy in N C, ids",
+        "N C V: 1 1 1, 5 59 97, 257 123 59",
+    ),
+    Case(
+        "linear",
+        "linear_fwd: y out N O, x in N I, w in O I, b in O",
+        "linear_bwd: dx out N I, dw acc O I, db acc O, dy in N O, x, w",
+        "N O I: 1 1 1, 5 97 59, 123 5 97, 59 257 123, 257 1 5",
+    ),
+    Case(
+        "linear_no_bias",
+        "linear_fwd: y out N O, x in N I, w in O I, b none",
+        "linear_bwd: dx out N I, dw acc O I, db none, dy in N O, x, w",
+        "N O I: 1 59 5, 97 123 59, 257 5 97",
+    ),
+    Case(
+        "linear_frozen",
+        "linear_fwd: y out N O, x in N I, w const O I, b none",
+        "linear_bwd: dx out N I, dw none, db none, dy in N O, x, w",
+        "N O I: 5 97 59",
+    ),
+    Case(
+        "linear_rows_apart",  # the last position of each sequence
+        "linear_fwd: y out N O, x in N I@2*I/3*I, w in O I, b none",
+        "",
+        "N O I: 1 123 59, 5 97 59",
+    ),
+    Case(
+        "add_rmsnorm",
+        "add_rmsnorm_fwd: res out N C, y out N C, rstd save N, res_in in N C, delta in N C, w in C, eps=1e-5",
+        "add_rmsnorm_bwd: dres acc N C, dw acc C, dy in N C, res, rstd, w",
+        "N C: 1 1, 5 59, 97 123, 123 5, 59 257",
+    ),
+    Case(
+        "add_rmsnorm_first",  # no delta, and res is res_in
+        "add_rmsnorm_fwd: res inplace N C, y out N C, rstd save N, res, none, w in C, eps=1e-6",
+        "add_rmsnorm_bwd: dres acc N C, dw acc C, dy in N C, res, rstd, w",
+        "N C: 1 5, 257 1, 59 97",
+    ),
+    Case(
+        "head_rmsnorm",  # H heads from head S: of P in y, of Q in x
+        "head_rmsnorm_fwd: y out N H@S/P D, rstd save N H@S/P, x in N H@S/Q D, w in D, eps=1e-6",
+        "head_rmsnorm_bwd: dx out N H@S/Q D, dw acc D, dy in N H@S/P D, x, rstd, w",
+        "N H D S P Q: 1 1 1 0 1 1, 5 7 59 0 8 9, 97 1 10 7 8 9, 123 4 12 0 6 8, 59 2 97 4 6 8",
+    ),
+    Case(
+        "rope",
+        "rope: x inplace B T H@S/P 2*E, cos const T E, sin const T E, sign=1",
+        "rope: dx inplace B T H@S/P 2*E, cos, sin, sign=-1",
+        "B T H E S P: 1 1 1 1 0 1, 2 59 4 5 0 8, 1 97 2 6 4 8, 5 5 7 30 1 9",
+    ),
+    Case(
+        "attention",
+        f"attention_fwd: y out B T H D, lse save B H T, {QKV}, window=0",
+        f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, window=0",
+        "B T H K D: 2 5 4 4 10, 1 59 4 2 6, 2 9 4 1 8, 1 13 7 1 5, 1 123 2 1 59, 1 257 1 1 8",
+    ),
+    Case(
+        "attention_window",
+        f"attention_fwd: y out B T H D, lse save B H T, {QKV}, window=W",
+        f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, window=W",
+        "B T H K D W: 1 5 2 2 8 2, 2 13 4 2 6 5, 1 97 4 1 5 59, 1 123 2 1 10 5, 1 59 1 1 4 97",
+    ),
+    Case(
+        "attention_cache",  # the last T of S positions ask; keys and values lie in a cache of P positions
+        "attention_fwd: y out B T H D, lse save B H T, q in B T H@0/H+2*K D, k in B S@0/P K D, v in B S@0/P K D,"
+        "window=W",
+        "attention_bwd: dq out B T H@0/H+2*K D, dk out B S@0/P K D, dv out B S@0/P K D, dy in B T H D, y, lse, q, k, v,"
+        "window=W",
+        "B T S P H K D W: 1 1 1 5 2 1 6 0, 2 1 59 97 4 2 5 0, 2 5 13 59 7 1 8 0, 1 5 59 60 4 4 6 7, 1 97 123 123 2 1 5 59",
+    ),
+    Case(
+        "swiglu",
+        "swiglu_fwd: y out N F, gu in N 2*F",
+        "swiglu_bwd: dgu out N 2*F, dy in N F, gu",
+        "N F: 1 1, 5 59, 97 123, 123 5, 1 257",
+    ),
+    Case(
+        "cross_entropy",
+        "cross_entropy: loss out N, logits inplace N V, targets targets N, scale=0.37",
+        "",
+        "N V: 1 5, 5 59, 97 123, 59 1025",
+    ),
+    Case(
+        "cross_entropy_loss_only",
+        "cross_entropy: loss out N, logits in N V, targets targets N, scale=None",
+        "",
+        "N V: 1 5, 5 59, 97 1025",
+    ),
+    Case("add_sum", "add_sum: total acc64 1, x in N", "", "N: 1, 59, 257, 40001"),
+    Case("add_sum_sq", "add_sum_sq: total acc64+ 1, x in N", "", "N: 1, 59, 257, 40001"),
+    Case("clip_factor", "clip_factor: factor out64 1, sum_sq in64+ 1, max_norm=0.5", "", "N: 1"),
+    Case("adamw", f"{ADAMW}, eps=1e-8, decay=0.1, step=3", "", "N: 1, 59, 257, 40001"),
+    Case("adamw_first_step", f"{ADAMW}, eps=1e-3, decay=0.0, step=1", "", "N: 97"),
+]
+
+
+@dataclass(frozen=True)
+class Arg:
+    """One argument of a call. axes: (length, start, whole) of each axis; value: of a scalar."""
+
+    name: str
+    role: str
+    wide: bool = False  # float64 whatever the dtype
+    positive: bool = False
+    axes: tuple[tuple[int, int, int], ...] = ()
+    value: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the view."""
+        return tuple(length for length, _, _ in self.axes)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A case at one line of its sizes."""
+
+    case: Case
+    sizes: dict[str, int]
+
+    def __str__(self) -> str:
+        return "-".join([self.case.name, *map(str, self.sizes.values())])
+
+    @cached_property
+    def calls(self) -> list[tuple[str, list[Arg]]]:
+        """The op and the arguments of the forward call and, where there is one, of the backward call."""
+        return [self._parse(call) for call in (self.case.fwd, self.case.bwd) if call]
+
+    @property
+    def written(self) -> dict[str, tuple[int, int]]:
+        """Every array that the row writes: name -> (number of the call, position of the argument)."""
+        return {
+            a.name: (n, i)
+            for n, (_, args) in enumerate(self.calls)
+            for i, a in enumerate(args)
+            if a.role in WRITTEN
+        }
+
+    def _parse(self, call: str) -> tuple[str, list[Arg]]:
+        op, _, rest = call.partition(":")
+        return op, [self._argument(text.strip()) for text in rest.split(",")]
+
+    def _argument(self, text: str) -> Arg:
+        if "=" in text:
+            name, value = text.split("=")
+            return Arg(name, "scalar", value=self._number(value))
+        name, role, *axes = text.split() if " " in text else (text, "again")
+
+        def axis(token: str) -> tuple[int, int, int]:
+            length, _, place = token.partition("@")
+            start, _, whole = place.partition("/")
+            return self._number(length), self._number(start or "0"), self._number(whole or length)
+
+        kind = role.rstrip("+").removesuffix("64")
+        return Arg(name, kind, "64" in role, "+" in role, tuple(axis(a) for a in axes))
+
+    def _number(self, text: str) -> Any:
+        return eval(text, {}, self.sizes)
+
+
+def rows(case: Case) -> list[Row]:
+    """A case at all its sizes."""
+    letters, lines = case.table.split(":")
+    return [
+        Row(case, dict(zip(letters.split(), map(int, line.split()), strict=True)))
+        for line in lines.split(",")
+    ]
+
+
+ROWS = [row for case in CASES for row in rows(case)]
+LARGEST = [rows(case)[-1] for case in CASES]
+
+
+def overlay(be: Backend, **ops: Any) -> SimpleNamespace:
+    """A backend with some of its functions replaced."""
+    return SimpleNamespace(**{**{name: getattr(be, name) for name in dir(be)}, **ops})
+
+
+def make(row: Row, dtype: Any, seed: int = 0) -> Arrays:
+    """Starting values of all arrays that are read, exact in `dtype`, as float64 (integers as int32)."""
+    rng, values = np.random.default_rng([seed, *row.sizes.values()]), {}
+    for a in (a for _, args in row.calls for a in args):
+        if a.role in ("ids", "targets"):
+            values[a.name] = rng.integers(0, row.sizes["V"], a.shape, dtype=np.int32)
+            values[a.name][3::4] = -100 if a.role == "targets" else 0
+        elif a.role in ("in", "const", "acc", "inplace"):
+            x = rng.normal(size=a.shape)
+            x = np.abs(x) + 0.1 if a.positive else x
+            values[a.name] = x if a.wide else x.astype(dtype).astype(np.float64)
+    return values
+
+
+BAND, GUARD = 64, 7.0  # elements before and after each array, and what is in them and between strided rows
+
+
+@dataclass
+class Buffer:
+    """An argument as it lies in memory, with what surrounds it. Outputs start as NaN, inputs lie in NaN."""
+
+    arg: Arg
+    whole: Any  # on the backend, flat
+    last: np.ndarray  # copy of whole on the host
+
+    @classmethod
+    def of(cls, be: Backend, arg: Arg, dtype: Any, start: np.ndarray | None) -> Buffer:
+        """A new buffer whose view holds `start`."""
+        kind = np.int32 if arg.role in ("ids", "targets") else np.float64 if arg.wide else dtype
+        size = prod(whole for _, _, whole in arg.axes) + 2 * BAND
+        host = np.full(size, np.nan if arg.role in ("in", "const") else GUARD).astype(kind)
+        whole = be.empty(size, kind)
+        out = cls(arg, whole, host)
+        out.view(host)[...] = np.nan if start is None else start
+        be.from_host(whole, host)
+        return out
+
+    def view(self, flat: Any) -> Any:
+        """The argument inside its memory."""
+        shape = tuple(whole for _, _, whole in self.arg.axes)
+        inner = flat[BAND : BAND + prod(shape)].reshape(shape)
+        return inner[tuple(slice(start, start + n) for n, start, _ in self.arg.axes)]
+
+    def check(self, be: Backend, op: str, may_change: bool) -> None:
+        """Raise AssertionError if an op changed anything that it must not."""
+        now = be.to_host(self.whole)
+        if may_change:
+            self.view(self.last)[...] = self.view(now)
+        where = f"outside its output {self.arg.name}" if may_change else f"to its input {self.arg.name}"
+        assert now.tobytes() == self.last.tobytes(), f"{op} wrote {where}"
+
+
+def run(be: Backend, row: Row, dtype: Any, values: Arrays) -> Arrays:
+    """The calls of a row: every array written. Inputs, and all memory around arrays, must survive."""
+    have: dict[str, Buffer] = {}
+    for op, args in row.calls:
+        have |= {a.name: Buffer.of(be, a, dtype, values.get(a.name)) for a in args if a.axes}
+        getattr(be, op)(*(have[a.name].view(have[a.name].whole) if a.name in have else a.value for a in args))
+        outputs = {a.name for a in args if a.role in WRITTEN}
+        for name, buffer in have.items():
+            buffer.check(be, op, name in outputs)
+    return {name: have[name].view(have[name].last) for name in row.written}
+
+
+def tolerance(base: float, largest: float, eps: float, factor: float) -> float:
+    """The rule: `factor` times the error plain NumPy makes at this precision, plus two units in the last place.
+
+    base: that error; largest: the largest magnitude of the true values; factor: 2, for gradients 3.
+    """
+    return factor * base + 2 * eps * largest
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest difference; NaN where either holds NaN."""
+    return float(np.abs(got - want.astype(np.result_type(got, want))).max())
+
+
+def accuracy(be: Backend, row: Row, dtype: Any, values: Arrays | None = None) -> Figures:
+    """(error, tolerance) of every output of a row in `dtype`. The reference gives the true values in float64 and, in
+    `dtype`, the error to expect."""
+    values = values or make(row, dtype)
+    want, base, got = (
+        run(b, row, t, values) for b, t in ((reference, np.float64), (reference, dtype), (be, dtype))
+    )
+    figures, forward = {}, {a.name for a in row.calls[0][1]}
+    for name, true in want.items():
+        factor = 2 if name in forward and name != "logits" else 3
+        bound = tolerance(
+            error(base[name], true), float(np.abs(true).max()), float(np.finfo(dtype).eps), factor
+        )
+        figures[name] = (error(got[name], true), bound)
+    return figures
+
+
+def off(figures: Figures) -> list[str]:
+    """Names whose error is not within its tolerance; NaN is not."""
+    return [name for name, (err, tol) in figures.items() if not err <= tol]

@@ -1,0 +1,272 @@
+"""The checks of whole models: test_model.py and test_golden.py want them green, test_faults.py wants them red.
+
+A check returns the names of what is off: [] is green. It gets its models from `build`, a function
+(cfg, dtype, **options) -> Model, and that is where a fault is planted.
+
+How far off is judged by the tolerance rule of cases.py. The error to expect is measured once, in float32, on the
+reference against float64 or a golden file; for float64 it is scaled by the ratio of the units in the last place (that
+errors do scale so is checked in test_ops.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apr.backends import reference
+from apr.config import PRESETS, ModelConfig, from_hf
+from apr.model import Model
+from apr.optim import AdamW
+from apr.taps import Compare, Record, Tap, key, no_tap
+from cases import Arrays, Backend, tolerance
+
+Build = Callable[..., Model]
+Errors = list[tuple[str, float, float]]  # (name, largest error, largest true value), as Compare.rows
+EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
+B, T = 3, 13  # longer than the window of mistral-tiny; positions for which the scaling of llama3-tiny matters
+
+CONFIGS = {  # every tiny preset, its head tied and not
+    f"{name.removesuffix('-tiny')}{'-tied' if tied else ''}": replace(cfg, tie_word_embeddings=tied)
+    for name, cfg in PRESETS.items()
+    if name.endswith("-tiny")
+    for tied in (False, True)
+}
+
+
+def on(be: Backend) -> Build:
+    """Builds models on a backend; without options for batches of (B,T)."""
+
+    def build(cfg: ModelConfig, dtype: str, **options: Any) -> Model:
+        return Model(cfg, be, dtype=dtype, **{"batch": B, "seq": T, **options})
+
+    return build
+
+
+def randomised(model: Model) -> Model:
+    """The model with noise on every parameter: the same float32 numbers whatever the backend and dtype."""
+    host = np.zeros(model.layout.size, np.float32)
+    model.layout.randomise(host, seed=0, std=0.2)
+    model.be.from_host(model.w, host)
+    return model
+
+
+@cache
+def batch(cfg: ModelConfig, n: int = B, t: int = T) -> tuple[np.ndarray, np.ndarray]:
+    """Random ids and targets (n,t); every seventh target is ignored."""
+    rng = np.random.default_rng([n, t])
+    ids, targets = rng.integers(0, cfg.vocab_size, (2, n, t), dtype=np.int32)
+    targets.reshape(-1)[::7] = -100
+    return ids, targets
+
+
+def step(model: Model, ids: np.ndarray, targets: np.ndarray, tap: Tap = no_tap) -> float:
+    """The mean loss, with its gradients in model.g, which are tapped too: as grad.NAME."""
+    be, counted = model.be, int((targets >= 0).sum())
+    be.fill(model.g, 0)
+    be.fill(model.total, 0)
+    model.forward(ids, tap)
+    model.loss(targets, 1 / counted, tap)
+    model.backward(tap)
+    tap(None, "loss", model.total)
+    for name, gradient in model.layout.named(model.g).items():
+        tap(None, f"grad.{name}", gradient)
+    return float(be.to_host(model.total)[0]) / counted
+
+
+def loss(model: Model, ids: np.ndarray, targets: np.ndarray) -> float:
+    """The mean loss alone."""
+    model.be.fill(model.total, 0)
+    model.forward(ids)
+    model.loss(targets)
+    return float(model.be.to_host(model.total)[0]) / int((targets >= 0).sum())
+
+
+# The numeric gradient
+
+
+def wrong_gradients(build: Build, cfg: ModelConfig) -> list[str]:
+    """Parameters whose gradient is not (L(w + e u) - L(w - e u)) / 2e along a random direction u, in float64."""
+    model = randomised(build(cfg, "float64"))
+    ids, targets = batch(cfg)
+    step(model, ids, targets)
+    rng, e, wrong = np.random.default_rng(1), 1e-5, []
+    weights = model.layout.named(model.w)
+    for name, gradient in model.layout.named(model.g).items():
+        w, start = weights[name], weights[name].copy()
+        u = rng.normal(size=w.shape)
+        u /= np.linalg.norm(u)
+        losses = []
+        for signed in (e, -e):
+            w[...] = start + signed * u
+            losses.append(loss(model, ids, targets))
+        w[...] = start
+        numeric, exact = (losses[0] - losses[1]) / (2 * e), float((gradient * u).sum())
+        if not abs(exact - numeric) <= 1e-8 + 1e-6 * abs(numeric):
+            wrong.append(name)
+    return wrong
+
+
+# The tolerance rule
+
+
+def written_as(name: str) -> str:
+    """The array a value was written in: q, k and v have one gradient; the norms of all parameters are one list."""
+    name = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", re.sub(r"\.(gate|up)_proj\.", ".gate_up_proj.", name))
+    return re.sub(r"^adamw\.final_norm2\..*", "adamw.final_norm2", name)
+
+
+def judge(got: Errors, expected: Errors, dtype: str) -> list[str]:
+    """Names of the arrays whose error breaks the rule; `expected` holds the errors of plain NumPy in float32."""
+    assert [name for name, _, _ in got] == [name for name, _, _ in expected]
+    arrays: dict[str, list[tuple[float, float, float]]] = {}
+    for (name, err, largest), (_, base, _) in zip(got, expected, strict=True):
+        arrays.setdefault(written_as(name), []).append((err, base * EPS[dtype] / EPS["float32"], largest))
+    wrong = []
+    for name, figures in arrays.items():
+        err, base, largest = np.max(figures, axis=0)
+        factor = 3 if re.match(r"grad\.|(\d+\.)?d_", name) else 2
+        if not err <= tolerance(base, largest, EPS[dtype], factor):
+            wrong.append(name)
+    return wrong
+
+
+# Against the reference in float64
+
+
+@cache
+def truth(cfg: ModelConfig) -> Arrays:
+    """Every tap and every gradient of a step of the reference in float64."""
+    record = Record(reference)
+    step(randomised(on(reference)(cfg, "float64")), *batch(cfg), record)
+    return record.seen
+
+
+def errors(model: Model, cfg: ModelConfig, force: bool = False, only: str = "") -> Errors:
+    """Errors of a step against the truth, free or forced, of the names that match a pattern."""
+    compare = Compare(model.be, truth(cfg), force)
+
+    def tap(layer: int | None, name: str, x: Any) -> None:
+        if re.match(only, key(layer, name)):
+            compare(layer, name, x)
+
+    step(randomised(model), *batch(cfg), tap)
+    return compare.rows
+
+
+@cache
+def expected(cfg: ModelConfig, force: bool = False, only: str = "") -> Errors:
+    """Errors of the reference in float32."""
+    return errors(on(reference)(cfg, "float32"), cfg, force, only)
+
+
+def off_truth(
+    build: Build, cfg: ModelConfig, force: bool = False, only: str = "", dtype: str = "float32"
+) -> list[str]:
+    """Taps and gradients of a step that are off, where `force` puts the truth in place after each tap."""
+    return judge(errors(build(cfg, dtype), cfg, force, only), expected(cfg, force, only), dtype)
+
+
+# Against golden files
+
+
+GOLDEN = sorted(Path(__file__).with_name("golden").glob("*.safetensors"))
+
+
+@cache
+def golden(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Tensors and metadata of a golden file; tools/golden.py says what they are."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    meta = {name: json.loads(text) for name, text in header.pop("__metadata__").items()}
+    kinds, tensors = {"F32": "<f4", "F64": "<f8", "I32": "<i4"}, {}
+    for name, entry in header.items():
+        lo, hi = entry["data_offsets"]
+        tensors[name] = np.frombuffer(data[start + lo : start + hi], kinds[entry["dtype"]]).reshape(
+            entry["shape"]
+        )
+    return tensors, meta
+
+
+def golden_config(path: Path) -> ModelConfig:
+    """The configuration of a golden file."""
+    return from_hf(golden(path)[1]["config"], path.name)
+
+
+def golden_model(build: Build, path: Path, dtype: str) -> Model:
+    """A model with the weights of a golden file."""
+    tensors = golden(path)[0]
+    n, t = tensors["ids"].shape
+    model = build(golden_config(path), dtype, batch=n, seq=t)
+    for name, w in model.layout.named(model.w).items():
+        model.be.from_host(w, tensors[f"weight.{name}"])
+    return model
+
+
+def stepped(build: Build, path: Path, dtype: str) -> Arrays:
+    """The values and gradients of a golden file, by our model."""
+    tensors, record = golden(path)[0], Record(reference)
+    mean = step(golden_model(build, path, dtype), tensors["ids"], tensors["targets"], record)
+    return {**record.seen, "loss": np.array([mean])}
+
+
+def trained(build: Build, path: Path, dtype: str, order: tuple[int, ...] = (0, 1, 2)) -> Arrays:
+    """The adamw.* values of a golden file, by our optimizer, with the sequences of each batch in some order."""
+    (tensors, meta), model = golden(path), golden_model(build, path, dtype)
+    a = meta["adamw"]
+    adamw = AdamW(model, *a["betas"], a["eps"], a["weight_decay"], a["max_norm"])
+    log = []
+    for i, lr in enumerate(tensors["adamw.lrs"]):
+        mean = step(model, tensors["adamw.ids"][i, order], tensors["adamw.targets"][i, order])
+        adamw.step(lr)
+        log.append((mean, adamw.grad_norm()))
+    losses, norms = np.array(log).T
+    last = {
+        f"adamw.final_norm2.{name}": np.sqrt(np.square(model.be.to_host(w), dtype=np.float64).sum())
+        for name, w in model.layout.named(model.w).items()
+    }
+    return {"adamw.losses": losses, "adamw.grad_norms": norms, **last}
+
+
+def golden_errors(path: Path, pattern: str, *runs: Arrays) -> Errors:
+    """Errors against the values of a golden file whose names match; the largest of some runs."""
+    rows = []
+    for name, want in golden(path)[0].items():
+        if re.match(pattern, name):
+            err = np.max([np.abs(run[name].reshape(want.shape) - want).max() for run in runs])
+            rows.append((name, float(err), float(np.abs(want).max())))
+    return rows
+
+
+STEP, ADAMW = r"hidden|final_norm|logits|loss|grad\.", r"adamw\.(losses|grad_norms|final_norm2)"
+
+
+@cache
+def expected_step(path: Path) -> Errors:
+    """Errors of the reference in float32."""
+    return golden_errors(path, STEP, stepped(on(reference), path, "float32"))
+
+
+@cache
+def expected_adamw(path: Path) -> Errors:
+    """Errors of the reference in float32. Ten steps of AdamW amplify the rounding of the first, by how much is luck:
+    the error to expect is the largest of three orders of summation."""
+    orders = (0, 1, 2), (1, 2, 0), (2, 0, 1)
+    return golden_errors(path, ADAMW, *(trained(on(reference), path, "float32", o) for o in orders))
+
+
+def off_golden(build: Build, path: Path, dtype: str) -> list[str]:
+    """Hidden states, logits, loss and gradients that are not those of the stock model."""
+    return judge(golden_errors(path, STEP, stepped(build, path, dtype)), expected_step(path), dtype)
+
+
+def off_adamw(build: Build, path: Path, dtype: str) -> list[str]:
+    """Losses, gradient norms and last norms of ten AdamW steps that are not those of the stock optimizer."""
+    return judge(golden_errors(path, ADAMW, trained(build, path, dtype)), expected_adamw(path), dtype)

@@ -1,0 +1,26 @@
+"""What all tests share: where the real data lies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data() -> Callable[[str], Path]:
+    """data("NAME"): a file or folder of the real data, in $APR_TEST_DATA or else ../shared/data beside the
+    repository. Skips the test, saying what is missing, where there is none."""
+    root = Path(os.environ.get("APR_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+    def find(name: str) -> Path:
+        path = root / name
+        if not path.exists():
+            pytest.skip(f"no real data: {path} does not exist (set APR_TEST_DATA)")
+        return path
+
+    return find

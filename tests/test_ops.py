@@ -1,0 +1,334 @@
+"""Every op on every backend, over the rows of cases.py, and what no row can show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+from apr import backends
+from cases import (
+    CASES,
+    LARGEST,
+    ROWS,
+    Arrays,
+    Backend,
+    Figures,
+    Row,
+    accuracy,
+    error,
+    make,
+    off,
+    overlay,
+    rows,
+    run,
+    tolerance,
+)
+
+reference, cpu = backends.get("reference"), backends.get("cpu")
+BY_NAME = {case.name: rows(case) for case in CASES}
+both = pytest.mark.parametrize("be", [reference, cpu], ids=lambda be: be.name)
+
+
+def over(some: list[Row]) -> pytest.MarkDecorator:
+    """Run a test once per row."""
+    return pytest.mark.parametrize("row", some, ids=str)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back."""
+    before = numba.get_num_threads()
+    yield
+    cpu.set_threads(before)
+
+
+# Gradients
+
+
+def wrong_gradients(be: Backend, row: Row) -> list[str]:
+    """Inputs of a row whose gradient is not the numeric one: in float64, along a random direction u,
+
+    (L(x + u) - L(x - u)) / 2, where L is the sum of every output times its upstream gradient.
+    """
+    fwd, bwd = ({a.name: a for a in args if a.role != "again"} for _, args in row.calls)
+    upstream = {n: "d" + n for n, a in fwd.items() if a.role in ("out", "inplace") and "d" + n in bwd}
+    start, rng, wrong = make(row, np.float64), np.random.default_rng(1), []
+    end = run(be, row, np.float64, start)
+
+    def value(name: str, step: np.ndarray) -> float:
+        out = run(be, row, np.float64, {**start, name: start[name] + step})
+        return sum(float((out[n] * start[d]).sum()) for n, d in upstream.items())
+
+    for name in (n for n, a in fwd.items() if a.role in ("in", "inplace")):
+        d = "d" + name if "d" + name in bwd else "dres"  # the gradient of res_in and of delta is dres
+        added = bwd[d].role == "acc" and d not in upstream.values()
+        u = rng.normal(size=start[name].shape)
+        e = 1e-5 / np.linalg.norm(u)
+        numeric = (value(name, e * u) - value(name, -e * u)) / (2 * e)
+        exact = float(((end[d] - (start[d] if added else 0)) * u).sum())
+        if not abs(exact - numeric) <= 1e-7 + 1e-7 * abs(numeric):
+            wrong.append(name)
+    return wrong
+
+
+@over([row for row in ROWS if row.case.bwd])
+def test_gradients(row: Row) -> None:
+    assert not wrong_gradients(reference, row)
+
+
+@over([row for row in LARGEST if row.case.bwd])
+def test_gradient_check_can_fail(row: Row) -> None:
+    """Each gradient in turn is off by 1e-4 of itself."""
+    for name, (call, _) in row.written.items():
+        if call == 1:
+            assert wrong_gradients(poisoned(reference, row, name, "scaled"), row), name
+
+
+@over(BY_NAME["cross_entropy"])
+def test_gradient_of_cross_entropy(row: Row) -> None:
+    """The op that makes its own gradient in place: numeric derivative of scale * sum of losses."""
+    scale, start = row.calls[0][1][-1].value, make(row, np.float64)
+    u = np.random.default_rng(1).normal(size=start["logits"].shape)
+    e = 1e-5 / np.linalg.norm(u)
+
+    def value(step: float) -> float:
+        loss = run(reference, row, np.float64, {**start, "logits": start["logits"] + step * u})["loss"]
+        return scale * float(loss.sum())
+
+    numeric = (value(e) - value(-e)) / (2 * e)
+    exact = float((run(reference, row, np.float64, start)["logits"] * u).sum())
+    assert abs(exact - numeric) <= 1e-7 + 1e-7 * abs(numeric)
+
+
+# Accuracy
+
+
+@over(ROWS)
+def test_accuracy(row: Row) -> None:
+    """cpu in float32; that it writes all of its outputs, nothing else and no input is checked by run()."""
+    figures = accuracy(cpu, row, np.float32)
+    assert not off(figures), figures
+
+
+@over(LARGEST)
+def test_error_of_reference_scales_with_precision(row: Row) -> None:
+    """The error in float64 is that in float32 times the ratio of the units in the last place, and the reverse: no step
+    of the specification is hidden in another precision."""
+    values = make(row, np.float32)
+    if np.finfo(np.longdouble).eps == np.finfo(np.float64).eps:
+        pytest.skip("longdouble of this machine is float64")
+    want, f64, f32 = (run(reference, row, t, values) for t in (np.longdouble, np.float64, np.float32))
+    figures: Figures = {}
+    for got, base in ((f64, f32), (f32, f64)):
+        for name, true in want.items():
+            eps, other = (np.finfo(x[name].dtype).eps for x in (got, base))
+            largest = float(np.abs(true).max())
+            bound = tolerance(error(base[name], true) * eps / other, largest, eps, 3)
+            figures[f"{name} {got[name].dtype}"] = (error(got[name], true), bound)
+    assert not off(figures), figures
+
+
+def poisoned(be: Backend, row: Row, output: str, poison: str) -> Backend:
+    """A backend in which one call of a row spoils one of its outputs."""
+    call, position = row.written[output]
+    op, last_arg = row.calls[call][0], row.calls[call][1][-1]
+
+    def spoil(*args: Any) -> None:
+        getattr(be, op)(*args)
+        if last_arg.role == "scalar" and args[-1] != last_arg.value:
+            return  # the other call of rope
+        x = args[position]
+        last = (-1,) * x.ndim
+        if poison == "scaled":
+            x *= x.dtype.type(1 + 1e-4)
+        elif poison == "last":
+            x[last] += x.dtype.type(1e-3) * np.abs(x).max()
+        else:
+            x[last] = np.nan
+
+    return overlay(be, **{op: spoil})
+
+
+@pytest.mark.parametrize("poison", ["scaled", "last", "nan"])
+@over(LARGEST)
+def test_accuracy_check_can_fail(row: Row, poison: str) -> None:
+    """Each output in turn is scaled by 1 + 1e-4, off in its last element, NaN there: never written."""
+    for name in row.written:
+        assert name in off(accuracy(poisoned(cpu, row, name, poison), row, np.float32)), name
+
+
+def test_run_sees_stray_writes() -> None:
+    """An op that writes to an input, before, after or between its outputs is caught."""
+    row = BY_NAME["head_rmsnorm"][-1]
+
+    def stray(position: int, index: int) -> Backend:
+        def op(y: Any, rstd: Any, x: Any, w: Any, eps: float) -> None:
+            reference.head_rmsnorm_fwd(y, rstd, x, w, eps)
+            flat = (y, rstd, x, w)[position]
+            while flat.base is not None:
+                flat = flat.base
+            flat[index] = 0
+
+        return overlay(reference, head_rmsnorm_fwd=op)
+
+    values = make(row, np.float64)
+    for position, index, message in (
+        (0, 63, "outside its output y"),  # the element before the first
+        (1, 64, "outside its output rstd"),  # a head that is not of this call
+        (0, -64, "outside its output y"),
+        (3, 64, "to its input w"),
+        (2, -1, "to its input x"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            run(stray(position, index), row, np.float64, values)
+    run(reference, row, np.float64, values)
+
+
+def test_nan_is_off() -> None:
+    assert off({"a": (float("nan"), 1.0), "b": (1.0, float("nan")), "c": (1.0, 1.0), "d": (2.0, 1.0)}) == [
+        "a",
+        "b",
+        "d",
+    ]
+
+
+# Determinism
+
+
+def differing(a: Arrays, b: Arrays) -> list[str]:
+    """Names of the arrays that are not equal bit by bit."""
+    return [name for name in a if a[name].tobytes() != b[name].tobytes()]
+
+
+@both
+@over(LARGEST)
+def test_two_runs_are_equal(row: Row, be: Any) -> None:
+    values = make(row, np.float32)
+    assert not differing(*(run(be, row, np.float32, values) for _ in range(2)))
+
+
+@over(LARGEST)
+def test_number_of_threads_does_not_matter(row: Row, threads: None) -> None:
+    """Bit for bit, but for the products of linear_fwd and linear_bwd: OpenBLAS sums a block by its shape."""
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("this process has one thread only")
+    values, results = make(row, np.float32), []
+    for n in (1, 2):
+        cpu.set_threads(n)
+        results.append(run(cpu, row, np.float32, values))
+        figures = accuracy(cpu, row, np.float32)
+        assert not off(figures), (n, figures)
+    products = {"y", "dx", "dw"} if row.case.name.startswith("linear") else set()
+    assert set(differing(*results)) <= products
+
+
+# Where float32 ends
+
+
+def spread(row: Row, name: str, largest: float) -> Arrays:
+    """The values of a row with one array stretched to a largest magnitude."""
+    values = make(row, np.float32)
+    x = np.clip(values[name] / 2, -1, 1) * largest
+    return {**values, name: x.astype(np.float32).astype(np.float64)}
+
+
+@both
+@pytest.mark.parametrize(
+    ("n", "v", "largest"), [(5, 59, 1e4), (97, 123, 88.0), (3, 152_000, 10.0), (3, 152_000, 1e4)]
+)
+def test_cross_entropy_of_large_logits(be: Any, n: int, v: int, largest: float) -> None:
+    for name in ("cross_entropy", "cross_entropy_loss_only"):
+        row = Row(BY_NAME[name][0].case, dict(N=n, V=v))
+        figures = accuracy(be, row, np.float32, spread(row, "logits", largest))
+        assert not off(figures), figures
+
+
+@both
+@pytest.mark.parametrize("largest", [20.0, 88.0, 100.0, 1e4])
+def test_swiglu_of_large_gates(be: Any, largest: float) -> None:
+    row = BY_NAME["swiglu"][2]
+    figures = accuracy(be, row, np.float32, spread(row, "gu", largest))
+    assert not off(figures), figures
+
+
+@both
+@pytest.mark.parametrize("name", ["attention", "attention_window", "attention_cache"])
+def test_attention_of_large_scores(be: Any, name: str) -> None:
+    """Scores up to 80: exp(80) times a few keys is still far from the largest float32, exp(-160) is 0."""
+    row = BY_NAME[name][-1]
+    values = make(row, np.float32)
+    heads, d = values["q"].shape[2:]
+    keys = np.repeat(values["k"], heads // values["k"].shape[2], axis=2)
+    largest = np.abs(np.einsum("bthd,bshd->bhts", values["q"], keys)).max() / np.sqrt(d)
+    values["q"] = (values["q"] * (80 / largest)).astype(np.float32).astype(np.float64)
+    figures = accuracy(be, row, np.float32, values)
+    assert not off(figures), figures
+
+
+@both
+def test_a_query_that_sees_one_key_copies_its_value(be: Any) -> None:
+    """y = v, dv = dy; dq and dk are 0 up to the rounding of a sum of D products (no error to expect can be
+    measured: NumPy may well find exactly 0)."""
+    row = Row(BY_NAME["attention_window"][0].case, dict(B=2, T=5, H=2, K=2, D=10, W=1))
+    values = make(row, np.float32)
+    out = run(be, row, np.float32, values)
+    assert np.array_equal(out["y"], values["v"])
+    assert not error(out["dv"], values["dy"]) > 2 * np.finfo(np.float32).eps * np.abs(values["dy"]).max()
+    for got, other in (("dq", "k"), ("dk", "q")):
+        size = np.abs(values["dy"]).max() * np.abs(values["v"]).max() * np.abs(values[other]).max()
+        assert np.abs(out[got]).max() <= 10 * np.finfo(np.float32).eps * size
+
+
+NAN = [  # case, input, index of the NaN, outputs and where they must be NaN
+    ("swiglu", "gu", (2, 3), {"y": (2, 3), "dgu": (2, 3)}),  # a gate
+    ("swiglu", "gu", (2, 59 + 3), {"y": (2, 3), "dgu": (2, 3)}),  # its up
+    ("swiglu", "dy", (2, 3), {"dgu": (2, [3, 59 + 3])}),
+    ("cross_entropy", "logits", (2, 0), {"loss": 2, "logits": 2}),
+    ("cross_entropy", "logits", (0, -1), {"loss": 0, "logits": 0}),
+    ("add_rmsnorm", "delta", (4, 58), {"res": (4, 58), "y": 4, "rstd": 4, "dres": 4, "dw": ...}),
+    ("add_rmsnorm", "dy", (4, 58), {"dres": 4, "dw": 58}),
+    ("head_rmsnorm", "x", (4, 1, 0), {"y": (4, 1), "rstd": (4, 1), "dx": (4, 1), "dw": ...}),
+    ("attention", "q", (1, 3, 2, 0), {"y": (1, 3, 2), "lse": (1, 2, 3), "dq": (1, 3, 2)}),
+    ("attention", "k", (1, 3, 2, 9), {"y": (1, slice(3, 5), 2), "lse": (1, 2, slice(3, 5)), "dk": (1, 3, 2)}),
+    ("attention", "v", (1, 3, 2, 9), {"y": (1, slice(3, 5), 2, 9), "dq": (1, slice(3, 5), 2)}),
+    ("attention", "dy", (1, 3, 2, 9), {"dq": (1, 3, 2), "dv": (1, slice(0, 4), 2, 9)}),
+]
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "array", "index", "reached"), NAN, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_nan_stays_nan(be: Any, name: str, array: str, index: Any, reached: dict[str, Any]) -> None:
+    """Nothing hides a NaN: every output that depends on it is NaN; a row of another sequence is not."""
+    row = BY_NAME[name][0 if name == "attention" else 1]
+    values = make(row, np.float32)
+    values[array][index] = np.nan
+    out = run(be, row, np.float32, values)
+    for output, where in reached.items():
+        assert np.isnan(out[output][where]).all(), output
+        if where is not ...:
+            assert not np.isnan(out[output]).all(), output
+
+
+@over([row for row in LARGEST if row.case.name != "clip_factor"])
+def test_cpu_refuses_float64(row: Row) -> None:
+    with pytest.raises(TypeError):
+        run(cpu, row, np.float64, make(row, np.float64))
+
+
+@pytest.mark.parametrize("name", ["embedding", "cross_entropy"])
+def test_cpu_refuses_int64(name: str) -> None:
+    def wide(op: Any) -> Any:
+        return lambda *args: op(
+            *(a.astype(np.int64) if getattr(a, "dtype", 0) == np.int32 else a for a in args)
+        )
+
+    row = BY_NAME[name][1]
+    for op, _ in row.calls:
+        with pytest.raises(TypeError):
+            run(overlay(cpu, **{op: wide(getattr(cpu, op))}), row, np.float32, make(row, np.float32))
