@@ -161,12 +161,15 @@ def from_hf(d: dict[str, Any], source: str = "config.json") -> ModelConfig:
     if not isinstance(d, dict):
         raise MalformedFile(f"{source}: expected a JSON object, found {type(d).__name__}")
     kind = d.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise Refused(
             f"{source}: model_type = {kind!r} is not an architecture apr computes; "
             f"it knows {', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[kind]
+    for key in ("architectures", "layer_types"):
+        if not isinstance(d.get(key) or [], list):
+            raise MalformedFile(f"{source}: {key} = {d[key]!r} is not a list")
     for name in d.get("architectures") or []:
         if name != family.architecture:
             raise Refused(f"{source}: architectures names {name!r}; apr computes {family.architecture} only")
@@ -365,5 +368,5 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as e:
         raise MalformedFile(f"{path}: not UTF-8 at byte {e.start}") from None
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise MalformedFile(f"{path}: not JSON: {e}") from None

@@ -65,7 +65,8 @@ def generate(
     if not len(ids):
         raise UsageError("the prompt has no tokens; give some text")
     if ids.min() < 0 or ids.max() >= cfg.vocab_size:
-        raise Refused(f"token id {ids.max()} is outside the model's vocabulary of {cfg.vocab_size}")
+        bad = ids.min() if ids.min() < 0 else ids.max()
+        raise Refused(f"token id {bad} is outside the model's vocabulary of {cfg.vocab_size}")
     length = min(len(ids) + max_tokens, cfg.max_position_embeddings)
     if len(ids) >= cfg.max_position_embeddings:
         raise Refused(

@@ -11,7 +11,7 @@ import numpy as np
 from .config import PRESETS, ModelConfig
 from .data.tokenizer import Tokenizer
 from .errors import Refused
-from .formats.models import fill, load_model
+from .formats.models import LoadedModel, fill, load_model
 from .params import Layout
 
 
@@ -41,11 +41,25 @@ def open_source(name: str, dtype: str = "float32", seed: int | None = None) -> S
         layout.randomise(host, seed)
         return Source(cfg, layout, host, None, f"preset {name}, random weights of seed {seed}")
     fill(layout, host, loaded)
-    text = loaded.tokenizer_json
-    tokenizer = Tokenizer.from_json(text, name) if text is not None else None
-    if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
-        raise Refused(f"{name}: its tokenizer has {tokenizer.vocab_size} ids, the model {cfg.vocab_size}")
-    return Source(cfg, layout, host, tokenizer, loaded.sha256)
+    return Source(cfg, layout, host, tokenizer_of(loaded), loaded.sha256)
+
+
+def tokenizer_of(loaded: LoadedModel) -> Tokenizer | None:
+    """The tokenizer that a checkpoint carries, with the end-of-text id that its metadata names.
+
+    Raises Refused when it has more ids than the model.
+    """
+    if loaded.tokenizer_json is None:
+        return None
+    eos = loaded.metadata.get("tokenizer.eos_token_id" if loaded.kind == "apr" else "eos_token_id")
+    if isinstance(eos, list):  # transformers: any of several ends a text
+        eos = eos[0] if eos else None
+    tokenizer = Tokenizer.from_json(loaded.tokenizer_json, loaded.source, eos)
+    if tokenizer.vocab_size > loaded.cfg.vocab_size:
+        raise Refused(
+            f"{loaded.source}: its tokenizer has {tokenizer.vocab_size} ids, the model {loaded.cfg.vocab_size}"
+        )
+    return tokenizer
 
 
 def put(backend: ModuleType, source: Source, dtype: str = "float32") -> Any:

@@ -210,6 +210,8 @@ def test_eos_by_id(tok: Tokenizer) -> None:
     for eos in ("<stop>", tok.vocab_size):
         other = Tokenizer.from_json(text, "memory", eos)
         assert (other.eos_token, other.eos_id) == ("<stop>", tok.vocab_size)
+    d["added_tokens"][0]["special"] = False  # an ordinary string with a familiar spelling
+    assert Tokenizer.from_json(json.dumps(d), "memory").eos_id is None
     for bad in (0, tok.vocab_size + 1, "a"):
         with pytest.raises(MalformedFile, match=f"eos {bad!r} is not one of its added tokens"):
             Tokenizer.from_json(text, "memory", bad)
@@ -602,8 +604,10 @@ def test_split_holds_out_the_last_windows(tok: Tokenizer, tmp_path: Path) -> Non
     rows = {row.tobytes() for row in stream(Batches(train, 3, seed=0), 50).reshape(-1, 4)}
     assert len(rows) == len(train)
     assert not rows & {row.tobytes() for row in val.read(np.arange(7))[0]}
-    with pytest.raises(Refused, match="windows = "):
+    with pytest.raises(Refused, match="data position: windows = "):
         Batches(train, 3, seed=0).restore(Batches(whole, 3, seed=0).state())
+    with pytest.raises(Refused, match="first_window = "):  # as many windows, but others
+        Batches(val, 3, seed=0).restore(Batches(train.split(7)[1], 3, seed=0).state())
     for held in (0, len(whole)):
         with pytest.raises(Refused, match=f"{held} of {len(whole)} windows held out"):
             whole.split(held)
@@ -935,9 +939,10 @@ print(os.waitpid(pid, 0)[1])
 """
 
 
-def test_a_fork_neither_warns_nor_hangs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", [{}, {"TOKENIZERS_PARALLELISM": "true"}], ids=["unset", "true"])
+def test_a_fork_neither_warns_nor_hangs(tmp_path: Path, setting: dict[str, str]) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
-    env["PYTHONPATH"] = str(ROOT)
+    env = {**env, **setting, "PYTHONPATH": str(ROOT)}
     run = [sys.executable, "-c", FORK]
     done = subprocess.run(run, env=env, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
     assert (done.stdout, done.stderr) == ("0\n", "")

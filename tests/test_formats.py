@@ -473,7 +473,7 @@ def test_float64_to_bfloat16_rounds_once() -> None:
 
 
 def test_writing_takes_no_second_copy(tmp_path: Path) -> None:
-    big = np.ones((1024, 8192), np.float32)  # 32 MiB
+    big = np.ones((1024, 4096), np.float32)  # 16 MiB
     tracemalloc.start()
     write_apr(tmp_path / "x.apr", {}, {"a": big, "b": big}, "bfloat16")
     peak = tracemalloc.get_traced_memory()[1]
@@ -481,8 +481,8 @@ def test_writing_takes_no_second_copy(tmp_path: Path) -> None:
     file = read_apr(tmp_path / "x.apr")
     reading = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 12 << 20
-    assert reading < 8 << 20
+    assert peak < 6 << 20  # a copy of one of the two takes 8
+    assert reading < 4 << 20
     assert file.tensors["b"].shape == big.shape
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..data.tokenizer import Tokenizer
 from ..flags import option, parse
 from ..formats.models import load_model
+from ..loading import tokenizer_of
 from ..params import Layout
 from ..training.show import Show
 
@@ -30,7 +30,7 @@ def main(args: Sequence[str]) -> int:
     f = parse(Flags, args, "apr inspect", __doc__ or "")
     loaded = load_model(f.model)
     layout = Layout(loaded.cfg)
-    tokenizer = Tokenizer.from_json(loaded.tokenizer_json, f.model) if loaded.tokenizer_json else None
+    tokenizer = tokenizer_of(loaded)
     tensors: dict[str, dict[str, Any]] = {}
     for name, x in loaded.tensors.items():
         tensors[name] = {"dtype": str(x.dtype), "shape": list(x.shape)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
@@ -42,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, args: Sequence[str]) -> int:
     """Run one sub-command with its own arguments; returns the exit code of INTERFACE: see errors.py."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         return importlib.import_module(f"apr.commands.{name}").main(args) or 0
     except AprError as e:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,16 +13,18 @@ from typing import Any
 
 from ..config import ModelConfig, load_config
 from ..data.batches import Windows
-from ..data.corpus import documents, stdlib_documents
+from ..data.corpus import Document, documents, pieces, stdlib_documents
 from ..data.prepare import prepare
 from ..data.shards import TokenShards
 from ..data.tokenizer import Progress, Tokenizer
 from ..device import available_memory, check_fits, select
 from ..errors import Refused
 from ..formats.models import LoadedModel, load_model
+from ..loading import tokenizer_of
 from ..plan import memory
 from .settings import Settings
 
+PIECE_BYTES = 1 << 14  # a corpus of one file is cut at blank lines into documents of about this size
 HELD_OUT_BATCHES = 16  # with --dataset alone, as many batches become the validation set
 
 
@@ -69,10 +72,12 @@ def _open_data(
     tokenizer = Tokenizer.from_file(s.tokenizer) if s.tokenizer else None
     if s.corpus:
         if tokenizer is None and init is not None:
-            if init.tokenizer_json is None:
+            tokenizer = tokenizer_of(init)
+            if tokenizer is None:
                 raise Refused(f"{s.init}: no tokenizer in the checkpoint; give --tokenizer")
-            tokenizer = Tokenizer.from_json(init.tokenizer_json, str(s.init))
-        docs = stdlib_documents() if s.corpus == "stdlib" else documents(s.corpus)
+        docs: Iterable[Document] = stdlib_documents() if s.corpus == "stdlib" else documents(s.corpus)
+        if Path(s.corpus).is_file():  # one document could not be split into training and validation
+            docs = (piece for document in docs for piece in pieces(document, PIECE_BYTES))
         made_by = tokenizer.sha256 if tokenizer else f"vocab {cfg.vocab_size}"
         where = "stdlib" if s.corpus == "stdlib" else str(Path(s.corpus).resolve())
         key = hashlib.sha256(f"{where} {made_by} {s.val_fraction}".encode()).hexdigest()[:16]

@@ -1,0 +1,230 @@
+"""How fast is a training step, where does its time go, and how does that compare with a peer?
+
+    python tools/bench.py                                   steps and ops of two models on this machine
+    python tools/bench.py --peer "python cpu_peer.py"       the same, a peer measured in the same run
+    python tools/bench.py --record bench/cpu.json           add the result to a record
+
+Every measurement is a process of its own, so that its peak memory is its own; apr and peers take
+turns, and medians over the rounds are reported. A peer is a command that takes `--model NAME --B 8
+--T 256` and prints one JSON line with "ms" (median of its steps) and "rss_gb" (peak, GiB); a
+command given with `--compile` appended is a second peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from apr import backends
+from apr.config import PRESETS
+from apr.device import cores, cpu_name
+from apr.model import Model
+from apr.optim import AdamW
+from apr.plan import flops_per_token, matmul_rate
+from apr.training.rundir import git_commit, versions
+
+PRESET = {"3m": "qwen2-3m", "15m": "qwen2-15m"}  # the sizes of the peer script
+WARM = 2  # steps before the first that counts
+
+
+def timed(backend: ModuleType, times: dict[str, float]) -> Any:
+    """The backend with every op adding its seconds to times["op (N,M)"]."""
+
+    def wrap(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            start = time.perf_counter()
+            out = f(*args)
+            backend.sync()
+            key = f"{name} {_shape(args)}" if name.startswith("linear") else name
+            times[key] = times.get(key, 0) + time.perf_counter() - start
+            return out
+
+        return call
+
+    members = {name: getattr(backend, name) for name in dir(backend) if not name.startswith("_")}
+    return SimpleNamespace(**{k: wrap(k, v) if callable(v) else v for k, v in members.items()})
+
+
+def _shape(args: tuple[Any, ...]) -> str:
+    """(N, I, O) of a linear map, forward or backward."""
+    y, x, w = (
+        (args[0], args[1], args[2])
+        if args[2] is not None and args[2].ndim == 2
+        else (args[3], args[4], args[5])
+    )
+    return f"({len(y)},{x.shape[1]},{w.shape[0]})"
+
+
+def measure_step(preset: str, batch: int, seq: int, steps: int, threads: int, ops: bool) -> dict[str, Any]:
+    """One process's measurement: median step time, tokens/s, FLOP/s, peak memory, time per op."""
+    backend = backends.get("cpu")
+    backend.set_threads(threads)
+    rate = matmul_rate(backend)
+    cfg, times = PRESETS[preset], dict[str, float]()
+    model = Model(cfg, timed(backend, times) if ops else backend, batch, seq)
+    opt = AdamW(model, weight_decay=0.01)
+    host = np.zeros(model.layout.size, np.float32)
+    model.layout.init(host, 0)
+    backend.from_host(model.w, host)
+    ids = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, seq + 1)).astype(np.int32)
+    inputs, targets = ids[:, :-1], np.ascontiguousarray(ids[:, 1:])
+    seconds = []
+    for i in range(WARM + steps):
+        if i == WARM:
+            times.clear()
+        start = time.perf_counter()
+        backend.fill(model.total, 0)
+        model.forward(inputs)
+        model.loss(targets, 1 / targets.size)
+        model.backward()
+        opt.step(1e-4)
+        loss = float(model.total[0]) / targets.size
+        seconds.append(time.perf_counter() - start)
+    step = statistics.median(seconds[WARM:])
+    flops = flops_per_token(cfg, seq) * batch * seq
+    return {
+        "ms": 1e3 * step,
+        "tokens_per_sec": batch * seq / step,
+        "gflops": flops / step / 1e9,
+        "matmul_gflops": rate / 1e9,
+        "limit_ms": 1e3 * flops / rate,
+        "rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "loss": loss,
+        "ops_ms": {k: 1e3 * v / steps for k, v in sorted(times.items(), key=lambda kv: -kv[1])},
+    }
+
+
+def in_process(command: list[str]) -> dict[str, Any]:
+    """The last JSON line that a command prints."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not found:
+        sys.exit(f"{shlex.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    return json.loads(found[-1])
+
+
+def median_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of the numbers in several measurements."""
+    keys = [k for k, v in runs[0].items() if isinstance(v, int | float) and not isinstance(v, bool)]
+    return {k: round(statistics.median(r[k] for r in runs), 3) for k in keys}
+
+
+def compare(a: argparse.Namespace, name: str) -> dict[str, Any]:
+    """apr and the peers in turn, a.rounds times."""
+    size = ["--B", str(a.batch), "--T", str(a.seq)]
+    own = [
+        sys.executable,
+        __file__,
+        "--one",
+        name,
+        *size,
+        "--steps",
+        str(a.steps),
+        "--threads",
+        str(a.threads),
+    ]
+    commands = {"apr": own}
+    for peer in a.peer:
+        commands[Path(shlex.split(peer)[-1]).stem] = [*shlex.split(peer), "--model", name, *size]
+        commands[Path(shlex.split(peer)[-1]).stem + " --compile"] = [
+            *shlex.split(peer),
+            "--model",
+            name,
+            *size,
+            "--compile",
+        ]
+    runs: dict[str, list[dict[str, Any]]] = {who: [] for who in commands}
+    for _ in range(a.rounds):
+        for who, command in commands.items():
+            runs[who].append(in_process(command))
+    result: dict[str, Any] = {who: median_of(r) for who, r in runs.items()}
+    result["apr"]["ops_ms"] = in_process([*own, "--ops"])["ops_ms"]
+    return {"model": name, "batch": a.batch, "seq": a.seq, "rounds": a.rounds, "results": result}
+
+
+def show(row: dict[str, Any], console: Console) -> None:
+    """A table of who took how long, and one of the ops."""
+    results, own = row["results"], row["results"]["apr"]
+    table = Table(
+        title=f"{row['model']}: one optimizer step of {row['batch']} x {row['seq']} tokens", min_width=72
+    )
+    for column in ("who", "ms", "tokens/s", "peak GiB", "times apr"):
+        table.add_column(column, justify="left" if column == "who" else "right")
+    tokens = row["batch"] * row["seq"]
+    for who, r in results.items():
+        table.add_row(
+            who,
+            f"{r['ms']:.1f}",
+            f"{tokens / r['ms'] * 1e3:,.0f}",
+            f"{r['rss_gb']:.2f}",
+            f"{r['ms'] / own['ms']:.2f}",
+        )
+    table.add_row("limit: all FLOPs at matmul rate", f"{own['limit_ms']:.1f}", f"{tokens / own['limit_ms'] * 1e3:,.0f}", "",
+                  f"{own['limit_ms'] / own['ms']:.2f}")  # fmt: skip
+    console.print(table)
+    ops = Table(title="time per op in a step, timed one by one", min_width=72)
+    ops.add_column("op")
+    ops.add_column("ms", justify="right")
+    for name, ms in list(own["ops_ms"].items())[:14]:
+        ops.add_row(name, f"{ms:.2f}")
+    console.print(ops)
+
+
+def main() -> None:
+    """Parse and call."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--models", default="3m,15m", help="names of PRESET, comma-separated")
+    p.add_argument("--batch", "--B", type=int, default=8)
+    p.add_argument("--seq", "--T", type=int, default=256)
+    p.add_argument("--steps", type=int, default=9, help="steps that count, in each process")
+    p.add_argument("--rounds", type=int, default=3, help="processes for each of apr and the peers")
+    p.add_argument("--threads", type=int, default=cores())
+    p.add_argument("--peer", action="append", default=[], help="command of a peer; may be repeated")
+    p.add_argument("--record", type=Path, help="JSON file to add the result to")
+    p.add_argument("--one", help=argparse.SUPPRESS)  # one measurement in this process
+    p.add_argument("--ops", action="store_true", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.one:
+        print(json.dumps(measure_step(PRESET[a.one], a.batch, a.seq, a.steps, a.threads, a.ops)))
+        return
+    console = Console()
+    record = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": git_commit(),
+        "machine": f"{cpu_name()}, {a.threads} threads, {platform.system()} {platform.machine()}",
+        "versions": versions(),
+        "rows": [],
+    }
+    for name in a.models.split(","):
+        with console.status(f"measuring {name} ..."):
+            row = compare(a, name)
+        record["rows"].append(row)
+        show(row, console)
+    if a.record:
+        old = json.loads(a.record.read_text()) if a.record.exists() else []
+        a.record.write_text(json.dumps([*old, record], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
