@@ -9,6 +9,7 @@ matrix products depend on it, all other sums are cut the same way whatever the n
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,10 @@ def _openblas():
 
 
 llvmlite.binding.load_library_permanently(_openblas())
+# GNU OpenMP's idle threads spin for milliseconds, which ruins a machine with other work on it. Read
+# when Numba starts its threads; somebody's own choice stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 _i32, _i64, _f32, _addr = types.int32, types.int64, types.float32, types.uintp
 _sgemm = types.ExternalFunction(
@@ -90,6 +95,12 @@ def _row(address, n):
     return carray(_pointer(np.uintp(address)), (n,))
 
 
+@njit(inline="always")
+def _zero(row):
+    for j in range(row.size):
+        row[j] = 0
+
+
 _ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 
 
@@ -112,6 +123,22 @@ def _exp(x):
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1)
     return p * _float((_bits(shifted) + np.int32(127)) << np.int32(23))
+
+
+@njit(inline="always")
+def _ordered(bits):
+    """Its own inverse: maps the bits of a float32 to an int32 with the order of the floats."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@njit(cache=True)
+def _largest(row):
+    """Largest element. Compared as integers, since a maximum of floats that minds NaN does not
+    vectorise; with a NaN among them it may be any element (the exponentials after it are NaN then)."""
+    top = _ordered(_bits(row[0]))
+    for j in range(row.size):
+        top = max(top, _ordered(_bits(row[j])))
+    return _float(_ordered(top))
 
 
 @_kernel("void(int32)", parallel=False)
@@ -194,8 +221,9 @@ def embedding_bwd(dw, dy, ids):
     n, c = dy.shape
     for p in prange((c + 63) // 64):  # each thread owns columns, so that tokens add in order
         for i in range(n):
-            for j in range(p * 64, min(c, p * 64 + 64)):
-                dw[ids[i], j] += dy[i, j]
+            to, part = dw[ids[i], p * 64 : min(c, p * 64 + 64)], dy[i, p * 64 : min(c, p * 64 + 64)]
+            for j in range(part.size):
+                to[j] += part[j]
 
 
 @_kernel(
@@ -333,29 +361,26 @@ def attention_fwd(y, lse, q, k, v, window):
                 qb, q.strides[1] // 4, kb, k.strides[1] // 4, 0.0, ps, ns,
             )  # fmt: skip
             for i in range(i1 - i0):
-                row = scores[i]
                 end = past + i0 + i + 1 - lo
                 start = max(0, end - window) if window > 0 else 0
-                top = row[start]
-                for j in range(start, end):
-                    top = max(top, row[j])
+                row = scores[i][start:end]
+                top = _largest(row)
                 total = np.float32(0)
-                for j in range(start, end):
+                for j in range(row.size):
                     e = _exp(row[j] - top)
                     row[j] = e
                     total += e
                 lse[b, h, i0 + i] = top + np.log(total)
                 inverse = np.float32(1) / total
-                for j in range(start, end):
+                for j in range(row.size):
                     row[j] *= inverse
-                for j in range(start):
-                    row[j] = 0
-                for j in range(end, hi - lo):
-                    row[j] = 0
+                _zero(scores[i][:start])
+                _zero(scores[i][end : hi - lo])
             _sgemm(
                 _ROW_MAJOR, _N, _N, i1 - i0, d, hi - lo, 1.0,
                 ps, ns, vb, v.strides[1] // 4, 0.0, yb, y.strides[1] // 4,
             )  # fmt: skip
+        scores[0, 0] = 0  # Numba frees an array after its last use, and does not see those of its address
 
 
 @_kernel(
@@ -377,10 +402,8 @@ def attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, window):
         dk0 = pdk + b * dk.strides[0] + kv * dk.strides[2]
         dv0 = pdv + b * dv.strides[0] + kv * dv.strides[2]
         for j in range(ns):
-            dkr, dvr = _row(dk0 + j * dk.strides[1], d), _row(dv0 + j * dv.strides[1], d)
-            for e in range(d):
-                dkr[e] = 0
-                dvr[e] = 0
+            _zero(_row(dk0 + j * dk.strides[1], d))
+            _zero(_row(dv0 + j * dv.strides[1], d))
         for h in range(kv * group, kv * group + group):
             for i0 in range(0, nt, _BLOCK):
                 i1 = min(nt, i0 + _BLOCK)
@@ -397,7 +420,6 @@ def attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, window):
                 _sgemm(_ROW_MAJOR, _N, _T, rows, n, d, scale, qb, lq, kb, lk, 0.0, pp, ns)
                 _sgemm(_ROW_MAJOR, _N, _T, rows, n, d, 1.0, dyb, ly, vb, lv, 0.0, pd, ns)
                 for i in range(rows):
-                    pr, dr = prob[i], dprob[i]
                     yr, dyr = _row(yb + i * y.strides[1], d), _row(dyb + i * dy.strides[1], d)
                     dot = np.float32(0)
                     for e in range(d):
@@ -405,20 +427,20 @@ def attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, window):
                     end = past + i0 + i + 1 - lo
                     start = max(0, end - window) if window > 0 else 0
                     log_sum = lse[b, h, i0 + i]
-                    for j in range(start, end):
+                    pr, dr = prob[i][start:end], dprob[i][start:end]
+                    for j in range(pr.size):
                         x = _exp(pr[j] - log_sum)
                         pr[j] = x
                         dr[j] = x * (dr[j] - dot) * scale
-                    for j in range(start):
-                        pr[j] = 0
-                        dr[j] = 0
-                    for j in range(end, n):
-                        pr[j] = 0
-                        dr[j] = 0
+                    _zero(prob[i][:start])
+                    _zero(prob[i][end:n])
+                    _zero(dprob[i][:start])
+                    _zero(dprob[i][end:n])
                 _sgemm(_ROW_MAJOR, _N, _N, rows, d, n, 1.0, pd, ns, kb, lk, 0.0, dqb, dq.strides[1] // 4)
                 dkb, dvb = dk0 + lo * dk.strides[1], dv0 + lo * dv.strides[1]
                 _sgemm(_ROW_MAJOR, _T, _N, n, d, rows, 1.0, pd, ns, qb, lq, 1.0, dkb, dk.strides[1] // 4)
                 _sgemm(_ROW_MAJOR, _T, _N, n, d, rows, 1.0, pp, ns, dyb, ly, 1.0, dvb, dv.strides[1] // 4)
+        prob[0, 0] = dprob[0, 0] = 0  # keeps them alive until here, as in attention_fwd
 
 
 @_kernel("void(float32[:,::1], float32[:,::1])")
@@ -456,21 +478,26 @@ def cross_entropy(loss, logits, targets, scale, grad):
                 for j in range(v):
                     row[j] = 0
         else:
-            top = row[0]
-            for j in range(v):
-                top = max(top, row[j])
+            top = _largest(row)
             total = 0.0  # float32 within 512 terms, float64 across: exact enough for any vocabulary
+            own = row[t]
             for j0 in range(0, v, 512):
                 part = np.float32(0)
-                for j in range(j0, min(v, j0 + 512)):
-                    part += _exp(row[j] - top)
+                terms = _row(row.ctypes.data + 4 * j0, min(512, v - j0))
+                if grad:
+                    for j in range(terms.size):
+                        e = _exp(terms[j] - top)
+                        terms[j] = e
+                        part += e
+                else:
+                    for j in range(terms.size):
+                        part += _exp(terms[j] - top)
                 total += part
-            lse = top + np.float32(np.log(total))
-            loss[i] = lse - row[t]
+            loss[i] = top + np.float32(np.log(total)) - own
             if grad:
                 factor = np.float32(scale / total)
                 for j in range(v):
-                    row[j] = _exp(row[j] - top) * factor
+                    row[j] *= factor
                 row[t] -= scale
 
 
@@ -481,8 +508,9 @@ _CHUNK = 16384  # elements of a flat buffer that one iteration takes
 def fill(x, value):
     n = x.size
     for p in prange((n + _CHUNK - 1) // _CHUNK):
-        for i in range(p * _CHUNK, min(n, (p + 1) * _CHUNK)):
-            x[i] = value
+        part = x[p * _CHUNK : min(n, (p + 1) * _CHUNK)]
+        for i in range(part.size):
+            part[i] = value
 
 
 @_kernel("float64(float32[::1], boolean)")
@@ -495,12 +523,13 @@ def total(x, square):
         end = min(n, (p + 1) * _CHUNK)
         for i0 in range(p * _CHUNK, end, 256):
             s = np.float32(0)
+            terms = x[i0 : min(end, i0 + 256)]
             if square:
-                for i in range(i0, min(end, i0 + 256)):
-                    s += x[i] * x[i]
+                for i in range(terms.size):
+                    s += terms[i] * terms[i]
             else:
-                for i in range(i0, min(end, i0 + 256)):
-                    s += x[i]
+                for i in range(terms.size):
+                    s += terms[i]
             partial[p] += s
     out = 0.0
     for p in range(chunks):
@@ -516,10 +545,12 @@ def adamw(w, m, v, g, factor, rate, c1, c2, bias1, bias2, eps, shrink):
     """rate = lr, c = 1 - beta, bias = 1 / (1 - beta^step), shrink = lr * decay."""
     n = w.size
     for p in prange((n + _CHUNK - 1) // _CHUNK):
-        for i in range(p * _CHUNK, min(n, (p + 1) * _CHUNK)):
-            d = g[i] * factor
-            mi = m[i] + c1 * (d - m[i])
-            vi = v[i] + c2 * (d * d - v[i])
-            m[i] = mi
-            v[i] = vi
-            w[i] -= rate * (mi * bias1) / (np.sqrt(vi * bias2) + eps) + shrink * w[i]
+        part = slice(p * _CHUNK, min(n, (p + 1) * _CHUNK))
+        wp, mp, vp, gp = w[part], m[part], v[part], g[part]
+        for i in range(wp.size):  # from 0: an index that might be negative keeps a loop from vectorising
+            d = gp[i] * factor
+            mi = mp[i] + c1 * (d - mp[i])
+            vi = vp[i] + c2 * (d * d - vp[i])
+            mp[i] = mi
+            vp[i] = vi
+            wp[i] -= rate * (mi * bias1) / (np.sqrt(vi * bias2) + eps) + shrink * wp[i]
