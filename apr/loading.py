@@ -62,6 +62,16 @@ def tokenizer_of(loaded: LoadedModel) -> Tokenizer | None:
     return tokenizer
 
 
+def weights_on(backend: ModuleType, loaded: LoadedModel, dtype: str = "float32") -> Any:
+    """The parameters of a checkpoint on a backend: a new flat buffer (Layout order)."""
+    layout = Layout(loaded.cfg)
+    host = np.zeros(layout.size, np.float32)
+    fill(layout, host, loaded)
+    w = backend.empty(layout.size, dtype)
+    backend.from_host(w, host)
+    return w
+
+
 def put(backend: ModuleType, source: Source, dtype: str = "float32") -> Any:
     """The parameters on a backend: a new flat buffer."""
     w = backend.empty(source.layout.size, dtype)

@@ -18,7 +18,7 @@ from apr.model import Model
 from cases import Backend, overlay
 
 Ops = dict[str, Callable[..., None]]
-FAULTS: list[Fault] = []
+FAULTS: dict[str, Fault] = {}
 VALUES = frozenset({"truth", "golden"})  # the checks that see a fault which is its own derivative's
 EVERY = VALUES | {"gradient"}
 ADAMW = frozenset({"adamw"})
@@ -51,7 +51,7 @@ def fault(
     """Put a function that makes the faulty ops into FAULTS, under its name."""
 
     def enter(ops: Callable[[Any], Ops]) -> Callable[[Any], Ops]:
-        FAULTS.append(Fault(ops.__name__, ops, seen_by, applies, config))
+        FAULTS[ops.__name__] = Fault(ops.__name__, ops, seen_by, applies, config)
         return ops
 
     return enter

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from apr import backends
 from apr.backends import reference
-from apr.errors import DeviceError, UsageError
+from apr.config import PRESETS
+from apr.errors import DeviceError, Refused, UsageError
 from apr.model import Model
 from cases import CASES, overlay, rows
 
@@ -107,8 +109,6 @@ def test_importing_apr_loads_no_device_library() -> None:
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_plumbing(name: str) -> None:
     """Arrays start as zeros and are counted; copies are copies; shapes must be equal."""
-    import numpy as np
-
     be = backends.get(name)
     before = be.memory()
     x = be.empty((3, 5), "float32")
@@ -138,8 +138,5 @@ def test_threads_asked_for_must_exist() -> None:
 
 
 def test_model_refuses_a_dtype_its_backend_lacks() -> None:
-    from apr.config import PRESETS
-    from apr.errors import Refused
-
     with pytest.raises(Refused, match="backend cpu computes in float32, not float64"):
         Model(PRESETS["llama-tiny"], backends.get("cpu"), 1, 1, dtype="float64")

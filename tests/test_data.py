@@ -755,6 +755,10 @@ def test_sequential_reads_every_window_once(tok: Tokenizer, tmp_path: Path) -> N
     )
     assert np.array_equal(np.concatenate([t for _, t in got]), windows.read(np.arange(len(windows)))[1])
     assert len(list(sequential(windows, 3, max_batches=2))) == 2
+    few = np.concatenate([ids for ids, _ in sequential(windows, 3, max_batches=2)])
+    spaced = windows.read(np.arange(6) * windows.count // 6)[0]
+    assert np.array_equal(few, spaced)
+    assert len(np.unique(few, axis=0)) == 6
     with pytest.raises(Refused, match="batch_size = 0"):
         next(sequential(windows, 0))
 

@@ -127,7 +127,7 @@ def test_error_of_reference_scales_with_precision(row: Row) -> None:
         for name, true in want.items():
             eps, other = (np.finfo(x[name].dtype).eps for x in (got, base))
             largest = float(np.abs(true).max())
-            bound = tolerance(error(base[name], true) * eps / other, largest, eps, 3)
+            bound = tolerance(error(base[name], true) * eps / other, largest, eps, row.factor(name))
             figures[f"{name} {got[name].dtype}"] = (error(got[name], true), bound)
     assert not off(figures), figures
 

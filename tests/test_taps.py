@@ -16,7 +16,6 @@ from faults import FAULTS, Fault
 
 reference = backends.get("reference")
 CFG = CONFIGS["qwen3"]
-BY_NAME = {fault.name: fault for fault in FAULTS}
 
 
 def record(be: Any = reference) -> dict[str, np.ndarray]:
@@ -63,7 +62,7 @@ GUILTY = {  # fault: taps that are off when everything before them is put right,
 }
 
 
-@pytest.mark.parametrize("fault", [BY_NAME[name] for name in GUILTY], ids=lambda f: f.name)
+@pytest.mark.parametrize("fault", [FAULTS[name] for name in GUILTY], ids=lambda f: f.name)
 def test_compare_forced_names_the_guilty_op_and_free_the_first_victim(fault: Fault) -> None:
     want = record()
     off = {}
@@ -118,7 +117,7 @@ def test_stats_are_root_mean_square_and_largest_magnitude() -> None:
     tap = Stats(reference)
     tap(0, "qkv", np.array([[3.0, -4.0]], np.float32))
     assert tap.rows["0.qkv"] == (np.sqrt(12.5), 4.0)
-    fault = BY_NAME["gradient_summed_not_averaged"]
+    fault = FAULTS["gradient_summed_not_averaged"]
     right, wrong = Stats(reference), Stats(reference)
     for build, tap in ((on(reference), right), (fault.planted(reference), wrong)):
         step(randomised(build(CFG, "float64")), *batch(CFG), tap)

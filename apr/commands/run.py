@@ -14,7 +14,7 @@ from ..errors import Refused, UsageError
 from ..flags import option, parse
 from ..formats.models import load_model
 from ..generate import generate
-from ..loading import open_source, put
+from ..loading import tokenizer_of, weights_on
 from ..plan import memory
 
 
@@ -38,11 +38,8 @@ def main(args: Sequence[str]) -> int:
     """Returns the exit code; errors are raised."""
     f = parse(Flags, args, "apr run", __doc__ or "")
     backend = select(f.device, threads=f.threads)
-    cfg = load_model(f.model).cfg
-    positions = min(cfg.max_position_embeddings, 4096)
-    check_fits(memory(cfg, 1, 256, train=False, loss_rows=1, cache=positions), "use a smaller model")
-    source = open_source(f.model)
-    tokenizer = source.tokenizer
+    loaded = load_model(f.model)
+    cfg, tokenizer = loaded.cfg, tokenizer_of(loaded)
     if tokenizer is None:
         raise Refused(f"{f.model}: no tokenizer in it; put tokenizer.json beside the weights")
     ids = [int(t) for t in tokenizer.encode(f.prompt, add_special_tokens=True)]
@@ -50,9 +47,13 @@ def main(args: Sequence[str]) -> int:
         if tokenizer.eos_id is None:
             raise UsageError("an empty prompt needs a tokenizer with an end-of-text token; give some text")
         ids = [tokenizer.eos_id]  # what stands before every document
+    cache = min(len(ids) + max(f.max_tokens, 1), cfg.max_position_embeddings)
+    need = memory(cfg, 1, min(len(ids), 256), train=False, loss_rows=1, cache=cache)
+    check_fits(need, "use a smaller model or fewer --max-tokens")
+    weights = weights_on(backend, loaded)
     start = time.perf_counter()
     stream = generate(
-        cfg, backend, put(backend, source), ids, f.max_tokens, f.temperature, f.top_k, f.top_p, f.seed, tokenizer.eos_id
+        cfg, backend, weights, ids, f.max_tokens, f.temperature, f.top_k, f.top_p, f.seed, tokenizer.eos_id
     )  # fmt: skip
     new: list[int] = []
     for piece in _pieces(tokenizer, ids, stream, new):
