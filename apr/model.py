@@ -167,6 +167,10 @@ class Model:
             self._views[batch, seq] = layers, scratch
         return self._views[batch, seq]
 
+    def _in_vocabulary(self, ids: np.ndarray, lowest: int | None) -> None:
+        if ids.max() >= self.cfg.vocab_size or (lowest is not None and ids.min() < lowest):
+            raise ValueError(f"ids {ids.min()} to {ids.max()} with a vocabulary of {self.cfg.vocab_size}")
+
     def _heads(self, x: Any) -> tuple[Any, Any, Any]:
         """Query, key and value parts of rows of heads, each (B,T,heads,D)."""
         c = self.cfg
@@ -184,9 +188,11 @@ class Model:
     def forward(self, ids: np.ndarray, tap: Tap = no_tap, past: int = 0) -> None:
         """From ids (B,T), integers in [0,V), to final_norm (B*T,C), kept in the scratch buffers.
 
-        past: positions already in the key/value cache; needs a model made with cache > 0.
+        past: positions already in the key/value cache; needs a model made with cache > 0. Raises
+        ValueError for ids outside the vocabulary: kernels do not check where they read.
         """
         be, c, p = self.be, self.cfg, self.p
+        self._in_vocabulary(ids, lowest=0)
         self.b, self.t = ids.shape
         blocks, s = self._at(self.b, self.t)
         cos, sin = self.cos[past : past + self.t], self.sin[past : past + self.t]
@@ -246,6 +252,7 @@ class Model:
         more than one piece the taps are named logits.FIRST_ROW.
         """
         be, s = self.be, self._at(self.b, self.t)[1]
+        self._in_vocabulary(targets, lowest=None)
         be.from_host(s.targets, targets.reshape(-1))
         n = self.b * self.t
         for first in range(0, n, self.loss_rows):

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from checks import Build, on
 
 from apr.config import ModelConfig
 from apr.model import Model
 from cases import Backend, overlay
+from checks import Build, on
 
 Ops = dict[str, Callable[..., None]]
 FAULTS: dict[str, Fault] = {}

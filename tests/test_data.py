@@ -516,6 +516,15 @@ def test_faults_of_the_manifest_are_found(shard_dir: Path, changes: dict[str, An
     check_fault(shard_dir, lambda f: edit_manifest(f, **changes), pattern)
 
 
+def test_a_manifest_with_more_ids_than_its_tokenizer_is_found(shard_dir: Path, tok: Tokenizer) -> None:
+    """Ids that no tokenizer gives would read outside the embedding."""
+    TokenShards(shard_dir, tok)
+    edit_manifest(shard_dir, vocab_size=tok.vocab_size + 1)
+    TokenShards(shard_dir)
+    with pytest.raises(MalformedFile, match=r"vocab_size = \d+, its tokenizer has"):
+        TokenShards(shard_dir, tok)
+
+
 @pytest.mark.parametrize(("changes", "pattern"), ROW_FAULTS)
 def test_faults_of_a_shard_row_are_found(shard_dir: Path, changes: dict[str, Any], pattern: str) -> None:
     check_fault(shard_dir, lambda f: edit_shard_row(f, **changes), pattern)

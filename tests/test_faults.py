@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checks import GOLDEN, Build, golden_config, off_adamw, off_golden, off_truth, on, wrong_gradients
 
 from apr import backends
 from cases import Backend
+from checks import GOLDEN, Build, golden_config, off_adamw, off_golden, off_truth, on, wrong_gradients
 from faults import ADAMW, FAULTS, Fault
 
 reference, cpu = backends.get("reference"), backends.get("cpu")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checks import GOLDEN, golden, golden_config, golden_model, off_adamw, off_golden, on
 
 from apr import backends
+from checks import GOLDEN, golden, golden_config, golden_model, off_adamw, off_golden, on
 
 every_file = pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
 both = pytest.mark.parametrize(("backend", "dtype"), [("reference", "float64"), ("cpu", "float32")])

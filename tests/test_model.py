@@ -7,6 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from apr import backends
+from apr.config import ModelConfig
+from apr.errors import Refused
+from apr.model import Model
+from apr.taps import Compare, Record, Tap, no_tap
+from cases import overlay
 from checks import (
     CONFIGS,
     EPS,
@@ -25,13 +32,6 @@ from checks import (
     truth,
     wrong_gradients,
 )
-
-from apr import backends
-from apr.config import ModelConfig
-from apr.errors import Refused
-from apr.model import Model
-from apr.taps import Compare, Record, Tap, no_tap
-from cases import overlay
 from faults import FAULTS
 
 reference, cpu = backends.get("reference"), backends.get("cpu")
@@ -285,3 +285,16 @@ def test_positions_beyond_the_configuration_are_refused() -> None:
     for options in (dict(seq=cfg.max_position_embeddings + 1), dict(cache=cfg.max_position_embeddings + 1)):
         with pytest.raises(Refused, match=f"max_position_embeddings = {cfg.max_position_embeddings}"):
             on(reference)(cfg, "float32", **options)
+
+
+@pytest.mark.parametrize("be", [reference, cpu], ids=["reference", "cpu"])
+def test_ids_outside_the_vocabulary_are_refused(be: Any) -> None:
+    """A kernel would read, and in backward write, outside the embedding."""
+    model = Model(CONFIGS["llama"], be, 1, 2)
+    for bad in (123, -1):
+        with pytest.raises(ValueError, match="vocabulary of 123"):
+            model.forward(np.array([[0, bad]], np.int32))
+    model.forward(np.array([[0, 122]], np.int32))
+    with pytest.raises(ValueError, match="vocabulary of 123"):
+        model.loss(np.array([[123, 0]], np.int32))
+    model.loss(np.array([[122, -100]], np.int32))

@@ -6,13 +6,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from checks import CONFIGS, batch, on, randomised, step
 
 from apr import backends
 from apr.config import ModelConfig
 from apr.errors import UsageError
 from apr.model import Model
 from apr.optim import SCHEDULES, AdamW, Schedule
+from checks import CONFIGS, batch, on, randomised, step
 
 every_model = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
 both = pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checks import CONFIGS, batch, on, randomised, step
 
 from apr import backends
 from apr.taps import Compare, Finite, Record, Stats, key, no_tap
 from cases import overlay
+from checks import CONFIGS, batch, on, randomised, step
 from faults import FAULTS, Fault
 
 reference = backends.get("reference")

@@ -2,7 +2,7 @@
 
 | name      | what it is                                        | dtypes          |
 |-----------|---------------------------------------------------|-----------------|
-| reference | every op in plain NumPy: the specification        | any float dtype |
+| reference | every op in plain NumPy: the specification        | float64, float32|
 | cpu       | OpenBLAS and Numba kernels, one pool of threads   | float32         |
 """
 

@@ -153,6 +153,10 @@ class TokenShards:
                 f"{path}: encoded with tokenizer {m.tokenizer_sha256}, given is {tokenizer.source} "
                 f"with {tokenizer.sha256}; encode the corpus again"
             )
+        if tokenizer and tokenizer.vocab_size != m.vocab_size:
+            raise MalformedFile(
+                f"{path}: vocab_size = {m.vocab_size}, its tokenizer has {tokenizer.vocab_size}"
+            )
         names = {s["name"] for s in m.shards}
         extra = sorted(p.name for p in self.folder.glob("*.bin") if p.name not in names)
         if extra:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -213,7 +214,8 @@ class Trainer:
             if self.stop_asked:
                 raise KeyboardInterrupt
             self.stop_asked = True
-            self.show.note("stopping after this step; press Ctrl-C again to stop at once without saving")
+            # Not print: the signal may have come in the middle of one, which cannot be entered twice.
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once without saving\n")
 
         old = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
