@@ -23,7 +23,7 @@ class Param:
 
     name: str
     shape: str
-    init: str  # "ones", "zeros", "in" (std 0.02) or "out" (std 0.02 / sqrt(2 L): into the residual)
+    init: str  # "ones", "zeros", "in" (normal, std) or "out" (std / sqrt(2 L): into the residual stream)
     decay: bool
     hf: str  # {} is the layer
 
@@ -158,14 +158,16 @@ class Layout:
 
         return sorted(self.slots, key=key)
 
-    def init(self, flat: np.ndarray, seed: int) -> None:
+    def init(self, flat: np.ndarray, seed: int, std: float = 0.02) -> None:
         """Fill a host buffer with starting weights: normal(0, std) matrices, ones, zeros.
+
+        Matrices that write into the residual stream get std / sqrt(2 L) (GPT-2, section 2.3).
 
         Each tensor has a random stream of its own, named by seed and position in the table, so
         that a tensor's start does not depend on the others.
         """
         flat[...] = 0
-        out_std = 0.02 / np.sqrt(2 * self.cfg.num_layers)  # GPT-2, section 2.3
+        out_std = std / np.sqrt(2 * self.cfg.num_layers)
         for i, s in enumerate(self.in_order()):
             view = flat[s.offset : s.offset + s.size]
             if s.param.init == "ones":
@@ -173,7 +175,7 @@ class Layout:
             elif s.param.init in ("in", "out"):
                 rng = np.random.Generator(np.random.PCG64([seed, i]))
                 view[...] = rng.standard_normal(s.size, dtype=np.float32)
-                view *= view.dtype.type(0.02 if s.param.init == "in" else out_std)
+                view *= view.dtype.type(std if s.param.init == "in" else out_std)
 
     def randomise(self, flat: np.ndarray, seed: int, std: float = 0.05) -> None:
         """Starting weights with noise on every parameter: biases away from 0, norms away from 1.

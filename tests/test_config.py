@@ -210,6 +210,10 @@ def test_init_is_what_the_table_says():
             std = 0.02 / np.sqrt(12) if out else 0.02
             assert abs(x.std() / std - 1) < 0.02, name
             assert abs(x.mean()) < 4 * std / np.sqrt(x.size)
+    wide = np.empty_like(flat)
+    layout.init(wide, 1, std=0.04)
+    q = "model.layers.0.self_attn.q_proj.weight"
+    assert np.array_equal(layout.named(wide)[q], 2 * layout.named(flat)[q])
     again = np.empty_like(flat)
     layout.init(again, 1)
     assert np.array_equal(flat, again)

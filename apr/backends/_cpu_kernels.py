@@ -10,6 +10,7 @@ matrix products depend on it, all other sums are cut the same way whatever the n
 
 import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,25 +47,35 @@ _PARALLEL = dict.fromkeys(
 _PARALLEL["prange"] = True
 # Sums may be reordered (they must be, to use vector registers); NaN and infinity keep their meaning.
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
-_announced = []
+_WARMING = "APR_COMPILES_KERNELS"  # set in the process that fills Numba's cache
+_kernels = []
 
 
 def _kernel(signature, parallel=True):
-    def compile_it(f):
-        k = njit(
-            signature,
-            cache=True,
-            nogil=True,
-            error_model="numpy",
-            fastmath=_FAST,
-            parallel=_PARALLEL if parallel else False,
-        )(f)
-        if k.stats.cache_misses and not _announced:
-            _announced.append(True)
-            print("apr: compiling the CPU kernels, once (about 20 s) ...", file=sys.stderr, flush=True)
+    def register(f):
+        options = dict(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
+        k = njit(parallel=_PARALLEL if parallel else False, **options)(f)
+        _kernels.append((k, signature))
         return k
 
-    return compile_it
+    return register
+
+
+def _compile_all():
+    """Compile the kernels or read them from Numba's cache on disk.
+
+    Code that Numba has just compiled may add in another order than the same code from its cache (a
+    parallel loop exists twice then, optimised apart), so that a first run would differ from the next
+    in the last bit. Therefore another process fills the cache, and this one always reads it.
+    """
+    first, signature = _kernels[0]
+    if _WARMING not in os.environ and first._cache.load_overload(signature, first.targetctx) is None:
+        print("apr: compiling the CPU kernels, once (about 20 s) ...", file=sys.stderr, flush=True)
+        env = {**os.environ, _WARMING: "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        subprocess.run([sys.executable, "-c", f"import {__name__}"], env=env, check=False)
+    for k, signature in reversed(_kernels):  # the first one last: where it is, all are
+        k.compile(signature)
+        k.disable_compile()  # other dtypes are an error
 
 
 # Helpers inlined into the kernels
@@ -104,7 +115,7 @@ def _zero(row):
 _ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 
 
-@njit(_f32(_f32), fastmath={"contract"}, error_model="numpy", cache=True)
+@njit(fastmath={"contract"}, error_model="numpy", cache=True)
 def _exp(x):
     """exp(x) to 1.2e-7 relative, vectorisable: 2^n * polynomial(r), x = n ln 2 + r (Cephes, expf).
 
@@ -554,3 +565,6 @@ def adamw(w, m, v, g, factor, rate, c1, c2, bias1, bias2, eps, shrink):
             mp[i] = mi
             vp[i] = vi
             wp[i] -= rate * (mi * bias1) / (np.sqrt(vi * bias2) + eps) + shrink * wp[i]
+
+
+_compile_all()

@@ -67,7 +67,7 @@ class Trainer:
             if inputs.init:
                 fill(self.model.layout, host, inputs.init)
             else:
-                self.model.layout.init(host, s.seed)
+                self.model.layout.init(host, s.seed, s.initializer_range)
             inputs.backend.from_host(self.model.w, host)
 
     def train_step(self) -> dict[str, Any]:

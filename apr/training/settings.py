@@ -60,6 +60,7 @@ class Settings:
     patience: int = option("evaluations without improvement before an early stop", 5)
     min_epochs: int = option("evaluations before an early stop or a reached target may end the run", 3)
     target_val_loss: float | None = option("end when the validation loss (nats/token) reaches this")
+    initializer_range: float = option("standard deviation of random initial matrices", 0.02)
     seed: int = option("of initial weights and data order", 42)
     shuffle: bool = option("windows in random order", True)
     on_exhausted: str = option("at the end of the data", "cycle", choices=("cycle", "stop"))
@@ -141,6 +142,7 @@ def resolve(s: Settings) -> Settings:
     if s.dataset and not s.tokenizer and not (Path(s.dataset) / "tokenizer").is_dir():
         raise UsageError("--dataset needs --tokenizer: the folder of the tokenizer that made the shards")
     for name in (
+        "initializer_range",
         "num_steps",
         "batch_size",
         "seq_length",
