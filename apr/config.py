@@ -334,7 +334,7 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen2-tiny": _preset("qwen2", "123 56 72 2 7 1 8 64", **_QWEN),
     "qwen3-tiny": _preset("qwen3", "123 40 56 2 4 2 12 64", **_QWEN),
     # sizes for two CPU cores
-    "llama-demo": _preset("llama", "4096 192 512 6 6 2 32 1024"),
+    "llama-demo": _preset("llama", "4096 192 512 4 3 1 64 1024"),
     "qwen2-3m": _preset("qwen2", "2048 192 512 6 6 2 32 1024", **_QWEN),
     "qwen2-15m": _preset("qwen2", "32000 288 768 6 6 6 48 1024", **_QWEN),
     # the models people know

@@ -76,12 +76,15 @@ class Settings:
 DEMO: dict[str, Any] = dict(
     corpus="stdlib",
     model="llama-demo",
-    seq_length=256,
-    batch_size=8,
-    num_steps=1000,
-    steps_per_epoch=100,
-    lr=3e-3,
-    warmup_steps=50,
+    seq_length=128,
+    batch_size=4,
+    num_steps=3200,
+    steps_per_epoch=400,
+    val_batches=64,
+    lr=2e-3,
+    warmup_steps=160,
+    beta2=0.98,
+    initializer_range=0.04,
     sample="def ",
 )
 
