@@ -87,7 +87,7 @@ DEMO: dict[str, Any] = dict(
     schedule="linear",
     beta2=0.99,
     initializer_range=0.05,
-    sample="def ",
+    sample="class Reader:\n    def __init__(self",
 )
 
 # What may differ between a run and its continuation.

@@ -131,5 +131,5 @@ def loss_curve(metrics: list[dict[str, Any]], unigram_entropy: float, vocab_size
         )
     axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats/token)", title=f"{path.parent.name}: loss")
     axes.grid(alpha=0.2)
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.78))
+    axes.legend(loc="lower left")
     figure.savefig(path)
