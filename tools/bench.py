@@ -2,7 +2,8 @@
 
     python tools/bench.py                                   steps and ops of two models on this machine
     python tools/bench.py --peer "python cpu_peer.py"       the same, a peer measured in the same run
-    python tools/bench.py --record bench/cpu.json           add the result to a record
+    python tools/bench.py --record bench/cpu.json           add the result to a record, with --note for
+                                                            the versions of the peers
 
 Every measurement is a process of its own, so that its peak memory is its own; apr and peers take
 turns, and medians over the rounds are reported. A peer is a command that takes `--model NAME --B 8
@@ -201,6 +202,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=3, help="processes for each of apr and the peers")
     p.add_argument("--threads", type=int, default=cores())
     p.add_argument("--peer", action="append", default=[], help="command of a peer; may be repeated")
+    p.add_argument("--note", default="", help="what the peers are, for the record: their versions")
     p.add_argument("--record", type=Path, help="JSON file to add the result to")
     p.add_argument("--one", help=argparse.SUPPRESS)  # one measurement in this process
     p.add_argument("--ops", action="store_true", help=argparse.SUPPRESS)
@@ -214,6 +216,7 @@ def main() -> None:
         "commit": git_commit(),
         "machine": f"{cpu_name()}, {a.threads} threads, {platform.system()} {platform.machine()}",
         "versions": versions(),
+        "peers": a.note,
         "rows": [],
     }
     for name in a.models.split(","):
