@@ -121,7 +121,7 @@ class Model:
                 f"{cfg.max_position_embeddings}; use a smaller --seq-length"
             )
         self.cfg, self.be, self.dtype, self.train = cfg, backend, dtype, train
-        self.batch, self.seq, self.cache_len = batch, seq, cache
+        self.batch, self.seq = batch, seq
         self.layout = Layout(cfg)
         self.w = backend.empty(self.layout.size, dtype) if w is None else w
         self.p = self.layout.views(self.w)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..config import to_hf
-from ..data.tokenizer import Tokenizer
 from ..device import cores, cpu_name
 from ..errors import Refused, UsageError
 from ..generate import generate
@@ -117,12 +116,7 @@ def sample_text(i: Inputs, trainer: Trainer, prompt: str, tokens: int = SAMPLE_T
     new = generate(
         i.cfg, i.backend, trainer.model.w, ids, tokens, 0.7, 0, 0.95, i.settings.seed, i.tokenizer.eos_id
     )  # fmt: skip
-    return prompt + decode_new(i.tokenizer, [int(t) for t in new])
-
-
-def decode_new(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Generated ids as text, without the end-of-text token."""
-    return tokenizer.decode(list(ids), skip_special=True)
+    return prompt + i.tokenizer.decode(list(new), skip_special=True)
 
 
 def _finish(trainer: Trainer, show: Show, status: str, seconds: float) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import re
 import subprocess
@@ -211,11 +210,3 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
     """Loss per token as bits per UTF-8 byte of text."""
     return nats_per_token / math.log(2) * tokens / text_bytes
-
-
-def free_space(path: Path) -> int:
-    """Bytes free on the disk that holds path (or the nearest folder above it that exists)."""
-    while not path.exists():
-        path = path.parent
-    s = os.statvfs(path)
-    return s.f_bavail * s.f_frsize
