@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -194,7 +195,7 @@ class Trainer:
                     if self.stop_asked and p.step < s.num_steps:
                         raise Interrupted(
                             f"stopped after step {p.step}, state saved. Go on with: "
-                            f"apr pretrain --resume --run-dir {self.run.path}"
+                            f"apr pretrain --resume --run-dir {shlex.quote(str(self.run.path))}"
                         )
                 return "DONE"
         except Exhausted as e:
