@@ -58,6 +58,7 @@ def generate(
         ("--top-k", top_k >= 0, "at least 0"),
         ("--top-p", 0 < top_p <= 1, "above 0 and at most 1"),
         ("--max-tokens", max_tokens >= 1, "at least 1"),
+        ("--seed", seed >= 0, "at least 0"),
     ):
         if not good:
             raise UsageError(f"{option} must be {rule}")

@@ -29,6 +29,7 @@ from apr.loading import open_source, put
 from apr.model import Model
 from apr.optim import Schedule
 from apr.training.loop import Trainer
+from apr.training.rundir import next_free
 from apr.training.settings import DEMO, Settings, from_command_line, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -502,3 +503,79 @@ def test_modes_set_rate_and_warm_up_and_flags_win():
     assert (tuned.mode, tuned.lr, tuned.warmup_steps) == ("finetune", 5e-5, 100)
     short = resolve(Settings(corpus="x", init="m", num_steps=50, lr=1e-3))
     assert (short.lr, short.lr_min, short.warmup_steps) == (1e-3, 1e-5, 5)
+
+
+# What a first user met
+
+
+def test_a_resumed_run_refuses_other_validation_data(place, tmp_path, capsys):
+    assert pretrain(place, tmp_path / "a") == 0
+    path = tmp_path / "a" / "config.json"
+    config = json.loads(path.read_text())
+    config["data"]["val_sha256"] = "0" * 64
+    path.write_text(json.dumps(config))
+    assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "a")]) == 5
+    assert "val_sha256" in capsys.readouterr().err
+
+
+def test_a_run_that_saved_nothing_leaves_its_directory_free(place, tmp_path):
+    assert pretrain(place, tmp_path / "a", "--lr", "1e30", "--grad-clip", "0", "--warmup-steps", "0") == 6
+    assert pretrain(place, tmp_path / "a") == 0
+    assert (tmp_path / "a" / "metrics.old.jsonl").exists()
+    assert lines(tmp_path / "a")[0]["step"] == 0
+    (tmp_path / "a" / "config.json").unlink()  # somebody's checkpoints are never written over
+    assert pretrain(place, tmp_path / "a") == 5
+
+
+def test_a_damaged_state_names_the_one_before_it(place, tmp_path, capsys):
+    assert pretrain(place, tmp_path / "a") == 0
+    older, last = sorted((tmp_path / "a" / "ckpt" / "state").iterdir())
+    last.write_bytes(last.read_bytes()[:1000])
+    assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "a")]) == 4
+    assert older.name in capsys.readouterr().err
+    last.unlink()
+    assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "a")]) == 0
+
+
+@pytest.mark.parametrize("join", ["\r\n", "\n", "\n\n"])
+def test_one_file_without_blank_lines_is_a_corpus(place, tmp_path, join):
+    text = join.join(f"line {i} is not line {i * 7 % 11}" for i in range(800))
+    (tmp_path / "notes.txt").write_bytes(text.encode())
+    args = ["--corpus", tmp_path / "notes.txt", "--model", place / "config.json"]
+    assert pretrain(place, tmp_path / "a", *args, model=False) == 0
+
+
+def test_a_run_goes_on_when_its_reader_goes_away(place, tmp_path):
+    """`apr pretrain ... | head -1` must not end the training."""
+    args = [
+        "--corpus",
+        place / "corpus",
+        "--model",
+        place / "config.json",
+        *RECIPE,
+        "--run-dir",
+        tmp_path / "b",
+    ]
+    command = [sys.executable, ROOT / "tools" / "pretrain.py", *args]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0, err
+    assert lines(tmp_path / "b")[-1]["step"] == 12
+
+
+def test_small_mistakes_are_answered_in_a_line(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "null.json").write_text('{"num_steps": null}')
+    assert pretrain(place, tmp_path / "r", "--config", tmp_path / "null.json") == 2
+    assert "num_steps" in capsys.readouterr().err
+    assert main(["trace", "qwen3-tiny", "--tokens", "1,2", "-o", str(tmp_path / "t"), "--seed", "-1"]) == 2
+    assert main(["plan", "--model", "llama-demo", "--seq-length", "8192"]) == 5
+    assert main(["plan", "--model", "llama-demo", "--seq-length", "128", "--num-steps", "-5"]) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "config").write_text("a file")
+    assert next_free("config") == Path("runs/config-2")

@@ -51,7 +51,7 @@ def set_threads(n: int) -> None:
     """Use n threads from now on. Raises UsageError when the process cannot have that many."""
     most = numba.config.NUMBA_NUM_THREADS
     if not 1 <= n <= most:
-        raise UsageError(f"--threads {n}: this process can have 1 to {most} threads")
+        raise UsageError(f"--threads {n}: this process can have 1 to {most} threads; give --threads {most}")
     numba.set_num_threads(n)
 
 

@@ -51,6 +51,9 @@ def run_command(name: str, args: Sequence[str]) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader went away (`| head`): nothing is wrong
         return 0
+    except OSError as e:
+        print(f"apr {name}: {e.filename or 'output'}: {e.strerror or e}", file=sys.stderr)
+        return 7
     except KeyboardInterrupt:
         print(f"apr {name}: interrupted", file=sys.stderr)
         return 130

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import load_config
 from ..device import available_memory, select
-from ..errors import UsageError
+from ..errors import Refused, UsageError
 from ..flags import option, parse
 from ..formats.models import load_model
 from ..params import Layout
@@ -40,7 +40,13 @@ def main(args: Sequence[str]) -> int:
         raise UsageError("say which model: give --model or --init, one of them")
     if f.batch_size < 1 or f.seq_length < 1 or (f.micro_batch_size or 1) < 1:
         raise UsageError("--batch-size, --micro-batch-size and --seq-length must be at least 1")
+    if f.num_steps is not None and f.num_steps < 1:
+        raise UsageError(f"--num-steps {f.num_steps}: must be at least 1")
     cfg = load_model(f.init).cfg if f.init else load_config(str(f.model))
+    if f.seq_length > cfg.max_position_embeddings:
+        raise Refused(
+            f"--seq-length {f.seq_length} is more than the model's max_position_embeddings = {cfg.max_position_embeddings}"
+        )
     backend = select(f.device, threads=f.threads)
     layout, micro = Layout(cfg), min(f.micro_batch_size or f.batch_size, f.batch_size)
     need, have = memory(cfg, micro, f.seq_length, train=f.train), available_memory()

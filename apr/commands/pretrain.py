@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import to_hf
+from ..config import PRESETS, to_hf
 from ..device import cores, cpu_name
-from ..errors import Refused, UsageError
+from ..errors import MalformedFile, Refused, UsageError
 from ..generate import generate
 from ..params import Layout
 from ..training.inputs import Inputs, describe, open_inputs
@@ -35,6 +35,8 @@ def main(args: Sequence[str]) -> int:
     try:
         inputs = open_inputs(settings, show.preparing)
         run = _run_dir(inputs)
+        if settings.resume:
+            _check_same_data(inputs, run)
         _header(show, inputs, run)
         trainer = Trainer(inputs, run, show, settings.resume)
         show.start(trainer.progress.step, settings.num_steps)
@@ -53,7 +55,7 @@ def _continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
         raise UsageError("--resume needs --run-dir: the folder of the run to go on with")
     path = Path(settings.run_dir)
     saved = check(RunDir(path).read_config()["settings"], str(path / "config.json"))
-    for key, value in explicit.items():
+    for key, value in _absolute(explicit).items():
         if key not in MAY_CHANGE and saved.get(key) != value:
             flag = key.replace("_", "-")
             raise Refused(
@@ -74,7 +76,7 @@ def _run_dir(i: Inputs) -> RunDir:
     run.create(
         {
             "settings": {
-                **dataclasses.asdict(s),
+                **_absolute(dataclasses.asdict(s)),
                 "resume": False,
                 "run_dir": str(run.path),
                 "threads": s.threads or cores(),
@@ -88,6 +90,28 @@ def _run_dir(i: Inputs) -> RunDir:
         }
     )
     return run
+
+
+def _check_same_data(i: Inputs, run: RunDir) -> None:
+    """A resumed run reads what it began with, or its losses could not be compared. Raises Refused."""
+    saved = run.read_config().get("data")
+    for key, value in describe(i).items():
+        was = saved.get(key) if isinstance(saved, dict) else None
+        if was != value:
+            raise Refused(
+                f"{run.path}/config.json: {key} was {was!r} when the run began and is {value!r} now; resume with the "
+                "data of then, or start a new run with --init"
+            )
+
+
+def _absolute(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings with whole paths, so that a run can be resumed from another folder."""
+    paths = ("corpus", "dataset", "tokenizer", "init", "val_dataset", "model")
+    found = {k: str(Path(v).resolve()) for k in paths if (v := values.get(k)) and Path(v).exists()}
+    return {
+        **values,
+        **({k: v for k, v in found.items() if values[k] != "stdlib" and values[k] not in PRESETS}),
+    }
 
 
 def _header(show: Show, i: Inputs, run: RunDir) -> None:
@@ -123,8 +147,11 @@ def _finish(trainer: Trainer, show: Show, status: str, seconds: float) -> dict[s
     i, p, run = trainer.inputs, trainer.progress, trainer.run
     metrics, val = run.metrics(), i.val.shards
     picture = run.path / "loss.png"
+    evaluations = [m for m in metrics if "val_loss" in m]
+    if not evaluations:
+        raise MalformedFile(f"{run.path / 'metrics.jsonl'}: no evaluation in it; the checkpoints are whole")
+    last = evaluations[-1]
     loss_curve(metrics, val.unigram_entropy, i.cfg.vocab_size, picture)
-    last = [m for m in metrics if "val_loss" in m][-1]
     result = {
         "status": status,
         "steps": p.step,
@@ -140,7 +167,7 @@ def _finish(trainer: Trainer, show: Show, status: str, seconds: float) -> dict[s
         result["sample"] = sample_text(i, trainer, i.settings.sample)
         show.note(f"\n{' sample ':-^68}\n{result['sample']}\n{'':-^68}\n")
     gain = val.unigram_entropy - last["val_loss"]
-    verdict = f"{gain:.2f} below" if gain >= 0 else f"{-gain:.2f} ABOVE: it has learned nothing yet"
+    verdict = f"{gain:.2f} below" if gain >= 0 else f"{-gain:.2f} above, not yet better than that"
     speed = p.tokens_seen / max(p.seconds, 1e-9)
     show.table(
         "result",

@@ -48,6 +48,8 @@ def main(args: Sequence[str]) -> int:
     """Returns the exit code; errors are raised."""
     args = ["--output" if a == "-o" else a for a in args]
     f = parse(Flags, args, "apr trace", __doc__ or "")
+    if f.seed < 0:
+        raise UsageError(f"--seed {f.seed}: must be at least 0")
     if not f.tokens or not f.output:
         raise UsageError("--tokens and --output (or -o) are needed: what goes in, and where the trace goes")
     name = f.backend or "cpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -112,19 +113,23 @@ def stdlib_documents() -> Documents:
 
 
 def pieces(document: Document, max_bytes: int) -> Iterator[Document]:
-    """Cut one long document at blank lines into documents of about max_bytes UTF-8 bytes.
+    """Cut one long document at blank lines (or lines, without any) into some of about max_bytes UTF-8 bytes.
 
     Joined, the pieces are the document. A paragraph longer than max_bytes stays whole."""
     held: list[str] = []
     size = number = 0
-    for part in document.text.split("\n\n"):
+    text = document.text
+    parts = re.split(r"(?<=\n)(?=\r?\n)", text)  # before blank lines, or if there is none, at every line
+    if len(parts) == 1:
+        parts = text.splitlines(keepends=True)
+    for part in parts:
         if held and size + len(part.encode()) > max_bytes:
-            yield Document(f"{document.name}#{number}", "\n\n".join(held) + "\n\n")
+            yield Document(f"{document.name}#{number}", "".join(held))
             held, size, number = [], 0, number + 1
         held.append(part)
-        size += len(part.encode()) + 2
-    if any(held):
-        yield Document(f"{document.name}#{number}", "\n\n".join(held))
+        size += len(part.encode())
+    if held:
+        yield Document(f"{document.name}#{number}", "".join(held))
 
 
 def is_held_out(sha256: str, fraction: float) -> bool:

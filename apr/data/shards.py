@@ -146,7 +146,7 @@ class TokenShards:
         self.folder = Path(folder)
         path = self.folder / MANIFEST
         if not path.is_file():
-            raise InputNotFound(f"{path}: no such file; make shards with `apr tokenize encode-corpus`")
+            raise InputNotFound(f"{path}: no such file; give a folder of token shards, or text with --corpus")
         m = self.manifest = read_manifest(path)
         if tokenizer and tokenizer.sha256 != m.tokenizer_sha256:
             raise Refused(

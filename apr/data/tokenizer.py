@@ -93,7 +93,7 @@ class Tokenizer:
         if path.is_dir():
             path = path / "tokenizer.json"
         if not path.is_file():
-            raise InputNotFound(f"{path}: no such tokenizer.json; make one with `apr tokenize train`")
+            raise InputNotFound(f"{path}: no such tokenizer.json; give the folder that holds one")
         try:
             text = path.read_bytes().decode()
         except UnicodeDecodeError as e:

@@ -24,7 +24,7 @@ from ..loading import tokenizer_of
 from ..plan import memory
 from .settings import Settings
 
-PIECE_BYTES = 1 << 14  # a corpus of one file is cut at blank lines into documents of about this size
+PIECE_BYTES = 1 << 14  # a corpus of one file is cut into about 100 documents, or of this size if it is long
 HELD_OUT_BATCHES = 16  # with --dataset alone, as many batches become the validation set
 
 
@@ -77,7 +77,7 @@ def _open_data(
                 raise Refused(f"{s.init}: no tokenizer in the checkpoint; give --tokenizer")
         docs: Iterable[Document] = stdlib_documents() if s.corpus == "stdlib" else documents(s.corpus)
         if Path(s.corpus).is_file():  # one document could not be split into training and validation
-            docs = (piece for document in docs for piece in pieces(document, PIECE_BYTES))
+            docs = (p for d in docs for p in pieces(d, max(256, min(PIECE_BYTES, len(d.data) // 100))))
         made_by = tokenizer.sha256 if tokenizer else f"vocab {cfg.vocab_size}"
         where = "stdlib" if s.corpus == "stdlib" else str(Path(s.corpus).resolve())
         key = hashlib.sha256(f"{where} {made_by} {s.val_fraction}".encode()).hexdigest()[:16]

@@ -67,12 +67,15 @@ class RunDir:
 
     def create(self, config: dict[str, Any]) -> None:
         """Make the folders and config.json. Raises Refused when a run is there already."""
-        if (self.path / "config.json").exists():
+        metrics = self.path / "metrics.jsonl"
+        if any(self.ckpt.glob("**/*.apr")) or (metrics.exists() and not (self.path / "config.json").exists()):
             raise Refused(
                 f"{self.path} holds a run already; continue it with --resume or choose another --run-dir"
             )
         try:
             self.state.mkdir(parents=True, exist_ok=True)
+            if metrics.exists():  # of a run that ended before it saved anything
+                metrics.replace(self.path / "metrics.old.jsonl")
         except OSError as e:
             raise IOFailure(f"{self.path}: cannot make the run directory: {e.strerror}") from None
         write_json(self.path / "config.json", config)
@@ -164,8 +167,12 @@ class RunDir:
             raise InputNotFound(
                 f"{self.state}: no saved state; the run stopped before its first one: start anew"
             )
-        path = self.states()[-1]
-        file = read_apr(path)
+        *older, path = self.states()
+        try:
+            file = read_apr(path)
+        except MalformedFile as e:
+            hint = f"; move it away to go on from {older[-1].name}" if older else ""
+            raise MalformedFile(f"{e}{hint}") from None
         for prefix, flat in (("", model.w), ("optimizer.m.", opt.m), ("optimizer.v.", opt.v)):
             host = np.zeros(model.layout.size, np.float32)
             for name, view in model.layout.named(host).items():
@@ -188,7 +195,7 @@ def next_free(name: str, root: Path = Path("runs")) -> Path:
     number = 1
     while True:
         path = root / (name if number == 1 else f"{name}-{number}")
-        if not path.exists() or not any(path.iterdir()):
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return path
         number += 1
 

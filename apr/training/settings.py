@@ -117,7 +117,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def check(values: dict[str, Any], source: str) -> dict[str, Any]:
     """The same values with whole numbers made float where that is the type; unknown keys raise."""
     plain, out = field_types(Settings), {}
-    allowed = {f.name: f.metadata["choices"] for f in dataclasses.fields(Settings)}
+    fields = {f.name: f for f in dataclasses.fields(Settings)}
+    allowed = {name: f.metadata["choices"] for name, f in fields.items()}
     for key, value in values.items():
         if key not in plain:
             raise UsageError(
@@ -131,6 +132,10 @@ def check(values: dict[str, Any], source: str) -> dict[str, Any]:
             raise UsageError(f"{source}: {key} = {value!r} is not of type {plain[key].__name__}")
         if value is not None and allowed[key] and value not in allowed[key]:
             raise UsageError(f"{source}: {key} = {value!r}; choose one of {', '.join(allowed[key])}")
+        if value is None and fields[key].default is not None:
+            raise UsageError(
+                f"{source}: {key} = null; leave the key out for its default, {fields[key].default!r}"
+            )
         out[key] = value
     return out
 
