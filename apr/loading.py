@@ -67,13 +67,15 @@ def weights_on(backend: ModuleType, loaded: LoadedModel, dtype: str = "float32")
     layout = Layout(loaded.cfg)
     host = np.zeros(layout.size, np.float32)
     fill(layout, host, loaded)
-    w = backend.empty(layout.size, dtype)
-    backend.from_host(w, host)
-    return w
+    return _upload(backend, host, dtype)
 
 
 def put(backend: ModuleType, source: Source, dtype: str = "float32") -> Any:
-    """The parameters on a backend: a new flat buffer."""
-    w = backend.empty(source.layout.size, dtype)
-    backend.from_host(w, source.host)
+    """The parameters of a source on a backend: a new flat buffer."""
+    return _upload(backend, source.host, dtype)
+
+
+def _upload(backend: ModuleType, host: np.ndarray, dtype: str) -> Any:
+    w = backend.empty(host.size, dtype)
+    backend.from_host(w, host)
     return w

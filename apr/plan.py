@@ -10,8 +10,17 @@ from types import ModuleType
 import numpy as np
 
 from .config import ModelConfig
+from .errors import Refused
 from .model import block_buffers, default_loss_rows, scratch_buffers
 from .params import Layout
+
+
+def check_positions(c: ModelConfig, seq_length: int) -> None:
+    """Raise Refused for sequences longer than the model has positions for."""
+    if seq_length > c.max_position_embeddings:
+        raise Refused(
+            f"--seq-length {seq_length} is more than the model's max_position_embeddings = {c.max_position_embeddings}"
+        )
 
 
 def matmul_parameters(c: ModelConfig) -> int:

@@ -73,6 +73,24 @@ def pretrain(place, run_dir, *more, model=True):
     return main(["pretrain", *args, *RECIPE, "--run-dir", str(run_dir), *map(str, more)])
 
 
+def process_of(place, run_dir, *more):
+    """The same run as pretrain(), in a process of its own with its output in pipes."""
+    args = [
+        "--corpus",
+        place / "corpus",
+        "--model",
+        place / "config.json",
+        *RECIPE,
+        "--run-dir",
+        run_dir,
+        *more,
+    ]
+    command = [sys.executable, ROOT / "tools" / "pretrain.py", *args]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
 @pytest.fixture(scope="module")
 def run(place, tmp_path_factory):
     """An undisturbed run."""
@@ -245,19 +263,7 @@ def test_micro_batches_do_not_change_the_result(run, place, tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(run, place, tmp_path):
     """A real SIGINT to a real process; then the run is resumed and equals the undisturbed one."""
-    args = [
-        "--corpus",
-        place / "corpus",
-        "--model",
-        place / "config.json",
-        *RECIPE,
-        "--run-dir",
-        tmp_path / "b",
-    ]
-    command = [sys.executable, ROOT / "tools" / "pretrain.py", *args, "--threads", str(_threads(run))]
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = process_of(place, tmp_path / "b", "--threads", _threads(run))
     for line in process.stdout:  # the line of the evaluation before step 1
         if "before training" in line:
             process.send_signal(signal.SIGINT)
@@ -547,19 +553,7 @@ def test_one_file_without_blank_lines_is_a_corpus(place, tmp_path, join):
 
 def test_a_run_goes_on_when_its_reader_goes_away(place, tmp_path):
     """`apr pretrain ... | head -1` must not end the training."""
-    args = [
-        "--corpus",
-        place / "corpus",
-        "--model",
-        place / "config.json",
-        *RECIPE,
-        "--run-dir",
-        tmp_path / "b",
-    ]
-    command = [sys.executable, ROOT / "tools" / "pretrain.py", *args]
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = process_of(place, tmp_path / "b")
     process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read()

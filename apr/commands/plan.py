@@ -9,11 +9,11 @@ from typing import Any
 
 from ..config import load_config
 from ..device import available_memory, select
-from ..errors import Refused, UsageError
+from ..errors import UsageError
 from ..flags import option, parse
 from ..formats.models import load_model
 from ..params import Layout
-from ..plan import flops_per_token, matmul_rate, memory
+from ..plan import check_positions, flops_per_token, matmul_rate, memory
 from ..training.show import Show
 
 
@@ -43,10 +43,7 @@ def main(args: Sequence[str]) -> int:
     if f.num_steps is not None and f.num_steps < 1:
         raise UsageError(f"--num-steps {f.num_steps}: must be at least 1")
     cfg = load_model(f.init).cfg if f.init else load_config(str(f.model))
-    if f.seq_length > cfg.max_position_embeddings:
-        raise Refused(
-            f"--seq-length {f.seq_length} is more than the model's max_position_embeddings = {cfg.max_position_embeddings}"
-        )
+    check_positions(cfg, f.seq_length)
     backend = select(f.device, threads=f.threads)
     layout, micro = Layout(cfg), min(f.micro_batch_size or f.batch_size, f.batch_size)
     need, have = memory(cfg, micro, f.seq_length, train=f.train), available_memory()

@@ -106,12 +106,12 @@ def _check_same_data(i: Inputs, run: RunDir) -> None:
 
 def _absolute(values: dict[str, Any]) -> dict[str, Any]:
     """Settings with whole paths, so that a run can be resumed from another folder."""
-    paths = ("corpus", "dataset", "tokenizer", "init", "val_dataset", "model")
-    found = {k: str(Path(v).resolve()) for k in paths if (v := values.get(k)) and Path(v).exists()}
-    return {
-        **values,
-        **({k: v for k, v in found.items() if values[k] != "stdlib" and values[k] not in PRESETS}),
-    }
+    whole = dict(values)
+    for key in ("corpus", "dataset", "tokenizer", "init", "val_dataset", "model"):
+        value = values.get(key)
+        if value and value != "stdlib" and value not in PRESETS and Path(value).exists():
+            whole[key] = str(Path(value).resolve())
+    return whole
 
 
 def _header(show: Show, i: Inputs, run: RunDir) -> None:

@@ -21,7 +21,7 @@ from ..device import available_memory, check_fits, select
 from ..errors import Refused
 from ..formats.models import LoadedModel, load_model
 from ..loading import tokenizer_of
-from ..plan import memory
+from ..plan import check_positions, memory
 from .settings import Settings
 
 PIECE_BYTES = 1 << 14  # a corpus of one file is cut into about 100 documents, or of this size if it is long
@@ -53,10 +53,7 @@ def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
     backend = select(s.device, s.dtype, s.threads)
     init = load_model(s.init) if s.init else None
     cfg = init.cfg if init else load_config(str(s.model))
-    if s.seq_length > cfg.max_position_embeddings:
-        raise Refused(
-            f"--seq-length {s.seq_length} is more than the model's max_position_embeddings = {cfg.max_position_embeddings}"
-        )
+    check_positions(cfg, s.seq_length)
     tokenizer, train, val, name = _open_data(s, cfg, init, progress)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise Refused(
