@@ -13,8 +13,9 @@ from .errors import DeviceError, Refused
 from .plan import Memory
 
 
-def select(device: str, dtype: str = "float32", threads: int | None = None) -> ModuleType:
-    """The backend for --device auto, cpu, cuda or cuda:N, set to a number of CPU threads.
+def select(device: str, dtype: str | None = None, threads: int | None = None) -> ModuleType:
+    """The backend for --device auto, cpu, cuda or cuda:N, set to a number of CPU threads. Its first dtype
+    is the default one.
 
     Only auto may choose. Raises DeviceError when the device is not there, Refused for a dtype that
     it does not compute in.
@@ -26,7 +27,7 @@ def select(device: str, dtype: str = "float32", threads: int | None = None) -> M
             f"--device {device}: this version of apr computes on the CPU only; use --device cpu"
         )
     backend = backends.get("cpu")
-    if dtype not in backend.dtypes:
+    if dtype is not None and dtype not in backend.dtypes:
         raise Refused(f"--dtype {dtype}: the cpu backend computes in {', '.join(backend.dtypes)}")
     backend.set_threads(cores() if threads is None else threads)
     return backend
@@ -62,13 +63,14 @@ def available_memory() -> int | None:
     return min(limits) if limits else None
 
 
-def check_fits(need: Memory, advice: str) -> None:
-    """Raise Refused when a job needs more memory than there is, before anything is allocated."""
-    have = available_memory()
+def check_fits(need: Memory, backend: ModuleType, advice: str) -> None:
+    """Raise Refused when a job needs more memory than its device has, before anything is allocated."""
+    have = backend.free_memory()
     if have is not None and need.total > have:
+        activations = need.saved + need.scratch + need.logits + need.cache + need.backend
         raise Refused(
             f"the job needs {need.total / 2**30:.2f} GiB of memory (weights {need.weights / 2**30:.2f}, gradients and "
-            f"moments {(need.gradients + need.moments) / 2**30:.2f}, activations "
-            f"{(need.saved + need.scratch + need.logits + need.cache) / 2**30:.2f}) and {have / 2**30:.2f} GiB are "
+            f"moments {(need.gradients + need.moments + need.master) / 2**30:.2f}, activations "
+            f"{activations / 2**30:.2f}) and {have / 2**30:.2f} GiB are "
             f"free; {advice}"
         )

@@ -1,28 +1,33 @@
 """The transformer, forward and backward, over whichever backend it is given.
 
 No array arithmetic happens here: this file says which op reads and writes which buffer. Buffers are
-declared by `buffers`, which `apr plan` reads too, and are named like the taps that show them.
+declared by `Job.wants`, which `apr plan` reads too, and are named like the taps that show them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from .arena import WIDE, Arena, Want, Wants
 from .config import ModelConfig, RopeScaling
 from .errors import Refused
 from .params import Layout
 from .taps import Tap, no_tap
 
 Shapes = dict[str, tuple[int, ...]]
+STATISTICS = {"rstd", "rstd1", "rstd2", "qk_rstd", "lse", "loss"}  # kept in the wide dtype
+MOST_GRAPHS = 8
+KEPT = {"res1"}  # what a block that is computed again in backward still needs
 
 
 def block_buffers(c: ModelConfig, batch: int, seq: int) -> Shapes:
-    """What a block keeps for its backward pass. One set per layer in training, one in all otherwise."""
+    """What a block keeps for its backward pass."""
     n, heads = batch * seq, c.num_heads + c.num_kv_heads
     shapes: Shapes = {
         "res1": (n, c.hidden_size),  # the residual stream entering the block: tap hidden.LAYER
@@ -66,9 +71,61 @@ def scratch_buffers(c: ModelConfig, batch: int, seq: int, train: bool) -> Shapes
     return shapes
 
 
-def default_loss_rows(c: ModelConfig, tokens: int) -> int:
-    """Rows of logits held at once: about 2^23 elements, so that all logits never exist together."""
-    return min(tokens, max(64, (1 << 23) // c.vocab_size // 64 * 64))
+@dataclass(frozen=True)
+class Job:
+    """What a model is made for: batches of up to batch x seq tokens, in a dtype of the backend.
+
+    train: keep what backward needs, and gradients. recompute: keep only what enters each block and
+    compute the block again in backward. loss_rows: rows of logits held at once. cache: positions of a
+    key/value cache, 0 for none. own_weights: the parameters are not given.
+    """
+
+    batch: int
+    seq: int
+    dtype: str = "float32"
+    train: bool = True
+    recompute: bool = False
+    loss_rows: int = 1
+    cache: int = 0
+    own_weights: bool = True
+
+    def wants(self, c: ModelConfig) -> Wants:
+        """Every buffer of the model, by name: block buffers as LAYER.NAME, or NAME where blocks share."""
+        n, size, wide = self.batch * self.seq, Layout(c).size, WIDE[self.dtype]
+
+        def kind(name: str) -> str:
+            return wide if name in STATISTICS else self.dtype
+
+        out: Wants = {}
+        if self.own_weights:
+            out["w"] = Want("weights", (size,), self.dtype)
+        if self.train:
+            out["g"] = Want("gradients", (size,), wide)
+        for name, shape in block_buffers(c, self.batch, self.seq).items():
+            shared = not self.train or (self.recompute and name not in KEPT)
+            for prefix in [""] if shared else [f"{i}." for i in range(c.num_layers)]:
+                out[prefix + name] = Want("scratch" if shared else "saved", shape, kind(name))
+        for name, shape in scratch_buffers(c, self.batch, self.seq, self.train).items():
+            out[name] = Want("scratch", shape, kind(name))
+        out["logits"] = Want("logits", (self.loss_rows, c.vocab_size), self.dtype)
+        for name in ("ids", "targets"):
+            out[name] = Want("scratch", (n,), "int32")
+        out["total"] = Want("scratch", (1,), "float64")
+        for name in ("cos", "sin"):
+            out[name] = Want("scratch", (max(self.seq, self.cache), c.head_dim // 2), wide)
+        for i in range(c.num_layers if self.cache else 0):
+            for name in ("keys", "values"):
+                shape = (self.batch, self.cache, c.num_kv_heads, c.head_dim)
+                out[f"{i}.{name}"] = Want("cache", shape, self.dtype)
+        return out
+
+
+def default_loss_rows(c: ModelConfig, tokens: int, elements: int = 1 << 23) -> int:
+    """Rows of logits held at once, so that all logits never exist together: `elements` in all, at least
+    64 rows, and as many pieces as that takes, of equal size."""
+    most = max(64, elements // c.vocab_size // 64 * 64)
+    pieces = -(-tokens // most)
+    return min(tokens, -(-tokens // pieces // 64) * 64)
 
 
 def rope_tables(c: ModelConfig, positions: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,9 +152,8 @@ def _llama3(freq: np.ndarray, s: RopeScaling) -> np.ndarray:
 class Model:
     """Weights, buffers and the two passes for batches of up to (batch, seq) tokens.
 
-    w, g: flat parameters and gradients (Layout order); p, d: their named views.
-    train=False keeps no values for backward and has no gradients. cache > 0 adds a key/value cache
-    of that many positions for forward(past=...). Give w to share another model's parameters.
+    w, g: flat parameters and gradients (Layout order); p, d: their named views. The other options are
+    those of Job. Give w to share another model's parameters.
     Raises Refused when seq or cache exceed the positions the configuration allows.
     """
 
@@ -112,6 +168,7 @@ class Model:
         loss_rows: int | None = None,
         cache: int = 0,
         w: Any = None,
+        recompute: bool = False,
     ) -> None:
         if dtype not in backend.dtypes:
             raise Refused(f"backend {backend.name} computes in {', '.join(backend.dtypes)}, not {dtype}")
@@ -120,51 +177,47 @@ class Model:
                 f"{max(seq, cache)} positions asked of a model with max_position_embeddings = "
                 f"{cfg.max_position_embeddings}; use a smaller --seq-length"
             )
-        self.cfg, self.be, self.dtype, self.train = cfg, backend, dtype, train
+        self.cfg, self.be, self.dtype, self.train, self.recompute = cfg, backend, dtype, train, recompute
         self.batch, self.seq = batch, seq
+        rows = loss_rows or default_loss_rows(cfg, batch * seq, backend.loss_elements)
+        self.loss_rows = min(rows, batch * seq)
         self.layout = Layout(cfg)
-        self.w = backend.empty(self.layout.size, dtype) if w is None else w
+        job = Job(batch, seq, dtype, train, recompute, self.loss_rows, cache, w is None)
+        self.buffers = Arena(backend, job.wants(cfg))
+        self.w = self.buffers["w"] if w is None else w
         self.p = self.layout.views(self.w)
         if train:
-            self.g = backend.empty(self.layout.size, dtype)
+            self.g = self.buffers["g"]
             self.d = self.layout.views(self.g)
-        self.loss_rows = min(loss_rows or default_loss_rows(cfg, batch * seq), batch * seq)
-
-        def allocate(shapes: Shapes) -> dict[str, Any]:
-            return {name: backend.empty(prod(shape), dtype) for name, shape in shapes.items()}
-
-        kept = cfg.num_layers if train else 1
-        self._block = [allocate(block_buffers(cfg, batch, seq)) for _ in range(kept)]
-        self._scratch = allocate(scratch_buffers(cfg, batch, seq, train))
-        self._logits = backend.empty(self.loss_rows * cfg.vocab_size, dtype)
-        self._ids = backend.empty(batch * seq, "int32")
-        self._targets = backend.empty(batch * seq, "int32")
-        self.total = backend.empty(1, "float64")  # sum of losses since it was last set to 0
-        shape = (batch, cache, cfg.num_kv_heads, cfg.head_dim)
+        self._logits = self.buffers["logits"]
+        self.total = self.buffers["total"]  # sum of losses since it was last set to 0
         self._cache = [
-            (backend.empty(shape, dtype), backend.empty(shape, dtype))
-            for _ in range(cfg.num_layers if cache else 0)
+            (self.buffers[f"{i}.keys"], self.buffers[f"{i}.values"])
+            for i in range(cfg.num_layers if cache else 0)
         ]
-        cos, sin = rope_tables(cfg, max(seq, cache))
-        self.cos, self.sin = backend.empty(cos.shape, dtype), backend.empty(sin.shape, dtype)
-        backend.from_host(self.cos, cos)
-        backend.from_host(self.sin, sin)
+        self.cos, self.sin = self.buffers["cos"], self.buffers["sin"]
+        for table, values in zip((self.cos, self.sin), rope_tables(cfg, max(seq, cache)), strict=True):
+            backend.from_host(table, values)
         self._views: dict[tuple[int, int], tuple[list[Any], Any]] = {}
+        self._warm: set[tuple[int, int, float]] = set()  # shapes and scales that were computed once
+        self._passes: dict[tuple[int, int, float], Callable[[], None]] = {}
 
     def _at(self, batch: int, seq: int) -> tuple[list[Any], Any]:
         """Block and scratch buffers shaped for a batch, which may be smaller than they were made for."""
         if (batch, seq) not in self._views:
             if batch > self.batch or seq > self.seq:
                 raise ValueError(f"batch {batch} x {seq} does not fit buffers of {self.batch} x {self.seq}")
+            have = self.buffers.arrays
 
-            def view(flat: dict[str, Any], shapes: Shapes) -> Any:
+            def view(shapes: Shapes, prefix: str = "") -> Any:
+                flat = {k: have.get(prefix + k, have.get(k)).reshape(-1) for k in shapes}
                 return SimpleNamespace(**{k: flat[k][: prod(s)].reshape(s) for k, s in shapes.items()})
 
-            blocks = [view(flat, block_buffers(self.cfg, batch, seq)) for flat in self._block]
-            scratch = view(self._scratch, scratch_buffers(self.cfg, batch, seq, self.train))
-            scratch.ids, scratch.targets = self._ids[: batch * seq], self._targets[: batch * seq]
-            layers = blocks if self.train else blocks * self.cfg.num_layers
-            self._views[batch, seq] = layers, scratch
+            inner = block_buffers(self.cfg, batch, seq)
+            blocks = [view(inner, f"{i}.") for i in range(self.cfg.num_layers)]
+            scratch = view(scratch_buffers(self.cfg, batch, seq, self.train))
+            scratch.ids, scratch.targets = (have[k][: batch * seq] for k in ("ids", "targets"))
+            self._views[batch, seq] = blocks, scratch
         return self._views[batch, seq]
 
     def _in_vocabulary(self, ids: np.ndarray, lowest: int | None) -> None:
@@ -191,50 +244,69 @@ class Model:
         past: positions already in the key/value cache; needs a model made with cache > 0. Raises
         ValueError for ids outside the vocabulary: kernels do not check where they read.
         """
-        be, c, p = self.be, self.cfg, self.p
+        self._put_ids(ids)
+        self._forward(tap, past)
+
+    def _put_ids(self, ids: np.ndarray) -> None:
         self._in_vocabulary(ids, lowest=0)
         self.b, self.t = ids.shape
+        self.be.from_host(self._at(self.b, self.t)[1].ids, ids.reshape(-1))
+
+    def _forward(self, tap: Tap, past: int = 0) -> None:
+        be, c, p = self.be, self.cfg, self.p
         blocks, s = self._at(self.b, self.t)
-        cos, sin = self.cos[past : past + self.t], self.sin[past : past + self.t]
-        be.from_host(s.ids, ids.reshape(-1))
         be.embedding_fwd(blocks[0].res1, s.ids, p.embed)
         res, delta = blocks[0].res1, None
-        for i, (w, a) in enumerate(zip(p.layer, blocks, strict=True)):
-            be.add_rmsnorm_fwd(a.res1, a.norm1, a.rstd1, res, delta, w.attn_norm, c.rms_norm_eps)
-            tap(None, f"hidden.{i}", a.res1)
-            tap(i, "norm1", a.norm1)
-            be.linear_fwd(a.qkv, a.norm1, w.wqkv, w.bqkv if c.qkv_bias else None)
-            tap(i, "qkv", a.qkv)
-            q, k, v = self._heads(a.qkv)
-            if c.qk_norm:
-                for weight, y, x, rstd in self._head_norms(w, a.qk, a.qkv, a.qk_rstd):
-                    be.head_rmsnorm_fwd(y, rstd, x, weight, c.rms_norm_eps)
-                tap(i, "qk", a.qk)
-                q, k, _ = self._heads(a.qk)
-            be.rope(q, cos, sin, +1)
-            tap(i, "q_rope", q)
-            be.rope(k, cos, sin, +1)
-            tap(i, "k_rope", k)
-            if self._cache:
-                k, v = self._remember(i, k, v, past)
-            be.attention_fwd(a.att.reshape(q.shape), a.lse, q, k, v, c.sliding_window)
-            tap(i, "lse", a.lse)
-            tap(i, "att", a.att)
-            be.linear_fwd(s.delta, a.att, w.wo, None)
-            tap(i, "att_out", s.delta)
-            be.add_rmsnorm_fwd(a.res2, a.norm2, a.rstd2, a.res1, s.delta, w.mlp_norm, c.rms_norm_eps)
-            tap(i, "res2", a.res2)
-            tap(i, "norm2", a.norm2)
-            be.linear_fwd(a.gu, a.norm2, w.wgu, None)
-            tap(i, "gu", a.gu)
-            be.swiglu_fwd(a.act, a.gu)
-            tap(i, "act", a.act)
-            be.linear_fwd(s.delta, a.act, w.wdown, None)
-            tap(i, "mlp_out", s.delta)
-            res, delta = a.res2, s.delta
+        for i in range(c.num_layers):
+            res, delta = self._block(i, res, delta, tap, past)
         be.add_rmsnorm_fwd(s.res, s.final_norm, s.rstd, res, delta, p.final_norm, c.rms_norm_eps)
         tap(None, f"hidden.{c.num_layers}", s.res)
         tap(None, "final_norm", s.final_norm)
+
+    def _block(self, i: int, res: Any, delta: Any, tap: Tap, past: int = 0) -> tuple[Any, Any]:
+        """Block i on the residual stream res + delta; returns the two parts of the next one."""
+        be, c, w = self.be, self.cfg, self.p.layer[i]
+        blocks, s = self._at(self.b, self.t)
+        a = blocks[i]
+        be.add_rmsnorm_fwd(a.res1, a.norm1, a.rstd1, res, delta, w.attn_norm, c.rms_norm_eps)
+        tap(None, f"hidden.{i}", a.res1)
+        tap(i, "norm1", a.norm1)
+        be.linear_fwd(a.qkv, a.norm1, w.wqkv, w.bqkv if c.qkv_bias else None)
+        tap(i, "qkv", a.qkv)
+        turned = a.qkv
+        if c.qk_norm:
+            for weight, y, x, rstd in self._head_norms(w, a.qk, a.qkv, a.qk_rstd):
+                be.head_rmsnorm_fwd(y, rstd, x, weight, c.rms_norm_eps)
+            tap(i, "qk", a.qk)
+            turned = a.qk
+        self._rope(turned, past, +1)
+        q, k, _ = self._heads(turned)
+        tap(i, "q_rope", q)
+        tap(i, "k_rope", k)
+        v = self._heads(a.qkv)[2]
+        if self._cache:
+            k, v = self._remember(i, k, v, past)
+        be.attention_fwd(a.att.reshape(q.shape), a.lse, q, k, v, c.sliding_window)
+        tap(i, "lse", a.lse)
+        tap(i, "att", a.att)
+        be.linear_fwd(s.delta, a.att, w.wo, None)
+        tap(i, "att_out", s.delta)
+        be.add_rmsnorm_fwd(a.res2, a.norm2, a.rstd2, a.res1, s.delta, w.mlp_norm, c.rms_norm_eps)
+        tap(i, "res2", a.res2)
+        tap(i, "norm2", a.norm2)
+        be.linear_fwd(a.gu, a.norm2, w.wgu, None)
+        tap(i, "gu", a.gu)
+        be.swiglu_fwd(a.act, a.gu)
+        tap(i, "act", a.act)
+        be.linear_fwd(s.delta, a.act, w.wdown, None)
+        tap(i, "mlp_out", s.delta)
+        return a.res2, s.delta
+
+    def _rope(self, x: Any, past: int, sign: int) -> None:
+        """Turn the query and key heads that rows of heads begin with."""
+        c, steps = self.cfg, slice(past, past + self.t)
+        heads = x.reshape(self.b, self.t, -1, c.head_dim)[:, :, : c.num_heads + c.num_kv_heads]
+        self.be.rope(heads, self.cos[steps], self.sin[steps], sign)
 
     def _remember(self, layer: int, k: Any, v: Any, past: int) -> tuple[Any, Any]:
         """Put keys and values of the new positions into the cache; all positions so far."""
@@ -251,16 +323,20 @@ class Model:
         is added and that of final_norm kept. Goes through the rows in pieces of loss_rows; with
         more than one piece the taps are named logits.FIRST_ROW.
         """
-        be, s = self.be, self._at(self.b, self.t)[1]
+        self._put_targets(targets)
+        self._loss(scale, tap)
+
+    def _put_targets(self, targets: np.ndarray) -> None:
         self._in_vocabulary(targets, lowest=None)
-        be.from_host(s.targets, targets.reshape(-1))
+        self.be.from_host(self._at(self.b, self.t)[1].targets, targets.reshape(-1))
+
+    def _loss(self, scale: float | None, tap: Tap = no_tap) -> None:
+        be, s = self.be, self._at(self.b, self.t)[1]
         n = self.b * self.t
         for first in range(0, n, self.loss_rows):
             rows = slice(first, min(n, first + self.loss_rows))
             suffix = "" if n <= self.loss_rows else f".{first}"
-            logits = self._logits[: (rows.stop - first) * self.cfg.vocab_size].reshape(
-                -1, self.cfg.vocab_size
-            )
+            logits = self._logits[: rows.stop - first]
             be.linear_fwd(logits, s.final_norm[rows], self.p.head, None)
             tap(None, "logits" + suffix, logits)
             be.cross_entropy(s.loss[rows], logits, s.targets[rows], scale)
@@ -273,9 +349,47 @@ class Model:
     def last_logits(self) -> np.ndarray:
         """Logits of the last position of each sequence of the latest forward, on the host, (B,V)."""
         s = self._at(self.b, self.t)[1]
-        logits = self._logits[: self.b * self.cfg.vocab_size].reshape(self.b, -1)
+        logits = self._logits[: self.b]
         self.be.linear_fwd(logits, s.final_norm[self.t - 1 :: self.t], self.p.head, None)
         return self.be.to_host(logits)
+
+    def micro_step(self, ids: np.ndarray, targets: np.ndarray, scale: float, graph: bool = True) -> None:
+        """forward, loss and backward of one micro-batch, as one launch where the device can.
+
+        The first call for a shape and scale runs op by op, the second is recorded, later ones replay
+        the record. The values are the same, bit for bit.
+        """
+        self._put_ids(ids)
+        self._put_targets(targets)
+        key = (self.b, self.t, scale)
+
+        def op_by_op() -> None:
+            self._forward(no_tap)
+            self._loss(scale)
+            self.backward()
+
+        if not graph:
+            op_by_op()
+        elif key in self._passes:
+            self._passes[key]()
+        elif key in self._warm:
+            if len(self._passes) >= MOST_GRAPHS:  # scales that never come back would fill the memory
+                self._passes.clear()
+            self._passes[key] = self.be.capture(op_by_op)
+            self._passes[key]()
+        else:
+            self._warm.add(key)
+            op_by_op()
+
+    def tune(self, targets_per_batch: int) -> None:
+        """Let the backend find its fastest products for full batches. Sets gradients and total to 0."""
+        ids = (
+            np.arange(self.batch * self.seq, dtype=np.int32).reshape(self.batch, self.seq)
+            % self.cfg.vocab_size
+        )
+        self.be.tune(lambda: self.micro_step(ids, ids, 1 / targets_per_batch, graph=False))
+        self.be.fill(self.g, 0)
+        self.be.fill(self.total, 0)
 
     def backward(self, tap: Tap = no_tap, ready: Callable[[int | None], None] = lambda layer: None) -> None:
         """Add the gradients of all parameters but the head, after forward and loss(scale=...).
@@ -290,6 +404,8 @@ class Model:
         tap(None, f"d_hidden.{c.num_layers}", s.dres)
         for i in reversed(range(c.num_layers)):
             w, g, a = p.layer[i], d.layer[i], blocks[i]
+            if self.recompute and i + 1 < c.num_layers:  # the last block's values are still there
+                self._block(i, a.res1, None, no_tap)
             be.linear_bwd(s.dact, g.wdown, None, s.dres, a.act, w.wdown)
             tap(i, "d_act", s.dact)
             be.swiglu_bwd(s.dgu, s.dact, a.gu)
@@ -310,8 +426,7 @@ class Model:
             tap(i, "d_q_rope", dq)
             tap(i, "d_k_rope", dk)
             tap(i, "d_v", dv)
-            be.rope(dq, self.cos[: self.t], self.sin[: self.t], -1)
-            be.rope(dk, self.cos[: self.t], self.sin[: self.t], -1)
+            self._rope(s.dqk if c.qk_norm else s.dqkv, 0, -1)
             if c.qk_norm:
                 tap(i, "d_qk", s.dqk)
                 norms = zip(

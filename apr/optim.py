@@ -6,8 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from .arena import WIDE, Arena, Want, Wants
+from .config import ModelConfig
 from .errors import UsageError
 from .model import Model
+from .params import Layout
 
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 WSD_DECAY = 0.2  # share of all steps in which "wsd" falls (Hu et al. 2024 use 0.1; Haegele et al. 0.2)
@@ -45,6 +50,15 @@ class Schedule:
         return self.lr_min + (self.lr - self.lr_min) * fall
 
 
+def wants(cfg: ModelConfig, dtype: str) -> Wants:
+    """Buffers of the optimizer of a model: moments, and a float32 copy of weights that are kept in less."""
+    size, wide = Layout(cfg).size, WIDE[dtype]
+    out = {name: Want("moments", (size,), wide) for name in ("m", "v")}
+    if wide != dtype:
+        out["master"] = Want("master", (size,), wide)
+    return out | {name: Want("scratch", (1,), "float64") for name in ("sum_sq", "factor")}
+
+
 class AdamW:
     """Moments of a model's parameters and the step that uses them.
 
@@ -64,11 +78,21 @@ class AdamW:
         self.model = model
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.weight_decay, self.grad_clip = weight_decay, grad_clip
-        self.m = be.empty(model.layout.size, model.dtype)
-        self.v = be.empty(model.layout.size, model.dtype)
-        self.sum_sq: Any = be.empty(1, "float64")
-        self.factor: Any = be.empty(1, "float64")
+        self.buffers = Arena(be, wants(model.cfg, model.dtype))
+        self.m, self.v = self.buffers["m"], self.buffers["v"]
+        self.sum_sq: Any = self.buffers["sum_sq"]
+        self.factor: Any = self.buffers["factor"]
+        self.master = model.w
+        if "master" in self.buffers.arrays:
+            self.master = self.buffers["master"]
+            be.copy(self.master, model.w)
         self.steps = 0
+
+    def set_weights(self, host: np.ndarray) -> None:
+        """Weights to go on from: a float32 buffer in Layout order. The model gets them rounded to its dtype."""
+        self.model.be.from_host(self.model.w, host)
+        if self.master is not self.model.w:
+            self.model.be.from_host(self.master, host)
 
     def step(self, lr: float) -> None:
         """Update the parameters from the gradients, then set the gradients to zero.
@@ -82,8 +106,10 @@ class AdamW:
         be.clip_factor(self.factor, self.sum_sq, self.grad_clip or math.inf)
         cut = model.layout.decayed
         for part, decay in ((slice(0, cut), self.weight_decay), (slice(cut, model.layout.size), 0.0)):
+            w = model.w[part]
             be.adamw(
-                model.w[part],
+                w,
+                w if self.master is model.w else self.master[part],
                 self.m[part],
                 self.v[part],
                 model.g[part],

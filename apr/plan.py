@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from math import prod
 from types import ModuleType
 
 import numpy as np
 
 from .config import ModelConfig
 from .errors import Refused
-from .model import block_buffers, default_loss_rows, scratch_buffers
+from .model import Job, default_loss_rows
+from .optim import wants as optimizer_wants
 from .params import Layout
 
 
@@ -48,15 +48,17 @@ def flops_per_token(c: ModelConfig, seq: int, backward: bool = True) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a training or inference job asks the backend for, by purpose."""
+    """Bytes that a training or inference job takes on its device, by purpose."""
 
-    weights: int
-    gradients: int
-    moments: int
-    saved: int  # kept by every layer for backward
-    scratch: int  # shared by all layers, rope tables and batch included
-    logits: int
-    cache: int  # keys and values of past positions
+    weights: int = 0
+    master: int = 0  # float32 copy of weights that are kept in bfloat16
+    gradients: int = 0
+    moments: int = 0
+    saved: int = 0  # kept by every layer for backward
+    scratch: int = 0  # shared by all layers, rope tables and batch included
+    logits: int = 0
+    cache: int = 0  # keys and values of past positions
+    backend: int = 0  # work space of the backend, and what its driver keeps
 
     @property
     def total(self) -> int:
@@ -66,40 +68,33 @@ class Memory:
 
 def memory(
     c: ModelConfig,
+    backend: ModuleType,
     batch: int,
     seq: int,
-    itemsize: int = 4,
+    dtype: str = "float32",
     train: bool = True,
     loss_rows: int | None = None,
     cache: int = 0,
+    recompute: bool = False,
 ) -> Memory:
-    """What Model (and AdamW, when train) will allocate for batches of batch x seq tokens."""
-    n = batch * seq
-
-    def elements(shapes: dict[str, tuple[int, ...]]) -> int:
-        return sum(prod(s) for s in shapes.values())
-
-    flat = Layout(c).size * itemsize
-    tables = 2 * max(seq, cache) * (c.head_dim // 2)
-    scalars = 8 * (3 if train else 1)  # loss total; squared norm and clip factor
-    rows = min(loss_rows or default_loss_rows(c, n), n)
-    layers = c.num_layers if train else 1
-    return Memory(
-        weights=flat,
-        gradients=flat if train else 0,
-        moments=2 * flat if train else 0,
-        saved=layers * elements(block_buffers(c, batch, seq)) * itemsize,
-        scratch=(elements(scratch_buffers(c, batch, seq, train)) + tables) * itemsize + 8 * n + scalars,
-        logits=rows * c.vocab_size * itemsize,
-        cache=2 * c.num_layers * batch * cache * c.num_kv_heads * c.head_dim * itemsize if cache else 0,
-    )
+    """What Model (and AdamW, when train) will take for batches of batch x seq tokens on a backend."""
+    rows = min(loss_rows or default_loss_rows(c, batch * seq, backend.loss_elements), batch * seq)
+    wants = list(Job(batch, seq, dtype, train, recompute, rows, cache).wants(c).values())
+    if train:
+        wants += optimizer_wants(c, dtype).values()
+    sums: dict[str, int] = {}
+    for w in wants:
+        sums[w.purpose] = sums.get(w.purpose, 0) + w.nbytes
+    return Memory(**sums, backend=backend.overhead())
 
 
-def matmul_rate(backend: ModuleType, dtype: str = "float32", size: int = 1024, repeats: int = 5) -> float:
-    """FLOP/s of a square matrix product on this device: the best of a few, about 0.1 s on a CPU."""
+def matmul_rate(backend: ModuleType, dtype: str = "float32", repeats: int = 5) -> float:
+    """FLOP/s of a large square matrix product on this device: the best of a few, about 0.1 s on a CPU."""
+    size = 8192 if backend.name == "cuda" else 1024
     x, w, y = (backend.empty((size, size), dtype) for _ in range(3))
+    host = np.random.default_rng(0).standard_normal((size, size), np.float32)
     for a in (x, w):
-        backend.from_host(a, np.random.default_rng(0).standard_normal((size, size)).astype("float32"))
+        backend.from_host(a, host)
     best = float("inf")
     for _ in range(repeats + 1):
         start = time.perf_counter()

@@ -46,7 +46,7 @@ class Case:
 QKV = "q in B T H@0/H+2*K D, k in B T K@H/H+2*K D, v in B T K@H+K/H+2*K D"
 DQKV = "dq out B T H@0/H+2*K D, dk out B T K@H/H+2*K D, dv out B T K@H+K/H+2*K D"
 ADAMW = (
-    "adamw: w inplace N, m inplace N, v inplace+ N, g in N, factor in64+ 1, lr=0.01, beta1=0.9, beta2=0.95"
+    "adamw: w inplace N, w, m inplace N, v inplace+ N, g in N, factor in64+ 1, lr=0.01, beta1=0.9, beta2=0.95"
 )
 
 CASES = [

@@ -262,7 +262,7 @@ def clip_skipped(be: Any) -> Ops:
 
 
 def _other_adamw(be: Any, position: int, change: Callable[[Any], Any]) -> Ops:
-    """AdamW with one argument changed: 5 is lr, 9 is decay, 10 is step."""
+    """AdamW with one argument changed: 6 is lr, 10 is decay, 11 is step."""
 
     def adamw(*args: Any) -> None:
         be.adamw(*args[:position], change(args[position]), *args[position + 1 :])
@@ -272,19 +272,19 @@ def _other_adamw(be: Any, position: int, change: Callable[[Any], Any]) -> Ops:
 
 @fault(ADAMW)
 def decay_on_norms(be: Any) -> Ops:
-    return _other_adamw(be, 9, lambda decay: 0.1)
+    return _other_adamw(be, 10, lambda decay: 0.1)
 
 
 @fault(ADAMW)
 def decay_forgotten(be: Any) -> Ops:
-    return _other_adamw(be, 9, lambda decay: 0.0)
+    return _other_adamw(be, 10, lambda decay: 0.0)
 
 
 @fault(ADAMW)
 def learning_rate_ignored(be: Any) -> Ops:
-    return _other_adamw(be, 5, lambda lr: 0.01)
+    return _other_adamw(be, 6, lambda lr: 0.01)
 
 
 @fault(ADAMW)
 def step_not_counted(be: Any) -> Ops:
-    return _other_adamw(be, 10, lambda step: 1)
+    return _other_adamw(be, 11, lambda step: 1)

@@ -181,7 +181,7 @@ def test_plan_counts_every_byte(name, train):
     model = Model(cfg, be, 3, 7, train=train, loss_rows=4, cache=cache)
     if train:
         AdamW(model)
-    assert be.memory() - before == memory(cfg, 3, 7, train=train, loss_rows=4, cache=cache).total
+    assert be.memory() - before == memory(cfg, be, 3, 7, train=train, loss_rows=4, cache=cache).total
 
 
 def test_flops_formula():

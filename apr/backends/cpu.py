@@ -12,16 +12,27 @@ from typing import Any
 import numba
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import DeviceError, UsageError
 from . import _cpu_kernels as kernels
-from .reference import clip_factor, copy, from_host, sync, to_host
+from .reference import capture, clip_factor, copy, free_memory, from_host, overhead, sync, to_host, tune
 
-__all__ = ["clip_factor", "copy", "from_host", "sync", "to_host"]
+__all__ = [
+    "capture",
+    "clip_factor",
+    "copy",
+    "free_memory",
+    "from_host",
+    "overhead",
+    "sync",
+    "to_host",
+    "tune",
+]
 
 Array = Any
 
 name = "cpu"
 dtypes = ("float32",)
+loss_elements = 1 << 23
 _allocated = [0]
 _NOTHING = np.empty(0, np.float32)
 _NOTHING2 = np.empty((0, 0), np.float32)
@@ -45,6 +56,19 @@ def fill(x: Array, value: float) -> None:
         kernels.fill(x.reshape(-1), value)
     else:
         x[...] = value
+
+
+def set_device(index: int) -> None:
+    """Raises DeviceError for another device than 0."""
+    if index != 0:
+        raise DeviceError(f"backend cpu has device 0 only, not {index}")
+
+
+def describe() -> dict[str, str]:
+    """See reference.py."""
+    from ..device import cpu_name
+
+    return {"backend": name, "cpu": cpu_name(), "threads": str(numba.get_num_threads())}
 
 
 def set_threads(n: int) -> None:
@@ -170,6 +194,7 @@ def add_sum_sq(total: Array, x: Array) -> None:
 
 def adamw(
     w: Array,
+    master: Array,
     m: Array,
     v: Array,
     g: Array,
@@ -183,7 +208,9 @@ def adamw(
 ) -> None:
     """See reference.py."""
     bias1, bias2 = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
-    kernels.adamw(w, m, v, g, factor[0], lr, 1 - beta1, 1 - beta2, bias1, bias2, eps, lr * decay)
+    kernels.adamw(master, m, v, g, factor[0], lr, 1 - beta1, 1 - beta2, bias1, bias2, eps, lr * decay)
+    if w.ctypes.data != master.ctypes.data:
+        copy(w, master)
 
 
 kernels.set_blas_threads(1)

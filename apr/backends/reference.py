@@ -5,7 +5,9 @@ The contract of an op, here and in every other backend:
 2. Parameter gradients (dw, db) and running sums (total) are ADDED TO; activation gradients are
    overwritten; the one exception is dres, the gradient of the residual stream, which is only ever
    added to.
-3. Arrays carry the dtype; there are no device, stream or dtype arguments.
+3. Arrays carry the dtype; there are no device, stream or dtype arguments. Where weights and activations
+   are bfloat16, sums are float32, and so are rstd, lse, loss, cos, sin, moments and gradients of
+   parameters. total, factor and sum_sq are float64 always.
 4. Letters: B sequences, T positions, N = B*T tokens, C model width, H query heads, K key/value
    heads, D head width, F MLP width, V vocabulary, I inputs and O outputs of a linear map.
    The last axis of every array is contiguous; a gradient "da" has the shape of "a".
@@ -13,14 +15,18 @@ The contract of an op, here and in every other backend:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from ..errors import DeviceError
 
 Array = Any  # an array of this backend: numpy.ndarray here
 
 name = "reference"
 dtypes = ("float64", "float32")
+loss_elements = 1 << 23  # of logits held at once: enough work for a product, little memory
 _allocated = [0]
 
 
@@ -51,7 +57,7 @@ def fill(x: Array, value: float) -> None:
 
 
 def copy(y: Array, x: Array) -> None:
-    """y = x. Shapes must be equal."""
+    """y = x, rounded to the dtype of y. Shapes must be equal."""
     _same_shape(y, x)
     y[...] = x
 
@@ -66,7 +72,43 @@ def memory() -> int:
 
 
 def set_threads(n: int) -> None:
-    """How many threads later calls use; the reference computes on the caller's thread."""
+    """How many CPU threads later calls use; the reference computes on the caller's thread."""
+
+
+def set_device(index: int) -> None:
+    """Compute on device number `index` from now on. Raises DeviceError when there is none."""
+    if index != 0:
+        raise DeviceError(f"backend reference has device 0 only, not {index}")
+
+
+def describe() -> dict[str, str]:
+    """What computes, for the record of a run: names and versions."""
+    from ..device import cpu_name
+
+    return {"backend": name, "cpu": cpu_name()}
+
+
+def free_memory() -> int | None:
+    """Bytes that empty() can still hand out; None where the system does not say."""
+    from ..device import available_memory
+
+    return available_memory()
+
+
+def overhead() -> int:
+    """Bytes that the backend itself takes, whatever the job: work space and what the driver keeps."""
+    return 0
+
+
+def tune(f: Callable[[], None]) -> None:
+    """Find the fastest way to do what f does; it may run several times or not at all. What it writes is
+    undefined afterwards."""
+
+
+def capture(f: Callable[[], None]) -> Callable[[], None]:
+    """A function that does what f does, on the same arrays, with as little work for the host as possible.
+    f has run before, reads nothing that changes but arrays, and gives the host nothing."""
+    return f
 
 
 # Embedding and linear maps
@@ -279,6 +321,7 @@ def clip_factor(factor: Array, sum_sq: Array, max_norm: float) -> None:
 
 def adamw(
     w: Array,
+    master: Array,
     m: Array,
     v: Array,
     g: Array,
@@ -293,16 +336,18 @@ def adamw(
     """One AdamW step (Loshchilov and Hutter 2019, algorithm 2; torch.optim.AdamW), step from 1.
 
     With g' = factor[0] * g:  m += (1 - beta1) (g' - m);  v += (1 - beta2) (g'^2 - v);
-    w -= lr * (m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps) + decay * w)
-    w, m, v, g (n,), factor (1,) float64
+    master -= lr * (m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps) + decay * master);  w = master
+    w, master, m, v, g (n,), factor (1,) float64. master may be w itself; otherwise w is it, rounded.
     """
-    num = w.dtype.type
+    num = master.dtype.type
     g = g * num(factor[0])
     m += num(1 - beta1) * (g - m)
     v += num(1 - beta2) * (g * g - v)
     mhat = m / num(1 - beta1**step)
     vhat = v / num(1 - beta2**step)
-    w -= num(lr) * (mhat / (np.sqrt(vhat) + num(eps)) + num(decay) * w)
+    master -= num(lr) * (mhat / (np.sqrt(vhat) + num(eps)) + num(decay) * master)
+    if w is not master:
+        w[...] = master
 
 
 def _same_shape(y: Array, x: Array) -> None:

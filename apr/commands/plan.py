@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import load_config
-from ..device import available_memory, select
+from ..device import select
 from ..errors import UsageError
 from ..flags import option, parse
 from ..formats.models import load_model
@@ -28,6 +28,11 @@ class Flags:
     seq_length: int = option("tokens per sequence", 1024)
     num_steps: int | None = option("optimizer steps, for the FLOPs of the whole job")
     train: bool = option("training; --no-train: one forward pass", True)
+    recompute: bool = option("keep only what enters each block, compute the rest again in backward", False)
+    dtype: str | None = option(
+        "of weights and activations (default: bfloat16 on cuda, float32 on cpu)",
+        choices=("float32", "bfloat16"),
+    )
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
     threads: int | None = option("CPU threads (default: all cores)")
     json: bool = option("print one JSON document and nothing else", False)
@@ -44,12 +49,16 @@ def main(args: Sequence[str]) -> int:
         raise UsageError(f"--num-steps {f.num_steps}: must be at least 1")
     cfg = load_model(f.init).cfg if f.init else load_config(str(f.model))
     check_positions(cfg, f.seq_length)
-    backend = select(f.device, threads=f.threads)
+    backend = select(f.device, f.dtype, f.threads)
+    dtype = f.dtype or backend.dtypes[0]
     layout, micro = Layout(cfg), min(f.micro_batch_size or f.batch_size, f.batch_size)
-    need, have = memory(cfg, micro, f.seq_length, train=f.train), available_memory()
+    need = memory(cfg, backend, micro, f.seq_length, dtype, f.train, recompute=f.recompute)
+    have = backend.free_memory()
     flops = flops_per_token(cfg, f.seq_length, f.train)
-    rate = matmul_rate(backend)
+    rate = matmul_rate(backend, dtype)
     result: dict[str, Any] = {
+        "device": backend.name,
+        "dtype": dtype,
         "parameters": layout.num_parameters,
         "tensors": len(layout.slots),
         "flops_per_token": flops,
@@ -71,6 +80,7 @@ def main(args: Sequence[str]) -> int:
     rows = [
         ("parameters", f"{layout.num_parameters:,} in {len(layout.slots)} tensors"),
         ("FLOPs per token", f"{flops / 1e9:.3f} G{' (forward and backward)' if f.train else ' (forward)'}"),
+        ("device", f"{backend.name}, {dtype}"),
         *parts,
         ("all buffers", f"{need.total / gib:9.3f} GiB for {micro} x {f.seq_length} tokens at once"),
         ("free memory", f"{have / gib:9.3f} GiB" if have is not None else "the system does not say"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PRESETS, to_hf
-from ..device import cores, cpu_name
+from ..device import cores
 from ..errors import MalformedFile, Refused, UsageError
 from ..generate import generate
 from ..params import Layout
@@ -39,6 +39,7 @@ def main(args: Sequence[str]) -> int:
             _check_same_data(inputs, run)
         _header(show, inputs, run)
         trainer = Trainer(inputs, run, show, settings.resume)
+        _record_device(show, inputs, run)
         show.start(trainer.progress.step, settings.num_steps)
         status = trainer.train()
     finally:
@@ -86,10 +87,21 @@ def _run_dir(i: Inputs) -> RunDir:
             "data": describe(i),
             "versions": versions(),
             "git_commit": git_commit(),
-            "device": {"backend": i.backend.name, "cpu": cpu_name(), "threads": s.threads or cores()},
         }
     )
     return run
+
+
+def _record_device(show: Show, i: Inputs, run: RunDir) -> None:
+    """What computes and the memory it took, into config.json. A run that goes on elsewhere says so: its numbers
+    can differ in the last bits."""
+    facts = {**i.backend.describe(), "memory_bytes": str(i.backend.memory())}
+    was = run.read_config().get("device")
+    if i.settings.resume and isinstance(was, dict):
+        changed = {k: (was.get(k), v) for k, v in facts.items() if was.get(k) != v and k != "memory_bytes"}
+        for key, (old, new) in changed.items():
+            show.note(f"{key} was {old} when the run began and is {new} now: not bit-equal from here on")
+    run.record_device(facts)
 
 
 def _check_same_data(i: Inputs, run: RunDir) -> None:
@@ -116,7 +128,7 @@ def _absolute(values: dict[str, Any]) -> dict[str, Any]:
 
 def _header(show: Show, i: Inputs, run: RunDir) -> None:
     s, c, train, val = i.settings, i.cfg, i.train.shards, i.val.shards
-    tokens = s.num_steps * s.batch_size * s.seq_length
+    tokens, what = s.num_steps * s.batch_size * s.seq_length, i.backend.describe()
     show.table(
         "apr pretrain",
         [
@@ -127,8 +139,8 @@ def _header(show: Show, i: Inputs, run: RunDir) -> None:
             ("", f"heads {c.num_heads}/{c.num_kv_heads} of {c.head_dim}, MLP {c.intermediate_size}"),
             ("job", f"{s.num_steps:,} steps of {s.batch_size} x {s.seq_length} tokens = {tokens / 1e6:.2f} M tokens"),
             ("", f"{s.schedule} learning rate up to {s.lr:g}, {s.warmup_steps} warm-up steps, seed {s.seed}"),
-            ("device", f"{i.backend.name}{' (chosen by auto)' if s.device == 'auto' else ''}: {cpu_name()}"),
-            ("", f"{s.threads or cores()} threads, {s.dtype}"),
+            ("device", f"{i.backend.name}{' (chosen by auto)' if s.device == 'auto' else ''}: {what.get('gpu', what['cpu'])}"),
+            ("", f"{s.dtype}, {s.micro_batch_size} sequences at once{', recomputing blocks' if s.recompute else ''}"),
             ("run directory", str(run.path)),
         ],
     )  # fmt: skip
@@ -138,7 +150,8 @@ def sample_text(i: Inputs, trainer: Trainer, prompt: str, tokens: int = SAMPLE_T
     """Prompt and continuation, drawn with temperature 0.7 and top-p 0.95, seed of the run."""
     ids = list(i.tokenizer.encode(prompt)) or [i.tokenizer.eos_id or 0]
     new = generate(
-        i.cfg, i.backend, trainer.model.w, ids, tokens, 0.7, 0, 0.95, i.settings.seed, i.tokenizer.eos_id
+        i.cfg, i.backend, trainer.model.w, ids, tokens, 0.7, 0, 0.95, i.settings.seed, i.tokenizer.eos_id,
+        trainer.model.dtype,
     )  # fmt: skip
     return prompt + i.tokenizer.decode(list(new), skip_special=True)
 

@@ -30,6 +30,10 @@ class Flags:
     top_p: float = option("draw from the fewest tokens that together have this probability", 1.0)
     seed: int = option("of the draws", 42)
     device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    dtype: str | None = option(
+        "of weights and activations (default: bfloat16 on cuda, float32 on cpu)",
+        choices=("float32", "bfloat16"),
+    )
     threads: int | None = option("CPU threads (default: all cores)")
     json: bool = option("print one JSON document and nothing else", False)
 
@@ -37,7 +41,8 @@ class Flags:
 def main(args: Sequence[str]) -> int:
     """Returns the exit code; errors are raised."""
     f = parse(Flags, args, "apr run", __doc__ or "")
-    backend = select(f.device, threads=f.threads)
+    backend = select(f.device, f.dtype, f.threads)
+    dtype = f.dtype or backend.dtypes[0]
     loaded = load_model(f.model)
     cfg, tokenizer = loaded.cfg, tokenizer_of(loaded)
     if tokenizer is None:
@@ -48,12 +53,12 @@ def main(args: Sequence[str]) -> int:
             raise UsageError("an empty prompt needs a tokenizer with an end-of-text token; give some text")
         ids = [tokenizer.eos_id]  # what stands before every document
     cache = min(len(ids) + max(f.max_tokens, 1), cfg.max_position_embeddings)
-    need = memory(cfg, 1, min(len(ids), 256), train=False, loss_rows=1, cache=cache)
-    check_fits(need, "use a smaller model or fewer --max-tokens")
-    weights = weights_on(backend, loaded)
+    need = memory(cfg, backend, 1, min(len(ids), 256), dtype, train=False, loss_rows=1, cache=cache)
+    check_fits(need, backend, "use a smaller model or fewer --max-tokens")
+    weights = weights_on(backend, loaded, dtype)
     start = time.perf_counter()
     stream = generate(
-        cfg, backend, weights, ids, f.max_tokens, f.temperature, f.top_k, f.top_p, f.seed, tokenizer.eos_id
+        cfg, backend, weights, ids, f.max_tokens, f.temperature, f.top_k, f.top_p, f.seed, tokenizer.eos_id, dtype
     )  # fmt: skip
     new: list[int] = []
     for piece in _pieces(tokenizer, ids, stream, new):

@@ -32,10 +32,12 @@ class Flags:
     model: str = option("an .apr file, a Hugging Face folder, or a preset (random weights)", positional=True)
     tokens: str = option('ids: "1,2,3", or a .json or .npy file of one row or (B,T)', "")
     output: str = option("the safetensors file to write", "")
-    backend: str = option("reference or cpu", "", choices=backends.NAMES)
+    backend: str = option("reference, cpu or cuda", "", choices=backends.NAMES)
     device: str = option("auto, cpu, cuda or cuda:N; says the backend when --backend does not", "auto")
     dtype: str = option(
-        "default: float64 on reference, float32 elsewhere", "", choices=("float64", "float32", "bfloat16")
+        "default: float64 on reference, float32 on cpu, bfloat16 on cuda",
+        "",
+        choices=("float64", "float32", "bfloat16"),
     )
     backward: bool = option("also all gradients, of the mean loss", False)
     targets: str = option("file of targets (B,T), -100 ignored (default: the next tokens)", "")
@@ -52,11 +54,14 @@ def main(args: Sequence[str]) -> int:
         raise UsageError(f"--seed {f.seed}: must be at least 0")
     if not f.tokens or not f.output:
         raise UsageError("--tokens and --output (or -o) are needed: what goes in, and where the trace goes")
-    name = f.backend or "cpu"
-    dtype = f.dtype or ("float64" if name == "reference" else "float32")
-    backend = backends.get("reference") if name == "reference" else select(f.device, dtype, f.threads)
+    if f.backend == "reference":
+        backend = backends.get("reference")
+    else:
+        device = f.device if f.device.startswith(f.backend or f.device) else f.backend
+        backend = select(device, f.dtype or None, f.threads)
+    dtype = f.dtype or backend.dtypes[0]
     if dtype not in backend.dtypes:
-        raise Refused(f"--dtype {dtype}: the {name} backend computes in {', '.join(backend.dtypes)}")
+        raise Refused(f"--dtype {dtype}: the {backend.name} backend computes in {', '.join(backend.dtypes)}")
     source = open_source(f.model, dtype, f.seed)
     ids = read_ids(f.tokens, source.cfg, "--tokens", lowest=0)
     targets = (
@@ -67,15 +72,15 @@ def main(args: Sequence[str]) -> int:
     if targets.shape != ids.shape:
         raise UsageError(f"--targets has shape {targets.shape}, --tokens {ids.shape}; they must be equal")
     batch, seq = ids.shape
-    need = memory(source.cfg, batch, seq, np.dtype(dtype).itemsize, f.backward, ids.size)
-    check_fits(need, "trace fewer tokens or a smaller model")
+    need = memory(source.cfg, backend, batch, seq, dtype, f.backward, ids.size)
+    check_fits(need, backend, "trace fewer tokens or a smaller model")
     weights = put(backend, source, dtype)
     model = Model(source.cfg, backend, batch, seq, dtype, f.backward, ids.size, w=weights)
     tensors = record(model, ids, targets)
     facts = {
         "model": f.model,
         "model_sha256": source.sha256,
-        "backend": name,
+        "backend": backend.name,
         "dtype": dtype,
         "versions": json.dumps(versions()),
     }
@@ -85,7 +90,9 @@ def main(args: Sequence[str]) -> int:
     if f.json:
         print(json.dumps(result))
     else:
-        print(f"{f.output}: {len(tensors)} tensors, backend {name} {dtype}, loss {loss[0]:.6f} nats/token")
+        print(
+            f"{f.output}: {len(tensors)} tensors, backend {backend.name} {dtype}, loss {loss[0]:.6f} nats/token"
+        )
     return 0
 
 

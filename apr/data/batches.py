@@ -150,6 +150,7 @@ class Batches:
         self.rank = rank
         self.step_windows = batch_size * world
         self._read = 0  # windows that all ranks together have read, over all passes
+        self._ahead: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def passes(self) -> int:
@@ -164,11 +165,20 @@ class Batches:
                 f"{self.windows.shards.folder}: {max(0, n - self._read)} of {n} windows left, a step takes "
                 f"{self.step_windows}; allow another pass with --on-exhausted cycle"
             )
-        first = self._read + self.rank * self.batch_size
-        places = np.arange(first, first + self.batch_size, dtype=np.int64)
-        batch = self.windows.read(self._indices(places))
+        batch = self._ahead or self._draw()
+        self._ahead = None
         self._read += self.step_windows
         return batch
+
+    def draw_ahead(self) -> None:
+        """Read what `next` will return, while a device is busy. Does not change `state`."""
+        if self._ahead is None:
+            self._ahead = self._draw()
+
+    def _draw(self) -> tuple[np.ndarray, np.ndarray]:
+        first = self._read + self.rank * self.batch_size
+        places = np.arange(first, first + self.batch_size, dtype=np.int64)
+        return self.windows.read(self._indices(places))
 
     def _indices(self, places: np.ndarray) -> np.ndarray:
         """Window indices int64 (B,) at places int64 (B,) of the endless stream."""
@@ -212,6 +222,7 @@ class Batches:
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < end:
                 raise Refused(f"data position: {key} = {value!r} is not a whole number in 0..{end - 1}")
         self._read = state["pass"] * self.windows.count + state["position"]
+        self._ahead = None
 
 
 def sequential(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,11 +18,11 @@ from ..data.corpus import Document, documents, pieces, stdlib_documents
 from ..data.prepare import prepare
 from ..data.shards import TokenShards
 from ..data.tokenizer import Progress, Tokenizer
-from ..device import available_memory, check_fits, select
+from ..device import check_fits, select
 from ..errors import Refused
 from ..formats.models import LoadedModel, load_model
 from ..loading import tokenizer_of
-from ..plan import check_positions, memory
+from ..plan import Memory, check_positions, memory
 from .settings import Settings
 
 PIECE_BYTES = 1 << 14  # a corpus of one file is cut into about 100 documents, or of this size if it is long
@@ -51,6 +52,7 @@ def cache_dir() -> Path:
 def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
     """Open device, data, tokenizer and model description. Raises AprError for what does not fit together."""
     backend = select(s.device, s.dtype, s.threads)
+    dtype = s.dtype or backend.dtypes[0]
     init = load_model(s.init) if s.init else None
     cfg = init.cfg if init else load_config(str(s.model))
     check_positions(cfg, s.seq_length)
@@ -59,7 +61,8 @@ def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
         raise Refused(
             f"{tokenizer.source}: {tokenizer.vocab_size} token ids do not fit the model's vocab_size = {cfg.vocab_size}"
         )
-    s = dataclasses.replace(s, micro_batch_size=_micro_batch(s, cfg))
+    s = dataclasses.replace(s, dtype=dtype)
+    s = dataclasses.replace(s, micro_batch_size=_micro_batch(s, cfg, backend))
     return Inputs(s, backend, cfg, tokenizer, train, val, init, name)
 
 
@@ -105,17 +108,34 @@ def _open_data(
     return tokenizer, *train.split(held), str(folder)
 
 
-def _micro_batch(s: Settings, cfg: ModelConfig) -> int:
+def _micro_batch(s: Settings, cfg: ModelConfig, backend: ModuleType) -> int:
     """Sequences computed at once: what was asked for, or the largest divisor of the batch that fits."""
+    assert s.dtype is not None
+    need = partial(memory, cfg, backend, seq=s.seq_length, dtype=s.dtype, recompute=s.recompute)
+    have = backend.free_memory()
     if s.micro_batch_size:
         size = min(s.micro_batch_size, s.batch_size)
     else:
-        have = available_memory()
         divisors = [d for d in range(s.batch_size, 0, -1) if s.batch_size % d == 0]
-        fits = (d for d in divisors if have is None or memory(cfg, d, s.seq_length).total < 0.8 * have)
+        fits = (d for d in divisors if have is None or need(batch=d).total < 0.8 * have)
         size = next(fits, 1)
-    check_fits(memory(cfg, size, s.seq_length), "use a smaller --micro-batch-size, --seq-length or --model")
+    if have is not None and need(batch=size).total > have:
+        check_fits(need(batch=size), backend, _advice(need, size, have, s.recompute))
     return size
+
+
+def _advice(need: Callable[..., Memory], size: int, have: int, recompute: bool) -> str:
+    """The smallest change of options with which a job fits."""
+    smaller = max((d for d in range(1, size) if need(batch=d).total <= have), default=0)
+    if smaller:
+        return f"--micro-batch-size {smaller} would fit"
+    if not recompute:
+        smaller = max(
+            (d for d in range(1, size + 1) if need(batch=d, recompute=True).total <= have), default=0
+        )
+        if smaller:
+            return f"--recompute --micro-batch-size {smaller} would fit"
+    return "use a smaller --seq-length or --model"
 
 
 def describe(i: Inputs) -> dict[str, Any]:

@@ -54,7 +54,10 @@ class Trainer:
         assert s.warmup_steps is not None
         self.inputs, self.run, self.show, self.s = inputs, run, show, s
         self.micro: int = s.micro_batch_size
-        self.model = Model(inputs.cfg, inputs.backend, self.micro, s.seq_length, s.dtype)
+        assert s.dtype is not None
+        self.model = Model(
+            inputs.cfg, inputs.backend, self.micro, s.seq_length, s.dtype, recompute=s.recompute
+        )
         self.opt = AdamW(self.model, s.beta1, s.beta2, s.eps, s.weight_decay, s.grad_clip)
         self.schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)
         self.batches = Batches(inputs.train, s.batch_size, s.seed, s.shuffle, s.on_exhausted)
@@ -69,7 +72,8 @@ class Trainer:
                 fill(self.model.layout, host, inputs.init)
             else:
                 self.model.layout.init(host, s.seed, s.initializer_range)
-            inputs.backend.from_host(self.model.w, host)
+            self.opt.set_weights(host)
+        self.model.tune(s.batch_size * s.seq_length)
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step: the mean loss over all predicted tokens of the batch, and its gradient."""
@@ -79,11 +83,10 @@ class Trainer:
         tokens = targets.size
         be.fill(model.total, 0)
         for i in range(0, len(ids), self.micro):
-            model.forward(ids[i : i + self.micro])
-            model.loss(targets[i : i + self.micro], 1 / tokens)
-            model.backward()
+            model.micro_step(ids[i : i + self.micro], targets[i : i + self.micro], 1 / tokens, self.s.graph)
         lr = self.schedule(p.step + 1)
         self.opt.step(lr)
+        self.batches.draw_ahead()  # while the device computes
         loss, norm = float(be.to_host(model.total)[0]) / tokens, self.opt.grad_norm()
         wall = time.perf_counter() - start
         p.step += 1

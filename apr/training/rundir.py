@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -80,6 +81,10 @@ class RunDir:
             raise IOFailure(f"{self.path}: cannot make the run directory: {e.strerror}") from None
         write_json(self.path / "config.json", config)
 
+    def record_device(self, facts: dict[str, str]) -> None:
+        """Say in config.json what computes."""
+        write_json(self.path / "config.json", {**self.read_config(), "device": facts})
+
     def read_config(self) -> dict[str, Any]:
         """config.json of an existing run."""
         path = self.path / "config.json"
@@ -147,7 +152,7 @@ class RunDir:
         """ckpt/state/step-NNNNNN.apr: weights, both moments and where the run stands; older ones go."""
         path = self.state / f"step-{progress['step']:06d}.apr"
         tensors: dict[str, np.ndarray] = {}
-        for prefix, flat in (("", model.w), ("optimizer.m.", opt.m), ("optimizer.v.", opt.v)):
+        for prefix, flat in (("", opt.master), ("optimizer.m.", opt.m), ("optimizer.v.", opt.v)):
             host = model.be.to_host(flat)
             tensors |= {prefix + name: x for name, x in model.layout.named(host).items()}
         meta = {**config_to_metadata(model.cfg), "training": progress}
@@ -173,7 +178,11 @@ class RunDir:
         except MalformedFile as e:
             hint = f"; move it away to go on from {older[-1].name}" if older else ""
             raise MalformedFile(f"{e}{hint}") from None
-        for prefix, flat in (("", model.w), ("optimizer.m.", opt.m), ("optimizer.v.", opt.v)):
+        for prefix, put in (
+            ("", opt.set_weights),
+            ("optimizer.m.", partial(model.be.from_host, opt.m)),
+            ("optimizer.v.", partial(model.be.from_host, opt.v)),
+        ):
             host = np.zeros(model.layout.size, np.float32)
             for name, view in model.layout.named(host).items():
                 saved = file.tensors.get(prefix + name)
@@ -182,7 +191,7 @@ class RunDir:
                         f"{path}: tensor {prefix + name!r} is missing or of the wrong shape or dtype"
                     )
                 view[...] = saved
-            model.be.from_host(flat, host)
+            put(host)
         progress = file.metadata.get("training")
         if not isinstance(progress, dict):
             raise MalformedFile(f"{path}: no 'training' entry; this is a checkpoint, not a state")

@@ -34,11 +34,17 @@ class Settings:
         "defaults for lr and warm-up; follows from --model or --init", choices=tuple(MODES)
     )
     device: str = option("auto, cpu, cuda or cuda:N; only auto may choose", "auto")
-    dtype: str = option("of weights and activations", "float32", choices=("float32", "bfloat16"))
+    dtype: str | None = option(
+        "of weights and activations (default: bfloat16 on cuda, float32 on cpu); sums, moments and the copy of "
+        "the weights that AdamW updates are float32 always",
+        choices=("float32", "bfloat16"),
+    )
     threads: int | None = option("CPU threads for matrix products and kernels (default: all cores)")
     num_steps: int = option("optimizer steps", 1000)
     batch_size: int = option("sequences per optimizer step", 16)
     micro_batch_size: int | None = option("sequences computed at once (default: as many as fit in memory)")
+    recompute: bool = option("keep only what enters each block, compute the rest again in backward", False)
+    graph: bool = option("on cuda, record a micro-step once and replay it; --no-graph: op by op", True)
     seq_length: int = option("tokens per sequence", 1024)
     steps_per_epoch: int = option("steps between evaluations", 100)
     lr: float | None = option("peak learning rate (default: 3e-4 from scratch, 5e-5 fine-tuning)")
@@ -91,7 +97,7 @@ DEMO: dict[str, Any] = dict(
 )
 
 # What may differ between a run and its continuation.
-MAY_CHANGE = {"run_dir", "resume", "save_every", "keep_states", "json", "config", "threads"}
+MAY_CHANGE = {"run_dir", "resume", "save_every", "keep_states", "json", "config", "threads", "graph"}
 
 
 def from_command_line(args: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
