@@ -5,6 +5,7 @@ It drives allocation, initialisation, weight decay, checkpoint names and gradien
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from types import SimpleNamespace
@@ -168,14 +169,20 @@ class Layout:
         """
         flat[...] = 0
         out_std = std / np.sqrt(2 * self.cfg.num_layers)
-        for i, s in enumerate(self.in_order()):
+
+        def fill(number: int, s: Slot) -> None:
             view = flat[s.offset : s.offset + s.size]
             if s.param.init == "ones":
                 view[...] = 1
             elif s.param.init in ("in", "out"):
-                rng = np.random.Generator(np.random.PCG64([seed, i]))
+                rng = np.random.Generator(np.random.PCG64([seed, number]))
                 view[...] = rng.standard_normal(s.size, dtype=np.float32)
                 view *= view.dtype.type(std if s.param.init == "in" else out_std)
+
+        with ThreadPoolExecutor() as pool:  # NumPy draws without holding the interpreter's lock
+            jobs = [pool.submit(fill, i, s) for i, s in enumerate(self.in_order())]
+        for job in jobs:
+            job.result()
 
     def randomise(self, flat: np.ndarray, seed: int, std: float = 0.05) -> None:
         """Starting weights with noise on every parameter: biases away from 0, norms away from 1.

@@ -697,6 +697,20 @@ def test_resume_is_exact_across_a_pass_boundary(tok: Tokenizer, tmp_path: Path, 
             assert np.array_equal(stream(b, 12 - at), whole[at:])
 
 
+def test_drawing_ahead_changes_nothing_but_when_data_is_read(tok: Tokenizer, tmp_path: Path) -> None:
+    windows = windows_of(tmp_path, tok, 11)
+    plain, ahead = Batches(windows, 3, seed=9), Batches(windows, 3, seed=9)
+    start = plain.state()
+    for _ in range(9):
+        ahead.draw_ahead()
+        ahead.draw_ahead()  # once is enough
+        assert ahead.state() == plain.state()
+        assert all(np.array_equal(a, b) for a, b in zip(ahead.next(), plain.next(), strict=True))
+    ahead.draw_ahead()
+    ahead.restore(start)  # forgets what was drawn
+    assert np.array_equal(ahead.next()[0], Batches(windows, 3, seed=9).next()[0])
+
+
 def test_state_of_other_data_is_refused(tok: Tokenizer, tmp_path: Path) -> None:
     windows = windows_of(tmp_path, tok, 11)
     b = Batches(windows, 3, seed=9)

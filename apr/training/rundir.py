@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -33,10 +34,11 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that apr runs from, with + when files differ; None outside a checkout."""
+    """Commit of the checkout that apr runs from, with + when files differ. Outside a checkout $APR_COMMIT,
+    for copies of one; else None."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
-        return None
+        return os.environ.get("APR_COMMIT")
     try:
         commit = _git(here, "rev-parse", "HEAD")
         return commit + ("+" if _git(here, "status", "--porcelain", "apr") else "")
