@@ -1,10 +1,13 @@
 # Two commands for a bare machine with Python 3.11 or newer: make pretrain, make test.
+# With an NVIDIA GPU, by the CUDA version of its driver: make pretrain GPU=cuda13, or GPU=cuda12.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 ARGS   ?=
+GPU    ?=
+EXTRA   = $(if $(GPU),[$(GPU)])
 
-.PHONY: pretrain test lint install dev clean
+.PHONY: pretrain test gpu-test lint install dev clean
 
 pretrain: install
 	$(BIN)/python tools/pretrain.py $(ARGS)
@@ -12,20 +15,24 @@ pretrain: install
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
 
+# On a machine with a GPU, with the Python that is there: nothing is installed.
+gpu-test:
+	$(PYTHON) tools/gpu_tests.py $(ARGS)
+
 lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-install: $(VENV)/.installed
+install: $(VENV)/.installed$(GPU)
 dev: $(VENV)/.dev
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(f"apr needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: setup.cfg | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+$(VENV)/.installed$(GPU): setup.cfg | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRA)'
 	touch $@
 
 $(VENV)/.dev: setup.cfg | $(VENV)/bin/python

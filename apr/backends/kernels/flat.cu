@@ -1,0 +1,86 @@
+// Sums over flat arrays, the factor that clips gradients, and AdamW (Loshchilov and Hutter 2019, algorithm 2).
+//
+//   total[0] += sum x, or sum x^2;  factor[0] = min(1, max_norm / (sqrt(sum_sq[0]) + 1e-6))
+//   g' = factor[0] * g;  m += (1 - beta1) (g' - m);  v += (1 - beta2) (g'^2 - v)
+//   master -= lr * (m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps) + decay * master);  w = round(master)
+//   x, master, m, v, g (n,) float, w (n,); total, factor, sum_sq (1,) double. master may be w itself
+//
+// Sums are in double: every thread over its elements, every block, then sum_add over the blocks, in order. The
+// elements after the last whole piece of VEC or 4 are taken one by one.
+#include "common.cuh"
+
+template <int N>
+__device__ __forceinline__ void sum(double* partial, const float* x, long long n, int square) {
+  const long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x, threads = (long long)gridDim.x * blockDim.x;
+  double total = 0;
+#pragma unroll 4
+  for (long long i = thread; i < n / N; i += threads) {
+    float v[N];
+    load_floats(v, x + i * N);
+#pragma unroll
+    for (int j = 0; j < N; j++) total += square ? (double)v[j] * v[j] : v[j];
+  }
+  const long long rest = n / N * N + thread;
+  if (rest < n) total += square ? (double)x[rest] * x[rest] : x[rest];
+  total = block_sum(total);
+  if (threadIdx.x == 0) partial[blockIdx.x] = total;
+}
+
+extern "C" __global__ void __launch_bounds__(256) sum_v(double* partial, const float* x, long long n, int square) {
+  sum<4>(partial, x, n, square);
+}
+extern "C" __global__ void __launch_bounds__(256) sum_1(double* partial, const float* x, long long n, int square) {
+  sum<1>(partial, x, n, square);
+}
+
+// total[0] += sum of partial (parts,); one block
+extern "C" __global__ void __launch_bounds__(1024) sum_add(double* total, const double* partial, int parts) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < parts; i += blockDim.x) sum += partial[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) total[0] += sum;
+}
+
+// max_norm is the sum of two floats, which is a double to 48 bits. Not finite when sum_sq is not.
+extern "C" __global__ void clip_factor(double* factor, const double* sum_sq, float max_norm, float max_norm_rest) {
+  factor[0] = fmin(1., ((double)max_norm + max_norm_rest) / (sqrt(sum_sq[0]) + 1e-6)) + 0 * sum_sq[0];
+}
+
+struct Step {
+  float factor, lr, rate1, rate2, bias1, bias2, eps, decay;  // rate = 1 - beta, bias = 1 - beta^step
+  __device__ __forceinline__ void operator()(float& master, float& m, float& v, float g) const {
+    g *= factor;
+    m += rate1 * (g - m);
+    v += rate2 * (g * g - v);
+    master -= lr * (m / bias1 / (sqrtf(v / bias2) + eps) + decay * master);
+  }
+};
+
+template <int N>
+__device__ __forceinline__ void adamw(act* w, float* master, float* m, float* v, const float* g, const Step& step,
+                                      long long n) {
+  const long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * N;
+  const bool own = (const void*)w != (const void*)master;
+  if (i + N <= n) {
+    float a[N], b[N], c[N], d[N];
+    load_floats(a, master + i), load_floats(b, m + i), load_floats(c, v + i), load_floats(d, g + i);
+#pragma unroll
+    for (int j = 0; j < N; j++) step(a[j], b[j], c[j], d[j]);
+    store_floats(master + i, a), store_floats(m + i, b), store_floats(v + i, c);
+    if (own) store(w + i, rounded(a));
+    return;
+  }
+  for (long long j = i; j < n; j++) {
+    step(master[j], m[j], v[j], g[j]);
+    if (own) put(w[j], master[j]);
+  }
+}
+
+#define ADAMW(NAME, N)                                                                                              \
+  extern "C" __global__ void __launch_bounds__(256)                                                                 \
+  NAME(act* w, float* master, float* m, float* v, const float* g, const double* factor, long long n, float lr,      \
+       float rate1, float rate2, float bias1, float bias2, float eps, float decay) {                                \
+    adamw<N>(w, master, m, v, g, Step{(float)factor[0], lr, rate1, rate2, bias1, bias2, eps, decay}, n);            \
+  }
+ADAMW(adamw_v, VEC)
+ADAMW(adamw_1, 1)
