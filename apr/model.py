@@ -17,7 +17,7 @@ import numpy as np
 from .arena import WIDE, Arena, Want, Wants
 from .config import ModelConfig, RopeScaling
 from .errors import Refused
-from .params import Layout
+from .params import Layout, padded_vocab
 from .taps import Tap, no_tap
 
 Shapes = dict[str, tuple[int, ...]]
@@ -88,6 +88,7 @@ class Job:
     loss_rows: int = 1
     cache: int = 0
     own_weights: bool = True
+    pad_vocab: bool = False  # whether the backend wants logits of a padded vocabulary
 
     def wants(self, c: ModelConfig) -> Wants:
         """Every buffer of the model, by name: block buffers as LAYER.NAME, or NAME where blocks share."""
@@ -107,7 +108,7 @@ class Job:
                 out[prefix + name] = Want("scratch" if shared else "saved", shape, kind(name))
         for name, shape in scratch_buffers(c, self.batch, self.seq, self.train).items():
             out[name] = Want("scratch", shape, kind(name))
-        out["logits"] = Want("logits", (self.loss_rows, c.vocab_size), self.dtype)
+        out["logits"] = Want("logits", (self.loss_rows, logit_columns(c, self.pad_vocab)), self.dtype)
         for name in ("ids", "targets"):
             out[name] = Want("scratch", (n,), "int32")
         out["total"] = Want("scratch", (1,), "float64")
@@ -118,6 +119,11 @@ class Job:
                 shape = (self.batch, self.cache, c.num_kv_heads, c.head_dim)
                 out[f"{i}.{name}"] = Want("cache", shape, self.dtype)
         return out
+
+
+def logit_columns(c: ModelConfig, padded: bool) -> int:
+    """Columns of the logits: V, or as many as the head has rows in a flat buffer."""
+    return padded_vocab(c.vocab_size) if padded else c.vocab_size
 
 
 def default_loss_rows(c: ModelConfig, tokens: int, elements: int = 1 << 23) -> int:
@@ -153,7 +159,8 @@ class Model:
     """Weights, buffers and the two passes for batches of up to (batch, seq) tokens.
 
     w, g: flat parameters and gradients (Layout order); p, d: their named views. The other options are
-    those of Job. Give w to share another model's parameters.
+    those of Job. Give w to share another model's parameters. z_loss times the squared log-sum-exp of the
+    logits joins what is minimised, not what is reported.
     Raises Refused when seq or cache exceed the positions the configuration allows.
     """
 
@@ -169,6 +176,7 @@ class Model:
         cache: int = 0,
         w: Any = None,
         recompute: bool = False,
+        z_loss: float = 0.0,
     ) -> None:
         if dtype not in backend.dtypes:
             raise Refused(f"backend {backend.name} computes in {', '.join(backend.dtypes)}, not {dtype}")
@@ -178,18 +186,22 @@ class Model:
                 f"{cfg.max_position_embeddings}; use a smaller --seq-length"
             )
         self.cfg, self.be, self.dtype, self.train, self.recompute = cfg, backend, dtype, train, recompute
-        self.batch, self.seq = batch, seq
+        self.batch, self.seq, self.z_loss = batch, seq, z_loss
         rows = loss_rows or default_loss_rows(cfg, batch * seq, backend.loss_elements)
         self.loss_rows = min(rows, batch * seq)
         self.layout = Layout(cfg)
-        job = Job(batch, seq, dtype, train, recompute, self.loss_rows, cache, w is None)
+        job = Job(batch, seq, dtype, train, recompute, self.loss_rows, cache, w is None, backend.pad_vocab)
         self.buffers = Arena(backend, job.wants(cfg))
         self.w = self.buffers["w"] if w is None else w
         self.p = self.layout.views(self.w)
         if train:
             self.g = self.buffers["g"]
             self.d = self.layout.views(self.g)
-        self._logits = self.buffers["logits"]
+        self._logits = self.buffers["logits"]  # may have columns from V on: 0, and so is their gradient
+        columns = logit_columns(cfg, backend.pad_vocab)
+        self._head = self.layout.head_rows(self.w, columns)
+        if train:
+            self._dhead = self.layout.head_rows(self.g, columns)
         self.total = self.buffers["total"]  # sum of losses since it was last set to 0
         self._cache = [
             (self.buffers[f"{i}.keys"], self.buffers[f"{i}.values"])
@@ -210,7 +222,7 @@ class Model:
             have = self.buffers.arrays
 
             def view(shapes: Shapes, prefix: str = "") -> Any:
-                flat = {k: have.get(prefix + k, have.get(k)).reshape(-1) for k in shapes}
+                flat = {k: have[prefix + k if prefix + k in have else k].reshape(-1) for k in shapes}
                 return SimpleNamespace(**{k: flat[k][: prod(s)].reshape(s) for k, s in shapes.items()})
 
             inner = block_buffers(self.cfg, batch, seq)
@@ -336,22 +348,23 @@ class Model:
         for first in range(0, n, self.loss_rows):
             rows = slice(first, min(n, first + self.loss_rows))
             suffix = "" if n <= self.loss_rows else f".{first}"
-            logits = self._logits[: rows.stop - first]
-            be.linear_fwd(logits, s.final_norm[rows], self.p.head, None)
+            whole = self._logits[: rows.stop - first]
+            logits = whole[:, : self.cfg.vocab_size]
+            be.linear_fwd(whole, s.final_norm[rows], self._head, None)
             tap(None, "logits" + suffix, logits)
-            be.cross_entropy(s.loss[rows], logits, s.targets[rows], scale)
+            be.cross_entropy(s.loss[rows], logits, s.targets[rows], scale, self.z_loss)
             tap(None, "loss_rows" + suffix, s.loss[rows])
             if scale is not None:
                 tap(None, "d_logits" + suffix, logits)
-                be.linear_bwd(s.dnorm[rows], self.d.head, None, logits, s.final_norm[rows], self.p.head)
+                be.linear_bwd(s.dnorm[rows], self._dhead, None, whole, s.final_norm[rows], self._head)
         be.add_sum(self.total, s.loss)
 
     def last_logits(self) -> np.ndarray:
         """Logits of the last position of each sequence of the latest forward, on the host, (B,V)."""
         s = self._at(self.b, self.t)[1]
         logits = self._logits[: self.b]
-        self.be.linear_fwd(logits, s.final_norm[self.t - 1 :: self.t], self.p.head, None)
-        return self.be.to_host(logits)
+        self.be.linear_fwd(logits, s.final_norm[self.t - 1 :: self.t], self._head, None)
+        return self.be.to_host(logits[:, : self.cfg.vocab_size])
 
     def micro_step(self, ids: np.ndarray, targets: np.ndarray, scale: float, graph: bool = True) -> None:
         """forward, loss and backward of one micro-batch, as one launch where the device can.

@@ -16,6 +16,7 @@ import numpy as np
 from .config import ModelConfig
 
 ALIGN = 64  # elements: every tensor starts on a 128-byte line in bf16, 256 in float32
+VOCAB_ALIGN = 64  # rows: a vocabulary that is no multiple has rows of zeros after it, which stay zeros
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ class Layout:
                     shape = tuple(prod(cfg.letters[c] for c in s.split("*")) for s in p.shape.split())
                     n = n if p.name in _PACKED else _up(n)
                     self.slots.append(Slot(layer, p, n, shape))
-                    n += prod(shape)
+                    high = padded_vocab(shape[0]) if p.shape.startswith("V") else shape[0]
+                    n += high * prod(shape[1:])
             n = _up(n)
             if decay:
                 self.decayed = n  # elements [0, decayed) take weight decay, the rest do not
@@ -142,6 +144,12 @@ class Layout:
         if self.cfg.tie_word_embeddings:
             out.head = out.embed
         return out
+
+    def head_rows(self, flat: Any, rows: int) -> Any:
+        """The first `rows` rows of the head, up to padded_vocab(V): those from V on are zeros."""
+        name = "embed" if self.cfg.tie_word_embeddings else "head"
+        (s,) = (s for s in self.slots if s.param.name == name)
+        return flat[s.offset : s.offset + rows * s.shape[1]].reshape(rows, s.shape[1])
 
     def named(self, flat: Any) -> dict[str, Any]:
         """Views of every parameter in a flat buffer by Hugging Face name, in table order."""
@@ -194,6 +202,11 @@ class Layout:
         for s in self.in_order():
             noise = rng.standard_normal(s.size, dtype=np.float32)
             flat[s.offset : s.offset + s.size] += (noise * np.float32(std)).astype(flat.dtype)
+
+
+def padded_vocab(n: int) -> int:
+    """Rows that the embedding or head of a vocabulary of n takes in a flat buffer."""
+    return -(-n // VOCAB_ALIGN) * VOCAB_ALIGN
 
 
 def _up(n: int) -> int:

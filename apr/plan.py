@@ -79,7 +79,9 @@ def memory(
 ) -> Memory:
     """What Model (and AdamW, when train) will take for batches of batch x seq tokens on a backend."""
     rows = min(loss_rows or default_loss_rows(c, batch * seq, backend.loss_elements), batch * seq)
-    wants = list(Job(batch, seq, dtype, train, recompute, rows, cache).wants(c).values())
+    wants = list(
+        Job(batch, seq, dtype, train, recompute, rows, cache, pad_vocab=backend.pad_vocab).wants(c).values()
+    )
     if train:
         wants += optimizer_wants(c, dtype).values()
     sums: dict[str, int] = {}

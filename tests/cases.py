@@ -9,10 +9,10 @@ NAME=VALUE for a scalar, or NAME alone for an array that was named before. The r
     acc       added to                      inplace        read and overwritten
     none      None is passed
 
-A role ending in 64 is float64 whatever the dtype of the row, one ending in + has values above zero. An axis is a
-length; H@K/W is a slice of length H that starts at K of an axis of length W: a strided view, as the model passes
-them. A backward call starts from upstream gradients: dy is that of y; dres, which is added to, starts as that of res.
-Sizes are odd on purpose: one row per line of the table "LETTERS: sizes, sizes, ...".
+A role ending in 64 is float64 whatever the dtype of the row, one ending in 32 is float32 in a bfloat16 row, one ending
+in + has values above zero. An axis is a length; H@K/W is a slice of length H that starts at K of an axis of length W: a
+strided view, as the model passes them. A backward call starts from upstream gradients: dy is that of y; dres, which is
+added to, starts as that of res. Sizes are odd on purpose: one row per line of the table "LETTERS: sizes, sizes, ...".
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from math import prod
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-
-from apr.backends import reference
 
 Backend = ModuleType | SimpleNamespace
 Arrays = dict[str, np.ndarray]
-Figures = dict[str, tuple[float, float]]  # name -> (error, tolerance)
 WRITTEN = ("out", "save", "acc", "inplace")
+BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -45,27 +44,25 @@ class Case:
 
 QKV = "q in B T H@0/H+2*K D, k in B T K@H/H+2*K D, v in B T K@H+K/H+2*K D"
 DQKV = "dq out B T H@0/H+2*K D, dk out B T K@H/H+2*K D, dv out B T K@H+K/H+2*K D"
-ADAMW = (
-    "adamw: w inplace N, w, m inplace N, v inplace+ N, g in N, factor in64+ 1, lr=0.01, beta1=0.9, beta2=0.95"
-)
+MOMENTS = "m inplace32 N, v inplace32+ N, g in32 N, factor in64+ 1, lr=0.01, beta1=0.9, beta2=0.95"
 
 CASES = [
     Case(
         "embedding",
         "embedding_fwd: y out N C, ids ids N, w in V C",
-        "embedding_bwd: dw acc V C, dy in N C, ids",
+        "embedding_bwd: dw acc32 V C, dy in N C, ids",
         "N C V: 1 1 1, 5 59 97, 257 123 59",
     ),
     Case(
         "linear",
         "linear_fwd: y out N O, x in N I, w in O I, b in O",
-        "linear_bwd: dx out N I, dw acc O I, db acc O, dy in N O, x, w",
+        "linear_bwd: dx out N I, dw acc32 O I, db acc32 O, dy in N O, x, w",
         "N O I: 1 1 1, 5 97 59, 123 5 97, 59 257 123, 257 1 5",
     ),
     Case(
         "linear_no_bias",
         "linear_fwd: y out N O, x in N I, w in O I, b none",
-        "linear_bwd: dx out N I, dw acc O I, db none, dy in N O, x, w",
+        "linear_bwd: dx out N I, dw acc32 O I, db none, dy in N O, x, w",
         "N O I: 1 59 5, 97 123 59, 257 5 97",
     ),
     Case(
@@ -82,47 +79,47 @@ CASES = [
     ),
     Case(
         "add_rmsnorm",
-        "add_rmsnorm_fwd: res out N C, y out N C, rstd save N, res_in in N C, delta in N C, w in C, eps=1e-5",
-        "add_rmsnorm_bwd: dres acc N C, dw acc C, dy in N C, res, rstd, w",
+        "add_rmsnorm_fwd: res out N C, y out N C, rstd save32 N, res_in in N C, delta in N C, w in C, eps=1e-5",
+        "add_rmsnorm_bwd: dres acc N C, dw acc32 C, dy in N C, res, rstd, w",
         "N C: 1 2, 5 59, 97 123, 123 5, 59 257",
     ),
     Case(
         "add_rmsnorm_first",  # no delta, and res is res_in
-        "add_rmsnorm_fwd: res inplace N C, y out N C, rstd save N, res, none, w in C, eps=1e-6",
-        "add_rmsnorm_bwd: dres acc N C, dw acc C, dy in N C, res, rstd, w",
+        "add_rmsnorm_fwd: res inplace N C, y out N C, rstd save32 N, res, none, w in C, eps=1e-6",
+        "add_rmsnorm_bwd: dres acc N C, dw acc32 C, dy in N C, res, rstd, w",
         "N C: 1 5, 257 3, 59 97",
     ),
     Case(
         "head_rmsnorm",  # H heads from head S: of P in y, of Q in x
-        "head_rmsnorm_fwd: y out N H@S/P D, rstd save N H@S/P, x in N H@S/Q D, w in D, eps=1e-6",
-        "head_rmsnorm_bwd: dx out N H@S/Q D, dw acc D, dy in N H@S/P D, x, rstd, w",
+        "head_rmsnorm_fwd: y out N H@S/P D, rstd save32 N H@S/P, x in N H@S/Q D, w in D, eps=1e-6",
+        "head_rmsnorm_bwd: dx out N H@S/Q D, dw acc32 D, dy in N H@S/P D, x, rstd, w",
         "N H D S P Q: 1 1 2 0 1 1, 5 7 59 0 8 9, 97 1 10 7 8 9, 123 4 12 0 6 8, 59 2 97 4 6 8",
     ),
     Case(
         "rope",
-        "rope: x inplace B T H@S/P 2*E, cos const T E, sin const T E, sign=1",
+        "rope: x inplace B T H@S/P 2*E, cos const32 T E, sin const32 T E, sign=1",
         "rope: dx inplace B T H@S/P 2*E, cos, sin, sign=-1",
         "B T H E S P: 1 1 1 1 0 1, 2 59 4 5 0 8, 1 97 2 6 4 8, 5 5 7 30 1 9",
     ),
     Case(
         "attention",
-        f"attention_fwd: y out B T H D, lse save B H T, {QKV}, window=0",
+        f"attention_fwd: y out B T H D, lse save32 B H T, {QKV}, window=0",
         f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, window=0",
         "B T H K D: 2 5 4 4 10, 1 59 4 2 6, 2 9 4 1 8, 1 13 7 1 5, 1 123 2 1 59, 1 257 1 1 8",
     ),
     Case(
         "attention_window",
-        f"attention_fwd: y out B T H D, lse save B H T, {QKV}, window=W",
+        f"attention_fwd: y out B T H D, lse save32 B H T, {QKV}, window=W",
         f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, window=W",
         "B T H K D W: 1 5 2 2 8 2, 2 13 4 2 6 5, 1 97 4 1 5 59, 1 123 2 1 10 5, 1 59 1 1 4 97",
     ),
     Case(
         "attention_cache",  # the last T of S positions ask; keys and values lie in a cache of P positions
-        "attention_fwd: y out B T H D, lse save B H T, q in B T H@0/H+2*K D, k in B S@0/P K D, v in B S@0/P K D,"
+        "attention_fwd: y out B T H D, lse save32 B H T, q in B T H@0/H+2*K D, k in B S@0/P K D, v in B S@0/P K D,"
         "window=W",
         "attention_bwd: dq out B T H@0/H+2*K D, dk out B S@0/P K D, dv out B S@0/P K D, dy in B T H D, y, lse, q, k, v,"
         "window=W",
-        "B T S P H K D W: 1 1 1 5 2 1 6 0, 2 1 59 97 4 2 5 0, 2 5 13 59 7 1 8 0, 1 5 59 60 4 4 6 7, 1 97 123 123 2 1 5 59",
+        "B T S P H K D W: 1 1 3 5 2 1 6 0, 2 1 59 97 4 2 5 0, 2 5 13 59 7 1 8 0, 1 5 59 60 4 4 6 7, 1 97 123 123 2 1 5 59",
     ),
     Case(
         "swiglu",
@@ -132,22 +129,50 @@ CASES = [
     ),
     Case(
         "cross_entropy",
-        "cross_entropy: loss out N, logits inplace N V, targets targets N, scale=0.37",
+        "cross_entropy: loss out32 N, logits inplace N V, targets targets N, scale=0.37, z_loss=0.0",
         "",
         "N V: 1 5, 5 59, 97 123, 59 1025",
     ),
     Case(
+        "cross_entropy_rows_apart",
+        "cross_entropy: loss out32 N, logits inplace N V@0/P, targets targets N, scale=0.37, z_loss=0.0",
+        "",
+        "N V P: 5 59 64, 1 5 64, 59 1025 1032",
+    ),
+    Case(
+        "cross_entropy_z",
+        "cross_entropy: loss out32 N, logits inplace N V, targets targets N, scale=0.37, z_loss=0.01",
+        "",
+        "N V: 5 59, 59 1025",
+    ),
+    Case(
         "cross_entropy_loss_only",
-        "cross_entropy: loss out N, logits in N V, targets targets N, scale=None",
+        "cross_entropy: loss out32 N, logits in N V, targets targets N, scale=None, z_loss=0.01",
         "",
         "N V: 1 5, 5 59, 97 1025",
     ),
-    Case("add_sum", "add_sum: total acc64 1, x in N", "", "N: 1, 59, 257"),
-    Case("add_sum_of_losses", "add_sum: total acc64 1, x in+ N", "", "N: 40001"),
-    Case("add_sum_sq", "add_sum_sq: total acc64+ 1, x in N", "", "N: 1, 59, 257, 40001"),
+    Case("add_sum", "add_sum: total acc64 1, x in32 N", "", "N: 1, 59, 257"),
+    Case("add_sum_of_losses", "add_sum: total acc64 1, x in32+ N", "", "N: 40001"),
+    Case("add_sum_sq", "add_sum_sq: total acc64+ 1, x in32 N", "", "N: 1, 59, 257, 40001"),
     Case("clip_factor", "clip_factor: factor out64 1, sum_sq in64+ 1, max_norm=0.5", "", "N: 1"),
-    Case("adamw", f"{ADAMW}, eps=1e-8, decay=0.1, step=3", "", "N: 1, 59, 257, 40001"),
-    Case("adamw_first_step", f"{ADAMW}, eps=1e-3, decay=0.0, step=1", "", "N: 97"),
+    Case(
+        "adamw",  # the weights are their own master
+        f"adamw: w inplace32 N, w, {MOMENTS}, eps=1e-8, decay=0.1, step=3",
+        "",
+        "N: 1, 59, 257, 40001",
+    ),
+    Case(
+        "adamw_master",
+        f"adamw: w out N, master inplace32 N, {MOMENTS}, eps=1e-8, decay=0.1, step=3",
+        "",
+        "N: 1, 59, 257, 40001",
+    ),
+    Case(
+        "adamw_first_step",
+        f"adamw: w out N, master inplace32 N, {MOMENTS}, eps=1e-3, decay=0.0, step=1",
+        "",
+        "N: 97",
+    ),
 ]
 
 
@@ -157,7 +182,7 @@ class Arg:
 
     name: str
     role: str
-    wide: bool = False  # float64 whatever the dtype
+    bits: int = 0  # 64, 32: of the suffix
     positive: bool = False
     axes: tuple[tuple[int, int, int], ...] = ()
     value: Any = None
@@ -166,6 +191,14 @@ class Arg:
     def shape(self) -> tuple[int, ...]:
         """Shape of the view."""
         return tuple(length for length, _, _ in self.axes)
+
+    def kind(self, dtype: Any) -> np.dtype:
+        """Dtype of the array in a row of `dtype`."""
+        if self.role in ("ids", "targets"):
+            return np.dtype(np.int32)
+        if self.bits == 32 and np.dtype(dtype) == BF16:
+            return np.dtype(np.float32)
+        return np.dtype(np.float64 if self.bits == 64 else dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,8 +245,9 @@ class Row:
             start, _, whole = place.partition("/")
             return self._number(length), self._number(start or "0"), self._number(whole or length)
 
-        kind = role.rstrip("+").removesuffix("64")
-        return Arg(name, kind, "64" in role, "+" in role, tuple(axis(a) for a in axes))
+        kind = role.rstrip("+0123456789")
+        bits = int(role.removeprefix(kind).rstrip("+") or "0")
+        return Arg(name, kind, bits, "+" in role, tuple(axis(a) for a in axes))
 
     def _number(self, text: str) -> Any:
         return eval(text, {}, self.sizes)
@@ -238,7 +272,7 @@ def overlay(be: Backend, **ops: Any) -> SimpleNamespace:
 
 
 def make(row: Row, dtype: Any, seed: int = 0) -> Arrays:
-    """Starting values of all arrays that are read, exact in `dtype`, as float64 (integers as int32)."""
+    """Starting values of all arrays that are read, exact in their dtypes, as float64 (integers as int32)."""
     rng, values = np.random.default_rng([seed, *row.sizes.values()]), {}
     for a in (a for _, args in row.calls for a in args):
         if a.role in ("ids", "targets"):
@@ -247,7 +281,7 @@ def make(row: Row, dtype: Any, seed: int = 0) -> Arrays:
         elif a.role in ("in", "const", "acc", "inplace"):
             x = rng.normal(size=a.shape)
             x = np.abs(x) + 0.1 if a.positive else x
-            values[a.name] = x if a.wide else x.astype(dtype).astype(np.float64)
+            values[a.name] = x.astype(a.kind(dtype)).astype(np.float64)
     return values
 
 
@@ -261,15 +295,16 @@ class Buffer:
     arg: Arg
     whole: Any  # on the backend, flat
     last: np.ndarray  # copy of whole on the host
+    band: int
 
     @classmethod
-    def of(cls, be: Backend, arg: Arg, dtype: Any, start: np.ndarray | None) -> Buffer:
+    def of(cls, be: Backend, arg: Arg, dtype: Any, start: np.ndarray | None, band: int) -> Buffer:
         """A new buffer whose view holds `start`."""
-        kind = np.int32 if arg.role in ("ids", "targets") else np.float64 if arg.wide else dtype
-        size = prod(whole for _, _, whole in arg.axes) + 2 * BAND
+        kind = arg.kind(dtype)
+        size = prod(whole for _, _, whole in arg.axes) + 2 * band
         host = np.full(size, np.nan if arg.role in ("in", "const") else GUARD).astype(kind)
         whole = be.empty(size, kind)
-        out = cls(arg, whole, host)
+        out = cls(arg, whole, host, band)
         out.view(host)[...] = np.nan if start is None else start
         be.from_host(whole, host)
         return out
@@ -277,7 +312,7 @@ class Buffer:
     def view(self, flat: Any) -> Any:
         """The argument inside its memory."""
         shape = tuple(whole for _, _, whole in self.arg.axes)
-        inner = flat[BAND : BAND + prod(shape)].reshape(shape)
+        inner = flat[self.band : self.band + prod(shape)].reshape(shape)
         return inner[tuple(slice(start, start + n) for n, start, _ in self.arg.axes)]
 
     def check(self, be: Backend, op: str, may_change: bool) -> None:
@@ -289,47 +324,16 @@ class Buffer:
         assert now.tobytes() == self.last.tobytes(), f"{op} wrote {where}"
 
 
-def run(be: Backend, row: Row, dtype: Any, values: Arrays) -> Arrays:
-    """The calls of a row: every array written. Inputs, and all memory around arrays, must survive."""
+def run(be: Backend, row: Row, dtype: Any, values: Arrays, band: int = BAND) -> Arrays:
+    """The calls of a row: every array written. Inputs, and all memory around arrays, must survive.
+
+    A band that is no multiple of 16 bytes puts arrays where wide accesses must not go.
+    """
     have: dict[str, Buffer] = {}
     for op, args in row.calls:
-        have |= {a.name: Buffer.of(be, a, dtype, values.get(a.name)) for a in args if a.axes}
+        have |= {a.name: Buffer.of(be, a, dtype, values.get(a.name), band) for a in args if a.axes}
         getattr(be, op)(*(have[a.name].view(have[a.name].whole) if a.name in have else a.value for a in args))
         outputs = {a.name for a in args if a.role in WRITTEN}
         for name, buffer in have.items():
             buffer.check(be, op, name in outputs)
     return {name: have[name].view(have[name].last) for name in row.written}
-
-
-def tolerance(base: float, largest: float, eps: float, factor: float) -> float:
-    """The rule: `factor` times the error plain NumPy makes at this precision, plus two units in the last place.
-
-    base: that error; largest: the largest magnitude of the true values; factor: 2, for gradients 3.
-    """
-    return factor * base + 2 * eps * largest
-
-
-def error(got: np.ndarray, want: np.ndarray) -> float:
-    """Largest difference; NaN where either holds NaN."""
-    return float(np.abs(got - want.astype(np.result_type(got, want))).max())
-
-
-def accuracy(be: Backend, row: Row, dtype: Any, values: Arrays | None = None) -> Figures:
-    """(error, tolerance) of every output of a row in `dtype`. The reference gives the true values in float64 and, in
-    `dtype`, the error to expect."""
-    values = values or make(row, dtype)
-    want, base, got = (
-        run(b, row, t, values) for b, t in ((reference, np.float64), (reference, dtype), (be, dtype))
-    )
-    figures = {}
-    for name, true in want.items():
-        bound = tolerance(
-            error(base[name], true), float(np.abs(true).max()), float(np.finfo(dtype).eps), row.factor(name)
-        )
-        figures[name] = (error(got[name], true), bound)
-    return figures
-
-
-def off(figures: Figures) -> list[str]:
-    """Names whose error is not within its tolerance; NaN is not."""
-    return [name for name, (err, tol) in figures.items() if not err <= tol]

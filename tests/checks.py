@@ -3,9 +3,10 @@
 A check returns the names of what is off: [] is green. It gets its models from `build`, a function
 (cfg, dtype, **options) -> Model, and that is where a fault is planted.
 
-How far off is judged by the tolerance rule of cases.py. The error to expect is that of plain NumPy in float32, against
+How far off is judged by the tolerance rule of precision.py. The error to expect is that of plain NumPy in float32, against
 float64 or a golden file; for float64 it is scaled by the ratio of the units in the last place (that errors do scale so
-is checked in test_ops.py).
+is checked in test_ops.py). In bfloat16 it is that of plain NumPy which stores bfloat16, and the slices of every array
+are judged too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,13 +25,26 @@ from apr.backends import reference
 from apr.config import PRESETS, ModelConfig, from_hf
 from apr.model import Model
 from apr.optim import AdamW
+from apr.params import Layout
 from apr.taps import Compare, Record, Tap, key, no_tap
-from cases import Arrays, Backend, overlay, tolerance
+from cases import BF16, Arrays, Backend
+from precision import plain_numpy, relative, relative_tolerance, tolerance
 
 Build = Callable[..., Model]
-Errors = list[tuple[str, float, float]]  # (name, largest error, largest true value), as Compare.rows
-EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
+EPS = {"float32": 2.0**-23, "float64": 2.0**-52, "bfloat16": 2.0**-7}
 B, T = 3, 13  # longer than the window of mistral-tiny; positions for which the scaling of llama3-tiny matters
+
+
+class Error(NamedTuple):
+    """How far an array is off."""
+
+    name: str
+    err: float  # the largest
+    largest: float  # true value
+    slices: list[float]  # relative(): of each axis
+
+
+Errors = list[Error]
 
 CONFIGS = {  # every tiny preset, its head tied and not
     f"{name.removesuffix('-tiny')}{'-tied' if tied else ''}": replace(cfg, tie_word_embeddings=tied)
@@ -49,11 +63,18 @@ def on(be: Backend) -> Build:
     return build
 
 
+@cache
+def start(cfg: ModelConfig) -> np.ndarray:
+    """Weights with noise on every parameter, float32 in Layout order, exact in bfloat16."""
+    layout = Layout(cfg)
+    host = np.zeros(layout.size, np.float32)
+    layout.randomise(host, seed=0, std=0.2)
+    return host.astype(BF16).astype(np.float32)
+
+
 def randomised(model: Model) -> Model:
-    """The model with noise on every parameter: the same float32 numbers whatever the backend and dtype."""
-    host = np.zeros(model.layout.size, np.float32)
-    model.layout.randomise(host, seed=0, std=0.2)
-    model.be.from_host(model.w, host)
+    """The model with start(): the same numbers whatever the backend and dtype."""
+    model.be.from_host(model.w, start(model.cfg))
     return model
 
 
@@ -78,6 +99,18 @@ def step(model: Model, ids: np.ndarray, targets: np.ndarray, tap: Tap = no_tap) 
     for name, gradient in model.layout.named(model.g).items():
         tap(None, f"grad.{name}", gradient)
     return float(be.to_host(model.total)[0]) / counted
+
+
+def results(model: Model) -> Arrays:
+    """Loss and gradients of a step on batch(), on the host."""
+    tap = Record(model.be)
+
+    def gradients(layer: int | None, name: str, x: Any) -> None:
+        if layer is None and (name == "loss" or name.startswith("grad.")):
+            tap(layer, name, x)
+
+    step(model, *batch(model.cfg), gradients)
+    return tap.seen
 
 
 def loss(model: Model, ids: np.ndarray, targets: np.ndarray) -> float:
@@ -117,66 +150,32 @@ def wrong_gradients(build: Build, cfg: ModelConfig) -> list[str]:
 
 
 def judge(got: Errors, expected: Errors, dtype: str) -> list[str]:
-    """Names of the arrays whose error breaks the rule; `expected` holds the errors of plain NumPy in float32."""
-    assert [name for name, _, _ in got] == [name for name, _, _ in expected]
-    wrong = []
-    for (name, err, largest), (_, base, _) in zip(got, expected, strict=True):
-        factor = 3 if re.match(r"grad\.|(\d+\.)?d_", name) else 2
-        if not err <= tolerance(base * EPS[dtype] / EPS["float32"], largest, EPS[dtype], factor):
-            wrong.append(name)
-    return wrong
+    """Names of the arrays whose error breaks the rule; `expected` holds the errors of plain NumPy, in bfloat16 for
+    bfloat16 and else in float32."""
+    assert [e.name for e in got] == [e.name for e in expected]
+    return [g.name for g, e in zip(got, expected, strict=True) if not _sound(g, e, dtype)]
 
 
-def plain_numpy() -> list[Backend]:
-    """The reference and four that add up in other orders: with the axis that a product sums over shuffled.
-
-    How large the error of a float32 run is, is luck, the more so after ten steps of AdamW, which amplify the rounding
-    of the first. The error to expect is the largest of these five.
-    """
-    return [reference, *(_shuffled(seed) for seed in range(4))]
-
-
-def _shuffled(seed: int) -> Backend:
-    def order(n: int) -> np.ndarray:
-        return np.random.default_rng([seed, n]).permutation(n)
-
-    def linear_fwd(y: Any, x: Any, w: Any, b: Any) -> None:
-        i = order(w.shape[1])
-        reference.linear_fwd(y, x[:, i], w[:, i], b)
-
-    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any) -> None:
-        n, o = order(len(x)), order(len(w))
-        reference.linear_bwd(np.empty_like(dx), dw, db, dy[n], x[n], w)
-        reference.linear_bwd(dx, None, None, dy[:, o], x, w[o])
-
-    def attention_fwd(y: Any, lse: Any, q: Any, k: Any, v: Any, window: int) -> None:
-        d = order(q.shape[-1])
-        y_ = np.empty_like(y)
-        reference.attention_fwd(y_, lse, q[..., d], k[..., d], v[..., d], window)
-        y[..., d] = y_
-
-    def attention_bwd(
-        dq: Any, dk: Any, dv: Any, dy: Any, y: Any, lse: Any, q: Any, k: Any, v: Any, window: int
-    ) -> None:
-        d = order(q.shape[-1])
-        out = [np.empty_like(x) for x in (dq, dk, dv)]
-        dy, y, q, k, v = (x[..., d] for x in (dy, y, q, k, v))
-        reference.attention_bwd(*out, dy, y, lse, q, k, v, window)
-        dq[..., d], dk[..., d], dv[..., d] = out
-
-    return overlay(
-        reference,
-        linear_fwd=linear_fwd,
-        linear_bwd=linear_bwd,
-        attention_fwd=attention_fwd,
-        attention_bwd=attention_bwd,
+def _sound(got: Error, base: Error, dtype: str) -> bool:
+    factor = 3 if re.match(r"grad\.|(\d+\.)?d_", got.name) else 2
+    eps = EPS[dtype]
+    if dtype != "bfloat16":
+        return got.err <= tolerance(base.err * eps / EPS["float32"], got.largest, eps, factor)
+    parts = zip(got.slices, base.slices, strict=True)
+    return got.err <= tolerance(base.err, got.largest, eps, factor) and all(
+        g <= relative_tolerance(b, eps, factor) for g, b in parts
     )
 
 
 def largest_of(runs: list[Errors]) -> Errors:
-    """The largest error of several runs, by name."""
+    """The largest errors of several runs, by name."""
     return [
-        (rows[0][0], float(np.max([err for _, err, _ in rows])), rows[0][2])
+        Error(
+            rows[0].name,
+            float(np.max([row.err for row in rows])),
+            rows[0].largest,
+            np.max([row.slices for row in rows], axis=0).tolist(),
+        )
         for rows in zip(*runs, strict=True)
     ]
 
@@ -192,29 +191,42 @@ def truth(cfg: ModelConfig) -> Arrays:
     return record.seen
 
 
+class Judged(Compare):
+    """Compare, with the errors of slices, unless they are not asked for: in .errors."""
+
+    def __init__(
+        self, backend: Backend, want: Arrays, force: bool = False, only: str = "", slices: bool = True
+    ) -> None:
+        super().__init__(backend, want, force)
+        self.only, self.slices, self.errors = re.compile(only), slices, Errors()
+
+    def __call__(self, layer: int | None, name: str, x: Any) -> None:
+        name_ = key(layer, name)
+        if self.only.match(name_):
+            got = self.backend.to_host(x)
+            self.errors.append(difference(name_, got, self.want[name_], self.slices))
+            super().__call__(layer, name, x)
+
+
 def errors(model: Model, cfg: ModelConfig, force: bool = False, only: str = "") -> Errors:
     """Errors of a step against the truth, free or forced, of the names that match a pattern."""
-    compare = Compare(model.be, truth(cfg), force)
-
-    def tap(layer: int | None, name: str, x: Any) -> None:
-        if re.match(only, key(layer, name)):
-            compare(layer, name, x)
-
-    step(randomised(model), *batch(cfg), tap)
-    return compare.rows
+    judged = Judged(model.be, truth(cfg), force, only, slices=model.dtype == "bfloat16")
+    step(randomised(model), *batch(cfg), judged)
+    return judged.errors
 
 
 @cache
-def expected(cfg: ModelConfig, force: bool = False, only: str = "") -> Errors:
-    """Errors of plain NumPy in float32."""
-    return largest_of([errors(on(be)(cfg, "float32"), cfg, force, only) for be in plain_numpy()])
+def expected(cfg: ModelConfig, force: bool = False, only: str = "", dtype: str = "float32") -> Errors:
+    """Errors of plain NumPy in float32 or bfloat16."""
+    dtype = "bfloat16" if dtype == "bfloat16" else "float32"
+    return largest_of([errors(on(be)(cfg, dtype), cfg, force, only) for be in plain_numpy(dtype)])
 
 
 def off_truth(
     build: Build, cfg: ModelConfig, force: bool = False, only: str = "", dtype: str = "float32"
 ) -> list[str]:
     """Taps and gradients of a step that are off, where `force` puts the truth in place after each tap."""
-    return judge(errors(build(cfg, dtype), cfg, force, only), expected(cfg, force, only), dtype)
+    return judge(errors(build(cfg, dtype), cfg, force, only), expected(cfg, force, only, dtype), dtype)
 
 
 # Against golden files
@@ -256,8 +268,9 @@ def golden_model(build: Build, path: Path, dtype: str) -> Model:
 
 def stepped(build: Build, path: Path, dtype: str) -> Errors:
     """Errors of the values and gradients of one step."""
-    want, record = golden(path)[0], Record(reference)
-    mean = step(golden_model(build, path, dtype), want["ids"], want["targets"], record)
+    want, model = golden(path)[0], golden_model(build, path, dtype)
+    record = Record(model.be)
+    mean = step(model, want["ids"], want["targets"], record)
     names = [name for name in want if re.match(r"hidden|final_norm|logits|loss|grad\.", name)]
     return [difference(name, {**record.seen, "loss": np.array(mean)}[name], want[name]) for name in names]
 
@@ -270,7 +283,7 @@ def trained(build: Build, path: Path, dtype: str) -> Errors:
     log = []
     for ids, targets, lr in zip(want["adamw.ids"], want["adamw.targets"], want["adamw.lrs"], strict=True):
         mean = step(model, ids, targets)
-        adamw.step(lr)
+        adamw.step(float(lr))
         log.append((mean, adamw.grad_norm()))
     losses, norms = np.array(log).T
     last = {
@@ -284,10 +297,12 @@ def trained(build: Build, path: Path, dtype: str) -> Errors:
     ]
 
 
-def difference(name: str, got: Any, want: Any) -> tuple[str, float, float]:
-    """A row of Errors; shapes may differ, (B,T) from (B*T)."""
+def difference(name: str, got: Any, want: Any, slices: bool = True) -> Error:
+    """How far an array is off; shapes may differ, (B,T) from (B*T)."""
     want = np.asarray(want)
-    return name, float(np.abs(np.reshape(got, want.shape) - want).max()), float(np.abs(want).max())
+    got = np.reshape(got, want.shape).astype(np.float64)
+    parts = relative(got, want) if slices else []
+    return Error(name, float(np.abs(got - want).max()), float(np.abs(want).max()), parts)
 
 
 @cache

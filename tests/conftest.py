@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -29,3 +30,33 @@ def data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def cuda() -> ModuleType:
+    """The cuda backend on the first GPU. Skips the test, saying why, where there is none."""
+    from apr.device import choose
+    from apr.errors import DeviceError
+
+    try:
+        backend = choose("cuda").backend
+    except DeviceError as e:
+        pytest.skip(str(e))
+    if os.environ.get(
+        "APR_SANITIZE"
+    ):  # arrays beside each other in CuPy's pool would hide a write past the end
+        import cupy
+
+        cupy.cuda.set_allocator(None)
+    return backend
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that takes `cuda` is marked gpu, and one that is marked gpu takes `cuda`, so that it skips."""
+    for item in items:
+        names = getattr(item, "fixturenames", [])
+        if "cuda" in names:
+            item.add_marker("gpu")
+        elif item.get_closest_marker("gpu"):
+            item.fixturenames = ["cuda", *names]  # not insert: the items of a function share the list

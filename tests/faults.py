@@ -182,6 +182,15 @@ def heads_interleaved(be: Any) -> Ops:
     return dict(attention_fwd=attention_fwd, attention_bwd=attention_bwd)
 
 
+@fault(EVERY)
+def one_head_two_percent_off(be: Any) -> Ops:
+    def attention_fwd(y: Any, *args: Any) -> None:
+        be.attention_fwd(y, *args)
+        y[:, :, 1] = 1.02 * y[:, :, 1].astype(np.float64)
+
+    return dict(attention_fwd=attention_fwd)
+
+
 @fault(VALUES)
 def norm_eps_doubled(be: Any) -> Ops:
     def add_rmsnorm_fwd(res: Any, y: Any, rstd: Any, res_in: Any, delta: Any, w: Any, eps: float) -> None:
@@ -242,16 +251,16 @@ def tied_gradient_counted_once(be: Any) -> Ops:
 
 @fault(EVERY)
 def gradient_summed_not_averaged(be: Any) -> Ops:
-    def cross_entropy(loss: Any, logits: Any, targets: Any, scale: float | None) -> None:
-        be.cross_entropy(loss, logits, targets, None if scale is None else 1.0)
+    def cross_entropy(loss: Any, logits: Any, targets: Any, scale: float | None, z: float) -> None:
+        be.cross_entropy(loss, logits, targets, None if scale is None else 1.0, z)
 
     return dict(cross_entropy=cross_entropy)
 
 
 @fault(VALUES)
 def ignored_targets_counted(be: Any) -> Ops:
-    def cross_entropy(loss: Any, logits: Any, targets: Any, scale: float | None) -> None:
-        be.cross_entropy(loss, logits, np.maximum(targets, 0), scale)
+    def cross_entropy(loss: Any, logits: Any, targets: Any, scale: float | None, z: float) -> None:
+        be.cross_entropy(loss, logits, np.maximum(targets, 0), scale, z)
 
     return dict(cross_entropy=cross_entropy)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import subprocess
@@ -23,12 +24,35 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def functions(module: Any) -> dict[str, list[str]]:
-    """Parameter names, in order, of the public functions that a backend exports."""
+    """Parameter names, in order, of the public functions that a backend defines or lists in __all__."""
     return {
         name: list(inspect.signature(f).parameters)
         for name, f in vars(module).items()
-        if not name.startswith("_") and inspect.isfunction(f) and f.__module__.startswith("apr.backends")
+        if not name.startswith("_")
+        and inspect.isfunction(f)
+        and (f.__module__ == module.__name__ or name in getattr(module, "__all__", ()))
     }
+
+
+def declared(path: Path) -> dict[str, list[str]]:
+    """functions() of a module, read from its text: cuda can be compared where there is no CuPy."""
+    found: dict[str, list[str]] = {}
+    imported: dict[str, list[str]] = {}
+    listed: list[str] = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and node.level == 1
+            and (path.parent / f"{node.module}.py").exists()
+        ):
+            there = declared(path.parent / f"{node.module}.py")
+            imported |= {a.asname or a.name: there[a.name] for a in node.names if a.name in there}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            listed = ast.literal_eval(node.value)
+    found |= {name: parameters for name, parameters in imported.items() if name in listed}
+    return {name: parameters for name, parameters in found.items() if not name.startswith("_")}
 
 
 def differences(module: Any) -> list[str]:
@@ -55,6 +79,25 @@ def test_backends_export_the_same_functions(name: str) -> None:
     assert module.name == name
 
 
+BACKENDS = ROOT / "apr" / "backends"
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_backends_declare_the_same_functions(name: str) -> None:
+    have, want = declared(BACKENDS / f"{name}.py"), declared(BACKENDS / "reference.py")
+    assert {n: have.get(n) for n in have.keys() | want.keys()} == want
+
+
+def test_declarations_are_what_is_exported(tmp_path: Path) -> None:
+    for name in ("reference", "cpu"):
+        assert declared(BACKENDS / f"{name}.py") == functions(backends.get(name))
+    (tmp_path / "reference.py").write_text("def rope(x, cos): ...\ndef sync(): ...\ndef _hidden(): ...")
+    (tmp_path / "planted.py").write_text(
+        "from .reference import rope as turn, sync\n__all__ = ['turn']\ndef fill(x, *, value): ..."
+    )
+    assert declared(tmp_path / "planted.py") == {"fill": ["x", "value"], "turn": ["x", "cos"]}
+
+
 def _renamed(y: Any, x: Any, w: Any, bias: Any) -> None: ...
 
 
@@ -65,7 +108,7 @@ def _swapped(gu: Any, y: Any) -> None: ...
 
 
 for planted in (_renamed, _fewer, _swapped):
-    planted.__module__ = "apr.backends.planted"
+    planted.__module__ = reference.__name__
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Both backends compute what stock Hugging Face models compute: the golden files of tools/golden.py."""
+"""All backends compute what stock Hugging Face models compute: the golden files of tools/golden.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from apr import backends
 from checks import GOLDEN, golden, golden_config, golden_model, off_adamw, off_golden, on
 
 every_file = pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
-both = pytest.mark.parametrize(("backend", "dtype"), [("reference", "float64"), ("cpu", "float32")])
+every_backend = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("reference", "float64"), ("cpu", "float32"), pytest.param("cuda", "float32", marks=pytest.mark.gpu)],
+)
 
 
 def test_golden_files_are_there() -> None:
@@ -21,14 +24,14 @@ def test_golden_files_are_there() -> None:
 
 
 @every_file
-@both
+@every_backend
 def test_one_step(path: Path, backend: str, dtype: str) -> None:
     """Hidden states after every block, final norm, logits, loss and the gradient of every parameter."""
     assert off_golden(on(backends.get(backend)), path, dtype) == []
 
 
 @every_file
-@both
+@every_backend
 def test_ten_adamw_steps(path: Path, backend: str, dtype: str) -> None:
     """Losses, gradient norms before clipping, and the norm of every parameter at the end."""
     assert off_adamw(on(backends.get(backend)), path, dtype) == []

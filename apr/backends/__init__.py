@@ -1,9 +1,10 @@
 """Backends. A backend is a module; all export the same functions with the same parameter lists.
 
-| name      | what it is                                        | dtypes          |
-|-----------|---------------------------------------------------|-----------------|
-| reference | every op in plain NumPy: the specification        | float64, float32|
-| cpu       | OpenBLAS and Numba kernels, one pool of threads   | float32         |
+| name      | what it is                                        | dtypes           |
+|-----------|---------------------------------------------------|------------------|
+| reference | every op in plain NumPy: the specification        | float64, float32 |
+| cpu       | OpenBLAS and Numba kernels, one pool of threads   | float32          |
+| cuda      | CuPy arrays, cuBLASLt and our own CUDA kernels    | float32, bfloat16|
 """
 
 from __future__ import annotations
@@ -13,11 +14,18 @@ from types import ModuleType
 
 from ..errors import DeviceError
 
-NAMES = ("reference", "cpu")
+NAMES = ("reference", "cpu", "cuda")
 
 
 def get(name: str) -> ModuleType:
-    """The backend module called `name`. Raises DeviceError for a name that is not one of NAMES."""
+    """The backend module called `name`. Raises DeviceError for a name that is not one of NAMES, and for
+    cuda without CuPy; apr.device.choose says more about what is missing.
+    """
     if name not in NAMES:
         raise DeviceError(f"backend {name!r} does not exist; choose one of {', '.join(NAMES)}")
-    return importlib.import_module(f"apr.backends.{name}")
+    try:
+        return importlib.import_module(f"apr.backends.{name}")
+    except ImportError as e:
+        if name != "cuda":
+            raise
+        raise DeviceError(f"backend cuda cannot be loaded: {e}") from e

@@ -477,11 +477,11 @@ def swiglu_bwd(dgu, dy, gu):
             du[j] = d * x * s
 
 
-@_kernel("void(float32[::1], float32[:,::1], int32[::1], float32, boolean)")
-def cross_entropy(loss, logits, targets, scale, grad):
+@_kernel("void(float32[::1], float32[:,:], int32[::1], float32, boolean, float32)")
+def cross_entropy(loss, logits, targets, scale, grad, z_loss):
     n, v = logits.shape
     for i in prange(n):
-        row = logits[i]
+        row = _row(logits[i].ctypes.data, v)
         t = targets[i]
         if t < 0:
             loss[i] = 0
@@ -504,12 +504,15 @@ def cross_entropy(loss, logits, targets, scale, grad):
                     for j in range(terms.size):
                         part += _exp(terms[j] - top)
                 total += part
-            loss[i] = top + np.float32(np.log(total)) - own
+            lse = top + np.float32(np.log(total))
+            loss[i] = lse - own
             if grad:
-                factor = np.float32(scale / total)
+                factor = np.float32(scale * (1 + 2 * z_loss * lse) / total)
                 for j in range(v):
                     row[j] *= factor
-                row[t] -= scale
+                logits[i, t] -= (
+                    scale  # not row[t]: Numba drops a last store to what it takes for a local array
+                )
 
 
 _CHUNK = 16384  # elements of a flat buffer that one iteration takes

@@ -32,6 +32,7 @@ Array = Any
 
 name = "cpu"
 dtypes = ("float32",)
+pad_vocab = False
 loss_elements = 1 << 23
 _allocated = [0]
 _NOTHING = np.empty(0, np.float32)
@@ -177,9 +178,9 @@ def swiglu_bwd(dgu: Array, dy: Array, gu: Array) -> None:
     kernels.swiglu_bwd(dgu, dy, gu)
 
 
-def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | None) -> None:
+def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | None, z_loss: float) -> None:
     """See reference.py."""
-    kernels.cross_entropy(loss, logits, targets, scale or 0.0, scale is not None)
+    kernels.cross_entropy(loss, logits, targets, scale or 0.0, scale is not None, z_loss)
 
 
 def add_sum(total: Array, x: Array) -> None:

@@ -26,6 +26,7 @@ Array = Any  # an array of this backend: numpy.ndarray here
 
 name = "reference"
 dtypes = ("float64", "float32")
+pad_vocab = False  # whether products are much faster with a vocabulary that is padded to a multiple of 64
 loss_elements = 1 << 23  # of logits held at once: enough work for a product, little memory
 _allocated = [0]
 
@@ -277,11 +278,13 @@ def _sigmoid(x: Array) -> Array:
 # Loss
 
 
-def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | None) -> None:
-    """loss[n] = logsumexp(logits[n]) - logits[n, targets[n]], in nats; 0 where the target is negative.
+def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | None, z_loss: float) -> None:
+    """loss[n] = lse[n] - logits[n, targets[n]], in nats, lse = logsumexp(logits[n]); 0 where the target is
+    negative.
 
-    If scale is a number, logits becomes the gradient of scale * sum_n loss[n]:
-    scale * (softmax(logits[n]) - onehot(targets[n])), 0 where the target is negative.
+    If scale is a number, logits becomes the gradient of scale * sum_n (loss[n] + z_loss * lse[n]^2)
+    (Chowdhery et al. 2022, section 5): scale * ((1 + 2 z_loss lse[n]) softmax(logits[n]) - onehot(targets[n])),
+    0 where the target is negative. loss itself stays the cross-entropy.
     loss (N,), logits (N,V), targets (N,) integers below V
     """
     n = np.flatnonzero(targets >= 0)
@@ -292,7 +295,7 @@ def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | Non
     loss[n] = lse[n, 0] - logits[n, t]
     if scale is None:
         return
-    logits[...] = np.exp(logits - lse)
+    logits[...] = np.exp(logits - lse) * (1 + 2 * logits.dtype.type(z_loss) * lse)
     logits[n, t] -= 1
     logits[targets < 0] = 0
     logits *= logits.dtype.type(scale)

@@ -93,14 +93,16 @@ def _run_dir(i: Inputs) -> RunDir:
 
 
 def _record_device(show: Show, i: Inputs, run: RunDir) -> None:
-    """What computes and the memory it took, into config.json. A run that goes on elsewhere says so: its numbers
-    can differ in the last bits."""
+    """What computes and the memory it took, into config.json; a run that goes on elsewhere says so."""
     facts = {**i.backend.describe(), "memory_bytes": str(i.backend.memory())}
     was = run.read_config().get("device")
     if i.settings.resume and isinstance(was, dict):
-        changed = {k: (was.get(k), v) for k, v in facts.items() if was.get(k) != v and k != "memory_bytes"}
-        for key, (old, new) in changed.items():
-            show.note(f"{key} was {old} when the run began and is {new} now: not bit-equal from here on")
+        for key in ("backend", "gpu", "cpu", "cuda", "cublaslt", "matmul_algorithms"):
+            if was.get(key) != facts.get(key):
+                show.note(
+                    f"{key} was {was.get(key)} when the run began and is {facts.get(key)} now: its numbers may differ "
+                    "in the last bits from here on"
+                )
     run.record_device(facts)
 
 
@@ -139,11 +141,13 @@ def _header(show: Show, i: Inputs, run: RunDir) -> None:
             ("", f"heads {c.num_heads}/{c.num_kv_heads} of {c.head_dim}, MLP {c.intermediate_size}"),
             ("job", f"{s.num_steps:,} steps of {s.batch_size} x {s.seq_length} tokens = {tokens / 1e6:.2f} M tokens"),
             ("", f"{s.schedule} learning rate up to {s.lr:g}, {s.warmup_steps} warm-up steps, seed {s.seed}"),
-            ("device", f"{i.backend.name}{' (chosen by auto)' if s.device == 'auto' else ''}: {what.get('gpu', what['cpu'])}"),
+            ("device", f"{i.backend.name}{' (chosen by auto)' if s.device == 'auto' else ''}: {what.get('gpu') or what['cpu']}"),
             ("", f"{s.dtype}, {s.micro_batch_size} sequences at once{', recomputing blocks' if s.recompute else ''}"),
             ("run directory", str(run.path)),
         ],
     )  # fmt: skip
+    if i.device_note:
+        show.note(i.device_note)
 
 
 def sample_text(i: Inputs, trainer: Trainer, prompt: str, tokens: int = SAMPLE_TOKENS) -> str:

@@ -18,7 +18,7 @@ from ..data.corpus import Document, documents, pieces, stdlib_documents
 from ..data.prepare import prepare
 from ..data.shards import TokenShards
 from ..data.tokenizer import Progress, Tokenizer
-from ..device import check_fits, select
+from ..device import check_fits, choose
 from ..errors import Refused
 from ..formats.models import LoadedModel, load_model
 from ..loading import tokenizer_of
@@ -41,6 +41,7 @@ class Inputs:
     val: Windows
     init: LoadedModel | None
     corpus_name: str
+    device_note: str  # what a user should know about the choice of the device, or ""
 
 
 def cache_dir() -> Path:
@@ -51,8 +52,8 @@ def cache_dir() -> Path:
 
 def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
     """Open device, data, tokenizer and model description. Raises AprError for what does not fit together."""
-    backend = select(s.device, s.dtype, s.threads)
-    dtype = s.dtype or backend.dtypes[0]
+    chosen = choose(s.device, s.dtype, s.threads)
+    backend, dtype = chosen.backend, s.dtype or chosen.backend.dtypes[0]
     init = load_model(s.init) if s.init else None
     cfg = init.cfg if init else load_config(str(s.model))
     check_positions(cfg, s.seq_length)
@@ -63,7 +64,7 @@ def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
         )
     s = dataclasses.replace(s, dtype=dtype)
     s = dataclasses.replace(s, micro_batch_size=_micro_batch(s, cfg, backend))
-    return Inputs(s, backend, cfg, tokenizer, train, val, init, name)
+    return Inputs(s, backend, cfg, tokenizer, train, val, init, name, chosen.note)
 
 
 def _open_data(

@@ -56,7 +56,13 @@ class Trainer:
         self.micro: int = s.micro_batch_size
         assert s.dtype is not None
         self.model = Model(
-            inputs.cfg, inputs.backend, self.micro, s.seq_length, s.dtype, recompute=s.recompute
+            inputs.cfg,
+            inputs.backend,
+            self.micro,
+            s.seq_length,
+            s.dtype,
+            recompute=s.recompute,
+            z_loss=s.z_loss,
         )
         self.opt = AdamW(self.model, s.beta1, s.beta2, s.eps, s.weight_decay, s.grad_clip)
         self.schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)

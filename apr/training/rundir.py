@@ -10,8 +10,9 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,8 +30,11 @@ from ..optim import AdamW
 
 def versions() -> dict[str, str]:
     """Versions of everything that computes."""
-    packages = ("numpy", "numba", "scipy-openblas64", "tokenizers")
-    return {"apr": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
+    found = {"apr": __version__, "python": platform.python_version()}
+    for package in ("numpy", "numba", "scipy-openblas64", "tokenizers"):
+        with suppress(PackageNotFoundError):  # a GPU can do without the CPU's packages
+            found[package] = version(package)
+    return found
 
 
 def git_commit() -> str | None:

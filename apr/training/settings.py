@@ -58,6 +58,7 @@ class Settings:
     beta2: float = option("AdamW", 0.95)
     eps: float = option("AdamW", 1e-8)
     grad_clip: float = option("largest global gradient norm; 0 does not clip", 1.0)
+    z_loss: float = option("weight of the squared log-sum-exp of the logits in what is minimised", 0.0)
     val_dataset: str | None = option("folder of token shards that training never sees")
     val_fraction: float = option("share of a corpus's documents that is held out", 0.05)
     val_batches: int | None = option(
@@ -176,6 +177,7 @@ def resolve(s: Settings) -> Settings:
         "weight_decay",
         "eps",
         "grad_clip",
+        "z_loss",
         "patience",
         "min_epochs",
         "save_every",

@@ -1,0 +1,410 @@
+"""The ops of the cuda backend that are our own CUDA kernels: what is launched, with which geometry.
+
+Formulas and shapes stand in reference.py and in the .cu files. Nothing here needs CuPy or a GPU: `machine`
+launches, so that tests run the same geometry on the host. An op allocates nothing and waits for nothing.
+Sums over rows are cut the same way on every GPU, so that the bits depend on shapes alone.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from math import inf
+from typing import Any, Protocol
+
+import numpy as np
+
+from . import kernels
+
+Array = Any
+Shape = tuple[int, ...]
+
+
+class Machine(Protocol):
+    """What launches kernels."""
+
+    shared_bytes: int  # of shared memory that a block can have
+
+    def kernel(self, module: str, name: str, act: str, **defines: int) -> Any:
+        """A kernel, called with (grid, block, args, shared=bytes)."""
+
+    def scratch(self, shape: Shape, dtype: str, slot: int) -> Array:
+        """An array that lives until the end of an op."""
+
+    def address(self, x: Array) -> int:
+        """Where the first element lies."""
+
+
+machine: Any = None  # a Machine; set by cuda.set_device, and by tests
+
+BLOCKS = 264  # two on each multiprocessor of an H200: in how many parts sums over rows are cut
+SUM_BLOCKS = 1056
+SHARED_STATIC = 1024  # bytes that a kernel may have besides its dynamic shared memory
+
+
+def _run(module: str, name: str, act: Any, grid: Shape, block: Shape, *args: Any, shared: int = 0) -> None:
+    machine.kernel(module, name, act.dtype.name)(grid, block, args, shared=shared)
+
+
+def _up(n: int, m: int) -> int:
+    return -(-n // m) * m
+
+
+def _parts(n: int, m: int) -> int:
+    return -(-n // m)
+
+
+def _vector(sizes: Shape, *arrays: Array) -> bool:
+    """Whether 16-byte accesses are possible: sizes (of rows, distances between rows) in bytes, and arrays."""
+    return not any(n % 16 for n in sizes) and not any(
+        x is not None and machine.address(x) % 16 for x in arrays
+    )
+
+
+@cache
+def _constant(module: str, name: str) -> int:
+    """The value of a constexpr int of a kernel file."""
+    found = re.search(rf"\b{name} = (\d+)[,;]", kernels.source(module))
+    assert found, f"{module}.cu has no constant {name}"
+    return int(found[1])
+
+
+def _row(x: Array, axis: int = 0) -> int:
+    """Elements from one row, x[n] or x[:, n], to the next; within a row the array must be dense."""
+    size = x.itemsize
+    for a in range(x.ndim - 1, axis, -1):
+        if x.shape[a] > 1 and x.strides[a] != size:
+            raise ValueError(f"rows must be dense: shape {x.shape}, strides {x.strides} bytes")
+        size *= x.shape[a]
+    return int(x.strides[axis] // x.itemsize)
+
+
+def _batch_row(x: Array) -> tuple[int, int]:
+    """Elements between sequences and between positions of a (B,T,heads,D) array."""
+    return int(x.strides[0] // x.itemsize), _row(x, 1)
+
+
+# Embedding
+
+
+def embedding_fwd(y: Array, ids: Array, w: Array) -> None:
+    """See reference.py."""
+    n, c = y.shape
+    v = _vector((c * y.itemsize,), y, w)
+    x = min(256, _up(c * y.itemsize // 16 if v else c, 32))
+    _run(
+        "embedding",
+        "embedding_fwd_v" if v else "embedding_fwd_1",
+        y,
+        (_parts(n, 256 // x),),
+        (x, 256 // x),
+        *(y, ids, w, n, c),
+    )
+
+
+def embedding_bwd(dw: Array, dy: Array, ids: Array) -> None:
+    """See reference.py."""
+    n, c = dy.shape
+    threads = _constant("embedding", "RANK_THREADS")
+    blocks = _parts(n, threads * _constant("embedding", "RANK_EACH"))
+    slice_ = _up(_parts(n, max(1, 2 * BLOCKS // blocks)), threads)
+    slices, tiles = _parts(n, slice_), _parts(n, _constant("embedding", "TILE"))
+    part = machine.scratch((slices, n), "int32", 0)
+    order, ordered = machine.scratch((n,), "int32", 1), machine.scratch((n,), "int32", 2)
+    carry = machine.scratch((tiles, 2, c), "float32", 3)
+    _run("embedding", "embedding_rank", dy, (blocks, slices), (threads,), part, ids, n, slice_)
+    _run("embedding", "embedding_sort", dy, (_parts(n, 256),), (256,), order, ordered, part, ids, n, slices)
+    v = _vector((c * dy.itemsize,), dw, dy)
+    pieces = c * dy.itemsize // 16 if v else c
+    x = min(256, _up(pieces, 32))
+    _run(
+        "embedding",
+        "embedding_bwd_v" if v else "embedding_bwd_1",
+        dy,
+        (tiles, _parts(pieces, x)),
+        (x,),
+        *(dw, carry, dy, order, ordered, n, c),
+    )
+    if tiles > 1:
+        x = min(256, _up(c, 32))
+        _run("embedding", "embedding_add", dy, (tiles - 1, _parts(c, x)), (x,), dw, carry, ordered, n, c)
+
+
+# Biases
+
+
+def add_rows(db: Array, dy: Array) -> None:
+    """db += sum_n dy[n].  db (O,) float32, dy (N,O) whose rows may be apart"""
+    n, o = dy.shape
+    row = _row(dy)
+    v = _vector((o * dy.itemsize, row * dy.itemsize), dy)
+    columns = _parts(o * dy.itemsize // 16 if v else o, 32)
+    parts = max(1, min(_parts(n, 32), 2 * BLOCKS // columns))
+    partial = machine.scratch((parts, o), "float32", 0)
+    _run("bias", "bias_bwd_v" if v else "bias_bwd_1", dy, (columns, parts), (32, 8), partial, dy, row, n, o)
+    _run("bias", "bias_add", dy, (_parts(o, 32),), (32, 32), db, partial, parts, o)
+
+
+# Normalisation
+
+
+def _norm(c: int, x: Array, *others: Array) -> tuple[str, int]:
+    """(suffix, threads of a row) of add_rmsnorm for rows of c elements."""
+    held = _constant("norm", "PACKS") * 16 // x.itemsize
+    threads = max(32, _up(_parts(c, held), 32))
+    if threads <= _constant("norm", "MOST_THREADS") and _vector((c * x.itemsize,), x, *others):
+        return "_v", threads
+    return "_1", min(1024, _up(c, 32))
+
+
+def add_rmsnorm_fwd(
+    res: Array, y: Array, rstd: Array, res_in: Array, delta: Array | None, w: Array, eps: float
+) -> None:
+    """See reference.py."""
+    n, c = res.shape
+    suffix, threads = _norm(c, res, y, res_in, delta, w)
+    rows = 4 if threads == 32 and suffix == "_v" else 1
+    _run(
+        "norm",
+        "add_rmsnorm_fwd" + suffix,
+        res,
+        (_parts(n, rows),),
+        (threads, rows),
+        *(res, y, rstd, res_in, delta, w, eps, n, c),
+    )
+
+
+def add_rmsnorm_bwd(dres: Array, dw: Array, dy: Array, res: Array, rstd: Array, w: Array) -> None:
+    """See reference.py."""
+    n, c = res.shape
+    suffix, threads = _norm(c, res, dres, dy, w)
+    rows = 8 if threads == 32 and suffix == "_v" else 1
+    blocks = min(_parts(n, rows), BLOCKS * max(1, 256 // (threads * rows)))
+    partial = machine.scratch((blocks, c), "float32", 0)
+    _run(
+        "norm",
+        "add_rmsnorm_bwd" + suffix,
+        res,
+        (blocks,),
+        (threads, rows),
+        *(dres, partial, dy, res, rstd, w, n, c),
+    )
+    _run("norm", "norm_add", res, (_parts(c, 32),), (32, 32), dw, partial, blocks, c)
+
+
+def _head_norm(d: int, w: Array, *others: Array) -> tuple[str, int]:
+    """(suffix, threads of a head) of head_rmsnorm."""
+    each = _constant("norm", "EACH_HEAD")
+    if d > 32 * each:
+        raise ValueError(f"heads of {d} elements; at most {32 * each} are possible")
+    v = _vector((d * w.itemsize, *(_row(x) * x.itemsize for x in others)), w, *others)
+    threads = 1
+    while threads * each < d:
+        threads *= 2
+    return "_v" if v else "_1", threads
+
+
+def head_rmsnorm_fwd(y: Array, rstd: Array, x: Array, w: Array, eps: float) -> None:
+    """See reference.py."""
+    n, heads, d = x.shape
+    suffix, threads = _head_norm(d, w, y, x)
+    rows = 128 // threads
+    _run(
+        "norm",
+        "head_rmsnorm_fwd" + suffix,
+        x,
+        (_parts(n * heads, rows),),
+        (threads, rows),
+        *(y, rstd, x, w, eps, _row(y), _row(rstd), _row(x), n, heads, d),
+    )
+
+
+def head_rmsnorm_bwd(dx: Array, dw: Array, dy: Array, x: Array, rstd: Array, w: Array) -> None:
+    """See reference.py."""
+    n, heads, d = x.shape
+    suffix, threads = _head_norm(d, w, dx, dy, x)
+    rows = 256 // threads
+    blocks = min(_parts(n * heads, rows), 2 * BLOCKS)
+    partial = machine.scratch((blocks, d), "float32", 0)
+    _run(
+        "norm",
+        "head_rmsnorm_bwd" + suffix,
+        x,
+        (blocks,),
+        (threads, rows),
+        *(dx, partial, dy, x, rstd, w, _row(dx), _row(dy), _row(x), _row(rstd), n, heads, d),
+    )
+    _run("norm", "norm_add", x, (_parts(d, 32),), (32, 32), dw, partial, blocks, d)
+
+
+# Attention
+
+
+def rope(x: Array, cos: Array, sin: Array, sign: int) -> None:
+    """See reference.py."""
+    b, t, heads, d = x.shape
+    batch, row = _batch_row(x)
+    v = _vector((d // 2 * x.itemsize, batch * x.itemsize, row * x.itemsize), x, cos, sin)
+    groups = _parts(heads, _constant("rope", "HEADS"))
+    threads = b * t * groups * (d // 2 * x.itemsize // 16 if v else d // 2)
+    _run(
+        "rope",
+        "rope_v" if v else "rope_1",
+        x,
+        (_parts(threads, 256),),
+        (256,),
+        *(x, cos, sin, batch, row, b, t, heads, d, sign),
+    )
+
+
+def _attention(d: int, tiles: int) -> tuple[int, int, int]:
+    """(MAX_D, rows of a tile, bytes of shared memory for so many tiles) of attention.cu."""
+    bound = next((m for m in (64, 128, 256) if d <= m), 0)
+    if not bound:
+        raise ValueError(f"heads of {d} elements; at most 256 are possible")
+    tile = 4096 // bound
+    return bound, tile, 4 * tile * (tiles * 4 * (_parts(d, 4) | 1) + 4 * (tile // 4 | 1))
+
+
+def attention_fwd(y: Array, lse: Array, q: Array, k: Array, v: Array, window: int) -> None:
+    """See reference.py; on CUDA cores, for any head width up to 256."""
+    (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
+    bound, tile, shared = _attention(d, 3)
+    strides = [n for x in (y, q, k, v) for n in _batch_row(x)]
+    machine.kernel("attention", "attention_fwd", q.dtype.name, MAX_D=bound)(
+        (_parts(t, tile) * h * b,),
+        (16, 16),
+        (y, lse, q, k, v, *strides, b, t, s, h, kv, d, window, d**-0.5),
+        shared=shared,
+    )
+
+
+def attention_bwd(
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    dy: Array,
+    y: Array,
+    lse: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    window: int,
+) -> None:
+    """See reference.py; on CUDA cores, for any head width up to 256."""
+    (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
+    bound, tile, shared = _attention(d, 4)
+    at = {name: _batch_row(x) for name, x in dict(dq=dq, dk=dk, dv=dv, dy=dy, y=y, q=q, k=k, v=v).items()}
+    sizes = (b, t, s, h, kv, d, window, d**-0.5)
+    delta = machine.scratch((b, h, t), "float32", 0)
+    strides = [n for name in ("dq", "dy", "y", "q", "k", "v") for n in at[name]]
+    machine.kernel("attention", "attention_dq", q.dtype.name, MAX_D=bound)(
+        (_parts(t, tile) * h * b,),
+        (16, 16),
+        (dq, delta, dy, y, lse, q, k, v, *strides, *sizes),
+        shared=shared,
+    )
+    strides = [n for name in ("dk", "dv", "dy", "q", "k", "v") for n in at[name]]
+    machine.kernel("attention", "attention_dkv", q.dtype.name, MAX_D=bound)(
+        (_parts(s, tile) * kv * b,),
+        (16, 16),
+        (dk, dv, dy, lse, delta, q, k, v, *strides, *sizes),
+        shared=shared,
+    )
+
+
+# MLP
+
+
+def _swiglu(name: str, n: int, f: int, y: Array, *arrays: Array) -> None:
+    v = _vector((f * y.itemsize,), *arrays)
+    pieces = f * y.itemsize // 16 if v else f
+    threads = _up(_parts(pieces, _parts(pieces, 512)), 32)
+    _run("swiglu", name + ("_v" if v else "_1"), y, (n,), (threads,), *arrays, f)
+
+
+def swiglu_fwd(y: Array, gu: Array) -> None:
+    """See reference.py."""
+    _swiglu("swiglu_fwd", *y.shape, y, y, gu)
+
+
+def swiglu_bwd(dgu: Array, dy: Array, gu: Array) -> None:
+    """See reference.py."""
+    _swiglu("swiglu_bwd", *dy.shape, dy, dgu, dy, gu)
+
+
+# Loss
+
+
+def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | None, z_loss: float) -> None:
+    """See reference.py."""
+    n, vocab = logits.shape
+    v = _vector((_row(logits) * logits.itemsize,), logits)
+    pack = 16 if v else logits.itemsize  # bytes
+    pieces = max(1, vocab * logits.itemsize // pack)
+    held = 0 if scale is None else min(pieces, (machine.shared_bytes - SHARED_STATIC) // pack)
+    _run(
+        "loss",
+        "cross_entropy_v" if v else "cross_entropy_1",
+        logits,
+        (n,),
+        (min(1024, _up(pieces, 32)),),
+        *(loss, logits, targets, _row(logits), vocab, held, int(scale is not None), scale or 0.0, z_loss),
+        shared=held * pack,
+    )
+
+
+# Flat buffers
+
+
+def _sum(total: Array, x: Array, square: int) -> None:
+    v = _vector((), x)
+    blocks = min(SUM_BLOCKS, _parts(x.size, 1024))
+    partial = machine.scratch((blocks,), "float64", 0)
+    _run("flat", "sum_v" if v else "sum_1", x, (blocks,), (256,), partial, x, x.size, square)
+    _run("flat", "sum_add", x, (1,), (1024,), total, partial, blocks)
+
+
+def add_sum(total: Array, x: Array) -> None:
+    """See reference.py."""
+    _sum(total, x, 0)
+
+
+def add_sum_sq(total: Array, x: Array) -> None:
+    """See reference.py."""
+    _sum(total, x, 1)
+
+
+def clip_factor(factor: Array, sum_sq: Array, max_norm: float) -> None:
+    """See reference.py."""
+    high = float(np.float32(max_norm))
+    rest = 0.0 if high == inf else max_norm - high
+    machine.kernel("flat", "clip_factor", "float32")((1,), (1,), (factor, sum_sq, high, rest))
+
+
+def adamw(
+    w: Array,
+    master: Array,
+    m: Array,
+    v: Array,
+    g: Array,
+    factor: Array,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    step: int,
+) -> None:
+    """See reference.py."""
+    vector = _vector((), w, master, m, v, g)
+    each = 256 * (16 // w.itemsize if vector else 1)
+    numbers = (lr, 1 - beta1, 1 - beta2, 1 - beta1**step, 1 - beta2**step, eps, decay)
+    _run(
+        "flat",
+        "adamw_v" if vector else "adamw_1",
+        w,
+        (_parts(w.size, each),),
+        (256,),
+        *(w, master, m, v, g, factor, w.size, *numbers),
+    )

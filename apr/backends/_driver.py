@@ -1,0 +1,82 @@
+"""What NVIDIA's driver says of this machine, through ctypes: no CUDA package is loaded, no memory is taken."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_MAJOR, _MINOR, _MODE = 75, 76, 20  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, _COMPUTE_MODE
+_PROHIBITED = 2  # CU_COMPUTEMODE_PROHIBITED
+
+
+class DriverError(Exception):
+    """The driver refused a call; code is its CUresult."""
+
+    def __init__(self, call: str, code: int) -> None:
+        super().__init__(f"{call} returned error {code}")
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU that this process may see (CUDA_VISIBLE_DEVICES)."""
+
+    index: int
+    name: str
+    uuid: str
+    capability: tuple[int, int]
+    memory: int  # bytes
+    prohibited: bool  # nvidia-smi --compute-mode=PROHIBITED
+
+
+class Driver:
+    """libcuda. Raises OSError where there is none."""
+
+    def __init__(self, library: Any = None) -> None:
+        self._cuda = ctypes.CDLL("libcuda.so.1") if library is None else library
+
+    def _call(self, name: str, *args: Any) -> None:
+        code = getattr(self._cuda, name)(*args)
+        if code:
+            raise DriverError(name, code)
+
+    def version(self) -> tuple[int, int]:
+        """The newest CUDA that the driver supports, (13, 0)."""
+        n = ctypes.c_int()
+        self._call("cuDriverGetVersion", ctypes.byref(n))
+        return n.value // 1000, n.value % 1000 // 10
+
+    def gpus(self) -> list[Gpu]:
+        """Every visible GPU. Raises DriverError when the driver cannot be initialised."""
+        count = ctypes.c_int()
+        try:
+            self._call("cuInit", 0)
+            self._call("cuDeviceGetCount", ctypes.byref(count))
+        except DriverError as e:
+            if e.code != NO_DEVICE:
+                raise
+        return [self._gpu(i) for i in range(count.value)]
+
+    def _gpu(self, index: int) -> Gpu:
+        device, memory = ctypes.c_int(), ctypes.c_size_t()
+        name, uuid = ctypes.create_string_buffer(256), ctypes.create_string_buffer(16)
+        self._call("cuDeviceGet", ctypes.byref(device), index)
+        self._call("cuDeviceGetName", name, 256, device)
+        self._call("cuDeviceGetUuid", uuid, device)
+        self._call("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
+        value = ctypes.c_int()
+        found = {}
+        for attribute in (_MAJOR, _MINOR, _MODE):
+            self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
+            found[attribute] = value.value
+        h = uuid.raw.hex()
+        return Gpu(
+            index,
+            name.value.decode(errors="replace"),
+            f"GPU-{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}",
+            (found[_MAJOR], found[_MINOR]),
+            memory.value,
+            found[_MODE] == _PROHIBITED,
+        )
