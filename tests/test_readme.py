@@ -43,6 +43,7 @@ def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = [line.split()[1] for line in LINES if line.startswith("make ")]
     assert set(targets) == {"pretrain", "test"}
+    assert re.search(r"^GPU ", makefile, re.M)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M)
 

@@ -4,6 +4,8 @@
     python tools/bench.py --peer "python cpu_peer.py"       the same, a peer measured in the same run
     python tools/bench.py --record bench/cpu.json           add the result to a record, with --note for
                                                             the versions of the peers
+    python tools/bench.py --device cuda --models qwen2.5-0.5b --shapes 16x2048,4x512 --ops 1
+                                                            on a GPU, see bench_cuda.py
 
 Every measurement is a process of its own, so that its peak memory is its own; apr and peers take
 turns, and medians over the rounds are reported. A peer is a command that takes `--model NAME --B 8
@@ -160,7 +162,7 @@ def compare(a: argparse.Namespace, name: str) -> dict[str, Any]:
         for who, command in commands.items():
             runs[who].append(in_process(command))
     result: dict[str, Any] = {who: median_of(r) for who, r in runs.items()}
-    result["apr"]["ops_ms"] = in_process([*own, "--ops"])["ops_ms"]
+    result["apr"]["ops_ms"] = in_process([*own, "--ops", "1"])["ops_ms"]
     return {"model": name, "batch": a.batch, "seq": a.seq, "rounds": a.rounds, "results": result}
 
 
@@ -195,7 +197,8 @@ def show(row: dict[str, Any], console: Console) -> None:
 def main() -> None:
     """Parse and call."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--models", default="3m,15m", help="names of PRESET, comma-separated")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--models", help="comma-separated: names of PRESET on the cpu (3m,15m), presets on cuda")
     p.add_argument("--batch", "--B", type=int, default=8)
     p.add_argument("--seq", "--T", type=int, default=256)
     p.add_argument("--steps", type=int, default=9, help="steps that count, in each process")
@@ -205,10 +208,22 @@ def main() -> None:
     p.add_argument("--note", default="", help="what the peers are, for the record: their versions")
     p.add_argument("--record", type=Path, help="JSON file to add the result to")
     p.add_argument("--one", help=argparse.SUPPRESS)  # one measurement in this process
-    p.add_argument("--ops", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--ops", type=int, default=0, help="on cuda: also steps timed op by op")
+    cuda = p.add_argument_group("with --device cuda")
+    cuda.add_argument("--shapes", default="16x2048,4x512", help="BATCHxTOKENS, comma-separated")
+    cuda.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    cuda.add_argument("--recompute", action="store_true")
+    cuda.add_argument("--no-graph", dest="graph", action="store_false")
+    cuda.add_argument("--started", type=float, default=0.0, help=argparse.SUPPRESS)
     a = p.parse_args()
+    a.models = a.models or ("3m,15m" if a.device == "cpu" else "qwen2.5-0.5b")
+    if a.device == "cuda":
+        import bench_cuda
+
+        bench_cuda.main(a)
+        return
     if a.one:
-        print(json.dumps(measure_step(PRESET[a.one], a.batch, a.seq, a.steps, a.threads, a.ops)))
+        print(json.dumps(measure_step(PRESET[a.one], a.batch, a.seq, a.steps, a.threads, a.ops > 0)))
         return
     console = Console()
     record = {

@@ -1,0 +1,101 @@
+"""Run the tests that need a GPU and write down how they went: `make gpu-test`.
+
+    python tools/gpu_tests.py                       all of them, then bench/gpu/tests.json
+    python tools/gpu_tests.py --record FILE         write elsewhere
+    python tools/gpu_tests.py -- -k rope            arguments for pytest
+
+A handful of small tests (marker `sanitize`) runs again under compute-sanitizer's memcheck and racecheck
+where that is installed. CI, which has no GPU, requires the record to be of the sources that it tests.
+The checkout need not be installed; in a copy without .git, give the commit in $APR_COMMIT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import gpu_record
+from apr.device import choose, cupy_packages
+from apr.errors import AprError
+from apr.training.rundir import git_commit
+
+PACKAGES = (
+    "numpy",
+    "ml_dtypes",
+    "nvidia-cublas",
+    "nvidia-cublas-cu12",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cuda-nvrtc-cu12",
+)
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that compute, as far as they are installed as such."""
+    found = {"python": platform.python_version(), **cupy_packages()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--record", type=Path, default=gpu_record.RECORD, help="file to write")
+    parser.add_argument(
+        "--sanitizer-seconds", type=float, default=150, help="for each tool; 0: do not run them"
+    )
+    parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
+    args = parser.parse_args()
+    try:
+        device = choose("cuda").backend.describe()
+    except AprError as e:
+        print(f"{e.status}: {e}", file=sys.stderr)
+        return e.exit_code
+    before = gpu_record.sources()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", *args.pytest]
+        code = subprocess.run(command, cwd=ROOT).returncode
+        if not report.exists():
+            return code
+        tests = gpu_record.outcome(report.read_text())
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    record = {
+        "commit": git_commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "arguments": args.pytest,
+        "device": device,
+        "versions": versions(),
+        "tests": tests,
+        "sanitizer": {
+            tool: gpu_record.sanitize(tool, sanitizer, args.sanitizer_seconds)
+            if args.sanitizer_seconds
+            else {"ran": False, "why": "not asked for"}
+            for tool in gpu_record.SANITIZERS
+        },
+        "sources": before,
+    }
+    args.record.parent.mkdir(parents=True, exist_ok=True)
+    args.record.write_text(json.dumps(record, indent=2) + "\n")
+    found = gpu_record.problems(record, gpu_record.sources())
+    print(f"{args.record}:", *(found or ["all is well"]), sep="\n  ")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
