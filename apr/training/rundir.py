@@ -38,10 +38,10 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that apr runs from, with + when files differ. Outside a checkout $APR_COMMIT,
-    for copies of one; else None."""
+    """Commit of the checkout that apr runs from, with + when files differ; $APR_COMMIT where that is set, for
+    copies of one. None outside a checkout."""
     here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
+    if "APR_COMMIT" in os.environ or not (here / ".git").exists():
         return os.environ.get("APR_COMMIT")
     try:
         commit = _git(here, "rev-parse", "HEAD")
