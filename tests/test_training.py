@@ -28,6 +28,8 @@ from apr.formats.models import load_model
 from apr.loading import open_source, put
 from apr.model import Model
 from apr.optim import Schedule
+from apr.plan import Memory
+from apr.training.inputs import _advice
 from apr.training.loop import Trainer
 from apr.training.rundir import next_free
 from apr.training.settings import DEMO, Settings, from_command_line, resolve
@@ -573,3 +575,15 @@ def test_small_mistakes_are_answered_in_a_line(place, tmp_path, monkeypatch, cap
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "config").write_text("a file")
     assert next_free("config") == Path("runs/config-2")
+
+
+def test_advice_names_options_with_which_a_job_fits() -> None:
+    """The largest micro-batch that divides the batch; recomputation only where nothing else helps."""
+
+    def need(batch: int, recompute: bool) -> Memory:
+        return Memory(weights=10, saved=batch * (1 if recompute else 10))
+
+    assert _advice(need, [8, 4, 2, 1], 51, False) == "--micro-batch-size 4 would fit"
+    assert _advice(need, [8, 4, 2, 1], 19, False) == "--recompute --micro-batch-size 8 would fit"
+    assert _advice(need, [8, 4, 2, 1], 13, True) == "--recompute --micro-batch-size 2 would fit"
+    assert _advice(need, [8, 4, 2, 1], 9, False) == "use a smaller --seq-length or --model"

@@ -114,28 +114,23 @@ def _micro_batch(s: Settings, cfg: ModelConfig, backend: ModuleType) -> int:
     assert s.dtype is not None
     need = partial(memory, cfg, backend, seq=s.seq_length, dtype=s.dtype, recompute=s.recompute)
     have = backend.free_memory()
+    divisors = [d for d in range(s.batch_size, 0, -1) if s.batch_size % d == 0]
     if s.micro_batch_size:
         size = min(s.micro_batch_size, s.batch_size)
     else:
-        divisors = [d for d in range(s.batch_size, 0, -1) if s.batch_size % d == 0]
         fits = (d for d in divisors if have is None or need(batch=d).total < 0.8 * have)
         size = next(fits, 1)
     if have is not None and need(batch=size).total > have:
-        check_fits(need(batch=size), backend, _advice(need, size, have, s.recompute))
+        check_fits(need(batch=size), backend, _advice(need, divisors, have, s.recompute))
     return size
 
 
-def _advice(need: Callable[..., Memory], size: int, have: int, recompute: bool) -> str:
-    """The smallest change of options with which a job fits."""
-    smaller = max((d for d in range(1, size) if need(batch=d).total <= have), default=0)
-    if smaller:
-        return f"--micro-batch-size {smaller} would fit"
-    if not recompute:
-        smaller = max(
-            (d for d in range(1, size + 1) if need(batch=d, recompute=True).total <= have), default=0
-        )
-        if smaller:
-            return f"--recompute --micro-batch-size {smaller} would fit"
+def _advice(need: Callable[..., Memory], sizes: list[int], have: int, recompute: bool) -> str:
+    """The options with which a job fits: the largest micro-batch of `sizes`, without recomputation if that goes."""
+    for again in [False, True][recompute:]:
+        size = next((d for d in sizes if need(batch=d, recompute=again).total <= have), 0)
+        if size:
+            return f"{'--recompute ' if again else ''}--micro-batch-size {size} would fit"
     return "use a smaller --seq-length or --model"
 
 
