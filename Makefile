@@ -6,6 +6,11 @@ BIN     = $(VENV)/bin
 ARGS   ?=
 GPU    ?=
 EXTRA   = $(if $(GPU),[$(GPU)])
+ifeq ($(filter cuda12 cuda13,$(GPU))$(GPU),$(GPU))
+ifneq ($(GPU),)
+$(error GPU=$(GPU): choose cuda12 or cuda13, by the CUDA version that nvidia-smi shows)
+endif
+endif
 
 .PHONY: pretrain test gpu-test lint install dev clean
 
@@ -15,9 +20,9 @@ pretrain: install
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
 
-# On a machine with a GPU, with the Python that is there: nothing is installed.
+# On a machine with a GPU, with the environment that is there: nothing is installed.
 gpu-test:
-	$(PYTHON) tools/gpu_tests.py $(ARGS)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_tests.py $(ARGS)
 
 lint: dev
 	$(BIN)/ruff format --check .
@@ -35,8 +40,10 @@ $(VENV)/.installed$(GPU): setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRA)'
 	touch $@
 
-$(VENV)/.dev: setup.cfg | $(VENV)/bin/python
+$(VENV)/.dev: setup.cfg tests/nvrtc.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	rm -rf $(VENV)/nvrtc
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/nvrtc -r tests/nvrtc.txt
 	touch $@ $(VENV)/.installed
 
 clean:

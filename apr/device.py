@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,14 @@ OLDEST_CUPY = 14
 
 @dataclass(frozen=True)
 class Selection:
-    """A backend, and what a user should know about the choice: why auto took the CPU, say. "" for nothing."""
+    """A backend, and what there is to know about the choice: why auto took the CPU, say. "" for nothing.
+
+    avoidable: the note is of something that could be changed, not that the machine has no GPU.
+    """
 
     backend: ModuleType
     note: str
+    avoidable: bool = True
 
 
 class _NoCuda(Exception):
@@ -34,12 +39,15 @@ class _NoCuda(Exception):
 
     def __init__(self, reason: str, step: str, gpu: bool = True) -> None:
         super().__init__(f"{reason}; {step}")
-        self.note = str(self) if gpu else reason
+        self.note, self.gpu = str(self) if gpu else reason, gpu
 
 
 def select(device: str, dtype: str | None = None, threads: int | None = None) -> ModuleType:
-    """The backend of choose()."""
-    return choose(device, dtype, threads).backend
+    """The backend of choose(); what there is to know about the choice goes to the standard error stream."""
+    chosen = choose(device, dtype, threads)
+    if chosen.note and chosen.avoidable:
+        print(f"about the device: {chosen.note}", file=sys.stderr)
+    return chosen.backend
 
 
 def choose(device: str, dtype: str | None = None, threads: int | None = None) -> Selection:
@@ -52,14 +60,14 @@ def choose(device: str, dtype: str | None = None, threads: int | None = None) ->
     asked = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
     if not asked:
         raise DeviceError(f"--device {device}: choose auto, cpu, cuda or cuda:N")
-    backend, note = None, ""
+    backend, note, avoidable = None, "", True
     if device != "cpu":
         try:
             backend, note = _cuda(int(asked[1] or 0))
         except _NoCuda as e:
             if device != "auto":
                 raise DeviceError(f"--device {device}: {e}; --device cpu computes without a GPU") from e
-            note = e.note
+            note, avoidable = e.note, e.gpu
     backend = backend or backends.get("cpu")
     if dtype is not None and dtype not in backend.dtypes:
         hint = "" if backend.name == "cuda" else "; for bfloat16 use --device cuda"
@@ -68,7 +76,7 @@ def choose(device: str, dtype: str | None = None, threads: int | None = None) ->
             f"--dtype {dtype}: the {backend.name} backend computes in {', '.join(backend.dtypes)}{hint}"
         )
     backend.set_threads(cores() if threads is None else threads)
-    return Selection(backend, note)
+    return Selection(backend, note, avoidable)
 
 
 def _cuda(index: int) -> tuple[ModuleType, str]:
@@ -169,7 +177,10 @@ def _check_packages(driver: tuple[int, int]) -> None:
 
 def _missing_libraries() -> list[str]:
     """Parts of CUDA that the cuda backend loads and that are neither in Python packages nor on the system."""
-    from cuda import pathfinder
+    try:
+        from cuda import pathfinder
+    except ImportError:
+        return ["the Python package cuda-pathfinder"]
 
     def has(find: Callable[[str], object], name: str) -> bool:
         try:

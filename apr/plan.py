@@ -76,13 +76,14 @@ def memory(
     loss_rows: int | None = None,
     cache: int = 0,
     recompute: bool = False,
+    optimizer: bool = True,
 ) -> Memory:
-    """What Model (and AdamW, when train) will take for batches of batch x seq tokens on a backend."""
+    """What Model (and AdamW, when train and optimizer) will take for batches of batch x seq tokens."""
     rows = min(loss_rows or default_loss_rows(c, batch * seq, backend.loss_elements), batch * seq)
     wants = list(
         Job(batch, seq, dtype, train, recompute, rows, cache, pad_vocab=backend.pad_vocab).wants(c).values()
     )
-    if train:
+    if train and optimizer:
         wants += optimizer_wants(c, dtype).values()
     sums: dict[str, int] = {}
     for w in wants:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "bench" / "gpu" / "tests.json"
 # Of apr/backends, what no kernel depends on.
 ELSEWHERE = {"__init__.py", "reference.py", "cpu.py", "_cpu_kernels.py", "_driver.py"}
+MOST_SKIPPED = 5  # tests of a whole run
 SANITIZERS = {
     # tool: its options, and the line that counts what it found
     "memcheck": (("--report-api-errors", "no", "--padding", "512"), r"ERROR SUMMARY: (\d+) error"),
@@ -34,15 +35,22 @@ def problems(record: dict[str, Any], now: dict[str, str]) -> list[str]:
     """Why a record does not show that these sources work on a GPU; nothing when it does."""
     tests, then = record["tests"], record["sources"]
     found = [f"{name} failed" for name in tests["failed_names"]]
+    if record["arguments"]:
+        found.append(f"only some tests ran: {record['arguments']}")
+    if tests["skipped"] > MOST_SKIPPED:
+        found.append(f"{tests['skipped']} tests were skipped, more than {MOST_SKIPPED}")
     if not (tests["failed"] == tests["errors"] == 0 < tests["passed"]):
         found.append(f"{tests['passed']} passed, {tests['failed']} failed, {tests['errors']} errors")
     if not re.fullmatch(r"[0-9a-f]{40}\+?", record["commit"] or ""):
         found.append(f"commit {record['commit']!r} is none")
     changed = sorted(path for path in then.keys() | now.keys() if then.get(path) != now.get(path))
     found += [f"{path} has changed since" for path in changed]
-    found += [
-        f"{tool} found errors" for tool, r in record["sanitizer"].items() if r["ran"] and not r["clean"]
-    ]
+    for tool in SANITIZERS:
+        result = record["sanitizer"].get(tool, {"ran": False})
+        if not result["ran"]:
+            found.append(f"{tool} did not run")
+        elif not result["clean"]:
+            found.append(f"{tool} found errors")
     return found
 
 

@@ -59,9 +59,10 @@ class Usage:
 
 
 def installed(major: int) -> tuple[Path, Path] | None:
-    """(folder of libraries, folder of headers) of NVRTC 12 or 13 among the installed packages, or None."""
+    """(folder of libraries, folder of headers) of NVRTC 12 or 13, or None: where `make dev` puts it (see
+    nvrtc.txt), or among the installed packages."""
     library, headers = FOLDERS[major]
-    for place in sys.path:
+    for place in (Path(sys.prefix, "nvrtc"), *sys.path):
         lib, include = Path(place, "nvidia", library), Path(place, "nvidia", headers)
         if (lib / f"libnvrtc.so.{major}").exists() and (include / "cuda_bf16.h").exists():
             return lib, include

@@ -139,12 +139,17 @@ def test_cache_is_used_without_a_search(tmp_path: Path) -> None:
     assert (lt.digest(), lt.table()) == (before.digest(), before.table())
 
 
+def test_outside_tuning_the_cache_changes_nothing(tmp_path: Path) -> None:
+    """Or what another run has searched meanwhile would change the bits of this one."""
+    searched(tmp_path, [3.0, 1.0, 2.0])
+    library = Library(3)
+    assert errors(products(tmp_path, library), "bfloat16", 5, 16, 32, 0) == []
+    assert library.used == 0
+
+
 @pytest.mark.parametrize("fault", ["check", "greedy"])
 def test_cached_algorithm_that_is_refused_is_searched_anew(tmp_path: Path, fault: str) -> None:
     searched(tmp_path, [3.0, 1.0, 2.0])
-    library = Library(3, {1: fault})
-    assert errors(products(tmp_path, library), "bfloat16", 5, 16, 32, 0) == []
-    assert library.used == 0  # the heuristic's, where nothing may be searched
     lt, library, _ = searched(tmp_path, [3.0, 4.0, 2.0], {1: fault})
     assert library.used == 2
     assert cache(lt._cache.path).get(lt.table()[0][0]) == Algorithm(bytes([2] * 64), 0, 2.0)

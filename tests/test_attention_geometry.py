@@ -20,7 +20,7 @@ def test_blocks_cover_tiles_of_all_heads(b: int, t: int, s: int, h: int, k: int,
     sizes = attention.tiles(d)
     splits = attention.split_count(b, s, h, k, d)
     assert 1 <= splits <= h // k
-    for which, rows, parts, geometry in (
+    for which, rows, parts, geometry in (  # the last two are of backward
         ("FWD", t, h // k, attention.forward_geometry(b, t, s, h, k, d)),
         ("DQ", t, h // k, attention.dq_geometry(b, t, s, h, k, d)),
         ("DKV", s, splits, attention.dkv_geometry(b, t, s, k, d, splits)),
@@ -33,7 +33,7 @@ def test_blocks_cover_tiles_of_all_heads(b: int, t: int, s: int, h: int, k: int,
         assert (groups - 1) * pairs < b * k <= groups * pairs
         assert max(tiles, groups) <= 65535  # what a grid can have in y and z
         assert geometry.block == (32 * sizes[f"{which}_WARPS"],)
-        assert geometry.shared <= attention.shared_bytes(d) <= H200
+        assert geometry.shared <= attention.shared_bytes(d, which != "FWD") <= H200
     (blocks,), (threads,), _ = attention.sum_geometry(b, s, k, d)
     assert (blocks - 1) * threads * 4 < 2 * b * s * k * d <= blocks * threads * 4
 
@@ -59,8 +59,12 @@ class Fake:
     [
         ({}, H200, True),
         ({}, CONSUMER, True),
+        (dict(backward=True), CONSUMER, True),
+        (dict(backward=True, dq_ptr=264), H200, False),
         (dict(d=128), H200, True),
-        (dict(d=128), CONSUMER, False),
+        (dict(d=128), CONSUMER, True),
+        (dict(d=128, backward=True), H200, True),
+        (dict(d=128, backward=True), CONSUMER, False),
         (dict(d=48), H200, False),
         (dict(dtype="float32"), H200, False),
         (dict(ptr=264), H200, False),
@@ -73,4 +77,6 @@ def test_kernels_take_what_they_can_read(change: dict[str, Any], most: int, want
     row = change.get("row", 18 * d)
     q, k = Fake((2, 5, 14, d), row, change.get("ptr", 256), dtype), Fake((2, 5, 2, d), row, 256, dtype)
     y = Fake((2, 5, 14, d), change.get("y_row", 14 * d), 256, dtype)
-    assert attention.applies(q, k, k, y, most) is want
+    dq = Fake((2, 5, 14, d), row, change.get("dq_ptr", 256), dtype)
+    gradients = (dq, k, k, y) if change.get("backward") else ()
+    assert attention.applies(q, k, k, y, most, *gradients) is want

@@ -287,3 +287,31 @@ def test_adamw_beyond_two_to_the_31_elements(cuda: Any, memory: None) -> None:
         assert first[0] != 0
         for part in (slice(BEYOND - 3, BEYOND + 3), slice(n - 3, n)):
             assert (cuda.to_host(x[part]) == first).all()
+
+
+NAN = [  # input, index of the NaN, outputs and where they must be NaN; heads 2 and 3 read key/value head 1
+    ("q", (1, 30, 2, 0), {"y": (1, 30, 2), "lse": (1, 2, 30), "dq": (1, 30, 2)}),
+    (
+        "k",
+        (1, 30, 1, 9),
+        {"y": (1, slice(30, None), slice(2, 4)), "lse": (1, slice(2, 4), slice(30, None)), "dk": (1, 30, 1)},
+    ),
+    (
+        "v",
+        (1, 30, 1, 9),
+        {"y": (1, slice(30, None), slice(2, 4), 9), "dq": (1, slice(30, None), slice(2, 4))},
+    ),
+    ("dy", (1, 150, 2, 9), {"dq": (1, 150, 2), "dv": (1, slice(0, 151), 1, 9)}),
+]
+
+
+@pytest.mark.parametrize(("array", "index", "reached"), NAN, ids=[name for name, _, _ in NAN])
+def test_nan_stays_nan_on_tensor_cores(cuda: Any, array: str, index: Any, reached: dict[str, Any]) -> None:
+    """Long enough for tiles that no mask cuts, which forward takes without looking for the largest score."""
+    (row,) = table("attention", "2 200 4 2 64")
+    values = make(row, "bfloat16")
+    values[array][index] = np.nan
+    out = run(cuda, row, "bfloat16", values)
+    for output, where in reached.items():
+        assert np.isnan(out[output][where].astype(np.float32)).all(), output
+        assert not np.isnan(out[output][0].astype(np.float32)).any(), output  # of the other sequence

@@ -19,8 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_the_gpu_tests_passed_on_these_sources() -> None:
     """Red when CUDA code has changed and `make gpu-test` has not been run since on a machine with a GPU."""
-    if not gpu_record.RECORD.exists():
-        pytest.skip(f"{gpu_record.RECORD.relative_to(ROOT)} does not exist: run make gpu-test on a GPU")
     record = json.loads(gpu_record.RECORD.read_text())
     assert gpu_record.problems(record, gpu_record.sources()) == []
 
@@ -40,7 +38,8 @@ def good() -> dict[str, Any]:
     return {
         "commit": "0123456789abcdef0123456789abcdef01234567",
         "tests": {**tests, "failed": 0, "errors": 0, "failed_names": []},
-        "sanitizer": {"memcheck": {"ran": True, "clean": True}, "racecheck": {"ran": False, "why": "none"}},
+        "arguments": [],
+        "sanitizer": {tool: {"ran": True, "clean": True} for tool in ("memcheck", "racecheck")},
         "sources": {"a.cu": "1", "b.py": "2"},
     }
 
@@ -74,6 +73,10 @@ def test_an_outcome_is_read_from_junit() -> None:
         (lambda r: r["sources"].pop("b.py"), ["b.py has changed since"]),
         (lambda r: r["sources"].update({"c.cu": "1"}), ["c.cu has changed since"]),
         (lambda r: r["sanitizer"]["memcheck"].update(clean=False), ["memcheck found errors"]),
+        (lambda r: r["sanitizer"]["racecheck"].update(ran=False), ["racecheck did not run"]),
+        (lambda r: r["sanitizer"].pop("memcheck"), ["memcheck did not run"]),
+        (lambda r: r.update(arguments=["-k", "rope"]), ["only some tests ran: ['-k', 'rope']"]),
+        (lambda r: r["tests"].update(skipped=900), ["900 tests were skipped, more than 5"]),
     ],
 )
 def test_a_wrong_record_is_found(plant: Callable[[dict[str, Any]], None], found: list[str]) -> None:

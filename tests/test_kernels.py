@@ -44,7 +44,7 @@ def compiled() -> Iterator[Callable[[int], dict[str, nvrtc.Result]]]:
 def major(request: pytest.FixtureRequest) -> int:
     """Each version of NVRTC that is installed."""
     if nvrtc.installed(request.param) is None:
-        pytest.skip(f"NVRTC {request.param} is not installed (pip install '.[dev]' on Linux x86-64)")
+        pytest.skip(f"NVRTC {request.param} is not installed (make dev installs it on Linux x86-64)")
     return int(request.param)
 
 

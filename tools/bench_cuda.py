@@ -24,6 +24,8 @@ from rich.table import Table
 
 from apr import backends
 from apr.config import PRESETS
+from apr.device import choose
+from apr.errors import AprError, UsageError
 from apr.model import Model
 from apr.optim import AdamW
 from apr.plan import attended, flops_per_token, matmul_rate, memory
@@ -242,28 +244,42 @@ def main(a: argparse.Namespace) -> None:
         print(json.dumps(measure(a)))
         return
     console = Console(width=130)
+    try:
+        choose("cuda")
+        shapes = [tuple(map(int, shape.split("x"))) for shape in a.shapes.split(",")]
+        unknown = [name for name in a.models.split(",") if name not in PRESETS]
+        if unknown or any(len(shape) != 2 for shape in shapes):
+            raise UsageError(f"--models {a.models} --shapes {a.shapes}: presets, and shapes such as 16x2048")
+    except ValueError:
+        sys.exit(f"--shapes {a.shapes}: expected shapes such as 16x2048,4x512")
+    except AprError as e:
+        print(f"{e.status}: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
     record: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "versions": versions(),
         "peers": a.note, "rows": [], "peer_rows": [],
     }  # fmt: skip
+    failed = False
     for name in a.models.split(","):
-        for shape in a.shapes.split(","):
-            batch, seq = shape.split("x")
+        for batch, seq in shapes:
             command = [
-                sys.executable, str(Path(__file__).with_name("bench.py")), "--device", "cuda", "--one", name, "--B", batch,
-                "--T", seq, "--steps", str(a.steps), "--dtype", a.dtype, "--started", str(time.time()),
+                sys.executable, str(Path(__file__).with_name("bench.py")), "--device", "cuda", "--one", name, "--B", str(batch),
+                "--T", str(seq), "--steps", str(a.steps), "--dtype", a.dtype, "--started", str(time.time()),
                 "--ops", str(a.ops), *(["--recompute"] if a.recompute else []), *([] if a.graph else ["--no-graph"]),
             ]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True)
             found = [line for line in done.stdout.splitlines() if line.startswith("{")]
             if done.returncode or not found:
                 console.print(
-                    f"{name} {shape}: exit code {done.returncode}\n{done.stderr[-3000:]}", markup=False
+                    f"{name} {batch}x{seq}: exit code {done.returncode}\n{done.stderr[-3000:]}", markup=False
                 )
+                failed = True
                 continue
             row = json.loads(found[-1])
             record["rows"].append(row)
             show(row, console)
+    if failed:
+        sys.exit("not every shape could be measured; nothing is recorded")
     for command in a.peer:
         for row in run_peer(command):
             record["peer_rows"].append({"command": command, **row})

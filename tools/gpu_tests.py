@@ -26,6 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import gpu_record
+
+try:
+    import numpy  # noqa: F401
+    import pytest  # noqa: F401
+except ImportError as e:
+    sys.exit(f"{e.name} is missing in {sys.executable}: make test GPU=cuda13 (or cuda12) installs all of it")
+
 from apr.device import choose, cupy_packages
 from apr.errors import AprError
 from apr.training.rundir import git_commit

@@ -88,24 +88,23 @@ def split_count(b: int, s: int, h: int, k: int, d: int) -> int:
 
 
 @cache
-def shared_bytes(d: int) -> int:
-    """Shared memory of a block that a GPU must have for all kernels of a head width."""
-    return max(
-        forward_geometry(1, 1, 1, 1, 1, d).shared,
-        dq_geometry(1, 1, 1, 1, 1, d).shared,
-        dkv_geometry(1, 1, 1, 1, d, 1).shared,
-    )
+def shared_bytes(d: int, backward: bool) -> int:
+    """Shared memory of a block that a GPU must have for the kernels of a head width."""
+    if not backward:
+        return forward_geometry(1, 1, 1, 1, 1, d).shared
+    return max(dq_geometry(1, 1, 1, 1, 1, d).shared, dkv_geometry(1, 1, 1, 1, d, 1).shared)
 
 
-def applies(q: Array, k: Array, v: Array, y: Array, most_shared: int) -> bool:
-    """Whether the kernels can read and write these arrays (their gradients alike): bfloat16, a head width
-    that is compiled, dense heads, rows and sequences at multiples of 16 bytes; and whether they can run
-    on a GPU whose blocks can have most_shared bytes of shared memory.
+def applies(q: Array, k: Array, v: Array, y: Array, most_shared: int, *gradients: Array) -> bool:
+    """Whether the kernels can read and write these arrays: bfloat16, a head width that is compiled, dense
+    heads, rows and sequences at multiples of 16 bytes; and whether they can run on a GPU whose blocks can
+    have most_shared bytes of shared memory. With gradients (dq, dk, dv, dy): the kernels of backward.
     """
+    d = q.shape[-1]
     return (
-        q.shape[-1] in HEAD_DIMS
-        and shared_bytes(q.shape[-1]) <= most_shared
-        and all(x.dtype == "bfloat16" and _aligned(x) for x in (q, k, v, y))
+        d in HEAD_DIMS
+        and shared_bytes(d, bool(gradients)) <= most_shared
+        and all(x.dtype == "bfloat16" and _aligned(x) for x in (q, k, v, y, *gradients))
         and bool(y.flags.c_contiguous)
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -232,8 +233,11 @@ def capture(f: Callable[[], None]) -> Callable[[], None]:
     stream.begin_capture()
     try:
         f()
-    finally:
-        graph = stream.end_capture()
+    except BaseException:
+        with suppress(Exception):  # which would only say that the capture has failed
+            stream.end_capture()
+        raise
+    graph = stream.end_capture()
     graph.upload(stream)
     return lambda: graph.launch(stream)
 
@@ -258,7 +262,8 @@ def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Arra
 
 def attention_fwd(y: Array, lse: Array, q: Array, k: Array, v: Array, window: int) -> None:
     """See reference.py."""
-    cores = _cuda_attention.forward if _on_tensor_cores(q, k, v, y) else _cuda_ops.attention_fwd
+    own = _cuda_attention.applies(q, k, v, y, _cuda_ops.machine.shared_bytes)
+    cores = _cuda_attention.forward if own else _cuda_ops.attention_fwd
     cores(y, lse, q, k, v, window)
 
 
@@ -275,12 +280,9 @@ def attention_bwd(
     window: int,
 ) -> None:
     """See reference.py."""
-    cores = _cuda_attention.backward if _on_tensor_cores(q, k, v, y) else _cuda_ops.attention_bwd
+    own = _cuda_attention.applies(q, k, v, y, _cuda_ops.machine.shared_bytes, dq, dk, dv, dy)
+    cores = _cuda_attention.backward if own else _cuda_ops.attention_bwd
     cores(dq, dk, dv, dy, y, lse, q, k, v, window)
-
-
-def _on_tensor_cores(q: Array, k: Array, v: Array, y: Array) -> bool:
-    return _cuda_attention.applies(q, k, v, y, _cuda_ops.machine.shared_bytes)
 
 
 def _same_shape(y: Array, x: Array) -> None:

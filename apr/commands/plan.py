@@ -47,6 +47,8 @@ def main(args: Sequence[str]) -> int:
         raise UsageError("--batch-size, --micro-batch-size and --seq-length must be at least 1")
     if f.num_steps is not None and f.num_steps < 1:
         raise UsageError(f"--num-steps {f.num_steps}: must be at least 1")
+    if f.recompute and not f.train:
+        raise UsageError("--recompute is about backward, --no-train has none; give one of them")
     cfg = load_model(f.init).cfg if f.init else load_config(str(f.model))
     check_positions(cfg, f.seq_length)
     backend = select(f.device, f.dtype, f.threads)

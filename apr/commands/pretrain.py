@@ -103,6 +103,7 @@ def _record_device(show: Show, i: Inputs, run: RunDir) -> None:
                     f"{key} was {was.get(key)} when the run began and is {facts.get(key)} now: its numbers may differ "
                     "in the last bits from here on"
                 )
+        facts = {**was, "went_on_with": [*was.get("went_on_with", []), facts]}
     run.record_device(facts)
 
 
@@ -147,7 +148,7 @@ def _header(show: Show, i: Inputs, run: RunDir) -> None:
         ],
     )  # fmt: skip
     if i.device_note:
-        show.note(i.device_note)
+        show.note(f"about the device: {i.device_note}")
 
 
 def sample_text(i: Inputs, trainer: Trainer, prompt: str, tokens: int = SAMPLE_TOKENS) -> str:

@@ -31,7 +31,7 @@ class Flags:
 
     model: str = option("an .apr file, a Hugging Face folder, or a preset (random weights)", positional=True)
     tokens: str = option('ids: "1,2,3", or a .json or .npy file of one row or (B,T)', "")
-    output: str = option("the safetensors file to write", "")
+    output: str = option("the safetensors file to write; -o for short", "")
     backend: str = option("reference, cpu or cuda", "", choices=backends.NAMES)
     device: str = option("auto, cpu, cuda or cuda:N; says the backend when --backend does not", "auto")
     dtype: str = option(
@@ -54,11 +54,12 @@ def main(args: Sequence[str]) -> int:
         raise UsageError(f"--seed {f.seed}: must be at least 0")
     if not f.tokens or not f.output:
         raise UsageError("--tokens and --output (or -o) are needed: what goes in, and where the trace goes")
+    if f.backend and f.device != "auto" and not f.device.startswith(f.backend):
+        raise UsageError(f"--backend {f.backend} and --device {f.device} are not the same; give one of them")
     if f.backend == "reference":
         backend = backends.get("reference")
     else:
-        device = f.device if f.device.startswith(f.backend or f.device) else f.backend
-        backend = select(device, f.dtype or None, f.threads)
+        backend = select(f.device if f.device != "auto" else f.backend or "auto", f.dtype or None, f.threads)
     dtype = f.dtype or backend.dtypes[0]
     if dtype not in backend.dtypes:
         raise Refused(f"--dtype {dtype}: the {backend.name} backend computes in {', '.join(backend.dtypes)}")
@@ -72,7 +73,7 @@ def main(args: Sequence[str]) -> int:
     if targets.shape != ids.shape:
         raise UsageError(f"--targets has shape {targets.shape}, --tokens {ids.shape}; they must be equal")
     batch, seq = ids.shape
-    need = memory(source.cfg, backend, batch, seq, dtype, f.backward, ids.size)
+    need = memory(source.cfg, backend, batch, seq, dtype, f.backward, ids.size, optimizer=False)
     check_fits(need, backend, "trace fewer tokens or a smaller model")
     weights = put(backend, source, dtype)
     model = Model(source.cfg, backend, batch, seq, dtype, f.backward, ids.size, w=weights)

@@ -64,7 +64,7 @@ def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
         )
     s = dataclasses.replace(s, dtype=dtype)
     s = dataclasses.replace(s, micro_batch_size=_micro_batch(s, cfg, backend))
-    return Inputs(s, backend, cfg, tokenizer, train, val, init, name, chosen.note)
+    return Inputs(s, backend, cfg, tokenizer, train, val, init, name, chosen.note if chosen.avoidable else "")
 
 
 def _open_data(

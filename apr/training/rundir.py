@@ -87,7 +87,7 @@ class RunDir:
             raise IOFailure(f"{self.path}: cannot make the run directory: {e.strerror}") from None
         write_json(self.path / "config.json", config)
 
-    def record_device(self, facts: dict[str, str]) -> None:
+    def record_device(self, facts: dict[str, Any]) -> None:
         """Say in config.json what computes."""
         write_json(self.path / "config.json", {**self.read_config(), "device": facts})
 

@@ -98,7 +98,17 @@ DEMO: dict[str, Any] = dict(
 )
 
 # What may differ between a run and its continuation.
-MAY_CHANGE = {"run_dir", "resume", "save_every", "keep_states", "json", "config", "threads", "graph"}
+MAY_CHANGE = {
+    "device",
+    "run_dir",
+    "resume",
+    "save_every",
+    "keep_states",
+    "json",
+    "config",
+    "threads",
+    "graph",
+}
 
 
 def from_command_line(args: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
@@ -106,7 +116,7 @@ def from_command_line(args: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
     explicit = given(Settings, args, "apr pretrain", __doc__ or "")
     if "config" in explicit:
         explicit = {**read_config(Path(explicit["config"])), **explicit}
-    if not set(explicit) - {"json", "run_dir", "threads", "resume"} and not explicit.get("resume"):
+    if not explicit.keys() & {"corpus", "dataset", "model", "init"} and not explicit.get("resume"):
         explicit = {**DEMO, **explicit}
     return Settings(**explicit), explicit
 
@@ -166,6 +176,7 @@ def resolve(s: Settings) -> Settings:
         "steps_per_epoch",
         "keep_states",
         "lr",
+        "eps",
         "micro_batch_size",
     ):
         value = getattr(s, name)
@@ -175,7 +186,6 @@ def resolve(s: Settings) -> Settings:
         "warmup_steps",
         "lr_min",
         "weight_decay",
-        "eps",
         "grad_clip",
         "z_loss",
         "patience",
