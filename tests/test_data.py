@@ -777,8 +777,9 @@ def test_sequential_reads_every_window_once(tok: Tokenizer, tmp_path: Path) -> N
         len(windows) % 3 > 0
     )
     assert np.array_equal(np.concatenate([t for _, t in got]), windows.read(np.arange(len(windows)))[1])
-    assert len(list(sequential(windows, 3, max_batches=2))) == 2
-    few = np.concatenate([ids for ids, _ in sequential(windows, 3, max_batches=2)])
+    assert [len(ids) for ids, _ in sequential(windows, 4, max_windows=6)] == [4, 2]
+    few = np.concatenate([ids for ids, _ in sequential(windows, 3, max_windows=6)])
+    assert np.array_equal(few, np.concatenate([ids for ids, _ in sequential(windows, 4, max_windows=6)]))
     spaced = windows.read(np.arange(6) * windows.count // 6)[0]
     assert np.array_equal(few, spaced)
     assert len(np.unique(few, axis=0)) == 6

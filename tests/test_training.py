@@ -178,7 +178,7 @@ def test_checkpoint_gives_the_recorded_validation_loss(run, place):
     model = Model(source.cfg, be, 2, 16, train=False, w=put(be, source))
     val = Windows(TokenShards(prepared(run, place) / "val", source.tokenizer), 16)
     tokens = 0
-    for ids, targets in sequential(val, 2, 8):
+    for ids, targets in sequential(val, 2, 16):
         model.forward(ids)
         model.loss(targets)
         tokens += targets.size

@@ -226,14 +226,15 @@ class Batches:
 
 
 def sequential(
-    windows: Windows, batch_size: int, max_batches: int | None = None
+    windows: Windows, batch_size: int, max_windows: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Every window once, in order: (ids, targets) int32 (B, T) each, B smaller in the last batch.
 
-    With max_batches fewer windows, evenly spaced, so that they are of all documents."""
+    With max_windows fewer windows, evenly spaced, so that they are of all documents, and the same whatever the
+    batch size."""
     if batch_size < 1:
         raise Refused(f"batch_size = {batch_size} is not positive")
-    stop = windows.count if max_batches is None else min(windows.count, max_batches * batch_size)
+    stop = windows.count if max_windows is None else min(windows.count, max_windows)
     for start in range(0, stop, batch_size):
         places = np.arange(start, min(start + batch_size, stop), dtype=np.int64)
         yield windows.read(places * windows.count // stop)

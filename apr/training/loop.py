@@ -117,11 +117,11 @@ class Trainer:
         )
 
     def evaluate(self) -> tuple[float, int]:
-        """(mean loss in nats per token, tokens) over the validation windows, or the first val_batches."""
+        """(mean loss in nats per token, tokens) over the validation windows, or val_batches of them."""
         model, be = self.model, self.inputs.backend
         be.fill(model.total, 0)
         tokens = 0
-        most = self.s.val_batches and -(-self.s.val_batches * self.s.batch_size // self.micro)
+        most = self.s.val_batches and self.s.val_batches * self.s.batch_size
         for ids, targets in sequential(self.inputs.val, self.micro, most):
             model.forward(ids)
             model.loss(targets)
