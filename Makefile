@@ -6,6 +6,7 @@ BIN     = $(VENV)/bin
 ARGS   ?=
 GPU    ?=
 EXTRA   = $(if $(GPU),[$(GPU)])
+comma  := ,
 ifeq ($(filter cuda12 cuda13,$(GPU))$(GPU),$(GPU))
 ifneq ($(GPU),)
 $(error GPU=$(GPU): choose cuda12 or cuda13, by the CUDA version that nvidia-smi shows)
@@ -30,7 +31,7 @@ lint: dev
 	$(BIN)/mypy
 
 install: $(VENV)/.installed$(GPU)
-dev: $(VENV)/.dev
+dev: $(VENV)/.dev$(GPU)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(f"apr needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
@@ -40,11 +41,11 @@ $(VENV)/.installed$(GPU): setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRA)'
 	touch $@
 
-$(VENV)/.dev: setup.cfg tests/nvrtc.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+$(VENV)/.dev$(GPU): setup.cfg tests/nvrtc.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev$(if $(GPU),$(comma)$(GPU))]'
 	rm -rf $(VENV)/nvrtc
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/nvrtc -r tests/nvrtc.txt
-	touch $@ $(VENV)/.installed
+	touch $@ $(VENV)/.installed $(VENV)/.installed$(GPU)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

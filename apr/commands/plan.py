@@ -93,5 +93,5 @@ def main(args: Sequence[str]) -> int:
         rows.append(("whole job", f"{result['flops']:.3g} FLOPs, at least {result['hours_at_limit']:.2f} h"))
     show.table(f"plan: {f.init or f.model}", rows)
     if not result["fits"]:
-        show.note("DOES NOT FIT: use a smaller --micro-batch-size, --seq-length or model")
+        show.note("DOES NOT FIT: use a smaller --micro-batch-size, --seq-length or model, or --recompute")
     return 0
