@@ -7,11 +7,11 @@ from math import prod
 from types import ModuleType
 from typing import Any
 
+import ml_dtypes  # noqa: F401 - gives NumPy the name "bfloat16"
 import numpy as np
 
 ALIGN = 256  # bytes: every buffer starts where a GPU's widest access and every cuBLAS kernel may start
 WIDE = {"float64": "float64", "float32": "float32", "bfloat16": "float32"}  # of sums and statistics
-SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "int32": 4}
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,14 @@ class Want:
     dtype: str
 
     @property
+    def size(self) -> int:
+        """Bytes of the buffer itself."""
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
     def nbytes(self) -> int:
         """Bytes, rounded up to where the next buffer may start."""
-        return -(-prod(self.shape) * SIZES[self.dtype] // ALIGN) * ALIGN
+        return -(-self.size // ALIGN) * ALIGN
 
 
 Wants = dict[str, Want]
@@ -39,8 +44,7 @@ class Arena:
         self.arrays: dict[str, Any] = {}
         start = 0
         for name, w in wants.items():
-            size = prod(w.shape) * SIZES[w.dtype]
-            self.arrays[name] = whole[start : start + size].view(np.dtype(w.dtype)).reshape(w.shape)
+            self.arrays[name] = whole[start : start + w.size].view(np.dtype(w.dtype)).reshape(w.shape)
             start += w.nbytes
 
     def __getitem__(self, name: str) -> Any:

@@ -121,6 +121,15 @@ class Job:
         return out
 
 
+def job_of(
+    c: ModelConfig, backend: ModuleType, batch: int, seq: int, loss_rows: int | None = None, **options: Any
+) -> Job:
+    """The job of a model on a backend, with options of Job, and the backend's own choice of what is not given."""
+    tokens = batch * seq
+    rows = min(loss_rows or default_loss_rows(c, tokens, backend.loss_elements), tokens)
+    return Job(batch, seq, loss_rows=rows, pad_vocab=backend.pad_vocab, **options)
+
+
 def logit_columns(c: ModelConfig, padded: bool) -> int:
     """Columns of the logits: V, or as many as the head has rows in a flat buffer."""
     return padded_vocab(c.vocab_size) if padded else c.vocab_size
@@ -187,10 +196,12 @@ class Model:
             )
         self.cfg, self.be, self.dtype, self.train, self.recompute = cfg, backend, dtype, train, recompute
         self.batch, self.seq, self.z_loss = batch, seq, z_loss
-        rows = loss_rows or default_loss_rows(cfg, batch * seq, backend.loss_elements)
-        self.loss_rows = min(rows, batch * seq)
         self.layout = Layout(cfg)
-        job = Job(batch, seq, dtype, train, recompute, self.loss_rows, cache, w is None, backend.pad_vocab)
+        job = job_of(
+            cfg, backend, batch, seq, loss_rows,
+            dtype=dtype, train=train, recompute=recompute, cache=cache, own_weights=w is None,
+        )  # fmt: skip
+        self.loss_rows = job.loss_rows
         self.buffers = Arena(backend, job.wants(cfg))
         self.w = self.buffers["w"] if w is None else w
         self.p = self.layout.views(self.w)
@@ -198,7 +209,7 @@ class Model:
             self.g = self.buffers["g"]
             self.d = self.layout.views(self.g)
         self._logits = self.buffers["logits"]  # may have columns from V on: 0, and so is their gradient
-        columns = logit_columns(cfg, backend.pad_vocab)
+        columns = self._logits.shape[1]
         self._head = self.layout.head_rows(self.w, columns)
         if train:
             self._dhead = self.layout.head_rows(self.g, columns)

@@ -106,10 +106,9 @@ class AdamW:
         be.clip_factor(self.factor, self.sum_sq, self.grad_clip or math.inf)
         cut = model.layout.decayed
         for part, decay in ((slice(0, cut), self.weight_decay), (slice(cut, model.layout.size), 0.0)):
-            w = model.w[part]
             be.adamw(
-                w,
-                w if self.master is model.w else self.master[part],
+                model.w[part],
+                self.master[part],
                 self.m[part],
                 self.v[part],
                 model.g[part],

@@ -10,7 +10,7 @@ import numpy as np
 
 from .config import ModelConfig
 from .errors import Refused
-from .model import Job, default_loss_rows
+from .model import job_of
 from .optim import wants as optimizer_wants
 from .params import Layout
 
@@ -79,10 +79,10 @@ def memory(
     optimizer: bool = True,
 ) -> Memory:
     """What Model (and AdamW, when train and optimizer) will take for batches of batch x seq tokens."""
-    rows = min(loss_rows or default_loss_rows(c, batch * seq, backend.loss_elements), batch * seq)
-    wants = list(
-        Job(batch, seq, dtype, train, recompute, rows, cache, pad_vocab=backend.pad_vocab).wants(c).values()
+    job = job_of(
+        c, backend, batch, seq, loss_rows, dtype=dtype, train=train, recompute=recompute, cache=cache
     )
+    wants = list(job.wants(c).values())
     if train and optimizer:
         wants += optimizer_wants(c, dtype).values()
     sums: dict[str, int] = {}

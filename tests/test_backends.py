@@ -129,9 +129,9 @@ def test_a_backend_that_differs_is_found(plant: dict[str, Any], found: str) -> N
 
 def test_every_op_has_a_row() -> None:
     """Functions that compute are in cases.py; the rest is plumbing."""
-    plumbing = {"empty", "from_host", "to_host", "fill", "copy", "sync", "memory", "overhead", "free_memory"}
-    plumbing |= {"set_threads", "set_device", "describe", "tune", "capture"}
-    assert {op for case in CASES for op, _ in rows(case)[0].calls} == set(functions(reference)) - plumbing
+    assert {op for case in CASES for op, _ in rows(case)[0].calls} == set(
+        functions(reference)
+    ) - backends.PLUMBING
 
 
 def test_unknown_backend_names_the_choices() -> None:

@@ -585,5 +585,8 @@ def test_advice_names_options_with_which_a_job_fits() -> None:
 
     assert _advice(need, [8, 4, 2, 1], 51, False) == "--micro-batch-size 4 would fit"
     assert _advice(need, [8, 4, 2, 1], 19, False) == "--recompute --micro-batch-size 8 would fit"
+    assert (
+        _advice(need, [8, 4, 2, 1], 51, True) == "--recompute --micro-batch-size 8 would fit"
+    )  # asked for already
     assert _advice(need, [8, 4, 2, 1], 13, True) == "--recompute --micro-batch-size 2 would fit"
     assert _advice(need, [8, 4, 2, 1], 9, False) == "use a smaller --seq-length or --model"

@@ -123,7 +123,8 @@ def in_process(command: list[str]) -> dict[str, Any]:
     )
     found = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not found:
-        sys.exit(f"{shlex.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+        print(f"{shlex.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}", file=sys.stderr)
+        sys.exit(done.returncode or 1)
     return json.loads(found[-1])
 
 
@@ -220,7 +221,7 @@ def main() -> None:
     if a.device == "cuda":
         import bench_cuda
 
-        bench_cuda.main(a)
+        bench_cuda.main(a, in_process)
         return
     if a.one:
         print(json.dumps(measure_step(PRESET[a.one], a.batch, a.seq, a.steps, a.threads, a.ops > 0)))

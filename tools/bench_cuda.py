@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -78,7 +79,7 @@ class Clock:
     @staticmethod
     def _is_op(name: str, member: Any) -> bool:
         return name in ("fill", "copy") or (
-            callable(member) and hasattr(backends.get("reference"), name) and not plumbing(name)
+            callable(member) and hasattr(backends.get("reference"), name) and name not in backends.PLUMBING
         )
 
     def _timed(self, name: str, f: Any) -> Any:
@@ -110,14 +111,6 @@ class Clock:
         return {k: {n: round(x, 4) for n, x in v.items()} for k, v in order}
 
 
-def plumbing(name: str) -> bool:
-    """Functions of a backend that do not compute."""
-    return name in {
-        "empty", "from_host", "to_host", "sync", "memory", "overhead", "free_memory", "set_threads",
-        "set_device", "describe", "tune", "capture",
-    }  # fmt: skip
-
-
 def copy_rate(backend: ModuleType) -> float:
     """Bytes per second, read and written, of a copy of 2 GiB."""
     x, y = (backend.empty(1 << 29, "float32") for _ in range(2))
@@ -134,10 +127,10 @@ def copy_rate(backend: ModuleType) -> float:
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     """One process's measurement of one model and shape."""
+    backend = choose("cuda").backend  # first: it says what is missing
+
     import cupy
 
-    backend = backends.get("cuda")
-    backend.set_device(0)
     cfg = PRESETS[a.one]
     batch, seq = a.batch, a.seq
     model = Model(cfg, backend, batch, seq, a.dtype, recompute=a.recompute)
@@ -238,14 +231,12 @@ def show(row: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def main(a: argparse.Namespace) -> None:
-    """All models and shapes, then the peers; see tools/bench.py for the options."""
-    if a.one:
-        print(json.dumps(measure(a)))
-        return
-    console = Console(width=130)
+def main(a: argparse.Namespace, in_process: Callable[[list[str]], dict[str, Any]]) -> None:
+    """All models and shapes, each in a process of its own, then the peers; see tools/bench.py for the options."""
     try:
-        choose("cuda")
+        if a.one:
+            print(json.dumps(measure(a)))
+            return
         shapes = [tuple(map(int, shape.split("x"))) for shape in a.shapes.split(",")]
         unknown = [name for name in a.models.split(",") if name not in PRESETS]
         if unknown or any(len(shape) != 2 for shape in shapes):
@@ -255,11 +246,11 @@ def main(a: argparse.Namespace) -> None:
     except AprError as e:
         print(f"{e.status}: {e}", file=sys.stderr)
         sys.exit(e.exit_code)
+    console = Console(width=130)
     record: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "versions": versions(),
         "peers": a.note, "rows": [], "peer_rows": [],
     }  # fmt: skip
-    failed = False
     for name in a.models.split(","):
         for batch, seq in shapes:
             command = [
@@ -267,19 +258,9 @@ def main(a: argparse.Namespace) -> None:
                 "--T", str(seq), "--steps", str(a.steps), "--dtype", a.dtype, "--started", str(time.time()),
                 "--ops", str(a.ops), *(["--recompute"] if a.recompute else []), *([] if a.graph else ["--no-graph"]),
             ]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True)
-            found = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            if done.returncode or not found:
-                console.print(
-                    f"{name} {batch}x{seq}: exit code {done.returncode}\n{done.stderr[-3000:]}", markup=False
-                )
-                failed = True
-                continue
-            row = json.loads(found[-1])
+            row = in_process(command)
             record["rows"].append(row)
             show(row, console)
-    if failed:
-        sys.exit("not every shape could be measured; nothing is recorded")
     for command in a.peer:
         for row in run_peer(command):
             record["peer_rows"].append({"command": command, **row})

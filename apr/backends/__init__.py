@@ -16,6 +16,25 @@ from ..errors import DeviceError
 
 NAMES = ("reference", "cpu", "cuda")
 
+PLUMBING = frozenset(  # functions of a backend that do not compute
+    [
+        "empty",
+        "from_host",
+        "to_host",
+        "fill",
+        "copy",
+        "sync",
+        "memory",
+        "overhead",
+        "free_memory",
+        "set_threads",
+        "set_device",
+        "describe",
+        "tune",
+        "capture",
+    ]
+)
+
 
 def get(name: str) -> ModuleType:
     """The backend module called `name`. Raises DeviceError for a name that is not one of NAMES, and for

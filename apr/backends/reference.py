@@ -349,8 +349,7 @@ def adamw(
     mhat = m / num(1 - beta1**step)
     vhat = v / num(1 - beta2**step)
     master -= num(lr) * (mhat / (np.sqrt(vhat) + num(eps)) + num(decay) * master)
-    if w is not master:
-        w[...] = master
+    w[...] = master
 
 
 def _same_shape(y: Array, x: Array) -> None:
