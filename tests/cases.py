@@ -23,13 +23,14 @@ from math import prod
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+
+from apr.bisect.rule import BF16
+from apr.bisect.rule import overlay as overlay  # most tests that use cases want it too
 
 Backend = ModuleType | SimpleNamespace
 Arrays = dict[str, np.ndarray]
 WRITTEN = ("out", "save", "acc", "inplace")
-BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -264,11 +265,6 @@ def rows(case: Case) -> list[Row]:
 
 ROWS = [row for case in CASES for row in rows(case)]
 LARGEST = [rows(case)[-1] for case in CASES]
-
-
-def overlay(be: Backend, **ops: Any) -> SimpleNamespace:
-    """A backend with some of its functions replaced."""
-    return SimpleNamespace(**{**{name: getattr(be, name) for name in dir(be)}, **ops})
 
 
 def make(row: Row, dtype: Any, seed: int = 0) -> Arrays:

@@ -307,8 +307,10 @@ def difference(name: str, got: Any, want: Any, slices: bool = True) -> Error:
 
 @cache
 def expected_golden(run: Callable[[Build, Path, str], Errors], path: Path) -> Errors:
-    """Errors of plain NumPy in float32."""
-    return largest_of([run(on(be), path, "float32") for be in plain_numpy()])
+    """Errors of plain NumPy in float32. Ten steps of AdamW amplify rounding: where a gradient is next to nothing (of the
+    bias of the keys, which softmax hardly sees) its sign decides, and the errors of two runs differ by a factor of 100."""
+    orders = 24 if run is trained else 4
+    return largest_of([run(on(be), path, "float32") for be in plain_numpy(orders=orders)])
 
 
 def off_golden(build: Build, path: Path, dtype: str) -> list[str]:

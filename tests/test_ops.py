@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from apr import backends
+from apr.bisect.rule import WRITES, outputs, parameters
 from cases import BF16, CASES, LARGEST, ROWS, Arrays, Backend, Row, make, overlay, rows, run
 from precision import (
     Figures,
@@ -409,3 +410,18 @@ def test_cpu_refuses_int64(name: str) -> None:
     for op, _ in row.calls:
         with pytest.raises(TypeError):
             run(overlay(cpu, **{op: wide(getattr(cpu, op))}), row, np.float32, make(row, np.float32))
+
+
+def test_the_table_of_what_ops_write_is_that_of_the_cases() -> None:
+    kinds = {"out": "", "save": "", "inplace": "=", "acc": "+"}
+    seen: dict[str, dict[str, set[str]]] = {}
+    for op, args in (call for row in ROWS for call in row.calls):
+        names = parameters(op)
+        for i, a in enumerate(args):
+            if a.role in kinds:
+                seen.setdefault(op, {}).setdefault(names[i], set()).add(kinds[a.role])
+    for op, wrote in seen.items():
+        assert wrote.keys() == outputs(op).keys(), op
+        for name, how in wrote.items():  # AdamW's w and the residual stream may be their own input
+            assert outputs(op)[name] in how, (op, name)
+    assert seen.keys() == WRITES.keys()

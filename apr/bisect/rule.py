@@ -1,0 +1,186 @@
+"""The tolerance rule, and what it is made from: the errors that plain NumPy makes at the same precision.
+
+An error may be at most `factor` times that of plain NumPy on the same inputs, plus two units in the last place of the
+largest true value: nothing is picked by hand. In bfloat16 the slices of an array are judged too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..backends import reference
+
+Array = Any
+Backend = Any  # a module, or a namespace with the functions of one
+BF16 = np.dtype(ml_dtypes.bfloat16)
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7}
+
+WRITES = {  # what an op writes: NAME anew, =NAME in place, +NAME is added to
+    "embedding_fwd": "y",
+    "embedding_bwd": "+dw",
+    "linear_fwd": "y",
+    "linear_bwd": "dx +dw +db",
+    "add_rmsnorm_fwd": "res y rstd",
+    "add_rmsnorm_bwd": "+dres +dw",
+    "head_rmsnorm_fwd": "y rstd",
+    "head_rmsnorm_bwd": "dx +dw",
+    "rope": "=x",
+    "attention_fwd": "y lse",
+    "attention_bwd": "dq dk dv",
+    "swiglu_fwd": "y",
+    "swiglu_bwd": "dgu",
+    "cross_entropy": "loss =logits",
+    "add_sum": "+total",
+    "add_sum_sq": "+total",
+    "clip_factor": "factor",
+    "adamw": "w =master =m =v",
+}
+
+
+def outputs(op: str) -> dict[str, str]:
+    """What an op writes: parameter -> "" (anew), "=" (in place) or "+" (added to)."""
+    return {x.lstrip("=+"): x[: len(x) - len(x.lstrip("=+"))] for x in WRITES[op].split()}
+
+
+def parameters(op: str) -> tuple[str, ...]:
+    """The parameters of an op, in order."""
+    return tuple(signature(getattr(reference, op)).parameters)
+
+
+def is_gradient(op: str, output: str) -> bool:
+    """Whether an output is a gradient, for which the rule has factor 3."""
+    return op.endswith("_bwd") or output == "logits"
+
+
+def overlay(be: Backend, **ops: Any) -> SimpleNamespace:
+    """A backend with some of its functions replaced."""
+    return SimpleNamespace(**{**{name: getattr(be, name) for name in dir(be)}, **ops})
+
+
+def tolerance(base: float, largest: float, eps: float, factor: float) -> float:
+    """The rule: `factor` times the error plain NumPy makes at this precision, plus two units in the last place.
+
+    base: that error; largest: the largest magnitude of the true values; factor: 2, for gradients 3.
+    """
+    return factor * base + 2 * eps * largest
+
+
+def relative_tolerance(base: float, eps: float, factor: float) -> float:
+    """The rule for relative(), in bfloat16: there 2 * eps of the largest value is more than many a fault."""
+    return factor * base + eps / 2
+
+
+def unit(kind: Any, dtype: Any) -> float:
+    """The unit in the last place, of 1, by which an array of dtype `kind` is judged in a job of `dtype`.
+
+    What is float32 in a bfloat16 job gets 16 units of float32: tensor cores cut off what they add, and
+    functions such as exp may be the hardware's.
+    """
+    if np.dtype(dtype) != BF16:
+        return float(np.finfo(dtype).eps)
+    return 2.0**-7 if np.dtype(kind) == BF16 else 2.0**-19
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> list[float]:
+    """For each axis, the largest ||got - want|| / ||want|| of the slices across it, of a row, a column, a head; NaN
+    where either holds NaN. A slice that is smaller than the others on average is measured by their average.
+    """
+    wrong, true = np.square(got.astype(np.float64) - want), np.square(want.astype(np.float64))
+    mean = true.mean()
+    if mean == 0:
+        return [np.inf if wrong.any() else 0.0] * true.ndim
+    out = []
+    for axis in range(true.ndim):
+        others = tuple(i for i in range(true.ndim) if i != axis)
+        out.append(float(np.sqrt((wrong.mean(others) / np.maximum(true.mean(others), mean)).max())))
+    return out
+
+
+# Plain NumPy at lower precision
+
+
+def rounded(be: Backend = reference) -> SimpleNamespace:
+    """A backend that stores bfloat16: an op is that of `be` in float32 on the values that are stored, and what it
+    writes is rounded to where it is stored. The residual stream is rounded before it is normalised."""
+
+    def stored(op: Callable[..., None], written: set[int]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            wide = [a.astype(np.float32) if getattr(a, "dtype", None) == BF16 else a for a in args]
+            op(*wide)
+            for i in written:
+                if wide[i] is not args[i]:
+                    args[i][...] = wide[i]
+
+        return call
+
+    positions = {op: {parameters(op).index(name) for name in outputs(op)} for op in WRITES}
+    ops = {op: stored(getattr(be, op), written) for op, written in positions.items()}
+    norm = ops["add_rmsnorm_fwd"]
+
+    def add_rmsnorm_fwd(res: Any, y: Any, rstd: Any, res_in: Any, delta: Any, w: Any, eps: float) -> None:
+        if delta is not None and res.dtype == BF16:
+            res[...] = res_in.astype(np.float32) + delta.astype(np.float32)
+            res_in, delta = res, None
+        norm(res, y, rstd, res_in, delta, w, eps)
+
+    return overlay(
+        be, **{**ops, "add_rmsnorm_fwd": add_rmsnorm_fwd}, name="rounded", dtypes=("bfloat16", *be.dtypes)
+    )
+
+
+def flash(be: Backend = reference, low: Callable[[Any], Any] = lambda x: x) -> SimpleNamespace:
+    """A backend with attention as kernels compute it: p without its divisor, and again from lse in backward. As matrix
+    products, which makes it fast; `low` rounds their operands p and ds."""
+
+    def heads(x: Any, q: Any) -> Any:  # (B,S,K,D) -> (B,H,S,D)
+        return np.repeat(x, q.shape[2] // x.shape[2], axis=2).transpose(0, 2, 1, 3)
+
+    def scores(q: Any, k: Any, window: int) -> Any:
+        t = np.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+        j = np.arange(k.shape[1])[None]
+        s = heads(q, q) @ heads(k, q).swapaxes(2, 3) * q.dtype.type(q.shape[-1] ** -0.5)
+        s[..., (j > t) | ((j <= t - window) if window else False)] = -np.inf
+        return s
+
+    def attention_fwd(y: Any, lse: Any, q: Any, k: Any, v: Any, window: int) -> None:
+        s = scores(q, k, window)
+        largest = s.max(-1, keepdims=True)
+        p = np.exp(s - largest)
+        total = p.sum(-1, keepdims=True)
+        lse[...] = (largest + np.log(total))[..., 0]
+        y[...] = (low(p) @ heads(v, q) / total).transpose(0, 2, 1, 3)
+
+    def attention_bwd(
+        dq: Any, dk: Any, dv: Any, dy: Any, y: Any, lse: Any, q: Any, k: Any, v: Any, window: int
+    ) -> None:
+        p = np.exp(scores(q, k, window) - lse[..., None])
+        dp = heads(dy, q) @ heads(v, q).swapaxes(2, 3)
+        ds = low(p * (dp - heads((dy * y).sum(-1, keepdims=True), q)))
+        scale, (b, n, kv, d) = q.dtype.type(q.shape[-1] ** -0.5), k.shape
+
+        def shared(x: Any) -> Any:  # (B,H,S,D) -> (B,S,K,D), summed over the query heads of a key/value head
+            return x.reshape(b, kv, -1, n, d).sum(2).transpose(0, 2, 1, 3)
+
+        dq[...] = (ds @ heads(k, q)).transpose(0, 2, 1, 3) * scale
+        dk[...] = shared(ds.swapaxes(2, 3) @ heads(q, q)) * scale
+        dv[...] = shared(low(p).swapaxes(2, 3) @ heads(dy, q))
+
+    return overlay(be, attention_fwd=attention_fwd, attention_bwd=attention_bwd)
+
+
+def tensor_cores() -> Backend:
+    """Attention whose products have bfloat16 operands."""
+    return flash(low=lambda x: x.astype(BF16).astype(x.dtype))
+
+
+def plain(dtype: str) -> tuple[Backend, ...]:
+    """Plain NumPy that computes a job of `dtype`, or of float32 where that is float64; two ways to do attention."""
+    if dtype == "bfloat16":
+        return rounded(), rounded(tensor_cores())
+    return reference, flash()
