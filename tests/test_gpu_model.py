@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from apr.backends import reference
+from apr.bisect.faults import FAULTS
 from apr.config import PRESETS, ModelConfig
 from apr.model import Model
 from apr.optim import AdamW
@@ -38,7 +39,7 @@ from checks import (
     step,
     truth,
 )
-from faults import FAULTS
+from faults import planted
 from precision import differing, flash, rounded, tensor_cores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,7 +114,7 @@ def test_wide_models_agree_with_float64_at_every_tap(cuda: Any, name: str, dtype
 def test_check_of_wide_models_can_fail(fault: str) -> None:
     """In plain NumPy that stores bfloat16."""
     name = "qwen2.5-0.5b"
-    errors = wide_errors(FAULTS[fault].planted(rounded()), name, "bfloat16", True)
+    errors = wide_errors(planted(FAULTS[fault], rounded()), name, "bfloat16", True)
     assert judge(errors, wide_expected(name, "bfloat16", True), "bfloat16") != []
 
 

@@ -18,13 +18,14 @@ import pytest
 
 from apr import backends
 from apr.backends import reference
+from apr.bisect.faults import FAULTS
 from apr.commands.main import main
 from apr.config import PRESETS, ModelConfig, to_hf
 from apr.formats.apr2 import read_apr
 from apr.optim import AdamW, Schedule
 from apr.training.loop import Trainer
 from checks import CONFIGS, Build, Error, difference, judge, largest_of, on, randomised
-from faults import FAULTS
+from faults import planted
 from precision import plain_numpy, rounded
 
 pytestmark = pytest.mark.gpu
@@ -91,9 +92,9 @@ def test_fifty_steps_track_the_exact_losses(cuda: Any, name: str, dtype: str) ->
 @pytest.mark.parametrize("fault", ["step_not_counted", "learning_rate_ignored", "embedding_gradient_missing"])
 def test_check_of_tracks_can_fail(fault: str) -> None:
     """In plain NumPy that stores bfloat16; and a head that is 2 % off, in float32."""
-    build = FAULTS[fault].planted(rounded())
+    build = planted(FAULTS[fault], rounded())
     assert judge([off_track(build, "qwen2", "bfloat16")], [expected("qwen2", "bfloat16")], "bfloat16") != []
-    head = FAULTS["one_head_two_percent_off"].planted(backends.get("cpu"))
+    head = planted(FAULTS["one_head_two_percent_off"], backends.get("cpu"))
     assert judge([off_track(head, "qwen2", "float32")], [expected("qwen2", "float32")], "float32") != []
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from apr import backends
+from apr.bisect.faults import FAULTS
 from apr.generate import generate
 from apr.loading import open_source, put
 from apr.model import Model
 from apr.taps import Record
 from cases import overlay
-from faults import FAULTS
 from precision import relative, relative_tolerance, rounded, tensor_cores
 
 CASES = [

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from apr import backends
+from apr.bisect.faults import FAULTS, Fault
 from apr.taps import Compare, Finite, Record, Stats, key, no_tap
 from cases import overlay
 from checks import CONFIGS, batch, on, randomised, step
-from faults import FAULTS, Fault
+from faults import planted
 
 reference = backends.get("reference")
 CFG = CONFIGS["qwen3"]
@@ -68,7 +69,7 @@ def test_compare_forced_names_the_guilty_op_and_free_the_first_victim(fault: Fau
     off = {}
     for force in (False, True):
         compare = Compare(reference, want, force)
-        step(randomised(fault.planted(reference)(CFG, "float64")), *batch(CFG), compare)
+        step(randomised(planted(fault, reference)(CFG, "float64")), *batch(CFG), compare)
         off[force] = [name for name, err, largest in compare.rows if not err <= 1e-9 * largest]
     blocks = [name for name in off[True] if not name.startswith("grad.")]
     assert set(blocks) == {f"{i}.{name}" for i in range(CFG.num_layers) for name in GUILTY[fault.name]}
@@ -119,7 +120,7 @@ def test_stats_are_root_mean_square_and_largest_magnitude() -> None:
     assert tap.rows["0.qkv"] == (np.sqrt(12.5), 4.0)
     fault = FAULTS["gradient_summed_not_averaged"]
     right, wrong = Stats(reference), Stats(reference)
-    for build, tap in ((on(reference), right), (fault.planted(reference), wrong)):
+    for build, tap in ((on(reference), right), (planted(fault, reference), wrong)):
         step(randomised(build(CFG, "float64")), *batch(CFG), tap)
     ratios = {name: wrong.rows[name][0] / right.rows[name][0] for name in right.rows}
     counted = int((batch(CFG)[1] >= 0).sum())

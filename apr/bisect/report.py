@@ -88,7 +88,9 @@ class Report:
     def guilty(self) -> list[Row]:
         """Rows beyond their tolerance, the likely culprits first: what is exact or forced in order of
         computation, then what only accumulates."""
-        bad = [r for r in self.rows if not r.ok]
+        bad = sorted(
+            (r for r in self.rows if not r.ok), key=lambda r: (STAGES.index(r.stage), r.mode == EXACT)
+        )
         return [r for r in bad if r.mode != FREE] + [r for r in bad if r.mode == FREE]
 
     @property

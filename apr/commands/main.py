@@ -11,6 +11,7 @@ from ..errors import AprError
 COMMANDS = {
     "pretrain": "train a model; with no arguments: the demo job",
     "run": "generate text from a checkpoint",
+    "bisect": "which op of which layer is wrong: two sides in lockstep, op by op",
     "trace": "write every intermediate of one forward (and backward) pass to a file",
     "plan": "parameters, FLOPs and bytes of a job, before anything is allocated",
     "inspect": "what is in a checkpoint, and is it whole",

@@ -77,7 +77,7 @@ def main(args: Sequence[str]) -> int:
     check_fits(need, backend, "trace fewer tokens or a smaller model")
     weights = put(backend, source, dtype)
     model = Model(source.cfg, backend, batch, seq, dtype, f.backward, ids.size, w=weights)
-    tensors = record(model, ids, targets)
+    tensors = record(model, ids, targets) | {"ids": ids, "targets": targets}
     facts = {
         "model": f.model,
         "model_sha256": source.sha256,

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ..bisect.show import print_report
+from ..bisect.spot import spot_check
 from ..data.batches import Batches, Exhausted, sequential
 from ..errors import Aborted, Interrupted
 from ..formats.models import fill
@@ -69,6 +71,7 @@ class Trainer:
         self.batches = Batches(inputs.train, s.batch_size, s.seed, s.shuffle, s.on_exhausted)
         self.progress = Progress()
         self.stop_asked = False
+        self._checked = False
         if resume:
             self.progress = Progress(**run.load_state(self.model, self.opt))
             self.batches.restore(self.progress.data)
@@ -87,6 +90,8 @@ class Trainer:
         start = time.perf_counter()
         ids, targets = self.batches.next()
         tokens = targets.size
+        if self._check_due():
+            self._spot_check(ids[: self.micro], targets[: self.micro])
         be.fill(model.total, 0)
         for i in range(0, len(ids), self.micro):
             model.micro_step(ids[i : i + self.micro], targets[i : i + self.micro], 1 / tokens, self.s.graph)
@@ -115,6 +120,40 @@ class Trainer:
             tokens_seen=p.tokens_seen,
             wall_ms=1e3 * wall,
         )
+
+    def _check_due(self) -> bool:
+        every = self.s.spot_check
+        return every >= 0 and (not self._checked or (every > 0 and self.progress.step % every == 0))
+
+    def _spot_check(self, ids: np.ndarray, targets: np.ndarray) -> None:
+        """Compare with the reference before a step. Raises Aborted, after the table of what differs, naming the op."""
+        self._checked = True
+        step = self.progress.step + 1
+        report = spot_check(self.model, ids, targets, f"the model before step {step}")
+        worst = max((r.ratio for r in report.rows), default=0.0)
+        seconds = report.seconds.get("backward", 0.0)
+        self.run.log(
+            step=step,
+            spot_check="skipped" if not report.rows else "agree" if report.agree else "differ",
+            arrays=len(report.rows),
+            worst_of_tolerance=worst,
+            seconds=seconds,
+        )
+        if not report.rows:
+            self.show.note(f"spot check   skipped: {report.skipped['forward']}")
+        elif report.agree:
+            self.show.note(
+                f"step {step:>5}  spot check: {len(report.rows)} arrays of {report.batch} agree with the float64 "
+                f"reference (worst {worst:.2f} of its tolerance, {seconds:.1f} s)"
+            )
+        else:
+            print_report(report, self.show.console)
+            first = report.first
+            assert first is not None
+            raise Aborted(
+                f"step {step}: spot check: {first.place} is {first.ratio:.3g} times its tolerance away from the float64 "
+                f"reference{': ' + first.cause if first.cause else ''}. `apr bisect` on the checkpoint or preset says more"
+            )
 
     def evaluate(self) -> tuple[float, int]:
         """(mean loss in nats per token, tokens) over the validation windows, or val_batches of them."""

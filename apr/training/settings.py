@@ -64,6 +64,11 @@ class Settings:
     val_batches: int | None = option(
         "evaluate on this many batches only; with --dataset alone, hold out that many (default there: 16)"
     )
+    spot_check: int = option(
+        "before the first step, and then every so many steps, compare every op with the float64 reference on a piece of "
+        "the batch and stop when one disagrees; 0: before the first step only; -1: never",
+        0,
+    )
     patience: int = option("evaluations without improvement before an early stop", 5)
     min_epochs: int = option("evaluations before an early stop or a reached target may end the run", 3)
     target_val_loss: float | None = option("end when the validation loss (nats/token) reaches this")
@@ -108,6 +113,7 @@ MAY_CHANGE = {
     "config",
     "threads",
     "graph",
+    "spot_check",
 }
 
 
@@ -201,6 +207,8 @@ def resolve(s: Settings) -> Settings:
             raise UsageError(
                 f"--{name.replace('_', '-')} = {getattr(s, name)}: must be at least 0 and below 1"
             )
+    if s.spot_check < -1:
+        raise UsageError(f"--spot-check = {s.spot_check}: must be a number of steps, 0 (once) or -1 (never)")
     if s.val_batches is not None and s.val_batches < 1:
         raise UsageError(f"--val-batches = {s.val_batches}: must be at least 1")
     for f in dataclasses.fields(s):

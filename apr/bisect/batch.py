@@ -1,0 +1,192 @@
+"""What goes in: real text through the model's tokenizer, ids, or a slice of a dataset; and what can be wrong with it."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+from ..config import ModelConfig
+from ..data.batches import Batches, Windows
+from ..data.manifest import MANIFEST, read_manifest
+from ..data.shards import TokenShards
+from ..data.tokenizer import Tokenizer
+from ..errors import InputNotFound, Refused, UsageError
+from .report import EXACT, Row
+from .stages import Batch, exact, holds
+
+IGNORED = -100
+IGNORE_EVERY = 7  # so many targets are left out of the loss, so that leaving them out is tested
+MOST_WINDOWS = 4096
+FEWEST_DISTINCT = 4
+
+# Prose in several scripts, code, digits and punctuation: what a tokenizer and a mask have to get right.
+PASSAGE = """The old clockmaker wound the last of his clocks and listened. Every tick was a little late, he thought,
+and the one on the shelf had stopped at 7:45. "You will outlast me," he told it, "but not by much."
+
+def mean(values: list[float]) -> float:
+    total = sum(values)
+    return total / len(values)  # 0 / 0 raises
+
+Der Zug nach Zürich fährt um 12.30 Uhr ab. Où est la gare, s'il vous plaît? Сегодня идёт снег. 今日はとても寒い。
+The sum of the first 1024 numbers is 524800; in 2026 nobody was surprised that 3.14159 is not pi.
+A dog, a cat and a small grey mouse lived in one house. One day the mouse said: let us bake bread. The cat slept.
+"""
+
+
+def from_text(
+    text: str, tokenizer: Tokenizer, shape: tuple[int, int], source: str
+) -> tuple[Batch, list[Row]]:
+    """The first B * T + 1 tokens of a text as B sequences, and whether its ids are the text. Raises Refused when it
+    is too short."""
+    b, t = shape
+    ids = np.asarray(tokenizer.encode(text), np.int32)
+    if len(ids) < b * t + 1:
+        raise Refused(
+            f"{source}: {len(ids)} tokens, {b} sequences of {t} and one more are {b * t + 1}; give a longer text, "
+            "or lower --batch-size or --seq-length"
+        )
+    back = tokenizer.decode(ids)
+    want = unicodedata.normalize("NFC", text)
+    lost = next(
+        (i for i, (x, y) in enumerate(zip(back, want, strict=False)) if x != y), min(len(back), len(want))
+    )
+    same = unicodedata.normalize("NFC", back.strip()) == want.strip()
+    rows = [
+        holds("data", "decode(encode)", "text", same,
+              f"the ids are not the text: from character {lost} on {back[lost:lost + 20]!r} for {want[lost:lost + 20]!r}")
+    ]  # fmt: skip
+    flat = ids[: b * t + 1]
+    windows = np.stack([flat[i * t : (i + 1) * t + 1] for i in range(b)])
+    batch = Batch(windows[:, :-1], _thinned(windows[:, 1:]), f"{b} x {t} tokens of {source}")
+    return batch, rows
+
+
+def at_random(cfg: ModelConfig, shape: tuple[int, int], seed: int) -> Batch:
+    """Ids drawn at random, for models without a tokenizer."""
+    rng = np.random.default_rng(seed)
+    ids, targets = rng.integers(0, cfg.vocab_size, (2, *shape), dtype=np.int32)
+    return Batch(ids, _thinned(targets), f"{shape[0]} x {shape[1]} ids drawn at random, seed {seed}")
+
+
+def from_ids(ids: np.ndarray, targets: np.ndarray | None, source: str) -> Batch:
+    """Given ids; targets are the next ones unless they are given too."""
+    if targets is None:
+        targets = np.concatenate([ids[:, 1:], np.full_like(ids[:, :1], IGNORED)], 1)
+    if not (targets >= 0).any():
+        raise UsageError("no target to compute a loss of: give at least two tokens, or --targets")
+    return Batch(ids, targets, f"{ids.shape[0]} x {ids.shape[1]} ids of {source}")
+
+
+def from_dataset(folder: str, shape: tuple[int, int], seed: int) -> tuple[Batch, list[Row]]:
+    """The first batch that training would draw of a folder of token shards, and whether windows and order are right."""
+    path = Path(folder)
+    if not (path / MANIFEST).is_file() and (path / "train").is_dir():
+        path /= "train"
+    shards = TokenShards(path)
+    windows = Windows(shards, shape[1])
+    if len(windows) < shape[0]:
+        raise Refused(
+            f"{path}: {len(windows)} windows of {shape[1]} tokens, asked for {shape[0]}; lower --batch-size"
+        )
+    ids, targets = Batches(windows, shape[0], seed).next()
+    batch = Batch(
+        ids, _thinned(targets), f"the first {shape[0]} x {shape[1]} tokens that training draws of {path}"
+    )
+    return batch, [*windows_rows(windows, path), *order_rows(windows, shape[0], seed)]
+
+
+def windows_rows(windows: Windows, path: Path) -> list[Row]:
+    """Windows as training reads them against the bytes of the shards, read here: ids, and the ids after them."""
+    t, rows = windows.seq_length, []
+    raw = []
+    for shard in read_manifest(path / MANIFEST).shards:
+        flat = np.fromfile(path / shard["name"], "<u4", count=min(shard["tokens"], MOST_WINDOWS * t + 1))
+        raw += [flat[i * t : (i + 1) * t + 1] for i in range((len(flat) - 1) // t)]
+        if len(raw) >= MOST_WINDOWS or len(flat) < shard["tokens"]:
+            break
+    raw = raw[: min(MOST_WINDOWS, len(windows))]
+    want = np.stack(raw).astype(np.int64)
+    ids, targets = windows.read(np.arange(len(raw)))
+    for name, got, true in (("ids", ids, want[:, :-1]), ("targets", targets, want[:, 1:])):
+        rows.append(_equal("Windows.read", name, got, true))
+    return rows
+
+
+def order_rows(windows: Windows, batch: int, seed: int) -> list[Row]:
+    """Whether one pass of training reads every window once."""
+    n = len(windows)
+    if n > MOST_WINDOWS:
+        return []
+    stream = Batches(windows, 1, seed, on_exhausted="cycle")
+    first = windows.read(np.arange(n))[0]
+    seen = np.concatenate([stream.next()[0] for _ in range(n)])
+    order = [np.lexsort(x.T) for x in (seen, first)]
+    return [_equal("Batches.next", "one_pass", seen[order[0]], first[order[1]])]
+
+
+def _equal(op: str, tap: str, got: np.ndarray, want: np.ndarray) -> Row:
+    bad = np.argwhere(got.astype(np.int64) != want)
+    if not len(bad):
+        return Row("data", op, tap, EXACT, 0.0, 0.0, None, want.shape)
+    at = tuple(int(i) for i in bad[0])
+    shifted = got.shape == want.shape and bool((got[:, 1:] == want[:, :-1]).all())
+    cause = "shifted by one token" if shifted else f"{len(bad)} of {want.size} ids are others"
+    return Row(
+        "data", op, tap, EXACT, float(abs(int(got[at]) - int(want[at]))) or np.inf, 0.0, None, want.shape, at,
+        int(got[at]), int(want[at]), cause,
+    )  # fmt: skip
+
+
+def rows(batch: Batch, cfg: ModelConfig) -> list[Row]:
+    """Whether a batch can show a fault at all: ids inside the vocabulary, enough of them different."""
+    ids, targets = batch.ids, batch.targets
+    distinct = len(np.unique(ids))
+    out = [
+        holds(
+            "data",
+            "batch",
+            "ids",
+            ids.min() >= 0 and ids.max() < cfg.vocab_size,
+            "an id is outside the vocabulary",
+        ),
+        holds(
+            "data", "batch", "targets", targets.max() < cfg.vocab_size, "a target is outside the vocabulary"
+        ),
+    ]
+    counted = targets >= 0
+    repeats = targets == ids
+    if distinct >= FEWEST_DISTINCT and counted.sum() > FEWEST_DISTINCT:
+        out.append(
+            exact("data", "batch", "targets are not the ids", bool(repeats[counted].all()), False, None,
+                  "every target is the token itself: off by one" if repeats[counted].all() else "")
+        )  # fmt: skip
+    return out
+
+
+def can_show(batch: Batch) -> str:
+    """Why a batch cannot show some faults; "" when it can."""
+    b, t = batch.ids.shape
+    distinct = len(np.unique(batch.ids))
+    if distinct < FEWEST_DISTINCT or t < 3:
+        return (
+            f"{distinct} different ids in {b} x {t} positions: one repeated token shows no fault of RoPE, mask or "
+            "grouped heads; give real text"
+        )
+    return ""
+
+
+def read_text(name: str) -> str:
+    """A text file. Raises InputNotFound."""
+    path = Path(name)
+    if not path.is_file():
+        raise InputNotFound(f"--text {name}: no such file")
+    return path.read_text("utf-8", errors="strict")
+
+
+def _thinned(targets: np.ndarray) -> np.ndarray:
+    """Targets of which every IGNORE_EVERY-th is left out."""
+    out = np.array(targets, np.int32)
+    out.reshape(-1)[::IGNORE_EVERY] = IGNORED
+    return out

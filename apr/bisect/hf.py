@@ -1,0 +1,220 @@
+"""A trace as `apr trace` writes it, of the implementation in Hugging Face transformers: the same names, fewer taps.
+
+Stock eager attention, on the CPU. torch and transformers are imported only when a trace is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import ModelConfig, to_hf
+from ..errors import DeviceError, Refused
+from ..formats.models import EMBED, HEAD, load_model, parameters
+from ..params import Layout
+
+IGNORED = -100
+DTYPES = ("float64", "float32")
+OUTPUTS = {  # module of a block -> the tap that its output is, or a part of, in this order
+    "input_layernorm": "norm1",
+    "self_attn.q_proj": "qkv",
+    "self_attn.k_proj": "qkv",
+    "self_attn.v_proj": "qkv",
+    "self_attn.q_norm": "qk",
+    "self_attn.k_norm": "qk",
+    "self_attn.o_proj": "att_out",
+    "post_attention_layernorm": "norm2",
+    "mlp.gate_proj": "gu",
+    "mlp.up_proj": "gu",
+    "mlp.down_proj": "mlp_out",
+}
+INPUTS = {"self_attn.o_proj": "att", "post_attention_layernorm": "res2", "mlp.down_proj": "act"}
+NO_GRADIENT = (
+    "att_out",
+    "mlp_out",
+)  # whose gradient is that of the residual stream: model.py has no tap for it
+
+
+def trace_of(
+    path: str, ids: np.ndarray, targets: np.ndarray, dtype: str = "float64", gradients: bool = True
+) -> dict[str, np.ndarray]:
+    """The trace of a checkpoint, whatever its format. A Hugging Face folder's config.json is read by transformers.
+
+    Other parameters as in trace_of_weights. Raises as formats.models.load_model does, DeviceError, Refused.
+    """
+    loaded = load_model(path)
+    weights = parameters(Layout(loaded.cfg), loaded)
+    if loaded.kind == "apr":
+        return trace_of_weights(loaded.cfg, weights, ids, targets, dtype, gradients)
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    transformers = _modules()[1]
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return _trace(config, loaded.cfg, weights, ids, targets, dtype, gradients)
+
+
+def trace_of_weights(
+    cfg: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    ids: np.ndarray,
+    targets: np.ndarray,
+    dtype: str = "float64",
+    gradients: bool = True,
+) -> dict[str, np.ndarray]:
+    """The trace of any model that apr computes.
+
+    tensors: every parameter by its Hugging Face name (Layout.named). ids, targets (B,T), negative targets are left out.
+    dtype: float64, or float32 as transformers does it: its rotary angles are float32 then, which at position t is an
+    error of about t * 2^-24. gradients: also "d_..." of activations and "grad.NAME" of parameters, of the mean loss.
+    Not for several threads. Raises DeviceError without torch and transformers, Refused.
+    """
+    transformers = _modules()[1]
+    config = transformers.CONFIG_MAPPING[cfg.family].from_dict(to_hf(cfg))
+    return _trace(config, cfg, tensors, ids, targets, dtype, gradients)
+
+
+def _modules() -> tuple[Any, Any]:
+    """torch and transformers."""
+    try:
+        import torch
+        import transformers
+    except ImportError as e:
+        raise DeviceError(
+            f"a comparison with Hugging Face needs torch and transformers ({e}); try: pip install torch transformers"
+        ) from None
+    return torch, transformers
+
+
+def _trace(
+    config: Any,
+    cfg: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    ids: np.ndarray,
+    targets: np.ndarray,
+    dtype: str,
+    gradients: bool,
+) -> dict[str, np.ndarray]:
+    _check(cfg, ids, targets, dtype)
+    torch, _ = _modules()
+    with _float32_is(dtype):
+        model = _stock(config, tensors, dtype)
+        seen = _Seen(model, gradients)
+        with torch.set_grad_enabled(gradients):
+            logits = model(torch.from_numpy(ids.astype(np.int64)), use_cache=False).logits
+            seen.keep("logits", 0, logits)
+            wanted = torch.from_numpy(np.where(targets < 0, IGNORED, targets).astype(np.int64))
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+            )
+            loss = losses.sum() / int((targets >= 0).sum())
+        if gradients:
+            loss.backward()
+    out = seen.values()
+    out |= {"loss_rows": losses.reshape(ids.shape), "loss": loss.reshape(1)}
+    if gradients:
+        out |= seen.gradients()
+        out |= {f"grad.{name}": p.grad for name, p in model.named_parameters()}
+    wrong = [name for name, x in out.items() if str(x.dtype) != f"torch.{dtype}"]
+    if wrong:
+        raise Refused(
+            f"this version of transformers computes {wrong[0]} in {out[wrong[0]].dtype}, not in {dtype}"
+        )
+    return {name: x.detach().numpy().copy() for name, x in out.items()}
+
+
+def _check(cfg: ModelConfig, ids: np.ndarray, targets: np.ndarray, dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise Refused(f"a Hugging Face trace is of dtype {' or '.join(DTYPES)}, not {dtype}")
+    if ids.ndim != 2 or ids.shape != targets.shape:
+        raise Refused(f"ids {ids.shape}, targets {targets.shape}: both must be (B,T)")
+    if ids.min() < 0 or max(ids.max(), targets.max()) >= cfg.vocab_size:
+        raise Refused(f"ids or targets outside the vocabulary of {cfg.vocab_size}")
+    if not (targets >= 0).any():
+        raise Refused("no target to compute a loss of: all are ignored")
+
+
+@contextmanager
+def _float32_is(dtype: str) -> Iterator[None]:
+    """Inside, `torch.float32` and `torch.float` name `dtype`.
+
+    RMSNorm, softmax and rotary embedding of transformers cast to torch.float32 by name: they would round a
+    float64 run.
+    """
+    torch, _ = _modules()
+    saved = torch.float32, torch.float
+    torch.float32 = torch.float = getattr(torch, dtype)
+    try:
+        yield
+    finally:
+        torch.float32, torch.float = saved
+
+
+def _stock(config: Any, tensors: Mapping[str, np.ndarray], dtype: str) -> Any:
+    """The stock model with these weights; inside _float32_is."""
+    torch, transformers = _modules()
+    kind = getattr(torch, dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation="eager")
+    state = {name: torch.from_numpy(np.array(x, dtype)) for name, x in tensors.items()}
+    if config.tie_word_embeddings:
+        state[HEAD] = state[EMBED]
+    model.load_state_dict(state, strict=True)
+    rounded = model.model.rotary_emb.inv_freq.dtype
+    if rounded != kind:
+        raise Refused(f"this version of transformers keeps rotary frequencies in {rounded}, not in {dtype}")
+    return model.eval()
+
+
+class _Seen:
+    """Hooks a model and keeps its tensors by the names of taps, in order of computation."""
+
+    def __init__(self, model: Any, gradients: bool) -> None:
+        self.retain = gradients
+        self.parts: dict[str, dict[int, Any]] = {}
+        inner = model.model
+        self._hook(inner.embed_tokens, outputs=("hidden.0", 0))
+        for i, block in enumerate(inner.layers):
+            modules = dict(block.named_modules())
+            for order, (name, tap) in enumerate(OUTPUTS.items()):
+                if name in modules:
+                    self._hook(modules[name], outputs=(f"{i}.{tap}", order))
+            for name, tap in INPUTS.items():
+                self._hook(modules[name], inputs=(f"{i}.{tap}", 0))
+            self._hook(block, outputs=(f"hidden.{i + 1}", 0))
+        self._hook(inner.norm, outputs=("final_norm", 0))
+
+    def _hook(
+        self, module: Any, inputs: tuple[str, int] | None = None, outputs: tuple[str, int] | None = None
+    ) -> None:
+        def hook(module: Any, given: Any, made: Any) -> None:
+            if inputs:
+                self.keep(*inputs, given[0])
+            if outputs:
+                self.keep(*outputs, made[0] if isinstance(made, tuple) else made)
+
+        module.register_forward_hook(hook)
+
+    def keep(self, tap: str, order: int, x: Any) -> None:
+        """Part number `order` of a tap."""
+        if self.retain:
+            x.retain_grad()
+        self.parts.setdefault(tap, {})[order] = x
+
+    def values(self) -> dict[str, Any]:
+        """The taps; parts are joined along axis 2, features or heads."""
+        return {tap: _joined([x for _, x in sorted(parts.items())]) for tap, parts in self.parts.items()}
+
+    def gradients(self) -> dict[str, Any]:
+        """Their gradients, after backward, as d_TAP."""
+        out = {}
+        for tap, parts in self.parts.items():
+            layer, dot, name = tap.rpartition(".") if tap[0].isdigit() else ("", "", tap)
+            if name not in NO_GRADIENT:
+                out[f"{layer}{dot}d_{name}"] = _joined([x.grad for _, x in sorted(parts.items())])
+        return out
+
+
+def _joined(parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else _modules()[0].cat(parts, 2)

@@ -1,0 +1,193 @@
+"""Several models as one: every op runs on each side in turn, and is compared before the next one.
+
+A Twin is the same buffer on every side. Model and AdamW only slice and reshape buffers and hand them to a backend, so
+they run unchanged over Twins and a Lockstep, which calls the op on each side. Nothing but the models themselves is kept:
+memory does not grow with the number of ops.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from ..backends import PLUMBING
+from ..config import ModelConfig
+from ..model import Model
+from ..optim import AdamW
+from .rule import WRITES, Backend, parameters
+
+
+@dataclass(frozen=True)
+class Differing:
+    """A number that the sides do not agree about."""
+
+    sides: tuple[Any, ...]
+
+
+class Twin:
+    """A buffer on every side. Views of it are Twins of the same name.
+
+    start: elements before it, while it is a slice of a flat buffer.
+    """
+
+    def __init__(self, name: str, sides: Sequence[Any], start: int = 0) -> None:
+        self.name, self.sides, self.start = name, list(sides), start
+
+    def __getitem__(self, at: Any) -> Twin:
+        start = self.start
+        if isinstance(at, slice) and len(self.shape) == 1:
+            start += at.start or 0
+        return Twin(self.name, [x[at] for x in self.sides], start)
+
+    def reshape(self, *shape: Any) -> Twin:
+        """The same elements in another shape, on every side."""
+        return Twin(self.name, [x.reshape(*shape) for x in self.sides], self.start)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape on the first side; a padded vocabulary may make others larger."""
+        return tuple(self.sides[0].shape)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op on all sides: its name and the arguments by parameter, Twins or plain values."""
+
+    op: str
+    args: dict[str, Any]
+
+    @property
+    def layer(self) -> int | None:
+        """The block it belongs to, by the name of its weight or else of its other buffers."""
+        weight = self.args.get("w")
+        for x in [weight] if weight is not None else self.args.values():
+            if isinstance(x, Twin):
+                part = x.name.removeprefix("grad.").split(".")[0]
+                if part.isdigit():
+                    return int(part)
+        return None
+
+    def on(self, side: int) -> list[Any]:
+        """The arguments of one side."""
+        return [x.sides[side] if isinstance(x, Twin | Differing) else x for x in self.args.values()]
+
+
+Watch = Callable[[Call, Callable[[], None]], None]  # is given a call and what runs it on all sides
+
+
+class Lockstep:
+    """A backend over Twins. `watch(call, run)` decides when each op runs and what is compared."""
+
+    name = "lockstep"
+    pad_vocab = False
+
+    def __init__(self, backends: Sequence[Backend], watch: Watch) -> None:
+        self.backends, self.watch = list(backends), watch
+        for op in WRITES:
+            setattr(self, op, self._op(op))
+        for name in PLUMBING:
+            setattr(self, name, self._each(name))
+
+    def _op(self, op: str) -> Callable[..., None]:
+        names = parameters(op)
+
+        def call(*args: Any) -> None:
+            c = Call(op, dict(zip(names, args, strict=True)))
+
+            def run() -> None:
+                for side, be in enumerate(self.backends):
+                    getattr(be, op)(*c.on(side))
+
+            self.watch(c, run)
+
+        return call
+
+    def _each(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            out = None
+            for side, be in enumerate(self.backends):
+                out = getattr(be, name)(*[a.sides[side] if isinstance(a, Twin) else a for a in args])
+            return out  # of the last side: the one that is judged
+
+        return call
+
+
+def run_both(call: Call, run: Callable[[], None]) -> None:
+    """A Watch that compares nothing."""
+    run()
+
+
+def join(models: Sequence[Model], watch: Watch = run_both) -> Model:
+    """One model that runs all of them in lockstep. They share sizes; eps and window may differ."""
+    both = copy.copy(models[-1])
+    both.cfg = _joined_config([m.cfg for m in models])
+    both.be = Lockstep([m.be for m in models], watch)  # type: ignore[assignment]
+
+    def twin(name: str, get: Callable[[Model], Any]) -> Twin:
+        return Twin(name, [get(m) for m in models])
+
+    names = [k for k in models[0].buffers.arrays if k not in ("w", "g")]
+    both.buffers = SimpleNamespace(  # type: ignore[assignment]
+        arrays={k: Twin(k, [m.buffers.arrays[k] for m in models]) for k in names}
+    )
+    both._views, both._warm, both._passes = {}, set(), {}
+    both.w, both.p = twin("w", lambda m: m.w), _joined_views([m.p for m in models], "")
+    both._head = twin(_head_name(both), lambda m: m._head)
+    if both.train:
+        both.g, both.d = twin("g", lambda m: m.g), _joined_views([m.d for m in models], "grad.")
+        both._dhead = twin("grad." + _head_name(both), lambda m: m._dhead)
+    for name in ("total", "cos", "sin", "_logits"):
+        setattr(both, name, Twin(name.strip("_"), [getattr(m, name) for m in models]))
+    return both
+
+
+def join_optimizers(both: Model, optimizers: Sequence[AdamW]) -> AdamW:
+    """One AdamW that runs those of the models of join() in lockstep."""
+    out = copy.copy(optimizers[-1])
+    out.model = both
+    for name in ("m", "v", "master", "sum_sq", "factor"):
+        setattr(out, name, Twin(name, [getattr(o, name) for o in optimizers]))
+    return out
+
+
+def _head_name(m: Model) -> str:
+    return "embed" if m.cfg.tie_word_embeddings else "head"
+
+
+def _joined_views(views: Sequence[Any], prefix: str) -> Any:
+    """The named views of all sides as Twins, named "3.wqkv", gradients "grad.3.wqkv"."""
+
+    tied = views[0].head is views[0].embed
+    top = {
+        k: Twin(prefix + ("embed" if k == "head" and tied else k), [getattr(v, k) for v in views])
+        for k in vars(views[0])
+        if k != "layer"
+    }
+    layers = [
+        SimpleNamespace(
+            **{k: Twin(f"{prefix}{i}.{k}", [getattr(v.layer[i], k) for v in views]) for k in vars(layer)}
+        )
+        for i, layer in enumerate(views[0].layer)
+    ]
+    return SimpleNamespace(**top, layer=layers)
+
+
+def _joined_config(configs: Sequence[ModelConfig]) -> ModelConfig:
+    """The configuration of the first side, with what ops are given as Differing where the sides differ."""
+    first, changed = configs[0], dict[str, Any]()
+    for f in fields(ModelConfig):
+        values = [getattr(c, f.name) for c in configs]
+        if any(v != values[0] for v in values) and f.name in ("rms_norm_eps", "sliding_window"):
+            changed[f.name] = Differing(tuple(values))
+    return replace(first, **changed) if changed else first
+
+
+def host(be: Backend, x: Any, like: tuple[int, ...] | None = None) -> np.ndarray:
+    """A buffer of a side on the host, without the padding that a side of shape `like` does not have."""
+    out: np.ndarray = be.to_host(x[tuple(slice(n) for n in like)] if like and tuple(x.shape) != like else x)
+    return out

@@ -1,0 +1,47 @@
+"""Spot checks of a run that trains: a piece of the current batch through the reference, with the current weights."""
+
+from __future__ import annotations
+
+import time
+from types import ModuleType
+
+import numpy as np
+
+from ..backends import reference
+from ..device import available_memory
+from ..model import Model
+from ..plan import memory
+from .report import Report
+from .stages import Batch, forced
+
+SEQUENCES, POSITIONS = 2, 32  # at most so much of a micro-batch, so that a check takes seconds
+
+
+def spot_check(model: Model, ids: np.ndarray, targets: np.ndarray, name: str) -> Report:
+    """Every op of forward, loss and backward of a piece of a micro-batch, beside the reference in float64.
+
+    model: in training, between two optimizer steps; its buffers are written to, its weights are not, and its gradients
+    are zero afterwards, as they were before. The report has no rows and says why when memory is short.
+    """
+    piece = slice(0, SEQUENCES), slice(0, POSITIONS)
+    batch = Batch(np.ascontiguousarray(ids[piece]), np.ascontiguousarray(targets[piece]), "")
+    words = f"{batch.shape[0]} x {batch.shape[1]} tokens of the current batch"
+    report = Report(name, ("reference float64", f"{model.be.name} {model.dtype}"), words)
+    need, have = _bytes(model, batch, reference), available_memory()
+    if have is not None and need > have:
+        report.skipped["forward"] = (
+            f"the reference in float64 needs {need / 2**30:.1f} GiB of main memory, {have / 2**30:.1f} GiB are free"
+        )
+        return report
+    start = time.perf_counter()
+    report.add(forced(model.cfg, model, batch, optimizer=False).rows)
+    model.be.fill(model.g, 0)
+    model.be.fill(model.total, 0)
+    report.seconds["backward"] = time.perf_counter() - start
+    return report
+
+
+def _bytes(model: Model, batch: Batch, be: ModuleType) -> int:
+    """Of main memory, with what comparing the largest array takes."""
+    job = memory(model.cfg, be, *batch.shape, dtype="float64", optimizer=False).total
+    return job + 4 * 8 * model.cfg.vocab_size * model.cfg.hidden_size

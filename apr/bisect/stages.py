@@ -1,0 +1,678 @@
+"""The stages of a bisection: configuration, data, upload, then every op of a training step, then state.
+
+Each takes what it needs and gives rows; run() puts them together into a Report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import ml_dtypes  # noqa: F401 - gives NumPy the name "bfloat16"
+import numpy as np
+
+from ..arena import WIDE
+from ..backends import reference
+from ..config import ModelConfig
+from ..model import Model
+from ..optim import AdamW
+from ..params import FUSED, Layout
+from ..plan import memory
+from . import causes, rule
+from .lockstep import join, join_optimizers
+from .report import EXACT, Report, Row
+from .watch import Forced, Free, difference
+
+LR, CLIP, DECAY, STEPS = 0.003, 0.5, 0.1, 2  # of the AdamW step: CLIP is a share of the gradients' norm
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is judged: a backend, what it believes the model to be, and the dtype it computes in."""
+
+    backend: rule.Backend
+    cfg: ModelConfig
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """For a reader: "cpu float32"."""
+        return f"{self.backend.name} {self.dtype}"
+
+    def model(self, weights: np.ndarray, shape: tuple[int, int], **options: Any) -> Model:
+        """A model of this side with its weights uploaded."""
+        model = Model(self.cfg, self.backend, *shape, self.dtype, loss_rows=shape[0] * shape[1], **options)
+        self.backend.fill(model.w, np.nan)  # what is not filled shows
+        self.backend.from_host(model.w, weights)
+        return model
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes in: ids and targets (B,T) int32, negative targets ignored; and in words what it is."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+    words: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B,T)."""
+        b, t = self.ids.shape
+        return b, t
+
+    @property
+    def count(self) -> int:
+        """Tokens that are predicted."""
+        return int((self.targets >= 0).sum())
+
+
+def exact(
+    stage: str, op: str, tap: str, got: Any, want: Any, layer: int | None = None, cause: str = ""
+) -> Row:
+    """A row of two values that must be equal."""
+    same = bool(got == want) or (got != got and want != want)
+    return Row(stage, op, tap, EXACT, 0.0 if same else np.inf, 0.0, layer, (), (), got, want, cause)
+
+
+def holds(stage: str, op: str, tap: str, true: bool, otherwise: str, layer: int | None = None) -> Row:
+    """A row of a fact that must be true."""
+    return exact(stage, op, tap, bool(true), True, layer, "" if true else otherwise)
+
+
+# Configuration
+
+
+def configuration(truth: ModelConfig, side: ModelConfig) -> list[Row]:
+    """Whether both sides believe the same of the model."""
+    return [
+        exact("configuration", "config", f.name, getattr(side, f.name), getattr(truth, f.name))
+        for f in fields(ModelConfig)
+    ]
+
+
+# Upload
+
+
+def upload(model: Model, weights: np.ndarray) -> list[Row]:
+    """Every parameter read back from the device against what was sent, bit for bit, after rounding to the dtype of
+    the model; the padding must be zero; and the rope tables, against formulas of their own."""
+    kind = np.dtype(model.dtype)
+    rows = []
+    back = model.be.to_host(model.w)
+    named = {s.hf: weights[s.offset : s.offset + s.size].reshape(s.shape) for s in model.layout.slots}
+    covered = 0
+    for s in model.layout.in_order():
+        at = slice(s.offset, s.offset + s.size)
+        got, want = back[at].reshape(s.shape), named[s.hf].astype(kind)
+        covered += s.size
+        tap = s.param.name if s.layer is None else f"{s.layer}.{s.param.name}"
+        if got.tobytes() == want.tobytes():
+            rows.append(Row("upload", "from_host", tap, EXACT, 0.0, 0.0, s.layer, s.shape))
+            continue
+        d = difference(got, want)
+        others = {k: v for k, v in named.items() if k != s.hf and v.shape == s.shape}
+        cause = causes.explain_parameter(
+            tap, got.astype(np.float64), want.astype(np.float64),
+            {k: v.astype(np.float64) for k, v in others.items()} if s.size < 1 << 22 else {},
+        )  # fmt: skip
+        index = tuple(int(i) for i in np.unravel_index(d.flat, d.shape))
+        rows.append(
+            Row(
+                "upload",
+                "from_host",
+                tap,
+                EXACT,
+                d.err or np.inf,
+                0.0,
+                s.layer,
+                s.shape,
+                index,
+                d.got,
+                d.want,
+                cause,
+            )
+        )
+    if covered < back.size:
+        used = np.zeros(back.size, bool)
+        for s in model.layout.slots:
+            used[s.offset : s.offset + s.size] = True
+        rest = back[~used].astype(np.float64)
+        rows.append(
+            holds("upload", "from_host", "padding", not rest.any(), "what lies between parameters is not 0")
+        )
+    return rows + tables(model)
+
+
+def tables(model: Model) -> list[Row]:
+    """cos and sin on the device, against angles computed one by one: t * theta^(-2i/D), scaled as Llama 3.1 does."""
+    c = model.cfg
+    rows = []
+    positions = model.cos.shape[0]
+    angles = np.array([[t * _frequency(c, i) for i in range(c.head_dim // 2)] for t in range(positions)])
+    for name, table, want in (("cos", model.cos, np.cos(angles)), ("sin", model.sin, np.sin(angles))):
+        d = difference(model.be.to_host(table), want)
+        eps = rule.EPS[WIDE[model.dtype]]
+        tol = rule.tolerance(0.0, 1.0, eps, 2) + 4 * positions * rule.EPS["float64"]
+        rows.append(Row("upload", "rope_tables", name, EXACT, d.err, tol, None, d.shape, (), d.got, d.want))
+    return rows
+
+
+def _frequency(c: ModelConfig, i: int) -> float:
+    """Radians per position of pair i (Su et al. 2021); Llama 3.1 stretches long wavelengths."""
+    wavelength = 2 * np.pi * c.rope_theta ** (2 * i / c.head_dim)
+    s = c.rope_scaling
+    if s is None:
+        return float(2 * np.pi / wavelength)
+    low, high = (s.original_max_position_embeddings / f for f in (s.low_freq_factor, s.high_freq_factor))
+    if wavelength < high:
+        stretch = 1.0
+    elif wavelength > low:
+        stretch = s.factor
+    else:
+        x = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (
+            s.high_freq_factor - s.low_freq_factor
+        )
+        stretch = 1 / ((1 - x) / s.factor + x)
+    return float(2 * np.pi / (wavelength * stretch))
+
+
+def all_used(layout: Layout, passed: set[str], trained: bool) -> list[Row]:
+    """Whether every parameter was given to an op, and its gradient too."""
+    rows = []
+    groups = {part: name for name, parts in FUSED.items() for part in parts}
+    for s in layout.in_order():
+        prefix = "" if s.layer is None else f"{s.layer}."
+        names = {prefix + s.param.name, prefix + groups.get(s.param.name, s.param.name)}
+        for kind in ("", "grad.") if trained else ("",):
+            used = any(kind + n in passed for n in names)
+            rows.append(
+                holds(
+                    "upload",
+                    "used",
+                    f"{kind}{prefix}{s.param.name}",
+                    used,
+                    "no op was given this buffer",
+                    s.layer,
+                )
+            )
+    return rows
+
+
+@contextmanager
+def kernel_arguments(seen: dict[tuple[str, str], set[float]]) -> Iterator[None]:
+    """Note the numbers that CUDA kernels are launched with: seen[kernel, parameter]. Does nothing without CUDA."""
+    from ..backends import _cuda_ops, kernels
+
+    machine = _cuda_ops.machine
+    if machine is None:
+        yield
+        return
+    load = machine.kernel
+
+    def noted(module: str, name: str, act: str, **defines: int) -> Any:
+        kernel = load(module, name, act, **defines)
+        declared = kernels.signatures(module)[name]
+
+        def launch(grid: Any, block: Any, args: tuple[Any, ...], **options: Any) -> None:
+            for p, x in zip(declared, args, strict=True):
+                if not p.pointer:
+                    seen.setdefault((name, p.name), set()).add(float(x))
+            kernel(grid, block, args, **options)
+
+        return launch
+
+    machine.kernel = noted
+    try:
+        yield
+    finally:
+        machine.kernel = load
+
+
+def kernels_given(cfg: ModelConfig, seen: dict[tuple[str, str], set[float]]) -> list[Row]:
+    """Whether kernels were launched with the numbers of the configuration."""
+    want = {
+        "eps": {cfg.rms_norm_eps},
+        "window": {float(cfg.sliding_window)},
+        "sign": {1.0, -1.0},
+    }
+    rows = []
+    for (kernel, parameter), values in seen.items():
+        if parameter in want and not kernel.startswith("adamw"):
+            rows.append(
+                exact(
+                    "configuration",
+                    kernel,
+                    parameter,
+                    sorted(values),
+                    sorted(want[parameter] & values) or sorted(want[parameter]),
+                )
+            )
+    return rows
+
+
+# A training step, op by op
+
+
+def _beside(judged: Model, cfg: ModelConfig, be: rule.Backend, shape: tuple[int, int], dtype: str) -> Model:
+    """A model on another backend that can run in lockstep with one, on batches of `shape`."""
+    rows = min(judged.loss_rows, shape[0] * shape[1])
+    return Model(
+        cfg, be, *shape, dtype=dtype, train=judged.train, loss_rows=rows, recompute=judged.recompute,
+        z_loss=judged.z_loss,
+    )  # fmt: skip
+
+
+def passes(both: Model, watch: Forced | Free, batch: Batch) -> None:
+    """Forward, loss and, of a model that trains, backward of a batch, watched."""
+    watch.stage = "forward"
+    both.forward(batch.ids)
+    watch.stage = "loss"
+    both.loss(batch.targets, 1 / batch.count if both.train else None)
+    if both.train:
+        watch.stage = "backward"
+        both.backward()
+
+
+def forced(truth: ModelConfig, judged: Model, batch: Batch, optimizer: bool) -> Forced:
+    """Every op of a step with the reference's inputs."""
+    model = _beside(judged, truth, reference, batch.shape, "float64")
+    watch = Forced([reference, judged.be], judged.dtype, model.layout)
+    both = join([model, judged], watch)
+    watch.begin(both)
+    passes(both, watch, batch)
+    if optimizer:
+        watch.stage = "optimizer"
+        _one_step(both, [model, judged], watch)
+    return watch
+
+
+def _one_step(both: Model, models: list[Model], watch: Forced) -> None:
+    """The third step of AdamW, with moments that are not zero, and clipping that bites."""
+    opts = [AdamW(m, weight_decay=DECAY, grad_clip=CLIP) for m in models]
+    joined = join_optimizers(both, opts)
+    rng = np.random.default_rng(0)
+    norm = float(np.sqrt(np.square(models[0].g).sum()))
+    joined.grad_clip, joined.steps = CLIP * norm, STEPS
+    for x, size in ((joined.m, 0.1 * norm), (joined.v, (0.1 * norm) ** 2)):
+        truth, judged = x.sides
+        truth[...] = rng.standard_normal(truth.shape, np.float32)
+        truth *= size / np.sqrt(truth.size)
+        if x is joined.v:
+            np.abs(truth, out=truth)
+        low = truth.astype(judged.dtype)
+        truth[...] = low
+        models[1].be.from_host(judged, low)
+    joined.master.sides[0][...] = models[0].w
+    if joined.master.sides[1] is not models[1].w:
+        models[1].be.from_host(joined.master.sides[1], models[0].w.astype(joined.master.sides[1].dtype))
+    joined.step(LR)
+
+
+def free(truth: ModelConfig, judged: Model, weights: np.ndarray, batch: Batch) -> Free:
+    """Every op of a step as errors pile up, and how far rounding alone moves the reference: plain NumPy at that
+    precision, and the reference in float64 whose weights, and so its inputs, are off by one rounding."""
+    low = "bfloat16" if judged.dtype == "bfloat16" else "float32"
+    sent = weights.astype(judged.dtype).astype(np.float64)
+    models = [
+        _beside(judged, truth, be, batch.shape, dtype)
+        for be, dtype in ((reference, "float64"), (rule.plain(low)[-1], low), (reference, "float64"))
+    ]
+    signs = np.random.default_rng(1).choice(np.array([-0.5, 0.5], np.float32), sent.size)
+    for m, host in zip(models, (sent, sent, sent * (1 + rule.EPS[low] * signs)), strict=True):
+        m.be.from_host(m.w, host)
+    models.append(judged)
+    watch = Free([m.be for m in models], judged.dtype, judged.layout)
+    both = join(models, watch)
+    for m in models:
+        if judged.train:
+            m.be.fill(m.g, 0)
+        m.be.fill(m.total, 0)
+    passes(both, watch, batch)
+    return watch
+
+
+# The optimizer as a whole
+
+
+def optimizer_step(judged: Model, weights: np.ndarray) -> list[Row]:
+    """One whole AdamW step on the side's own gradients, against the formula on the host, parameter by parameter:
+    Loshchilov and Hutter 2019, algorithm 2, matrices alone decayed. Leaves the model with the new weights."""
+    be, layout = judged.be, judged.layout
+    g = be.to_host(judged.g)
+    norm = float(
+        np.sqrt(
+            sum(
+                float(np.square(g[a : a + (1 << 22)], dtype=np.float64).sum())
+                for a in range(0, g.size, 1 << 22)
+            )
+        )
+    )
+    opt = AdamW(judged, weight_decay=DECAY, grad_clip=CLIP * norm)
+    before = be.to_host(opt.master)
+    opt.step(LR)
+    after = be.to_host(opt.master)
+    factor = min(1.0, CLIP * norm / (norm + 1e-6))
+    rows = []
+
+    def formula(w: np.ndarray, grad: np.ndarray, decay: float, kind: Any) -> np.ndarray:
+        num = np.dtype(kind).type
+        w, grad = w.astype(kind), grad.astype(kind) * num(factor)
+        m, v = grad * num(1 - opt.beta1), grad * grad * num(1 - opt.beta2)
+        mhat, vhat = m / num(1 - opt.beta1), v / num(1 - opt.beta2)
+        out: np.ndarray = w - num(LR) * (mhat / (np.sqrt(vhat) + num(opt.eps)) + num(decay) * w)
+        return out
+
+    for s in layout.in_order():
+        at, decay = slice(s.offset, s.offset + s.size), DECAY if len(s.shape) > 1 else 0.0
+        want = formula(before[at], g[at], decay, np.float64)
+        base = difference(formula(before[at], g[at], decay, np.float32), want).err
+        d = difference(after[at], want)
+        eps = rule.EPS[WIDE[judged.dtype]]
+        scale = eps / rule.EPS["float32"]
+        err, tol, cause = d.err, rule.tolerance(base * scale, d.largest, eps, 2), ""
+        if not err <= tol:
+            cause = _update_cause(after[at], before[at], want)
+        index = tuple(int(i) for i in np.unravel_index(d.flat, s.shape))
+        rows.append(
+            Row(
+                "optimizer",
+                "AdamW.step",
+                f"w.{s.hf}",
+                EXACT,
+                err,
+                tol,
+                s.layer,
+                s.shape,
+                index,
+                d.got,
+                d.want,
+                cause,
+            )
+        )
+    rows.append(
+        holds(
+            "optimizer",
+            "AdamW.step",
+            "g",
+            not be.to_host(judged.g).any(),
+            "the gradients were not set to zero",
+        )
+    )
+    return rows
+
+
+def _update_cause(after: np.ndarray, before: np.ndarray, want: np.ndarray) -> str:
+    """In words how an update differs from the one that was wanted."""
+    got, asked = (x.astype(np.float64) - before for x in (after, want))
+    if not got.any():
+        return "it did not move"
+    ratio = float((got * asked).sum() / max(float((asked * asked).sum()), 1e-300))
+    if np.abs(got - ratio * asked).max() <= 1e-3 * np.abs(got).max():
+        return f"the update is {ratio:.4g} times what it should be: another learning rate was applied"
+    return ""
+
+
+# State
+
+
+def state(side: Side, weights: np.ndarray, batch: Batch, tolerances: dict[str, float]) -> list[Row]:
+    """What must not be carried over: two runs equal, memory that starts as NaN, evaluation between training, the
+    recorded pass, the future, another input, a batch and its sequences one by one."""
+    model = side.model(weights, batch.shape)
+    be, rows = side.backend, []
+
+    def step(ids: np.ndarray, targets: np.ndarray, scale: float) -> tuple[float, np.ndarray]:
+        be.fill(model.g, 0)
+        be.fill(model.total, 0)
+        model.forward(ids)
+        model.loss(targets, scale)
+        model.backward()
+        return float(be.to_host(model.total)[0]), be.to_host(model.g)
+
+    def evaluate(ids: np.ndarray) -> float:
+        be.fill(model.total, 0)
+        model.forward(ids)
+        model.loss(batch.targets)
+        return float(be.to_host(model.total)[0])
+
+    def same(what: str, now: tuple[float, np.ndarray], otherwise: str) -> None:
+        rows.append(
+            exact("state", what, "loss", now[0], first[0], cause=otherwise if now[0] != first[0] else "")
+        )
+        if now[1].tobytes() == first[1].tobytes():
+            rows.append(exact("state", what, "gradients", True, True))
+            return
+        for s in model.layout.in_order():
+            at = slice(s.offset, s.offset + s.size)
+            if now[1][at].tobytes() != first[1][at].tobytes():
+                d = difference(now[1][at], first[1][at])
+                index = tuple(int(i) for i in np.unravel_index(d.flat, s.shape))
+                rows.append(
+                    Row(
+                        "state",
+                        what,
+                        f"grad.{s.hf}",
+                        EXACT,
+                        d.err or np.inf,
+                        0.0,
+                        s.layer,
+                        s.shape,
+                        index,
+                        d.got,
+                        d.want,
+                        otherwise,
+                    )
+                )
+                return
+
+    scale = 1 / batch.count
+    before = evaluate(batch.ids)
+    first = step(batch.ids, batch.targets, scale)
+    same("two_runs", step(batch.ids, batch.targets, scale), "the second of two equal runs gives other bits")
+    rows.append(exact("state", "evaluate_again", "loss", evaluate(batch.ids), before))
+    rows.append(
+        exact(
+            "state",
+            "evaluate",
+            "loss",
+            before,
+            first[0],
+            cause="evaluation and training differ" if before != first[0] else "",
+        )
+    )
+    same(
+        "after_evaluation",
+        step(batch.ids, batch.targets, scale),
+        "an evaluation changed the next training step",
+    )
+    for name, x in model.buffers.arrays.items():
+        scratch = name.rsplit(".", 1)[-1] not in ("w", "g", "cos", "sin", "total", "ids", "targets")
+        if scratch:
+            be.fill(x, np.nan)
+    columns = model.buffers["logits"].shape[1]
+    if columns > model.cfg.vocab_size:
+        be.fill(model.buffers["logits"], 0)  # the padding is to stay zero
+    same(
+        "scratch_starts_as_nan",
+        step(batch.ids, batch.targets, scale),
+        "something is read before it is written",
+    )
+    for _ in range(3):  # op by op, recorded, replayed
+        be.fill(model.g, 0)
+        be.fill(model.total, 0)
+        model.micro_step(batch.ids, batch.targets, scale)
+    replayed = float(be.to_host(model.total)[0]), be.to_host(model.g)
+    same("recorded_pass", replayed, "the recorded pass gives other bits than op by op")
+    rows += _future(model, batch)
+    other = (batch.ids[:, ::-1] + 1) % side.cfg.vocab_size
+    rows.append(
+        holds(
+            "state",
+            "other_input",
+            "loss",
+            evaluate(np.ascontiguousarray(other)) != before,
+            "another input gives the same loss: a stale buffer",
+        )
+    )
+    if not tolerances:
+        return rows
+    be.fill(model.g, 0)
+    be.fill(model.total, 0)
+    for ids, targets in zip(batch.ids, batch.targets, strict=True):
+        model.forward(ids[None])
+        model.loss(targets[None], scale)
+        model.backward()
+    parts = be.to_host(model.g)
+    groups = {part: name for name, names in FUSED.items() for part in names}
+    for s in model.layout.in_order():
+        at = slice(s.offset, s.offset + s.size)
+        prefix = "grad." if s.layer is None else f"grad.{s.layer}."
+        tol = tolerances.get(prefix + groups.get(s.param.name, s.param.name))
+        if tol is None:
+            continue
+        d = difference(parts[at], first[1][at])
+        index = tuple(int(i) for i in np.unravel_index(d.flat, s.shape))
+        otherwise = "" if d.err <= 2 * tol else "a batch of n is not the mean of its n sequences"
+        rows.append(
+            Row(
+                "state",
+                "sequence_by_sequence",
+                f"grad.{s.hf}",
+                EXACT,
+                d.err,
+                2 * tol,
+                s.layer,
+                s.shape,
+                index,
+                d.got,
+                d.want,
+                otherwise,
+            )
+        )
+    return rows
+
+
+def _future(model: Model, batch: Batch) -> list[Row]:
+    """Whether what comes last changes what was computed for earlier positions."""
+    be, t = model.be, batch.ids.shape[1]
+    half = max(1, t // 2)
+    seen: list[np.ndarray] = []
+    for ids in (batch.ids, batch.ids.copy()):
+        if seen:
+            ids[:, half:] = (ids[:, half:] + 7) % model.cfg.vocab_size
+        model.forward(ids)
+        final = be.to_host(model._at(*ids.shape)[1].final_norm).reshape(*ids.shape, -1)
+        seen.append(final[:, :half].astype(np.float64))
+    d = difference(seen[1], seen[0])
+    changed = "" if d.err == 0 else "a token changes what was computed for those before it: the mask"
+    index = tuple(int(i) for i in np.unravel_index(d.flat, d.shape))
+    return [
+        Row(
+            "state",
+            "future_changed",
+            "final_norm",
+            EXACT,
+            d.err,
+            0.0,
+            None,
+            d.shape,
+            index,
+            d.got,
+            d.want,
+            changed,
+        )
+    ]
+
+
+# All of it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What run() does. stop: at the first stage that finds a fault."""
+
+    free: bool = True
+    backward: bool = True
+    optimizer: bool = True
+    state: bool = True
+    stop: bool = False
+
+
+def host_bytes(side: Side, shape: tuple[int, int], plan: Plan) -> int:
+    """Bytes of main memory that run() takes at the most, beside the side's own."""
+
+    def of(dtype: str, optimizer: bool) -> int:
+        return memory(
+            side.cfg, reference, *shape, dtype=dtype, train=plan.backward, optimizer=optimizer
+        ).total
+
+    one = of("float64", plan.optimizer and plan.backward)
+    if plan.free:
+        one = max(one, 2 * of("float64", False) + of("float32", False))
+    return one + (1 << 30)
+
+
+def run(
+    truth: ModelConfig,
+    side: Side,
+    weights: np.ndarray,
+    batch: Batch,
+    report: Report,
+    plan: Plan = Plan(),
+    progress: Progress = lambda stage: None,
+) -> Report:
+    """Compare a side with the reference in float64 on the same weights (Layout order) and batch, stage by stage."""
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        progress(name)
+        start = time.perf_counter()
+        yield
+        report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def done() -> bool:
+        return plan.stop and not report.agree
+
+    with stage("configuration"):
+        report.add(configuration(truth, side.cfg))
+    if Layout(truth).slots != Layout(side.cfg).slots:
+        for name in ("upload", "forward", "loss", "backward", "optimizer", "state"):
+            report.skipped[name] = "the two sides do not have the same parameters"
+        return report
+    if done():
+        return report
+    with stage("upload"):
+        judged = side.model(weights, batch.shape, train=plan.backward)
+        report.add(upload(judged, weights))
+    if done():
+        return report
+    given: dict[tuple[str, str], set[float]] = {}
+    tolerances: dict[str, float] = {}
+    if plan.free:
+        with stage("forward"):
+            watch = free(truth, judged, weights, batch)
+            report.add(watch.rows)
+            tolerances = {r.tap: r.tol for r in watch.rows if r.tap.startswith("grad.")}
+            del watch
+        if plan.backward and plan.optimizer:
+            with stage("optimizer"):
+                report.add(optimizer_step(judged, weights))
+    with stage("backward" if plan.backward else "forward"), kernel_arguments(given):
+        judged.be.from_host(judged.w, weights)
+        looked = forced(truth, judged, batch, plan.optimizer and plan.backward)
+        report.add(looked.rows)
+        report.add(all_used(judged.layout, looked.passed, plan.backward))
+        report.add(kernels_given(truth, given))
+        del looked
+    if done():
+        return report
+    del judged
+    if plan.state and plan.backward:
+        with stage("state"):
+            report.add(state(side, weights, batch, tolerances))
+    return report
