@@ -19,7 +19,10 @@ pytestmark = pytest.mark.gpu
 OPS_ALONE = Plan(free=False, state=False)
 MODELS = {  # tiny ones, and of each family one whose heads are for tensor cores
     **{name: PRESETS[name] for name in catalogue.TINY},
-    **{f"{name} wide": replace(PRESETS[name], head_dim=32) for name in ("qwen2-tiny", "mistral-tiny")},
+    **{
+        f"{name} wide": replace(PRESETS[name], head_dim=32)
+        for name in ("qwen2-tiny", "mistral-tiny", "llama-tiny")
+    },
 }
 
 

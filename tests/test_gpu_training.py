@@ -149,7 +149,8 @@ def run(
 def lines(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on time."""
     read = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in m.items() if k not in ("wall_ms", "tokens_per_sec")} for m in read]
+    timed = ("wall_ms", "tokens_per_sec")
+    return [{k: v for k, v in m.items() if k not in timed} for m in read if "spot_check" not in m]
 
 
 def unequal(a: Path, b: Path) -> list[str]:

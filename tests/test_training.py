@@ -107,7 +107,9 @@ def lines(run_dir):
 
 
 def without_time(metrics):
-    return [{k: v for k, v in m.items() if k not in ("wall_ms", "tokens_per_sec")} for m in metrics]
+    """What training computed: a resumed run has a spot check more."""
+    timed = ("wall_ms", "tokens_per_sec")
+    return [{k: v for k, v in m.items() if k not in timed} for m in metrics if "spot_check" not in m]
 
 
 def state(run_dir):

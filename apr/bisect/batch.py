@@ -12,7 +12,7 @@ from ..data.batches import Batches, Windows
 from ..data.manifest import MANIFEST, read_manifest
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
-from ..errors import InputNotFound, Refused, UsageError
+from ..errors import InputNotFound, MalformedFile, Refused, UsageError
 from .report import EXACT, Row
 from .stages import Batch, exact, holds
 
@@ -72,6 +72,8 @@ def at_random(cfg: ModelConfig, shape: tuple[int, int], seed: int) -> Batch:
 
 def from_ids(ids: np.ndarray, targets: np.ndarray | None, source: str) -> Batch:
     """Given ids; targets are the next ones unless they are given too."""
+    if ids.shape[1] < 2:
+        raise UsageError(f"{source}: one position shows no fault of attention; give at least 2")
     if targets is None:
         targets = np.concatenate([ids[:, 1:], np.full_like(ids[:, :1], IGNORED)], 1)
     if not (targets >= 0).any():
@@ -79,12 +81,17 @@ def from_ids(ids: np.ndarray, targets: np.ndarray | None, source: str) -> Batch:
     return Batch(ids, targets, f"{ids.shape[0]} x {ids.shape[1]} ids of {source}")
 
 
-def from_dataset(folder: str, shape: tuple[int, int], seed: int) -> tuple[Batch, list[Row]]:
+def from_dataset(folder: str, shape: tuple[int, int], seed: int, vocab_size: int) -> tuple[Batch, list[Row]]:
     """The first batch that training would draw of a folder of token shards, and whether windows and order are right."""
     path = Path(folder)
     if not (path / MANIFEST).is_file() and (path / "train").is_dir():
         path /= "train"
     shards = TokenShards(path)
+    if shards.vocab_size > vocab_size:
+        raise Refused(
+            f"{path}: encoded with {shards.vocab_size} ids, the model has {vocab_size}; give the dataset that the model was "
+            "trained on, or one that was encoded with its tokenizer"
+        )
     windows = Windows(shards, shape[1])
     if len(windows) < shape[0]:
         raise Refused(
@@ -182,11 +189,16 @@ def read_text(name: str) -> str:
     path = Path(name)
     if not path.is_file():
         raise InputNotFound(f"--text {name}: no such file")
-    return path.read_text("utf-8", errors="strict")
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise MalformedFile(
+            f"--text {name}: not UTF-8 at byte {e.start}; convert it, or give another file"
+        ) from None
 
 
 def _thinned(targets: np.ndarray) -> np.ndarray:
     """Targets of which every IGNORE_EVERY-th is left out."""
     out = np.array(targets, np.int32)
-    out.reshape(-1)[::IGNORE_EVERY] = IGNORED
+    out.reshape(-1)[IGNORE_EVERY // 2 :: IGNORE_EVERY] = IGNORED
     return out

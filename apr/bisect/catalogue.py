@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .. import backends
 from ..config import PRESETS, ModelConfig
@@ -66,14 +67,14 @@ def bisect(fault: Fault, be: Backend, dtype: str, name: str = "") -> Report:
     """Bisect a side with a fault beside the reference."""
     name = name or model_for(fault)
     cfg = PRESETS[name]
-    report = Report(name, ("reference float64", f"{be.name} {dtype}"), "")
+    given = batches.at_random(cfg, SHAPE, seed=0)
+    report = Report(name, ("reference float64", f"{be.name} {dtype}"), given.words)
     if fault.seen_by == DATA:
         with tempfile.TemporaryDirectory() as folder, fault.patch():
-            report.add(batches.from_dataset(str(tiny_dataset(Path(folder))), SHAPE, seed=0)[1])
+            report.add(batches.from_dataset(str(tiny_dataset(Path(folder))), SHAPE, 0, vocab_size=10**6)[1])
         return report
     believed = fault.config(cfg)
     side = Side(fault.backend(be, cfg), believed, dtype)
-    given = batches.at_random(cfg, SHAPE, seed=0)
     return run(cfg, side, weights_of(cfg), given, report)
 
 
@@ -98,7 +99,11 @@ def print_catalogue(as_json: bool = False) -> int:
     """Plant all faults on the cpu backend; the table. Returns 0 when each was named as it must be, else 9."""
     console = Console(highlight=False, quiet=as_json)
     rows: list[dict[str, Any]] = []
-    table = Table("fault", "what it does", "found by", "op named", "tap", "s", box=None, pad_edge=False)
+    if not console.is_terminal:
+        console.width = 200
+    table = Table(box=None, pad_edge=False)
+    for title in ("fault", "what it does", "found by", "op named", "tap", "s"):
+        table.add_column(title, overflow="fold")
     for f in plant_all(backends.get("cpu"), "float32"):
         r = f.row
         rows.append(
@@ -108,14 +113,8 @@ def print_catalogue(as_json: bool = False) -> int:
             )
         )  # fmt: skip
         stage, op, tap = (r.stage, r.op, r.tap) if r else ("NOT FOUND", "", "")
-        table.add_row(
-            f.fault.name,
-            f.fault.what,
-            stage,
-            op if f.named else f"{op}, NOT {f.fault.named.op}",
-            tap,
-            f"{f.seconds:.2f}",
-        )
+        said = op if f.named else f"{op}, NOT {f.fault.named.op}"
+        table.add_row(*map(Text, (f.fault.name, f.fault.what, stage, said, tap, f"{f.seconds:.2f}")))
     console.print(table)
     good = sum(r["named"] for r in rows)
     console.print(f"{good} of {len(rows)} faults were found and named as the catalogue says.")

@@ -214,6 +214,7 @@ _CATALOGUE = (
         "pairs are neighbours (packs, where 16 bytes are moved at once), not halves of a head",
         *("rope", _HALVES, _HALVES.replace("x_row + d;", "x_row + 2 * d;").replace("+ half", "+ N")),
         *("rope", "x"),
+        applies=lambda c: c.head_dim > 16,  # half a head is more than one pack
     ),
     KernelFault(
         "kernel_rope_position_before",

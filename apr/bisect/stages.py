@@ -5,6 +5,7 @@ Each takes what it needs and gives rows; run() puts them together into a Report.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,10 +24,12 @@ from ..params import FUSED, Layout
 from ..plan import memory
 from . import causes, rule
 from .lockstep import join, join_optimizers
+from .pieces import in_parallel, in_pieces
 from .report import EXACT, Report, Row
-from .watch import Forced, Free, difference
+from .watch import Difference, Forced, Free, difference
 
 LR, CLIP, DECAY, STEPS = 0.003, 0.5, 0.1, 2  # of the AdamW step: CLIP is a share of the gradients' norm
+PERIOD = (1 << 16) - 15  # random numbers that are used again and again: no tensor is so small or so regular
 Progress = Callable[[str], None]
 
 
@@ -84,6 +87,28 @@ def holds(stage: str, op: str, tap: str, true: bool, otherwise: str, layer: int 
     return exact(stage, op, tap, bool(true), True, layer, "" if true else otherwise)
 
 
+def measured(
+    stage: str,
+    op: str,
+    tap: str,
+    d: Difference,
+    tol: float,
+    layer: int | None = None,
+    shape: tuple[int, ...] = (),
+    cause: str = "",
+) -> Row:
+    """A row of a difference."""
+    shape = shape or d.shape
+    index = tuple(int(i) for i in np.unravel_index(d.flat, shape))
+    return Row(stage, op, tap, EXACT, d.err, tol, layer, shape, index, d.got, d.want, cause)
+
+
+def unequal(got: np.ndarray, want: np.ndarray) -> Difference:
+    """The difference of arrays that do not have the same bits, infinite where their values are equal: -0 and 0."""
+    d = difference(got, want)
+    return dataclasses.replace(d, err=d.err or np.inf)
+
+
 # Configuration
 
 
@@ -111,32 +136,16 @@ def upload(model: Model, weights: np.ndarray) -> list[Row]:
         got, want = back[at].reshape(s.shape), named[s.hf].astype(kind)
         covered += s.size
         tap = s.param.name if s.layer is None else f"{s.layer}.{s.param.name}"
-        if got.tobytes() == want.tobytes():
+        if _same_bits(got, want):
             rows.append(Row("upload", "from_host", tap, EXACT, 0.0, 0.0, s.layer, s.shape))
             continue
-        d = difference(got, want)
+        d = unequal(got, want)
         others = {k: v for k, v in named.items() if k != s.hf and v.shape == s.shape}
         cause = causes.explain_parameter(
             tap, got.astype(np.float64), want.astype(np.float64),
             {k: v.astype(np.float64) for k, v in others.items()} if s.size < 1 << 22 else {},
         )  # fmt: skip
-        index = tuple(int(i) for i in np.unravel_index(d.flat, d.shape))
-        rows.append(
-            Row(
-                "upload",
-                "from_host",
-                tap,
-                EXACT,
-                d.err or np.inf,
-                0.0,
-                s.layer,
-                s.shape,
-                index,
-                d.got,
-                d.want,
-                cause,
-            )
-        )
+        rows.append(measured("upload", "from_host", tap, d, 0.0, s.layer, s.shape, cause))
     if covered < back.size:
         used = np.zeros(back.size, bool)
         for s in model.layout.slots:
@@ -158,7 +167,7 @@ def tables(model: Model) -> list[Row]:
         d = difference(model.be.to_host(table), want)
         eps = rule.EPS[WIDE[model.dtype]]
         tol = rule.tolerance(0.0, 1.0, eps, 2) + 4 * positions * rule.EPS["float64"]
-        rows.append(Row("upload", "rope_tables", name, EXACT, d.err, tol, None, d.shape, (), d.got, d.want))
+        rows.append(measured("upload", "rope_tables", name, d, tol))
     return rows
 
 
@@ -262,7 +271,7 @@ def _beside(judged: Model, cfg: ModelConfig, be: rule.Backend, shape: tuple[int,
     """A model on another backend that can run in lockstep with one, on batches of `shape`."""
     rows = min(judged.loss_rows, shape[0] * shape[1])
     return Model(
-        cfg, be, *shape, dtype=dtype, train=judged.train, loss_rows=rows, recompute=judged.recompute,
+        cfg, in_parallel(be), *shape, dtype=dtype, train=judged.train, loss_rows=rows, recompute=judged.recompute,
         z_loss=judged.z_loss,
     )  # fmt: skip
 
@@ -281,7 +290,7 @@ def passes(both: Model, watch: Forced | Free, batch: Batch) -> None:
 def forced(truth: ModelConfig, judged: Model, batch: Batch, optimizer: bool) -> Forced:
     """Every op of a step with the reference's inputs."""
     model = _beside(judged, truth, reference, batch.shape, "float64")
-    watch = Forced([reference, judged.be], judged.dtype, model.layout)
+    watch = Forced([model.be, judged.be], judged.dtype, model.layout)
     both = join([model, judged], watch)
     watch.begin(both)
     passes(both, watch, batch)
@@ -295,17 +304,19 @@ def _one_step(both: Model, models: list[Model], watch: Forced) -> None:
     """The third step of AdamW, with moments that are not zero, and clipping that bites."""
     opts = [AdamW(m, weight_decay=DECAY, grad_clip=CLIP) for m in models]
     joined = join_optimizers(both, opts)
-    rng = np.random.default_rng(0)
-    norm = float(np.sqrt(np.square(models[0].g).sum()))
+    block = np.random.default_rng(0).standard_normal(PERIOD)
+    norm = _norm(models[0].g)
     joined.grad_clip, joined.steps = CLIP * norm, STEPS
     for x, size in ((joined.m, 0.1 * norm), (joined.v, (0.1 * norm) ** 2)):
         truth, judged = x.sides
-        truth[...] = rng.standard_normal(truth.shape, np.float32)
-        truth *= size / np.sqrt(truth.size)
-        if x is joined.v:
-            np.abs(truth, out=truth)
-        low = truth.astype(judged.dtype)
-        truth[...] = low
+        low = np.empty(truth.shape, judged.dtype)
+        values = (np.abs(block) if x is joined.v else block) * size / np.sqrt(truth.size)
+
+        def fill(at: slice, low: Any = low, truth: Any = truth, values: Any = values) -> None:
+            low[at] = np.resize(values, low[at].size)
+            truth[at] = low[at]
+
+        in_pieces(fill, truth.size)
         models[1].be.from_host(judged, low)
     joined.master.sides[0][...] = models[0].w
     if joined.master.sides[1] is not models[1].w:
@@ -317,21 +328,25 @@ def free(truth: ModelConfig, judged: Model, weights: np.ndarray, batch: Batch) -
     """Every op of a step as errors pile up, and how far rounding alone moves the reference: plain NumPy at that
     precision, and the reference in float64 whose weights, and so its inputs, are off by one rounding."""
     low = "bfloat16" if judged.dtype == "bfloat16" else "float32"
-    sent = weights.astype(judged.dtype).astype(np.float64)
     models = [
         _beside(judged, truth, be, batch.shape, dtype)
         for be, dtype in ((reference, "float64"), (rule.plain(low)[-1], low), (reference, "float64"))
     ]
-    signs = np.random.default_rng(1).choice(np.array([-0.5, 0.5], np.float32), sent.size)
-    for m, host in zip(models, (sent, sent, sent * (1 + rule.EPS[low] * signs)), strict=True):
-        m.be.from_host(m.w, host)
+    block = np.random.default_rng(1).choice([-0.5, 0.5], PERIOD)
+
+    def fill(at: slice) -> None:
+        sent = weights[at].astype(judged.dtype).astype(np.float64)
+        moved = sent * (1 + rule.EPS[low] * np.resize(np.roll(block, at.start % PERIOD), sent.size))
+        for m, values in zip(models, (sent, sent, moved), strict=True):
+            m.w[at] = values
+
+    in_pieces(fill, weights.size)
     models.append(judged)
     watch = Free([m.be for m in models], judged.dtype, judged.layout)
     both = join(models, watch)
-    for m in models:
-        if judged.train:
-            m.be.fill(m.g, 0)
-        m.be.fill(m.total, 0)
+    if judged.train:
+        judged.be.fill(judged.g, 0)
+    judged.be.fill(judged.total, 0)
     passes(both, watch, batch)
     return watch
 
@@ -344,14 +359,7 @@ def optimizer_step(judged: Model, weights: np.ndarray) -> list[Row]:
     Loshchilov and Hutter 2019, algorithm 2, matrices alone decayed. Leaves the model with the new weights."""
     be, layout = judged.be, judged.layout
     g = be.to_host(judged.g)
-    norm = float(
-        np.sqrt(
-            sum(
-                float(np.square(g[a : a + (1 << 22)], dtype=np.float64).sum())
-                for a in range(0, g.size, 1 << 22)
-            )
-        )
-    )
+    norm = _norm(g)
     opt = AdamW(judged, weight_decay=DECAY, grad_clip=CLIP * norm)
     before = be.to_host(opt.master)
     opt.step(LR)
@@ -367,33 +375,21 @@ def optimizer_step(judged: Model, weights: np.ndarray) -> list[Row]:
         out: np.ndarray = w - num(LR) * (mhat / (np.sqrt(vhat) + num(opt.eps)) + num(decay) * w)
         return out
 
+    eps = rule.EPS[WIDE[judged.dtype]]
     for s in layout.in_order():
-        at, decay = slice(s.offset, s.offset + s.size), DECAY if len(s.shape) > 1 else 0.0
-        want = formula(before[at], g[at], decay, np.float64)
-        base = difference(formula(before[at], g[at], decay, np.float32), want).err
-        d = difference(after[at], want)
-        eps = rule.EPS[WIDE[judged.dtype]]
-        scale = eps / rule.EPS["float32"]
-        err, tol, cause = d.err, rule.tolerance(base * scale, d.largest, eps, 2), ""
-        if not err <= tol:
-            cause = _update_cause(after[at], before[at], want)
-        index = tuple(int(i) for i in np.unravel_index(d.flat, s.shape))
-        rows.append(
-            Row(
-                "optimizer",
-                "AdamW.step",
-                f"w.{s.hf}",
-                EXACT,
-                err,
-                tol,
-                s.layer,
-                s.shape,
-                index,
-                d.got,
-                d.want,
-                cause,
-            )
-        )
+        decay = DECAY if len(s.shape) > 1 else 0.0
+        old, grad, new = (x[s.offset : s.offset + s.size] for x in (before, g, after))
+
+        def judge(at: slice, old: Any = old, grad: Any = grad, new: Any = new, decay: float = decay) -> Any:
+            want = formula(old[at], grad[at], decay, np.float64)
+            base = difference(formula(old[at], grad[at], decay, np.float32), want).err
+            d = difference(new[at], want)
+            tol = rule.tolerance(base * eps / rule.EPS["float32"], d.largest, eps, 2)
+            cause = "" if d.err <= tol else _update_cause(new[at], old[at], want)
+            return tol, dataclasses.replace(d, flat=at.start + d.flat), cause
+
+        tol, d, cause = max(in_pieces(judge, s.size), key=lambda f: (not f[1].err <= f[0], f[1].err - f[0]))
+        rows.append(measured("optimizer", "AdamW.step", f"w.{s.hf}", d, tol, s.layer, s.shape, cause))
     rows.append(
         holds(
             "optimizer",
@@ -404,6 +400,15 @@ def optimizer_step(judged: Model, weights: np.ndarray) -> list[Row]:
         )
     )
     return rows
+
+
+def _norm(x: np.ndarray) -> float:
+    return float(np.sqrt(sum(in_pieces(lambda at: float(np.square(x[at], dtype=np.float64).sum()), x.size))))
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    x, y = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
+    return x.size == y.size and all(in_pieces(lambda at: np.array_equal(x[at], y[at]), x.size))
 
 
 def _update_cause(after: np.ndarray, before: np.ndarray, want: np.ndarray) -> str:
@@ -444,30 +449,14 @@ def state(side: Side, weights: np.ndarray, batch: Batch, tolerances: dict[str, f
         rows.append(
             exact("state", what, "loss", now[0], first[0], cause=otherwise if now[0] != first[0] else "")
         )
-        if now[1].tobytes() == first[1].tobytes():
+        if _same_bits(now[1], first[1]):
             rows.append(exact("state", what, "gradients", True, True))
             return
         for s in model.layout.in_order():
             at = slice(s.offset, s.offset + s.size)
-            if now[1][at].tobytes() != first[1][at].tobytes():
-                d = difference(now[1][at], first[1][at])
-                index = tuple(int(i) for i in np.unravel_index(d.flat, s.shape))
-                rows.append(
-                    Row(
-                        "state",
-                        what,
-                        f"grad.{s.hf}",
-                        EXACT,
-                        d.err or np.inf,
-                        0.0,
-                        s.layer,
-                        s.shape,
-                        index,
-                        d.got,
-                        d.want,
-                        otherwise,
-                    )
-                )
+            if not _same_bits(now[1][at], first[1][at]):
+                d = unequal(now[1][at], first[1][at])
+                rows.append(measured("state", what, f"grad.{s.hf}", d, 0.0, s.layer, s.shape, otherwise))
                 return
 
     scale = 1 / batch.count
@@ -536,23 +525,9 @@ def state(side: Side, weights: np.ndarray, batch: Batch, tolerances: dict[str, f
         if tol is None:
             continue
         d = difference(parts[at], first[1][at])
-        index = tuple(int(i) for i in np.unravel_index(d.flat, s.shape))
         otherwise = "" if d.err <= 2 * tol else "a batch of n is not the mean of its n sequences"
         rows.append(
-            Row(
-                "state",
-                "sequence_by_sequence",
-                f"grad.{s.hf}",
-                EXACT,
-                d.err,
-                2 * tol,
-                s.layer,
-                s.shape,
-                index,
-                d.got,
-                d.want,
-                otherwise,
-            )
+            measured("state", "sequence_by_sequence", f"grad.{s.hf}", d, 2 * tol, s.layer, s.shape, otherwise)
         )
     return rows
 
@@ -570,23 +545,7 @@ def _future(model: Model, batch: Batch) -> list[Row]:
         seen.append(final[:, :half].astype(np.float64))
     d = difference(seen[1], seen[0])
     changed = "" if d.err == 0 else "a token changes what was computed for those before it: the mask"
-    index = tuple(int(i) for i in np.unravel_index(d.flat, d.shape))
-    return [
-        Row(
-            "state",
-            "future_changed",
-            "final_norm",
-            EXACT,
-            d.err,
-            0.0,
-            None,
-            d.shape,
-            index,
-            d.got,
-            d.want,
-            changed,
-        )
-    ]
+    return [measured("state", "future_changed", "final_norm", d, 0.0, cause=changed)]
 
 
 # All of it
@@ -635,6 +594,10 @@ def run(
         yield
         report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def spent(watch: Forced | Free) -> None:
+        for name, seconds in watch.seconds.items():
+            report.seconds[name] = report.seconds.get(name, 0.0) + seconds
+
     def done() -> bool:
         return plan.stop and not report.agree
 
@@ -654,17 +617,20 @@ def run(
     given: dict[tuple[str, str], set[float]] = {}
     tolerances: dict[str, float] = {}
     if plan.free:
-        with stage("forward"):
-            watch = free(truth, judged, weights, batch)
-            report.add(watch.rows)
-            tolerances = {r.tap: r.tol for r in watch.rows if r.tap.startswith("grad.")}
-            del watch
+        progress("forward to backward, errors as they accumulate")
+        watch = free(truth, judged, weights, batch)
+        spent(watch)
+        report.add(watch.rows)
+        tolerances = {r.tap: r.tol for r in watch.rows if r.tap.startswith("grad.")}
+        del watch
         if plan.backward and plan.optimizer:
             with stage("optimizer"):
                 report.add(optimizer_step(judged, weights))
-    with stage("backward" if plan.backward else "forward"), kernel_arguments(given):
+    progress("forward to optimizer, each op alone")
+    with kernel_arguments(given):
         judged.be.from_host(judged.w, weights)
         looked = forced(truth, judged, batch, plan.optimizer and plan.backward)
+        spent(looked)
         report.add(looked.rows)
         report.add(all_used(judged.layout, looked.passed, plan.backward))
         report.add(kernels_given(truth, given))

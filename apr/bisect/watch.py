@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +12,12 @@ import numpy as np
 from ..params import Layout
 from . import causes, rule
 from .lockstep import Call, Twin, host
+from .pieces import PIECE, in_parallel, in_pieces, rounded_copy
 from .report import FORCED, FREE, Row
 
-CHUNK = 1 << 18  # elements looked at at once
 MOST_SLICED = 1 << 24  # elements; slices of a larger array are not judged apart
 MOST_EXPLAINED = 6
-FLAT = ("adamw",)  # ops on flat buffers, whose elements do not depend on each other
+LONG_SUM, SAMPLE = 4096, 8
 ALWAYS_64 = ("total", "factor", "sum_sq")
 
 TAP = {  # of scratch buffers: by the weight that is used
@@ -70,13 +70,21 @@ class _Watch:
         self.backends, self.dtype, self.layout = backends, dtype, layout
         self.stage = "forward"
         self.rows: list[Row] = []
-        self.ops = 0
+        self.seconds: dict[str, float] = {}  # by stage
         self.passed: set[str] = set()  # names of all buffers that an op was given
         self._layer: int | None = None
 
+    def __call__(self, call: Call, run: Callable[[], None]) -> None:
+        """Run one op on all sides and compare."""
+        start = time.perf_counter()
+        self._look(call, run)
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - start
+
+    def _look(self, call: Call, run: Callable[[], None]) -> None:
+        raise NotImplementedError
+
     def _enter(self, call: Call) -> list[str]:
         """The outputs to look at."""
-        self.ops += 1
         self.passed |= {x.name for x in call.args.values() if isinstance(x, Twin)}
         if call.op != "rope" or call.layer is not None:
             self._layer = call.layer  # the gradient that rope turns back lies in a buffer of all layers
@@ -115,87 +123,103 @@ class Forced(_Watch):
     def __init__(self, backends: list[Any], dtype: str, layout: Layout) -> None:
         super().__init__(backends, dtype, layout)
         self._explained: dict[tuple[str, str], str] = {}
+        self._plain_numpy = [in_parallel(be) for be in rule.plain(dtype)]
 
     def begin(self, both: Any) -> None:
         """Start the reference from what the judged side has: its weights, and zero gradients; and the judged side from
         the reference's rope tables."""
-        self._adopt(both.w)
-        for x in (both.total, both.g)[: 2 if both.train else 1]:
-            x.sides[0][...] = 0
-            self._settle(x)
+        w = both.w
+        self.backends[0].from_host(w.sides[0], host(self.backends[1], w.sides[1]))
+        for x in (both.total, both.g) if both.train else (both.total,):  # the reference's are new: zero
+            self.backends[1].from_host(x.sides[1], np.zeros(x.sides[1].shape, x.sides[1].dtype))
         for x in (both.cos, both.sin):
             self._settle(x)
-
-    def _adopt(self, x: Twin) -> None:
-        self.backends[0].from_host(x.sides[0], _wide(host(self.backends[1], x.sides[1], x.shape)))
 
     def _settle(self, x: Twin) -> None:
         """The reference's values, rounded, on both sides."""
         truth, judged = x.sides
-        low = np.ascontiguousarray(truth).astype(judged.dtype)
+        low = rounded_copy(truth, judged.dtype)
         truth[...] = low
         inner = judged[tuple(slice(n) for n in truth.shape)] if judged.shape != truth.shape else judged
         self.backends[1].from_host(inner, low)
 
-    def __call__(self, call: Call, run: Callable[[], None]) -> None:
-        """Run one op on both sides and compare."""
+    def _look(self, call: Call, run: Callable[[], None]) -> None:
         names = self._enter(call)
-        if call.op in FLAT:
-            self._flat(call, names)
+        if call.op == "adamw":
+            self._run(1, call)
+            self._in_pieces(
+                call, names, call.args["w"].shape[0], lambda at: _elements(call, at), settle=False
+            )
             return
-        how = rule.outputs(call.op)
-        truth = dict(zip(call.args, call.on(0), strict=True))
-        before = {
-            n: self._low(call.args[n]) if isinstance(call.args[n], Twin) else x for n, x in truth.items()
-        }
+        self._poison(call, names)
+        self._run(1, call)
+        dw = call.args.get("dw")
+        if call.op == "linear_bwd" and isinstance(dw, Twin) and dw.sides[0].size > PIECE:
+            self._whole(replace(call, args={**call.args, "dw": None}), [n for n in names if n != "dw"])
+            self._in_pieces(call, ["dw"], dw.shape[0], lambda at: _rows(call, at), settle=True)
+        else:
+            self._whole(call, names)
+
+    def _run(self, side: int, call: Call) -> None:
+        getattr(self.backends[side], call.op)(*call.on(side))
+
+    def _poison(self, call: Call, names: list[str]) -> None:
+        """Fill with NaN what an op of the judged side only writes."""
+        how, truth = rule.outputs(call.op), dict(zip(call.args, call.on(0), strict=True))
         for n in names:
             inputs = [x for m, x in truth.items() if m != n and isinstance(x, np.ndarray)]
             if not how[n] and not any(np.shares_memory(x, truth[n]) for x in inputs):
                 self.backends[1].fill(call.args[n].sides[1], np.nan)
+
+    def _whole(self, call: Call, names: list[str]) -> None:
+        """Run an op of the reference and of plain NumPy, and compare what the judged side has made."""
+        how, truth = rule.outputs(call.op), dict(zip(call.args, call.on(0), strict=True))
+        before = {
+            n: self._low(call.args[n]) if isinstance(call.args[n], Twin) else x for n, x in truth.items()
+        }
         bases = self._plain(call.op, before, how)
-        run()
+        self._run(0, call)
         for n in names:
             x = call.args[n]
             got = host(self.backends[1], x.sides[1], x.shape)
-            err, tol, d = self._judge(call.op, n, got, truth[n], [b[n] for b in bases], x)
+            in_order = summed_in_order(call.op, n, before, truth[n]) if self.dtype == "float32" else []
+            err, tol, d = self._judge(call.op, n, got, truth[n], [b[n] for b in bases], x, in_order)
             cause = "" if err <= tol else self._explain(call, n, got, truth[n], before, tol)
             self.rows.append(self._row(call, n, FORCED, err, tol, d, cause))
         for n in names:
             self._settle(call.args[n])
 
-    def _flat(self, call: Call, names: list[str]) -> None:
-        """An op whose elements do not depend on each other, a piece at a time."""
-        size = call.args[names[0]].shape[0]
-        got: dict[str, np.ndarray] = {}
-        getattr(self.backends[1], call.op)(*call.on(1))
-        got = {n: host(self.backends[1], call.args[n].sides[1]) for n in names}
+    def _in_pieces(
+        self, call: Call, names: list[str], length: int, part: Callable[[slice], Call], settle: bool
+    ) -> None:
+        """The same for outputs whose parts do not depend on each other, several parts at once and none of them large."""
+        got = {n: host(self.backends[1], call.args[n].sides[1], call.args[n].shape) for n in names}
+        settled = {n: np.empty_like(got[n]) for n in names if settle}
+        each = max(1, PIECE * length // got[names[0]].size)
 
-        def piece(first: int) -> list[tuple[str, float, float, Difference, str]]:
-            at = slice(first, min(size, first + CHUNK))
-            part = Call(
-                call.op,
-                {n: x[at] if isinstance(x, Twin) and x.shape == (size,) else x for n, x in call.args.items()},
-            )
-            before = {n: self._low(x) if isinstance(x, Twin) else x for n, x in part.args.items()}
+        def judge(at: slice) -> list[tuple[float, float, Difference, str]]:
+            piece = part(at)
+            before = {n: self._low(x) if isinstance(x, Twin) else x for n, x in piece.args.items()}
             bases = self._plain(call.op, before, rule.outputs(call.op))
-            getattr(self.backends[0], call.op)(*part.on(0))
+            self._run(0, piece)
             out = []
             for n in names:
-                x = part.args[n]
+                x = piece.args[n]
                 err, tol, d = self._judge(call.op, n, got[n][at], x.sides[0], [b[n] for b in bases], x)
-                cause = "" if err <= tol else self._explain(call, n, got[n][at], x.sides[0], before, tol)
-                out.append((n, err, tol, replace(d, flat=first + d.flat, shape=(size,)), cause))
+                cause = "" if err <= tol else self._explain(piece, n, got[n][at], x.sides[0], before, tol)
+                flat = d.flat + at.start * (got[n].size // length)
+                out.append((err, tol, replace(d, flat=flat, shape=got[n].shape), cause))
+                if settle:
+                    settled[n][at] = x.sides[0]
+                    x.sides[0][...] = settled[n][at]
             return out
 
-        with ThreadPoolExecutor() as pool:
-            found = [f for piece_ in pool.map(piece, range(0, size, CHUNK)) for f in piece_]
-        for n in names:
-            mine = [
-                self._row(call, n, FORCED, err, tol, d, cause) for m, err, tol, d, cause in found if m == n
-            ]
-            self.rows.append(max(mine, key=lambda r: r.ratio))
-        for n in names:
-            self._settle(call.args[n])
+        found = in_pieces(judge, length, each)
+        for i, n in enumerate(names):
+            rows = [self._row(call, n, FORCED, *piece[i]) for piece in found]
+            self.rows.append(max(rows, key=lambda r: (r.ratio, not r.ok)))
+            if settle:
+                self.backends[1].from_host(call.args[n].sides[1], settled[n])
 
     def _explain(
         self, call: Call, name: str, got: np.ndarray, want: np.ndarray, before: dict[str, Any], tol: float
@@ -212,12 +236,14 @@ class Forced(_Watch):
     def _low(self, x: Twin) -> np.ndarray:
         """A copy of the reference's values in the precision of plain NumPy, exact: they were rounded to it."""
         kind = np.dtype(x.sides[1].dtype)
-        return np.array(x.sides[0], np.float32 if kind == np.float64 and x.name not in ALWAYS_64 else kind)
+        return rounded_copy(
+            x.sides[0], np.float32 if kind == np.float64 and x.name not in ALWAYS_64 else kind
+        )
 
     def _plain(self, op: str, before: dict[str, Any], how: dict[str, str]) -> list[dict[str, Any]]:
         """What plain NumPy makes of the same inputs; two ways for attention, which is done in two ways."""
         out = []
-        for be in rule.plain(self.dtype)[: 2 if op.startswith("attention") else 1]:
+        for be in self._plain_numpy[: 2 if op.startswith("attention") else 1]:
             args = {n: x.copy() if n in how and isinstance(x, np.ndarray) else x for n, x in before.items()}
             with np.errstate(all="ignore"):
                 getattr(be, op)(*args.values())
@@ -225,18 +251,25 @@ class Forced(_Watch):
         return out
 
     def _judge(
-        self, op: str, name: str, got: np.ndarray, want: np.ndarray, bases: list[np.ndarray], x: Twin
+        self,
+        op: str,
+        name: str,
+        got: np.ndarray,
+        want: np.ndarray,
+        bases: list[np.ndarray],
+        x: Twin,
+        in_order: list[float] = [],  # noqa: B006 - not changed
     ) -> tuple[float, float, Difference]:
         factor = 3 if rule.is_gradient(op, name) else 2
         eps = rule.unit(x.sides[1].dtype, self.dtype)
         d = difference(got, want)
         scale = rule.EPS["float64"] / rule.EPS["float32"] if self.dtype == "float64" else 1.0
-        base = max(difference(b, want).err for b in bases) * scale
+        base = max([difference(b, want).err for b in bases] + in_order) * scale
         err, tol = d.err, rule.tolerance(base, d.largest, eps, factor)
         if self.dtype == "bfloat16" and want.size <= MOST_SLICED and err <= tol:
-            for axis in range(want.ndim):
-                mine = rule.relative(got, want)[axis]
-                bound = rule.relative_tolerance(max(rule.relative(b, want)[axis] for b in bases), eps, factor)
+            expected = [rule.relative(b, want) for b in bases]
+            for axis, mine in enumerate(rule.relative(got, want)):
+                bound = rule.relative_tolerance(max(e[axis] for e in expected), eps, factor)
                 if not mine <= bound:
                     return mine, bound, d
         return err, tol, d
@@ -249,8 +282,7 @@ class Free(_Watch):
     in the last place.
     """
 
-    def __call__(self, call: Call, run: Callable[[], None]) -> None:
-        """Run one op on all sides and compare."""
+    def _look(self, call: Call, run: Callable[[], None]) -> None:
         names = self._enter(call)
         run()
         for n in names:
@@ -283,23 +315,51 @@ def difference(got: np.ndarray, want: np.ndarray) -> Difference:
     shape = want.shape
     g, w = got.reshape(-1), np.ascontiguousarray(want).reshape(-1)
 
-    def piece(first: int) -> tuple[float, int, float]:
-        a, b = (x[first : first + CHUNK].astype(np.float64) for x in (g, w))
+    def piece(at: slice) -> tuple[float, int, float]:
+        a, b = g[at].astype(np.float64), w[at].astype(np.float64)
         largest = float(np.abs(b).max())
         off = np.abs(a - b)
-        at = int(off.argmax())  # of the first NaN where there is one
-        return float(off[at]), first + at, largest
+        worst = int(off.argmax())  # the first NaN where there is one
+        return float(off[worst]), at.start + worst, largest
 
-    starts = range(0, max(1, w.size), CHUNK)
-    if w.size > CHUNK:
-        with ThreadPoolExecutor() as pool:
-            found = list(pool.map(piece, starts))
-    else:
-        found = [piece(0)] if w.size else [(0.0, 0, 0.0)]
+    found = in_pieces(piece, w.size) or [(0.0, 0, 0.0)]
     err, at, _ = max(found, key=lambda f: (f[0] != f[0], f[0]))
     largest = max(f[2] for f in found)
     some = w.size > 0
     return Difference(err, at, largest, shape, float(g[at]) if some else 0.0, float(w[at]) if some else 0.0)
+
+
+def summed_in_order(op: str, name: str, low: dict[str, Any], want: np.ndarray) -> list[float]:
+    """The errors of some elements of a long product whose terms are added one after the other in float32, as a GPU may and
+    NumPy's blocks do not. None where the sum is short."""
+    if (op, name) not in (("linear_fwd", "y"), ("linear_bwd", "dx")):
+        return []
+    rows, columns = (low["x"], low["w"]) if name == "y" else (low["dy"], low["w"].T)
+    if rows.shape[1] < LONG_SUM:
+        return []
+    out = []
+    for n in np.linspace(0, len(rows) - 1, SAMPLE).astype(int):
+        for o in np.linspace(0, len(columns) - 1, SAMPLE).astype(int):
+            total = np.cumsum(rows[n] * columns[o], dtype=np.float32)[-1]
+            total = total + low["b"][o] if name == "y" and low["b"] is not None else total
+            out.append(abs(float(total) - float(want[n, o])))
+    return out
+
+
+def _elements(call: Call, at: slice) -> Call:
+    """A part of an op on flat buffers."""
+    size = call.args["w"].shape
+    return replace(
+        call, args={n: x[at] if getattr(x, "shape", None) == size else x for n, x in call.args.items()}
+    )
+
+
+def _rows(call: Call, at: slice) -> Call:
+    """The part of a linear_bwd that makes some rows of dw, and a dx that nobody reads."""
+    a = call.args
+    dx = np.empty(a["dx"].shape)
+    part = {"dx": dx, "dw": a["dw"][at], "db": None, "dy": a["dy"][:, at], "x": a["x"], "w": a["w"][at]}
+    return replace(call, args=part)
 
 
 def _wide(x: Any) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..bisect.stages import Batch, Plan, Side, host_bytes, run, upload
 from ..config import PRESETS
 from ..device import available_memory, check_fits, choose
 from ..errors import Refused, UsageError
-from ..flags import option, parse
+from ..flags import given, option
 from ..loading import Source, open_source
 from ..plan import check_positions, memory
 from .trace import IGNORED, read_ids
@@ -64,7 +64,8 @@ class Flags:
 
 def main(args: Sequence[str]) -> int:
     """Returns the exit code: 0 when all agree, 9 when not; errors are raised."""
-    f = parse(Flags, args, "apr bisect", __doc__ or "")
+    explicit = given(Flags, args, "apr bisect", __doc__ or "")
+    f = Flags(**explicit)
     if f.catalogue:
         from ..bisect.catalogue import print_catalogue
 
@@ -73,14 +74,18 @@ def main(args: Sequence[str]) -> int:
         raise UsageError(
             "say which model: an .apr file, a Hugging Face folder or a preset such as qwen2-tiny"
         )
-    if min(f.batch_size, f.seq_length, f.rows + 1) < 1 or f.seed < 0:
-        raise UsageError("--batch-size and --seq-length must be at least 1, --rows and --seed at least 0")
+    if f.batch_size < 1 or f.seq_length < 2 or f.rows < 0 or f.seed < 0:
+        raise UsageError(
+            "--batch-size must be at least 1, --seq-length at least 2 (one position shows no fault of attention), --rows and "
+            "--seed at least 0"
+        )
     if sum(map(bool, (f.tokens, f.text, f.dataset))) > 1:
         raise UsageError(
             "--tokens, --text and --dataset are three ways to say what goes in; give one of them"
         )
-    if f.targets and not f.tokens:
+    if f.targets and not f.tokens and f.against in ("", "hf"):
         raise UsageError("--targets goes with --tokens")
+    _refuse_unused(f, explicit)
     console = Console(highlight=False, quiet=f.json)
     reports = _against(f, console) if f.against else _beside_reference(f, console)
     pictures = _pictures(f, reports)
@@ -90,47 +95,48 @@ def main(args: Sequence[str]) -> int:
             console.print(f"picture: {picture}", soft_wrap=True)
     if f.json:
         print(json.dumps({"reports": [r.as_json() for r in reports], "pictures": pictures}, indent=1))
+    for report, picture in zip(reports, pictures, strict=True):
+        if picture:  # last: what was found is shown by then, whatever comes of the file
+            show.picture(report, Path(picture))
     return AGREE if all(r.agree for r in reports) else DIFFER
 
 
 def _beside_reference(f: Flags, console: Console) -> list[Report]:
     """Each side in lockstep with the reference."""
     source = open_source(f.model, "float32", f.seed)
-    given, checked = _batch(f, source)
-    check_positions(source.cfg, given.shape[1])
+    batch, checked = _batch(f, source)
+    check_positions(source.cfg, batch.shape[1])
     plan = Plan(f.free, f.backward, f.backward, f.backward, f.first)
     reports = []
     for side in _sides(f, source):
-        _check_memory(side, given, plan)
-        report = Report(f.model, ("reference float64", side.name), given.words)
-        report.add([*checked, *batches.rows(given, source.cfg)])
-        report.notes += [n for n in [batches.can_show(given)] if n]
+        _check_memory(side, batch, plan)
+        report = Report(f.model, ("reference float64", side.name), batch.words)
+        report.add([*checked, *batches.rows(batch, source.cfg)])
+        report.notes += [n for n in [batches.can_show(batch)] if n]
         with console.status("") as status:
 
             def progress(stage: str, status: Any = status, side: Side = side) -> None:
                 status.update(f"{side.name}: {stage}")
 
-            run(source.cfg, side, source.host, given, report, plan, progress)
+            run(source.cfg, side, source.host, batch, report, plan, progress)
         reports.append(report)
     return reports
 
 
 def _against(f: Flags, console: Console) -> list[Report]:
     """Each side after a trace: a file, or what transformers computes now."""
-    if f.dataset or f.first:
-        raise UsageError("--dataset and --first do not go with --against")
     made_here = f.against == "hf"
     source = open_source(f.model, "float64" if made_here else "float32", f.seed)
     if made_here:
-        given, _ = _batch(f, source)
-        check_positions(source.cfg, given.shape[1])
+        batch, _ = _batch(f, source)
+        check_positions(source.cfg, batch.shape[1])
         with console.status("transformers"):
             if f.model in PRESETS:
                 named = source.layout.named(source.host)
-                want = hf.trace_of_weights(source.cfg, named, given.ids, given.targets, gradients=f.backward)
+                want = hf.trace_of_weights(source.cfg, named, batch.ids, batch.targets, gradients=f.backward)
             else:
-                want = hf.trace_of(f.model, given.ids, given.targets, gradients=f.backward)
-        name, dtype, words, backward = "transformers float64", "float64", given.words, f.backward
+                want = hf.trace_of(f.model, batch.ids, batch.targets, gradients=f.backward)
+        name, dtype, words, backward = "transformers float64", "float64", batch.words, f.backward
     else:
         tokens = read_ids(f.tokens, source.cfg, "--tokens", lowest=0) if f.tokens else None
         targets = read_ids(f.targets, source.cfg, "--targets", lowest=IGNORED) if f.targets else None
@@ -139,16 +145,17 @@ def _against(f: Flags, console: Console) -> list[Report]:
         source = open_source(f.model, "float64" if dtype == "float64" else "float32", f.seed)
         against.same_model(f.against, trace, source.sha256)
         want = trace.tensors
-        given = Batch(trace.ids, trace.targets, f"what went into {f.against}")
+        batch = Batch(trace.ids, trace.targets, f"what went into {f.against}")
         name = f"{f.against} ({trace.metadata.get('backend', 'a trace')} {dtype})"
-        words = given.words
+        words = batch.words
     reports = []
     for side in _sides(f, source):
         report = Report(f.model, (name, side.name), words)
+        _check_memory(side, batch, Plan(free=True, backward=backward, optimizer=False, state=False))
         with console.status(f"{side.name} beside {name}"):
-            model = side.model(source.host, given.shape, train=backward)
+            model = side.model(source.host, batch.shape, train=backward)
             report.add(upload(model, source.host))
-            report.add(against.compare_with_trace(model, source.host, given.ids, given.targets, want, dtype))
+            report.add(against.compare_with_trace(model, source.host, batch.ids, batch.targets, want, dtype))
         for stage in ("configuration", "data", "optimizer", "state"):
             report.skipped[stage] = "a trace does not show it"
         reports.append(report)
@@ -164,7 +171,7 @@ def _batch(f: Flags, source: Source) -> tuple[Batch, list[Row]]:
             raise UsageError(f"--targets has shape {targets.shape}, --tokens {ids.shape}; they must be equal")
         return batches.from_ids(ids, targets, "--tokens"), []
     if f.dataset:
-        return batches.from_dataset(f.dataset, shape, f.seed)
+        return batches.from_dataset(f.dataset, shape, f.seed, source.cfg.vocab_size)
     if source.tokenizer is None:
         if f.text:
             raise Refused(f"{f.model}: no tokenizer in it, so --text cannot be read; give --tokens")
@@ -174,7 +181,7 @@ def _batch(f: Flags, source: Source) -> tuple[Batch, list[Row]]:
 
 
 def _sides(f: Flags, source: Source) -> list[Side]:
-    sides = []
+    sides: list[Side] = []
     for text in f.sides.split(","):
         asked = re.fullmatch(r"(auto|cpu|reference|cuda(?::\d+)?)(?:/(\w+))?", text.strip())
         if not asked:
@@ -188,38 +195,54 @@ def _sides(f: Flags, source: Source) -> list[Side]:
             raise Refused(
                 f"--sides {text}: the {backend.name} backend computes in {', '.join(backend.dtypes)}"
             )
-        sides.append(Side(backend, source.cfg, dtype))
+        side = Side(backend, source.cfg, dtype)
+        if side.name in (s.name for s in sides):
+            raise UsageError(f"--sides {f.sides}: {side.name} twice")
+        sides.append(side)
     return sides
 
 
-def _check_memory(side: Side, given: Batch, plan: Plan) -> None:
+def _check_memory(side: Side, batch: Batch, plan: Plan) -> None:
     if side.backend.name == "cuda":
         need = memory(
             side.cfg,
             side.backend,
-            *given.shape,
+            *batch.shape,
             dtype=side.dtype,
             train=plan.backward,
-            loss_rows=given.ids.size,
+            loss_rows=batch.ids.size,
         )
         check_fits(need, side.backend, "use --no-backward, or a smaller --batch-size or --seq-length")
-    need_host, have = host_bytes(side, given.shape, plan), available_memory()
+    need_host, have = host_bytes(side, batch.shape, plan), available_memory()
     if have is not None and need_host > have:
+        other = {
+            "--no-free": replace(plan, free=False),
+            "--no-backward": replace(plan, backward=False, optimizer=False, state=False),
+            "--no-free --no-backward": Plan(free=False, backward=False, optimizer=False, state=False),
+        }
+        sizes = {flag: host_bytes(side, batch.shape, p) / 2**30 for flag, p in other.items()}
+        less = ", ".join(f"with {flag} {size:.1f}" for flag, size in sizes.items())
         raise Refused(
             f"the reference in float64 needs {need_host / 2**30:.1f} GiB of main memory and {have / 2**30:.1f} GiB are "
-            "free; --no-free needs about half, --no-backward half of that"
+            f"free; {less}"
         )
 
 
 def _pictures(f: Flags, reports: list[Report]) -> list[str]:
-    """Write a picture for each report; their names."""
-    if not f.picture:
-        return [""] * len(reports)
-    out = []
-    for report in reports:
-        path = Path(f.picture)
-        if len(reports) > 1:
-            path = path.with_stem(f"{path.stem}-{re.sub('[^a-z0-9]+', '-', report.sides[1])}")
-        show.picture(report, path)
-        out.append(str(path))
-    return out
+    """The file of the picture of each report, "" for none."""
+    path = Path(f.picture)
+    if not f.picture or len(reports) == 1:
+        return [f.picture] * len(reports)
+    return [str(path.with_stem(f"{path.stem}-{re.sub('[^a-z0-9]+', '-', r.sides[1])}")) for r in reports]
+
+
+def _refuse_unused(f: Flags, explicit: dict[str, Any]) -> None:
+    """Raise UsageError for flags that a comparison with a trace does not use."""
+    unused: tuple[str, ...] = ()
+    if f.against:
+        unused = ("dataset", "first", "free")
+        if f.against != "hf":
+            unused += ("text", "batch_size", "seq_length", "backward")
+    for name in unused:
+        if name in explicit:
+            raise UsageError(f"--{name.replace('_', '-')} does not go with --against {f.against}")

@@ -131,13 +131,13 @@ class Trainer:
         step = self.progress.step + 1
         report = spot_check(self.model, ids, targets, f"the model before step {step}")
         worst = max((r.ratio for r in report.rows), default=0.0)
-        seconds = report.seconds.get("backward", 0.0)
+        seconds = report.seconds.get("spot check", 0.0)
         self.run.log(
             step=step,
             spot_check="skipped" if not report.rows else "agree" if report.agree else "differ",
             arrays=len(report.rows),
             worst_of_tolerance=worst,
-            seconds=seconds,
+            wall_ms=1e3 * seconds,
         )
         if not report.rows:
             self.show.note(f"spot check   skipped: {report.skipped['forward']}")

@@ -1,0 +1,79 @@
+"""Work on large arrays a piece at a time, several pieces at once, so that neither time nor memory runs away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeVar
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from .rule import Backend, overlay
+
+T = TypeVar("T")
+PIECE = 1 << 18  # elements: a piece in float64 stays in a core's cache
+
+
+def in_pieces(f: Callable[[slice], T], size: int, each: int = PIECE) -> list[T]:
+    """f of slices that cover range(size), several at once; NumPy lets go of the interpreter while it computes."""
+    return at_once(f, [slice(first, min(size, first + each)) for first in range(0, size, each)])
+
+
+def at_once(f: Callable[[Any], T], pieces: Iterable[Any]) -> list[T]:
+    """f of each piece, on all cores; matrix products inside f on one core each."""
+    work = list(pieces)
+    if len(work) < 2:
+        return [f(p) for p in work]
+    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor() as pool:
+        return list(pool.map(f, work))
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def rounded_copy(x: np.ndarray, kind: Any) -> np.ndarray:
+    """x in another dtype."""
+    if x.size <= PIECE or not x.flags.c_contiguous:
+        return np.array(x, kind)
+    out = np.empty(x.shape, kind)
+    source, target = x.reshape(-1), out.reshape(-1)
+
+    def piece(at: slice) -> None:
+        target[at] = source[at]
+
+    in_pieces(piece, x.size)
+    return out
+
+
+def rows_of(dw: Any) -> int:
+    """Rows of a matrix that make a piece."""
+    return max(1, PIECE // int(dw.shape[1]))
+
+
+def in_parallel(be: Backend) -> Backend:
+    """A backend of NumPy arrays whose gradients of large matrices, and sums of squares, are made a piece at a time."""
+
+    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any) -> None:
+        if dw is None or dw.size <= PIECE:
+            be.linear_bwd(dx, dw, db, dy, x, w)
+            return
+        be.linear_bwd(dx, None, db, dy, x, w)
+
+        def piece(at: slice) -> None:
+            be.linear_bwd(np.empty_like(dx), dw[at], None, dy[:, at], x, w[at])
+
+        in_pieces(piece, dw.shape[0], rows_of(dw))
+
+    def add_sum_sq(total: Any, x: Any) -> None:
+        def piece(at: slice) -> Any:
+            part = np.zeros_like(total)
+            be.add_sum_sq(part, x[at])
+            return part
+
+        total += sum(in_pieces(piece, x.size))
+
+    return overlay(be, linear_bwd=linear_bwd, add_sum_sq=add_sum_sq)
