@@ -187,7 +187,8 @@ def _joined_config(configs: Sequence[ModelConfig]) -> ModelConfig:
     return replace(first, **changed) if changed else first
 
 
-def host(be: Backend, x: Any, like: tuple[int, ...] | None = None) -> np.ndarray:
-    """A buffer of a side on the host, without the padding that a side of shape `like` does not have."""
-    out: np.ndarray = be.to_host(x[tuple(slice(n) for n in like)] if like and tuple(x.shape) != like else x)
+def host(be: Backend, x: Any, like: tuple[int, ...]) -> np.ndarray:
+    """A buffer of a side on the host, not a copy where it lies there, without the padding that `like` does not have."""
+    inner = x if tuple(x.shape) == like else x[tuple(slice(n) for n in like)]
+    out: np.ndarray = inner if isinstance(inner, np.ndarray) else be.to_host(inner)
     return out

@@ -129,7 +129,7 @@ class Forced(_Watch):
         """Start the reference from what the judged side has: its weights, and zero gradients; and the judged side from
         the reference's rope tables."""
         w = both.w
-        self.backends[0].from_host(w.sides[0], host(self.backends[1], w.sides[1]))
+        self.backends[0].from_host(w.sides[0], host(self.backends[1], w.sides[1], w.shape))
         for x in (both.total, both.g) if both.train else (both.total,):  # the reference's are new: zero
             self.backends[1].from_host(x.sides[1], np.zeros(x.sides[1].shape, x.sides[1].dtype))
         for x in (both.cos, both.sin):
