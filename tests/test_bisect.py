@@ -1318,3 +1318,34 @@ def test_a_picture_that_cannot_be_written_does_not_lose_the_report(apr: Apr) -> 
 def test_no_two_sides_share_a_picture(apr: Apr) -> None:
     done = apr("bisect", "llama-tiny", "--sides", "cpu,cpu/float32", "--no-free", "--json")
     assert done.code == 2 or len(set(done.document["pictures"])) == 2
+
+
+def test_weights_that_are_not_rounded_from_their_master_are_seen() -> None:
+    """In bfloat16 a step moves most weights by less than their rounding: the comparison alone would not show it."""
+    sound = rule.rounded()
+
+    def adamw(w: Any, master: Any, *rest: Any) -> None:
+        sound.adamw(np.empty_like(w), master, *rest)
+
+    cfg = PRESETS["qwen2-tiny"]
+    for be, first in ((sound, None), (rule.overlay(sound, adamw=adamw), "adamw")):
+        report = Report("", ("", ""), "")
+        stages.run(
+            cfg, Side(be, cfg, "bfloat16"), catalogue.weights_of(cfg),
+            batches.at_random(cfg, (2, 17), 0), report, Plan(free=False, state=False),
+        )  # fmt: skip
+        assert (report.first and report.first.op) == first
+        if report.first is not None:
+            assert report.first.tap.startswith("w.")
+            assert np.isnan(report.first.err)
+
+
+def test_where_arrays_of_a_gpu_overlap() -> None:
+    def array(start: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        return SimpleNamespace(data=SimpleNamespace(ptr=start), shape=shape, strides=strides, itemsize=4)
+
+    rows = array(1000, (3, 4), (16, 4))  # 1000 .. 1048
+    assert watch._overlap(rows, array(1044, (1,), (4,)))
+    assert watch._overlap(array(900, (26,), (4,)), rows)
+    assert not watch._overlap(rows, array(1048, (8,), (4,)))
+    assert not watch._overlap(array(900, (25,), (4,)), rows)

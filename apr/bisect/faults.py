@@ -402,7 +402,7 @@ def bias_correction_missing(be: Any) -> Ops:
 
 @fault(r"optimizer adamw [wm]\..*", ADAMW)
 def first_moment_not_kept(be: Any) -> Ops:
-    """beta1 is taken for 0."""
+    """AdamW takes beta1 for 0: its first moment is the last gradient."""
     return _other_adamw(be, 7, lambda beta1: 0.0)
 
 

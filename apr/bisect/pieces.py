@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from ..device import cores
 from .rule import Backend, overlay
 
 T = TypeVar("T")
@@ -26,8 +28,23 @@ def at_once(f: Callable[[Any], T], pieces: Iterable[Any]) -> list[T]:
     work = list(pieces)
     if len(work) < 2:
         return [f(p) for p in work]
-    with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor() as pool:
-        return list(pool.map(f, work))
+    if getattr(_inside, "piece", False):  # a piece of a piece: the cores are busy
+        return [f(p) for p in work]
+
+    def one(p: Any) -> T:
+        _inside.piece = True
+        return f(p)
+
+    with _blas().limit(limits=1, user_api="blas"):
+        return list(_pool().map(one, work))
+
+
+_inside = threading.local()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(cores())
 
 
 @cache
