@@ -877,7 +877,7 @@ def mean_over_the_micro_batch(be: Any) -> Ops:
     return dict(cross_entropy=cross_entropy)
 
 
-@fault(r"state two_runs .*", REPEAT)
+@fault(r"state two_runs .+", REPEAT)
 def not_deterministic(be: Any) -> Ops:
     """Sums are added in another order each time: the last bits differ from run to run."""
     rng = np.random.default_rng()
@@ -901,7 +901,7 @@ def loss_not_reset(be: Any) -> Ops:
     return dict(fill=fill)
 
 
-@fault(r"state recorded_pass .*", REPEAT)
+@fault(r"state recorded_pass .+", REPEAT)
 def recorded_pass_is_stale(be: Any) -> Ops:
     """A recorded pass replays nothing."""
     return dict(capture=lambda f: lambda: None)
