@@ -88,7 +88,7 @@ def _stages(report: Report) -> Table:
         counts = [str(sum(r.mode == m for r in found) or "-") for m in (FORCED, FREE, EXACT)]
         where, ratio = report.skipped.get(stage, ""), "-"
         if found:
-            worst = max(found, key=lambda r: r.ratio)
+            worst = max(found, key=lambda r: (not r.ok and r.mode != FREE, r.ratio))  # what is sure first
             ratio, where = _ratio(worst), worst.place + (" (free)" if worst.mode == FREE else "")
             where = where if worst.ratio else ""
         seconds = f"{report.seconds[stage]:.1f}" if stage in report.seconds else "-"
