@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from .. import backends
-from ..bisect import against, hf, show
+from ..bisect import against, hf, show, stored
 from ..bisect import batch as batches
 from ..bisect.report import Report, Row
 from ..bisect.stages import Batch, Plan, Side, host_bytes, run, upload
@@ -106,12 +106,13 @@ def _beside_reference(f: Flags, console: Console) -> list[Report]:
     source = open_source(f.model, "float32", f.seed)
     batch, checked = _batch(f, source)
     check_positions(source.cfg, batch.shape[1])
+    as_stored = stored.rows(f.model, source.cfg, source.host)
     plan = Plan(f.free, f.backward, f.backward, f.backward, f.first)
     reports = []
     for side in _sides(f, source):
         _check_memory(side, batch, plan)
         report = Report(f.model, ("reference float64", side.name), batch.words)
-        report.add([*checked, *batches.rows(batch, source.cfg)])
+        report.add([*checked, *batches.rows(batch, source.cfg), *as_stored])
         report.notes += [n for n in [batches.can_show(batch)] if n]
         with console.status("") as status:
 

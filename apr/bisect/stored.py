@@ -1,0 +1,80 @@
+"""What a Hugging Face folder holds, read a second time with as little code as possible: both sides get their weights from one
+reader, and a fault of that reader would be on both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import SIZES, ModelConfig
+from ..params import Layout
+from .report import EXACT, Row
+from .stages import exact, holds, measured, unequal
+
+SAME = {
+    **SIZES,
+    "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+HEAD, TABLE = "lm_head.weight", ".rotary_emb.inv_freq"
+
+
+def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[Row]:
+    """The keys of config.json against the configuration, and every tensor of the .safetensors files against the host buffer
+    (Layout order) that goes to the sides, bit for bit. No rows for a MODEL that is no such folder or file."""
+    path = Path(model)
+    folder = path if path.is_dir() else path.parent
+    files = sorted(folder.glob("*.safetensors")) if path.is_dir() else [path]
+    if not (folder / "config.json").is_file() or not files or files[0].suffix != ".safetensors":
+        return []
+    raw = json.loads((folder / "config.json").read_text("utf-8"))
+    out = [
+        exact("configuration", "config.json", key, getattr(cfg, field), raw[key])
+        for key, field in SAME.items()
+        if raw.get(key) is not None
+    ]
+    theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None:
+        out.append(exact("configuration", "config.json", "rope_theta", cfg.rope_theta, theta))
+    layout, found = Layout(cfg), set()
+    for file in files:
+        for name, want in _tensors(file):
+            slot = layout.by_hf.get(name)
+            if slot is None:
+                known = name.endswith(TABLE) or (name == HEAD and cfg.tie_word_embeddings)
+                out.append(
+                    holds("upload", "read_file", name, known, f"{file.name} has it, the model does not")
+                )
+                continue
+            found.add(name)
+            got = host[slot.offset : slot.offset + slot.size]
+            if np.array_equal(got.view(np.uint8), want.astype(host.dtype).view(np.uint8)):
+                out.append(Row("upload", "read_file", name, EXACT, 0.0, 0.0, slot.layer, slot.shape))
+            else:
+                d = unequal(got, want)
+                words = "what was read is not what the file holds"
+                out.append(measured("upload", "read_file", name, d, 0.0, slot.layer, slot.shape, words))
+    tied = {"model.embed_tokens.weight"} if cfg.tie_word_embeddings else set()  # may be stored as the head
+    for name in layout.by_hf.keys() - found - tied:
+        out.append(holds("upload", "read_file", name, False, "no file holds it", layout.by_hf[name].layer))
+    return out
+
+
+def _tensors(file: Path) -> Any:
+    """(name, values as float32 or float64, flat) of a safetensors file: 8 bytes of length, a JSON header, the data."""
+    with file.open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        kind = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[entry["dtype"]]
+        flat = np.fromfile(file, kind, (end - start) // np.dtype(kind).itemsize, offset=8 + size + start)
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            flat = (flat.astype(np.uint32) << 16).view(np.float32)
+        yield name, flat if kind == "<f8" else flat.astype(np.float32)
