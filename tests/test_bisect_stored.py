@@ -12,7 +12,7 @@ import pytest
 from apr.bisect import stored
 from apr.bisect.rule import BF16
 from apr.config import PRESETS, to_hf
-from apr.formats.hf import write_safetensors
+from apr.formats.hf import write_hf, write_safetensors
 from apr.loading import open_source
 from apr.params import Layout
 
@@ -47,6 +47,19 @@ def test_what_is_read_right_agrees(folder: Path) -> None:
     tensors = [r for r in stored.rows(str(folder), source.cfg, source.host) if r.op == "read_file"]
     assert len(tensors) == len(source.layout.slots)
     assert stored.rows(str(folder / "model.safetensors"), source.cfg, source.host) != []
+
+
+def test_files_that_hold_no_weights_of_the_model_are_left_alone(folder: Path) -> None:
+    (folder / "other.safetensors").write_bytes(b"not one")
+    assert bad(folder) == []
+
+
+def test_a_folder_of_several_files(folder: Path) -> None:
+    source = open_source(str(folder))
+    named = source.layout.named(source.host)
+    write_hf(folder / "parts", source.cfg, named, max_shard_bytes=40_000)
+    assert len(list((folder / "parts").glob("*.safetensors"))) > 1
+    assert bad(folder / "parts") == []
 
 
 def test_a_dtype_that_is_taken_for_another_is_seen(folder: Path) -> None:

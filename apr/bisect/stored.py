@@ -28,7 +28,7 @@ def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[Row]:
     (Layout order) that goes to the sides, bit for bit. No rows for a MODEL that is no such folder or file."""
     path = Path(model)
     folder = path if path.is_dir() else path.parent
-    files = sorted(folder.glob("*.safetensors")) if path.is_dir() else [path]
+    files = _files(folder) if path.is_dir() else [path]
     if not (folder / "config.json").is_file() or not files or files[0].suffix != ".safetensors":
         return []
     raw = json.loads((folder / "config.json").read_text("utf-8"))
@@ -62,6 +62,16 @@ def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[Row]:
     for name in layout.by_hf.keys() - found - tied:
         out.append(holds("upload", "read_file", name, False, "no file holds it", layout.by_hf[name].layer))
     return out
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder that hold its weights; others may lie beside them."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [
+            folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        ]
+    return [p for p in [folder / "model.safetensors"] if p.is_file()]
 
 
 def _tensors(file: Path) -> Any:
