@@ -261,7 +261,7 @@ def test_nan_is_no_agreement_and_json_stays_json(apr: Apr, monkeypatch: pytest.M
         ("", 2, "say which model"),
         ("no/such/model", 3, "no/such/model"),
         ("qwen2-tiny --sides tpu", 2, "--sides tpu: expected DEVICE or DEVICE/DTYPE"),
-        ("qwen2-tiny --sides cpu,", 2, "--sides : expected DEVICE"),
+        ("qwen2-tiny --sides cpu,", 2, "--sides cpu,: expected DEVICE"),
         ("qwen2-tiny --sides cpu/float64", 5, "the cpu backend computes in float32"),
         ("qwen2-tiny --sides reference/bfloat16", 5, "the reference backend computes in float64, float32"),
         ("qwen2-tiny --tokens 1,2,3 --dataset x", 2, "--tokens, --text and --dataset"),
@@ -304,9 +304,9 @@ def test_bad_input_is_one_clear_line(
 
 
 def test_a_repeated_token_is_noted(apr: Apr) -> None:
-    note = "one repeated token shows no fault of RoPE, mask or grouped heads"
+    note = "so few show little of RoPE, mask and grouped heads"
     asked = ("bisect", "qwen2-tiny", "--sides", "cpu", "--picture", "", "--tokens")
-    assert f"note: 1 different ids in 1 x 6 positions: {note}" in apr(*asked, "5,5,5,5,5,5").words
+    assert f"note: only 1 different ids in 1 x 6 positions: {note}" in apr(*asked, "5,5,5,5,5,5").words
     assert note not in apr(*asked, "5,6,7,8,9,10").words
 
 
@@ -428,7 +428,8 @@ def test_against_a_trace_of_another_backend(
     (report,) = apr(*asked, "cpu", "--json", "--picture", "").reports
     verdicts = {s: report["stages"][s] for s in ("upload", "forward", "loss", "backward")}
     assert verdicts == dict.fromkeys(verdicts, "agree")
-    assert set(report["skipped"]) == {"configuration", "data", "optimizer", "state"}
+    assert set(report["skipped"]) == {"data", "optimizer", "state"}
+    assert report["stages"]["configuration"] == "agree"
     refused = apr(*asked, "cpu", "--seed", 7)
     assert refused.code == 5
     assert "random weights of seed 42" in refused.err
@@ -1308,11 +1309,58 @@ def test_what_is_not_honoured_beside_a_trace_is_refused(apr: Apr, tmp_path: Path
     assert apr("bisect", "qwen2-tiny", *SIDE, "--against", path, "--text", "t.txt").code == 2
 
 
-def test_a_picture_that_cannot_be_written_does_not_lose_the_report(apr: Apr) -> None:
+def test_a_picture_that_cannot_be_written(apr: Apr, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is looked at before anything is computed; what fails later does not lose the report."""
     done = apr("bisect", "qwen2-tiny", "--sides", "cpu", "--no-free", "--picture", "no/such/p.png")
     assert done.code == 7
-    assert "no/such/p.png" in done.err
+    assert "--picture no/such/p.png: the folder no/such does not exist" in done.err
+    assert done.out == ""
+    assert apr("bisect", "qwen2-tiny", "--sides", "cpu", "--no-free", "--picture", ".").code == 7
+
+    def full(report: Report, path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(command.show, "picture", full)
+    done = apr("bisect", "qwen2-tiny", "--sides", "cpu", "--no-free", "--picture", "p.png")
+    assert done.code == 7
+    assert "p.png" in done.err
     assert "arrays agree" in done.words
+    assert "picture: p.png" not in done.words
+
+
+def test_the_reference_beside_itself_is_noted(apr: Apr) -> None:
+    done = apr("bisect", "qwen2-tiny", "--sides", "reference", "--no-free", "--picture", "")
+    assert done.code == 0
+    assert "compared with itself" in done.words
+
+
+def test_a_trace_of_another_configuration_is_named(
+    apr: Apr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights alone do not tell: the trace says what its side believed."""
+    path = trace(apr, tmp_path / "t.safetensors")
+    sound = PRESETS["qwen2-tiny"]
+    monkeypatch.setitem(PRESETS, "qwen2-tiny", replace(sound, rms_norm_eps=0.1))
+    done = apr("bisect", "qwen2-tiny", *SIDE, "--against", path, "--json")
+    assert done.code == 9
+    first = done.document["reports"][0]["first"]
+    assert (first["stage"], first["op"], first["tap"]) == ("configuration", "config", "rms_norm_eps")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--catalogue --sides cuda", "--sides does not go with --catalogue"),
+        ("qwen2-tiny --catalogue", "MODEL does not go with --catalogue"),
+        ("qwen2-tiny --against x --no-backward", "--no-backward does not go with --against x"),
+        ("qwen2-tiny --against hf --no-free", "--no-free does not go with --against hf"),
+        ("qwen2-tiny --tokens 1,2,3 --batch-size 5", "--batch-size does not go with --tokens"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(apr: Apr, line: str, said: str) -> None:
+    done = apr("bisect", *line.split())
+    assert done.code == 2
+    assert said in done.err
 
 
 def test_no_two_sides_share_a_picture(apr: Apr) -> None:

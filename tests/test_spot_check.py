@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import apr.bisect.spot as spot
+import apr.training.loop as loop
 from apr import backends
 from apr.bisect.catalogue import weights_of
 from apr.bisect.faults import FAULTS
@@ -401,3 +403,23 @@ def test_a_resumed_run_with_a_fault_is_stopped(pretrain: Pretrain, monkeypatch: 
     run = pretrain("a", resume=True)
     assert run.code == 6
     assert "step 4: spot check: layer 0 linear_fwd -> 0.qkv" in run.err
+
+
+def test_a_check_is_no_part_of_the_time_of_a_step(
+    pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Throughput is that of training: a clock that jumps an hour in every check shows in its own line alone."""
+    late = [0.0]
+    clock, sound = time.perf_counter, loop.spot_check
+
+    def slow(*args: Any) -> Any:
+        report = sound(*args)
+        late[0] += 3600
+        return report
+
+    monkeypatch.setattr(loop, "spot_check", slow)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock() + late[0])
+    run = pretrain("a", "--spot-check 1")
+    assert run.code == 0
+    assert len(run.checks) > 1
+    assert all(0 < m["wall_ms"] < 3_000_000 for m in run.metrics if "train_loss" in m)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backends import reference
-from ..config import ModelConfig
+from ..config import ModelConfig, from_hf
 from ..errors import MalformedFile, Refused
 from ..formats import is_float, opened, parse_json
 from ..formats.hf import read_safetensors
@@ -142,6 +142,14 @@ def same_model(path: str | Path, trace: Trace, model_sha256: str) -> None:
             f"{path}: a trace of {trace.metadata.get('model', 'a model')} with model_sha256 {traced}, but this model has "
             f"{model_sha256}; compare the model that was traced"
         )
+
+
+def config_of(path: str | Path, trace: Trace) -> ModelConfig | None:
+    """What the traced side believed the model to be; None for a trace that does not say. Raises MalformedFile, Refused."""
+    text = trace.metadata.get("config")
+    if text is None:
+        return None
+    return from_hf(parse_json(text.encode(), f"{path}: metadata config"), f"{path}: metadata config")
 
 
 def compare_with_trace(

@@ -178,8 +178,8 @@ def can_show(batch: Batch) -> str:
     distinct = len(np.unique(batch.ids))
     if distinct < FEWEST_DISTINCT or t < 3:
         return (
-            f"{distinct} different ids in {b} x {t} positions: one repeated token shows no fault of RoPE, mask or "
-            "grouped heads; give real text"
+            f"only {distinct} different ids in {b} x {t} positions: so few show little of RoPE, mask and grouped heads; give "
+            "real text"
         )
     return ""
 

@@ -16,7 +16,6 @@ from rich.text import Text
 from .report import EXACT, FORCED, FREE, PASSES, STAGES, Report, Row
 
 STYLE = {"agree": "green", "DIFFER": "bold red", "skipped": "dim"}
-INPUTS = {FORCED: ", on the reference's inputs", FREE: ", on its own inputs"}
 
 
 def print_report(report: Report, console: Console, rows: int = 8) -> None:
@@ -35,9 +34,9 @@ def print_report(report: Report, console: Console, rows: int = 8) -> None:
         say(_all_agree(report), "green" if report.agree else "yellow")
     else:
         if first.mode == FREE and any(r.mode == FORCED for r in report.rows):
-            say("Each op that was judged on the reference's inputs agrees; errors have piled up.")
+            say(f"Each op that was judged{_inputs(report)[FORCED][1:]} agrees; errors have piled up.")
         say("First beyond its tolerance" if first.mode == FREE else "First fault", "bold red")
-        say(_fault(first))
+        say(_fault(first, _inputs(report)))
         sure = [r for r in report.guilty[1:] if r.mode != FREE]
         if sure and rows > 0:
             say("\nFurther faults", "bold")
@@ -105,11 +104,17 @@ def _all_agree(report: Report) -> str:
     return f"All {len(report.rows)} arrays agree{nearest if worst.ratio else ' exactly'}."
 
 
-def _fault(r: Row) -> Table:
+def _inputs(report: Report) -> dict[str, str]:
+    """Whose inputs an op had, by mode."""
+    whose = "the reference's" if report.sides[0].startswith("reference") else "the recorded"
+    return {FORCED: f", on {whose} inputs", FREE: ", on its own inputs"}
+
+
+def _fault(r: Row, inputs: dict[str, str]) -> Table:
     """One row in full: names at the left, values at the right."""
     lines = {
         "stage": r.stage,
-        "op": r.op + INPUTS.get(r.mode, ""),
+        "op": r.op + inputs.get(r.mode, ""),
         "layer": "outside the layers" if r.layer is None else str(r.layer),
         "tap": r.tap + (f", shape {' x '.join(map(str, r.shape))}" if r.shape else ""),
         "worst": f"element [{', '.join(map(str, r.index))}]" if r.index else "",

@@ -638,6 +638,9 @@ def run(
     if done():
         return report
     del judged
+    if not plan.backward:
+        for name in ("backward", "optimizer", "state"):
+            report.skipped[name] = "--no-backward"
     if plan.state and plan.backward:
         with stage("state"):
             report.add(state(side, weights, batch, tolerances))

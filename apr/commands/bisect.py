@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from .. import backends
 from ..bisect import against, hf, show, stored
 from ..bisect import batch as batches
 from ..bisect.report import Report, Row
-from ..bisect.stages import Batch, Plan, Side, host_bytes, run, upload
+from ..bisect.stages import Batch, Plan, Side, configuration, host_bytes, run, upload
 from ..config import PRESETS
 from ..device import available_memory, check_fits, choose
-from ..errors import Refused, UsageError
+from ..errors import IOFailure, Refused, UsageError
 from ..flags import given, option
 from ..loading import Source, open_source
 from ..plan import check_positions, memory
@@ -66,6 +67,7 @@ def main(args: Sequence[str]) -> int:
     """Returns the exit code: 0 when all agree, 9 when not; errors are raised."""
     explicit = given(Flags, args, "apr bisect", __doc__ or "")
     f = Flags(**explicit)
+    _refuse_unused(f, explicit)
     if f.catalogue:
         from ..bisect.catalogue import print_catalogue
 
@@ -85,19 +87,18 @@ def main(args: Sequence[str]) -> int:
         )
     if f.targets and not f.tokens and f.against in ("", "hf"):
         raise UsageError("--targets goes with --tokens")
-    _refuse_unused(f, explicit)
+    _check_picture(f)
     console = Console(highlight=False, quiet=f.json)
     reports = _against(f, console) if f.against else _beside_reference(f, console)
     pictures = _pictures(f, reports)
-    for report, picture in zip(reports, pictures, strict=True):
+    for report in reports:
         show.print_report(report, console, f.rows)
-        if picture:
-            console.print(f"picture: {picture}", soft_wrap=True)
     if f.json:
         print(json.dumps({"reports": [r.as_json() for r in reports], "pictures": pictures}, indent=1))
     for report, picture in zip(reports, pictures, strict=True):
         if picture:  # last: what was found is shown by then, whatever comes of the file
             show.picture(report, Path(picture))
+            console.print(f"picture: {picture}", soft_wrap=True)
     return AGREE if all(r.agree for r in reports) else DIFFER
 
 
@@ -114,6 +115,10 @@ def _beside_reference(f: Flags, console: Console) -> list[Report]:
         report = Report(f.model, ("reference float64", side.name), batch.words)
         report.add([*checked, *batches.rows(batch, source.cfg), *as_stored])
         report.notes += [n for n in [batches.can_show(batch)] if n]
+        if side.name == report.sides[0]:
+            report.notes.append(
+                "the reference is compared with itself: this can only show what changes from run to run"
+            )
         with console.status("") as status:
 
             def progress(stage: str, status: Any = status, side: Side = side) -> None:
@@ -126,7 +131,7 @@ def _beside_reference(f: Flags, console: Console) -> list[Report]:
 
 def _against(f: Flags, console: Console) -> list[Report]:
     """Each side after a trace: a file, or what transformers computes now."""
-    made_here = f.against == "hf"
+    made_here, believed = f.against == "hf", None
     source = open_source(f.model, "float64" if made_here else "float32", f.seed)
     if made_here:
         batch, _ = _batch(f, source)
@@ -147,6 +152,7 @@ def _against(f: Flags, console: Console) -> list[Report]:
         against.same_model(f.against, trace, source.sha256)
         want = trace.tensors
         batch = Batch(trace.ids, trace.targets, f"what went into {f.against}")
+        believed = against.config_of(f.against, trace)
         name = f"{f.against} ({trace.metadata.get('backend', 'a trace')} {dtype})"
         words = batch.words
     reports = []
@@ -157,8 +163,13 @@ def _against(f: Flags, console: Console) -> list[Report]:
             model = side.model(source.host, batch.shape, train=backward)
             report.add(upload(model, source.host))
             report.add(against.compare_with_trace(model, source.host, batch.ids, batch.targets, want, dtype))
+        if believed is not None:
+            report.add(configuration(believed, side.cfg))
+        if broken := [k for k, x in want.items() if not np.isfinite(x).all() and not k.endswith("lse")]:
+            report.notes.append(f"the trace itself holds NaN or infinity, first in {broken[0]}")
         for stage in ("configuration", "data", "optimizer", "state"):
-            report.skipped[stage] = "a trace does not show it"
+            if not report.of(stage):
+                report.skipped[stage] = "a trace does not show it"
         reports.append(report)
     return reports
 
@@ -186,7 +197,9 @@ def _sides(f: Flags, source: Source) -> list[Side]:
     for text in f.sides.split(","):
         asked = re.fullmatch(r"(auto|cpu|reference|cuda(?::\d+)?)(?:/(\w+))?", text.strip())
         if not asked:
-            raise UsageError(f"--sides {text}: expected DEVICE or DEVICE/DTYPE, such as cpu or cuda/bfloat16")
+            raise UsageError(
+                f"--sides {f.sides}: expected DEVICE or DEVICE/DTYPE, such as cpu or cuda/bfloat16"
+            )
         device, dtype = asked[1], asked[2]
         backend: Any = (
             backends.get("reference") if device == "reference" else choose(device, dtype, f.threads).backend
@@ -238,12 +251,33 @@ def _pictures(f: Flags, reports: list[Report]) -> list[str]:
 
 
 def _refuse_unused(f: Flags, explicit: dict[str, Any]) -> None:
-    """Raise UsageError for flags that a comparison with a trace does not use."""
+    """Raise UsageError for options that would change nothing."""
     unused: tuple[str, ...] = ()
-    if f.against:
+    beside, why = "", ""
+    if f.catalogue:
+        unused = tuple(name for name in explicit if name not in ("catalogue", "json"))
+        beside, why = "--catalogue", "it plants its faults in small models on the cpu backend"
+    elif f.against == "hf":
         unused = ("dataset", "first", "free")
-        if f.against != "hf":
-            unused += ("text", "batch_size", "seq_length", "backward")
+        beside, why = "--against hf", "all taps are compared, free and forced, in one go"
+    elif f.against:
+        unused = ("dataset", "first", "free", "text", "batch_size", "seq_length", "backward")
+        beside, why = f"--against {f.against}", "what went in and which taps there are is in the file"
+    elif f.tokens:
+        unused = ("batch_size", "seq_length")
+        beside, why = "--tokens", "the ids say how many there are"
     for name in unused:
         if name in explicit:
-            raise UsageError(f"--{name.replace('_', '-')} does not go with --against {f.against}")
+            flag = name.replace("_", "-")
+            typed = "MODEL" if name == "model" else f"--no-{flag}" if explicit[name] is False else f"--{flag}"
+            raise UsageError(f"{typed} does not go with {beside}: {why}")
+
+
+def _check_picture(f: Flags) -> None:
+    """Raise IOFailure before anything is computed when the picture cannot be written where it is asked for."""
+    path = Path(f.picture)
+    if f.picture and (path.is_dir() or not path.parent.is_dir()):
+        what = "is a folder" if path.is_dir() else f"the folder {path.parent} does not exist"
+        raise IOFailure(
+            f"--picture {f.picture}: {what}; name a file in a folder that exists, or --picture '' for none"
+        )

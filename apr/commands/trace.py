@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import backends
-from ..config import ModelConfig, read_json
+from ..config import ModelConfig, read_json, to_hf
 from ..device import check_fits, select
 from ..errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..flags import option, parse
@@ -83,6 +83,7 @@ def main(args: Sequence[str]) -> int:
         "model_sha256": source.sha256,
         "backend": backend.name,
         "dtype": dtype,
+        "config": json.dumps(to_hf(source.cfg)),
         "versions": json.dumps(versions()),
     }
     write_safetensors(f.output, tensors, metadata=facts, finite=False)

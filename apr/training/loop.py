@@ -91,7 +91,7 @@ class Trainer:
         ids, targets = self.batches.next()
         tokens = targets.size
         if self._check_due():
-            self._spot_check(ids[: self.micro], targets[: self.micro])
+            start += self._spot_check(ids[: self.micro], targets[: self.micro])  # no part of the step's time
         be.fill(model.total, 0)
         for i in range(0, len(ids), self.micro):
             model.micro_step(ids[i : i + self.micro], targets[i : i + self.micro], 1 / tokens, self.s.graph)
@@ -125,9 +125,10 @@ class Trainer:
         every = self.s.spot_check
         return every >= 0 and (not self._checked or (every > 0 and self.progress.step % every == 0))
 
-    def _spot_check(self, ids: np.ndarray, targets: np.ndarray) -> None:
-        """Compare with the reference before a step. Raises Aborted, after the table of what differs, naming the op."""
-        self._checked = True
+    def _spot_check(self, ids: np.ndarray, targets: np.ndarray) -> float:
+        """Compare with the reference before a step; the seconds it took. Raises Aborted, after the table of what
+        differs, naming the op."""
+        self._checked, start = True, time.perf_counter()
         step = self.progress.step + 1
         report = spot_check(self.model, ids, targets, f"the model before step {step}")
         worst = max((r.ratio for r in report.rows), default=0.0)
@@ -154,6 +155,7 @@ class Trainer:
                 f"step {step}: spot check: {first.place} is {first.ratio:.3g} times its tolerance away from the float64 "
                 f"reference{': ' + first.cause if first.cause else ''}. `apr bisect` on the checkpoint or preset says more"
             )
+        return time.perf_counter() - start
 
     def evaluate(self) -> tuple[float, int]:
         """(mean loss in nats per token, tokens) over the validation windows, or val_batches of them."""
