@@ -23,6 +23,7 @@ from .taps import Tap, no_tap
 Shapes = dict[str, tuple[int, ...]]
 STATISTICS = {"rstd", "rstd1", "rstd2", "qk_rstd", "lse", "loss"}  # kept in the wide dtype
 MOST_GRAPHS = 8
+IGNORED = -100  # a target that no loss is computed for, as any below 0
 KEPT = {"res1"}  # what a block that is computed again in backward still needs
 
 

@@ -1082,7 +1082,7 @@ def optimizer_rows(be: Any) -> list[Row]:
     model.forward(given.ids)
     model.loss(given.targets, 1 / given.count)
     model.backward()
-    return stages.optimizer_step(model, weights)
+    return stages.optimizer_step(model)
 
 
 def adamw(position: int, change: Callable[[Any], Any]) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from ..model import Model
 from ..params import Slot
 from ..taps import key
 from . import rule
+from .difference import Difference, difference, verdict
 from .report import FORCED, FREE, Row
 
 MADE = {  # tap -> the op that makes it, and the parameters whose gradients it gives besides
@@ -180,7 +180,7 @@ def compare_with_trace(
             base = sound.apart((model.dtype, dtype), want, mode == FORCED)
             judge = _Judge(want, mode == FORCED, coarse == "bfloat16")
             for made, cause in _causes(model.cfg, _pass(model, ids, targets, judge), judge.seen):
-                rows.append(_row(made, mode, judge.seen[made.name], base[made.name], coarse, cause))
+                rows.append(_row(made, mode, judge, base[made.name], coarse, cause))
     return rows
 
 
@@ -209,19 +209,13 @@ def _fitted(
     return out
 
 
-def _row(made: _Made, mode: str, d: Difference, base: _Base, coarse: str, cause: str) -> Row:
+def _row(made: _Made, mode: str, judge: _Judge, base: _Base, coarse: str, cause: str) -> Row:
     """The verdict on an array: on its worst element, or on a slice where only that is off."""
-    factor, eps = 3 if made.gradient else 2, rule.EPS[coarse]
-    err, tol = d.err, rule.tolerance(base.err, d.largest, eps, factor)
-    if err <= tol:
-        for axis, mine in enumerate(d.slices):
-            bound = rule.relative_tolerance(base.slices[axis], eps, factor)
-            if not mine <= bound:
-                err, tol = mine, bound
-                cause = f"a slice across axis {axis} is off by {mine:.2g} of its norm" + (
-                    cause and f"; {cause}"
-                )
-                break
+    d, slices = judge.seen[made.name], judge.sliced[made.name]
+    factor, expected = 3 if made.gradient else 2, base.slices if slices else ()
+    err, tol, axis = verdict(d, base.err, rule.EPS[coarse], factor, slices, expected)
+    if axis is not None:
+        cause = f"a slice across axis {axis} is off by {err:.2g} of its norm" + (cause and f"; {cause}")
     cause = "" if err <= tol else cause
     return Row(
         made.stage, made.op, made.name, mode, err, tol, made.layer, d.shape, d.index, d.got, d.want, cause
@@ -231,44 +225,20 @@ def _row(made: _Made, mode: str, d: Difference, base: _Base, coarse: str, cause:
 # How far off
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far an array is off: the largest |got - want| (NaN where either is), where, the largest |want|, and
-    rule.relative() where slices are judged."""
-
-    err: float
-    index: tuple[int, ...]
-    got: float
-    want: float
-    largest: float
-    shape: tuple[int, ...]
-    slices: tuple[float, ...]
-
-
-def difference(got: np.ndarray, want: np.ndarray, slices: bool) -> Difference:
-    """The Difference of two arrays of one shape."""
-    got, want = got.astype(np.float64), want.astype(np.float64)
-    off = np.abs(got - want)
-    at = np.unravel_index(int(off.argmax()), off.shape)  # of the first NaN where there is one
-    parts = tuple(rule.relative(got, want)) if slices else ()
-    index = tuple(int(i) for i in at)
-    return Difference(
-        float(off[at]), index, float(got[at]), float(want[at]), float(np.abs(want).max()), want.shape, parts
-    )
-
-
 class _Judge:
     """Looks at a pass: compares with what is wanted, into .seen; with force, has that put in place."""
 
     def __init__(self, want: Mapping[str, np.ndarray], force: bool, slices: bool) -> None:
         self.want, self.force, self.slices = want, force, slices
         self.seen: dict[str, Difference] = {}
+        self.sliced: dict[str, tuple[float, ...]] = {}  # rule.relative() of each
 
     def __call__(self, name: str, got: np.ndarray) -> np.ndarray | None:
         want = self.want.get(name)
         if want is None:
             return None
-        self.seen[name] = difference(got, want, self.slices)
+        self.seen[name] = difference(got, want)
+        self.sliced[name] = tuple(rule.relative(got, want)) if self.slices else ()
         return want.astype(np.float64) if self.force else None
 
 
@@ -323,11 +293,11 @@ class _Sound:
             judge = _Judge(truth, force, slices=True)
             off = rule.EPS[dtype] / 2 if seed else 0.0
             _pass(self._model(be, kind, off, seed), *self.batch, judge)
-            runs.append(judge.seen)
+            runs.append(judge)
         return {
             name: _Base(
-                max(run[name].err for run in runs),
-                tuple(map(max, zip(*(run[name].slices for run in runs), strict=True))),
+                max(run.seen[name].err for run in runs),
+                tuple(map(max, zip(*(run.sliced[name] for run in runs), strict=True))),
             )
             for name in names
         }

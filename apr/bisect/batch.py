@@ -13,10 +13,10 @@ from ..data.manifest import MANIFEST, read_manifest
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
 from ..errors import InputNotFound, MalformedFile, Refused, UsageError
+from ..model import IGNORED
 from .report import EXACT, Row
 from .stages import Batch, exact, holds
 
-IGNORED = -100
 IGNORE_EVERY = 7  # so many targets are left out of the loss, so that leaving them out is tested
 MOST_WINDOWS = 4096
 FEWEST_DISTINCT = 4
@@ -70,12 +70,10 @@ def at_random(cfg: ModelConfig, shape: tuple[int, int], seed: int) -> Batch:
     return Batch(ids, _thinned(targets), f"{shape[0]} x {shape[1]} ids drawn at random, seed {seed}")
 
 
-def from_ids(ids: np.ndarray, targets: np.ndarray | None, source: str) -> Batch:
-    """Given ids; targets are the next ones unless they are given too."""
+def from_ids(ids: np.ndarray, targets: np.ndarray, source: str) -> Batch:
+    """Given ids and targets. Raises UsageError for those that show nothing."""
     if ids.shape[1] < 2:
         raise UsageError(f"{source}: one position shows no fault of attention; give at least 2")
-    if targets is None:
-        targets = np.concatenate([ids[:, 1:], np.full_like(ids[:, :1], IGNORED)], 1)
     if not (targets >= 0).any():
         raise UsageError("no target to compute a loss of: give at least two tokens, or --targets")
     return Batch(ids, targets, f"{ids.shape[0]} x {ids.shape[1]} ids of {source}")
@@ -101,7 +99,7 @@ def from_dataset(folder: str, shape: tuple[int, int], seed: int, vocab_size: int
     batch = Batch(
         ids, _thinned(targets), f"the first {shape[0]} x {shape[1]} tokens that training draws of {path}"
     )
-    return batch, [*windows_rows(windows, path), *order_rows(windows, shape[0], seed)]
+    return batch, [*windows_rows(windows, path), *order_rows(windows, seed)]
 
 
 def windows_rows(windows: Windows, path: Path) -> list[Row]:
@@ -121,7 +119,7 @@ def windows_rows(windows: Windows, path: Path) -> list[Row]:
     return rows
 
 
-def order_rows(windows: Windows, batch: int, seed: int) -> list[Row]:
+def order_rows(windows: Windows, seed: int) -> list[Row]:
     """Whether one pass of training reads every window once."""
     n = len(windows)
     if n > MOST_WINDOWS:

@@ -12,14 +12,13 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from ..backends import reference
+from .rule import BF16
 
 Array = Any  # numpy.ndarray, float64
 LIMIT = 1 << 21  # elements of the largest array that an op is computed again with; larger ones are cropped
-BF16 = np.dtype(ml_dtypes.bfloat16)
 SUMS = "dw db dres total"  # outputs that are added to
 
 # The axes along which an output may be cropped, as "NAME AXIS" of each array that has it

@@ -15,9 +15,9 @@ import numpy as np
 from ..config import ModelConfig, to_hf
 from ..errors import DeviceError, Refused
 from ..formats.models import EMBED, HEAD, load_model, parameters
+from ..model import IGNORED
 from ..params import Layout
 
-IGNORED = -100
 DTYPES = ("float64", "float32")
 OUTPUTS = {  # module of a block -> the tap that its output is, or a part of, in this order
     "input_layernorm": "norm1",

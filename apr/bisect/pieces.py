@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar
@@ -19,21 +19,15 @@ PIECE = 1 << 18  # elements: a piece in float64 stays in a core's cache
 
 
 def in_pieces(f: Callable[[slice], T], size: int, each: int = PIECE) -> list[T]:
-    """f of slices that cover range(size), several at once; NumPy lets go of the interpreter while it computes."""
-    return at_once(f, [slice(first, min(size, first + each)) for first in range(0, size, each)])
+    """f of slices that cover range(size), on all cores, a matrix product inside f on one; NumPy lets go of the interpreter
+    while it computes."""
+    work = [slice(first, min(size, first + each)) for first in range(0, size, each)]
+    if len(work) < 2 or getattr(_inside, "piece", False):  # a piece of a piece: the cores are busy
+        return [f(at) for at in work]
 
-
-def at_once(f: Callable[[Any], T], pieces: Iterable[Any]) -> list[T]:
-    """f of each piece, on all cores; matrix products inside f on one core each."""
-    work = list(pieces)
-    if len(work) < 2:
-        return [f(p) for p in work]
-    if getattr(_inside, "piece", False):  # a piece of a piece: the cores are busy
-        return [f(p) for p in work]
-
-    def one(p: Any) -> T:
+    def one(at: slice) -> T:
         _inside.piece = True
-        return f(p)
+        return f(at)
 
     with _blas().limit(limits=1, user_api="blas"):
         return list(_pool().map(one, work))
@@ -66,11 +60,6 @@ def rounded_copy(x: np.ndarray, kind: Any) -> np.ndarray:
     return out
 
 
-def rows_of(dw: Any) -> int:
-    """Rows of a matrix that make a piece."""
-    return max(1, PIECE // int(dw.shape[1]))
-
-
 def in_parallel(be: Backend) -> Backend:
     """A backend of NumPy arrays whose gradients of large matrices, and sums of squares, are made a piece at a time."""
 
@@ -83,7 +72,7 @@ def in_parallel(be: Backend) -> Backend:
         def piece(at: slice) -> None:
             be.linear_bwd(np.empty_like(dx), dw[at], None, dy[:, at], x, w[at])
 
-        in_pieces(piece, dw.shape[0], rows_of(dw))
+        in_pieces(piece, dw.shape[0], max(1, PIECE // dw.shape[1]))
 
     def add_sum_sq(total: Any, x: Any) -> None:
         def piece(at: slice) -> Any:

@@ -53,9 +53,9 @@ def parameters(op: str) -> tuple[str, ...]:
     return tuple(signature(getattr(reference, op)).parameters)
 
 
-def is_gradient(op: str, output: str) -> bool:
-    """Whether an output is a gradient, for which the rule has factor 3."""
-    return op.endswith("_bwd") or output == "logits"
+def factor(op: str, output: str) -> int:
+    """Of the rule: 2 for values, 3 for gradients."""
+    return 3 if op.endswith("_bwd") or output == "logits" else 2
 
 
 def overlay(be: Backend, **ops: Any) -> SimpleNamespace:

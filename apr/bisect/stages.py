@@ -23,13 +23,15 @@ from ..optim import AdamW
 from ..params import FUSED, Layout
 from ..plan import memory
 from . import causes, rule
+from .difference import Difference, difference
 from .lockstep import join, join_optimizers
 from .pieces import in_parallel, in_pieces
 from .report import EXACT, Report, Row
-from .watch import Difference, Forced, Free, difference
+from .watch import Forced, Free
 
 LR, CLIP, DECAY, STEPS = 0.003, 0.5, 0.1, 2  # of the AdamW step: CLIP is a share of the gradients' norm
 PERIOD = (1 << 16) - 15  # random numbers that are used again and again: no tensor is so small or so regular
+FUSED_IN = {part: name for name, parts in FUSED.items() for part in parts}
 Progress = Callable[[str], None]
 
 
@@ -98,9 +100,8 @@ def measured(
     cause: str = "",
 ) -> Row:
     """A row of a difference."""
-    shape = shape or d.shape
-    index = tuple(int(i) for i in np.unravel_index(d.flat, shape))
-    return Row(stage, op, tap, EXACT, d.err, tol, layer, shape, index, d.got, d.want, cause)
+    d = dataclasses.replace(d, shape=shape or d.shape)
+    return Row(stage, op, tap, EXACT, d.err, tol, layer, d.shape, d.index, d.got, d.want, cause)
 
 
 def unequal(got: np.ndarray, want: np.ndarray) -> Difference:
@@ -193,10 +194,9 @@ def _frequency(c: ModelConfig, i: int) -> float:
 def all_used(layout: Layout, passed: set[str], trained: bool) -> list[Row]:
     """Whether every parameter was given to an op, and its gradient too."""
     rows = []
-    groups = {part: name for name, parts in FUSED.items() for part in parts}
     for s in layout.in_order():
         prefix = "" if s.layer is None else f"{s.layer}."
-        names = {prefix + s.param.name, prefix + groups.get(s.param.name, s.param.name)}
+        names = {prefix + s.param.name, prefix + FUSED_IN.get(s.param.name, s.param.name)}
         for kind in ("", "grad.") if trained else ("",):
             used = any(kind + n in passed for n in names)
             rows.append(
@@ -354,7 +354,7 @@ def free(truth: ModelConfig, judged: Model, weights: np.ndarray, batch: Batch) -
 # The optimizer as a whole
 
 
-def optimizer_step(judged: Model, weights: np.ndarray) -> list[Row]:
+def optimizer_step(judged: Model) -> list[Row]:
     """One whole AdamW step on the side's own gradients, against the formula on the host, parameter by parameter:
     Loshchilov and Hutter 2019, algorithm 2, matrices alone decayed. Leaves the model with the new weights."""
     be, layout = judged.be, judged.layout
@@ -517,11 +517,10 @@ def state(side: Side, weights: np.ndarray, batch: Batch, tolerances: dict[str, f
         model.loss(targets[None], scale)
         model.backward()
     parts = be.to_host(model.g)
-    groups = {part: name for name, names in FUSED.items() for part in names}
     for s in model.layout.in_order():
         at = slice(s.offset, s.offset + s.size)
         prefix = "grad." if s.layer is None else f"grad.{s.layer}."
-        tol = tolerances.get(prefix + groups.get(s.param.name, s.param.name))
+        tol = tolerances.get(prefix + FUSED_IN.get(s.param.name, s.param.name))
         if tol is None:
             continue
         d = difference(parts[at], first[1][at])
@@ -625,10 +624,10 @@ def run(
         del watch
         if plan.backward and plan.optimizer:
             with stage("optimizer"):
-                report.add(optimizer_step(judged, weights))
+                report.add(optimizer_step(judged))
+                judged.be.from_host(judged.w, weights)
     progress("forward to optimizer, each op alone")
     with kernel_arguments(given):
-        judged.be.from_host(judged.w, weights)
         looked = forced(truth, judged, batch, plan.optimizer and plan.backward)
         spent(looked)
         report.add(looked.rows)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..config import SIZES, ModelConfig
+from ..formats.models import EMBED, HEAD, INV_FREQ
 from ..params import Layout
 from .report import EXACT, Row
 from .stages import exact, holds, measured, unequal
@@ -20,7 +21,6 @@ SAME = {
     "rms_norm_eps": "rms_norm_eps",
     "tie_word_embeddings": "tie_word_embeddings",
 }
-HEAD, TABLE = "lm_head.weight", ".rotary_emb.inv_freq"
 
 
 def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[Row]:
@@ -45,7 +45,7 @@ def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[Row]:
         for name, want in _tensors(file):
             slot = layout.by_hf.get(name)
             if slot is None:
-                known = name.endswith(TABLE) or (name == HEAD and cfg.tie_word_embeddings)
+                known = name.endswith(INV_FREQ) or (name == HEAD and cfg.tie_word_embeddings)
                 out.append(
                     holds("upload", "read_file", name, known, f"{file.name} has it, the model does not")
                 )
@@ -58,7 +58,7 @@ def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[Row]:
                 d = unequal(got, want)
                 words = "what was read is not what the file holds"
                 out.append(measured("upload", "read_file", name, d, 0.0, slot.layer, slot.shape, words))
-    tied = {"model.embed_tokens.weight"} if cfg.tie_word_embeddings else set()  # may be stored as the head
+    tied = {EMBED} if cfg.tie_word_embeddings else set()  # may be stored as the head
     for name in layout.by_hf.keys() - found - tied:
         out.append(holds("upload", "read_file", name, False, "no file holds it", layout.by_hf[name].layer))
     return out

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..params import Layout
 from . import causes, rule
+from .difference import Difference, difference, verdict
 from .lockstep import Call, Twin, host
 from .pieces import PIECE, in_parallel, in_pieces, rounded_copy
 from .report import FORCED, FREE, Row
@@ -68,6 +69,9 @@ class _Watch:
 
     def __init__(self, backends: list[Any], dtype: str, layout: Layout) -> None:
         self.backends, self.dtype, self.layout = backends, dtype, layout
+        self.scale = (
+            rule.EPS[dtype] / rule.EPS["float32"] if dtype == "float64" else 1.0
+        )  # of plain NumPy's errors
         self.stage = "forward"
         self.rows: list[Row] = []
         self.seconds: dict[str, float] = {}  # by stage
@@ -96,7 +100,7 @@ class _Watch:
 
     def _place(self, call: Call, name: str, index: int) -> tuple[str, int | None]:
         """(tap, layer) of an output; in a flat buffer, of the parameter that its worst element belongs to."""
-        if call.op in ("adamw",):
+        if call.op == "adamw":
             x = call.args[name]
             slot = next(
                 (s for s in self.layout.slots if s.offset <= x.start + index < s.offset + s.size), None
@@ -109,8 +113,7 @@ class _Watch:
         self, call: Call, name: str, mode: str, err: float, tol: float, d: Difference, cause: str
     ) -> Row:
         tap, layer = self._place(call, name, d.flat)
-        index = tuple(int(i) for i in np.unravel_index(d.flat, d.shape)) if d.shape else ()
-        return Row(self.stage, call.op, tap, mode, err, tol, layer, d.shape, index, d.got, d.want, cause)
+        return Row(self.stage, call.op, tap, mode, err, tol, layer, d.shape, d.index, d.got, d.want, cause)
 
 
 class Forced(_Watch):
@@ -260,18 +263,15 @@ class Forced(_Watch):
         x: Twin,
         in_order: list[float] = [],  # noqa: B006 - not changed
     ) -> tuple[float, float, Difference]:
-        factor = 3 if rule.is_gradient(op, name) else 2
-        eps = rule.unit(x.sides[1].dtype, self.dtype)
         d = difference(got, want)
-        scale = rule.EPS["float64"] / rule.EPS["float32"] if self.dtype == "float64" else 1.0
-        base = max([difference(b, want).err for b in bases] + in_order) * scale
-        err, tol = d.err, rule.tolerance(base, d.largest, eps, factor)
-        if self.dtype == "bfloat16" and want.size <= MOST_SLICED and err <= tol:
-            expected = [rule.relative(b, want) for b in bases]
-            for axis, mine in enumerate(rule.relative(got, want)):
-                bound = rule.relative_tolerance(max(e[axis] for e in expected), eps, factor)
-                if not mine <= bound:
-                    return mine, bound, d
+        base = max([difference(b, want).err for b in bases] + in_order) * self.scale
+        slices: tuple[list[float], list[float]] = ([], [])
+        if self.dtype == "bfloat16" and want.size <= MOST_SLICED:
+            sound = [rule.relative(b, want) for b in bases]
+            slices = rule.relative(got, want), [max(axis) for axis in zip(*sound, strict=True)]
+        err, tol, _ = verdict(
+            d, base, rule.unit(x.sides[1].dtype, self.dtype), rule.factor(op, name), *slices
+        )
         return err, tol, d
 
 
@@ -291,42 +291,8 @@ class Free(_Watch):
             values = [host(be, y, x.shape) for be, y in zip(self.backends[1:], x.sides[1:], strict=True)]
             d = difference(values[-1], want)
             moved = max(difference(v, want).err for v in values[:-1])
-            factor = 3 if rule.is_gradient(call.op, n) else 2
-            eps = rule.EPS[self.dtype]
-            scale = rule.EPS["float64"] / rule.EPS["float32"] if self.dtype == "float64" else 1.0
-            tol = rule.tolerance(moved * scale, d.largest, eps, factor)
-            self.rows.append(self._row(call, n, FREE, d.err, tol, d, ""))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far an array is off: the largest |got - want|, where, and the largest |want|. NaN where got has one."""
-
-    err: float
-    flat: int  # index of the worst element in the flattened array
-    largest: float
-    shape: tuple[int, ...]
-    got: float
-    want: float
-
-
-def difference(got: np.ndarray, want: np.ndarray) -> Difference:
-    """The Difference of two arrays of one shape, in pieces, so that memory does not grow with their size."""
-    shape = want.shape
-    g, w = got.reshape(-1), np.ascontiguousarray(want).reshape(-1)
-
-    def piece(at: slice) -> tuple[float, int, float]:
-        a, b = g[at].astype(np.float64), w[at].astype(np.float64)
-        largest = float(np.abs(b).max())
-        off = np.abs(a - b)
-        worst = int(off.argmax())  # the first NaN where there is one
-        return float(off[worst]), at.start + worst, largest
-
-    found = in_pieces(piece, w.size) or [(0.0, 0, 0.0)]
-    err, at, _ = max(found, key=lambda f: (f[0] != f[0], f[0]))
-    largest = max(f[2] for f in found)
-    some = w.size > 0
-    return Difference(err, at, largest, shape, float(g[at]) if some else 0.0, float(w[at]) if some else 0.0)
+            err, tol, _ = verdict(d, moved * self.scale, rule.EPS[self.dtype], rule.factor(call.op, n))
+            self.rows.append(self._row(call, n, FREE, err, tol, d, ""))
 
 
 def _overlap(a: Any, b: Any) -> bool:

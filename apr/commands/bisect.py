@@ -23,8 +23,9 @@ from ..device import available_memory, check_fits, choose
 from ..errors import IOFailure, Refused, UsageError
 from ..flags import given, option
 from ..loading import Source, open_source
+from ..model import IGNORED
 from ..plan import check_positions, memory
-from .trace import IGNORED, read_ids
+from .trace import read_ids, read_targets
 
 AGREE, DIFFER = 0, 9
 
@@ -178,10 +179,7 @@ def _batch(f: Flags, source: Source) -> tuple[Batch, list[Row]]:
     shape = (f.batch_size, f.seq_length)
     if f.tokens:
         ids = read_ids(f.tokens, source.cfg, "--tokens", lowest=0)
-        targets = read_ids(f.targets, source.cfg, "--targets", lowest=IGNORED) if f.targets else None
-        if targets is not None and targets.shape != ids.shape:
-            raise UsageError(f"--targets has shape {targets.shape}, --tokens {ids.shape}; they must be equal")
-        return batches.from_ids(ids, targets, "--tokens"), []
+        return batches.from_ids(ids, read_targets(f.targets, ids, source.cfg), "--tokens"), []
     if f.dataset:
         return batches.from_dataset(f.dataset, shape, f.seed, source.cfg.vocab_size)
     if source.tokenizer is None:

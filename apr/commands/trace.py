@@ -17,12 +17,10 @@ from ..errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..flags import option, parse
 from ..formats.hf import write_safetensors
 from ..loading import open_source, put
-from ..model import Model
+from ..model import IGNORED, Model
 from ..plan import memory
 from ..taps import Record
 from ..training.rundir import versions
-
-IGNORED = -100  # a target that no loss is computed for
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,7 @@ def main(args: Sequence[str]) -> int:
         raise Refused(f"--dtype {dtype}: the {backend.name} backend computes in {', '.join(backend.dtypes)}")
     source = open_source(f.model, dtype, f.seed)
     ids = read_ids(f.tokens, source.cfg, "--tokens", lowest=0)
-    targets = (
-        read_ids(f.targets, source.cfg, "--targets", lowest=IGNORED)
-        if f.targets
-        else np.concatenate([ids[:, 1:], np.full_like(ids[:, :1], IGNORED)], 1)
-    )
-    if targets.shape != ids.shape:
-        raise UsageError(f"--targets has shape {targets.shape}, --tokens {ids.shape}; they must be equal")
+    targets = read_targets(f.targets, ids, source.cfg)
     batch, seq = ids.shape
     need = memory(source.cfg, backend, batch, seq, dtype, f.backward, ids.size, optimizer=False)
     check_fits(need, backend, "trace fewer tokens or a smaller model")
@@ -115,6 +107,16 @@ def record(model: Model, ids: np.ndarray, targets: np.ndarray) -> dict[str, np.n
         host = backend.to_host(model.g)
         seen |= {f"grad.{name}": x for name, x in model.layout.named(host).items()}
     return seen
+
+
+def read_targets(text: str, ids: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+    """int32 (B,T) as --targets says, or for "" the next tokens of ids (B,T). Raises as read_ids does."""
+    if not text:
+        return np.concatenate([ids[:, 1:], np.full_like(ids[:, :1], IGNORED)], 1)
+    targets = read_ids(text, cfg, "--targets", lowest=IGNORED)
+    if targets.shape != ids.shape:
+        raise UsageError(f"--targets has shape {targets.shape}, --tokens {ids.shape}; they must be equal")
+    return targets
 
 
 def read_ids(text: str, cfg: ModelConfig, flag: str, lowest: int) -> np.ndarray:
