@@ -14,11 +14,13 @@ from .errors import UsageError
 T = TypeVar("T")
 
 
-def option(help: str, default: Any = None, choices: Sequence[str] = (), positional: bool = False) -> Any:
-    """A dataclass field with a help text. choices limits the values; positional takes no flag."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": tuple(choices), "positional": positional}
-    )
+def option(
+    help: str, default: Any = None, choices: Sequence[str] = (), positional: bool = False, short: str = ""
+) -> Any:
+    """A dataclass field with a help text. choices limits the values; positional takes no flag; short is a second,
+    one-letter flag. A field of type tuple[str, ...] takes one value or more."""
+    meta = {"help": help, "choices": tuple(choices), "positional": positional, "short": short}
+    return dataclasses.field(default=default, metadata=meta)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,7 +32,7 @@ def _plain(annotation: Any) -> Any:
     """int for `int | None`."""
     if isinstance(annotation, types.UnionType):
         return next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation
+    return typing.get_origin(annotation) or annotation
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -58,7 +60,12 @@ def given(cls: type, args: Sequence[str], prog: str, description: str) -> dict[s
         if f.default not in (None, "", False) and not meta["positional"]:
             text += f" (default {f.default})"
         name = f.name if meta["positional"] else "--" + f.name.replace("_", "-")
-        if kind is bool:
+        names = [name, "-" + meta["short"]] if meta["short"] else [name]
+        if kind is tuple:
+            parser.add_argument(
+                *names, help=text, metavar=f.name.upper(), nargs="*" if f.default is not None else "+"
+            )
+        elif kind is bool:
             parser.add_argument(name, help=text, action=argparse.BooleanOptionalAction)
         elif meta["positional"]:
             parser.add_argument(
@@ -66,7 +73,7 @@ def given(cls: type, args: Sequence[str], prog: str, description: str) -> dict[s
             )
         else:
             parser.add_argument(
-                name,
+                *names,
                 help=text,
                 type=kind,
                 choices=meta["choices"] or None,

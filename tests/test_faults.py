@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from re import fullmatch
 
+import data_cases
 import numpy as np
 import pytest
-import test_data
+import test_batches
 
 from apr import backends
 from apr.bisect import catalogue
@@ -119,15 +120,15 @@ def test_every_fault_is_planted_somewhere() -> None:
 
 
 ORDER = {  # of the data: the tests that see it
-    "targets_are_the_ids": test_data.test_windows_predict_each_token_once,
-    "a_token_lost_between_windows": test_data.test_windows_predict_each_token_once,
-    "half_of_the_windows_twice": test_data.test_a_pass_reads_every_window_once,
+    "targets_are_the_ids": test_batches.test_windows_predict_each_token_once,
+    "a_token_lost_between_windows": test_batches.test_windows_predict_each_token_once,
+    "half_of_the_windows_twice": test_batches.test_a_pass_reads_every_window_once,
 }
 
 
 @pytest.mark.parametrize("name", ORDER)
 def test_the_tests_of_data_see_wrong_order(name: str, tmp_path: Path) -> None:
-    tok = train_tokenizer([d.text for d in test_data.corpus()], 400, tmp_path / "tok")
+    tok = train_tokenizer([d.text for d in data_cases.corpus()], 400, tmp_path / "tok")
     ORDER[name](tok, tmp_path / "sound")
     with FAULTS[name].patch(), pytest.raises(AssertionError):
         ORDER[name](tok, tmp_path / "faulty")

@@ -35,8 +35,13 @@ def test_paths_and_links_exist():
 @pytest.mark.parametrize("line", [x for x in LINES if x.startswith(".venv/bin/apr")])
 def test_commands_parse(line):
     _, command, *args = shlex.split(line)
-    flags = Settings if command == "pretrain" else importlib.import_module(f"apr.commands.{command}").Flags
-    assert given(flags, ["--output" if a == "-o" else a for a in args], command, "")
+    module = importlib.import_module(f"apr.commands.{command}")
+    if command == "tokenize":
+        flags, args = module.flags_and_main(args[0])[0], args[1:]
+    else:
+        flags = Settings if command == "pretrain" else module.Flags
+        args = ["--output" if a == "-o" else a for a in args]
+    assert given(flags, args, command, "")
 
 
 def test_make_targets_exist():

@@ -362,7 +362,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(place, tmp_path, monke
     [
         (["--corpus", "no/such"], 3, "no/such"),
         (["--corpus", "EMPTY"], 5, "EMPTY"),
-        (["--corpus", "LATIN1"], 4, "latin1.py"),
+        (["--corpus", "LATIN1"], 5, "latin1.py: not UTF-8"),
         (["--seq-length", "65"], 5, "max_position_embeddings"),
         (["--seq-length", "64", "--corpus", "SHORT"], 5, "--seq-length"),
         (["--model", "gpt-5"], 3, "gpt-5"),

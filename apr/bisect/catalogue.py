@@ -83,7 +83,11 @@ def tiny_dataset(folder: Path) -> Path:
     text = batches.PASSAGE
     tokenizer = train_tokenizer([text], 300, folder / "tokenizer")
     with ShardWriter(folder / "train", tokenizer) as out:
-        out.add([Document(f"part {i}", part) for i, part in enumerate(text.splitlines())])
+        for i, part in enumerate(text.splitlines()):
+            document = Document(f"part {i}", part)
+            out.begin(document.sha256, len(document.data))
+            out.append(tokenizer.encode(part))
+            out.end()
     return folder
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "run": "generate text from a checkpoint",
     "bisect": "which op of which layer is wrong: two sides in lockstep, op by op",
     "trace": "write every intermediate of one forward (and backward) pass to a file",
+    "tokenize": "tokenizers and token shards: train, import-hf, encode-corpus, audit, repair-manifest",
     "plan": "parameters, FLOPs and bytes of a job, before anything is allocated",
     "inspect": "what is in a checkpoint, and is it whole",
 }

@@ -15,7 +15,7 @@ from ..device import cores
 from ..errors import MalformedFile, Refused, UsageError
 from ..generate import generate
 from ..params import Layout
-from ..training.inputs import Inputs, describe, open_inputs
+from ..training.inputs import Inputs, describe, guards, open_inputs
 from ..training.loop import Trainer
 from ..training.rundir import RunDir, git_commit, next_free, versions
 from ..training.settings import DEMO, MAY_CHANGE, Settings, check, from_command_line, resolve
@@ -85,6 +85,7 @@ def _run_dir(i: Inputs) -> RunDir:
             "model": to_hf(i.cfg),
             "num_parameters": Layout(i.cfg).num_parameters,
             "data": describe(i),
+            "data_guards": guards(i),
             "versions": versions(),
             "git_commit": git_commit(),
         }
@@ -138,6 +139,7 @@ def _header(show: Show, i: Inputs, run: RunDir) -> None:
             ("corpus", i.corpus_name),
             ("", f"{train.total_tokens:,} tokens to train on, {val.total_tokens:,} held out ({val.total_documents} documents)"),
             ("tokenizer", f"{i.tokenizer.vocab_size:,} ids, {train.total_bytes / train.total_tokens:.2f} bytes/token"),
+            ("data", _guarded(i)),
             ("model", f"{c.family}, {Layout(c).num_parameters:,} parameters: {c.num_layers} layers of {c.hidden_size},"),
             ("", f"heads {c.num_heads}/{c.num_kv_heads} of {c.head_dim}, MLP {c.intermediate_size}"),
             ("job", f"{s.num_steps:,} steps of {s.batch_size} x {s.seq_length} tokens = {tokens / 1e6:.2f} M tokens"),
@@ -147,8 +149,23 @@ def _header(show: Show, i: Inputs, run: RunDir) -> None:
             ("run directory", str(run.path)),
         ],
     )  # fmt: skip
+    if i.left_out:
+        show.note(i.left_out)
     if i.device_note:
         show.note(f"about the device: {i.device_note}")
+
+
+def _guarded(i: Inputs) -> str:
+    """The guards in one line: how many passed, the figures that tell most, and what was not asked or widened."""
+    verdicts = [v for side in i.audit for v in side.verdicts]
+    figures = i.train.shards.manifest.audit
+    odd = [f"{v.guard} {v.word if v.passed is None else ''}: {v.note}" for v in verdicts if v.note]
+    passed = sum(v.passed is True for v in verdicts)
+    text = (
+        f"{passed} of {len(verdicts)} guards passed: {figures['distinct_ids']:,} distinct ids, the commonest "
+        f"{100 * figures['top_id_share']:.1f} %, entropy {figures['unigram_entropy_nats']:.2f} nats/token"
+    )
+    return "\n".join([text, *odd])
 
 
 def sample_text(i: Inputs, trainer: Trainer, prompt: str, tokens: int = SAMPLE_TOKENS) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from typing import Any
 
 import numpy as np
 
 from ..errors import AprError, Refused
+from .scan import mix
 from .shards import TokenShards
 
 ROUNDS = 4
+AHEAD = 4  # batches that a thread reads before they are asked for
 
 
 class Exhausted(AprError):
@@ -101,15 +105,8 @@ class Permutation:
     def _rounds(self, x: np.ndarray) -> np.ndarray:
         left, right = x >> self._half, x & self._mask
         for key in self._keys:
-            left, right = right, left ^ (_mix(right + key) & self._mask)
+            left, right = right, left ^ (mix(right + key) & self._mask)
         return (left << self._half) | right
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014), uint64 (B,), modulo 2^64."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 class Batches:
@@ -150,7 +147,13 @@ class Batches:
         self.rank = rank
         self.step_windows = batch_size * world
         self._read = 0  # windows that all ranks together have read, over all passes
-        self._ahead: tuple[np.ndarray, np.ndarray] | None = None
+        self._ahead: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
+        self._reader: ThreadPoolExecutor | None = None  # one thread, from the first batch on
+
+    @property
+    def windows_read(self) -> int:
+        """Windows that all ranks together have read, over all passes."""
+        return self._read
 
     @property
     def passes(self) -> int:
@@ -165,18 +168,25 @@ class Batches:
                 f"{self.windows.shards.folder}: {max(0, n - self._read)} of {n} windows left, a step takes "
                 f"{self.step_windows}; allow another pass with --on-exhausted cycle"
             )
-        batch = self._ahead or self._draw()
-        self._ahead = None
+        batch = self._ahead.popleft().result() if self._ahead else self._draw(self._read)
         self._read += self.step_windows
+        self._draw_ahead()
         return batch
 
-    def draw_ahead(self) -> None:
-        """Read what `next` will return, while a device is busy. Does not change `state`."""
-        if self._ahead is None:
-            self._ahead = self._draw()
+    def _draw_ahead(self) -> None:
+        """Have the next batches read on a thread, so that a page that is not in memory costs no step its time.
 
-    def _draw(self) -> tuple[np.ndarray, np.ndarray]:
-        first = self._read + self.rank * self.batch_size
+        Does not change `state`: what is read ahead and not asked for is read again on resuming."""
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        while len(self._ahead) < AHEAD:
+            first = self._read + len(self._ahead) * self.step_windows
+            if self.on_exhausted == "stop" and first + self.step_windows > self.windows.count:
+                return
+            self._ahead.append(self._reader.submit(self._draw, first))
+
+    def _draw(self, read: int) -> tuple[np.ndarray, np.ndarray]:
+        first = read + self.rank * self.batch_size
         places = np.arange(first, first + self.batch_size, dtype=np.int64)
         return self.windows.read(self._indices(places))
 
@@ -222,7 +232,7 @@ class Batches:
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < end:
                 raise Refused(f"data position: {key} = {value!r} is not a whole number in 0..{end - 1}")
         self._read = state["pass"] * self.windows.count + state["position"]
-        self._ahead = None
+        self._ahead.clear()
 
 
 def sequential(

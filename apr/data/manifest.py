@@ -15,42 +15,63 @@ from .. import __version__
 from ..config import read_json
 from ..errors import MalformedFile
 
-FORMAT = "apr-shards-1"
+FORMAT = "apr-shards-2"
 MANIFEST = "manifest.json"
 EOS_POLICIES = ("after", "between", "none")  # an EOS after each document, only between two, or nowhere
+SHARD_KEYS = {"name", "tokens", "sha256", "documents", "partial", "corpus_sha256"}
+FIGURES = {
+    "distinct_ids",
+    "unigram_entropy_nats",
+    "top_id",
+    "top_id_share",
+    "bytes_per_token",
+    "unknown_tokens",
+}
 MAX_VOCAB = 1 << 24  # bounds the table of counts that a hostile manifest could ask for
 
 
 @dataclass
 class Manifest:
-    """manifest.json. `complete` is false until the writer is closed; `total_bytes` is UTF-8 bytes of text."""
+    """manifest.json of one folder of shards.
+
+    shards         name, tokens, sha256 of each; and where it ends: `documents` that are whole by then, `partial`
+                   tokens of the next one, `corpus_sha256` of the whole ones. That is what resuming starts from
+    corpus_sha256  of the documents' sha256, in order; null in a manifest rebuilt from shards
+    total_bytes    UTF-8 bytes of the text as it was read; in a rebuilt manifest, of the text that the tokens stand for
+    complete       false until every document is written
+    made           how: inputs, side of the split, counts of what was left out
+    """
 
     tokenizer_sha256: str
     vocab_size: int
     eos_policy: str
     eos_token_id: int | None
     normalization: str
-    corpus_sha256: str = ""  # of the documents' sha256, in order
+    corpus_sha256: str | None = None
     shard_count: int = 0
     total_tokens: int = 0
     total_documents: int = 0
     total_bytes: int = 0
-    shards: list[dict[str, Any]] = field(default_factory=list)  # name, tokens, sha256
+    shards: list[dict[str, Any]] = field(default_factory=list)
     audit: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
     producer: str = f"apr {__version__}, tokenizers {tokenizers.__version__}"
     format: str = FORMAT
 
 
-def audit(counts: np.ndarray, total_bytes: int) -> dict[str, Any]:
+def figures(counts: np.ndarray, total_bytes: int, unknown_id: int | None) -> dict[str, Any]:
     """What one look should see: counts int64 (V,) of each id; the entropy is in nats per token."""
     total = int(counts.sum())
     p = counts[counts > 0] / total
+    top = int(counts.argmax())
     return {
         "distinct_ids": int(p.size),
         "unigram_entropy_nats": float(max(0.0, -(p * np.log(p)).sum())),
-        "top_id_share": float(p.max()),
+        "top_id": top,
+        "top_id_share": float(counts[top] / total),
         "bytes_per_token": total_bytes / total,
+        "unknown_tokens": 0 if unknown_id is None else int(counts[unknown_id]),
     }
 
 
@@ -59,23 +80,33 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}.bin"
 
 
-def read_manifest(path: Path) -> Manifest:
-    """manifest.json of a shard folder, with every field checked against the others."""
+def read_manifest(path: Path, whole: bool = True) -> Manifest:
+    """manifest.json of a shard folder, with every field checked against the others.
+
+    whole: also that encoding finished. Raises MalformedFile."""
     d = read_json(path)
     if not isinstance(d, dict) or d.get("format") != FORMAT:
         found = d.get("format") if isinstance(d, dict) else type(d).__name__
-        raise MalformedFile(f"{path}: format = {found!r}, not {FORMAT!r}")
+        raise MalformedFile(
+            f"{path}: format = {found!r}, not {FORMAT!r}; encode the corpus again, or rebuild the manifest from the "
+            "shards: apr tokenize repair-manifest"
+        )
     fields = set(Manifest.__dataclass_fields__)
     if set(d) != fields:
         raise MalformedFile(
             f"{path}: missing keys {sorted(fields - set(d))}, unknown keys {sorted(set(d) - fields)}"
         )
-    if d["complete"] is not True:
-        raise MalformedFile(f"{path}: complete = {d['complete']!r}: encoding did not finish; run it again")
+    if whole and d["complete"] is not True:
+        raise MalformedFile(
+            f"{path}: complete = {d['complete']!r}: encoding did not finish; go on with the same command and --resume"
+        )
+    lowest = 1 if whole else 0
     for key in ("shard_count", "total_tokens", "total_documents", "total_bytes", "vocab_size"):
-        _check_int(path, key, d[key], 1, MAX_VOCAB if key == "vocab_size" else 1 << 62)
-    for key in ("tokenizer_sha256", "corpus_sha256"):
-        _check_sha(path, key, d[key])
+        least, most = (1, MAX_VOCAB) if key == "vocab_size" else (lowest, 1 << 62)
+        _check_int(path, key, d[key], least, most)
+    _check_sha(path, "tokenizer_sha256", d["tokenizer_sha256"])
+    if d["corpus_sha256"] is not None:
+        _check_sha(path, "corpus_sha256", d["corpus_sha256"])
     if d["eos_policy"] not in EOS_POLICIES:
         raise MalformedFile(
             f"{path}: eos_policy = {d['eos_policy']!r} is not one of {', '.join(EOS_POLICIES)}"
@@ -83,17 +114,21 @@ def read_manifest(path: Path) -> Manifest:
     if d["eos_token_id"] is not None or d["eos_policy"] != "none":
         _check_int(path, "eos_token_id", d["eos_token_id"], 0, d["vocab_size"] - 1)
     _check_shards(path, d)
-    keys = {"distinct_ids", "unigram_entropy_nats", "top_id_share", "bytes_per_token"}
-    if not isinstance(d["audit"], dict) or set(d["audit"]) != keys:
-        raise MalformedFile(f"{path}: audit = {d['audit']!r} does not have the keys {sorted(keys)}")
-    for key in keys:
+    if d["total_tokens"]:
+        _check_figures(path, d)
+    return Manifest(**d)
+
+
+def _check_figures(path: Path, d: dict[str, Any]) -> None:
+    if not isinstance(d["audit"], dict) or set(d["audit"]) != FIGURES:
+        raise MalformedFile(f"{path}: audit = {d['audit']!r} does not have the keys {sorted(FIGURES)}")
+    for key in FIGURES:
         value = d["audit"][key]
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
             raise MalformedFile(f"{path}: audit.{key} = {value!r} is not a figure")
     same_figure(
         f"{path}: audit.bytes_per_token", d["audit"]["bytes_per_token"], d["total_bytes"] / d["total_tokens"]
     )
-    return Manifest(**d)
 
 
 def _check_shards(path: Path, d: dict[str, Any]) -> None:
@@ -102,14 +137,18 @@ def _check_shards(path: Path, d: dict[str, Any]) -> None:
         count = len(shards) if isinstance(shards, list) else repr(shards)
         raise MalformedFile(f"{path}: shard_count = {d['shard_count']}, shards lists {count}")
     for i, shard in enumerate(shards):
-        if not isinstance(shard, dict) or set(shard) != {"name", "tokens", "sha256"}:
+        if not isinstance(shard, dict) or set(shard) != SHARD_KEYS:
             raise MalformedFile(
-                f"{path}: shards[{i}] = {shard!r} does not have the keys name, tokens, sha256"
+                f"{path}: shards[{i}] = {shard!r} does not have the keys {sorted(SHARD_KEYS)}"
             )
         if shard["name"] != shard_name(i):  # also keeps paths out of the folder out
             raise MalformedFile(f"{path}: shards[{i}].name = {shard['name']!r}, expected {shard_name(i)!r}")
         _check_int(path, f"shards[{i}].tokens", shard["tokens"], 1, 1 << 60)
         _check_sha(path, f"shards[{i}].sha256", shard["sha256"])
+        if d["corpus_sha256"] is not None:
+            _check_int(path, f"shards[{i}].documents", shard["documents"], 0, d["total_documents"])
+            _check_int(path, f"shards[{i}].partial", shard["partial"], 0, 1 << 60)
+            _check_sha(path, f"shards[{i}].corpus_sha256", shard["corpus_sha256"])
     total = sum(shard["tokens"] for shard in shards)
     if total != d["total_tokens"]:
         raise MalformedFile(f"{path}: total_tokens = {d['total_tokens']}, its shards add up to {total}")

@@ -3,100 +3,105 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from ..config import read_json
-from ..errors import InputNotFound, IOFailure, MalformedFile, Refused
+from ..errors import AprError, IOFailure, Refused
 from ..formats.atomic import write_json
 from .corpus import Document, is_held_out, make_folder
-from .shards import ShardWriter, TokenShards, our_files
+from .encode import RECORD as ENCODED
+from .encode import SKIPPED, Counts, encode_corpus
+from .guards import USUAL, Bounds
+from .readers import Corpus, LongDocument, Skipped
+from .seen import Seen
+from .shards import TokenShards, our_files
 from .tokenizer import Progress, Tokenizer, train_tokenizer
 
-FORMAT = "apr-prepared-1"
+FORMAT = "apr-prepared-2"
 RECORD = "prepared.json"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` made or found: both sides opened and verified, and their tokenizer."""
+    """What `prepare` made or found: FOLDER/train, FOLDER/val and FOLDER/tokenizer."""
 
     folder: Path
     tokenizer: Tokenizer
-    train: TokenShards
-    val: TokenShards
     key: str
     reused: bool
     reason: str  # why it was built, or that it was reused
 
-    @property
-    def tokenizer_dir(self) -> Path:
-        return self.folder / "tokenizer"
+    def left_out(self) -> str:
+        """How many documents could not be used, why, and where they are named; "" when all could."""
+        skipped = read_json(self.folder / ENCODED)["result"]["skipped"]
+        if not skipped:
+            return ""
+        why = ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()))
+        return f"documents that cannot be used: {why}; named in {self.folder / SKIPPED}"
 
     @property
-    def train_dir(self) -> Path:
-        return self.folder / "train"
-
-    @property
-    def val_dir(self) -> Path:
-        return self.folder / "val"
+    def sides(self) -> dict[str, Path]:
+        return {side: self.folder / side for side in ("train", "val")}
 
 
 def prepare(
-    documents: Iterable[Document],
+    corpus: Corpus,
     out_dir: str | Path,
     *,
     vocab_size: int | None = None,
     tokenizer: Tokenizer | None = None,
     val_fraction: float = 0.05,
     shard_tokens: int = 10_000_000,
+    bounds: Bounds = USUAL,
     progress: Progress | None = None,
 ) -> Prepared:
     """Split documents by content hash, train a tokenizer of vocab_size on the training side unless one is
     given, and encode both sides into out_dir/train and out_dir/val.
 
-    The result depends on the set of documents, not on their order: they are written in the order of their
-    hashes, so that neighbours in a folder do not end up as neighbours in the shards, and the first windows
-    of the validation side are a sample of it. A second call with the same input reuses the folder after
-    verifying it; a folder that fails, or was made from other input, is built again.
-    Raises Refused: bad arguments, a side without documents; IOFailure."""
+    A second call with the same input reuses the folder after verifying it, or goes on where an earlier one was killed; a
+    folder that fails, or was made from other input, is built again. The input is read once to find out, and again to encode it.
+    Raises Refused: bad arguments, a side without documents, a guard; IOFailure."""
     if (vocab_size is None) == (tokenizer is None):
         raise Refused("give either a vocab_size to train a tokenizer with, or a tokenizer")
     if not 0.0 < val_fraction < 1.0:
         raise Refused(f"val_fraction = {val_fraction} is not between 0 and 1")
-    ordered = sorted(documents, key=lambda d: d.sha256)
-    sides = {
-        "train": [d for d in ordered if not is_held_out(d.sha256, val_fraction)],
-        "val": [d for d in ordered if is_held_out(d.sha256, val_fraction)],
-    }
-    for side, held in sides.items():
-        if not held:
-            raise Refused(
-                f"val_fraction = {val_fraction} of {len(ordered)} documents leaves none for {side}; "
-                "use another fraction, more files, or cut a long file into several"
-            )
     folder = Path(out_dir)
-    key = _key(ordered, vocab_size, tokenizer, val_fraction, shard_tokens)
+    made_by = f"{tokenizer.sha256} {tokenizer.eos_token}" if tokenizer else f"train {vocab_size}"
+    key = _key(corpus, f"{made_by} {val_fraction!r} {shard_tokens}", val_fraction, progress)
     record, reason = _read_record(folder / RECORD)
-    if record is not None and record.get("key") != key:
+    begun = record is not None and record.get("key") == key
+    if record is not None and not begun:
         reason = "made from other input"
-    elif record is not None:
+    elif record is not None and record.get("complete") is True:
         try:
             return _open(folder, record, key)
-        except (InputNotFound, MalformedFile, Refused) as e:
-            reason = str(e)
-    _begin(folder, key)
-    if tokenizer is None:
-        assert vocab_size is not None
-        texts = [d.text for d in sides["train"]]
-        tokenizer = train_tokenizer(texts, vocab_size, folder / "tokenizer", progress=progress)
-    else:
-        tokenizer.save(folder / "tokenizer")
-    for side, held in sides.items():
-        _encode(held, folder / side, side, tokenizer, shard_tokens, progress)
-    train, val = (TokenShards(folder / side, tokenizer) for side in sides)
+        except AprError as e:
+            reason, begun = str(e), False
+    if not begun:
+        _begin(folder, key)
+    tokenizer = tokenizer or _trained(corpus, folder, vocab_size, val_fraction, begun, progress)
+
+    def hear(counts: Counts, read: int, total: int) -> None:
+        if progress:
+            progress("encode", read, total)
+
+    encode_corpus(
+        corpus,
+        tokenizer,
+        folder,
+        val_fraction=val_fraction,
+        shard_tokens=shard_tokens,
+        bounds=bounds,
+        made={"prepared": key},
+        resume=begun and (folder / ENCODED).is_file(),
+        progress=hear,
+    )
+    sides = {side: TokenShards(folder / side, tokenizer, verify=False).sha256 for side in ("train", "val")}
     write_json(
         folder / RECORD,
         {
@@ -105,41 +110,75 @@ def prepare(
             "complete": True,
             "val_fraction": val_fraction,
             "tokenizer_sha256": tokenizer.sha256,
-            "train_sha256": train.sha256,
-            "val_sha256": val.sha256,
+            **{f"{side}_sha256": sha for side, sha in sides.items()},
         },
     )
-    return Prepared(folder, tokenizer, train, val, key, False, reason)
+    return Prepared(folder, tokenizer, key, False, reason)
 
 
-def _encode(
-    documents: list[Document],
+def _trained(
+    corpus: Corpus,
     folder: Path,
-    side: str,
-    tokenizer: Tokenizer,
-    shard_tokens: int,
-    progress: Progress | None,
-) -> None:
-    def report(done: int) -> None:
-        if progress:
-            progress(f"encode {side}", done, len(documents))
-
-    with ShardWriter(folder, tokenizer, shard_tokens) as writer:
-        writer.add(documents, report)
-
-
-def _key(
-    ordered: list[Document],
     vocab_size: int | None,
-    tokenizer: Tokenizer | None,
     val_fraction: float,
-    shard_tokens: int,
-) -> str:
-    """Identity of everything that determines the result."""
-    made_by = f"{tokenizer.sha256} {tokenizer.eos_token}" if tokenizer else f"train {vocab_size}"
-    digest = hashlib.sha256(f"{FORMAT} {made_by} {val_fraction!r} {shard_tokens}".encode())
-    for document in ordered:
-        digest.update(bytes.fromhex(document.sha256))
+    begun: bool,
+    progress: Progress | None,
+) -> Tokenizer:
+    """A tokenizer trained on the training side; the one of an earlier call that got as far as encoding."""
+    assert vocab_size is not None
+    if begun and (folder / ENCODED).is_file():
+        return Tokenizer.from_file(folder / "tokenizer")
+    texts = (
+        text
+        for item in _distinct(corpus, None)
+        if not is_held_out(item.sha256, val_fraction)
+        for text in _texts(item)
+    )
+    return train_tokenizer(texts, vocab_size, folder / "tokenizer", progress=progress)
+
+
+def _texts(item: Document | LongDocument) -> Iterator[str]:
+    return item.chunks() if isinstance(item, LongDocument) else iter([item.text])
+
+
+def _distinct(corpus: Corpus, skipped: list[Skipped] | None) -> Iterator[Document | LongDocument]:
+    """The documents without copies; the first that cannot be used goes to `skipped`."""
+    seen = Seen()
+    try:
+        for item in corpus:
+            if isinstance(item, Skipped):
+                if skipped is not None and not skipped:
+                    skipped.append(item)
+            elif seen.add(item.sha256):
+                yield item
+    finally:
+        seen.close()
+
+
+def _key(corpus: Corpus, made_by: str, val_fraction: float, progress: Progress | None) -> str:
+    """Identity of everything that determines the result. Raises Refused when a side has no document."""
+    digest = hashlib.sha256(f"{FORMAT} tokenizers {tokenizers.__version__} {made_by}".encode())
+    counts = {False: 0, True: 0}
+    skipped: list[Skipped] = []
+    for item in _distinct(corpus, skipped):
+        digest.update(bytes.fromhex(item.sha256))
+        counts[is_held_out(item.sha256, val_fraction)] += 1
+        if progress:
+            progress("read corpus", corpus.bytes_read, corpus.total_bytes)
+    total = counts[False] + counts[True]
+    if not total:
+        why = (
+            f"; the first that cannot be used: {skipped[0].name}: {skipped[0].reason}: {skipped[0].detail}"
+            if skipped
+            else ""
+        )
+        raise Refused(f"{corpus}: no text{why}")
+    for held, side in ((False, "train"), (True, "val")):
+        if not counts[held]:
+            raise Refused(
+                f"val_fraction = {val_fraction} of {total} documents leaves none for {side}; "
+                "use another fraction, more files, or cut a long file into several"
+            )
     return digest.hexdigest()
 
 
@@ -149,11 +188,11 @@ def _read_record(path: Path) -> tuple[dict[str, Any] | None, str]:
         return None, "nothing prepared yet"
     try:
         record = read_json(path)
-    except MalformedFile as e:
+    except AprError as e:
         return None, str(e)
-    if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("complete") is not True:
-        return None, f"{path}: preparing did not finish"
-    return record, ""
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        return None, f"{path}: of another version"
+    return record, "" if record.get("complete") is True else f"{path}: preparing did not finish"
 
 
 def _open(folder: Path, record: dict[str, Any], key: str) -> Prepared:
@@ -162,8 +201,8 @@ def _open(folder: Path, record: dict[str, Any], key: str) -> Prepared:
     found = {"tokenizer_sha256": tokenizer.sha256, "train_sha256": train.sha256, "val_sha256": val.sha256}
     for name, value in found.items():
         if record.get(name) != value:
-            raise MalformedFile(f"{folder / RECORD}: {name} = {record.get(name)!r}, found {value!r}")
-    return Prepared(folder, tokenizer, train, val, key, True, "reused")
+            raise Refused(f"{folder / RECORD}: {name} = {record.get(name)!r}, found {value!r}")
+    return Prepared(folder, tokenizer, key, True, "reused")
 
 
 def _begin(folder: Path, key: str) -> None:
@@ -177,6 +216,7 @@ def _begin(folder: Path, key: str) -> None:
         raise Refused(f"{theirs[0]}: not made by an earlier run of this; choose an empty folder")
     make_folder(folder)
     write_json(folder / RECORD, {"format": FORMAT, "key": key, "complete": False})
+    old += [p for p in (folder / ENCODED, folder / SKIPPED) if p.exists()]
     try:
         for path in old:
             path.unlink()

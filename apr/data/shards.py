@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import os
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..errors import InputNotFound, MalformedFile, Refused
+from ..errors import InputNotFound, IOFailure, MalformedFile, Refused
 from ..formats.atomic import atomic_write, write_json
-from .corpus import Document, make_folder
-from .manifest import EOS_POLICIES, MANIFEST, Manifest, audit, read_manifest, same_figure, shard_name
+from .corpus import make_folder
+from .manifest import EOS_POLICIES, MANIFEST, Manifest, figures, read_manifest, same_figure, shard_name
+from .scan import Scan, scan
 from .tokenizer import Tokenizer
 
-BATCH_CHARS = 1 << 20  # text encoded at once: bounds the Python objects alive
-CHUNK = 1 << 20  # tokens verified at once
+MOST_SHARDS = 100_000
+HELD_TOKENS = 1 << 18  # ids gathered before they are written, hashed and counted
 
 
 class ShardWriter:
-    """Encode documents into shards of `shard_tokens` ids; use as a context manager.
+    """Write documents, as ids, into shards of `shard_tokens` ids; use as a context manager.
 
-    Each shard is written when it is full, whole or not at all, and the manifest after it; a manifest of
-    an interrupted run says complete: false. Raises Refused: a folder that already holds shards, an
-    EOS policy that the tokenizer has no EOS for, a document whose own text encodes to the EOS, no
-    documents. IOFailure when writing fails."""
+        writer.begin(sha256, size)
+        writer.append(ids)  # as often as the document has pieces; not where holds(number of the document)
+        writer.end()
+
+    Each shard appears when it is full, whole or not at all, and the manifest after it. A run that was killed
+    leaves whole shards and a true manifest that says complete: false; with resume the same documents, offered again
+    from the first one on, give the same bytes as an undisturbed run. `total_documents` counts the documents
+    offered so far. Raises Refused: a folder that holds shards already, an EOS policy that the
+    tokenizer has no EOS for, other documents on resuming, no documents; MalformedFile: a damaged shard on resuming;
+    IOFailure when writing fails."""
 
     def __init__(
         self,
@@ -34,18 +45,20 @@ class ShardWriter:
         tokenizer: Tokenizer,
         shard_tokens: int = 10_000_000,
         eos_policy: str = "after",
+        made: dict[str, Any] | None = None,
+        resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
         if eos_policy not in EOS_POLICIES:
             raise Refused(f"eos_policy = {eos_policy!r}; choose one of {', '.join(EOS_POLICIES)}")
         if eos_policy != "none" and tokenizer.eos_id is None:
-            raise Refused(f"{tokenizer.source}: no EOS token for eos_policy = {eos_policy!r}; use 'none'")
+            raise Refused(
+                f"{tokenizer.source}: no end-of-text token for eos_policy = {eos_policy!r}; import the tokenizer with one, "
+                "or use 'none'"
+            )
         if shard_tokens < 1:
             raise Refused(f"shard_tokens = {shard_tokens} is not positive")
         make_folder(self.folder)
-        if old := our_files(self.folder):
-            raise Refused(f"{old[0]}: the folder holds shards already; choose another or remove them")
-        self.tokenizer = tokenizer
         self.shard_tokens = shard_tokens
         self.manifest = Manifest(
             tokenizer_sha256=tokenizer.sha256,
@@ -53,11 +66,71 @@ class ShardWriter:
             eos_policy=eos_policy,
             eos_token_id=tokenizer.eos_id,
             normalization=tokenizer.normalization,
+            made=made or {},
         )
+        self._unknown_id = tokenizer.unknown_id
         self._counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         self._corpus = hashlib.sha256()
-        self._parts: list[np.ndarray] = []
-        self._held = 0  # tokens in _parts
+        self._written = 0  # documents that are in whole shards
+        self._skip = 0  # tokens of the next document that are in whole shards
+        self._check: tuple[int, str | None] | None = None  # documents and what their digest must be
+        if resume:
+            self._resume()
+        elif old := our_files(self.folder):
+            raise Refused(
+                f"{old[0]}: the folder holds shards already; choose another, or go on with --resume"
+            )
+        self.total_documents = self.total_bytes = 0
+        self._into = 0  # tokens of the document that is being written
+        self._document: tuple[str, int] | None = None
+        self._file: BinaryIO | None = None
+        self._open = ExitStack()
+        self._digest = hashlib.sha256()
+        self._room = shard_tokens
+        self._held: list[np.ndarray] = []
+        self._held_tokens = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in shards and in the one that is being written."""
+        return self.manifest.total_tokens + self.shard_tokens - self._room
+
+    def _resume(self) -> None:
+        """Take over the whole shards of a run that was stopped, and remove what it had not finished."""
+        path = self.folder / MANIFEST
+        ours = self.manifest
+        if path.is_file():
+            m = read_manifest(path, whole=False)
+            for key in (
+                "tokenizer_sha256",
+                "vocab_size",
+                "eos_policy",
+                "eos_token_id",
+                "normalization",
+                "made",
+                "producer",
+            ):
+                if getattr(m, key) != getattr(ours, key):
+                    raise Refused(
+                        f"{path}: {key} = {getattr(m, key)!r} in what is there, {getattr(ours, key)!r} now; resume with the "
+                        "settings of then, or encode into another folder"
+                    )
+            m.complete = False
+            self.manifest = m
+        m = self.manifest
+        listed = {s["name"] for s in m.shards}
+        with _io(self.folder):
+            for old in [*our_files(self.folder), *self.folder.glob(".*.tmp")]:
+                if old.name not in listed and old.name != MANIFEST:
+                    old.unlink()
+        if m.shards:
+            arrays = [open_shard(self.folder, s) for s in m.shards]
+            found = scan(arrays, m.vocab_size, None, threads=os.cpu_count() or 1)
+            check_scan(self.folder, m, found)
+            self._counts += found.counts
+            last = m.shards[-1]
+            self._written, self._skip = last["documents"], last["partial"]
+            self._check = (self._written, last["corpus_sha256"]) if self._written else None
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -65,80 +138,168 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
+        else:
+            self.abandon()
 
-    def add(self, documents: Iterable[Document], progress: Callable[[int], None] | None = None) -> None:
-        """Encode documents and append them; progress hears the number of documents so far."""
+    def holds(self, number: int) -> bool:
+        """Whether the document of this number, counted from 0, is in whole shards: its ids are not needed."""
+        return number < self._written
+
+    def begin(self, sha256: str, size: int) -> None:
+        """A document with this content hash and size (bytes of UTF-8)."""
+        assert self._document is None
+        self._document, self._into = (sha256, size), 0
         m = self.manifest
-        for batch in _batches(documents):
-            for document, ids in zip(
-                batch, self.tokenizer.encode_batch([d.text for d in batch]), strict=True
-            ):
-                self._add_document(document, ids)
-            if progress:
-                progress(m.total_documents)
+        if m.eos_policy == "between" and self.total_documents and not self.holds(self.total_documents):
+            self._put(np.array([m.eos_token_id], dtype=np.uint32))
 
-    def _add_document(self, document: Document, ids: np.ndarray) -> None:
-        m = self.manifest
-        if m.eos_token_id is not None and (ids == m.eos_token_id).any():
-            raise Refused(
-                f"{document.name}: its text encodes to the EOS id {m.eos_token_id}; make that token special"
-            )
-        eos = np.array([] if m.eos_policy == "none" else [m.eos_token_id], dtype=np.uint32)
-        if m.eos_policy == "between" and m.total_documents:
-            self._append(eos)
-        self._append(ids)
-        if m.eos_policy == "after":
-            self._append(eos)
-        self._corpus.update(bytes.fromhex(document.sha256))
-        m.total_documents += 1
-        m.total_bytes += len(document.data)
+    def append(self, ids: np.ndarray) -> None:
+        """The next ids of the document, uint32 (n,)."""
+        self._put(ids)
 
-    def _append(self, ids: np.ndarray) -> None:
+    def end(self) -> None:
+        """The document is complete."""
+        m, document = self.manifest, self._document
+        assert document is not None
+        if m.eos_policy == "after" and not self.holds(self.total_documents):
+            # In the same breath as the document's end, or a full shard would not know which documents it holds whole.
+            self._put(np.array([m.eos_token_id], dtype=np.uint32), last=True)
+        else:
+            self._count_document()
+        self._document = None
+
+    def _count_document(self) -> None:
+        assert self._document is not None
+        sha256, size = self._document
+        self._corpus.update(bytes.fromhex(sha256))
+        self.total_documents += 1
+        self.total_bytes += size
+        self._into = 0
+        if self._check and self.total_documents == self._check[0]:
+            if self._corpus.hexdigest() != self._check[1]:
+                raise Refused(
+                    f"{self.folder}: the first {self.total_documents} documents are not those that were encoded here: the input "
+                    "has changed; encode it into another folder"
+                )
+            self._check = None
+
+    def _put(self, ids: np.ndarray, last: bool = False) -> None:
+        known = min(self._skip, ids.size)  # the document's beginning is in a whole shard
+        self._skip -= known
+        self._into += known
+        ids = ids[known:]
         while ids.size:
-            part = ids[: self.shard_tokens - self._held]
-            self._parts.append(part)
-            self._held += part.size
+            part = ids[: self._room]
+            self._held.append(part)
+            self._held_tokens += part.size
+            self._into += part.size
+            self._room -= part.size
             ids = ids[part.size :]
-            if self._held == self.shard_tokens:
-                self._write_shard()
+            if self._held_tokens >= HELD_TOKENS:
+                self._flush()
+            if last and not ids.size:
+                self._count_document()
+                last = False
+            if not self._room:
+                self._finish_shard()
+        if last:
+            self._count_document()
 
-    def _write_shard(self) -> None:
+    def _flush(self) -> None:
+        if not self._held:
+            return
+        data = np.concatenate(self._held).astype("<u4")
+        self._held, self._held_tokens = [], 0
+        if self._file is None:
+            if self.manifest.shard_count >= MOST_SHARDS:
+                raise Refused(
+                    f"{self.folder}: more than {MOST_SHARDS} shards; raise --shard-tokens above {self.shard_tokens}"
+                )
+            self._file = self._open.enter_context(
+                atomic_write(self.folder / shard_name(self.manifest.shard_count))
+            )
+        with _io(self.folder):
+            self._file.write(data.data)
+        self._digest.update(data.data)
+        self._counts += np.bincount(data, minlength=self._counts.size)
+
+    def _finish_shard(self) -> None:
+        """Give the shard its name, and write the manifest that lists it."""
+        self._flush()
         m = self.manifest
-        if m.shard_count > 99_999:
-            raise Refused(f"{self.folder}: more than 100000 shards; raise shard_tokens = {self.shard_tokens}")
-        data = np.concatenate(self._parts).astype("<u4")
-        name = shard_name(m.shard_count)
-        with atomic_write(self.folder / name) as f:
-            f.write(data.data)
-        self._counts += np.bincount(data, minlength=m.vocab_size)
-        m.shards.append({"name": name, "tokens": data.size, "sha256": hashlib.sha256(data.data).hexdigest()})
+        size = self.shard_tokens - self._room
+        self._open.close()
+        m.shards.append(
+            {
+                "name": shard_name(m.shard_count),
+                "tokens": size,
+                "sha256": self._digest.hexdigest(),
+                "documents": self.total_documents,
+                "partial": self._into,
+                "corpus_sha256": self._corpus.hexdigest(),
+            }
+        )
         m.shard_count += 1
-        m.total_tokens += data.size
-        self._parts, self._held = [], 0
+        m.total_tokens += size
+        self._file, self._digest, self._room = None, hashlib.sha256(), self.shard_tokens
         self._write_manifest()
 
     def _write_manifest(self) -> None:
         m = self.manifest
+        m.total_documents, m.total_bytes = self.total_documents, self.total_bytes
         m.corpus_sha256 = self._corpus.hexdigest()
-        m.audit = audit(self._counts, m.total_bytes)
+        m.audit = figures(self._counts, m.total_bytes, self._unknown_id)
         write_json(self.folder / MANIFEST, asdict(m))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each id was written, int64 (V,)."""
+        self._flush()
+        return self._counts
 
     def close(self) -> Manifest:
         """Write what is left, and the complete manifest."""
-        if self._held:
-            self._write_shard()
+        if self._check or self._skip:
+            self.abandon()
+            raise Refused(
+                f"{self.folder}: holds {self._written} documents, and now there are {self.total_documents}: the input has "
+                "changed; encode it into another folder"
+            )
+        if self._room < self.shard_tokens:
+            self._finish_shard()
         if not self.manifest.total_tokens:
+            self.abandon()
             raise Refused(f"{self.folder}: no tokens to write: the corpus is empty")
         self.manifest.complete = True
         self._write_manifest()
         return self.manifest
+
+    def abandon(self) -> None:
+        """Leave the whole shards and remove the one that is not finished."""
+        with contextlib.suppress(_Abandoned), self._open:
+            raise _Abandoned
+        self._file = None
+
+
+class _Abandoned(Exception):
+    """Makes atomic_write drop its temporary file."""
+
+
+@contextlib.contextmanager
+def _io(folder: Path) -> Any:
+    try:
+        yield
+    except OSError as e:
+        raise IOFailure(
+            f"{e.filename or folder}: cannot write: {e.strerror}; make room or write elsewhere"
+        ) from e
 
 
 class TokenShards:
     """Shards opened read-only through memory maps: `arrays`, one uint32 (tokens,) for each shard.
 
     Always checked: manifest, names, number and sizes of the files, and the tokenizer when one is given.
-    With verify also, in one pass over the data: sha256, ids below vocab_size, the audit figures, and the
+    With verify also, in one pass over the data (see `check`): sha256, ids below vocab_size, the audit figures, and the
     number of EOS against the number of documents.
     Raises InputNotFound, MalformedFile, Refused (another tokenizer)."""
 
@@ -151,7 +312,7 @@ class TokenShards:
         if tokenizer and tokenizer.sha256 != m.tokenizer_sha256:
             raise Refused(
                 f"{path}: encoded with tokenizer {m.tokenizer_sha256}, given is {tokenizer.source} "
-                f"with {tokenizer.sha256}; encode the corpus again"
+                f"with {tokenizer.sha256}; give the tokenizer that made the shards, or encode the corpus again"
             )
         if tokenizer and tokenizer.vocab_size != m.vocab_size:
             raise MalformedFile(
@@ -163,79 +324,73 @@ class TokenShards:
             raise MalformedFile(
                 f"{self.folder / extra[0]}: not in {path}, which lists {m.shard_count} shards"
             )
-        self.arrays = [self._open(s) for s in m.shards]
+        self.unknown_id = tokenizer.unknown_id if tokenizer else None
+        self.arrays = [open_shard(self.folder, s) for s in m.shards]
         self.total_tokens: int = m.total_tokens
         self.total_bytes: int = m.total_bytes
         self.total_documents: int = m.total_documents
         self.vocab_size: int = m.vocab_size
         self.tokenizer_sha256: str = m.tokenizer_sha256
         self.eos_token_id: int | None = m.eos_token_id
+        self.border_id: int | None = None if m.eos_policy == "none" else m.eos_token_id  # ends a document
         self.unigram_entropy: float = m.audit["unigram_entropy_nats"]  # nats per token
         self.sha256 = hashlib.sha256("".join(s["sha256"] for s in m.shards).encode()).hexdigest()
         if verify:
-            self._verify()
+            self.check()
 
-    def _open(self, shard: dict[str, Any]) -> np.ndarray:
-        path = self.folder / shard["name"]
-        if not path.is_file():
-            raise MalformedFile(f"{path}: missing; {MANIFEST} lists it with {shard['tokens']} tokens")
-        size = path.stat().st_size
-        if size != 4 * shard["tokens"]:
-            raise MalformedFile(f"{path}: {size} bytes, {MANIFEST} says {shard['tokens']} tokens of 4 bytes")
-        return np.memmap(path, dtype="<u4", mode="r").view(np.ndarray)
+    def check(
+        self,
+        keep: bool = False,
+        against: np.ndarray | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Scan:
+        """Read all the data and compare it with the manifest; the arguments are those of `scan`.
 
-    def _verify(self) -> None:
+        Raises MalformedFile."""
         m = self.manifest
-        counts = np.zeros(m.vocab_size, dtype=np.int64)
-        for shard, array in zip(m.shards, self.arrays, strict=True):
-            counts += _scan(self.folder / shard["name"], array, shard["sha256"], m.vocab_size)
+        found = scan(self.arrays, m.vocab_size, self.border_id, keep, against, os.cpu_count() or 1, progress)
+        check_scan(self.folder, m, found)
         path = self.folder / MANIFEST
-        for key, value in audit(counts, m.total_bytes).items():
-            same_figure(f"{path}: audit.{key}", m.audit[key], value)
+        unknown = self.unknown_id if self.unknown_id is not None and self.unknown_id < m.vocab_size else None
+        for key, value in figures(found.counts, m.total_bytes, unknown).items():
+            if key != "unknown_tokens" or unknown is not None:
+                same_figure(f"{path}: audit.{key}", m.audit[key], value)
         if m.eos_policy != "none":
-            found = int(counts[m.eos_token_id]) + (m.eos_policy == "between")
-            if found != m.total_documents:
+            documents = found.ends + (m.eos_policy == "between")
+            if documents != m.total_documents:
                 raise MalformedFile(
-                    f"{path}: total_documents = {m.total_documents}, the shards' EOS tokens say {found}"
+                    f"{path}: total_documents = {m.total_documents}, the shards' EOS tokens say {documents}"
                 )
+        return found
+
+
+def open_shard(folder: Path, shard: dict[str, Any]) -> np.ndarray:
+    """A shard that a manifest lists, uint32 (tokens,), mapped. Raises MalformedFile: missing, or another size."""
+    path = folder / shard["name"]
+    if not path.is_file():
+        raise MalformedFile(f"{path}: missing; {MANIFEST} lists it with {shard['tokens']} tokens")
+    size = path.stat().st_size
+    if size != 4 * shard["tokens"]:
+        raise MalformedFile(f"{path}: {size} bytes, {MANIFEST} says {shard['tokens']} tokens of 4 bytes")
+    return np.memmap(path, dtype="<u4", mode="r").view(np.ndarray)
+
+
+def check_scan(folder: Path, m: Manifest, found: Scan) -> None:
+    """Compare hashes and ids with a manifest. Raises MalformedFile, naming the shard."""
+    for shard, digest in zip(m.shards, found.sha256, strict=True):
+        if digest != shard["sha256"]:
+            raise MalformedFile(
+                f"{folder / shard['name']}: sha256 is {digest}, {MANIFEST} says {shard['sha256']}; the file was changed or "
+                "damaged: encode the corpus again, or restore it"
+            )
+    if found.outside:
+        index, position, i = found.outside
+        raise MalformedFile(
+            f"{folder / m.shards[index]['name']}: token {position} has id {i}, vocab_size is {m.vocab_size}"
+        )
 
 
 def our_files(folder: Path) -> list[Path]:
     """The shards and the manifest in a folder, and nothing else."""
-    return sorted(folder.glob("shard-[0-9][0-9][0-9][0-9][0-9].bin")) + [
-        p for p in [folder / MANIFEST] if p.exists()
-    ]
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Groups of at least BATCH_CHARS characters (the last one may be smaller)."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _scan(path: Path, array: np.ndarray, sha256: str, vocab_size: int) -> np.ndarray:
-    """Counts int64 (V,) of the ids of one shard; MalformedFile when its hash or an id is wrong."""
-    digest = hashlib.sha256()
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    bad = None
-    for start in range(0, array.size, CHUNK):
-        chunk = array[start : start + CHUNK]
-        digest.update(chunk.data)
-        if bad is None and chunk.max() >= vocab_size:
-            i = int(np.argmax(chunk >= vocab_size))
-            bad = f"{path}: token {start + i} has id {chunk[i]}, vocab_size is {vocab_size}"
-        if bad is None:
-            counts += np.bincount(chunk, minlength=vocab_size)
-    if digest.hexdigest() != sha256:
-        raise MalformedFile(f"{path}: sha256 is {digest.hexdigest()}, {MANIFEST} says {sha256}")
-    if bad:
-        raise MalformedFile(bad)
-    return counts
+    shards = [p for p in folder.glob("shard-*.bin") if re.fullmatch(r"shard-\d{5,}\.bin", p.name)]
+    return sorted(shards) + [p for p in [folder / MANIFEST] if p.exists()]

@@ -5,21 +5,32 @@ The file format is `tokenizer.json` of the tokenizers library, which the models 
 
 from __future__ import annotations
 
+import array
 import hashlib
-import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 
-from ..config import read_json
-from ..errors import InputNotFound, MalformedFile, Refused
+from ..errors import MalformedFile, Refused
 from ..formats.atomic import write_json, write_text
 from .corpus import make_folder
+from .families import SPLIT
+from .vocab_format import (
+    BYTE_CHARACTERS,
+    BYTE_LEVEL,
+    OTHER,
+    SENTENCEPIECE,
+    check,
+    parse_object,
+    read_text,
+)
 
 # A forked child has none of the library's threads and would wait for them for ever (or, where the
 # variable is not set, print a warning): it encodes on its own. The library reads the variable at each call.
@@ -28,18 +39,16 @@ os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLEL
 Progress = Callable[[str, int, int], None]  # stage, documents done, documents in all (0: not known)
 
 FORMAT = "apr-tokenizer-1"
-MIN_VOCAB, MAX_VOCAB = (
-    257,
-    200_000,
-)  # 256 bytes and the end-of-text token; what an embedding can sensibly hold
+MAX_VOCAB = 200_000  # ids, special tokens included: what an embedding can sensibly hold
+NORMALIZERS = {"none": None, "nfc": normalizers.NFC}
+# The trainer passes over a whole word for each merge inside it, so that its time grows with the square of a word's
+# length: seconds at 2^16 characters, hours at 2^20.
+LONGEST_WORD = 8192
+# What SPLIT keeps together, as Python's expressions can say it: letters, white space, the rest.
+RUN = re.compile(r"[^\W\d_]+|\s+|(?:[^\w\s]|_)+")
+LONG_SPACE = re.compile(rf"\s{{{LONGEST_WORD + 1}}}")
 
-# The split of GPT-4 (cl100k_base, github.com/openai/tiktoken): contractions, words with one leading
-# character, up to three digits, punctuation runs, line ends, and runs of spaces whose last space goes
-# to the next word, so that indentation is one piece.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+assert array.array("I").itemsize == 4  # encode_batch hands the library's ids to NumPy through it
 
 # What the end of a text is called where no tokenizer_config.json says it. Looked up only among the
 # special added tokens: "</s>" as an ordinary string of the vocabulary means nothing.
@@ -61,16 +70,26 @@ class Tokenizer:
     sha256         of the UTF-8 bytes of tokenizer.json
     json           the text of tokenizer.json
     normalization  "none" or the kind of normalizer, such as "NFC"
+    format         of the vocabulary: one of vocab_format.FORMATS
+    byte_level     whether that is byte-level: every text has ids and comes back from them
+    figures        what the vocabulary holds, in words
+    unknown_id     of the token for what the vocabulary cannot spell, or None
+    made           how it was made, as the manifest.json of its folder says; None where there is none
+
+    Raises MalformedFile, Refused: the encoder does not speak the format of the vocabulary (see vocab_format.check), or
+    gives an added token another id than the file says.
     """
 
     def __init__(self, text: str, source: str, eos: str | int | None = None) -> None:
+        fields = parse_object(text, source)
+        vocab = check(fields, source)
         try:
-            fields = json.loads(text)
             self._engine = Engine.from_str(text)
         except Exception as e:  # the library raises bare Exception
             raise MalformedFile(f"{source}: not a tokenizer.json: {e}") from None
         if fields["model"].get("dropout"):
             raise Refused(f"{source}: model.dropout = {fields['model']['dropout']}: ids would be random")
+        self._check_added(fields.get("added_tokens") or [], source)
         # A document that spells out "<|endoftext|>" is text about it, not the end of a document.
         self._engine.encode_special_tokens = True
         # A tokenizer.json may carry the settings of its last use, which would cut documents short.
@@ -82,30 +101,31 @@ class Tokenizer:
         self.vocab_size = max(self._engine.get_vocab().values(), default=-1) + 1
         self.merges = len(fields["model"].get("merges") or [])
         self.normalization = str((fields.get("normalizer") or {}).get("type", "none"))
+        self.format, self.figures, self.byte_level = vocab.name, vocab.figures, vocab.name == BYTE_LEVEL
+        self.made: dict[str, Any] | None = None
         self.eos_token, self.eos_id = self._resolve_eos(eos)
+        # Some byte-level files name the end of text as the unknown token, which bytes never need: its count would
+        # then be the number of documents.
+        self.unknown_id = None if self.byte_level and vocab.unknown_id == self.eos_id else vocab.unknown_id
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """From a tokenizer.json or the folder that holds one; tokenizer_config.json beside it names the EOS.
 
-        Raises InputNotFound, MalformedFile (also when a manifest.json of ours has another sha256)."""
+        Raises InputNotFound, MalformedFile (also when a manifest.json of ours has another sha256), Refused, IOFailure."""
         path = Path(path)
         if path.is_dir():
             path = path / "tokenizer.json"
-        if not path.is_file():
-            raise InputNotFound(f"{path}: no such tokenizer.json; give the folder that holds one")
-        try:
-            text = path.read_bytes().decode()
-        except UnicodeDecodeError as e:
-            raise MalformedFile(f"{path}: not UTF-8 at byte {e.start}") from None
-        tokenizer = cls(text, str(path), _eos_of_config(path.with_name("tokenizer_config.json")))
+        tokenizer = cls(read_text(path), str(path), eos_of_config(path.with_name("tokenizer_config.json")))
         manifest = path.with_name("manifest.json")
-        if manifest.is_file():
-            d = read_json(manifest)
-            if isinstance(d, dict) and d.get("format") == FORMAT and d.get("sha256") != tokenizer.sha256:
+        d = parse_object(read_text(manifest), str(manifest)) if os.path.lexists(manifest) else {}
+        if d.get("format") == FORMAT:
+            if d.get("sha256") != tokenizer.sha256:
                 raise MalformedFile(
-                    f"{path}: sha256 is {tokenizer.sha256}, {manifest} says {d.get('sha256')}"
+                    f"{path}: sha256 is {tokenizer.sha256}, {manifest} says {d.get('sha256')}; the file was changed: "
+                    "make the tokenizer again, or remove the manifest where the change is meant"
                 )
+            tokenizer.made = d.get("made")
         return tokenizer
 
     @classmethod
@@ -116,16 +136,48 @@ class Tokenizer:
         """
         return cls(text, source, eos)
 
+    def _check_added(self, added: list[dict[str, Any]], source: str) -> None:
+        """MalformedFile unless the engine gives each added token the id that the file says: it numbers those outside
+        the vocabulary from the number of tokens on, whatever they are said to be."""
+        for token in added:
+            got = self._engine.token_to_id(token["content"])
+            if got != token["id"]:
+                raise MalformedFile(
+                    f"{source}: added token {token['content']!r} has id {token['id']}, the library gives it {got}: the ids "
+                    "before it have holes; take the vocabulary and the added tokens from the same model"
+                )
+
     def _resolve_eos(self, eos: str | int | None) -> tuple[str | None, int | None]:
+        """Text and id of the added token that ends a text. Refused: an ordinary string; MalformedFile: no token."""
         added = self._engine.get_added_tokens_decoder()
         ids = {token.content: i for i, token in added.items()}
         if eos is None:
             eos = next((n for n in EOS_NAMES if n in ids and added[ids[n]].special), None)
             return (None, None) if eos is None else (eos, ids[eos])
         i = ids.get(eos) if isinstance(eos, str) else eos
-        if i not in added:
-            raise MalformedFile(f"{self.source}: eos {eos!r} is not one of its added tokens {ids}")
-        return added[i].content, i
+        if i in added:
+            return added[i].content, i
+        few = ", ".join(f"{token!r} ({i})" for token, i in list(ids.items())[:5])
+        known = (
+            f"its added tokens are {few}{', ...' if len(ids) > 5 else ''}"
+            if ids
+            else "it has no added tokens"
+        )
+        advice = f"{known}; name one with --eos TOKEN, or take another tokenizer"
+        text = (
+            eos
+            if isinstance(eos, str)
+            else self._engine.id_to_token(eos)
+            if 0 <= eos < self.vocab_size
+            else None
+        )
+        i = None if text is None else self._engine.token_to_id(text)
+        if i is None:
+            raise MalformedFile(f"{self.source}: eos {eos!r} is not one of its tokens; {advice}")
+        raise Refused(
+            f"{self.source}: {text!r} is an ordinary string of the vocabulary (id {i}), not an added token: it does not "
+            f"end a text; {advice}"
+        )
 
     def encode(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
         """Token ids of a text, uint32 (n,). Refused: a lone surrogate, which no UTF-8 file can hold."""
@@ -139,7 +191,35 @@ class Tokenizer:
             for text in texts:
                 _check_text(text)
             raise
-        return [np.array(row.ids, dtype=np.uint32) for row in rows]
+        return [np.frombuffer(array.array("I", row.ids), np.uint32) for row in rows]
+
+    def normalize(self, text: str) -> str:
+        """What the encoder makes of a text before it cuts it; the text itself where there is no normalizer."""
+        normalizer = self._engine.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
+
+    def check_round_trip(self, text: str) -> str | None:
+        """None when decode inverts encode on this text, else what differs.
+
+        Byte-level: the decoded text is normalize(text). Others: it has the same ids again, and the same text after
+        normalizing; of WordPiece only the ids, as it loses white space and case, and of vocabularies of no known
+        format the text without its white space."""
+        ids = self.encode(text)
+        back = self.decode(ids)
+        if self.byte_level:
+            return _difference(back, self.normalize(text))
+        again = self.encode(back)
+        if not np.array_equal(ids, again):
+            n = min(ids.size, again.size)
+            at = next(iter(np.flatnonzero(ids[:n] != again[:n])), n)
+            got, want = again[at : at + 5].tolist(), ids[at : at + 5].tolist()
+            return f"token {at}: the decoded text has ids {got}, the text {want}"
+        got, want = self.normalize(back), self.normalize(text)
+        if self.format == SENTENCEPIECE:
+            return _difference(got, want)
+        if self.format == OTHER:
+            return _difference("".join(got.split()), "".join(want.split()))
+        return None
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
         """The text of token ids; what is not text (stray bytes, ids that only the embedding has) is U+FFFD."""
@@ -153,11 +233,28 @@ class Tokenizer:
             start = end + 1
         return "\ufffd".join(parts)
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json (names the EOS) and manifest.json into a folder."""
+    def token_bytes(self) -> np.ndarray | None:
+        """Bytes of UTF-8 text that each id stands for, int64 (vocab_size,): 0 for special tokens and holes.
+
+        None unless byte-level: elsewhere that depends on the ids around it."""
+        if not self.byte_level:
+            return None
+        out = np.zeros(self.vocab_size, np.int64)
+        for token, i in self._engine.get_vocab(with_added_tokens=False).items():
+            out[i] = len(token)  # a byte character stands for one byte
+        for i, added in self._engine.get_added_tokens_decoder().items():
+            out[i] = 0 if added.special else len(added.content.encode())
+        return out
+
+    def save(self, folder: str | Path, chat_template: Any = None) -> None:
+        """Write tokenizer.json, tokenizer_config.json (EOS, chat template) and manifest.json into a folder.
+
+        Raises IOFailure."""
         folder = make_folder(folder)
         write_text(folder / "tokenizer.json", self.json)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
+        if chat_template is not None:
+            config["chat_template"] = chat_template
         write_json(folder / "tokenizer_config.json", config)
         manifest = {
             "format": FORMAT,
@@ -167,6 +264,8 @@ class Tokenizer:
             "eos_token": self.eos_token,
             "eos_token_id": self.eos_id,
         }
+        if self.made is not None:
+            manifest["made"] = self.made
         write_json(folder / "manifest.json", manifest)
 
 
@@ -174,17 +273,72 @@ def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     out_dir: str | Path,
-    eos_token: str = "<|endoftext|>",
+    eos_token: str | None = "<|endoftext|>",
+    special_tokens: Sequence[str] = (),
+    min_frequency: int = 2,
     progress: Progress | None = None,
+    normalization: str = "none",
 ) -> Tokenizer:
-    """Byte-level BPE over the texts, saved in out_dir; the same texts give the same file.
+    """Byte-level BPE over the texts, saved in out_dir; the same texts give the same files.
 
-    Ids are the 256 bytes, then the merges, then the EOS. Fewer ids than vocab_size come out when the
-    texts run out of pairs that occur twice. Raises Refused: bounds, no text, or an eos_token that the
-    texts themselves made an ordinary token."""
-    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
-        raise Refused(f"vocab_size = {vocab_size} is not in {MIN_VOCAB}..{MAX_VOCAB}")
+    Ids are the 256 bytes, then the merges, then the EOS, then special_tokens. Fewer than vocab_size come out when the
+    texts run out of pairs that occur min_frequency times. normalization: "none" or "nfc". The texts are read once and
+    not kept; a word longer than LONGEST_WORD is counted in pieces of that length, and the manifest says how many were.
+    Raises Refused: bounds, no text, special tokens that are empty, there twice, or ordinary tokens of these texts."""
+    special = [*([] if eos_token is None else [eos_token]), *special_tokens]
+    _check_training(vocab_size, special, min_frequency, normalization)
+    engine = _untrained(normalization)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(special),
+        min_frequency=min_frequency,
+        show_progress=False,
+        initial_alphabet=list(BYTE_CHARACTERS),
+    )
+    counted = _Counted(texts, progress)
+    engine.train_from_iterator(iter(counted), trainer)
+    for token in special:
+        if engine.token_to_id(token) is not None:
+            raise Refused(f"special token {token!r} is an ordinary token of these texts; choose another")
+    # After training, not as special tokens of the trainer: so no merge can ever lead to their ids.
+    engine.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    out_dir = Path(out_dir)
+    tokenizer = Tokenizer(engine.to_str(pretty=True), str(out_dir / "tokenizer.json"), eos_token)
+    if eos_token is None:  # not one of special_tokens that happens to have a familiar name
+        tokenizer.eos_token = tokenizer.eos_id = None
+    tokenizer.made = {
+        "by": f"training, tokenizers {tokenizers.__version__}",
+        "vocab_size": vocab_size,
+        "min_frequency": min_frequency,
+        "normalization": normalization,
+        "special_tokens": special,
+        **counted.figures(),
+    }
+    tokenizer.save(out_dir)
+    return tokenizer
+
+
+def _check_training(vocab_size: int, special: list[str], min_frequency: int, normalization: str) -> None:
+    least = len(BYTE_CHARACTERS) + len(special)
+    if not least <= vocab_size <= MAX_VOCAB:
+        raise Refused(
+            f"vocab_size = {vocab_size} is not in {least}..{MAX_VOCAB}: 256 bytes and {len(special)} special tokens "
+            "are the least"
+        )
+    if min_frequency < 1:
+        raise Refused(f"min_frequency = {min_frequency} is not positive")
+    if normalization not in NORMALIZERS:
+        raise Refused(f"normalization = {normalization!r} is none of {', '.join(NORMALIZERS)}")
+    for token in special:
+        _check_text(token)
+        if not token or special.count(token) > 1:
+            raise Refused(f"special token {token!r} is {'there twice' if token else 'empty'} in {special}")
+
+
+def _untrained(normalization: str) -> Engine:
     engine = Engine(models.BPE())
+    normalizer = NORMALIZERS[normalization]
+    if normalizer:
+        engine.normalizer = normalizer()
     engine.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT), "isolated"),
@@ -192,50 +346,82 @@ def train_tokenizer(
         ]
     )
     engine.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        min_frequency=2,
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    engine.train_from_iterator(_watched(texts, progress), trainer)
-    if engine.token_to_id(eos_token) is not None:
-        raise Refused(f"eos_token = {eos_token!r} is an ordinary token of these texts; choose another")
-    # After training, not as a special token of the trainer: so no merge can ever lead to its id.
-    engine.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
-    out_dir = Path(out_dir)
-    tokenizer = Tokenizer(engine.to_str(pretty=True), str(out_dir / "tokenizer.json"), eos_token)
-    tokenizer.save(out_dir)
-    return tokenizer
+    return engine
 
 
-def _watched(texts: Iterable[str], progress: Progress | None) -> Iterator[str]:
-    """The texts, counted; Refused when there is none."""
-    total = len(texts) if isinstance(texts, Sequence) else 0
-    done = 0
-    for text in texts:
-        _check_text(text)
-        yield text
-        done += bool(text)
-        if progress:
-            progress("train tokenizer", done, total)
-    if not done:
-        raise Refused("no text to train a tokenizer on")
+class _Counted:
+    """Texts on their way to the trainer: counted, hashed, and words without end cut into pieces.
+
+    Iterating raises Refused when there is no text, or one that is not Unicode."""
+
+    def __init__(self, texts: Iterable[str], progress: Progress | None) -> None:
+        self._texts, self._progress = texts, progress
+        self._total = len(texts) if isinstance(texts, Sequence) else 0
+        self._digest = hashlib.sha256()
+        self.documents = self.bytes = self.words_cut = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            data = _check_text(text)
+            if data:
+                self.documents += 1
+                self.bytes += len(data)
+                self._digest.update(hashlib.sha256(data).digest())
+            yield from self._pieces(text)
+            if self._progress:
+                self._progress("train tokenizer", self.documents, self._total)
+        if not self.documents:
+            raise Refused("no text to train a tokenizer on")
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """The text, or pieces of it that join to it, in which no word is longer than LONGEST_WORD."""
+        start = 0
+        if len(text) > LONGEST_WORD and (
+            max(map(len, text.split()), default=0) > LONGEST_WORD or LONG_SPACE.search(text)
+        ):
+            for run in RUN.finditer(text):
+                self.words_cut += run.end() - run.start() > LONGEST_WORD
+                for end in range(run.start() + LONGEST_WORD, run.end(), LONGEST_WORD):
+                    yield text[start:end]
+                    start = end
+        yield text[start:]
+
+    def figures(self) -> dict[str, Any]:
+        """For the manifest; documents_sha256 is over the SHA-256 of each document, in their order."""
+        return {
+            "documents": self.documents,
+            "text_bytes": self.bytes,
+            "words_cut": self.words_cut,
+            "documents_sha256": self._digest.hexdigest(),
+        }
 
 
-def _check_text(text: str) -> None:
+def _check_text(text: str) -> bytes:
+    """Its UTF-8."""
     try:
-        text.encode()
+        return text.encode()
     except UnicodeEncodeError as e:
         raise Refused(f"text holds a lone surrogate at character {e.start}; it is not Unicode text") from None
 
 
-def _eos_of_config(path: Path) -> str | None:
-    """eos_token of a tokenizer_config.json, which spells it as a string or as {"content": ...}."""
-    if not path.is_file():
+def _difference(got: str, want: str) -> str | None:
+    """Where two texts first differ, or None."""
+    if got == want:
         return None
-    d = read_json(path)
-    value: Any = d.get("eos_token") if isinstance(d, dict) else d
+    at = next(
+        (i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), min(len(got), len(want))
+    )
+    around = slice(max(at - 10, 0), at + 10)
+    return f"character {at}: got {got[around]!r}, want {want[around]!r}"
+
+
+def eos_of_config(path: Path) -> str | None:
+    """eos_token of a tokenizer_config.json, which spells it as a string or as {"content": ...}.
+
+    None where there is no such file or key. Raises MalformedFile, InputNotFound: a folder in its place."""
+    if not os.path.lexists(path):
+        return None
+    value: Any = parse_object(read_text(path), str(path)).get("eos_token")
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):

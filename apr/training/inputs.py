@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,19 +14,30 @@ from types import ModuleType
 from typing import Any
 
 from ..config import ModelConfig, load_config
+from ..data.audit import Side, audit, enforce_all, sides_of, tokenizer_beside
 from ..data.batches import Windows
-from ..data.corpus import Document, documents, pieces, stdlib_documents
+from ..data.guards import Bounds, enforce, fits_model
 from ..data.prepare import prepare
-from ..data.shards import TokenShards
+from ..data.readers import Corpus
+from ..data.sources import Source, find_sources
 from ..data.tokenizer import Progress, Tokenizer
 from ..device import check_fits, choose
-from ..errors import Refused
+from ..errors import InputNotFound, Refused
 from ..formats.models import LoadedModel, load_model
 from ..loading import tokenizer_of
 from ..plan import Memory, check_positions, memory
 from .settings import Settings
 
-PIECE_BYTES = 1 << 14  # a corpus of one file is cut into about 100 documents, or of this size if it is long
+PIECE_BYTES = (
+    1 << 14
+)  # a text file that is the whole corpus is cut into about 100 documents, or of this size if it is long
+NOT_STDLIB = (
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+)  # folders beside the library's own source
 HELD_OUT_BATCHES = 16  # with --dataset alone, as many batches become the validation set
 
 
@@ -41,6 +53,8 @@ class Inputs:
     val: Windows
     init: LoadedModel | None
     corpus_name: str
+    left_out: str  # which documents of a corpus cannot be used, or ""
+    audit: list[Side]  # what the guards said of the training and validation data
     device_note: str  # what a user should know about the choice of the device, or ""
 
 
@@ -57,56 +71,83 @@ def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
     init = load_model(s.init) if s.init else None
     cfg = init.cfg if init else load_config(str(s.model))
     check_positions(cfg, s.seq_length)
-    tokenizer, train, val, name = _open_data(s, cfg, init, progress)
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise Refused(
-            f"{tokenizer.source}: {tokenizer.vocab_size} token ids do not fit the model's vocab_size = {cfg.vocab_size}"
-        )
+    tokenizer, sides, name, left_out = _open_data(s, cfg, init, progress)
+    train, val = _windows(s, sides)
     s = dataclasses.replace(s, dtype=dtype)
     s = dataclasses.replace(s, micro_batch_size=_micro_batch(s, cfg, backend))
-    return Inputs(s, backend, cfg, tokenizer, train, val, init, name, chosen.note if chosen.avoidable else "")
+    note = chosen.note if chosen.avoidable else ""
+    return Inputs(s, backend, cfg, tokenizer, train, val, init, name, left_out, sides, note)
 
 
 def _open_data(
     s: Settings, cfg: ModelConfig, init: LoadedModel | None, progress: Progress | None
-) -> tuple[Tokenizer, Windows, Windows, str]:
+) -> tuple[Tokenizer, list[Side], str, str]:
+    """Tokenizer and shards, every guard asked; name of the corpus, and what of it cannot be used."""
+    bounds = Bounds.parse(s.widen)
     tokenizer = Tokenizer.from_file(s.tokenizer) if s.tokenizer else None
     if s.corpus:
         if tokenizer is None and init is not None:
             tokenizer = tokenizer_of(init)
             if tokenizer is None:
                 raise Refused(f"{s.init}: no tokenizer in the checkpoint; give --tokenizer")
-        docs: Iterable[Document] = stdlib_documents() if s.corpus == "stdlib" else documents(s.corpus)
-        if Path(s.corpus).is_file():  # one document could not be split into training and validation
-            docs = (p for d in docs for p in pieces(d, max(256, min(PIECE_BYTES, len(d.data) // 100))))
+        if tokenizer:
+            enforce([fits_model(tokenizer, cfg.vocab_size)], tokenizer.source)
+        corpus = _corpus(s)
         made_by = tokenizer.sha256 if tokenizer else f"vocab {cfg.vocab_size}"
         where = "stdlib" if s.corpus == "stdlib" else str(Path(s.corpus).resolve())
-        key = hashlib.sha256(f"{where} {made_by} {s.val_fraction}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{where} {made_by} {s.val_fraction} {s.content_field}".encode()).hexdigest()[
+            :16
+        ]
         ready = prepare(
-            docs,
+            corpus,
             cache_dir() / "corpora" / key,
             vocab_size=None if tokenizer else cfg.vocab_size,
             tokenizer=tokenizer,
             val_fraction=s.val_fraction,
+            bounds=bounds,
             progress=progress,
         )
+        tokenizer, folders, left_out = ready.tokenizer, ready.sides, ready.left_out()
         name = "this Python's standard library" if s.corpus == "stdlib" else s.corpus
-        return (
-            ready.tokenizer,
-            Windows(ready.train, s.seq_length),
-            Windows(ready.val, s.seq_length),
-            name,
+    else:
+        folder = Path(str(s.dataset))
+        folders, name, left_out = sides_of(folder), str(folder), ""
+        if s.val_dataset:
+            folders["val"] = Path(s.val_dataset)
+        tokenizer = tokenizer or Tokenizer.from_file(tokenizer_beside(folder))
+        enforce([fits_model(tokenizer, cfg.vocab_size)], tokenizer.source)
+    sides = audit(folders, tokenizer, bounds, cfg.vocab_size, progress=progress)
+    enforce_all(sides)
+    return tokenizer, sides, name, left_out
+
+
+def _corpus(s: Settings) -> Corpus:
+    if s.corpus == "stdlib":
+        return Corpus(_stdlib())
+    found = find_sources([str(s.corpus)])
+    pieces = None
+    if len(found) == 1 and found[0].kind == "text":  # one document could not be split into two sides
+        pieces = max(256, min(PIECE_BYTES, found[0].size // 100))
+    return Corpus(found, s.content_field, pieces)
+
+
+def _stdlib() -> list[Source]:
+    """The .py files of the running Python's standard library, about 10 MB, without tests and other people's packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = [s for s in find_sources([root], NOT_STDLIB) if s.path.suffix == ".py"] if root.is_dir() else []
+    if not found:
+        raise InputNotFound(
+            f"{root}: this Python has no standard library in source form; give --corpus a folder of text"
         )
-    folder = Path(str(s.dataset))
-    tokenizer = tokenizer or Tokenizer.from_file(folder / "tokenizer")
-    val_folder = Path(s.val_dataset) if s.val_dataset else None
-    if val_folder is None and (folder / "train").is_dir() and (folder / "val").is_dir():
-        folder, val_folder = folder / "train", folder / "val"
-    train = Windows(TokenShards(folder, tokenizer), s.seq_length)
-    if val_folder is not None:
-        return tokenizer, train, Windows(TokenShards(val_folder, tokenizer), s.seq_length), str(folder)
-    held = (s.val_batches or HELD_OUT_BATCHES) * s.batch_size
-    return tokenizer, *train.split(held), str(folder)
+    return found
+
+
+def _windows(s: Settings, sides: list[Side]) -> tuple[Windows, Windows]:
+    """Windows to train on and to validate with; without validation shards the last ones of the training data."""
+    found = {side.name: Windows(side.shards, s.seq_length) for side in sides if side.shards}
+    if "val" in found:
+        return found["train"], found["val"]
+    return found["train"].split((s.val_batches or HELD_OUT_BATCHES) * s.batch_size)
 
 
 def _micro_batch(s: Settings, cfg: ModelConfig, backend: ModuleType) -> int:
@@ -147,4 +188,15 @@ def describe(i: Inputs) -> dict[str, Any]:
         "val_windows": len(i.val),
         "val_unigram_entropy_nats": i.val.shards.unigram_entropy,
         "init_sha256": i.init.sha256 if i.init else None,
+    }
+
+
+def guards(i: Inputs) -> dict[str, list[dict[str, str]]]:
+    """What the guards said of each side, for the run's config.json."""
+    return {
+        side.name: [
+            dict(guard=v.guard, verdict=v.word, figure=v.figure, bound=v.bound, note=v.note)
+            for v in side.verdicts
+        ]
+        for side in i.audit
     }

@@ -97,7 +97,6 @@ class Trainer:
             model.micro_step(ids[i : i + self.micro], targets[i : i + self.micro], 1 / tokens, self.s.graph)
         lr = self.schedule(p.step + 1)
         self.opt.step(lr)
-        self.batches.draw_ahead()  # while the device computes
         loss, norm = float(be.to_host(model.total)[0]) / tokens, self.opt.grad_norm()
         wall = time.perf_counter() - start
         p.step += 1
@@ -120,6 +119,15 @@ class Trainer:
             tokens_seen=p.tokens_seen,
             wall_ms=1e3 * wall,
         )
+
+    def _note_pass(self) -> None:
+        """One line when the data begins again."""
+        b = self.batches
+        if b.passes > (b.windows_read - b.step_windows) // b.windows.count:
+            self.run.log(step=self.progress.step, passes=b.passes, windows=b.windows.count)
+            self.show.note(
+                f"step {self.progress.step:>5}  pass {b.passes} over the {b.windows.count:,} windows of the data is complete"
+            )
 
     def _check_due(self) -> bool:
         every = self.s.spot_check
@@ -233,6 +241,7 @@ class Trainer:
                     line = self.train_step()
                     self.run.log(**line)
                     self.show.step(line)
+                    self._note_pass()
                     epoch_ends = p.step % s.steps_per_epoch == 0 or p.step == s.num_steps
                     if epoch_ends:
                         self._end_epoch()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import read_json
+from ..data.audit import tokenizer_beside
 from ..errors import InputNotFound, MalformedFile, UsageError
 from ..flags import field_types, given, option
 from ..optim import SCHEDULES
@@ -22,10 +23,12 @@ class Settings:
     """The flags of `apr pretrain`, one field each; None means "depends on other settings"."""
 
     corpus: str | None = option(
-        "raw text to train on: a file, a folder, or 'stdlib' for this Python's own standard library; "
+        "raw text to train on: a file or folder of text, source code, JSONL or Parquet, or 'stdlib' for this Python's own "
+        "standard library; "
         "tokenised once into a cache"
     )
     dataset: str | None = option("folder of token shards (or one with train/ and val/ inside)")
+    content_field: str = option("with --corpus, key of the text in JSONL records and Parquet files", "text")
     tokenizer: str | None = option("tokenizer folder; with --corpus and none given, one is trained")
     run_dir: str | None = option("where the run writes (default: the next free runs/NAME)")
     model: str | None = option("preset name or config.json of the model to train from random weights")
@@ -63,6 +66,9 @@ class Settings:
     val_fraction: float = option("share of a corpus's documents that is held out", 0.05)
     val_batches: int | None = option(
         "evaluate on this many batches only; with --dataset alone, hold out that many (default there: 16)"
+    )
+    widen: str | None = option(
+        "bounds of plausibility of the data to widen by a number, such as max_top_share=0.6,min_distinct=12"
     )
     spot_check: int = option(
         "before the first step, and then every so many steps, compare every op with the float64 reference on a piece of "
@@ -172,7 +178,7 @@ def resolve(s: Settings) -> Settings:
         raise UsageError("--mode from-scratch starts from random weights; drop --init or use --mode finetune")
     if mode == "finetune" and not s.init:
         raise UsageError("--mode finetune needs --init: a checkpoint to start from")
-    if s.dataset and not s.tokenizer and not (Path(s.dataset) / "tokenizer").is_dir():
+    if s.dataset and not s.tokenizer and not tokenizer_beside(Path(s.dataset)).is_dir():
         raise UsageError("--dataset needs --tokenizer: the folder of the tokenizer that made the shards")
     for name in (
         "initializer_range",

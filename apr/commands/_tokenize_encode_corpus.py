@@ -1,0 +1,185 @@
+"""`apr tokenize encode-corpus`: text, source code, JSONL and Parquet to token shards.
+
+Example: apr tokenize encode-corpus my_code/ web.jsonl.zst --tokenizer tok -o shards --val-fraction 0.01"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..data.encode import SKIPPED, Encoded, encode_corpus
+from ..data.estimate import Estimate, estimate
+from ..data.guards import Bounds
+from ..data.manifest import EOS_POLICIES
+from ..data.readers import Corpus
+from ..data.show import EncodeProgress, clock
+from ..data.sources import Sources, find_sources
+from ..data.tokenizer import Tokenizer
+from ..errors import Interrupted, UsageError
+from ..flags import option, parse
+from ..training.show import Show
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr tokenize encode-corpus`."""
+
+    inputs: tuple[str, ...] = option(
+        "files and folders: text, source code, .jsonl and text also as .gz .zst .xz .bz2, .parquet",
+        positional=True,
+    )
+    tokenizer: str = option("tokenizer folder or tokenizer.json", "")
+    output: str = option("folder to write train/, val/ and tokenizer/ to", "", short="o")
+    val_fraction: float = option(
+        "share of the documents, by content hash, that goes to val/; 0: no val/", 0.01
+    )
+    eos_policy: str = option(
+        "an end-of-text id after each document, between two, or none", "after", choices=EOS_POLICIES
+    )
+    content_field: str = option(
+        "key of the text in JSONL records (a.b for one inside another) and Parquet files", "text"
+    )
+    separator: str | None = option("line that stands between the documents of a text file")
+    piece_bytes: int | None = option("cut text files into documents of about this size, at blank lines")
+    shard_tokens: int = option("ids per shard", 10_000_000)
+    workers: int | None = option(
+        "threads that encode (default: all cores); the output is the same for any number"
+    )
+    resume: bool = option("go on with an encoding that was stopped, to the same bytes", False)
+    estimate_only: bool = option("read a sample and say what the whole would give; writes nothing", False)
+    widen: str | None = option("bounds of plausibility to widen, such as max_top_share=0.6,min_distinct=12")
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    f = parse(Flags, args, "apr tokenize encode-corpus", __doc__ or "")
+    _check(f)
+    if f.workers:
+        os.environ["RAYON_NUM_THREADS"] = str(f.workers)  # read when the first batch is encoded
+    bounds = Bounds.parse(f.widen)
+    show = Show(quiet=f.json)
+    tokenizer = Tokenizer.from_file(f.tokenizer)
+    found = find_sources(f.inputs)
+    if left_out := found.summary():
+        show.note(f"left out: {left_out}")
+    corpus = Corpus(found, f.content_field, f.piece_bytes, f.separator)
+    if f.estimate_only:
+        return _estimate(f, found, tokenizer, show)
+    progress = EncodeProgress(show)
+    try:
+        encoded = encode_corpus(
+            corpus,
+            tokenizer,
+            f.output,
+            val_fraction=f.val_fraction,
+            eos_policy=f.eos_policy,
+            shard_tokens=f.shard_tokens,
+            bounds=bounds,
+            made=described(f),
+            resume=f.resume,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        again = shlex.join(["apr", "tokenize", "encode-corpus", *args, *([] if f.resume else ["--resume"])])
+        raise Interrupted(f"stopped; whole shards are kept. Go on with: {again}") from None
+    finally:
+        seconds = progress.stop()
+    result = _result(encoded, seconds)
+    if f.json:
+        print(json.dumps(result, indent=2))
+    else:
+        _print(show, f, encoded, seconds)
+    return 0
+
+
+def described(f: Flags) -> dict[str, Any]:
+    """What of the options decides which documents there are, for the manifests."""
+    return {
+        "inputs": list(f.inputs),
+        "content_field": f.content_field,
+        "separator": f.separator,
+        "piece_bytes": f.piece_bytes,
+    }
+
+
+def _check(f: Flags) -> None:
+    for value, flag in ((f.tokenizer, "--tokenizer DIR"), (f.output or f.estimate_only, "-o DIR")):
+        if not value:
+            raise UsageError(f"{flag} is missing; `apr tokenize encode-corpus --help` has an example")
+    for name in ("shard_tokens", "workers", "piece_bytes"):
+        value = getattr(f, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if not 0 <= f.val_fraction < 1:
+        raise UsageError(f"--val-fraction {f.val_fraction}: must be at least 0 and below 1")
+
+
+def _estimate(f: Flags, found: Sources, tokenizer: Tokenizer, show: Show) -> int:
+    e: Estimate = estimate(found, tokenizer, f.content_field, f.piece_bytes, f.separator)
+    if f.json:
+        print(json.dumps(asdict(e), indent=2))
+        return 0
+    shards = -(-e.tokens // f.shard_tokens)
+    show.table(
+        "estimate",
+        [
+            ("sample", f"{e.sample_documents:,} documents, {e.sample_bytes / 1e6:.1f} MB of text"),
+            ("", f"{e.sample_skipped} that cannot be used"),
+            ("corpus", f"{e.files:,} files, {e.disk_bytes / 1e6:,.1f} MB on disk, {e.text_bytes / 1e6:,.1f} MB of text"),
+            ("documents", f"about {e.documents:,}"),
+            ("tokens", f"about {e.tokens / 1e6:,.1f} M ({e.bytes_per_token:.2f} bytes/token), copies not yet dropped"),
+            ("shards", f"about {shards:,}, {4 * e.tokens / 1e9:,.2f} GB"),
+            ("time", f"about {clock(e.seconds)} at {e.sample_bytes / 1e6 / max(e.sample_seconds, 1e-9):.1f} MB/s"),
+        ],
+    )  # fmt: skip
+    return 0
+
+
+def _result(e: Encoded, seconds: float) -> dict[str, Any]:
+    sides = {"train": e.train} | ({"val": e.val} if e.val else {})
+    return {
+        "folder": str(e.folder),
+        "counts": asdict(e.counts),
+        "seconds": seconds,
+        **{
+            name: {
+                k: getattr(m, k)
+                for k in ("total_documents", "total_tokens", "total_bytes", "shard_count", "audit")
+            }
+            for name, m in sides.items()
+        },
+    }
+
+
+def _print(show: Show, f: Flags, e: Encoded, seconds: float) -> None:
+    c = e.counts
+    rows = []
+    for name, m in (("train", e.train), ("val", e.val)):
+        if m:
+            rows.append(
+                (
+                    name,
+                    f"{m.total_documents:,} documents, {m.total_tokens:,} tokens in {m.shard_count:,} shards",
+                )
+            )
+            a = m.audit
+            ids = f"{a['distinct_ids']:,} distinct ids, entropy {a['unigram_entropy_nats']:.3f} nats/token"
+            rows.append(("", f"{a['bytes_per_token']:.2f} bytes/token, {ids}"))
+    skipped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(c.skipped.items())) or "none"
+    named = f" (named in {e.folder / SKIPPED})" if c.skipped else ""
+    rows += [
+        ("copies dropped", f"{c.duplicates:,}"),
+        ("not usable", skipped + named),
+        ("decoded again", f"{c.round_trips:,} documents, each its own text"),
+        (
+            "speed",
+            f"{c.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s, {c.text_bytes / 1e6 / seconds:.1f} MB/s",
+        ),
+        ("train with", f"apr pretrain --dataset {shlex.quote(str(e.folder))} --model PRESET"),
+    ]
+    show.table("apr tokenize encode-corpus", rows)

@@ -1,0 +1,91 @@
+"""A manifest made again from the shards themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputNotFound, MalformedFile
+from ..formats.atomic import write_json
+from .manifest import MANIFEST, Manifest, figures, shard_name
+from .scan import scan
+from .shards import our_files
+from .tokenizer import Tokenizer
+
+BLOCK = 1 << 16  # tokens decoded at once
+
+
+def repair_manifest(
+    folder: str | Path, tokenizer: Tokenizer, progress: Callable[[int], None] | None = None
+) -> Manifest:
+    """Write DIR/manifest.json from DIR/shard-*.bin; the same shards give the same manifest.
+
+    The EOS policy is read off the shards: "after" when the last token is the end-of-text id, "between" when it only stands
+    further inside, "none" without any. What the shards do not say is null: the hash of the corpus, and where in a shard a
+    document ended. Raises InputNotFound, MalformedFile (a gap in the names, a size that is no whole number of ids, an id
+    outside the vocabulary)."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputNotFound(f"{folder}: no such folder")
+    paths = [p for p in our_files(folder) if p.name != MANIFEST]
+    if not paths:
+        raise InputNotFound(f"{folder}: holds no shard-00000.bin")
+    for i, path in enumerate(paths):
+        size = path.stat().st_size
+        if path.name != shard_name(i):
+            raise MalformedFile(f"{folder / shard_name(i)}: missing; the next shard is {path.name}")
+        if size == 0 or size % 4:
+            raise MalformedFile(
+                f"{path}: {size} bytes are no whole number of 4-byte ids: it was cut off; remove it when it is the last "
+                "one, or restore it"
+            )
+    arrays = [np.memmap(p, dtype="<u4", mode="r").view(np.ndarray) for p in paths]
+    eos = tokenizer.eos_id
+    found = scan(arrays, tokenizer.vocab_size, eos, threads=os.cpu_count() or 1, progress=progress)
+    if found.outside:
+        index, position, i = found.outside
+        raise MalformedFile(
+            f"{paths[index]}: token {position} has id {i}, {tokenizer.source} has {tokenizer.vocab_size} ids: another "
+            "tokenizer made it"
+        )
+    policy = "none" if not found.ends else "after" if arrays[-1][-1] == eos else "between"
+    size = text_bytes(arrays, found.counts, tokenizer)
+    rows = [
+        dict(name=p.name, tokens=a.size, sha256=sha, documents=None, partial=None, corpus_sha256=None)
+        for p, a, sha in zip(paths, arrays, found.sha256, strict=True)
+    ]
+    manifest = Manifest(
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eos_policy=policy,
+        eos_token_id=eos,
+        normalization=tokenizer.normalization,
+        shard_count=len(rows),
+        total_tokens=sum(a.size for a in arrays),
+        total_documents=max(1, found.ends + (policy == "between")),
+        total_bytes=size,
+        shards=rows,
+        audit=figures(found.counts, size, tokenizer.unknown_id),
+        made={"repaired": True},
+        complete=True,
+    )
+    write_json(folder / MANIFEST, asdict(manifest))
+    return manifest
+
+
+def text_bytes(arrays: list[np.ndarray], counts: np.ndarray, tokenizer: Tokenizer) -> int:
+    """Bytes of UTF-8 of the text that ids stand for, special tokens left out.
+
+    A byte-level id stands for the same bytes everywhere; other ids are decoded, BLOCK at a time."""
+    table = tokenizer.token_bytes()
+    if table is not None:
+        return max(1, int((counts * table).sum()))
+    total = 0
+    for array in arrays:
+        for start in range(0, array.size, BLOCK):
+            total += len(tokenizer.decode(array[start : start + BLOCK], skip_special=True).encode())
+    return max(1, total)

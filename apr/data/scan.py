@@ -1,0 +1,231 @@
+"""One pass over token shards: hashes, counts of ids, and where the documents are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+CHUNK = 1 << 20  # tokens looked at once: bounds the memory of a thread
+LENGTH_BINS = 4  # per factor of two, in the histogram of document lengths
+# A document's identity is sum_i mix(id_i) * R^i modulo 2^64: a sum over pieces of a document can be continued,
+# and R is odd, so that a power of it can be divided out again.
+R = 0x9E3779B97F4A7C15 | 5
+R_INVERSE = pow(R, -1, 1 << 64)
+
+Progress = Callable[[int], None]  # tokens looked at since the last call
+
+
+@dataclass
+class Scan:
+    """What a pass over one folder found.
+
+    counts      int64 (V,) of each id; ids from V on are in `outside`
+    sha256      of each shard, hexadecimal
+    outside     (shard, position, id) of the first id that is not below V, or None
+    documents   delimited by the end-of-text id, empty ones left out; 0 where there is no such id
+    lengths     int64 (bins,): documents of 2^(i/4) up to 2^((i+1)/4) tokens
+    identities  uint64, sorted, of the documents, where they were asked for
+    shared      how many documents are among those of another folder, where one was given
+    ends        how often the end-of-text id occurs
+    """
+
+    counts: np.ndarray
+    sha256: list[str]
+    outside: tuple[int, int, int] | None = None
+    documents: int = 0
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(64 * LENGTH_BINS, np.int64))
+    identities: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    shared: int = 0
+    ends: int = 0
+
+
+@dataclass
+class _Part:
+    """A stretch of a document: sum of its terms with powers from 0 on, and its tokens."""
+
+    total: int = 0
+    tokens: int = 0
+
+    def then(self, total: int, tokens: int) -> _Part:
+        """This stretch followed by another one."""
+        return _Part((self.total + total * pow(R, self.tokens, 1 << 64)) % (1 << 64), self.tokens + tokens)
+
+
+@dataclass
+class _Shard:
+    sha256: str
+    counts: np.ndarray
+    outside: tuple[int, int] | None
+    head: _Part  # up to the first end of text, or the whole shard
+    tail: _Part | None  # after the last one; None where the shard has none
+    identities: list[np.ndarray]
+    lengths: list[np.ndarray]
+
+
+def scan(
+    arrays: list[np.ndarray],
+    vocab_size: int,
+    eos_id: int | None,
+    keep: bool = False,
+    against: np.ndarray | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Scan:
+    """Read every shard of a folder once, uint32 (tokens,) each.
+
+    eos_id: what ends a document, None where nothing does. keep: return the documents' identities.
+    against: sorted identities, uint64, to count the documents that are among them."""
+    out = Scan(np.zeros(vocab_size, np.int64), [])
+    tables = _Tables(vocab_size)
+    open_part, kept = _Part(), []
+
+    def one(array: np.ndarray) -> _Shard:
+        return _scan_shard(array, vocab_size, eos_id, tables, progress)
+
+    def finish(identities: np.ndarray, lengths: np.ndarray) -> None:
+        full = lengths > 0
+        identities, lengths = identities[full], lengths[full]
+        out.documents += lengths.size
+        if lengths.size:
+            out.lengths += np.bincount(_bin(lengths), minlength=out.lengths.size)
+        if keep:
+            kept.append(identities)
+        if against is not None and against.size:
+            at = np.minimum(np.searchsorted(against, identities), against.size - 1)
+            out.shared += int((against[at] == identities).sum())
+
+    for index, shard in enumerate(_in_order(one, arrays, threads)):
+        out.counts += shard.counts
+        out.sha256.append(shard.sha256)
+        if shard.outside and out.outside is None:
+            out.outside = (index, *shard.outside)
+        open_part = open_part.then(shard.head.total, shard.head.tokens)
+        if shard.tail is not None:
+            finish(*_finished(open_part))
+            for identities, lengths in zip(shard.identities, shard.lengths, strict=True):
+                finish(identities, lengths)
+            open_part = shard.tail
+    if eos_id is not None:
+        finish(*_finished(open_part))  # with an EOS between documents only, the last one has none
+        out.ends = int(out.counts[eos_id]) if eos_id < vocab_size else 0
+    if keep:
+        out.identities = np.sort(np.concatenate(kept) if kept else np.empty(0, np.uint64))
+    return out
+
+
+def _in_order(
+    one: Callable[[np.ndarray], _Shard], arrays: list[np.ndarray], threads: int
+) -> Iterator[_Shard]:
+    """The shards' results in their order, with a few more shards than threads in work at a time."""
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        running = [pool.submit(one, array) for array in arrays[: threads + 1]]
+        for i in range(len(arrays)):
+            shard = running[i].result()
+            running[i] = None  # type: ignore[call-overload]  # or all results would stay in memory
+            if len(running) < len(arrays):
+                running.append(pool.submit(one, arrays[len(running)]))
+            yield shard
+
+
+class _Tables:
+    """mix(id) of every id and the powers of R and of its inverse, uint64."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.mixed = mix(np.arange(1, vocab_size + 1, dtype=np.uint64))
+        self.powers = _powers(R)
+        self.inverse = _powers(R_INVERSE)
+
+
+def _powers(base: int) -> np.ndarray:
+    """base^0 .. base^(CHUNK-1) modulo 2^64, uint64 (CHUNK,), by doubling."""
+    out = np.ones(CHUNK, np.uint64)
+    done = 1
+    while done < CHUNK:
+        out[done : 2 * done] = out[: min(done, CHUNK - done)] * np.uint64(pow(base, done, 1 << 64))
+        done *= 2
+    return out
+
+
+def mix(z: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014), uint64 (B,), modulo 2^64."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _finished(part: _Part) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([part.tokens], np.int64)
+    return _identities(np.array([part.total], np.uint64), lengths), lengths
+
+
+def _identities(totals: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return mix(totals ^ mix(lengths.astype(np.uint64)))
+
+
+def _bin(lengths: np.ndarray) -> np.ndarray:
+    return np.floor(LENGTH_BINS * np.log2(lengths)).astype(np.int64)
+
+
+def _scan_shard(
+    array: np.ndarray, vocab_size: int, eos_id: int | None, tables: _Tables, progress: Progress | None
+) -> _Shard:
+    digest = hashlib.sha256()
+    out = _Shard("", np.zeros(vocab_size, np.int64), None, _Part(), None, [], [])
+    open_part = _Part()
+    for start in range(0, array.size, CHUNK):
+        chunk = array[start : start + CHUNK]
+        digest.update(chunk.data)
+        if chunk.max() >= vocab_size:
+            if out.outside is None:
+                i = int(np.argmax(chunk >= vocab_size))
+                out.outside = (start + i, int(chunk[i]))
+            chunk = np.minimum(chunk, vocab_size)  # counted apart, and of no document that could be elsewhere
+            out.counts += np.bincount(chunk, minlength=vocab_size + 1)[:vocab_size]
+            chunk = np.minimum(chunk, vocab_size - 1)
+        else:
+            out.counts += np.bincount(chunk, minlength=vocab_size)
+        if eos_id is not None:
+            open_part = _documents(chunk, eos_id, tables, open_part, out)
+        if progress:
+            progress(chunk.size)
+    out.sha256 = digest.hexdigest()
+    if out.tail is None:
+        out.head = open_part
+    else:
+        out.tail = open_part
+    return out
+
+
+def _documents(chunk: np.ndarray, eos_id: int, tables: _Tables, open_part: _Part, out: _Shard) -> _Part:
+    """Finish the documents that end in a chunk; the stretch that is left at its end."""
+    ends = np.flatnonzero(chunk == eos_id)
+    terms = tables.mixed[chunk] * tables.powers[: chunk.size]
+    first = int(ends[0]) if ends.size else chunk.size
+    open_part = open_part.then(int(terms[:first].sum()), first)
+    if not ends.size:
+        return open_part
+    if out.tail is None:
+        out.head, out.tail = open_part, _Part()
+        lengths, totals = np.empty(0, np.int64), np.empty(0, np.uint64)
+    else:
+        lengths = np.array([open_part.tokens], np.int64)
+        totals = np.array([open_part.total], np.uint64)
+    starts = ends[:-1] + 1  # of the documents after the first end of text, up to the last one
+    inner = np.diff(ends) - 1
+    if inner.size:
+        # reduceat takes a term, not an empty sum, where a document is empty: those are dropped by their length.
+        sums = np.add.reduceat(np.append(terms, np.uint64(0)), np.stack([starts, ends[1:]], 1).reshape(-1))[
+            ::2
+        ]
+        totals = np.append(totals, sums * tables.inverse[starts])
+        lengths = np.append(lengths, inner)
+    out.identities.append(_identities(totals, lengths))
+    out.lengths.append(lengths)
+    last = int(ends[-1]) + 1
+    rest = terms[last:]
+    total = int(rest.sum()) * pow(R_INVERSE, last, 1 << 64) % (1 << 64) if rest.size else 0
+    return _Part(total, rest.size)

@@ -1,0 +1,120 @@
+"""What a person sees of a corpus: progress while it is encoded, verdicts, pictures."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from ..training.show import Show
+from .audit import Side
+from .encode import Counts
+from .scan import LENGTH_BINS
+
+LINE_SECONDS = 10.0  # between lines where the output is no terminal
+COLOURS = {"PASS": "green", "FAIL": "bold red", "SKIPPED": "yellow"}
+
+
+class EncodeProgress:
+    """Progress of encode_corpus: documents, tokens, MB/s of text, time left. A line that is rewritten on a terminal,
+    elsewhere a line every LINE_SECONDS."""
+
+    def __init__(self, show: Show) -> None:
+        self._show = show
+        self._start = time.perf_counter()
+        self._last = self._start
+        self._first_bytes: int | None = None
+        self._status = show.console.status("reading ...") if show.console.is_terminal else None
+        if self._status:
+            self._status.start()
+
+    def __call__(self, counts: Counts, read: int, total: int) -> None:
+        """See encode.Progress."""
+        now = time.perf_counter()
+        if now - self._last < (0.2 if self._status else LINE_SECONDS):
+            return
+        self._last = now
+        seconds = now - self._start
+        left = seconds * (total - read) / read if read else 0.0
+        text = (
+            f"{100 * read / max(total, 1):3.0f} %  {counts.all:,} documents  {counts.tokens / 1e6:,.1f} M tokens  "
+            f"{counts.text_bytes / 1e6 / seconds:.1f} MB/s  {clock(left)} left"
+        )
+        if self._status:
+            self._status.update(text)
+        else:
+            self._show.note(text)
+
+    def stop(self) -> float:
+        """Take the line away; the seconds it took in all."""
+        if self._status:
+            self._status.stop()
+        return time.perf_counter() - self._start
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
+
+
+def print_verdicts(show: Show, sides: list[Side]) -> None:
+    """A table of the guards of every side."""
+    for side in sides:
+        table = Table(
+            title=f"{side.name}: {side.folder}", title_justify="left", box=None, padding=(0, 2, 0, 0)
+        )
+        for column in ("", "guard", "figure", "must be"):
+            table.add_column(column, overflow="fold")
+        for v in side.verdicts:
+            note = f" ({v.note})" if v.note else ""
+            table.add_row(Text(v.word, COLOURS[v.word]), v.guard, Text(v.figure), Text(v.bound + note))
+        show.console.print(table)
+        show.note("")
+
+
+def draw_audit(sides: list[Side], vocab_size: int, path: Path) -> None:
+    """How often the commonest, the second, ... id occurs, and how long documents are, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
+    ranks, lengths = figure.subplots(1, 2)
+    for side, colour in zip(sides, ("tab:blue", "tab:red"), strict=False):
+        if side.scan is None or side.shards is None:
+            continue
+        counts = np.sort(side.scan.counts[side.scan.counts > 0])[::-1]
+        share = counts / counts.sum()
+        label = f"{side.name}: {counts.size:,} of {vocab_size:,} ids occur"
+        ranks.loglog(np.arange(1, counts.size + 1), share, color=colour, label=label)
+        found = side.scan.lengths
+        if not found.any():
+            continue
+        first, last = int(np.flatnonzero(found)[0]), int(np.flatnonzero(found)[-1])
+        edges = 2.0 ** (np.arange(first, last + 2) / LENGTH_BINS)
+        part = found[first : last + 1] / found.sum()
+        lengths.stairs(
+            part, edges, color=colour, fill=True, alpha=0.4, label=f"{side.name}: {found.sum():,} documents"
+        )
+    ranks.set(xlabel="rank of the id", ylabel="share of all tokens", title="token frequencies")
+    ranks.axhline(1 / vocab_size, color="grey", linewidth=0.8, linestyle="--")
+    ranks.annotate("every id as often", (1, 1 / vocab_size), fontsize=8, color="grey", va="bottom")
+    lengths.set(
+        xlabel="tokens of a document", ylabel="share of documents", title="document lengths", xscale="log"
+    )
+    for axes in (ranks, lengths):
+        axes.grid(alpha=0.2)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    if not lengths.patches:
+        lengths.annotate(
+            "no end-of-text id: documents are not delimited",
+            (0.5, 0.5),
+            xycoords="axes fraction",
+            ha="center",
+            fontsize=8,
+        )
+    figure.savefig(path)
