@@ -1016,7 +1016,7 @@ def launch(eps: float, window: int, sign: int) -> None:
     heads, kv = np.ones((1, 5, 4, 10), f), np.ones((1, 5, 4, 10), f)
     _cuda_ops.add_rmsnorm_fwd(x, x, rows, x, None, w, eps)
     _cuda_ops.rope(heads, np.ones((5, 5), f), np.ones((5, 5), f), sign)
-    _cuda_ops.attention_fwd(heads, np.ones((1, 4, 5), f), heads, kv, kv, window)
+    _cuda_ops.attention_fwd(heads, np.ones((1, 4, 5), f), heads, kv, kv, None, window)
     flat = np.ones(64, f)
     _cuda_ops.adamw(flat, flat, flat, flat, flat, np.ones(1), 0.1, 0.9, 0.95, 1e-8, 0.1, 3)
 

@@ -19,6 +19,7 @@ from .stages import Batch, exact, holds
 
 IGNORE_EVERY = 7  # so many targets are left out of the loss, so that leaving them out is tested
 MOST_WINDOWS = 4096
+DOCUMENT = 6  # tokens of a document of ids drawn at random
 FEWEST_DISTINCT = 4
 
 # Prose in several scripts, code, digits and punctuation: what a tokenizer and a mask have to get right.
@@ -63,11 +64,15 @@ def from_text(
     return batch, rows
 
 
-def at_random(cfg: ModelConfig, shape: tuple[int, int], seed: int) -> Batch:
-    """Ids drawn at random, for models without a tokenizer."""
+def at_random(cfg: ModelConfig, shape: tuple[int, int], seed: int, document_end: int | None = None) -> Batch:
+    """Ids drawn at random, for models without a tokenizer; with document_end cut into documents."""
     rng = np.random.default_rng(seed)
     ids, targets = rng.integers(0, cfg.vocab_size, (2, *shape), dtype=np.int32)
-    return Batch(ids, _thinned(targets), f"{shape[0]} x {shape[1]} ids drawn at random, seed {seed}")
+    words = f"{shape[0]} x {shape[1]} ids drawn at random, seed {seed}"
+    if document_end is not None:
+        ids.reshape(-1)[DOCUMENT - 1 :: DOCUMENT] = document_end
+        words += f", in documents of {DOCUMENT} tokens"
+    return Batch(ids, _thinned(targets), words, document_end)
 
 
 def from_ids(ids: np.ndarray, targets: np.ndarray, source: str) -> Batch:
