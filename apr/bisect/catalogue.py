@@ -68,7 +68,9 @@ def bisect(fault: Fault, be: Backend, dtype: str, name: str = "") -> Report:
     """Bisect a side with a fault beside the reference."""
     name = name or model_for(fault)
     cfg = PRESETS[name]
-    given = batches.at_random(cfg, SHAPE, 0, DOCUMENT_END if fault.documents else None)
+    given = batches.at_random(cfg, SHAPE, 0)
+    if fault.documents:
+        given = batches.in_documents(given, DOCUMENT_END)
     report = Report(name, ("reference float64", f"{be.name} {dtype}"), given.words)
     if fault.seen_by == DATA:
         with tempfile.TemporaryDirectory() as folder, fault.patch():

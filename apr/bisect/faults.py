@@ -873,7 +873,7 @@ def _moved_borders(be: Any, by: int) -> Ops:
     def change(first: Any) -> Any:
         host = be.to_host(first)
         out = be.empty(first.shape, first.dtype)
-        be.from_host(out, np.clip(host + by * (host > 0), 0, np.arange(host.shape[1])).astype(host.dtype))
+        be.from_host(out, np.clip(host + by, 0, np.arange(host.shape[1])).astype(host.dtype))
         return out
 
     return _other_borders(be, change)
