@@ -78,7 +78,7 @@ class Job:
 
     train: keep what backward needs, and gradients. recompute: keep only what enters each block and
     compute the block again in backward. loss_rows: rows of logits held at once. cache: positions of a
-    key/value cache, 0 for none. own_weights: the parameters are not given.
+    key/value cache, 0 for none. own_weights: the parameters are not given. documents: attention ends at borders.
     """
 
     batch: int
@@ -90,6 +90,7 @@ class Job:
     cache: int = 0
     own_weights: bool = True
     pad_vocab: bool = False  # whether the backend wants logits of a padded vocabulary
+    documents: bool = False
 
     def wants(self, c: ModelConfig) -> Wants:
         """Every buffer of the model, by name: block buffers as LAYER.NAME, or NAME where blocks share."""
@@ -112,6 +113,8 @@ class Job:
         out["logits"] = Want("logits", (self.loss_rows, logit_columns(c, self.pad_vocab)), self.dtype)
         for name in ("ids", "targets"):
             out[name] = Want("scratch", (n,), "int32")
+        if self.documents:
+            out["first"] = Want("scratch", (n,), "int32")
         out["total"] = Want("scratch", (1,), "float64")
         for name in ("cos", "sin"):
             out[name] = Want("scratch", (max(self.seq, self.cache), c.head_dim // 2), wide)
@@ -144,6 +147,13 @@ def default_loss_rows(c: ModelConfig, tokens: int, elements: int = 1 << 23) -> i
     return min(tokens, -(-tokens // pieces // 64) * 64)
 
 
+def document_starts(ids: np.ndarray, end: int) -> np.ndarray:
+    """Where the document of each position begins: after the last `end` before it, or at 0.  (B,T) int32 of ids (B,T)"""
+    starts = np.zeros(ids.shape, np.int32)
+    starts[:, 1:] = np.where(ids[:, :-1] == end, np.arange(1, ids.shape[1]), 0)
+    return np.maximum.accumulate(starts, axis=1)
+
+
 def rope_tables(c: ModelConfig, positions: int) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of every position's angles, float64 (positions, D/2), computed once on the host.
 
@@ -171,7 +181,13 @@ class Model:
     w, g: flat parameters and gradients (Layout order); p, d: their named views. The other options are
     those of Job. Give w to share another model's parameters. z_loss times the squared log-sum-exp of the
     logits joins what is minimised, not what is reported.
-    Raises Refused when seq or cache exceed the positions the configuration allows.
+
+    document_end: the id that ends a document, of which a sequence may hold several; then no token sees one of another
+    document, and the id that ends a document belongs to it. Positions run on through the sequence all the same: rotary
+    embeddings turn q[t] and k[j] by angles that are multiples of t and j, whatever their scaling, so q[t] . k[j] has the
+    angle of t - j alone, and a window counts t - j too. Beginning again at 0 would change nothing within a document.
+
+    Raises Refused when seq or cache exceed the positions the configuration allows, and for a cache with document_end.
     """
 
     def __init__(
@@ -187,6 +203,7 @@ class Model:
         w: Any = None,
         recompute: bool = False,
         z_loss: float = 0.0,
+        document_end: int | None = None,
     ) -> None:
         if dtype not in backend.dtypes:
             raise Refused(f"backend {backend.name} computes in {', '.join(backend.dtypes)}, not {dtype}")
@@ -195,12 +212,17 @@ class Model:
                 f"{max(seq, cache)} positions asked of a model with max_position_embeddings = "
                 f"{cfg.max_position_embeddings}; use a smaller --seq-length"
             )
+        if cache and document_end is not None:
+            raise Refused(
+                "a key/value cache continues one document per sequence: document_end does not go with it"
+            )
         self.cfg, self.be, self.dtype, self.train, self.recompute = cfg, backend, dtype, train, recompute
-        self.batch, self.seq, self.z_loss = batch, seq, z_loss
+        self.batch, self.seq, self.z_loss, self.document_end = batch, seq, z_loss, document_end
         self.layout = Layout(cfg)
         job = job_of(
             cfg, backend, batch, seq, loss_rows,
             dtype=dtype, train=train, recompute=recompute, cache=cache, own_weights=w is None,
+            documents=document_end is not None,
         )  # fmt: skip
         self.loss_rows = job.loss_rows
         self.buffers = Arena(backend, job.wants(cfg))
@@ -241,6 +263,9 @@ class Model:
             blocks = [view(inner, f"{i}.") for i in range(self.cfg.num_layers)]
             scratch = view(scratch_buffers(self.cfg, batch, seq, self.train))
             scratch.ids, scratch.targets = (have[k][: batch * seq] for k in ("ids", "targets"))
+            scratch.first = None
+            if self.document_end is not None:
+                scratch.first = have["first"][: batch * seq].reshape(batch, seq)
             self._views[batch, seq] = blocks, scratch
         return self._views[batch, seq]
 
@@ -274,7 +299,10 @@ class Model:
     def _put_ids(self, ids: np.ndarray) -> None:
         self._in_vocabulary(ids, lowest=0)
         self.b, self.t = ids.shape
-        self.be.from_host(self._at(self.b, self.t)[1].ids, ids.reshape(-1))
+        s = self._at(self.b, self.t)[1]
+        self.be.from_host(s.ids, ids.reshape(-1))
+        if self.document_end is not None:
+            self.be.from_host(s.first, document_starts(ids, self.document_end))
 
     def _forward(self, tap: Tap, past: int = 0) -> None:
         be, c, p = self.be, self.cfg, self.p
@@ -310,7 +338,7 @@ class Model:
         v = self._heads(a.qkv)[2]
         if self._cache:
             k, v = self._remember(i, k, v, past)
-        be.attention_fwd(a.att.reshape(q.shape), a.lse, q, k, v, c.sliding_window)
+        be.attention_fwd(a.att.reshape(q.shape), a.lse, q, k, v, s.first, c.sliding_window)
         tap(i, "lse", a.lse)
         tap(i, "att", a.att)
         be.linear_fwd(s.delta, a.att, w.wo, None)
@@ -447,7 +475,7 @@ class Model:
                 q, k, _ = self._heads(a.qk)
                 dq, dk, _ = self._heads(s.dqk)
             y, dy = a.att.reshape(q.shape), s.datt.reshape(q.shape)
-            be.attention_bwd(dq, dk, dv, dy, y, a.lse, q, k, v, c.sliding_window)
+            be.attention_bwd(dq, dk, dv, dy, y, a.lse, q, k, v, s.first, c.sliding_window)
             tap(i, "d_q_rope", dq)
             tap(i, "d_k_rope", dk)
             tap(i, "d_v", dv)

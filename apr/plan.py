@@ -77,11 +77,13 @@ def memory(
     cache: int = 0,
     recompute: bool = False,
     optimizer: bool = True,
+    documents: bool = False,
 ) -> Memory:
     """What Model (and AdamW, when train and optimizer) will take for batches of batch x seq tokens."""
     job = job_of(
-        c, backend, batch, seq, loss_rows, dtype=dtype, train=train, recompute=recompute, cache=cache
-    )
+        c, backend, batch, seq, loss_rows,
+        dtype=dtype, train=train, recompute=recompute, cache=cache, documents=documents,
+    )  # fmt: skip
     wants = list(job.wants(c).values())
     if train and optimizer:
         wants += optimizer_wants(c, dtype).values()

@@ -5,6 +5,7 @@ NAME=VALUE for a scalar, or NAME alone for an array that was named before. The r
 
     in        read; its gradient is the array d+NAME of the backward call
     const     read; has no gradient         ids, targets   integers below V; every fourth target is -100
+    first     int32, where the document of each position begins: borders()
     out       overwritten                   save           the same, and read by the backward call
     acc       added to                      inplace        read and overwritten
     none      None is passed
@@ -45,6 +46,7 @@ class Case:
 
 QKV = "q in B T H@0/H+2*K D, k in B T K@H/H+2*K D, v in B T K@H+K/H+2*K D"
 DQKV = "dq out B T H@0/H+2*K D, dk out B T K@H/H+2*K D, dv out B T K@H+K/H+2*K D"
+DOCUMENTS = (1, 5, 59, 2, 97, 17, 123, 257)  # lengths of documents
 MOMENTS = "m inplace32 N, v inplace32+ N, g in32 N, factor in64+ 1, lr=0.01, beta1=0.9, beta2=0.95"
 
 CASES = [
@@ -104,23 +106,38 @@ CASES = [
     ),
     Case(
         "attention",
-        f"attention_fwd: y out B T H D, lse save32 B H T, {QKV}, window=0",
-        f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, window=0",
+        f"attention_fwd: y out B T H D, lse save32 B H T, {QKV}, none, window=0",
+        f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, none, window=0",
         "B T H K D: 2 5 4 4 10, 1 59 4 2 6, 2 9 4 1 8, 1 13 7 1 5, 1 123 2 1 59, 1 257 1 1 8",
     ),
     Case(
         "attention_window",
-        f"attention_fwd: y out B T H D, lse save32 B H T, {QKV}, window=W",
-        f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, window=W",
+        f"attention_fwd: y out B T H D, lse save32 B H T, {QKV}, none, window=W",
+        f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, none, window=W",
         "B T H K D W: 1 5 2 2 8 2, 2 13 4 2 6 5, 1 97 4 1 5 59, 1 123 2 1 10 5, 1 59 1 1 4 97",
     ),
     Case(
         "attention_cache",  # the last T of S positions ask; keys and values lie in a cache of P positions
         "attention_fwd: y out B T H D, lse save32 B H T, q in B T H@0/H+2*K D, k in B S@0/P K D, v in B S@0/P K D,"
-        "window=W",
+        "none, window=W",
         "attention_bwd: dq out B T H@0/H+2*K D, dk out B S@0/P K D, dv out B S@0/P K D, dy in B T H D, y, lse, q, k, v,"
-        "window=W",
+        "none, window=W",
         "B T S P H K D W: 1 1 3 5 2 1 6 0, 2 1 59 97 4 2 5 0, 2 5 13 59 7 1 8 0, 1 5 59 60 4 4 6 7, 1 97 123 123 2 1 5 59",
+    ),
+    Case(
+        "attention_documents",
+        f"attention_fwd: y out B T H D, lse save32 B H T, {QKV}, first first B T, window=W",
+        f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, first, window=W",
+        "B T H K D W: 2 5 2 2 4 0, 3 13 4 4 8 0, 2 59 4 2 6 0, 2 97 4 1 5 0, 1 123 7 1 6 0, 2 123 2 1 10 5, 1 257 2 2 8 59,"
+        "2 257 4 1 8 0",
+    ),
+    Case(
+        "attention_documents_cache",
+        "attention_fwd: y out B T H D, lse save32 B H T, q in B T H@0/H+2*K D, k in B S@0/P K D, v in B S@0/P K D,"
+        "first first B T, window=W",
+        "attention_bwd: dq out B T H@0/H+2*K D, dk out B S@0/P K D, dv out B S@0/P K D, dy in B T H D, y, lse, q, k, v,"
+        "first, window=W",
+        "B T S P H K D W: 2 1 59 97 4 2 5 0, 2 13 97 98 4 1 6 7, 2 59 257 259 2 1 8 0",
     ),
     Case(
         "swiglu",
@@ -195,7 +212,7 @@ class Arg:
 
     def kind(self, dtype: Any) -> np.dtype:
         """Dtype of the array in a row of `dtype`."""
-        if self.role in ("ids", "targets"):
+        if self.role in ("ids", "targets", "first"):
             return np.dtype(np.int32)
         if self.bits == 32 and np.dtype(dtype) == BF16:
             return np.dtype(np.float32)
@@ -274,11 +291,23 @@ def make(row: Row, dtype: Any, seed: int = 0) -> Arrays:
         if a.role in ("ids", "targets"):
             values[a.name] = rng.integers(0, row.sizes["V"], a.shape, dtype=np.int32)
             values[a.name][3::4] = -100 if a.role == "targets" else 0
+        elif a.role == "first":
+            values[a.name] = borders(rng, *a.shape, row.sizes.get("S", row.sizes["T"]))
         elif a.role in ("in", "const", "acc", "inplace"):
             x = rng.normal(size=a.shape)
             x = np.abs(x) + 0.1 if a.positive else x
             values[a.name] = x.astype(a.kind(dtype)).astype(np.float64)
     return values
+
+
+def borders(rng: np.random.Generator, batch: int, queries: int, keys: int) -> np.ndarray:
+    """Where the documents of the last `queries` of `keys` positions begin: in each sequence another order of those of
+    DOCUMENTS that are shorter than half of it."""
+    out, some = np.zeros((batch, keys), np.int32), [n for n in DOCUMENTS if n == 1 or 2 * n < keys]
+    for row in out:
+        lengths = np.concatenate([rng.permutation(some) for _ in range(1 + keys // sum(some))])
+        row[:] = np.repeat(np.cumsum(lengths) - lengths, lengths)[:keys]
+    return out[:, keys - queries :]
 
 
 BAND, GUARD = 64, 7.0  # elements before and after each array, and what is in them and between strided rows

@@ -32,6 +32,7 @@ from precision import plain_numpy, relative, relative_tolerance, tolerance
 
 Build = Callable[..., Model]
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52, "bfloat16": 2.0**-7}
+END = 5  # the id that ends a document, where models mask them
 B, T = 3, 13  # longer than the window of mistral-tiny; positions for which the scaling of llama3-tiny matters
 
 
@@ -79,12 +80,19 @@ def randomised(model: Model) -> Model:
 
 
 @cache
-def batch(cfg: ModelConfig, n: int = B, t: int = T) -> tuple[np.ndarray, np.ndarray]:
-    """Random ids and targets (n,t); every seventh target is ignored."""
+def batch(cfg: ModelConfig, n: int = B, t: int = T, end: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Random ids and targets (n,t); every seventh target is ignored. end: the id that ends a document, every eighth."""
     rng = np.random.default_rng([n, t])
     ids, targets = rng.integers(0, cfg.vocab_size, (2, n, t), dtype=np.int32)
     targets.reshape(-1)[::7] = -100
+    if end is not None:
+        ids.reshape(-1)[4::8] = end
     return ids, targets
+
+
+def batch_for(model: Model) -> tuple[np.ndarray, np.ndarray]:
+    """batch(), of several documents for a model that masks them."""
+    return batch(model.cfg, end=model.document_end)
 
 
 def step(model: Model, ids: np.ndarray, targets: np.ndarray, tap: Tap = no_tap) -> float:
@@ -109,7 +117,7 @@ def results(model: Model) -> Arrays:
         if layer is None and (name == "loss" or name.startswith("grad.")):
             tap(layer, name, x)
 
-    step(model, *batch(model.cfg), gradients)
+    step(model, *batch_for(model), gradients)
     return tap.seen
 
 
@@ -127,7 +135,7 @@ def loss(model: Model, ids: np.ndarray, targets: np.ndarray) -> float:
 def wrong_gradients(build: Build, cfg: ModelConfig) -> list[str]:
     """Parameters whose gradient is not (L(w + e u) - L(w - e u)) / 2e along a random direction u, in float64."""
     model = randomised(build(cfg, "float64"))
-    ids, targets = batch(cfg)
+    ids, targets = batch_for(model)
     step(model, ids, targets)
     rng, e, wrong = np.random.default_rng(1), 1e-5, []
     weights = model.layout.named(model.w)
@@ -184,10 +192,10 @@ def largest_of(runs: list[Errors]) -> Errors:
 
 
 @cache
-def truth(cfg: ModelConfig) -> Arrays:
+def truth(cfg: ModelConfig, document_end: int | None = None) -> Arrays:
     """Every tap and every gradient of a step of the reference in float64."""
-    record = Record(reference)
-    step(randomised(on(reference)(cfg, "float64")), *batch(cfg), record)
+    record, model = Record(reference), on(reference)(cfg, "float64", document_end=document_end)
+    step(randomised(model), *batch_for(model), record)
     return record.seen
 
 
@@ -210,23 +218,33 @@ class Judged(Compare):
 
 def errors(model: Model, cfg: ModelConfig, force: bool = False, only: str = "") -> Errors:
     """Errors of a step against the truth, free or forced, of the names that match a pattern."""
-    judged = Judged(model.be, truth(cfg), force, only, slices=model.dtype == "bfloat16")
-    step(randomised(model), *batch(cfg), judged)
+    want = truth(cfg, model.document_end)
+    judged = Judged(model.be, want, force, only, slices=model.dtype == "bfloat16")
+    step(randomised(model), *batch_for(model), judged)
     return judged.errors
 
 
 @cache
-def expected(cfg: ModelConfig, force: bool = False, only: str = "", dtype: str = "float32") -> Errors:
+def expected(
+    cfg: ModelConfig,
+    force: bool = False,
+    only: str = "",
+    dtype: str = "float32",
+    document_end: int | None = None,
+) -> Errors:
     """Errors of plain NumPy in float32 or bfloat16."""
     dtype = "bfloat16" if dtype == "bfloat16" else "float32"
-    return largest_of([errors(on(be)(cfg, dtype), cfg, force, only) for be in plain_numpy(dtype)])
+    models = [on(be)(cfg, dtype, document_end=document_end) for be in plain_numpy(dtype)]
+    return largest_of([errors(model, cfg, force, only) for model in models])
 
 
 def off_truth(
     build: Build, cfg: ModelConfig, force: bool = False, only: str = "", dtype: str = "float32"
 ) -> list[str]:
     """Taps and gradients of a step that are off, where `force` puts the truth in place after each tap."""
-    return judge(errors(build(cfg, dtype), cfg, force, only), expected(cfg, force, only, dtype), dtype)
+    model = build(cfg, dtype)
+    want = expected(cfg, force, only, dtype, model.document_end)
+    return judge(errors(model, cfg, force, only), want, dtype)
 
 
 # Against golden files

@@ -8,7 +8,7 @@ from apr.bisect.faults import Fault
 from apr.config import ModelConfig
 from apr.model import Model
 from cases import Backend
-from checks import Build, on
+from checks import END, Build, on
 
 
 def planted(fault: Fault, be: Backend) -> Build:
@@ -16,6 +16,8 @@ def planted(fault: Fault, be: Backend) -> Build:
 
     def build(cfg: ModelConfig, dtype: str, **options: Any) -> Model:
         believed = fault.config(cfg)
+        if fault.documents:
+            options["document_end"] = END
         return on(fault.backend(be, believed))(believed, dtype, **options)
 
     return build

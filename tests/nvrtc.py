@@ -163,7 +163,7 @@ def usage(log: str) -> list[Usage]:
 
 def table(modules: list[str]) -> Iterable[str]:
     """Lines: what each kernel of each variant uses."""
-    yield f"{'NVRTC':6}{'variant':52}{'kernel':40}{'regs':>5}{'smem':>8}{'stack':>6}{'spilled':>8}"
+    yield f"{'NVRTC':6}{'variant':64}{'kernel':40}{'regs':>5}{'smem':>8}{'stack':>6}{'spilled':>8}"
     work = jobs(modules or None)
     with ThreadPoolExecutor() as pool:
         runs = {major: pool.submit(compile_all, major, work) for major in FOLDERS if installed(major)}
@@ -171,7 +171,7 @@ def table(modules: list[str]) -> Iterable[str]:
         for r in run.result():
             yield from () if r.ok else (f"{major:<6}{r.title}: {r.log}",)
             for u in usage(r.log):
-                yield f"{major:<6}{r.title:52}{u.kernel:40}{u.registers:5}{u.shared:8}{u.stack:6}{u.spilled:8}"
+                yield f"{major:<6}{r.title:64}{u.kernel:40}{u.registers:5}{u.shared:8}{u.stack:6}{u.spilled:8}"
 
 
 if __name__ == "__main__":

@@ -130,19 +130,19 @@ def _shuffled(seed: int, be: Backend) -> Backend:
         be.linear_bwd(np.empty_like(dx), dw, db, dy[n], x[n], w)
         be.linear_bwd(dx, None, None, dy[:, o], x, w[o])
 
-    def attention_fwd(y: Any, lse: Any, q: Any, k: Any, v: Any, window: int) -> None:
+    def attention_fwd(y: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any) -> None:
         d = order(q.shape[-1])
         y_ = np.empty_like(y)
-        be.attention_fwd(y_, lse, q[..., d], k[..., d], v[..., d], window)
+        be.attention_fwd(y_, lse, q[..., d], k[..., d], v[..., d], *rest)
         y[..., d] = y_
 
     def attention_bwd(
-        dq: Any, dk: Any, dv: Any, dy: Any, y: Any, lse: Any, q: Any, k: Any, v: Any, window: int
+        dq: Any, dk: Any, dv: Any, dy: Any, y: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any
     ) -> None:
         d = order(q.shape[-1])
         out = [np.empty_like(x) for x in (dq, dk, dv)]
         dy, y, q, k, v = (x[..., d] for x in (dy, y, q, k, v))
-        be.attention_bwd(*out, dy, y, lse, q, k, v, window)
+        be.attention_bwd(*out, dy, y, lse, q, k, v, *rest)
         dq[..., d], dk[..., d], dv[..., d] = out
 
     ops = (linear_fwd, linear_bwd, attention_fwd, attention_bwd)

@@ -286,6 +286,8 @@ def test_nan_is_no_agreement_and_json_stays_json(apr: Apr, monkeypatch: pytest.M
         ("qwen2-tiny --frobnicate", 2, "--frobnicate"),
         ("qwen2-tiny --against x --dataset y", 2, "does not go with --against"),
         ("qwen2-tiny --against x --first", 2, "does not go with --against"),
+        ("qwen2-tiny --against x --mask-documents", 2, "does not go with --against"),
+        ("NO_TOKENIZER --mask-documents", 5, "nothing says which id ends a document"),
         ("qwen2-tiny --against no.safetensors", 3, "no.safetensors"),
     ],
 )
@@ -293,7 +295,19 @@ def test_bad_input_is_one_clear_line(
     apr: Apr, text_model: tuple[Path, Path], tmp_path: Path, args: str, code: int, words: str
 ) -> None:
     (tmp_path / "short.txt").write_text("a short text")
-    names = {"TEXT_MODEL": text_model[0], "DATASET": text_model[1], "SHORT": "short.txt"}
+    cfg = PRESETS["llama-tiny"]
+    write_apr(
+        tmp_path / "bare.apr",
+        config_to_metadata(cfg),
+        Layout(cfg).named(catalogue.weights_of(cfg)),
+        "float32",
+    )
+    names = {
+        "TEXT_MODEL": text_model[0],
+        "DATASET": text_model[1],
+        "SHORT": "short.txt",
+        "NO_TOKENIZER": tmp_path / "bare.apr",
+    }
     asked = [names.get(a, a) for a in args.split(" ") if a]
     done = apr("bisect", *([] if "--sides" in args else ["--sides", "cpu"]), *asked)
     assert done.code == code, done
@@ -301,6 +315,36 @@ def test_bad_input_is_one_clear_line(
     assert done.err.startswith("apr bisect: ")
     assert "Traceback" not in done.err
     assert done.out == ""
+
+
+def test_documents_are_masked_on_request(
+    apr: Apr, text_model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a preset, a passage, given ids and a dataset; then a fault of the masks is found, and not without them."""
+    model, dataset = map(str, text_model)
+    asked = ("--mask-documents", "--sides", "cpu", "--json", "--picture", "", "--no-free")
+    given = [
+        (["qwen2-tiny"], "in documents of 6 tokens"),
+        (["qwen2-tiny", "--tokens", "7,8,0,9,3,0,0,4"], "documents masked that end with id 0"),
+        ([model], "in documents of 6 tokens"),
+        ([model, "--dataset", dataset, "--batch-size", "12"], "documents masked that end with id"),
+    ]
+    for args, words in given:
+        done = apr("bisect", *args, *asked)
+        (report,) = done.reports
+        assert (done.code, done.err) == (0, "")
+        assert words in report["batch"]
+        assert "first" in {r["tap"] for r in report["rows"] if r["stage"] == "upload"}
+    plant(monkeypatch, "documents_see_each_other")
+    for args, _ in given:
+        done = apr("bisect", *args, *asked)
+        assert done.code == 9, args
+        assert done.reports[0]["first"]["op"] == "attention_fwd"
+    assert apr("bisect", "qwen2-tiny", *asked[1:]).code == 0
+    (report,) = apr("bisect", "qwen2-tiny", "--tokens", "7,8,9,3,0", *asked).reports
+    assert report["notes"] == [
+        "no document ends before the last token, so no border is masked; give ids with some"
+    ]
 
 
 def test_a_repeated_token_is_noted(apr: Apr) -> None:
@@ -1016,7 +1060,7 @@ def launch(eps: float, window: int, sign: int) -> None:
     heads, kv = np.ones((1, 5, 4, 10), f), np.ones((1, 5, 4, 10), f)
     _cuda_ops.add_rmsnorm_fwd(x, x, rows, x, None, w, eps)
     _cuda_ops.rope(heads, np.ones((5, 5), f), np.ones((5, 5), f), sign)
-    _cuda_ops.attention_fwd(heads, np.ones((1, 4, 5), f), heads, kv, kv, window)
+    _cuda_ops.attention_fwd(heads, np.ones((1, 4, 5), f), heads, kv, kv, None, window)
     flat = np.ones(64, f)
     _cuda_ops.adamw(flat, flat, flat, flat, flat, np.ones(1), 0.1, 0.9, 0.95, 1e-8, 0.1, 3)
 

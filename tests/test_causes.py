@@ -24,6 +24,7 @@ SIZES: dict[str, dict[str, int]] = {
     "rope": dict(B=2, T=7, H=3, E=4, S=0, P=3),
     "attention": dict(B=2, T=6, H=4, K=2, D=5),
     "attention_window": dict(B=2, T=7, H=4, K=2, D=5, W=3),
+    "attention_documents": dict(B=2, T=13, H=4, K=2, D=5, W=0),
     "attention_cache": dict(B=2, T=4, S=7, P=7, H=4, K=2, D=5, W=0),
     "swiglu": dict(N=9, F=8),
     "cross_entropy_z": dict(N=11, V=13),
@@ -97,13 +98,15 @@ def attention(
     delta: bool = True,
     adds: Callable[[int], bool] = lambda h: True,
     saved: bool = False,
+    begin: Callable[[int, int], int] = lambda first, t: first,
 ) -> np.ndarray:
     """Attention with a loop over queries, with a fault."""
     (nb, nt, nh, _), (_, ns, kv, _) = a.q.shape, a.k.shape
     forward = a.op == "attention_fwd"
     out = {n: np.zeros_like(a.args[n]) for n in (("y", "lse") if forward else ("dq", "dk", "dv"))}
     for b, t, h in np.ndindex(nb, nt, nh):
-        js, g = [j for j in keys(t + ns - nt, ns, a.window) if j < ns], head(h, nh, kv)
+        low = 0 if a.first is None else begin(int(a.first[b, t]), t + ns - nt)
+        js, g = [j for j in keys(t + ns - nt, ns, a.window) if low <= j < ns], head(h, nh, kv)
         if not js:
             continue
         k, v, q = a.k[b, js, g], a.v[b, js, g], a.q[b, t, h]
@@ -188,6 +191,7 @@ class Plant(NamedTuple):
 
 
 P = Plant
+DOCUMENTS = "attention_documents"
 NEXT, SELF = (lambda t, n, w: list(range(t + 2))), (lambda t, n, w: list(range(t)))
 MODULO = lambda h, n, kv: h % kv  # noqa: E731
 PLANTS = [
@@ -395,6 +399,11 @@ PLANTS = [
                 {},
             ),
             ("cached positions", "attention_cache", dict(keys=lambda t, n, w: list(range(t - 2))), {}),
+            ("mask missing: tokens of other documents", DOCUMENTS, dict(begin=lambda f, t: 0), {}),
+            ("the token before the document is seen", DOCUMENTS, dict(begin=lambda f, t: max(f - 1, 0)), {}),
+            ("its first token is hidden", DOCUMENTS, dict(begin=lambda f, t: min(f + 1, t)), {}),
+            ("other documents", DOCUMENTS, dict(begin=lambda f, t: 0, saved=True), {}),
+            ("h % K", DOCUMENTS, dict(head=MODULO), {}),
             ("h % K", "attention", dict(head=MODULO), {}),
             ("key/value head 0", "attention", dict(head=lambda h, n, kv: 0), {}),
             ("not scaled", "attention", dict(scale=1.0), {}),

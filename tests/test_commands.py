@@ -192,6 +192,25 @@ def test_flops_formula():
     assert flops_per_token(c, 8) == 6 * matrices + 12 * 2 * 40 * attended(c, 8)
 
 
+def test_plan_counts_the_borders_of_documents(capsys):
+    asked = (
+        "plan",
+        "--model",
+        "llama-tiny",
+        "--batch-size",
+        8,
+        "--seq-length",
+        32,
+        "--device",
+        "cpu",
+        "--json",
+    )
+    plain, masked = (
+        json.loads(call(capsys, *asked, *more)[1])["bytes"] for more in ((), ("--mask-documents",))
+    )
+    assert masked == {**plain, "scratch": plain["scratch"] + 4 * 8 * 32, "total": plain["total"] + 4 * 8 * 32}
+
+
 def test_plan_of_a_known_model(capsys):
     code, out, _ = call(capsys, "plan", "--model", "qwen2.5-0.5b", "--micro-batch-size", 1, "--json")
     d = json.loads(out)

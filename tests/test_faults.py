@@ -7,6 +7,7 @@ Those are the functions that test_model.py and test_golden.py call.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from re import fullmatch
 
@@ -17,14 +18,15 @@ import test_batches
 
 from apr import backends
 from apr.bisect import catalogue
-from apr.bisect.faults import ADAMW, DATA, FAULTS, LAYOUT, Fault
+from apr.bisect.faults import DATA, FAULTS, LAYOUT, Fault
 from apr.config import PRESETS
 from apr.data.tokenizer import train_tokenizer
 from cases import Backend
 from checks import (
+    END,
     GOLDEN,
     Build,
-    batch,
+    batch_for,
     golden,
     golden_config,
     off_adamw,
@@ -48,7 +50,7 @@ def off_repeated(build: Build, path: Path) -> list[str]:
     model = build(golden_config(path), "float32")
     first = results(randomised(model))
     again = differing(first, results(model))
-    ids, targets = batch(model.cfg)
+    ids, targets = batch_for(model)
     for _ in range(3):
         model.be.fill(model.g, 0)
         model.be.fill(model.total, 0)
@@ -60,7 +62,7 @@ def off_repeated(build: Build, path: Path) -> list[str]:
 def off_in_parts(build: Build, path: Path) -> list[str]:
     """Gradients that are not the sum of those of each sequence, in float64."""
     model = randomised(build(golden_config(path), "float64"))
-    ids, targets = batch(model.cfg)
+    ids, targets = batch_for(model)
     step(model, ids, targets)
     whole = {n: g.copy() for n, g in model.layout.named(model.g).items()}
     model.be.fill(model.g, 0)
@@ -103,14 +105,25 @@ def test_green_without_a_fault(path: Path) -> None:
     assert red(on, path) == set()
 
 
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+def test_green_with_documents_and_without_a_fault(path: Path) -> None:
+    def masked(be: Backend) -> Build:
+        return lambda cfg, dtype, **options: on(be)(cfg, dtype, document_end=END, **options)
+
+    assert red(masked, path, frozenset({"gradient", "truth", "repeat", "micro"})) == set()
+
+
 SEEN = [(fault, path) for fault in ON_MODELS for path in GOLDEN if fault.applies(golden_config(path))]
 CHECKS = frozenset({"gradient", "truth", "golden"})
 
 
 @pytest.mark.parametrize(("fault", "path"), SEEN, ids=lambda x: getattr(x, "stem", getattr(x, "name", "")))
 def test_red_with_a_fault(fault: Fault, path: Path) -> None:
-    """Exactly the checks that the catalogue names; those of the optimizer and of state are run where they are named."""
+    """Exactly the checks that the catalogue names; those of the optimizer and of state are run where they are named.
+    Golden files have no documents."""
     checks = fault.seen_by if fault.seen_by == LAYOUT else CHECKS | fault.seen_by
+    if fault.documents:
+        checks -= {"golden"}
     assert red(lambda be: planted(fault, be), path, checks) == fault.seen_by
 
 
@@ -141,12 +154,11 @@ def test_data_faults_are_those() -> None:
 # Bisect
 
 
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", catalogue.TINY)
-def test_bisect_finds_nothing_in_a_sound_side(name: str, dtype: str) -> None:
-    sound = Fault(
-        "", "", FAULTS["loss_in_bits"].named, lambda be: {}, ADAMW, lambda c: True, lambda c: c, None, None
-    )  # type: ignore[arg-type]
+def test_bisect_finds_nothing_in_a_sound_side(name: str, dtype: str, documents: bool) -> None:
+    sound = replace(FAULTS["loss_in_bits"], ops=lambda be: {}, applies=lambda c: True, documents=documents)
     report = catalogue.bisect(sound, cpu if dtype == "float32" else reference, dtype, name)
     assert report.agree, report.guilty[:3]
     assert {
@@ -155,6 +167,7 @@ def test_bisect_finds_nothing_in_a_sound_side(name: str, dtype: str) -> None:
         if report.of(s)
     }
     assert len(report.rows) > 250
+    assert ("first" in {r.tap for r in report.of("upload")}) is documents
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=lambda f: f.name)

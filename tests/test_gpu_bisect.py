@@ -27,19 +27,28 @@ MODELS = {  # tiny ones, and of each family one whose heads are for tensor cores
 
 
 def bisected(
-    cuda: Any, cfg: ModelConfig, dtype: str, plan: Plan, shape: tuple[int, int] = (2, 17), few: int = 0
+    cuda: Any,
+    cfg: ModelConfig,
+    dtype: str,
+    plan: Plan,
+    shape: tuple[int, int] = (2, 17),
+    few: int = 0,
+    document_end: int | None = None,
 ) -> Report:
-    given = batches.at_random(cfg, shape, seed=0)
+    given = batches.at_random(cfg, shape, 0)
+    if document_end is not None:
+        given = batches.in_documents(given, document_end)
     if few:
         given = Batch(given.ids % few, given.targets, given.words)
     report = Report("", ("reference float64", f"cuda {dtype}"), given.words)
     return run(cfg, Side(cuda, cfg, dtype), catalogue.weights_of(cfg), given, report, plan)
 
 
+@pytest.mark.parametrize("document_end", [None, 5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_sound_kernels_agree(cuda: Any, name: str, dtype: str) -> None:
-    report = bisected(cuda, MODELS[name], dtype, Plan())
+def test_sound_kernels_agree(cuda: Any, name: str, dtype: str, document_end: int | None) -> None:
+    report = bisected(cuda, MODELS[name], dtype, Plan(), document_end=document_end)
     assert report.agree, report.guilty[:5]
     assert {r.mode for r in report.rows} == {"free", "forced", "exact"}
 
@@ -59,7 +68,8 @@ def test_an_edit_of_a_kernel_is_named(cuda: Any, fault: KernelFault, dtype: str)
     few = 3 if "occurs" in fault.needs else 0
     cfg = replace(cfg, max_position_embeddings=128)
     with planted(fault):
-        report = bisected(cuda, cfg, dtype, OPS_ALONE, (2, 97) if long or few else (2, 17), few)
+        shape, end = (2, 97) if long or few else (2, 17), 5 if "documents" in fault.needs else None
+        report = bisected(cuda, cfg, dtype, OPS_ALONE, shape, few, end)
     forced = [r for r in report.guilty if r.mode == "forced"]
     assert forced, "not found"
     assert forced[0].op == fault.op, forced[:4]

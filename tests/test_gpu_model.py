@@ -24,6 +24,7 @@ from apr.taps import Finite, Record, Stats
 from cases import overlay
 from checks import (
     CONFIGS,
+    END,
     Build,
     Errors,
     Judged,
@@ -262,6 +263,71 @@ def test_a_wide_model_replays_bit_for_bit(cuda: Any) -> None:
             model.micro_step(*batch(WIDE[name], *SHAPE), 0.01, graph)
         log.append({"g": cuda.to_host(model.g), "total": cuda.to_host(model.total)})
     assert differing(*log) == []
+
+
+# Several documents in a sequence
+
+# Heads for tensor cores, two query heads to a key/value head, and more tokens than a tile of queries or keys has.
+DOCUMENTS = {
+    f"{name} {width}": replace(
+        CONFIGS[name], head_dim=width, num_heads=4, num_kv_heads=2, max_position_embeddings=512
+    )
+    for name, width in (("qwen2", 64), ("qwen3", 128), ("mistral", 32), ("llama3", 96))
+}
+LONG = (2, 300)
+every_documents = pytest.mark.parametrize("cfg", DOCUMENTS.values(), ids=DOCUMENTS.keys())
+
+
+def documents(cfg: ModelConfig, shift: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """LONG ids in documents of 1, 5, 97, 59, 123 and 15 tokens, of the second sequence in the other order."""
+    ids, targets = (x.copy() for x in batch(cfg, *LONG))
+    ids[ids == END] = END + 1
+    ends = np.cumsum([1, 5, 97, 59, 123]) - 1
+    for row, at in zip(ids, (ends, LONG[1] - 2 - ends), strict=True):
+        row[at] = END
+    return np.ascontiguousarray(np.roll(ids, shift, 1)), targets
+
+
+def documents_errors(be: Any, cfg: ModelConfig, dtype: str, want: dict[str, np.ndarray]) -> Errors:
+    """Errors of a step of a model that masks them, each op with the true inputs."""
+    model = on(be)(cfg, dtype, batch=LONG[0], seq=LONG[1], document_end=END, loss_rows=LONG[0] * LONG[1])
+    judged = Judged(be, want, True, slices=dtype == "bfloat16")
+    step(randomised(model), *documents(cfg), judged)
+    return judged.errors
+
+
+@every_documents
+@every_dtype
+def test_documents_agree_with_float64_at_every_tap(cuda: Any, cfg: ModelConfig, dtype: str) -> None:
+    record = Record(reference)
+    options: dict[str, Any] = dict(batch=LONG[0], seq=LONG[1], loss_rows=LONG[0] * LONG[1])
+    step(randomised(on(reference)(cfg, "float64", document_end=END, **options)), *documents(cfg), record)
+    plain = Record(reference)
+    step(randomised(on(reference)(cfg, "float64", **options)), *documents(cfg), plain)
+    assert not np.allclose(record.seen["final_norm"], plain.seen["final_norm"])  # masks matter
+    some = [rounded(), rounded(tensor_cores())] if dtype == "bfloat16" else [reference, flash()]
+    want = largest_of([documents_errors(be, cfg, dtype, record.seen) for be in some])
+    assert judge(documents_errors(cuda, cfg, dtype, record.seen), want, dtype) == []
+    assert judge(documents_errors(cuda, cfg, dtype, plain.seen), want, dtype) != []
+
+
+@every_documents
+@every_dtype
+def test_a_replayed_step_masks_the_documents_of_its_own_batch(
+    cuda: Any, cfg: ModelConfig, dtype: str
+) -> None:
+    log = []
+    for graph in (False, True):
+        model = on(cuda)(cfg, dtype, batch=LONG[0], seq=LONG[1], document_end=END)
+        randomised(model)
+        gradients = {}
+        for n in range(5):
+            cuda.fill(model.g, 0)
+            model.micro_step(*documents(cfg, n), 0.01, graph)
+            gradients[str(n)] = cuda.to_host(model.g)
+        log.append(gradients)
+    assert differing(*log) == []
+    assert len({x.tobytes() for x in log[0].values()}) == 5
 
 
 # Memory

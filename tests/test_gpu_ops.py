@@ -12,7 +12,7 @@ import pytest
 
 from apr.backends import reference
 from cases import BAND, CASES, LARGEST, ROWS, Arg, Arrays, Backend, Case, Row, make, rows, run
-from precision import differing, figures, flash, off, unseen
+from precision import differing, error, figures, flash, off, unseen
 
 pytestmark = pytest.mark.gpu
 CASE = {case.name: case for case in CASES}
@@ -78,6 +78,17 @@ GPU_ROWS = [
         "1 128 1025 1025 2 1 128 0, 2 59 257 257 4 2 32 64, 1 1 257 257 16 8 128 97, 1 257 1025 1025 2 1 64 130",
     ),
     *table(
+        "attention_documents",  # B T H K D W
+        "2 59 14 2 64 0, 2 257 14 2 64 0, 3 1025 4 2 64 0, 1 1025 14 2 64 257, 2 128 16 8 64 5, 2 97 8 1 32 0, 2 1025 2 1 32 0,"
+        "1 257 4 4 32 65, 2 257 4 4 96 0, 2 1025 2 1 96 0, 1 129 14 2 96 97, 2 128 8 1 128 0, 2 257 14 2 128 0, 2 1025 4 2 128 0,"
+        "1 1025 2 1 128 130, 2 257 6 2 48 0, 1 130 2 1 256 0, 2 1025 2 1 40 64, 8200 2 8 1 32 0, 1 4200 1 1 64 0",
+    ),
+    *table(
+        "attention_documents_cache",  # B T S P H K D W
+        "2 1 1025 1030 14 2 64 0, 2 64 257 300 8 1 64 0, 2 97 1025 1025 4 2 128 0, 1 128 1025 1025 2 1 32 130,"
+        "2 59 257 257 4 4 96 0",
+    ),
+    *table(
         "linear",
         "257 1152 896, 59 896 4864, 128 128 128, 64 8001 896, 1 1152 896, 8 9728 64, 70001 3 5, 1025 64 192",
     ),
@@ -114,6 +125,7 @@ APART = [
     row
     for name, sizes in {
         "attention": "1 128 4 2 64, 1 64 2 1 128",
+        "attention_documents": "2 128 4 2 64 0",
         "add_rmsnorm": "59 896",
         "add_rmsnorm_first": "5 1024",
         "head_rmsnorm": "59 4 64 0 6 8",
@@ -148,7 +160,13 @@ def test_two_runs_are_equal(cuda: Any, row: Row, dtype: str) -> None:
 
 @pytest.mark.parametrize("poison", ["scaled", "last", "nan"])
 @every_dtype
-@over([row for row in LARGEST if row.case.name in ("attention", "head_rmsnorm", "linear", "adamw_master")])
+@over(
+    [
+        row
+        for row in LARGEST
+        if row.case.name in ("attention", "attention_documents", "head_rmsnorm", "linear", "adamw_master")
+    ]
+)
 def test_accuracy_check_can_fail(cuda: Any, row: Row, dtype: str, poison: str) -> None:
     assert unseen(cuda, row, dtype, poison, 1e-4 if dtype == "float32" else 0.03) == []
 
@@ -166,6 +184,7 @@ def test_a_small_row_of_every_op(judge: Any, case: Case, dtype: str) -> None:
     [
         *table("attention", "1 59 4 2 64, 1 65 2 1 128, 1 59 2 2 32, 1 33 2 1 96"),
         *table("attention_window", "1 97 2 1 64 33"),
+        *table("attention_documents", "2 59 4 2 64 0, 2 97 2 1 128 0, 2 97 2 2 32 33, 2 33 2 1 96 0"),
         *table("attention_cache", "1 5 65 70 2 1 64 0"),
         *table("linear", "59 72 64"),
         *table("add_rmsnorm", "5 264"),
@@ -243,6 +262,7 @@ def run_among_many(be: Any, row: Row, dtype: str, values: Arrays, count: int, pi
         ("rope", "7 64 14 32 0 16", 64 * 16 * 64),
         ("attention", "7 64 14 2 64", 64 * 14 * 64),
         ("attention", "7 33 2 1 40", 33 * 2 * 40),
+        ("attention_documents", "7 64 14 2 64 0", 64 * 14 * 64),
     ],
 )
 def test_beyond_two_to_the_31_elements(cuda: Any, memory: None, name: str, sizes: str, width: int) -> None:
@@ -303,6 +323,52 @@ NAN = [  # input, index of the NaN, outputs and where they must be NaN; heads 2 
     ),
     ("dy", (1, 150, 2, 9), {"dq": (1, 150, 2), "dv": (1, slice(0, 151), 1, 9)}),
 ]
+
+
+BORDERS = [
+    *table(
+        "attention_documents",
+        "2 257 14 2 64 0, 2 1025 4 2 128 0, 2 257 4 4 96 0, 2 1025 2 1 32 130, 2 257 4 2 40 0",
+    ),
+]
+
+
+@every_dtype
+@over(BORDERS)
+def test_borders_that_hide_nothing_change_nothing(cuda: Any, row: Row, dtype: str) -> None:
+    """Where first is 0 everywhere: the same bits as without it in the kernels that take both, within rounding in those of
+    tensor cores, which are two. And the first document of a sequence has what it has without borders."""
+    values = make(row, dtype)
+    (plain,) = table("attention_window", " ".join(str(n) for n in row.sizes.values()))
+    without = run(cuda, plain, dtype, values)
+    hidden_nothing = run(cuda, row, dtype, {**values, "first": 0 * values["first"]})
+    found = figures(row, dtype, hidden_nothing, {**values, "first": 0 * values["first"]}, FAST)
+    assert off(found) == []
+    if dtype == "float32" or row.sizes["D"] == 40:
+        assert differing(hidden_nothing, without) == []
+    masked = run(cuda, row, dtype, values)
+    for b, first in enumerate(values["first"]):
+        n = int((first == 0).sum())
+        assert error(masked["y"][b, :n], without["y"][b, :n]) <= found["y"][1]
+        assert not np.array_equal(masked["lse"][b, :, n:], without["lse"][b, :, n:])
+
+
+@every_dtype
+@over(BORDERS)
+def test_a_document_does_not_see_the_others(cuda: Any, row: Row, dtype: str) -> None:
+    """Bit for bit: whatever goes in before a border changes nothing after it, and nothing in other sequences."""
+    values = make(row, dtype)
+    before = run(cuda, row, dtype, values)
+    border = int(values["first"][0][-1])  # of the last document
+    assert 0 < border < row.sizes["T"]
+    changed = {n: x.copy() for n, x in values.items()}
+    for name in ("q", "k", "v", "dy"):
+        changed[name][0, :border] = -changed[name][0, :border]
+    after = run(cuda, row, dtype, changed)
+    for name in ("y", "dq", "dk", "dv"):
+        assert np.array_equal(after[name][0, border:], before[name][0, border:]), name
+        assert not np.array_equal(after[name][0, :border], before[name][0, :border]), name
+        assert np.array_equal(after[name][1:], before[name][1:]), name
 
 
 @pytest.mark.parametrize(("array", "index", "reached"), NAN, ids=[name for name, _, _ in NAN])

@@ -21,7 +21,7 @@ from apr.errors import DeviceError, Refused
 # Bytes of registers a kernel may spill, or keep on its stack, for want of registers: at most this much under
 # either compiler on any target. One that spills less than half of it has got better: lower the number.
 ALLOWED: dict[tuple[str, str], int] = {
-    ("attention_mma bfloat16 HEAD_DIM=128", "attention_dkv_mma"): 40
+    ("attention_mma bfloat16 HEAD_DIM=128 DOCUMENTS=0", "attention_dkv_mma"): 40
 }  # (title of the variant without target, kernel): bytes
 
 

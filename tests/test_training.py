@@ -21,7 +21,9 @@ from apr import backends
 from apr.commands.main import main
 from apr.config import PRESETS, to_hf
 from apr.data.batches import Windows, sequential
-from apr.data.shards import TokenShards
+from apr.data.corpus import Document
+from apr.data.shards import ShardWriter, TokenShards
+from apr.data.tokenizer import Tokenizer
 from apr.formats import atomic
 from apr.formats.apr2 import read_apr
 from apr.formats.models import load_model
@@ -447,6 +449,73 @@ def test_shards_that_were_damaged_are_refused(run, place, tmp_path, capsys):
     shard.write_bytes(shard.read_bytes()[:-6])
     assert pretrain(place, tmp_path / "bad", *args, model=False) == 4
     assert "shard-00000.bin" in capsys.readouterr().err
+
+
+def test_documents_are_masked_in_training_and_evaluation(place, tmp_path, capsys, monkeypatch):
+    """The losses are others from the first evaluation on; what was trained evaluates the same by itself; a run that
+    is resumed masks too, and every kernel was checked with masks."""
+    (tmp_path / "corpus").mkdir()
+    text = [
+        line for p in sorted((place / "corpus").glob("*.py")) for line in p.read_text().splitlines() if line
+    ]
+    for i in range(400):  # documents that are shorter than a window of 16 tokens
+        (tmp_path / "corpus" / f"{i}.py").write_text(text[3 * i])
+    short = ["--corpus", tmp_path / "corpus", "--model", place / "config.json", "--spot-check", "4"]
+    for name, more in (("p", []), ("m", ["--mask-documents"])):
+        assert pretrain(place, tmp_path / name, *short, *more, model=False) == 0
+    assert capsys.readouterr().out.count("spot check") == 6
+    metrics = lines(tmp_path / "m")
+    plain = [m["val_loss"] for m in lines(tmp_path / "p") if "val_loss" in m]
+    masked = [m["val_loss"] for m in metrics if "val_loss" in m]
+    assert len(plain) == len(masked)
+    assert all(a != b for a, b in zip(plain, masked, strict=True))
+    assert {m["spot_check"] for m in metrics if "spot_check" in m} == {"agree"}
+    source = open_source(str(sorted((tmp_path / "m" / "ckpt").glob("epoch-*.apr"))[-1]))
+    val = Windows(TokenShards(prepared(tmp_path / "m", place) / "val"), 16)
+    be = backends.get("cpu")
+    losses = []
+    for end in (source.tokenizer.eos_id, None):
+        model = Model(source.cfg, be, 2, 16, train=False, w=put(be, source), document_end=end)
+        be.fill(model.total, 0)
+        for ids, targets in sequential(val, 2, 16):
+            model.forward(ids)
+            model.loss(targets)
+        losses.append(float(model.total[0]) / (16 * 16))
+    assert losses[0] == masked[-1]
+    assert losses[1] != masked[-1]
+    monkeypatch.setattr(
+        Trainer, "train", lambda self: (_ for _ in ()).throw(AssertionError(self.model.document_end))
+    )
+    with pytest.raises(AssertionError, match=str(source.tokenizer.eos_id)):
+        main(["pretrain", "--resume", "--run-dir", str(tmp_path / "m")])
+
+
+@pytest.mark.parametrize(
+    ("policy", "eos", "words"),
+    [("none", True, "encoded with eos_policy none"), ("none", False, "has no end-of-text id")],
+)
+def test_masks_are_refused_where_no_id_ends_a_document(place, run, tmp_path, capsys, policy, eos, words):
+    tokenizer = Tokenizer.from_file(prepared(run, place) / "tokenizer")
+    shutil.copytree(prepared(run, place) / "tokenizer", tmp_path / "data" / "tokenizer")
+    if not eos:
+        raw = json.loads((tmp_path / "data" / "tokenizer" / "tokenizer.json").read_text())
+        raw["added_tokens"] = []
+        (tmp_path / "data" / "tokenizer" / "tokenizer.json").write_text(json.dumps(raw))
+        for name in ("tokenizer_config.json", "manifest.json"):
+            (tmp_path / "data" / "tokenizer" / name).unlink()
+        tokenizer = Tokenizer.from_file(tmp_path / "data" / "tokenizer")
+        assert tokenizer.eos_id is None
+    for side in ("train", "val"):
+        with ShardWriter(tmp_path / "data" / side, tokenizer, eos_policy=policy) as out:
+            out.add([Document(p.name, p.read_text()) for p in sorted((place / "corpus").glob("*.py"))[:4]])
+    args = ["--dataset", tmp_path / "data", "--model", place / "config.json"]
+    assert pretrain(place, tmp_path / "ok", *args, model=False) == 0
+    capsys.readouterr()
+    assert pretrain(place, tmp_path / "refused", *args, "--mask-documents", model=False) == 5
+    err = capsys.readouterr().err
+    assert "--mask-documents" in err
+    assert words in err
+    assert not (tmp_path / "refused" / "metrics.jsonl").exists()
 
 
 def test_validation_windows_are_held_out_of_a_plain_dataset(run, place, tmp_path):

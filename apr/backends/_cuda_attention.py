@@ -119,20 +119,21 @@ def _strides(x: Array) -> tuple[int, int]:
     return x.strides[1] // 2, x.strides[0] // 2  # row, batch, in elements
 
 
-def _kernel(name: str, d: int) -> Any:
+def _kernel(name: str, d: int, first: Array | None) -> Any:
+    """Without borders, what is compiled knows nothing of them."""
     from . import _launch  # the only part that needs CuPy
 
-    return _launch.kernel("attention_mma", name, "bfloat16", HEAD_DIM=d)
+    return _launch.kernel("attention_mma", name, "bfloat16", HEAD_DIM=d, DOCUMENTS=int(first is not None))
 
 
-def forward(y: Array, lse: Array, q: Array, k: Array, v: Array, window: int) -> None:
+def forward(y: Array, lse: Array, q: Array, k: Array, v: Array, first: Array | None, window: int) -> None:
     """See attention_fwd in reference.py; for arrays to which this applies()."""
     (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
     grid, block, shared = forward_geometry(b, t, s, h, kv, d)
     # A wgmma kernel for sm_90a belongs here and in backward: another module, chosen by _launch.arch().
-    args = (y, lse, q, k, v, *_strides(q), *_strides(k), *_strides(v))
+    args = (y, lse, q, k, v, first, *_strides(q), *_strides(k), *_strides(v))
     sizes = (b, t, s, h, kv, window, d**-0.5)
-    _kernel("attention_fwd_mma", d)(grid, block, args + sizes, shared=shared)
+    _kernel("attention_fwd_mma", d, first)(grid, block, args + sizes, shared=shared)
 
 
 def backward(
@@ -145,6 +146,7 @@ def backward(
     q: Array,
     k: Array,
     v: Array,
+    first: Array | None,
     window: int,
 ) -> None:
     """See attention_bwd in reference.py; for arrays to which this applies()."""
@@ -156,17 +158,19 @@ def backward(
     sizes = (b, t, s, h, kv, window)
 
     grid, block, shared = dq_geometry(b, t, s, h, kv, d)
-    arrays: tuple[Any, ...] = (dq, stats, dy, y, lse, q, k, v, *_strides(dq))
-    _kernel("attention_dq_mma", d)(grid, block, (*arrays, *strides, *sizes, d**-0.5), shared=shared)
+    arrays: tuple[Any, ...] = (dq, stats, dy, y, lse, q, k, v, first, *_strides(dq))
+    _kernel("attention_dq_mma", d, first)(grid, block, (*arrays, *strides, *sizes, d**-0.5), shared=shared)
 
     splits = split_count(b, s, h, kv, d)
     partial = None
     if splits > 1:
         partial = _launch.scratch((splits, 2, b, s, kv, d), "float32", "attention partial")
     grid, block, shared = dkv_geometry(b, t, s, kv, d, splits)
-    arrays = (dk, dv, partial, dy, stats, q, k, v, *_strides(dk), *_strides(dv))
-    _kernel("attention_dkv_mma", d)(grid, block, (*arrays, *strides, *sizes, splits, d**-0.5), shared=shared)
+    arrays = (dk, dv, partial, dy, stats, q, k, v, first, *_strides(dk), *_strides(dv))
+    _kernel("attention_dkv_mma", d, first)(
+        grid, block, (*arrays, *strides, *sizes, splits, d**-0.5), shared=shared
+    )
     if partial is not None:
         grid, block, _ = sum_geometry(b, s, kv, d)
         arrays = (dk, dv, partial, *_strides(dk), *_strides(dv))
-        _kernel("attention_dkv_sum", d)(grid, block, (*arrays, b, s, kv, splits))
+        _kernel("attention_dkv_sum", d, first)(grid, block, (*arrays, b, s, kv, splits))

@@ -266,7 +266,9 @@ def _attention(d: int, tiles: int) -> tuple[int, int, int]:
     return bound, tile, 4 * tile * (tiles * 4 * (_parts(d, 4) | 1) + 4 * (tile // 4 | 1))
 
 
-def attention_fwd(y: Array, lse: Array, q: Array, k: Array, v: Array, window: int) -> None:
+def attention_fwd(
+    y: Array, lse: Array, q: Array, k: Array, v: Array, first: Array | None, window: int
+) -> None:
     """See reference.py; on CUDA cores, for any head width up to 256."""
     (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
     bound, tile, shared = _attention(d, 3)
@@ -274,7 +276,7 @@ def attention_fwd(y: Array, lse: Array, q: Array, k: Array, v: Array, window: in
     machine.kernel("attention", "attention_fwd", q.dtype.name, MAX_D=bound)(
         (_parts(t, tile) * h * b,),
         (16, 16),
-        (y, lse, q, k, v, *strides, b, t, s, h, kv, d, window, d**-0.5),
+        (y, lse, q, k, v, first, *strides, b, t, s, h, kv, d, window, d**-0.5),
         shared=shared,
     )
 
@@ -289,6 +291,7 @@ def attention_bwd(
     q: Array,
     k: Array,
     v: Array,
+    first: Array | None,
     window: int,
 ) -> None:
     """See reference.py; on CUDA cores, for any head width up to 256."""
@@ -301,14 +304,14 @@ def attention_bwd(
     machine.kernel("attention", "attention_dq", q.dtype.name, MAX_D=bound)(
         (_parts(t, tile) * h * b,),
         (16, 16),
-        (dq, delta, dy, y, lse, q, k, v, *strides, *sizes),
+        (dq, delta, dy, y, lse, q, k, v, first, *strides, *sizes),
         shared=shared,
     )
     strides = [n for name in ("dk", "dv", "dy", "q", "k", "v") for n in at[name]]
     machine.kernel("attention", "attention_dkv", q.dtype.name, MAX_D=bound)(
         (_parts(s, tile) * kv * b,),
         (16, 16),
-        (dk, dv, dy, lse, delta, q, k, v, *strides, *sizes),
+        (dk, dv, dy, lse, delta, q, k, v, first, *strides, *sizes),
         shared=shared,
     )
 

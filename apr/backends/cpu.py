@@ -37,6 +37,7 @@ loss_elements = 1 << 23
 _allocated = [0]
 _NOTHING = np.empty(0, np.float32)
 _NOTHING2 = np.empty((0, 0), np.float32)
+_NO_BORDERS = np.empty((0, 0), np.int32)
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any) -> Array:
@@ -147,9 +148,11 @@ def rope(x: Array, cos: Array, sin: Array, sign: int) -> None:
     kernels.rope(x, cos, sin, sign)
 
 
-def attention_fwd(y: Array, lse: Array, q: Array, k: Array, v: Array, window: int) -> None:
+def attention_fwd(
+    y: Array, lse: Array, q: Array, k: Array, v: Array, first: Array | None, window: int
+) -> None:
     """See reference.py."""
-    kernels.attention_fwd(y, lse, q, k, v, window)
+    kernels.attention_fwd(y, lse, q, k, v, _NO_BORDERS if first is None else first, window)
 
 
 def attention_bwd(
@@ -162,10 +165,12 @@ def attention_bwd(
     q: Array,
     k: Array,
     v: Array,
+    first: Array | None,
     window: int,
 ) -> None:
     """See reference.py."""
-    kernels.attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, window)
+    borders = _NO_BORDERS if first is None else first
+    kernels.attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, borders, window)
 
 
 def swiglu_fwd(y: Array, gu: Array) -> None:

@@ -260,11 +260,13 @@ def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Arra
         _cuda_ops.add_rows(db, dy)
 
 
-def attention_fwd(y: Array, lse: Array, q: Array, k: Array, v: Array, window: int) -> None:
+def attention_fwd(
+    y: Array, lse: Array, q: Array, k: Array, v: Array, first: Array | None, window: int
+) -> None:
     """See reference.py."""
     own = _cuda_attention.applies(q, k, v, y, _cuda_ops.machine.shared_bytes)
     cores = _cuda_attention.forward if own else _cuda_ops.attention_fwd
-    cores(y, lse, q, k, v, window)
+    cores(y, lse, q, k, v, first, window)
 
 
 def attention_bwd(
@@ -277,12 +279,13 @@ def attention_bwd(
     q: Array,
     k: Array,
     v: Array,
+    first: Array | None,
     window: int,
 ) -> None:
     """See reference.py."""
     own = _cuda_attention.applies(q, k, v, y, _cuda_ops.machine.shared_bytes, dq, dk, dv, dy)
     cores = _cuda_attention.backward if own else _cuda_ops.attention_bwd
-    cores(dq, dk, dv, dy, y, lse, q, k, v, window)
+    cores(dq, dk, dv, dy, y, lse, q, k, v, first, window)
 
 
 def _same_shape(y: Array, x: Array) -> None:

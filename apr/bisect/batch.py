@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from .stages import Batch, exact, holds
 
 IGNORE_EVERY = 7  # so many targets are left out of the loss, so that leaving them out is tested
 MOST_WINDOWS = 4096
+DOCUMENT = 6  # tokens of a document, in ids that have none of their own
 FEWEST_DISTINCT = 4
 
 # Prose in several scripts, code, digits and punctuation: what a tokenizer and a mask have to get right.
@@ -33,6 +35,15 @@ Der Zug nach Zürich fährt um 12.30 Uhr ab. Où est la gare, s'il vous plaît? 
 The sum of the first 1024 numbers is 524800; in 2026 nobody was surprised that 3.14159 is not pi.
 A dog, a cat and a small grey mouse lived in one house. One day the mouse said: let us bake bread. The cat slept.
 """
+
+
+def in_documents(batch: Batch, end: int) -> Batch:
+    """The same with `end` in place of every DOCUMENT-th id, and attention that stops there."""
+    ids = batch.ids.copy()
+    ids.reshape(-1)[DOCUMENT - 1 :: DOCUMENT] = end
+    return replace(
+        batch, ids=ids, document_end=end, words=f"{batch.words}, in documents of {DOCUMENT} tokens"
+    )
 
 
 def from_text(
@@ -179,6 +190,8 @@ def can_show(batch: Batch) -> str:
             f"only {distinct} different ids in {b} x {t} positions: so few show little of RoPE, mask and grouped heads; give "
             "real text"
         )
+    if batch.document_end is not None and not (batch.ids[:, :-1] == batch.document_end).any():
+        return "no document ends before the last token, so no border is masked; give ids with some"
     return ""
 
 

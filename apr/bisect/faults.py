@@ -49,7 +49,7 @@ class Fault:
 
     seen_by: the checks of the test suite that must turn red (tests/test_faults.py). applies: the models it can
     be seen in. config, weights: what the faulty side believes the model and its parameters to be. patch: of the code
-    that reads data, which has no sides.
+    that reads data, which has no sides. documents: attention stops where documents end, and the fault shows there only.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Fault:
     config: Callable[[ModelConfig], ModelConfig]
     weights: Callable[[Weights], None] | None
     patch: Callable[[], AbstractContextManager[Any]]
+    documents: bool = False
 
     def backend(self, be: Backend, cfg: ModelConfig) -> Backend:
         """A backend with the fault, for a model of the (sound) configuration."""
@@ -96,11 +97,13 @@ def fault(
     seen_by: frozenset[str],
     applies: Callable[[ModelConfig], bool] = lambda c: True,
     config: Callable[[ModelConfig], ModelConfig] = lambda c: c,
+    documents: bool = False,
 ) -> Callable[[Callable[[Any], Ops]], Callable[[Any], Ops]]:
     """Put a function that makes the faulty ops into FAULTS, under its name; `named` is "stage op tap"."""
 
     def enter(ops: Callable[[Any], Ops]) -> Callable[[Any], Ops]:
-        _enter(ops.__name__, ops.__doc__, named, seen_by, ops=ops, applies=applies, config=config)
+        options = dict(ops=ops, applies=applies, config=config, documents=documents)
+        _enter(ops.__name__, ops.__doc__, named, seen_by, **options)
         return ops
 
     return enter
@@ -182,17 +185,17 @@ def llama3_scaling_dropped(be: Any) -> Ops:
 def _other_keys(be: Any, order: Callable[[int], list[int]]) -> Ops:
     """Attention over the keys order(S) instead of 0 .. S-1."""
 
-    def attention_fwd(y: Any, lse: Any, q: Any, k: Any, v: Any, window: int) -> None:
+    def attention_fwd(y: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any) -> None:
         seen = order(k.shape[1])
-        be.attention_fwd(y, lse, q, k[:, seen], v[:, seen], window)
+        be.attention_fwd(y, lse, q, k[:, seen], v[:, seen], *rest)
 
     def attention_bwd(
-        dq: Any, dk: Any, dv: Any, dy: Any, y: Any, lse: Any, q: Any, k: Any, v: Any, window: int
+        dq: Any, dk: Any, dv: Any, dy: Any, y: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any
     ) -> None:
         seen = order(k.shape[1])
         k, v = k[:, seen], v[:, seen]
         dkeys, dvalues = np.zeros_like(k), np.zeros_like(v)
-        be.attention_bwd(dq, dkeys, dvalues, dy, y, lse, q, k, v, window)
+        be.attention_bwd(dq, dkeys, dvalues, dy, y, lse, q, k, v, *rest)
         for d, part in ((dk, dkeys), (dv, dvalues)):
             d[...] = 0
             for j, source in enumerate(seen):
@@ -239,19 +242,19 @@ def window_one_too_wide(be: Any) -> Ops:
 def heads_interleaved(be: Any) -> Ops:
     """Query head h reads key/value head h % K instead of h // (H/K)."""
 
-    def attention_fwd(y: Any, lse: Any, q: Any, k: Any, v: Any, window: int) -> None:
+    def attention_fwd(y: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any) -> None:
         order = sorted(range(q.shape[2]), key=lambda h: h % k.shape[2])
         y_, lse_ = np.empty_like(y), np.empty_like(lse)
-        be.attention_fwd(y_, lse_, q[:, :, order], k, v, window)
+        be.attention_fwd(y_, lse_, q[:, :, order], k, v, *rest)
         y[:, :, order], lse[:, order] = y_, lse_
 
     def attention_bwd(
-        dq: Any, dk: Any, dv: Any, dy: Any, y: Any, lse: Any, q: Any, k: Any, v: Any, window: int
+        dq: Any, dk: Any, dv: Any, dy: Any, y: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any
     ) -> None:
         order = sorted(range(q.shape[2]), key=lambda h: h % k.shape[2])
         dy, y, lse, q = dy[:, :, order], y[:, :, order], np.ascontiguousarray(lse[:, order]), q[:, :, order]
         dq_ = np.empty_like(q)
-        be.attention_bwd(dq_, dk, dv, dy, y, lse, q, k, v, window)
+        be.attention_bwd(dq_, dk, dv, dy, y, lse, q, k, v, *rest)
         dq[:, :, order] = dq_
 
     return dict(attention_fwd=attention_fwd, attention_bwd=attention_bwd)
@@ -802,13 +805,13 @@ def shared_heads_not_summed(be: Any) -> Ops:
     """The gradient of a key head is that of one of the query heads which share it."""
 
     def attention_bwd(
-        dq: Any, dk: Any, dv: Any, dy: Any, y: Any, lse: Any, q: Any, k: Any, v: Any, window: int
+        dq: Any, dk: Any, dv: Any, dy: Any, y: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any
     ) -> None:
-        be.attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, window)
+        be.attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, *rest)
         heads = slice(0, q.shape[2], q.shape[2] // k.shape[2])
         other = [be.empty(x.shape, x.dtype) for x in (q[:, :, heads], k, v)]
         dy_, y_, q_ = (_dense(be, x[:, :, heads]) for x in (dy, y, q))
-        be.attention_bwd(*other, dy_, y_, _dense(be, lse[:, heads]), q_, _dense(be, k), _dense(be, v), window)
+        be.attention_bwd(*other, dy_, y_, _dense(be, lse[:, heads]), q_, _dense(be, k), _dense(be, v), *rest)
         be.copy(dk, other[1])
 
     return dict(attention_bwd=attention_bwd)
@@ -849,6 +852,66 @@ def weight_gradient_a_thousandth_off(be: Any) -> Ops:
             be.from_host(dw, before + 1.001 * (be.to_host(dw) - before))
 
     return dict(linear_bwd=linear_bwd)
+
+
+# Documents in one sequence, with attention that stops at their borders
+
+
+def _other_borders(be: Any, change: Callable[[Any], Any], ops: str = "attention_fwd attention_bwd") -> Ops:
+    """Attention with change(first) in place of first, in forward, backward or both."""
+
+    def changed(op: Callable[..., None]) -> Callable[..., None]:
+        def attention(*args: Any) -> None:
+            op(*args[:-2], change(args[-2]), args[-1])
+
+        return attention
+
+    return {op: changed(getattr(be, op)) for op in ops.split()}
+
+
+def _moved_borders(be: Any, by: int) -> Ops:
+    def change(first: Any) -> Any:
+        host = be.to_host(first)
+        out = be.empty(first.shape, first.dtype)
+        be.from_host(out, np.clip(host + by, 0, np.arange(host.shape[1])).astype(host.dtype))
+        return out
+
+    return _other_borders(be, change)
+
+
+@fault(r"forward attention_fwd 0\.att", TRUTH, documents=True)
+def documents_see_each_other(be: Any) -> Ops:
+    """Attention goes on over the border of a document."""
+    return _other_borders(be, lambda first: None)
+
+
+@fault(r"forward attention_fwd 0\.att", TRUTH, documents=True)
+def document_begins_one_early(be: Any) -> Ops:
+    """A query sees the last token of the document before its own."""
+    return _moved_borders(be, -1)
+
+
+@fault(r"forward attention_fwd 0\.att", TRUTH, documents=True)
+def document_begins_one_late(be: Any) -> Ops:
+    """A query does not see the first token of its document, unless it is that one."""
+    return _moved_borders(be, 1)
+
+
+@fault(r"backward attention_bwd \d+\.d_q_rope", TRUTH | {"gradient"}, documents=True)
+def documents_not_masked_in_backward(be: Any) -> Ops:
+    """Attention stops at the borders of documents in forward, and goes over them in backward."""
+    return _other_borders(be, lambda first: None, "attention_bwd")
+
+
+@fault(r"state sequence_by_sequence grad\..*", frozenset({"micro"}), documents=True)
+def borders_of_the_first_batch(be: Any) -> Ops:
+    """Where documents begin is uploaded once: of all later batches, those of the first one are masked."""
+
+    def from_host(x: Any, host: np.ndarray) -> None:
+        if not (x.ndim == 2 and x.dtype == np.int32 and be.to_host(x).any()):
+            be.from_host(x, host)
+
+    return dict(from_host=from_host)
 
 
 # State

@@ -283,6 +283,23 @@ _CATALOGUE = (
         *("attention_bwd", "dk"),
         applies=lambda c: _cores(c) and _grouped(c),
     ),
+    KernelFault(
+        "kernel_attention_border_early",
+        "a query sees the last key of the document before its own",
+        *("attention", "key >= begin[i] &&", "key >= begin[i] - 1 &&"),
+        *("attention_fwd", "y"),
+        applies=_cores,
+        needs="several documents in a sequence",
+        count=2,
+    ),
+    KernelFault(
+        "kernel_attention_queries_left_out",
+        "dk and dv lack the tiles of queries whose first document begins inside the tile of keys",
+        *("attention", "document(first, t0) < own + TILE;", "document(first, t0) <= own;"),
+        *("attention_bwd", "dk"),
+        applies=_cores,
+        needs="several documents in a sequence, more than 64 positions (32 with heads above 64, 16 above 128)",
+    ),
     # Attention on tensor cores
     KernelFault(
         "kernel_mma_mask_late",
@@ -365,6 +382,24 @@ _CATALOGUE = (
         *("attention_bwd", "dk"),
         acts=BF16,
         applies=_mma,
+    ),
+    KernelFault(
+        "kernel_mma_border_early",
+        "a query sees the last key of the document before its own, unless that ends a step of keys",
+        *("attention_mma", "if (n * 8 + odd < hidden)", "if (n * 8 + odd + 1 < hidden)"),
+        *("attention_fwd", "y"),
+        acts=BF16,
+        applies=_mma,
+        needs="several documents in a sequence",
+    ),
+    KernelFault(
+        "kernel_mma_queries_left_out",
+        "dk and dv lack the stages of queries whose first document begins inside the block of keys",
+        *("attention_mma", "DKV_STAGE) < j_block + DKV_ROWS);", "DKV_STAGE) <= j_block);"),
+        *("attention_bwd", "dk"),
+        acts=BF16,
+        applies=_mma,
+        needs="several documents in a sequence, more than 64 positions",
     ),
     # MLP
     KernelFault(

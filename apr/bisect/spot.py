@@ -12,7 +12,7 @@ from ..device import available_memory
 from ..model import Model
 from ..plan import memory
 from .report import Report
-from .stages import Batch, forced
+from .stages import Batch, borders, forced
 
 NOISE = 0.05
 SEQUENCES, POSITIONS = 2, 32  # at most so much of a micro-batch, so that a check takes seconds
@@ -26,7 +26,8 @@ def spot_check(model: Model, ids: np.ndarray, targets: np.ndarray, name: str) ->
     """
     piece = slice(0, SEQUENCES), slice(0, POSITIONS)
     ids, targets = np.ascontiguousarray(ids[piece]), np.ascontiguousarray(targets[piece])
-    batch = Batch(ids, targets, f"{ids.shape[0]} x {ids.shape[1]} tokens of the current batch")
+    words = f"{ids.shape[0]} x {ids.shape[1]} tokens of the current batch"
+    batch = Batch(ids, targets, words, model.document_end)
     report = Report(name, ("reference float64", f"{model.be.name} {model.dtype}"), batch.words)
     if batch.shape[1] < 2:
         report.skipped["forward"] = "one position shows no fault of attention"
@@ -40,6 +41,7 @@ def spot_check(model: Model, ids: np.ndarray, targets: np.ndarray, name: str) ->
     with _shaken(model):
         watch = forced(model.cfg, model, batch, optimizer=False)
     report.add(watch.rows)
+    report.add(borders(model, batch))
     model.be.fill(model.g, 0)
     model.be.fill(model.total, 0)
     return report

@@ -58,11 +58,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Batch:
-    """What goes in: ids and targets (B,T) int32, negative targets ignored; and in words what it is."""
+    """What goes in: ids and targets (B,T) int32, negative targets ignored; in words what it is; and the id at which
+    attention stops (document_end of Model), None for attention over whole sequences."""
 
     ids: np.ndarray
     targets: np.ndarray
     words: str
+    document_end: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -172,6 +174,21 @@ def tables(model: Model) -> list[Row]:
     return rows
 
 
+def borders(model: Model, batch: Batch) -> list[Row]:
+    """Where the documents of a batch begin, as attention was told, against ids counted one by one."""
+    if batch.document_end is None:
+        return []
+    want = np.zeros(batch.shape, np.int32)
+    for row, ids in zip(want, batch.ids, strict=True):
+        begin = 0
+        for t, i in enumerate(ids):
+            row[t] = begin
+            begin = t + 1 if i == batch.document_end else begin
+    d = difference(model.be.to_host(model._at(*batch.shape)[1].first), want)
+    cause = "" if d.err == 0 else "attention does not stop where a document ends"
+    return [measured("upload", "from_host", "first", d, 0.0, cause=cause)]
+
+
 def _frequency(c: ModelConfig, i: int) -> float:
     """Radians per position of pair i (Su et al. 2021); Llama 3.1 stretches long wavelengths."""
     wavelength = 2 * np.pi * c.rope_theta ** (2 * i / c.head_dim)
@@ -272,7 +289,7 @@ def _beside(judged: Model, cfg: ModelConfig, be: rule.Backend, shape: tuple[int,
     rows = min(judged.loss_rows, shape[0] * shape[1])
     return Model(
         cfg, in_parallel(be), *shape, dtype=dtype, train=judged.train, loss_rows=rows, recompute=judged.recompute,
-        z_loss=judged.z_loss,
+        z_loss=judged.z_loss, document_end=judged.document_end,
     )  # fmt: skip
 
 
@@ -428,7 +445,7 @@ def _update_cause(after: np.ndarray, before: np.ndarray, want: np.ndarray) -> st
 def state(side: Side, weights: np.ndarray, batch: Batch, tolerances: dict[str, float]) -> list[Row]:
     """What must not be carried over: two runs equal, memory that starts as NaN, evaluation between training, the
     recorded pass, the future, another input, a batch and its sequences one by one."""
-    model = side.model(weights, batch.shape)
+    model = side.model(weights, batch.shape, document_end=batch.document_end)
     be, rows = side.backend, []
 
     def step(ids: np.ndarray, targets: np.ndarray, scale: float) -> tuple[float, np.ndarray]:
@@ -480,7 +497,9 @@ def state(side: Side, weights: np.ndarray, batch: Batch, tolerances: dict[str, f
         "an evaluation changed the next training step",
     )
     for name, x in model.buffers.arrays.items():
-        scratch = name.rsplit(".", 1)[-1] not in ("w", "g", "cos", "sin", "total", "ids", "targets")
+        scratch = name.rsplit(".", 1)[-1] not in (
+            *("w", "g", "cos", "sin", "total", "ids", "targets", "first"),
+        )
         if scratch:
             be.fill(x, np.nan)
     columns = model.buffers["logits"].shape[1]
@@ -609,7 +628,7 @@ def run(
     if done():
         return report
     with stage("upload"):
-        judged = side.model(weights, batch.shape, train=plan.backward)
+        judged = side.model(weights, batch.shape, train=plan.backward, document_end=batch.document_end)
         report.add(upload(judged, weights))
     if done():
         return report
@@ -631,6 +650,7 @@ def run(
         looked = forced(truth, judged, batch, plan.optimizer and plan.backward)
         spent(looked)
         report.add(looked.rows)
+        report.add(borders(judged, batch))
         report.add(all_used(judged.layout, looked.passed, plan.backward))
         report.add(kernels_given(truth, given))
         del looked

@@ -49,6 +49,9 @@ class Flags:
     targets: str = option("file of targets (B,T), -100 ignored (default: the next tokens)", "")
     text: str = option("a text file (default: a passage of prose and code)", "")
     dataset: str = option("a folder of token shards: the first batch that training draws of it", "")
+    mask_documents: bool = option(
+        "attention stops where a document ends, as `apr pretrain --mask-documents`", False
+    )
     batch_size: int = option("sequences", 2)
     seq_length: int = option("tokens per sequence", 32)
     first: bool = option("stop at the first stage that finds a fault", False)
@@ -176,6 +179,24 @@ def _against(f: Flags, console: Console) -> list[Report]:
 
 
 def _batch(f: Flags, source: Source) -> tuple[Batch, list[Row]]:
+    batch, rows = _given(f, source)
+    if not f.mask_documents:
+        return batch, rows
+    if source.tokenizer is None and f.model not in PRESETS:
+        raise Refused(
+            f"{f.model}: no tokenizer in it, so nothing says which id ends a document; drop --mask-documents"
+        )
+    end = source.tokenizer.eos_id if source.tokenizer else 0
+    if end is None:
+        raise Refused(f"{f.model}: its tokenizer has no end-of-text id; drop --mask-documents")
+    if not (f.tokens or f.dataset):
+        return batches.in_documents(batch, end), rows
+    return replace(
+        batch, document_end=end, words=f"{batch.words}, documents masked that end with id {end}"
+    ), rows
+
+
+def _given(f: Flags, source: Source) -> tuple[Batch, list[Row]]:
     shape = (f.batch_size, f.seq_length)
     if f.tokens:
         ids = read_ids(f.tokens, source.cfg, "--tokens", lowest=0)
@@ -256,10 +277,19 @@ def _refuse_unused(f: Flags, explicit: dict[str, Any]) -> None:
         unused = tuple(name for name in explicit if name not in ("catalogue", "json"))
         beside, why = "--catalogue", "it plants its faults in small models on the cpu backend"
     elif f.against == "hf":
-        unused = ("dataset", "first", "free")
+        unused = ("dataset", "first", "free", "mask_documents")
         beside, why = "--against hf", "all taps are compared, free and forced, in one go"
     elif f.against:
-        unused = ("dataset", "first", "free", "text", "batch_size", "seq_length", "backward")
+        unused = (
+            "dataset",
+            "first",
+            "free",
+            "mask_documents",
+            "text",
+            "batch_size",
+            "seq_length",
+            "backward",
+        )
         beside, why = f"--against {f.against}", "what went in and which taps there are is in the file"
     elif f.tokens:
         unused = ("batch_size", "seq_length")

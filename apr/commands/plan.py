@@ -29,6 +29,7 @@ class Flags:
     num_steps: int | None = option("optimizer steps, for the FLOPs of the whole job")
     train: bool = option("training; --no-train: one forward pass", True)
     recompute: bool = option("keep only what enters each block, compute the rest again in backward", False)
+    mask_documents: bool = option("attention stops where a document ends", False)
     dtype: str | None = option(
         "of weights and activations (default: bfloat16 on cuda, float32 on cpu)",
         choices=("float32", "bfloat16"),
@@ -54,7 +55,9 @@ def main(args: Sequence[str]) -> int:
     backend = select(f.device, f.dtype, f.threads)
     dtype = f.dtype or backend.dtypes[0]
     layout, micro = Layout(cfg), min(f.micro_batch_size or f.batch_size, f.batch_size)
-    need = memory(cfg, backend, micro, f.seq_length, dtype, f.train, recompute=f.recompute)
+    need = memory(
+        cfg, backend, micro, f.seq_length, dtype, f.train, recompute=f.recompute, documents=f.mask_documents
+    )
     have = backend.free_memory()
     flops = flops_per_token(cfg, f.seq_length, f.train)
     rate = matmul_rate(backend, dtype)

@@ -81,6 +81,9 @@ class Settings:
     initializer_range: float = option("standard deviation of random initial matrices", 0.02)
     seed: int = option("of initial weights and data order", 42)
     shuffle: bool = option("windows in random order", True)
+    mask_documents: bool = option(
+        "attention stops where a document ends; without it, tokens see other documents of their window", False
+    )
     on_exhausted: str = option("at the end of the data", "cycle", choices=("cycle", "stop"))
     resume: bool = option("go on with the run in --run-dir from its last saved state", False)
     save_every: int = option("steps between saved states; 0: at every evaluation", 0)

@@ -1,9 +1,10 @@
 // Causal softmax attention on CUDA cores, any head width up to MAX_D (Dao 2023, FlashAttention-2, algorithms 1 and 2).
 //
 //   y[t] = sum_j p[t,j] v[j],  p[t] = softmax_j(q[t] . k[j] / sqrt(D)),  lse[t] = log sum_j exp(q[t] . k[j] / sqrt(D))
-//   over the keys j <= t + S - T and, with window > 0, j > t + S - T - window
+//   over the keys j <= t + S - T and, with window > 0, j > t + S - T - window and, unless first is null, j >= first[t]
 //   ds = p * (dy v^T - delta) / sqrt(D),  delta = sum_d dy * y;  dq = ds k;  dk = ds^T q;  dv = p^T dy
 //   y, dy, q, dq (B,T,H,D), k, v, dk, dv (B,S,K,D), lse, delta (B,H,T) float; head h reads key/value head h / (H/K)
+//   first (B,T), not decreasing with t, is where the document of a query begins
 //   positions are ..._row elements apart, sequences ..._batch, heads D
 //
 // grid (tiles * heads * B): the tiles that see most come first.
@@ -109,10 +110,12 @@ __device__ __forceinline__ void write_rows(act* y, long long y_row, int first, i
 __device__ __forceinline__ bool sees(int t, int j, int offset, int window) {
   return j <= t + offset && (window == 0 || j > t + offset - window);
 }
-// Where the first tile of keys begins that queries from t on see.
-__device__ __forceinline__ int first_key(int t, int offset, int window) {
-  return window ? max(0, t + offset - window + 1) / TILE * TILE : 0;
+// Where the first tile of keys begins that queries from t on see; begin: where the document of query t does.
+__device__ __forceinline__ int first_key(int t, int offset, int window, int begin) {
+  return max(begin, window ? t + offset - window + 1 : 0) / TILE * TILE;
 }
+// Where the document of a query begins, first being those of its sequence.
+__device__ __forceinline__ int document(const int* first, int t) { return first ? first[t] : 0; }
 
 // Which tile, head and sequence a block has.
 struct Place {
@@ -126,26 +129,31 @@ __device__ __forceinline__ Place place(int heads, int B) {
 
 // shared: 3 tiles and the scores
 extern "C" __global__ void __launch_bounds__(256, 1)
-attention_fwd(act* y, float* lse, const act* q, const act* k, const act* v, long long y_batch, long long y_row,
-              long long q_batch, long long q_row, long long k_batch, long long k_row, long long v_batch,
+attention_fwd(act* y, float* lse, const act* q, const act* k, const act* v, const int* first, long long y_batch,
+              long long y_row, long long q_batch, long long q_row, long long k_batch, long long k_row, long long v_batch,
               long long v_row, int B, int T, int S, int H, int K, int D, int window, float scale) {
   extern __shared__ uint4 dynamic_shared[];
   float* const q_tile = reinterpret_cast<float*>(dynamic_shared);
   float *const k_tile = q_tile + TILE * row_floats(D), *const v_tile = k_tile + TILE * row_floats(D);
   float* const p_tile = v_tile + TILE * row_floats(D);
   const Place at = place(H, B);
-  const int first = ((T - 1) / TILE - at.tile) * TILE, h = at.head, kv = h / (H / K), offset = S - T;
-  const int end = min(T, first + TILE) + offset;
+  const int own = ((T - 1) / TILE - at.tile) * TILE, h = at.head, kv = h / (H / K), offset = S - T;
+  const int end = min(T, own + TILE) + offset;
   q += at.batch * q_batch + h * D;
   k += at.batch * k_batch + kv * D;
   v += at.batch * v_batch + kv * D;
-  load_tile(q_tile, q, q_row, first, T, D);
+  if (first) first += at.batch * T;
+  load_tile(q_tile, q, q_row, own, T, D);
 
   Result out = {};
   float top[R], sum[R] = {};
+  int begin[R];
 #pragma unroll
-  for (int i = 0; i < R; i++) top[i] = -3.402823466e38f;
-  for (int j0 = first_key(first, offset, window); j0 < end; j0 += TILE) {
+  for (int i = 0; i < R; i++) {
+    top[i] = -3.402823466e38f;
+    begin[i] = document(first, min(own + (int)threadIdx.y + 16 * i, T - 1));
+  }
+  for (int j0 = first_key(own, offset, window, document(first, own)); j0 < end; j0 += TILE) {
     __syncthreads();
     load_tile(k_tile, k, k_row, j0, S, D);
     load_tile(v_tile, v, v_row, j0, S, D);
@@ -157,7 +165,8 @@ attention_fwd(act* y, float* lse, const act* q, const act* k, const act* v, long
       float m = top[i];
 #pragma unroll
       for (int j = 0; j < R; j++) {
-        const bool seen = sees(first + threadIdx.y + 16 * i, j0 + threadIdx.x + 16 * j, offset, window);
+        const int key = j0 + threadIdx.x + 16 * j;
+        const bool seen = key >= begin[i] && sees(own + threadIdx.y + 16 * i, key, offset, window);
         p[i][j] = seen ? p[i][j] * scale : __uint_as_float(0xff800000u);
         m = fmaxf(m, p[i][j]);
       }
@@ -179,18 +188,18 @@ attention_fwd(act* y, float* lse, const act* q, const act* k, const act* v, long
   }
 #pragma unroll
   for (int i = 0; i < R; i++) {
-    const int t = first + threadIdx.y + 16 * i;
+    const int t = own + threadIdx.y + 16 * i;
     sum[i] = lanes_sum(sum[i], 16);
     if (threadIdx.x == 0 && t < T) lse[(at.batch * H + h) * T + t] = top[i] + logf(sum[i]);
     sum[i] = 1.f / sum[i];
   }
-  write_rows(y + at.batch * y_batch + h * D, y_row, first, T, out, sum, D);
+  write_rows(y + at.batch * y_batch + h * D, y_row, own, T, out, sum, D);
 }
 
 // dq, and delta for attention_dkv. shared: 4 tiles and the scores
 extern "C" __global__ void __launch_bounds__(256, 1)
 attention_dq(act* dq, float* delta, const act* dy, const act* y, const float* lse, const act* q, const act* k,
-             const act* v, long long dq_batch, long long dq_row, long long dy_batch, long long dy_row,
+             const act* v, const int* first, long long dq_batch, long long dq_row, long long dy_batch, long long dy_row,
              long long y_batch, long long y_row, long long q_batch, long long q_row, long long k_batch,
              long long k_row, long long v_batch, long long v_row, int B, int T, int S, int H, int K, int D, int window,
              float scale) {
@@ -199,29 +208,32 @@ attention_dq(act* dq, float* delta, const act* dy, const act* y, const float* ls
   float *const dy_tile = q_tile + TILE * row_floats(D), *const k_tile = dy_tile + TILE * row_floats(D);
   float *const v_tile = k_tile + TILE * row_floats(D), *const p_tile = v_tile + TILE * row_floats(D);
   const Place at = place(H, B);
-  const int first = ((T - 1) / TILE - at.tile) * TILE, h = at.head, kv = h / (H / K), offset = S - T;
-  const int end = min(T, first + TILE) + offset;
+  const int own = ((T - 1) / TILE - at.tile) * TILE, h = at.head, kv = h / (H / K), offset = S - T;
+  const int end = min(T, own + TILE) + offset;
   const long long stats = (at.batch * H + h) * T;
   y += at.batch * y_batch + h * D;
   k += at.batch * k_batch + kv * D;
   v += at.batch * v_batch + kv * D;
-  load_tile(q_tile, q + at.batch * q_batch + h * D, q_row, first, T, D);
-  load_tile(dy_tile, dy + at.batch * dy_batch + h * D, dy_row, first, T, D);
+  if (first) first += at.batch * T;
+  load_tile(q_tile, q + at.batch * q_batch + h * D, q_row, own, T, D);
+  load_tile(dy_tile, dy + at.batch * dy_batch + h * D, dy_row, own, T, D);
 
   Result out = {};
   float row_lse[R], row_delta[R], one[R];
+  int begin[R];
 #pragma unroll
   for (int i = 0; i < R; i++) {
-    const int r = threadIdx.y + 16 * i, t = first + r;
+    const int r = threadIdx.y + 16 * i, t = own + r;
     float sum = 0;
     for (int d = threadIdx.x; d < D; d += 16)  // of what this thread itself has put into dy_tile
       if (t < T) sum += dy_tile[r * row_floats(D) + d] * to_float(y[t * y_row + d]);
     row_delta[i] = lanes_sum(sum, 16);
     row_lse[i] = t < T ? lse[stats + t] : 0;
+    begin[i] = document(first, min(t, T - 1));
     if (threadIdx.x == 0 && t < T) delta[stats + t] = row_delta[i];
     one[i] = 1;
   }
-  for (int j0 = first_key(first, offset, window); j0 < end; j0 += TILE) {
+  for (int j0 = first_key(own, offset, window, document(first, own)); j0 < end; j0 += TILE) {
     __syncthreads();
     load_tile(k_tile, k, k_row, j0, S, D);
     load_tile(v_tile, v, v_row, j0, S, D);
@@ -233,19 +245,19 @@ attention_dq(act* dq, float* delta, const act* dy, const act* y, const float* ls
     for (int i = 0; i < R; i++)
 #pragma unroll
       for (int j = 0; j < R; j++) {
-        const int t = first + threadIdx.y + 16 * i;
-        const bool seen = t < T && sees(t, j0 + threadIdx.x + 16 * j, offset, window);
+        const int t = own + threadIdx.y + 16 * i, key = j0 + threadIdx.x + 16 * j;
+        const bool seen = t < T && key >= begin[i] && sees(t, key, offset, window);
         ds[i][j] = seen ? exp_(p[i][j] * scale - row_lse[i]) * (ds[i][j] - row_delta[i]) * scale : 0;
       }
     add_product(out, p_tile, ds, k_tile, D);
   }
-  write_rows(dq + at.batch * dq_batch + h * D, dq_row, first, T, out, one, D);
+  write_rows(dq + at.batch * dq_batch + h * D, dq_row, own, T, out, one, D);
 }
 
 // dk and dv; rows are keys, columns are queries. shared: 4 tiles and the scores
 extern "C" __global__ void __launch_bounds__(256, 1)
 attention_dkv(act* dk, act* dv, const act* dy, const float* lse, const float* delta, const act* q, const act* k,
-              const act* v, long long dk_batch, long long dk_row, long long dv_batch, long long dv_row,
+              const act* v, const int* first, long long dk_batch, long long dk_row, long long dv_batch, long long dv_row,
               long long dy_batch, long long dy_row, long long q_batch, long long q_row, long long k_batch,
               long long k_row, long long v_batch, long long v_row, int B, int T, int S, int H, int K, int D, int window,
               float scale) {
@@ -254,11 +266,12 @@ attention_dkv(act* dk, act* dv, const act* dy, const float* lse, const float* de
   float *const dy_tile = q_tile + TILE * row_floats(D), *const k_tile = dy_tile + TILE * row_floats(D);
   float *const v_tile = k_tile + TILE * row_floats(D), *const p_tile = v_tile + TILE * row_floats(D);
   const Place at = place(K, B);
-  const int first = at.tile * TILE, kv = at.head, group = H / K, offset = S - T;
-  const int begin = max(0, first - offset) / TILE * TILE;
-  const int end = window ? min(T, first + TILE - 1 - offset + window) : T;
-  load_tile(k_tile, k + at.batch * k_batch + kv * D, k_row, first, S, D);
-  load_tile(v_tile, v + at.batch * v_batch + kv * D, v_row, first, S, D);
+  const int own = at.tile * TILE, kv = at.head, group = H / K, offset = S - T;
+  const int begin = max(0, own - offset) / TILE * TILE;
+  const int end = window ? min(T, own + TILE - 1 - offset + window) : T;
+  if (first) first += at.batch * T;
+  load_tile(k_tile, k + at.batch * k_batch + kv * D, k_row, own, S, D);
+  load_tile(v_tile, v + at.batch * v_batch + kv * D, v_row, own, S, D);
 
   Result out_k = {}, out_v = {};
   float one[R];
@@ -266,7 +279,7 @@ attention_dkv(act* dk, act* dv, const act* dy, const float* lse, const float* de
   for (int i = 0; i < R; i++) one[i] = 1;
   for (int h = kv * group; h < (kv + 1) * group; h++) {
     const long long stats = (at.batch * H + h) * T;
-    for (int t0 = begin; t0 < end; t0 += TILE) {
+    for (int t0 = begin; t0 < end && document(first, t0) < own + TILE; t0 += TILE) {
       __syncthreads();
       load_tile(q_tile, q + at.batch * q_batch + h * D, q_row, t0, T, D);
       load_tile(dy_tile, dy + at.batch * dy_batch + h * D, dy_row, t0, T, D);
@@ -278,9 +291,11 @@ attention_dkv(act* dk, act* dv, const act* dy, const float* lse, const float* de
       for (int j = 0; j < R; j++) {
         const int t = t0 + threadIdx.x + 16 * j;
         const float column_lse = t < T ? lse[stats + t] : 0, column_delta = t < T ? delta[stats + t] : 0;
+        const int from = document(first, min(t, T - 1));
 #pragma unroll
         for (int i = 0; i < R; i++) {
-          const bool seen = t < T && sees(t, first + threadIdx.y + 16 * i, offset, window);
+          const int key = own + threadIdx.y + 16 * i;
+          const bool seen = t < T && key >= from && sees(t, key, offset, window);
           p[i][j] = seen ? exp_(p[i][j] * scale - column_lse) : 0;
           ds[i][j] = seen ? p[i][j] * (ds[i][j] - column_delta) * scale : 0;
         }
@@ -289,6 +304,6 @@ attention_dkv(act* dk, act* dv, const act* dy, const float* lse, const float* de
       add_product(out_k, p_tile, ds, q_tile, D);
     }
   }
-  write_rows(dk + at.batch * dk_batch + kv * D, dk_row, first, S, out_k, one, D);
-  write_rows(dv + at.batch * dv_batch + kv * D, dv_row, first, S, out_v, one, D);
+  write_rows(dk + at.batch * dk_batch + kv * D, dk_row, own, S, out_k, one, D);
+  write_rows(dv + at.batch * dv_batch + kv * D, dv_row, own, S, out_v, one, D);
 }

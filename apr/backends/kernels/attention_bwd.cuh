@@ -1,6 +1,7 @@
 // Gradients of causal softmax attention on tensor cores, bf16 (Dao 2023, FlashAttention-2, algorithm 2).
 //
 //   p = exp(q k^T / sqrt(D) - lse),  dp = dy v^T,  ds = p * (dp - delta),  delta[t] = sum_d dy[t,d] y[t,d]
+//   p is 0 for the keys that attention_fwd hides
 //   dq = ds k / sqrt(D);  dk = ds^T q / sqrt(D),  dv = p^T dy, both summed over the H/K heads of a kv head
 //   dq, dy, y, q (B,T,H,D), dk, dv, k, v (B,S,K,D), lse (B,H,T)
 //
@@ -57,7 +58,7 @@ __device__ __forceinline__ void row_delta(float (&delta)[M][2], const unsigned c
 template <bool EDGE, class Q, class Y>
 __device__ __forceinline__ void dq_step(float (&sum)[DQ_M][CELLS][4], const Q& q, const Y& dy, unsigned k, unsigned v,
                                         const float (&top)[DQ_M][2], const float (&delta)[DQ_M][2], float c, int ahead,
-                                        int window) {
+                                        int window, const Borders& borders, int t, int j) {
   const int lane = threadIdx.x % 32;
   float s[DQ_M][DQ_STEP / 8][4], ds[DQ_M][DQ_STEP / 8][4];
   if (DQ_PAIRED) {
@@ -66,6 +67,7 @@ __device__ __forceinline__ void dq_step(float (&sum)[DQ_M][CELLS][4], const Q& q
     product_nt(s, q, k + lane_b(lane));
   }
   if (EDGE) mask<false>(s, ahead, window);
+  if (EDGE) mask_documents<false>(s, borders, t, j);
   if (!DQ_PAIRED) product_nt(ds, dy, v + lane_b(lane));
 #pragma unroll
   for (int i = 0; i < DQ_M; i++)
@@ -82,9 +84,9 @@ __device__ __forceinline__ void dq_step(float (&sum)[DQ_M][CELLS][4], const Q& q
 // shared: DQ_ROWS queries, DQ_ROWS dy, two stages = (2 DQ_ROWS + 4 DQ_STAGE) * 2 * HEAD_DIM bytes
 extern "C" __global__ void __launch_bounds__(DQ_THREADS, DQ_BLOCKS)
 attention_dq_mma(act* dq, float* stats, const act* dy, const act* y, const float* lse, const act* q, const act* k,
-                 const act* v, long long dq_row, long long dq_batch, long long q_row, long long q_batch,
-                 long long k_row, long long k_batch, long long v_row, long long v_batch, int B, int T, int S, int H,
-                 int K, int window, float scale) {
+                 const act* v, const int* first, long long dq_row, long long dq_batch, long long q_row,
+                 long long q_batch, long long k_row, long long k_batch, long long v_row, long long v_batch, int B,
+                 int T, int S, int H, int K, int window, float scale) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, offset = S - T;
   const Place at = place(K, H / K);
@@ -93,6 +95,8 @@ attention_dq_mma(act* dq, float* stats, const act* dy, const act* y, const float
   const int t_warp = t_block + warp * 16 * DQ_M;
   const int end = (min(T, t_block + DQ_ROWS) + offset + DQ_STAGE - 1) / DQ_STAGE;
   int tile = window ? max(0, t_block + offset - window + 1) / DQ_STAGE : 0;
+  const Borders borders = {first, at.batch, T};
+  if (DOCUMENTS) tile = max(tile, borders.at(t_block) / DQ_STAGE);
   const long long y_row = (long long)H * HEAD_DIM;
   dq += at.batch * dq_batch + head * HEAD_DIM;
   q += at.batch * q_batch + head * HEAD_DIM;
@@ -150,16 +154,19 @@ attention_dq_mma(act* dq, float* stats, const act* dy, const act* y, const float
     // Seen from the warp's first row: row r sees columns of the stage up to ahead + r.
     const int ahead = t_warp + offset - tile * DQ_STAGE;
     const unsigned k_tile = stages + stage * DQ_BYTES, v_tile = k_tile + DQ_BYTES / 2;
-    if (ahead >= DQ_STAGE - 1 && (!window || ahead - window + 16 * DQ_M - 1 < 0)) {
+    if (ahead >= DQ_STAGE - 1 && (!window || ahead - window + 16 * DQ_M - 1 < 0) &&
+        (!DOCUMENTS || borders.at(t_warp + 16 * DQ_M - 1) <= tile * DQ_STAGE)) {
 #pragma unroll 1
       for (int j = 0; j < DQ_STAGE; j += DQ_STEP)
-        dq_step<false>(sum, q_left, dy_left, k_tile + j * ROW_BYTES, v_tile + j * ROW_BYTES, top, delta, c, 0, 0);
+        dq_step<false>(sum, q_left, dy_left, k_tile + j * ROW_BYTES, v_tile + j * ROW_BYTES, top, delta, c, 0, 0,
+                       borders, 0, 0);
     } else {
 #pragma unroll 1
       for (int j = 0; j < DQ_STAGE; j += DQ_STEP)
-        if (ahead - j + 16 * DQ_M - 1 >= 0 && !(window && ahead - j - window >= DQ_STEP - 1))
+        if (ahead - j + 16 * DQ_M - 1 >= 0 && !(window && ahead - j - window >= DQ_STEP - 1) &&
+            (!DOCUMENTS || borders.at(t_warp) < tile * DQ_STAGE + j + DQ_STEP))
           dq_step<true>(sum, q_left, dy_left, k_tile + j * ROW_BYTES, v_tile + j * ROW_BYTES, top, delta, c, ahead - j,
-                        window);
+                        window, borders, t_warp, tile * DQ_STAGE + j);
     }
     copy_wait();
     __syncthreads();
@@ -191,7 +198,7 @@ __device__ __forceinline__ void store_partial(float* x, long long stride, int ro
 template <bool EDGE, class KEYS, class VALUES>
 __device__ __forceinline__ void dkv_step(float (&dk)[DKV_M][CELLS][4], float (&dv)[DKV_M][CELLS][4], const KEYS& k,
                                          const VALUES& v, unsigned q, unsigned dy, const float4* stats, float c,
-                                         int ahead, int window) {
+                                         int ahead, int window, const Borders& borders, int t, int j) {
   const int lane = threadIdx.x % 32;
   float p[DKV_M][DKV_STEP / 8][4], ds[DKV_M][DKV_STEP / 8][4];
   if (DKV_PAIRED) {
@@ -200,6 +207,7 @@ __device__ __forceinline__ void dkv_step(float (&dk)[DKV_M][CELLS][4], float (&d
     product_nt(p, k, q + lane_b(lane));
   }
   if (EDGE) mask<true>(p, ahead, window);
+  if (EDGE) mask_documents<true>(p, borders, t, j);
   if (!DKV_PAIRED) product_nt(ds, v, dy + lane_b(lane));
 #pragma unroll
   for (int n = 0; n < DKV_STEP / 8; n++) {
@@ -224,8 +232,8 @@ __device__ __forceinline__ void dkv_step(float (&dk)[DKV_M][CELLS][4], float (&d
 // shared: DKV_ROWS keys, DKV_ROWS values, two stages = (2 DKV_ROWS + 4 DKV_STAGE) * 2 * HEAD_DIM + 16 DKV_STAGE
 extern "C" __global__ void __launch_bounds__(DKV_THREADS, DKV_BLOCKS)
 attention_dkv_mma(act* dk, act* dv, float* partial /* or null */, const act* dy, const float* stats, const act* q,
-                  const act* k, const act* v, long long dk_row, long long dk_batch, long long dv_row,
-                  long long dv_batch, long long q_row, long long q_batch, long long k_row, long long k_batch,
+                  const act* k, const act* v, const int* first, long long dk_row, long long dk_batch,
+                  long long dv_row, long long dv_batch, long long q_row, long long q_batch, long long k_row, long long k_batch,
                   long long v_row, long long v_batch, int B, int T, int S, int H, int K, int window,
                   int splits, float scale) {
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -233,11 +241,21 @@ attention_dkv_mma(act* dk, act* dv, float* partial /* or null */, const act* dy,
   const Place at = place(K, splits);
   if (at.batch >= B) return;  // the last group may be smaller
   const int j_block = at.tile * DKV_ROWS, j_warp = j_block + warp * 16 * DKV_M;
-  const int first = max(0, j_block - offset) / DKV_STAGE;
+  const int begin = max(0, j_block - offset) / DKV_STAGE;
   const int last = window ? min(T, min(S, j_block + DKV_ROWS) - 1 - offset + window) : T;
-  const int end = last > 0 ? (last + DKV_STAGE - 1) / DKV_STAGE : 0;
+  int end = last > 0 ? (last + DKV_STAGE - 1) / DKV_STAGE : 0;
+  const Borders borders = {first, at.batch, T};
+  if (DOCUMENTS) {
+    // Stages of queries whose documents begin after the block's keys are left out: they are the last ones.
+    int seen = 0;
+    for (int tile = begin; tile < end; tile += DKV_THREADS) {
+      const int own = tile + threadIdx.x;
+      seen += __syncthreads_count(own < end && borders.at(own * DKV_STAGE) < j_block + DKV_ROWS);
+    }
+    end = min(end, begin + seen);
+  }
   int head = at.kv * (H / K) + at.part * (H / K) / splits;
-  const int heads_end = end <= first ? head : at.kv * (H / K) + (at.part + 1) * (H / K) / splits;
+  const int heads_end = end <= begin ? head : at.kv * (H / K) + (at.part + 1) * (H / K) / splits;
   const long long y_row = (long long)H * HEAD_DIM;
   dy += at.batch * T * y_row;
   stats += (long long)at.batch * H * T * 2;
@@ -247,10 +265,10 @@ attention_dkv_mma(act* dk, act* dv, float* partial /* or null */, const act* dy,
 
   const unsigned k_tile = shared_address(shared), v_tile = k_tile + DKV_ROWS * ROW_BYTES;
   const unsigned stages = v_tile + DKV_ROWS * ROW_BYTES, own = warp * 16 * DKV_M * ROW_BYTES + lane_a(lane);
-  Loader<DKV_STAGE, DKV_THREADS> queries(q + head * HEAD_DIM, q_row, first * DKV_STAGE);
-  Loader<DKV_STAGE, DKV_THREADS> gradients(dy + head * HEAD_DIM, y_row, first * DKV_STAGE);
-  const long long q_back = HEAD_DIM - (end - first) * DKV_STAGE * q_row;  // from the end of a head to the next one
-  const long long y_back = HEAD_DIM - (end - first) * DKV_STAGE * y_row;
+  Loader<DKV_STAGE, DKV_THREADS> queries(q + head * HEAD_DIM, q_row, begin * DKV_STAGE);
+  Loader<DKV_STAGE, DKV_THREADS> gradients(dy + head * HEAD_DIM, y_row, begin * DKV_STAGE);
+  const long long q_back = HEAD_DIM - (end - begin) * DKV_STAGE * q_row;  // from the end of a head to the next one
+  const long long y_back = HEAD_DIM - (end - begin) * DKV_STAGE * y_row;
   auto load_stage = [&](unsigned to, int h, int tile) {
     const int t = tile * DKV_STAGE + threadIdx.x;
     queries.load(to, T - tile * DKV_STAGE);
@@ -262,7 +280,7 @@ attention_dkv_mma(act* dk, act* dv, float* partial /* or null */, const act* dy,
   };
   Loader<DKV_ROWS, DKV_THREADS>(k, k_row, j_block).load(k_tile, S - j_block);
   Loader<DKV_ROWS, DKV_THREADS>(v, v_row, j_block).load(v_tile, S - j_block);
-  if (head < heads_end) load_stage(stages, head, first);
+  if (head < heads_end) load_stage(stages, head, begin);
   copy_commit();
   copy_wait();
   __syncthreads();
@@ -281,26 +299,28 @@ attention_dkv_mma(act* dk, act* dv, float* partial /* or null */, const act* dy,
 
   const float c = scale * LOG2E;
   float dk_sum[DKV_M][CELLS][4] = {}, dv_sum[DKV_M][CELLS][4] = {};
-  for (int stage = 0, tile = first; head < heads_end; stage ^= 1) {
+  for (int stage = 0, tile = begin; head < heads_end; stage ^= 1) {
     const int t_tile = tile * DKV_STAGE;
-    if (++tile == end) tile = first, head++;
+    if (++tile == end) tile = begin, head++;
     if (head < heads_end) load_stage(stages + (stage ^ 1) * DKV_BYTES, head, tile);
     const unsigned q_stage = stages + stage * DKV_BYTES;
     const float4* row_stats = (const float4*)(shared + (q_stage - k_tile) + DKV_STAGE * 2 * ROW_BYTES);
     // Seen from the warp's first key: query t of the stage sees keys up to ahead + t.
     const int ahead = t_tile + offset - j_warp;
     const unsigned dy_stage = q_stage + DKV_STAGE * ROW_BYTES;
-    if (ahead >= 16 * DKV_M - 1 && (!window || ahead - window + DKV_STAGE - 1 < 0)) {
+    if (ahead >= 16 * DKV_M - 1 && (!window || ahead - window + DKV_STAGE - 1 < 0) &&
+        (!DOCUMENTS || borders.at(t_tile + DKV_STAGE - 1) <= j_warp)) {
 #pragma unroll 1
       for (int t = 0; t < DKV_STAGE; t += DKV_STEP)
         dkv_step<false>(dk_sum, dv_sum, k_left, v_left, q_stage + t * ROW_BYTES, dy_stage + t * ROW_BYTES,
-                        row_stats + t / 2, c, 0, 0);
+                        row_stats + t / 2, c, 0, 0, borders, 0, 0);
     } else {
 #pragma unroll 1
       for (int t = 0; t < DKV_STAGE; t += DKV_STEP)
-        if (ahead + t + DKV_STEP - 1 >= 0 && !(window && ahead + t - window >= 16 * DKV_M - 1))
+        if (ahead + t + DKV_STEP - 1 >= 0 && !(window && ahead + t - window >= 16 * DKV_M - 1) &&
+            (!DOCUMENTS || borders.at(t_tile + t) < j_warp + 16 * DKV_M))
           dkv_step<true>(dk_sum, dv_sum, k_left, v_left, q_stage + t * ROW_BYTES, dy_stage + t * ROW_BYTES,
-                         row_stats + t / 2, c, ahead + t, window);
+                         row_stats + t / 2, c, ahead + t, window, borders, t_tile + t, j_warp);
     }
     copy_wait();
     __syncthreads();

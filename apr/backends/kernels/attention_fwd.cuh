@@ -1,7 +1,7 @@
 // Causal softmax attention on tensor cores, bf16, forward (Dao 2023, FlashAttention-2, algorithm 1).
 //
 //   y[t] = sum_j p[t,j] v[j],  p[t] = softmax_j(q[t] . k[j] / sqrt(D)),  lse[t] = log sum_j exp(q[t] . k[j] / sqrt(D))
-//   over the keys j <= t + S - T and, with window > 0, j > t + S - T - window.
+//   over the keys j <= t + S - T and, with window > 0, j > t + S - T - window and, with DOCUMENTS, j >= first[t].
 //   y (B,T,H,D), lse (B,H,T) float32, q (B,T,H,D), k, v (B,S,K,D); head h reads kv head h / (H/K)
 //
 // A block owns FWD_ROWS queries of one head, a warp 16 FWD_M of them; keys and values pass through shared memory
@@ -62,11 +62,12 @@ __device__ __forceinline__ void forward_top(const float (&s)[FWD_M][FWD_STEP / 8
 template <bool CAREFUL, class Q>
 __device__ __forceinline__ bool forward_step(float (&o)[FWD_M][CELLS][4], float (&top)[FWD_M][2],
                                              float (&sum)[FWD_M][2], const Q& q, unsigned k, unsigned v, float c,
-                                             int ahead, int window) {
+                                             int ahead, int window, const Borders& borders, int t, int j) {
   float s[FWD_M][FWD_STEP / 8][4], part[FWD_M][2];
   product_nt(s, q, k);
   if (CAREFUL) {
     mask<false>(s, ahead, window);
+    mask_documents<false>(s, borders, t, j);
     forward_top(s, o, top, sum, c);
   }
   forward_exp(s, part, top, c);
@@ -84,9 +85,9 @@ __device__ __forceinline__ bool forward_step(float (&o)[FWD_M][CELLS][4], float 
 
 // shared: FWD_ROWS queries, two stages = (FWD_ROWS + 4 FWD_STAGE) * 2 * HEAD_DIM bytes
 extern "C" __global__ void __launch_bounds__(FWD_THREADS, FWD_BLOCKS)
-attention_fwd_mma(act* y, float* lse, const act* q, const act* k, const act* v, long long q_row, long long q_batch,
-                  long long k_row, long long k_batch, long long v_row, long long v_batch, int B, int T, int S, int H,
-                  int K, int window, float scale) {
+attention_fwd_mma(act* y, float* lse, const act* q, const act* k, const act* v, const int* first, long long q_row,
+                  long long q_batch, long long k_row, long long k_batch, long long v_row, long long v_batch, int B,
+                  int T, int S, int H, int K, int window, float scale) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, offset = S - T;
   const Place at = place(K, H / K);
@@ -95,6 +96,8 @@ attention_fwd_mma(act* y, float* lse, const act* q, const act* k, const act* v, 
   const int t_warp = t_block + warp * 16 * FWD_M;
   const int end = (min(T, t_block + FWD_ROWS) + offset + FWD_STAGE - 1) / FWD_STAGE;
   int tile = window ? max(0, t_block + offset - window + 1) / FWD_STAGE : 0;
+  const Borders borders = {first, at.batch, T};
+  if (DOCUMENTS) tile = max(tile, borders.at(t_block) / FWD_STAGE);
   q += at.batch * q_batch + head * HEAD_DIM;
   k += at.batch * k_batch + at.kv * HEAD_DIM;
   v += at.batch * v_batch + at.kv * HEAD_DIM;
@@ -129,13 +132,17 @@ attention_fwd_mma(act* y, float* lse, const act* q, const act* k, const act* v, 
     const int ahead = t_warp + offset - tile * FWD_STAGE;
     const unsigned k_tile = stages + stage * FWD_BYTES + lane_b(lane);
     const unsigned v_tile = stages + stage * FWD_BYTES + FWD_BYTES / 2 + lane_a(lane);
-    const bool whole = ahead >= FWD_STAGE - 1 && (!window || ahead - window + 16 * FWD_M - 1 < 0);
+    const bool whole = ahead >= FWD_STAGE - 1 && (!window || ahead - window + 16 * FWD_M - 1 < 0) &&
+                       (!DOCUMENTS || borders.at(t_warp + 16 * FWD_M - 1) <= tile * FWD_STAGE);
 #pragma unroll 1
     for (int j = 0; j < FWD_STAGE; j += FWD_STEP) {
       const unsigned k_step = k_tile + j * ROW_BYTES, v_step = v_tile + j * ROW_BYTES;
-      if (whole && forward_step<false>(o, top, sum, q_left, k_step, v_step, c, 0, 0)) continue;
-      if (ahead - j + 16 * FWD_M - 1 >= 0 && !(window && ahead - j - window >= FWD_STEP - 1))
-        forward_step<true>(o, top, sum, q_left, k_step, v_step, c, ahead - j, window);
+      if (whole && forward_step<false>(o, top, sum, q_left, k_step, v_step, c, 0, 0, borders, 0, 0))
+        continue;
+      const int key = tile * FWD_STAGE + j;
+      if (ahead - j + 16 * FWD_M - 1 >= 0 && !(window && ahead - j - window >= FWD_STEP - 1) &&
+          (!DOCUMENTS || borders.at(t_warp) < key + FWD_STEP))
+        forward_step<true>(o, top, sum, q_left, k_step, v_step, c, ahead - j, window, borders, t_warp, key);
     }
     copy_wait();
     __syncthreads();

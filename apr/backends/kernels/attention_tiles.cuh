@@ -82,3 +82,14 @@
 #define DKV_BLOCKS 1
 #define DKV_KEPT 2
 #endif
+// Where documents are masked fewer registers are left.
+#if DOCUMENTS && HEAD_DIM == 64
+#undef DQ_KEPT
+#define DQ_KEPT 1
+#undef DKV_STEP
+#define DKV_STEP 16
+#endif
+#if DOCUMENTS && HEAD_DIM == 128
+#undef DKV_KEPT
+#define DKV_KEPT 1
+#endif

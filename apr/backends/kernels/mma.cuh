@@ -8,6 +8,9 @@
 #ifndef HEAD_DIM
 #define HEAD_DIM 64
 #endif
+#ifndef DOCUMENTS
+#define DOCUMENTS 0
+#endif
 constexpr int CELLS = HEAD_DIM / 8;                      // cells in a row
 constexpr int ROW_BYTES = HEAD_DIM * 2;
 constexpr int SWIZZLE = HEAD_DIM % 64 == 0 ? 8 : 4;      // cells that the XOR permutes among themselves
@@ -230,6 +233,41 @@ __device__ __forceinline__ void mask(float (&s)[M][N][4], int ahead, int window)
         const int j = TURNED ? row - column : column - row;
         if (j > ahead || (window && j <= ahead - window)) s[i][n][e] = minus_infinity();
       }
+}
+
+// Where the documents of the queries of a sequence begin. Only with DOCUMENTS: without it nothing of it is compiled.
+struct Borders {
+  const int* first;
+  int batch, T;
+  __device__ __forceinline__ int at(int t) const { return first[(long long)batch * T + min(t, T - 1)]; }
+};
+// Scores of keys before the document of their query become minus infinity. t, j: query and key of the first score.
+template <bool TURNED, int M, int N>
+__device__ __forceinline__ void mask_documents(float (&s)[M][N][4], const Borders& borders, int t, int j) {
+  if (!DOCUMENTS || borders.at(t + (TURNED ? 8 * N : 16 * M) - 1) <= j) return;  // all are seen
+  static_assert(M <= 2 && N <= 8 && (!TURNED || N <= 4), "a lane for each query");
+  const int lane = threadIdx.x % 32, own = borders.at(t + lane) - j;
+  if (TURNED) {
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int odd = 0; odd < 2; odd++) {
+        const int hidden = __shfl_sync(~0u, own, n * 8 + lane % 4 * 2 + odd) - lane / 4;
+#pragma unroll
+        for (int i = 0; i < M * 2; i++)
+          if (i * 8 < hidden) s[i / 2][n][i % 2 * 2 + odd] = minus_infinity();
+      }
+  } else {
+#pragma unroll
+    for (int i = 0; i < M * 2; i++) {
+      const int hidden = __shfl_sync(~0u, own, i * 8 + lane / 4) - lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++)
+          if (n * 8 + odd < hidden) s[i / 2][n][i % 2 * 2 + odd] = minus_infinity();
+    }
+  }
 }
 
 // Which tile, batch and head a block works on: the grid is (pairs of a group * parts, tiles, groups), and pairs are
