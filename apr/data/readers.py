@@ -205,11 +205,7 @@ class Corpus:
         row = 0  # the last one done
         try:
             with pq.ParquetFile(
-                source.path,
-                read_dictionary=[self._keys[0]],
-                pre_buffer=False,
-                buffer_size=1 << 20,
-                page_checksum_verification=True,
+                source.path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
             ) as file:
                 _check_column(file.schema_arrow, self._keys)
                 total = 0
@@ -523,11 +519,9 @@ def _row_batches(file: Any, group: int, keys: Sequence[str]) -> Iterator[list[by
         column = batch.column(0)
         for key in keys[1:]:
             column = compute.struct_field(column, key)
-        if pa.types.is_dictionary(column.type):  # a value that many rows share is held once
-            values = column.dictionary.cast(pa.large_binary()).to_pylist()
-            yield [None if index is None else values[index] for index in column.indices.to_pylist()]
-        else:
-            yield column.cast(pa.large_binary()).to_pylist()
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        yield column.cast(pa.large_binary()).to_pylist()
 
 
 def _cell(name: str, value: bytes | None, keys: Sequence[str]) -> Item:

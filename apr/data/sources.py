@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-import zstandard
-
 from ..errors import InputNotFound, Refused
 
 Kind = Literal["text", "jsonl", "parquet"]
@@ -155,13 +153,18 @@ class _Zstandard:
     needs_input = True
 
     def __init__(self) -> None:
-        self._z = zstandard.ZstdDecompressor().decompressobj()
+        import zstandard  # only who reads such a file needs it
+
+        self._z, self._error = zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
 
     eof = property(lambda self: self._z.eof)
     unused_data = property(lambda self: self._z.unused_data)
 
     def decompress(self, data: bytes, max_length: int = -1) -> bytes:
-        return self._z.decompress(data)  # not limited by max_length: PACKED_ZST is
+        try:
+            return self._z.decompress(data)  # not limited by max_length: PACKED_ZST is
+        except self._error as e:
+            raise ValueError(str(e)) from None
 
 
 _DECODERS: dict[str, Callable[[], _Decoder]] = {
@@ -186,7 +189,7 @@ def _unpack(blocks: Iterator[bytes], new: Callable[[], _Decoder]) -> Iterator[by
                 decoder, members = new(), members + 1
             try:
                 out = decoder.decompress(data, BLOCK)
-            except (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, EOFError, ValueError) as e:
+            except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as e:
                 raise Unusable("corrupt archive", _damage(e)) from None
             if out:
                 yield out
