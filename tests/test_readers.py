@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import gc
 import gzip
 import hashlib
 import json
@@ -568,6 +569,31 @@ def test_a_corpus_can_be_iterated_again_after_a_break(tmp_path: Path) -> None:
     assert [len(t) for t in texts(list(it))] == [1, 2, 3, 4, 5]
     assert it.bytes_read == 15
     assert str(it) == f"{tmp_path}/0.txt and 4 more"
+
+
+def test_no_file_stays_open(tmp_path: Path, small: None) -> None:
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc/self/fd")
+    for suffix, pack in PACK.items():
+        whole = pack(random.Random(2).randbytes(50).hex().encode() * 9)
+        for name in ("f.txt", "f.jsonl"):
+            write(tmp_path / f"{name}.{suffix}", whole[:-9] + bytes(9))
+            write(tmp_path / f"{suffix}{name}.{suffix}", whole[:-9])
+            write(tmp_path / name, b"\xff" * 999)
+            write(tmp_path / f"long{name}", b"ab\n" * 999)
+    gc.disable()  # which would hide it
+    try:
+        for settings in ({}, {"separator": "="}, {"piece_bytes": 9}):
+            texts(list(Corpus(find_sources([tmp_path]), **settings)))
+            assert next(iter(Corpus(find_sources([tmp_path]), **settings)))
+        names = [
+            os.readlink(f"/proc/self/fd/{fd}")
+            for fd in os.listdir("/proc/self/fd")
+            if os.path.exists(f"/proc/self/fd/{fd}")
+        ]
+    finally:
+        gc.enable()
+    assert [n for n in names if n.startswith(str(tmp_path))] == []
 
 
 def test_a_file_that_grew_since_it_was_listed_is_read_to_its_end(tmp_path: Path) -> None:

@@ -255,7 +255,9 @@ class _Growing:
 
     def __init__(self, source: Source, name: str, start: int) -> None:
         self.name, self.bytes = name, 0
-        self.unusable: Unusable | None = None
+        self.unusable: tuple[str, str] | None = (
+            None  # reason and detail: an error would keep what raised it alive
+        )
         self._source, self._start = source, start
         self._held: list[bytes] = []
         self._digest = hashlib.sha256()
@@ -275,8 +277,7 @@ class _Growing:
                 return LongDocument(self._source, self.name, self._start, self.bytes, digest)
         elif text := self._decoded(final=True):
             return Document(self.name, text)
-        e = self.unusable or Unusable("empty", "no characters")
-        return Skipped(self.name, e.reason, e.detail)
+        return Skipped(self.name, *(self.unusable or ("empty", "no characters")))
 
     def _let_go(self, final: bool = False) -> None:
         for block in self._held:
@@ -290,7 +291,7 @@ class _Growing:
         try:
             return self._utf8.text(b"".join(self._held), final)
         except Unusable as e:
-            self.unusable = e
+            self.unusable = e.reason, e.detail
             return ""
 
 

@@ -220,7 +220,8 @@ def _from(start: int, blocks: Iterator[bytes]) -> Iterator[bytes]:
 def _grouped(blocks: Iterator[bytes]) -> Iterator[bytes]:
     """Blocks of at least BLOCK bytes; what is left comes last, before the error if there is one."""
     held: list[bytes] = []
-    size, error = 0, None
+    size = 0
+    damage: tuple[str, str] | None = None  # an error kept here would keep the file open in a cycle
     try:
         for block in blocks:
             held.append(block)
@@ -229,11 +230,11 @@ def _grouped(blocks: Iterator[bytes]) -> Iterator[bytes]:
                 yield b"".join(held)
                 held, size = [], 0
     except Unusable as e:
-        error = e
+        damage = e.reason, e.detail
     if held:
         yield b"".join(held)
-    if error:
-        raise error
+    if damage:
+        raise Unusable(*damage)
 
 
 class Sources(list[Source]):
