@@ -2,6 +2,7 @@
 
     python tools/gpu_tests.py                       all of them, then bench/gpu/tests.json
     python tools/gpu_tests.py --record FILE         write elsewhere
+    python tools/gpu_tests.py --processes 8         in several processes, where pytest-xdist is installed
     python tools/gpu_tests.py -- -k rope            arguments for pytest
 
 A handful of small tests (marker `sanitize`) runs again under compute-sanitizer's memcheck and racecheck
@@ -66,6 +67,9 @@ def main() -> int:
     parser.add_argument(
         "--sanitizer-seconds", type=float, default=150, help="for each tool; 0: do not run them"
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="run tests in so many at once, with pytest-xdist"
+    )
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
     args = parser.parse_args()
     try:
@@ -76,7 +80,17 @@ def main() -> int:
     before = gpu_record.sources()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", *args.pytest]
+        several = ["-n", str(args.processes)] if args.processes > 1 else []
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            f"--junitxml={report}",
+            *several,
+            *args.pytest,
+        ]
         code = subprocess.run(command, cwd=ROOT).returncode
         if not report.exists():
             return code
