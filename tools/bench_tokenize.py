@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from apr.data.batches import AHEAD, Batches, Windows
-from apr.data.encode import BATCH, encode_corpus
+from apr.data.encode import encode_corpus
 from apr.data.readers import Corpus, Skipped
 from apr.data.seen import Seen
 from apr.data.shards import TokenShards
@@ -42,34 +42,36 @@ from apr.data.tokenizer import Tokenizer
 from apr.device import cores, cpu_name
 from apr.training.rundir import git_commit, versions
 
+BARE_BATCH = 1 << 20  # characters that the bare library gets at once
 WAYS = ("encode_corpus", "encode_batch", "encode_batch_fast")
 
 
 def measure(way: str, tokenizer_dir: str, inputs: list[str]) -> dict[str, Any]:
     """Seconds, bytes of text, tokens and peak memory of one way, in this process."""
     tokenizer = Tokenizer.from_file(tokenizer_dir)
-    tokenizer.encode("a first text starts the library's threads")
     corpus = Corpus(find_sources(inputs))
     if way == "encode_corpus":
         with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/var/tmp")) as folder:
             start = time.perf_counter()
             made = encode_corpus(corpus, tokenizer, folder)
             seconds = time.perf_counter() - start
-            tokens, size = made.counts.tokens, made.counts.text_bytes
-            batches = read_batches(Path(folder) / "train", tokenizer)
-        return dict(seconds=seconds, tokens=tokens, bytes=size, peak_mib=peak(), **batches)
+            found = dict(
+                seconds=seconds, tokens=made.counts.tokens, bytes=made.counts.text_bytes, peak_mib=peak()
+            )
+            return {**found, **read_batches(Path(folder) / "train", tokenizer)}
     texts, size, seen = [], 0, Seen()
     for item in corpus:
         if not isinstance(item, Skipped) and seen.add(item.sha256):
             text = "".join(item.chunks()) if hasattr(item, "chunks") else item.text
             texts.append(text)
             size += len(text.encode())
-    call = getattr(tokenizer._engine, way)
-    start, tokens, held, length = time.perf_counter(), 0, [], 0
+    call, held, length, tokens = getattr(tokenizer._engine, way), [], 0, 0
+    tokenizer.encode("a first text starts the library's threads")
+    start = time.perf_counter()
     for i, text in enumerate(texts):
         held.append(text)
         length += len(text)
-        if length >= BATCH or i == len(texts) - 1:
+        if length >= BARE_BATCH or i == len(texts) - 1:
             tokens += sum(map(len, call(held, add_special_tokens=False)))
             held, length = [], 0
     return dict(seconds=time.perf_counter() - start, tokens=tokens, bytes=size, peak_mib=peak())

@@ -5,7 +5,6 @@ Example: apr tokenize encode-corpus my_code/ web.jsonl.zst --tokenizer tok -o sh
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -59,8 +58,6 @@ def main(args: Sequence[str]) -> int:
     """Returns the exit code; errors are raised."""
     f = parse(Flags, args, "apr tokenize encode-corpus", __doc__ or "")
     _check(f)
-    if f.workers:
-        os.environ["RAYON_NUM_THREADS"] = str(f.workers)  # read when the first batch is encoded
     bounds = Bounds.parse(f.widen)
     show = Show(quiet=f.json)
     tokenizer = Tokenizer.from_file(f.tokenizer)
@@ -82,6 +79,7 @@ def main(args: Sequence[str]) -> int:
             bounds=bounds,
             made=described(f),
             resume=f.resume,
+            workers=f.workers,
             progress=progress,
         )
     except KeyboardInterrupt:

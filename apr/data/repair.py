@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from ..device import cores
 from ..errors import InputNotFound, MalformedFile
 from ..formats.atomic import write_json
 from .manifest import MANIFEST, Manifest, figures, shard_name
@@ -45,7 +45,7 @@ def repair_manifest(
             )
     arrays = [np.memmap(p, dtype="<u4", mode="r").view(np.ndarray) for p in paths]
     eos = tokenizer.eos_id
-    found = scan(arrays, tokenizer.vocab_size, eos, threads=os.cpu_count() or 1, progress=progress)
+    found = scan(arrays, tokenizer.vocab_size, eos, threads=cores(), progress=progress)
     if found.outside:
         index, position, i = found.outside
         raise MalformedFile(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..device import cores
 from ..errors import InputNotFound, IOFailure, MalformedFile, Refused
 from ..formats.atomic import atomic_write, write_json
 from .corpus import make_folder
@@ -125,7 +125,7 @@ class ShardWriter:
                     old.unlink()
         if m.shards:
             arrays = [open_shard(self.folder, s) for s in m.shards]
-            found = scan(arrays, m.vocab_size, None, threads=os.cpu_count() or 1)
+            found = scan(arrays, m.vocab_size, None, threads=cores())
             check_scan(self.folder, m, found)
             self._counts += found.counts
             last = m.shards[-1]
@@ -348,7 +348,7 @@ class TokenShards:
 
         Raises MalformedFile."""
         m = self.manifest
-        found = scan(self.arrays, m.vocab_size, self.border_id, keep, against, os.cpu_count() or 1, progress)
+        found = scan(self.arrays, m.vocab_size, self.border_id, keep, against, cores(), progress)
         check_scan(self.folder, m, found)
         path = self.folder / MANIFEST
         unknown = self.unknown_id if self.unknown_id is not None and self.unknown_id < m.vocab_size else None
