@@ -219,21 +219,21 @@ def test_stopped_at_every_place_and_resumed(
 ) -> None:
     monkeypatch.setattr(encode, "BATCH", 300)
     monkeypatch.setattr(encode, "AHEAD", 1)
-    docs: list[Any] = [*corpus(25), *corpus(5), Skipped("x", "empty", "")]
-    run(docs, tok, tmp_path / "whole", shard_tokens=170)
+    docs: list[Any] = [long_document(4), *corpus(24), *corpus(5), Skipped("x", "empty", "")]
+    run(docs, tok, tmp_path / "whole", shard_tokens=17_000)
     whole = files_of(tmp_path / "whole")
     for n in range(0, 31, 5):
         folder = tmp_path / str(n)
         with pytest.raises(Stopped):
-            encode_corpus(Stopping(docs, n), tok, folder, val_fraction=0.2, shard_tokens=170)
+            encode_corpus(Stopping(docs, n), tok, folder, val_fraction=0.2, shard_tokens=17_000)
         with pytest.raises(Refused, match="an unfinished encoding; go on with it with --resume"):
-            run(docs, tok, folder, shard_tokens=170)
-        run(docs, tok, folder, shard_tokens=170, resume=True)
+            run(docs, tok, folder, shard_tokens=17_000)
+        run(docs, tok, folder, shard_tokens=17_000, resume=True)
         assert files_of(folder) == whole
     with pytest.raises(Refused, match="complete: nothing to resume"):
-        run(docs, tok, tmp_path / "5", shard_tokens=170, resume=True)
+        run(docs, tok, tmp_path / "5", shard_tokens=17_000, resume=True)
     with pytest.raises(Refused, match="holds shards already"):
-        run(docs, tok, tmp_path / "5", shard_tokens=170)
+        run(docs, tok, tmp_path / "5", shard_tokens=17_000)
 
 
 @pytest.mark.parametrize(

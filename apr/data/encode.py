@@ -253,11 +253,11 @@ class _Encoding:
                 size = document.bytes if isinstance(document, LongDocument) else len(document.data)
                 writer.begin(document.sha256, size)
                 self.counts.text_bytes += size
+                self.counts.round_trips += piece.sampled
             writer.append(ids)
             if piece.last:
                 writer.end()
                 self.counts.documents[piece.side] += 1
-                self.counts.round_trips += piece.sampled
         self.counts.tokens = sum(w.tokens for w in self.writers.values())
         self._skipped.flush()
         if self.counts.tokens >= self._look:
