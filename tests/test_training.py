@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_cases import put as put_documents
 
 from apr import backends
 from apr.commands.main import main
@@ -316,6 +317,28 @@ def test_data_that_ends(place, tmp_path, capsys):
     assert "val_loss" in last
 
 
+def test_each_pass_over_the_data_has_a_line(place, run, tmp_path, capsys):
+    source = prepared(run, place)
+    args = [
+        "--dataset",
+        source / "val",
+        "--tokenizer",
+        source / "tokenizer",
+        "--model",
+        place / "config.json",
+    ]
+    args += ["--batch-size", 64, "--micro-batch-size", 64, "--num-steps", 100, "--val-batches", 1]
+    assert pretrain(place, tmp_path / "a", *args, "--steps-per-epoch", 100, model=False) == 0
+    out = capsys.readouterr().out
+    whole = [json.loads(x) for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    passes = [x for x in whole if "passes" in x]
+    assert len(passes) == 2
+    for number, line in enumerate(passes, 1):
+        assert line["passes"] == number
+        assert line["step"] == -(-number * line["windows"] // 64)  # the step that read the last window
+        assert f"step {line['step']:>5}  pass {number} over the {line['windows']:,} windows" in out
+
+
 def test_a_run_that_explodes_is_aborted(place, tmp_path, capsys):
     args = ["--lr", "1e30", "--grad-clip", "0", "--warmup-steps", "0"]
     assert pretrain(place, tmp_path / "a", *args) == 6
@@ -507,7 +530,8 @@ def test_masks_are_refused_where_no_id_ends_a_document(place, run, tmp_path, cap
         assert tokenizer.eos_id is None
     for side in ("train", "val"):
         with ShardWriter(tmp_path / "data" / side, tokenizer, eos_policy=policy) as out:
-            out.add([Document(p.name, p.read_text()) for p in sorted((place / "corpus").glob("*.py"))[:4]])
+            files = sorted((place / "corpus").glob("*.py"))[:4]
+            put_documents(out, tokenizer, [Document(p.name, p.read_text()) for p in files])
     args = ["--dataset", tmp_path / "data", "--model", place / "config.json"]
     assert pretrain(place, tmp_path / "ok", *args, model=False) == 0
     capsys.readouterr()
@@ -515,7 +539,7 @@ def test_masks_are_refused_where_no_id_ends_a_document(place, run, tmp_path, cap
     err = capsys.readouterr().err
     assert "--mask-documents" in err
     assert words in err
-    assert not (tmp_path / "refused" / "metrics.jsonl").exists()
+    assert not (tmp_path / "refused").exists()
 
 
 def test_validation_windows_are_held_out_of_a_plain_dataset(run, place, tmp_path):

@@ -54,6 +54,7 @@ class Inputs:
     init: LoadedModel | None
     corpus_name: str
     left_out: str  # which documents of a corpus cannot be used, or ""
+    document_end: int | None  # the id at which attention stops, None where it does not
     audit: list[Side]  # what the guards said of the training and validation data
     device_note: str  # what a user should know about the choice of the device, or ""
 
@@ -73,10 +74,11 @@ def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
     check_positions(cfg, s.seq_length)
     tokenizer, sides, name, left_out = _open_data(s, cfg, init, progress)
     train, val = _windows(s, sides)
+    end = _document_end(tokenizer, train, val) if s.mask_documents else None
     s = dataclasses.replace(s, dtype=dtype)
     s = dataclasses.replace(s, micro_batch_size=_micro_batch(s, cfg, backend))
     note = chosen.note if chosen.avoidable else ""
-    return Inputs(s, backend, cfg, tokenizer, train, val, init, name, left_out, sides, note)
+    return Inputs(s, backend, cfg, tokenizer, train, val, init, name, left_out, end, sides, note)
 
 
 def _open_data(
@@ -119,6 +121,25 @@ def _open_data(
     sides = audit(folders, tokenizer, bounds, cfg.vocab_size, progress=progress)
     enforce_all(sides)
     return tokenizer, sides, name, left_out
+
+
+def _document_end(tokenizer: Tokenizer, train: Windows, val: Windows) -> int:
+    """The id at which attention stops. Raises Refused where no id ends a document."""
+    end, source = tokenizer.eos_id, tokenizer.source
+    if end is None:
+        raise Refused(
+            f"--mask-documents: {source} has no end-of-text id, so nothing says where a document ends; give a tokenizer with "
+            "one, or leave the flag out"
+        )
+    for shards in (train.shards, val.shards):
+        policy, used = shards.manifest.eos_policy, shards.eos_token_id
+        if policy == "none" or used != end:
+            found = "eos_policy none" if policy == "none" else f"end-of-text id {used}, {source} has {end}"
+            raise Refused(
+                f"--mask-documents: {shards.folder} was encoded with {found}, so nothing says where a document ends; encode "
+                "the corpus again, or leave the flag out"
+            )
+    return end
 
 
 def _corpus(s: Settings) -> Corpus:

@@ -19,7 +19,7 @@ import numpy as np
 from ..bisect.show import print_report
 from ..bisect.spot import spot_check
 from ..data.batches import Batches, Exhausted, sequential
-from ..errors import Aborted, Interrupted, Refused
+from ..errors import Aborted, Interrupted
 from ..formats.models import fill
 from ..model import Model
 from ..optim import AdamW, Schedule
@@ -45,27 +45,6 @@ class Progress:
     seconds: float = 0.0
 
 
-def document_end(inputs: Inputs) -> int | None:
-    """The id at which attention stops, None without --mask-documents. Raises Refused where no id ends a document."""
-    if not inputs.settings.mask_documents:
-        return None
-    end, tokenizer = inputs.tokenizer.eos_id, inputs.tokenizer.source
-    if end is None:
-        raise Refused(
-            f"--mask-documents: {tokenizer} has no end-of-text id, so nothing says where a document ends; give a tokenizer "
-            "with one, or leave the flag out"
-        )
-    for shards in (inputs.train.shards, inputs.val.shards):
-        policy, used = shards.manifest.eos_policy, shards.eos_token_id
-        if policy == "none" or used != end:
-            found = "eos_policy none" if policy == "none" else f"end-of-text id {used}, {tokenizer} has {end}"
-            raise Refused(
-                f"--mask-documents: {shards.folder} was encoded with {found}, so nothing says where a document ends; encode "
-                "the corpus again, or leave the flag out"
-            )
-    return end
-
-
 class Trainer:
     """One run, ready to train. Evaluation and training share the model's buffers."""
 
@@ -86,7 +65,7 @@ class Trainer:
             s.dtype,
             recompute=s.recompute,
             z_loss=s.z_loss,
-            document_end=document_end(inputs),
+            document_end=inputs.document_end,
         )
         self.opt = AdamW(self.model, s.beta1, s.beta2, s.eps, s.weight_decay, s.grad_clip)
         self.schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)
