@@ -893,3 +893,16 @@ def test_memory_is_bounded(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("settings", [{"piece_bytes": 1 << 14}, {"separator": "<|endoftext|>"}])
 def test_memory_is_bounded_for_a_line_that_is_not_cut(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert peak(write(tmp_path / "line.txt", b"0123456789" * 3_000_000), **settings) < 80
+
+
+def test_a_line_of_millions_of_numbers_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a parser 30 times its length; a long text does not, whatever signs it holds."""
+    monkeypatch.setattr(readers, "MAX_VALUES", 5000)
+    text = 'a, [1, 2], {"b": \\' * 2000
+    lines = [json.dumps({"text": "x", "n": [0] * 4000}), json.dumps({"text": text, "n": [0] * 40})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    first, second = Corpus(find_sources([tmp_path / "a.jsonl"]))
+    assert isinstance(first, Skipped)
+    assert (first.reason, first.name.rsplit(":")[-1]) == ("too long", "1")
+    assert isinstance(second, Document)
+    assert second.text == text

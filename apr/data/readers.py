@@ -16,7 +16,12 @@ from .corpus import Document
 from .sources import Skipped, Source, Sources, Unusable
 
 LONG = 4 << 20  # bytes of UTF-8; a text document above this is not held
-MAX_RECORD = 128 << 20  # bytes of a JSONL line; a longer one is skipped
+MAX_RECORD = (
+    64 << 20
+)  # bytes of a JSONL line; a longer one is skipped (as text of 4 bytes a character it takes 9 times that)
+MAX_VALUES = (
+    8 << 20
+)  # bytes of a line outside its strings: each number or list takes up to 30 times its length when it is parsed
 BATCH_ROWS = 256  # rows of a Parquet file that are held at once, fewer where they are long:
 BATCH_BYTES = 16 << 20
 SHOWN = 10  # keys or columns that a message lists
@@ -27,6 +32,7 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 _BLANK_LINE = re.compile(r"(?<=\n)(?=\r?\n)")
 
 
@@ -169,6 +175,8 @@ class Corpus:
             yield Skipped(f"{source.name}:{number + 1}", e.reason, e.detail)
 
     def _record(self, name: str, line: bytes) -> Item:
+        if len(line) > MAX_VALUES and (outside := len(_STRING.sub(b"", line))) > MAX_VALUES:
+            return Skipped(name, "too long", f"{outside} bytes of it are not text, more than {MAX_VALUES}")
         try:
             value = self._json.decode(line.decode())
         except UnicodeDecodeError as e:
