@@ -226,7 +226,7 @@ def test_stopped_at_every_place_and_resumed(
         folder = tmp_path / str(n)
         with pytest.raises(Stopped):
             encode_corpus(Stopping(docs, n), tok, folder, val_fraction=0.2, shard_tokens=17_000)
-        with pytest.raises(Refused, match="an unfinished encoding; go on with it with --resume"):
+        with pytest.raises(Refused, match="an unfinished encoding; go on with --resume"):
             run(docs, tok, folder, shard_tokens=17_000)
         run(docs, tok, folder, shard_tokens=17_000, resume=True)
         assert files_of(folder) == whole
@@ -342,6 +342,21 @@ def test_a_constant_corpus_is_refused_while_it_is_encoded(
     assert "commonest id" in str(e.value) or "entropy" in str(e.value)
     wide = Bounds(min_entropy=0.0, max_top_share=1.0, min_distinct=1, max_bytes_per_token=99)
     assert run(constant, tok, tmp_path / "b", bounds=wide).counts.all == 30
+
+
+def test_unfinished_documents_are_judged_by_their_own_text(
+    tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long document that comes first, and a side whose shards are there while its text is read again."""
+    monkeypatch.setattr(encode, "FIRST_LOOK", 1000)
+    monkeypatch.setattr(encode, "AHEAD", 1)
+    docs: list[Any] = [long_document(9, 900_000), *corpus(60)]
+    run(docs, tok, tmp_path / "whole", shard_tokens=20_000)
+    for n in (2, 30, 60):
+        with pytest.raises(Stopped):
+            encode_corpus(Stopping(docs, n), tok, tmp_path / str(n), val_fraction=0.2, shard_tokens=20_000)
+        run(docs, tok, tmp_path / str(n), shard_tokens=20_000, resume=True)
+        assert files_of(tmp_path / str(n)) == files_of(tmp_path / "whole")
 
 
 def test_what_cannot_be_cut_is_named(tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,14 @@ FAULTS: dict[str, tuple[Callable[[Path, Tokenizer], Any], set[str]]] = {
         lambda f, t: edit_json(f / "train/manifest.json", tokenizer_sha256="0" * 64),
         {"manifest, sizes and tokenizer"},
     ),
+    "no end of text, it says": (
+        lambda f, t: edit_json(f / "train/manifest.json", eos_policy="none"),
+        {"sha256, ids and counts"},
+    ),
+    "another normalization": (
+        lambda f, t: edit_json(f / "train/manifest.json", normalization="NFC"),
+        {"manifest, sizes and tokenizer"},
+    ),
     "an id outside": (lambda f, t: rewrite(f / "train", lambda ids: ids.__setitem__(5, 400)), {"sha256, ids and counts"}),
     "all one id": (
         lambda f, t: reencode(f / "train", t, all_one_id),
@@ -193,8 +201,8 @@ def test_a_bound_can_be_widened_by_a_number_and_the_verdict_says_so(
     reencode(dataset / "train", tok, all_one_id)
     before = verdicts(dataset, tok)[name]
     assert before.passed is False
-    with pytest.raises(Refused, match="widen the bound with --widen"):
-        enforce([before], dataset)
+    with pytest.raises(Refused, match=r"go on with --widen m[a-z_]+="):
+        enforce({dataset: [before]})
     after = verdicts(dataset, tok, bounds=Bounds.parse(wide))
     assert after[name].passed is True
     assert "widened from" in str(after[name])
@@ -256,7 +264,10 @@ def test_documents_for_the_round_trip_are_whole(dataset: Path, tok: Tokenizer) -
         name, place = where.split(":")
         array = np.fromfile(dataset / "train" / name, "<u4")
         assert array[int(place) : int(place) + ids.size].tolist() == ids.tolist()
+    assert len({where for where, _ in found}) == len(found)  # none twice, however few there are
     assert round_trip(shards, tok).passed is True
+    one = [where for where, _ in guards.sample_documents(TokenShards(dataset / "val"), 500)]
+    assert len(set(one)) == len(one) <= TokenShards(dataset / "val").total_documents
 
 
 def test_a_folder_without_val_is_audited_alone(dataset: Path, tok: Tokenizer) -> None:

@@ -292,6 +292,18 @@ def test_resuming_finds_damaged_shards(tok: Tokenizer, tmp_path: Path) -> None:
         resume(folder, tok, corpus(20))
 
 
+@pytest.mark.parametrize("changes", [{"partial": 9}, {"documents": 1}])
+def test_resuming_finds_a_manifest_that_the_shards_do_not_bear_out(
+    tok: Tokenizer, tmp_path: Path, changes: dict[str, int]
+) -> None:
+    folder = killed(tmp_path, tok)
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    shards[-1].update(changes)
+    edit_json(folder / "manifest.json", shards=shards)
+    with pytest.raises(MalformedFile, match="the last shard ends after"):
+        resume(folder, tok, corpus(20))
+
+
 def test_what_a_kill_left_half_done_is_removed(tok: Tokenizer, tmp_path: Path) -> None:
     folder = killed(tmp_path, tok)
     (folder / "shard-00077.bin").write_bytes(b"\0" * 8)  # written, and killed before the manifest was

@@ -187,10 +187,10 @@ def test_a_constant_corpus_needs_a_number(
     code, _, err = encode(capsys, folder, tok, tmp_path / "a")
     assert code == 5
     assert "commonest id" in err or "entropy" in err
-    assert "--widen NAME=NUMBER" in err
-    wide = "min_entropy=0,max_top_share=1,min_distinct=1"
-    assert encode(capsys, folder, tok, tmp_path / "b", "--widen", wide)[0] == 0
-    args = ["pretrain", "--dataset", str(tmp_path / "b"), "--model", str(model(tmp_path)), "--num-steps", "1"]
+    resume, widen, wide = err.split("go on with ")[1].split()[:3]
+    assert (resume, widen) == ("--resume", "--widen")
+    assert encode(capsys, folder, tok, tmp_path / "a", resume, widen, wide)[0] == 0
+    args = ["pretrain", "--dataset", str(tmp_path / "a"), "--model", str(model(tmp_path)), "--num-steps", "1"]
     more = ["--seq-length", "32", "--batch-size", "2", "--run-dir", str(tmp_path / "run")]
     assert main([*args, *more]) == 5  # a number given once is not a number given for ever
     assert main([*args, *more, "--widen", wide]) == 0

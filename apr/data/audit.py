@@ -131,5 +131,4 @@ class _Caught:
 
 def enforce_all(sides: list[Side]) -> None:
     """Raises Refused at the first verdict that failed."""
-    for side in sides:
-        enforce(side.verdicts, side.folder)
+    enforce({side.folder: side.verdicts for side in sides})

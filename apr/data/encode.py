@@ -156,6 +156,9 @@ class _Encoding:
         self.counts = Counts()
         self.seen = Seen()
         self._offered = dict.fromkeys(self.sides, 0)
+        self._bytes = dict.fromkeys(
+            self.sides, 0
+        )  # of the text whose ids are written, unfinished documents included
         self._look = FIRST_LOOK
 
     def run(self) -> None:
@@ -255,6 +258,12 @@ class _Encoding:
                 self.counts.text_bytes += size
                 self.counts.round_trips += piece.sampled
             writer.append(ids)
+            if piece.text is not None:
+                self._bytes[piece.side] += len(piece.text.encode())
+            elif isinstance(document, LongDocument):
+                self._bytes[piece.side] += document.bytes
+            else:
+                self._bytes[piece.side] += len(document.data)
             if piece.last:
                 writer.end()
                 self.counts.documents[piece.side] += 1
@@ -267,9 +276,14 @@ class _Encoding:
             self.progress(self.counts, self.corpus.bytes_read, self.corpus.total_bytes)
 
     def _judge(self, when: str) -> None:
-        for side, writer in self.writers.items():
-            verdicts = plausible(writer.counts, writer.total_bytes, self.tokenizer, self.bounds)
-            enforce(verdicts, f"{self.folder / side}, {when}")
+        sides = {
+            f"{self.folder / side}, {when}": plausible(
+                w.counts, self._bytes[side], self.tokenizer, self.bounds
+            )
+            for side, w in self.writers.items()
+            if not w.behind  # after a kill: ids that are there count already, their text only as it is read again
+        }
+        enforce(sides, "go on with --resume {widen}")
 
     def close(self) -> dict[str, Manifest]:
         """Finish both sides, or neither."""
@@ -335,9 +349,9 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> None:
         there = [*our_files(folder / "train"), *our_files(folder / "val"), *([path] if ours else [])]
         if there:
             how = (
-                "an unfinished encoding; go on with it with --resume"
+                "an unfinished encoding; go on with --resume"
                 if ours and not complete
-                else "shards already"
+                else "shards already; remove them"
             )
             raise Refused(f"{there[0]}: the folder holds {how}, or choose another folder")
     elif isinstance(begun, dict):

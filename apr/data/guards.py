@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class Verdict:
     figure: str
     bound: str
     note: str = ""
+    widen: str = ""  # the number that would let it pass, where the bound can be widened
 
     @property
     def word(self) -> str:
@@ -121,10 +123,13 @@ def plausible(
                 bound_now = min(bound, number) if name == low else max(bound, number)
                 if bound_now != bound:
                     notes.append(f"{name} widened from {bound:.4g} to {bound_now:.4g}")
+                elif number != bound:
+                    notes.append(f"{name}={number:g} is narrower than {bound:.4g} and counts for nothing")
                 bound = bound_now
             a, b = (bound, b) if name == low else (a, bound)
         text = f"{a:.4g} to {b:.4g}" if low and high else f"at least {a:.4g}" if low else f"at most {b:.4g}"
-        out.append(Verdict(guard, a <= value <= b, figure, text, "; ".join(notes)))
+        enough = f"{low}={_down(value)}" if value < a else f"{high}={_up(value)}" if value > b else ""
+        out.append(Verdict(guard, a <= value <= b, figure, text, "; ".join(notes), enough))
 
     judge("entropy of token frequencies", entropy, f"{entropy:.4f} nats/token", "min_entropy", "max_entropy")
     judge("distinct ids", p.size, f"{p.size:,} of {tokenizer.vocab_size:,}", "min_distinct", "")
@@ -152,7 +157,20 @@ def _unknown(count: int, tokens: int, tokenizer: Tokenizer, usual: Bounds, given
     if given.max_unknown_share is not None and given.max_unknown_share > bound:
         note = f"max_unknown_share widened from {bound:g} to {given.max_unknown_share:g}"
         bound = given.max_unknown_share
-    return Verdict("unknown tokens", share <= bound, figure, f"at most {100 * bound:g} %", note)
+    enough = f"max_unknown_share={_up(share)}" if share > bound else ""
+    return Verdict("unknown tokens", share <= bound, figure, f"at most {100 * bound:g} %", note, enough)
+
+
+def _down(value: float) -> str:
+    """The value with three digits, rounded down."""
+    digits = 10.0 ** (2 - math.floor(math.log10(value))) if value > 0 else 1.0
+    return f"{math.floor(value * digits) / digits:g}"
+
+
+def _up(value: float) -> str:
+    """The value with three digits, rounded up."""
+    digits = 10.0 ** (2 - math.floor(math.log10(value))) if value > 0 else 1.0
+    return f"{math.ceil(value * digits) / digits:g}"
 
 
 def fits_model(tokenizer: Tokenizer, vocab_size: int) -> Verdict:
@@ -197,6 +215,7 @@ def round_trip(shards: TokenShards, tokenizer: Tokenizer) -> Verdict:
 def sample_documents(shards: TokenShards, count: int = SAMPLES) -> Iterable[tuple[str, np.ndarray]]:
     """Up to count whole documents from evenly spaced places: (shard and position, ids uint32 without the EOS)."""
     border = shards.border_id
+    seen: set[tuple[int, int]] = set()
     for k in range(count):
         place = shards.total_tokens * k // count
         index = 0
@@ -210,7 +229,8 @@ def sample_documents(shards: TokenShards, count: int = SAMPLES) -> Iterable[tupl
         if start < 0 or (stops := ends[ends >= start]).size == 0:
             continue
         ids = window[start : int(stops[0])]
-        if 0 < ids.size <= SAMPLE_TOKENS:
+        if 0 < ids.size <= SAMPLE_TOKENS and (index, start + place) not in seen:
+            seen.add((index, start + place))
             yield f"{shards.manifest.shards[index]['name']}:{place + start}", ids
 
 
@@ -227,19 +247,24 @@ def disjoint(shared: int, train: TokenShards, val: TokenShards) -> Verdict:
     )  # fmt: skip
 
 
-def enforce(verdicts: Sequence[Verdict], where: object) -> None:
-    """Raises Refused at the first verdict that failed, with what to do."""
-    for v in verdicts:
-        if v.passed is False:
-            widen = (
-                "; if the text is really like that, widen the bound with --widen NAME=NUMBER"
-                if _can_widen(v)
-                else ""
-            )
-            raise Refused(f"{where}: {v}{widen}. `apr tokenize audit` shows all figures")
+def enforce(sides: Mapping[Any, Sequence[Verdict]], wide: str = "go on with {widen}") -> None:
+    """Raises Refused at the first verdict that failed, naming its side; `wide` says how to use wider bounds."""
+    for where, verdicts in sides.items():
+        for v in verdicts:
+            if v.passed is False:
+                enough = wide.format(widen=f"--widen {_enough(sides)}")
+                raise Refused(
+                    f"{where}: {v}" + (f"; if the text is really like that, {enough}" if v.widen else "")
+                )
 
 
-def _can_widen(v: Verdict) -> bool:
-    return v.guard in ("entropy of token frequencies", "distinct ids", "commonest id", "bytes per token") or (
-        v.guard == "unknown tokens" and "at most" in v.bound
-    )
+def _enough(sides: Mapping[Any, Sequence[Verdict]]) -> str:
+    """Numbers that would let all sides pass, as --widen takes them."""
+    found: dict[str, str] = {}
+    for verdicts in sides.values():
+        for v in verdicts:
+            name, _, number = v.widen.partition("=")
+            wider = min if name.startswith("min") else max
+            if name:
+                found[name] = wider(found.get(name, number), number, key=float)
+    return ",".join(f"{name}={number}" for name, number in found.items())

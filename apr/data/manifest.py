@@ -84,7 +84,10 @@ def read_manifest(path: Path, whole: bool = True) -> Manifest:
     """manifest.json of a shard folder, with every field checked against the others.
 
     whole: also that encoding finished. Raises MalformedFile."""
-    d = read_json(path)
+    try:
+        d = read_json(path)
+    except MalformedFile as e:
+        raise MalformedFile(f"{e}; apr tokenize repair-manifest makes a new one of the shards") from None
     if not isinstance(d, dict) or d.get("format") != FORMAT:
         found = d.get("format") if isinstance(d, dict) else type(d).__name__
         raise MalformedFile(

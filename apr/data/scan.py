@@ -31,6 +31,7 @@ class Scan:
     identities  uint64, sorted, of the documents, where they were asked for
     shared      how many documents are among those of another folder, where one was given
     ends        how often the end-of-text id occurs
+    tail        tokens after the last of them
     """
 
     counts: np.ndarray
@@ -41,6 +42,7 @@ class Scan:
     identities: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     shared: int = 0
     ends: int = 0
+    tail: int = 0
 
 
 @dataclass
@@ -109,6 +111,7 @@ def scan(
             for identities, lengths in zip(shard.identities, shard.lengths, strict=True):
                 finish(identities, lengths)
             open_part = shard.tail
+    out.tail = open_part.tokens
     if eos_id is not None:
         finish(*_finished(open_part))  # with an EOS between documents only, the last one has none
         out.ends = int(out.counts[eos_id]) if eos_id < vocab_size else 0

@@ -125,10 +125,15 @@ class ShardWriter:
                     old.unlink()
         if m.shards:
             arrays = [open_shard(self.folder, s) for s in m.shards]
-            found = scan(arrays, m.vocab_size, None, threads=cores())
+            found = scan(arrays, m.vocab_size, m.eos_token_id, threads=cores())
             check_scan(self.folder, m, found)
             self._counts += found.counts
             last = m.shards[-1]
+            if m.eos_policy == "after" and (found.ends, found.tail) != (last["documents"], last["partial"]):
+                raise MalformedFile(
+                    f"{path}: the last shard ends after {last['documents']} documents and {last['partial']} tokens, the shards "
+                    f"say {found.ends} and {found.tail}; encode into another folder"
+                )
             self._written, self._skip = last["documents"], last["partial"]
             self._check = (self._written, last["corpus_sha256"]) if self._written else None
 
@@ -140,6 +145,11 @@ class ShardWriter:
             self.close()
         else:
             self.abandon()
+
+    @property
+    def behind(self) -> bool:
+        """Whether documents that are in whole shards are still to be offered again."""
+        return self.total_documents < self._written or self._skip > 0
 
     def holds(self, number: int) -> bool:
         """Whether the document of this number, counted from 0, is in whole shards: its ids are not needed."""
@@ -318,6 +328,10 @@ class TokenShards:
             raise MalformedFile(
                 f"{path}: vocab_size = {m.vocab_size}, its tokenizer has {tokenizer.vocab_size}"
             )
+        if tokenizer and tokenizer.normalization != m.normalization:
+            raise MalformedFile(
+                f"{path}: normalization = {m.normalization!r}, its tokenizer has {tokenizer.normalization!r}"
+            )
         names = {s["name"] for s in m.shards}
         extra = sorted(p.name for p in self.folder.glob("*.bin") if p.name not in names)
         if extra:
@@ -355,6 +369,11 @@ class TokenShards:
         for key, value in figures(found.counts, m.total_bytes, unknown).items():
             if key != "unknown_tokens" or unknown is not None:
                 same_figure(f"{path}: audit.{key}", m.audit[key], value)
+        ends = int(found.counts[m.eos_token_id]) if m.eos_token_id is not None else 0
+        if m.eos_policy == "none" and ends:
+            raise MalformedFile(
+                f"{path}: eos_policy = 'none', but the shards hold {ends} end-of-text ids {m.eos_token_id}"
+            )
         if m.eos_policy != "none":
             documents = found.ends + (m.eos_policy == "between")
             if documents != m.total_documents:
@@ -368,10 +387,15 @@ def open_shard(folder: Path, shard: dict[str, Any]) -> np.ndarray:
     """A shard that a manifest lists, uint32 (tokens,), mapped. Raises MalformedFile: missing, or another size."""
     path = folder / shard["name"]
     if not path.is_file():
-        raise MalformedFile(f"{path}: missing; {MANIFEST} lists it with {shard['tokens']} tokens")
+        raise MalformedFile(
+            f"{path}: missing; {MANIFEST} lists it with {shard['tokens']} tokens; restore it, or encode the corpus again"
+        )
     size = path.stat().st_size
     if size != 4 * shard["tokens"]:
-        raise MalformedFile(f"{path}: {size} bytes, {MANIFEST} says {shard['tokens']} tokens of 4 bytes")
+        raise MalformedFile(
+            f"{path}: {size} bytes, {MANIFEST} says {shard['tokens']} tokens of 4 bytes; restore it, or make a manifest of "
+            "what is there with apr tokenize repair-manifest"
+        )
     return np.memmap(path, dtype="<u4", mode="r").view(np.ndarray)
 
 

@@ -93,7 +93,7 @@ def _open_data(
             if tokenizer is None:
                 raise Refused(f"{s.init}: no tokenizer in the checkpoint; give --tokenizer")
         if tokenizer:
-            enforce([fits_model(tokenizer, cfg.vocab_size)], tokenizer.source)
+            enforce({tokenizer.source: [fits_model(tokenizer, cfg.vocab_size)]})
         corpus = _corpus(s)
         made_by = tokenizer.sha256 if tokenizer else f"vocab {cfg.vocab_size}"
         where = "stdlib" if s.corpus == "stdlib" else str(Path(s.corpus).resolve())
@@ -117,7 +117,7 @@ def _open_data(
         if s.val_dataset:
             folders["val"] = Path(s.val_dataset)
         tokenizer = tokenizer or Tokenizer.from_file(tokenizer_beside(folder))
-        enforce([fits_model(tokenizer, cfg.vocab_size)], tokenizer.source)
+        enforce({tokenizer.source: [fits_model(tokenizer, cfg.vocab_size)]})
     sides = audit(folders, tokenizer, bounds, cfg.vocab_size, progress=progress)
     enforce_all(sides)
     return tokenizer, sides, name, left_out
