@@ -18,7 +18,8 @@ def option(
     help: str, default: Any = None, choices: Sequence[str] = (), positional: bool = False, short: str = ""
 ) -> Any:
     """A dataclass field with a help text. choices limits the values; positional takes no flag; short is a second,
-    one-letter flag. A field of type tuple[str, ...] takes one value or more."""
+    one-letter flag. A field of type tuple[str, ...] takes one value or more when it is positional, and else a value each
+    time its flag is given."""
     meta = {"help": help, "choices": tuple(choices), "positional": positional, "short": short}
     return dataclasses.field(default=default, metadata=meta)
 
@@ -57,14 +58,14 @@ def given(cls: type, args: Sequence[str], prog: str, description: str) -> dict[s
     for f in dataclasses.fields(cls):
         kind, meta = plain[f.name], f.metadata
         text = meta["help"].replace("%", "%%")
-        if f.default not in (None, "", False) and not meta["positional"]:
+        if f.default not in (None, "", False, ()) and not meta["positional"]:
             text += f" (default {f.default})"
         name = f.name if meta["positional"] else "--" + f.name.replace("_", "-")
         names = [name, "-" + meta["short"]] if meta["short"] else [name]
-        if kind is tuple:
-            parser.add_argument(
-                *names, help=text, metavar=f.name.upper(), nargs="*" if f.default is not None else "+"
-            )
+        if kind is tuple and meta["positional"]:
+            parser.add_argument(*names, help=text, metavar=f.name.upper(), nargs="+")
+        elif kind is tuple:  # not several values to one flag: it would swallow what follows
+            parser.add_argument(*names, help=text, metavar=f.name.split("_")[-1].upper(), action="append")
         elif kind is bool:
             parser.add_argument(name, help=text, action=argparse.BooleanOptionalAction)
         elif meta["positional"]:

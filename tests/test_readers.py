@@ -208,7 +208,7 @@ def test_what_cannot_be_read_is_named_in_a_folder_and_an_error_on_its_own(tmp_pa
     found = find_sources([tmp_path])
     server.close()
     why = {s.name.removeprefix(f"{tmp_path}/"): s.detail for s in found.skipped}
-    assert why.pop("broken.txt").startswith(f"a link to {tmp_path}/nowhere, which leads nowhere")
+    assert why.pop("broken.txt").startswith(f"a link to {tmp_path}/nowhere, which cannot be followed")
     assert why == {
         n + ".txt": f"a {k}, not a file"
         for n, k in (("pipe", "pipe"), ("socket", "socket"), ("null", "device"))
@@ -906,3 +906,12 @@ def test_a_line_of_millions_of_numbers_is_not_parsed(tmp_path: Path, monkeypatch
     assert (first.reason, first.name.rsplit(":")[-1]) == ("too long", "1")
     assert isinstance(second, Document)
     assert second.text == text
+
+
+def test_hidden_files_of_a_folder_are_left_out_and_counted(tmp_path: Path) -> None:
+    for name in ("a.py", ".b.py", ".env"):
+        (tmp_path / name).write_text(name)
+    found = find_sources([tmp_path])
+    assert [s.path.name for s in found] == ["a.py"]
+    assert found.left_out == {"hidden": 2}
+    assert [s.path.name for s in find_sources([tmp_path / ".b.py"])] == [".b.py"]

@@ -54,7 +54,16 @@ def call(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, s
 
 
 def test_train(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ("train", text, "--vocab-size", "330", "--special-tokens", "<|pad|>", "<|user|>")
+    args = (
+        "train",
+        text,
+        "--vocab-size",
+        "330",
+        "--special-tokens",
+        "<|pad|>",
+        "--special-tokens",
+        "<|user|>",
+    )
     code, out, _ = call(capsys, *args, "-o", tmp_path / "a")
     assert code == 0
     assert "330 ids" in out
@@ -207,6 +216,55 @@ def test_estimate_is_near(text: Path, tok: Path, tmp_path: Path, capsys: pytest.
     tokens = d["train"]["total_tokens"] + d["val"]["total_tokens"]
     assert abs(e["tokens"] - tokens) < 0.1 * tokens
     assert e["documents"] == 93
+
+
+def test_estimate_of_packed_and_parquet_files(
+    tok: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is only read in part is scaled by what was read of it."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    rng = random.Random(3)
+    rows = [" ".join(rng.choices(["alpha", "beta", "None", "x1"], k=400)) + f" {i}" for i in range(4000)]
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    records = "".join(json.dumps({"text": r, "id": i}) + "\n" for i, r in enumerate(rows))
+    (tmp_path / "b.jsonl").write_text(records)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(records.encode()))
+    (tmp_path / "d.txt").write_text("\n".join(rows))
+    total = sum(len(r) for r in rows)
+    for name in ("a.parquet", "b.jsonl", "c.jsonl.gz", "d.txt"):
+        _, out, _ = encode(capsys, tmp_path / name, tok, tmp_path / "none", "--estimate-only", "--json")
+        e = json.loads(out)
+        assert e["sample_bytes"] < total / 2, name
+        near = 0.25 if name.endswith(".gz") else 0.1  # an archive is read ahead of what it gives
+        assert abs(e["text_bytes"] - total) < near * total, name
+        assert e["documents"] == 1 if name == "d.txt" else abs(e["documents"] - 4000) < near * 4000, name
+        assert abs(e["tokens"] / e["text_bytes"] - e["sample_tokens"] / e["sample_bytes"]) < 0.01, name
+
+
+def test_nothing_is_written_among_the_input_or_over_a_tokenizer(
+    text: Path, tok: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out in (text, text / "out"):
+        code, _, err = encode(capsys, text, tok, out)
+        assert code == 2
+        assert "the next encoding would read it too" in err
+    code, _, err = encode(capsys, text, tok, tok)
+    assert code == 2
+    assert "holds a tokenizer" in err
+    before = files_of(tok)
+    code, _, err = call(capsys, "train", text, "--vocab-size", "300", "-o", tok)
+    assert code == 5
+    assert "holds a tokenizer; remove it, or choose another folder" in err
+    assert files_of(tok) == before
+
+
+def test_what_does_nothing_is_said(
+    text: Path, tok: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = encode(capsys, text, tok, tmp_path / "a", "--separator", "###", "--resume")
+    assert "no line of a text file is exactly '###'" in out
+    assert "nothing to resume in" in out
 
 
 def test_one_file_in_documents(tok: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

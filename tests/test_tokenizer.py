@@ -1496,3 +1496,14 @@ def test_checks_leave_the_fields_alone() -> None:
         before = copy.deepcopy(d)
         check(d, "memory")
         assert d == before
+
+
+def test_a_byte_level_tokenizer_that_loses_text_is_not_imported(tok: Tokenizer, tmp_path: Path) -> None:
+    """A pre-tokenizer that drops spaces: every byte has a token, and the text is lost all the same."""
+    d = json.loads(tok.json)
+    spaces = {"type": "WhitespaceSplit"}
+    d["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [spaces, *d["pre_tokenizer"]["pretokenizers"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(d))
+    with pytest.raises(Refused, match="loses text"):
+        import_hf(str(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -542,7 +542,7 @@ def test_masks_are_refused_where_no_id_ends_a_document(place, run, tmp_path, cap
     assert not (tmp_path / "refused").exists()
 
 
-def test_validation_windows_are_held_out_of_a_plain_dataset(run, place, tmp_path):
+def test_validation_windows_are_held_out_of_a_plain_dataset(run, place, tmp_path, capsys):
     source = prepared(run, place)
     args = [
         "--dataset",
@@ -554,6 +554,11 @@ def test_validation_windows_are_held_out_of_a_plain_dataset(run, place, tmp_path
     ]
     assert pretrain(place, tmp_path / "a", *args, "--val-batches", 2, model=False) == 0
     data = json.loads((tmp_path / "a" / "config.json").read_text())["data"]
+    total = TokenShards(source / "train").total_tokens
+    assert (
+        f"{total - 8 * 16:,} tokens to train on, the last 128 of the shards held out"
+        in capsys.readouterr().out
+    )
     assert data["val_windows"] == 8
     assert data["train_windows"] == len(Windows(TokenShards(source / "train"), 16)) - 8
 
@@ -563,6 +568,18 @@ def test_a_run_directory_is_never_overwritten(run, place, capsys):
     assert pretrain(place, run) == 5
     assert "--resume" in capsys.readouterr().err
     assert without_time(lines(run)) == before
+
+
+def test_a_run_on_relative_paths_can_be_resumed(place, run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(prepared(run, place), tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    args = ["--dataset", "data", "--model", place / "config.json", "--num-steps", 8]
+    assert pretrain(place, "a", *args, model=False) == 0
+    state = sorted((tmp_path / "a" / "ckpt" / "state").glob("*.apr"))
+    state[-1].unlink()  # as if it had been stopped before the last save
+    assert main(["pretrain", "--resume", "--run-dir", "a"]) == 0, capsys.readouterr().err
+    monkeypatch.chdir(place)
+    assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "a")]) == 0
 
 
 def test_a_resumed_run_keeps_its_settings(run, capsys):

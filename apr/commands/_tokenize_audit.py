@@ -49,7 +49,8 @@ def main(args: Sequence[str]) -> int:
     tokenizer = Tokenizer.from_file(where)
     sides = sides_of(folder)
     if f.val_dataset:
-        sides["val"] = Path(f.val_dataset)
+        given = Path(f.val_dataset)
+        sides["val"] = given / "val" if (given / "val").is_dir() else given
     try:
         found = audit(
             sides,

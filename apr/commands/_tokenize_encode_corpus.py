@@ -8,14 +8,15 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from ..data.encode import SKIPPED, Encoded, encode_corpus
+from ..data.encode import RECORD, SKIPPED, Encoded, encode_corpus
 from ..data.estimate import Estimate, estimate
 from ..data.guards import Bounds
 from ..data.manifest import EOS_POLICIES
 from ..data.readers import Corpus
-from ..data.show import EncodeProgress, clock
+from ..data.show import EncodeProgress, clock, plural
 from ..data.sources import Sources, find_sources
 from ..data.tokenizer import Tokenizer
 from ..errors import Interrupted, UsageError
@@ -64,6 +65,10 @@ def main(args: Sequence[str]) -> int:
     found = find_sources(f.inputs)
     if left_out := found.summary():
         show.note(f"left out: {left_out}")
+    if f.output:
+        _apart(f)
+    if f.resume and not (Path(f.output) / RECORD).is_file():
+        show.note(f"nothing to resume in {f.output}: encoding from the beginning")
     corpus = Corpus(found, f.content_field, f.piece_bytes, f.separator)
     if f.estimate_only:
         return _estimate(f, found, tokenizer, show)
@@ -87,6 +92,8 @@ def main(args: Sequence[str]) -> int:
         raise Interrupted(f"stopped; whole shards are kept. Go on with: {again}") from None
     finally:
         seconds = progress.stop()
+    if f.separator is not None and not corpus.separators:
+        show.note(f"note: no line of a text file is exactly {f.separator!r}: every file is one document")
     result = _result(encoded, seconds)
     if f.json:
         print(json.dumps(result, indent=2))
@@ -117,6 +124,19 @@ def _check(f: Flags) -> None:
         raise UsageError(f"--val-fraction {f.val_fraction}: must be at least 0 and below 1")
 
 
+def _apart(f: Flags) -> None:
+    """Raises UsageError where the output would lie among the input, or over a tokenizer."""
+    out = Path(f.output).resolve()
+    for given in f.inputs:
+        folder = Path(given).resolve()
+        if folder.is_dir() and out.is_relative_to(folder):
+            raise UsageError(
+                f"-o {f.output} lies in {given}, which is read: the next encoding would read it too; choose another"
+            )
+    if (out / "tokenizer.json").exists():
+        raise UsageError(f"-o {f.output} holds a tokenizer; choose another folder for the shards")
+
+
 def _estimate(f: Flags, found: Sources, tokenizer: Tokenizer, show: Show) -> int:
     e: Estimate = estimate(found, tokenizer, f.content_field, f.piece_bytes, f.separator)
     if f.json:
@@ -126,12 +146,12 @@ def _estimate(f: Flags, found: Sources, tokenizer: Tokenizer, show: Show) -> int
     show.table(
         "estimate",
         [
-            ("sample", f"{e.sample_documents:,} documents, {e.sample_bytes / 1e6:.1f} MB of text"),
-            ("", f"{e.sample_skipped} that cannot be used"),
+            ("sample", f"the beginnings of files: {e.sample_documents:,} documents, {e.sample_bytes / 1e6:.3g} MB of text"),
+            ("", f"{e.sample_skipped:,} that cannot be used"),
             ("corpus", f"{e.files:,} files, {e.disk_bytes / 1e6:,.1f} MB on disk, {e.text_bytes / 1e6:,.1f} MB of text"),
             ("documents", f"about {e.documents:,}"),
-            ("tokens", f"about {e.tokens / 1e6:,.1f} M ({e.bytes_per_token:.2f} bytes/token), copies not yet dropped"),
-            ("shards", f"about {shards:,}, {4 * e.tokens / 1e9:,.2f} GB"),
+            ("tokens", f"about {e.tokens / 1e6:,.3g} M ({e.bytes_per_token:.2f} bytes/token), copies not yet dropped"),
+            ("shards", f"about {shards:,}, {4 * e.tokens / 1e9:,.3g} GB"),
             ("time", f"about {clock(e.seconds)} at {e.sample_bytes / 1e6 / max(e.sample_seconds, 1e-9):.1f} MB/s"),
         ],
     )  # fmt: skip
@@ -162,18 +182,20 @@ def _print(show: Show, f: Flags, e: Encoded, seconds: float) -> None:
             rows.append(
                 (
                     name,
-                    f"{m.total_documents:,} documents, {m.total_tokens:,} tokens in {m.shard_count:,} shards",
+                    f"{plural(m.total_documents, 'document')}, {m.total_tokens:,} tokens in {plural(m.shard_count, 'shard')}",
                 )
             )
             a = m.audit
             ids = f"{a['distinct_ids']:,} distinct ids, entropy {a['unigram_entropy_nats']:.3f} nats/token"
             rows.append(("", f"{a['bytes_per_token']:.2f} bytes/token, {ids}"))
     skipped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(c.skipped.items())) or "none"
+    norm = e.train.normalization
+    normalized = "" if norm == "none" else f" after the tokenizer's normalization ({norm})"
     named = f" (named in {e.folder / SKIPPED})" if c.skipped else ""
     rows += [
         ("copies dropped", f"{c.duplicates:,}"),
         ("not usable", skipped + named),
-        ("decoded again", f"{c.round_trips:,} documents, each its own text"),
+        ("decoded again", f"{c.round_trips:,} documents, each its own text{normalized}"),
         (
             "speed",
             f"{c.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s, {c.text_bytes / 1e6 / seconds:.1f} MB/s",

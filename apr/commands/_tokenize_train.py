@@ -8,12 +8,13 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..data.corpus import is_held_out
 from ..data.readers import Corpus, LongDocument, Skipped
 from ..data.sources import find_sources
 from ..data.tokenizer import train_tokenizer
-from ..errors import UsageError
+from ..errors import Refused, UsageError
 from ..flags import option, parse
 from ..training.show import Show
 
@@ -24,9 +25,13 @@ class Flags:
 
     inputs: tuple[str, ...] = option("files and folders: text, source code, JSONL, Parquet", positional=True)
     output: str = option("folder to write the tokenizer to", "", short="o")
-    vocab_size: int = option("ids in all, 256 to 200000, special tokens included", 32_000)
+    vocab_size: int = option(
+        "ids in all, special tokens included; 256 bytes and those tokens to 200000", 32_000
+    )
     eos_token: str = option("the token that ends a document; '' for none", "<|endoftext|>")
-    special_tokens: tuple[str, ...] = option("more special tokens, after the end of text", ())
+    special_tokens: tuple[str, ...] = option(
+        "one more special token, after the end of text; may be given again", ()
+    )
     min_frequency: int = option("how often a pair must occur to be merged", 2)
     normalization: str = option("applied to all text first", "none", choices=("none", "nfc"))
     val_fraction: float = option(
@@ -46,6 +51,8 @@ def main(args: Sequence[str]) -> int:
         raise UsageError("say where to write the tokenizer: -o DIR")
     if not 0 <= f.val_fraction < 1:
         raise UsageError(f"--val-fraction {f.val_fraction}: must be at least 0 and below 1")
+    if (Path(f.output) / "tokenizer.json").exists():
+        raise Refused(f"{f.output}: holds a tokenizer; remove it, or choose another folder")
     show = Show(quiet=f.json)
     start = time.perf_counter()
     corpus = Corpus(find_sources(f.inputs), f.content_field, separator=f.separator)
@@ -83,6 +90,8 @@ def main(args: Sequence[str]) -> int:
         else f" (asked for {f.vocab_size:,}: no more pairs occur {f.min_frequency} times)"
     )
     eos = "none" if tokenizer.eos_id is None else f"id {tokenizer.eos_id} {tokenizer.eos_token!r}"
+    if f.separator is not None and not corpus.separators:
+        show.note(f"note: no line of a text file is exactly {f.separator!r}: every file is one document")
     left_out = f"; {len(texts.names):,} left out, such as {texts.names[0]}" if texts.names else ""
     show.table(
         "apr tokenize train",

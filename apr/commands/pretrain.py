@@ -112,6 +112,8 @@ def _check_same_data(i: Inputs, run: RunDir) -> None:
     """A resumed run reads what it began with, or its losses could not be compared. Raises Refused."""
     saved = run.read_config().get("data")
     for key, value in describe(i).items():
+        if key == "corpus":  # a name, which may be written in several ways; the hashes tell
+            continue
         was = saved.get(key) if isinstance(saved, dict) else None
         if was != value:
             raise Refused(
@@ -131,18 +133,18 @@ def _absolute(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _header(show: Show, i: Inputs, run: RunDir) -> None:
-    s, c, train, val = i.settings, i.cfg, i.train.shards, i.val.shards
+    s, c, train = i.settings, i.cfg, i.train.shards
     tokens, what = s.num_steps * s.batch_size * s.seq_length, i.backend.describe()
     show.table(
         "apr pretrain",
         [
             ("corpus", i.corpus_name),
-            ("", f"{train.total_tokens:,} tokens to train on, {val.total_tokens:,} held out ({val.total_documents} documents)"),
+            ("", _split(i)),
             ("tokenizer", f"{i.tokenizer.vocab_size:,} ids, {train.total_bytes / train.total_tokens:.2f} bytes/token"),
             ("data", _guarded(i)),
             ("model", f"{c.family}, {Layout(c).num_parameters:,} parameters: {c.num_layers} layers of {c.hidden_size},"),
             ("", f"heads {c.num_heads}/{c.num_kv_heads} of {c.head_dim}, MLP {c.intermediate_size}"),
-            ("job", f"{s.num_steps:,} steps of {s.batch_size} x {s.seq_length} tokens = {tokens / 1e6:.2f} M tokens"),
+            ("job", f"{s.num_steps:,} steps of {s.batch_size} x {s.seq_length} tokens = {tokens / 1e6:.3g} M tokens"),
             ("", f"{s.schedule} learning rate up to {s.lr:g}, {s.warmup_steps} warm-up steps, seed {s.seed}"),
             ("device", f"{i.backend.name}{' (chosen by auto)' if s.device == 'auto' else ''}: {what.get('gpu') or what['cpu']}"),
             ("", f"{s.dtype}, {s.micro_batch_size} sequences at once{', recomputing blocks' if s.recompute else ''}"),
@@ -155,11 +157,26 @@ def _header(show: Show, i: Inputs, run: RunDir) -> None:
         show.note(f"about the device: {i.device_note}")
 
 
+def _split(i: Inputs) -> str:
+    """How many tokens there are to train on, and what is held out of them."""
+    train, val = i.train.shards, i.val.shards
+    if val is not train:
+        documents = f"{val.total_documents:,} document{'s' if val.total_documents != 1 else ''}"
+        return f"{train.total_tokens:,} tokens to train on, {val.total_tokens:,} held out ({documents})"
+    held = len(i.val) * i.val.seq_length
+    return f"{train.total_tokens - held:,} tokens to train on, the last {held:,} of the shards held out"
+
+
 def _guarded(i: Inputs) -> str:
     """The guards in one line: how many passed, the figures that tell most, and what was not asked or widened."""
     verdicts = [v for side in i.audit for v in side.verdicts]
     figures = i.train.shards.manifest.audit
-    odd = [f"{v.guard} {v.word if v.passed is None else ''}: {v.note}" for v in verdicts if v.note]
+    odd = [
+        f"{side.name}: {v.guard}{' not asked' if v.passed is None else ''}: {v.note}"
+        for side in i.audit
+        for v in side.verdicts
+        if v.note
+    ]
     passed = sum(v.passed is True for v in verdicts)
     text = (
         f"{passed} of {len(verdicts)} guards passed: {figures['distinct_ids']:,} distinct ids, the commonest "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from .cut import Cutter
 from .readers import Corpus, LongDocument, Skipped
@@ -49,42 +49,57 @@ def estimate(
     for kind in sorted({(s.kind, s.compression) for s in sources}):
         of_kind = [s for s in sources if (s.kind, s.compression) == kind]
         step = max(1, -(-len(of_kind) // FILES))
-        read = documents = size = tokens = 0
+        read = documents = size = 0
+        tokens = 0.0
         for source in of_kind[step // 2 :: step] or of_kind:
-            corpus = Corpus([source], content_field, piece_bytes, separator)
-            texts: list[str] = []
-            taken, whole = 0, True
-            for text, new in _texts(corpus, out):
-                texts.append(text)
-                documents += new
-                taken += len(text.encode())
-                if taken >= FILE_BYTES:
-                    whole = False
-                    break
+            sample = _read(Corpus([source], content_field, piece_bytes, separator), source)
             start = time.perf_counter()
-            tokens += sum(ids.size for ids in tokenizer.encode_batch(list(cutter.pieces(texts))))
+            found = sum(ids.size for ids in tokenizer.encode_batch(list(cutter.pieces(sample.texts))))
             out.sample_seconds += time.perf_counter() - start
-            size += taken
-            # What was read of a text file is known exactly; of an archive only what was taken off the disk.
-            read += source.size if whole else taken if kind == ("text", "") else max(1, corpus.bytes_read)
+            out.sample_skipped += sample.skipped
+            out.sample_documents += sample.documents
+            out.sample_bytes += sample.sampled
+            out.sample_tokens += found
+            documents += sample.documents
+            size += sample.bytes
+            tokens += found * sample.bytes / max(sample.sampled, 1)
+            read += sample.read
         scale = sum(s.size for s in of_kind) / max(read, 1)
         out.documents += round(documents * scale)
         out.tokens += round(tokens * scale)
         out.text_bytes += round(size * scale)
-        out.sample_documents += documents
-        out.sample_bytes += size
-        out.sample_tokens += tokens
     out.seconds = out.text_bytes * out.sample_seconds / max(out.sample_bytes, 1)
     return out
 
 
-def _texts(corpus: Corpus, out: Estimate) -> Iterator[tuple[str, bool]]:
-    """Texts, long ones in chunks, and whether each begins a document."""
+@dataclass
+class _Sample:
+    """The beginning of a file: its documents, what of their text is encoded, and the bytes on disk that it is."""
+
+    texts: list[str] = field(default_factory=list)
+    documents: int = 0
+    skipped: int = 0
+    bytes: int = 0  # of text
+    sampled: int = 0  # of those, in `texts`
+    read: int = 0
+
+
+def _read(corpus: Corpus, source: Source) -> _Sample:
+    """At least FILE_BYTES of text, up to where the reader goes to the disk again: by then it has given all that it read."""
+    out, at = _Sample(read=source.size), 0
     for item in corpus:
+        if out.bytes >= FILE_BYTES and corpus.bytes_read > at:
+            out.read = corpus.bytes_read
+            break
+        at = corpus.bytes_read
         if isinstance(item, Skipped):
-            out.sample_skipped += 1
+            out.skipped += 1
             continue
-        new = True
+        out.documents += 1
+        out.bytes += item.bytes if isinstance(item, LongDocument) else len(item.data)
         for text in item.chunks() if isinstance(item, LongDocument) else [item.text]:
-            yield text, new
-            new = False
+            if out.sampled >= FILE_BYTES:
+                break
+            out.texts.append(text)
+            out.sampled += len(text.encode())
+    return out

@@ -24,6 +24,10 @@ CONFIG, ADDED, SPECIAL = "tokenizer_config.json", "added_tokens.json", "special_
 HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
+# Two spaces, a line end, a tab, indentation, digits, other scripts, a combining accent: whatever drops one of these is noticed.
+PROBE = "if x:  # 1234\r\n\treturn  'caf\u00e9 e\u0301 \u4e2d\u6587 \U0001f600'\n\n    don't "
+
+
 def import_hf(
     source: str,
     out_dir: str | Path,
@@ -52,6 +56,10 @@ def import_hf(
     if eos is None:
         eos = FAMILIES[family].eos if family else eos_of_config(files.folder / CONFIG)
     tokenizer = Tokenizer(text, str(files.folder / files.main), eos)
+    if tokenizer.byte_level and (why := tokenizer.check_round_trip(PROBE)):
+        raise Refused(
+            f"{source}: loses text: {why}; its pre-tokenizer or decoder does not go with byte-level ids"
+        )
     tokenizer.made = _made(source, files, family, tokenizer)
     _check_target(Path(out_dir), files.folder, tokenizer)
     tokenizer.save(out_dir, files.objects.get(CONFIG, {}).get("chat_template"))

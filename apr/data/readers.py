@@ -85,7 +85,7 @@ class Corpus:
     content_field: key of the text in a record, with dots for keys within keys ("message.content").
     separator: lines of text files that are exactly this end a document and belong to none. piece_bytes: longer text files
     are cut at blank lines, or lines where there is none, into documents of about this many bytes of UTF-8.
-    bytes_read and total_bytes count bytes on disk, of the latest iteration.
+    bytes_read and total_bytes count bytes on disk, of the latest iteration; separators the documents behind the first of a file.
 
     A text file is used as a whole or not at all; of separated documents, lines and rows each one for itself. In a damaged
     archive those before the damage are used, as far as it shows: gzip and bzip2 tell some damage only by a
@@ -116,7 +116,7 @@ class Corpus:
         self._piece_bytes = piece_bytes
         # Numbers are not looked at: as floats they may have any number of digits.
         self._json = json.JSONDecoder(parse_int=float)
-        self._done = self._now = 0
+        self._done = self._now = self.separators = 0
         if any(source.kind == "parquet" for source in sources):
             _pyarrow()
 
@@ -132,7 +132,7 @@ class Corpus:
         return self._done + self._now
 
     def __iter__(self) -> Iterator[Item]:
-        self._done = self._now = 0
+        self._done = self._now = self.separators = 0
         if isinstance(self.sources, Sources):
             yield from self.sources.skipped
         kinds = {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet}
@@ -152,7 +152,7 @@ class Corpus:
     def _text(self, source: Source, advance: Callable[[int], None]) -> Iterator[Item]:
         blocks = source.blocks(first=min(source.size, LONG) + 4, advance=advance)
         if self._separator is not None:
-            return _separated(source, blocks, self._separator)
+            return self._counted(_separated(source, blocks, self._separator))
         whole = _whole(source, blocks)
         limit = self._piece_bytes
         if limit is None or isinstance(whole, Skipped):
@@ -160,6 +160,12 @@ class Corpus:
         if isinstance(whole, Document) and len(whole.data) <= limit:
             return iter([whole])
         return _pieces(source, whole, limit)
+
+    def _counted(self, items: Iterator[Item]) -> Iterator[Item]:
+        """Documents of a file with separators; all but the first ended one."""
+        for number, item in enumerate(items):
+            self.separators += number > 0
+            yield item
 
     def _jsonl(self, source: Source, advance: Callable[[int], None]) -> Iterator[Item]:
         number = 0
@@ -248,7 +254,10 @@ class Utf8:
         """Text up to the last whole character. Raises Unusable: not UTF-8, NUL bytes."""
         data = self._rest + block
         if (nul := data.find(0)) >= 0:
-            raise Unusable("NUL bytes", f"the first at byte {self.at + nul}: binary data in all likelihood")
+            raise Unusable(
+                "NUL bytes",
+                f"the first at byte {self.at + nul}: binary data, or an archive of files, which must be unpacked",
+            )
         try:
             text, used = codecs.utf_8_decode(data, "strict", final)
         except UnicodeDecodeError as e:

@@ -33,7 +33,10 @@ def repair_manifest(
         raise InputNotFound(f"{folder}: no such folder")
     paths = [p for p in our_files(folder) if p.name != MANIFEST]
     if not paths:
-        raise InputNotFound(f"{folder}: holds no shard-00000.bin")
+        below = ", ".join(str(folder / side) for side in ("train", "val") if (folder / side).is_dir())
+        raise InputNotFound(
+            f"{folder}: holds no shard-00000.bin" + (f"; give one of {below}" if below else "")
+        )
     for i, path in enumerate(paths):
         size = path.stat().st_size
         if path.name != shard_name(i):

@@ -55,6 +55,11 @@ class EncodeProgress:
         return time.perf_counter() - self._start
 
 
+def plural(n: int, word: str) -> str:
+    """1 shard, 2 shards."""
+    return f"{n:,} {word}{'' if n == 1 else 's'}"
+
+
 def clock(seconds: float) -> str:
     """1:02:03, or 2:03."""
     minutes, s = divmod(round(seconds), 60)

@@ -349,7 +349,10 @@ class _Finder:
                     self._skip(root, name, _unreachable(entry.path, e))
                     continue
                 if not stat.S_ISDIR(status.st_mode):
-                    yield name, status
+                    if entry.name.startswith("."):
+                        self.found.left_out["hidden"] += 1
+                    else:
+                        yield name, status
                 elif entry.name.startswith(".") or entry.name in self._skip_folders:
                     self.found.folders_left_out[_printable(entry.name)] += 1
                 elif self._first_time(status):
@@ -390,7 +393,7 @@ def _unreadable(path: str, status: os.stat_result) -> str:
 
 def _unreachable(path: str, error: OSError) -> str:
     if os.path.islink(path):
-        return f"a link to {_printable(os.readlink(path))}, which leads nowhere ({error.strerror})"
+        return f"a link to {_printable(os.readlink(path))}, which cannot be followed ({error.strerror})"
     return "no such file or folder" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
 
 

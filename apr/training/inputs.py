@@ -115,7 +115,8 @@ def _open_data(
         folder = Path(str(s.dataset))
         folders, name, left_out = sides_of(folder), str(folder), ""
         if s.val_dataset:
-            folders["val"] = Path(s.val_dataset)
+            given = Path(s.val_dataset)
+            folders["val"] = given / "val" if (given / "val").is_dir() else given
         tokenizer = tokenizer or Tokenizer.from_file(tokenizer_beside(folder))
         enforce({tokenizer.source: [fits_model(tokenizer, cfg.vocab_size)]})
     sides = audit(folders, tokenizer, bounds, cfg.vocab_size, progress=progress)

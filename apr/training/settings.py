@@ -23,9 +23,8 @@ class Settings:
     """The flags of `apr pretrain`, one field each; None means "depends on other settings"."""
 
     corpus: str | None = option(
-        "raw text to train on: a file or folder of text, source code, JSONL or Parquet, or 'stdlib' for this Python's own "
-        "standard library; "
-        "tokenised once into a cache"
+        "raw text to train on: a file or folder of text, source code, JSONL or Parquet, or 'stdlib' for this "
+        "Python's own standard library; tokenised once into a cache; a single text file is cut into about 100 documents"
     )
     dataset: str | None = option("folder of token shards (or one with train/ and val/ inside)")
     content_field: str = option("with --corpus, key of the text in JSONL records and Parquet files", "text")
@@ -216,6 +215,8 @@ def resolve(s: Settings) -> Settings:
             raise UsageError(
                 f"--{name.replace('_', '-')} = {getattr(s, name)}: must be at least 0 and below 1"
             )
+    if s.corpus and not s.val_fraction:
+        raise UsageError("--val-fraction 0 leaves nothing to validate with; give a share above 0")
     if s.spot_check < -1:
         raise UsageError(f"--spot-check = {s.spot_check}: must be a number of steps, 0 (once) or -1 (never)")
     if s.val_batches is not None and s.val_batches < 1:
