@@ -13,6 +13,7 @@ import pytest
 from data_cases import corpus, edit_json, edit_shard_row, files_of, flip_byte, put, rewrite, write
 
 from apr.data.corpus import Document
+from apr.data.manifest import FIGURES
 from apr.data.shards import ShardWriter, TokenShards
 from apr.data.tokenizer import Tokenizer, train_tokenizer
 from apr.errors import InputNotFound, IOFailure, MalformedFile, Refused
@@ -90,14 +91,6 @@ def append(folder: Path, n: int) -> None:
     path.write_bytes(path.read_bytes() + b"\0" * n)
 
 
-AUDIT = (
-    "distinct_ids",
-    "unigram_entropy_nats",
-    "top_id",
-    "top_id_share",
-    "bytes_per_token",
-    "unknown_tokens",
-)
 MANIFEST_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"total_tokens": 7}, r"total_tokens = 7, its shards add up to \d+"),
     ({"total_bytes": 7}, r"audit\.bytes_per_token"),
@@ -115,8 +108,8 @@ MANIFEST_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"format": "apr-shards-9"}, "apr-shards-9"),
     ({"seq": 1}, r"unknown keys \['seq'\]"),
     ({"audit": {}}, "audit = {}"),
-    ({"audit": dict.fromkeys(AUDIT, "1")}, "is not a figure"),
-    ({"audit": dict.fromkeys(AUDIT, math.nan)}, "is not a figure"),
+    ({"audit": dict.fromkeys(FIGURES, "1")}, "is not a figure"),
+    ({"audit": dict.fromkeys(FIGURES, math.nan)}, "is not a figure"),
     ({"shards": 5}, "shards lists 5"),
     ({"tokenizer_sha256": "x"}, "tokenizer_sha256 = 'x'"),
 ]

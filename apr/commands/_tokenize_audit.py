@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config import load_config
-from ..data.audit import Side, audit, sides_of, tokenizer_beside
+from ..data.audit import Side, audit, sides_of, tokenizer_of_shards
 from ..data.guards import Bounds
 from ..data.show import draw_audit, print_verdicts
 from ..data.tokenizer import Tokenizer
-from ..errors import InputNotFound, IOFailure
+from ..errors import IOFailure
 from ..flags import option, parse
 from ..training.show import Show
 
@@ -39,14 +39,9 @@ def main(args: Sequence[str]) -> int:
     """Returns the exit code: 9 when a guard fails; errors are raised."""
     f = parse(Flags, args, "apr tokenize audit", __doc__ or "")
     folder = Path(f.dataset)
-    if not folder.is_dir():
-        raise InputNotFound(f"{folder}: no such folder; give one with token shards")
     bounds = Bounds.parse(f.widen)
     show = Show(quiet=f.json)
-    where = Path(f.tokenizer) if f.tokenizer else tokenizer_beside(folder)
-    if not where.exists():
-        raise InputNotFound(f"{where}: no such folder; say with --tokenizer which tokenizer made the shards")
-    tokenizer = Tokenizer.from_file(where)
+    tokenizer = tokenizer_of_shards(folder, f.tokenizer)
     sides = sides_of(folder)
     if f.val_dataset:
         given = Path(f.val_dataset)

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..data.audit import tokenizer_beside
+from ..data.audit import tokenizer_of_shards
 from ..data.manifest import MANIFEST
 from ..data.repair import repair_manifest
 from ..data.shards import TokenShards
 from ..data.tokenizer import Tokenizer
-from ..errors import AprError, InputNotFound, Refused
+from ..errors import AprError, Refused
 from ..flags import option, parse
 from ..training.show import Show
 
@@ -35,12 +35,7 @@ def main(args: Sequence[str]) -> int:
     """Returns the exit code; errors are raised."""
     f = parse(Flags, args, "apr tokenize repair-manifest", __doc__ or "")
     folder = Path(f.dataset)
-    if not folder.is_dir():
-        raise InputNotFound(f"{folder}: no such folder")
-    where = Path(f.tokenizer) if f.tokenizer else tokenizer_beside(folder)
-    if not where.exists():
-        raise InputNotFound(f"{where}: no such folder; say with --tokenizer which tokenizer made the shards")
-    tokenizer = Tokenizer.from_file(where)
+    tokenizer = tokenizer_of_shards(folder, f.tokenizer)
     if not f.replace and _sound(folder, tokenizer):
         raise Refused(
             f"{folder / MANIFEST}: agrees with the shards, and says more than they do; nothing was changed. --replace rebuilds it"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import AprError
+from ..errors import AprError, InputNotFound
 from .guards import USUAL, Bounds, Verdict, disjoint, enforce, fits_model, plausible, round_trip
 from .scan import Scan
 from .shards import TokenShards
@@ -38,6 +38,16 @@ def tokenizer_beside(folder: Path) -> Path:
     """Where `encode-corpus` puts the tokenizer of a folder of shards, or of the one that holds train/ and val/."""
     inside, beside = folder / "tokenizer", folder.parent / "tokenizer"
     return beside if beside.is_dir() and not inside.is_dir() else inside
+
+
+def tokenizer_of_shards(folder: Path, given: str | None) -> Tokenizer:
+    """The tokenizer that made the shards of a folder: `given`, or the one beside them. Raises InputNotFound."""
+    if not folder.is_dir():
+        raise InputNotFound(f"{folder}: no such folder; give one with token shards")
+    where = Path(given) if given else tokenizer_beside(folder)
+    if not where.exists():
+        raise InputNotFound(f"{where}: no such folder; say with --tokenizer which tokenizer made the shards")
+    return Tokenizer.from_file(where)
 
 
 def audit(
