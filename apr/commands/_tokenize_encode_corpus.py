@@ -189,6 +189,7 @@ def _print(show: Show, f: Flags, e: Encoded, seconds: float) -> None:
             ids = f"{a['distinct_ids']:,} distinct ids, entropy {a['unigram_entropy_nats']:.3f} nats/token"
             rows.append(("", f"{a['bytes_per_token']:.2f} bytes/token, {ids}"))
     skipped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(c.skipped.items())) or "none"
+    resumed = ", what was there already only read" if f.resume else ""
     norm = e.train.normalization
     normalized = "" if norm == "none" else f" after the tokenizer's normalization ({norm})"
     named = f" (named in {e.folder / SKIPPED})" if c.skipped else ""
@@ -198,7 +199,7 @@ def _print(show: Show, f: Flags, e: Encoded, seconds: float) -> None:
         ("decoded again", f"{c.round_trips:,} documents, each its own text{normalized}"),
         (
             "speed",
-            f"{c.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s, {c.text_bytes / 1e6 / seconds:.1f} MB/s",
+            f"{c.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s, {c.text_bytes / 1e6 / seconds:.1f} MB/s{resumed}",
         ),
         ("train with", f"apr pretrain --dataset {shlex.quote(str(e.folder))} --model PRESET"),
     ]
