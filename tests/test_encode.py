@@ -175,7 +175,7 @@ def test_a_kill_at_any_moment_and_resume_give_the_same_bytes(tmp_path: Path, tok
             stderr=subprocess.PIPE,
             text=True,
         )
-        more = rng.randint(1, 25) if attempt < 4 else 1 << 30
+        more = rng.randint(1, 15) if attempt < 4 else 1 << 30
         before = len(list(out.glob("*/shard-*.bin")))
         while process.poll() is None and len(list(out.glob("*/shard-*.bin"))) < before + more:
             time.sleep(0.0005)
