@@ -464,7 +464,10 @@ def test_jsonl_fields(tmp_path: Path) -> None:
     items = read(write(tmp_path / "f.jsonl", "\n".join(map(json.dumps, lines))), content_field="m.c")
     assert texts(items) == ["yes"]
     details = [i.detail for i in items if isinstance(i, Skipped)]
-    assert details[:2] == ["m is a string, not an object", "no m.c; there is 'd'"]
+    assert details[:2] == [
+        "m is a string, not an object",
+        "no 'm.c'; there is 'd'; say with --content-field which is the text",
+    ]
     assert details[2].startswith("no m; there is 'k0', 'k1'")
     assert details[2].endswith("'k9' and 2 more")
     path = write(tmp_path / "utf16.jsonl", '{"text": "x"}'.encode("utf-16"))

@@ -144,7 +144,7 @@ def _header(show: Show, i: Inputs, run: RunDir) -> None:
             ("data", _guarded(i)),
             ("model", f"{c.family}, {Layout(c).num_parameters:,} parameters: {c.num_layers} layers of {c.hidden_size},"),
             ("", f"heads {c.num_heads}/{c.num_kv_heads} of {c.head_dim}, MLP {c.intermediate_size}"),
-            ("job", f"{s.num_steps:,} steps of {s.batch_size} x {s.seq_length} tokens = {tokens / 1e6:.3g} M tokens"),
+            ("job", f"{s.num_steps:,} steps of {s.batch_size} x {s.seq_length} tokens = {_millions(tokens)} tokens"),
             ("", f"{s.schedule} learning rate up to {s.lr:g}, {s.warmup_steps} warm-up steps, seed {s.seed}"),
             ("device", f"{i.backend.name}{' (chosen by auto)' if s.device == 'auto' else ''}: {what.get('gpu') or what['cpu']}"),
             ("", f"{s.dtype}, {s.micro_batch_size} sequences at once{', recomputing blocks' if s.recompute else ''}"),
@@ -155,6 +155,11 @@ def _header(show: Show, i: Inputs, run: RunDir) -> None:
         show.note(i.left_out)
     if i.device_note:
         show.note(f"about the device: {i.device_note}")
+
+
+def _millions(n: int) -> str:
+    """1.79 M, or 12,800 where that says more."""
+    return f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n:,}"
 
 
 def _split(i: Inputs) -> str:
@@ -171,18 +176,20 @@ def _guarded(i: Inputs) -> str:
     """The guards in one line: how many passed, the figures that tell most, and what was not asked or widened."""
     verdicts = [v for side in i.audit for v in side.verdicts]
     figures = i.train.shards.manifest.audit
-    odd = [
-        f"{side.name}: {v.guard}{' not asked' if v.passed is None else ''}: {v.note}"
-        for side in i.audit
-        for v in side.verdicts
-        if v.note
-    ]
+    odd: dict[tuple[str, bool, str], list[str]] = {}
+    for side in i.audit:
+        for v in side.verdicts:
+            if v.note:
+                odd.setdefault((side.name, v.passed is None, v.note), []).append(v.guard)
     passed = sum(v.passed is True for v in verdicts)
     text = (
         f"{passed} of {len(verdicts)} guards passed: {figures['distinct_ids']:,} distinct ids, the commonest "
         f"{100 * figures['top_id_share']:.1f} %, entropy {figures['unigram_entropy_nats']:.2f} nats/token"
     )
-    return "\n".join([text, *odd])
+    for (side_name, skipped, note), guards_ in odd.items():
+        which = guards_[0] if len(guards_) == 1 else f"{len(guards_)} guards"
+        text += f"\n{side_name}: {which}{' not asked' if skipped else ''}: {note}"
+    return text
 
 
 def sample_text(i: Inputs, trainer: Trainer, prompt: str, tokens: int = SAMPLE_TOKENS) -> str:

@@ -197,9 +197,11 @@ class Corpus:
                 reason, what = ("not an object", "the record") if not depth else ("no field", where)
                 return Skipped(name, reason, f"{what} is {_json_type(value)}, not an object")
             if key not in value:
-                return Skipped(
-                    name, "no field", f"no {'.'.join(self._keys[: depth + 1])}; there is {_listed(value)}"
+                missing = ".".join(self._keys[: depth + 1])
+                there = (
+                    f"no {missing!r}; there is {_listed(value)}; say with --content-field which is the text"
                 )
+                return Skipped(name, "no field", there)
             value = value[key]
         if not isinstance(value, str):
             return Skipped(name, "not a string", f"{'.'.join(self._keys)} is {_json_type(value)}")
