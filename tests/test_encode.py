@@ -27,6 +27,7 @@ from apr.data.seen import Seen
 from apr.data.shards import TokenShards
 from apr.data.tokenizer import Tokenizer, train_tokenizer
 from apr.errors import IOFailure, Refused
+from apr.formats.atomic import locked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -254,7 +255,10 @@ def test_resuming_with_other_settings_is_refused(
 
 
 def test_two_encodings_of_one_folder_are_refused(tok: Tokenizer, tmp_path: Path) -> None:
-    with encode._locked(tmp_path), pytest.raises(Refused, match="another process is encoding into it"):
+    with (
+        locked(tmp_path, "encoding into it"),
+        pytest.raises(Refused, match="another process is encoding into it"),
+    ):
         run(corpus(14), tok, tmp_path)
     run(corpus(14), tok, tmp_path)
 

@@ -27,6 +27,7 @@ from apr.data.shards import ShardWriter, TokenShards
 from apr.data.tokenizer import Tokenizer
 from apr.formats import atomic
 from apr.formats.apr2 import read_apr
+from apr.formats.atomic import locked
 from apr.formats.models import load_model
 from apr.loading import open_source, put
 from apr.model import Model
@@ -580,6 +581,14 @@ def test_a_run_on_relative_paths_can_be_resumed(place, run, tmp_path, monkeypatc
     assert main(["pretrain", "--resume", "--run-dir", "a"]) == 0, capsys.readouterr().err
     monkeypatch.chdir(place)
     assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "a")]) == 0
+
+
+def test_two_runs_in_one_directory_are_refused(run, capsys):
+    before = without_time(lines(run))
+    with locked(run, "training in it"):
+        assert main(["pretrain", "--resume", "--run-dir", str(run)]) == 5
+        assert "another process is training in it" in capsys.readouterr().err
+    assert without_time(lines(run)) == before
 
 
 def test_a_resumed_run_keeps_its_settings(run, capsys):

@@ -13,6 +13,7 @@ from typing import Any
 from ..config import PRESETS, to_hf
 from ..device import cores
 from ..errors import MalformedFile, Refused, UsageError
+from ..formats.atomic import locked
 from ..generate import generate
 from ..params import Layout
 from ..training.inputs import Inputs, describe, guards, open_inputs
@@ -35,13 +36,14 @@ def main(args: Sequence[str]) -> int:
     try:
         inputs = open_inputs(settings, show.preparing)
         run = _run_dir(inputs)
-        if settings.resume:
-            _check_same_data(inputs, run)
-        _header(show, inputs, run)
-        trainer = Trainer(inputs, run, show, settings.resume)
-        _record_device(show, inputs, run)
-        show.start(trainer.progress.step, settings.num_steps)
-        status = trainer.train()
+        with locked(run.path, "training in it"):
+            if settings.resume:
+                _check_same_data(inputs, run)
+            _header(show, inputs, run)
+            trainer = Trainer(inputs, run, show, settings.resume)
+            _record_device(show, inputs, run)
+            show.start(trainer.progress.step, settings.num_steps)
+            status = trainer.train()
     finally:
         show.stop()
     result = _finish(trainer, show, status, time.perf_counter() - start)

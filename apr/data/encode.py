@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections import deque
@@ -18,7 +17,7 @@ import numpy as np
 from ..config import read_json
 from ..device import cores
 from ..errors import IOFailure, Refused
-from ..formats.atomic import write_json
+from ..formats.atomic import locked, write_json
 from .corpus import Document, is_held_out, make_folder
 from .cut import PIECE, CannotCut, Cutter
 from .guards import USUAL, Bounds, enforce, plausible
@@ -114,7 +113,7 @@ def encode_corpus(
         "shard_tokens": shard_tokens,
         **(made or {}),
     }
-    with _locked(folder):
+    with locked(folder, "encoding into it"):
         _begin(folder, settings, resume)
         tokenizer.save(folder / "tokenizer")
         job = _Encoding(corpus, tokenizer, folder, val_fraction, bounds, workers or cores(), progress)
@@ -378,22 +377,6 @@ def _one_core_each() -> Iterator[None]:
         os.environ.pop(PARALLELISM)
         if was is not None:
             os.environ[PARALLELISM] = was
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One encoding at a time in a folder."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Refused(
-                f"{folder}: another process is encoding into it; wait for it, or choose another folder"
-            ) from None
-        yield
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

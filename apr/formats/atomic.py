@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -12,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import IOFailure
+from ..errors import IOFailure, Refused
 
 
 @contextmanager
@@ -43,6 +44,24 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         if isinstance(e, OSError):
             raise IOFailure(_explain(path, e)) from e
         raise
+
+
+@contextmanager
+def locked(folder: Path, doing: str) -> Iterator[None]:
+    """Hold a folder against other processes that ask for it; it is free again when the process ends, however it does.
+
+    doing: what the other process does, for the message. Raises Refused: it is held."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(
+                f"{folder}: another process is {doing}; wait for it, or choose another folder"
+            ) from None
+        yield
+    finally:
+        os.close(fd)
 
 
 def write_text(path: str | Path, text: str) -> None:
