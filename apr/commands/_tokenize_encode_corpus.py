@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from ..data.encode import RECORD, SKIPPED, Encoded, encode_corpus
+from ..data.encode import RECORD, SKIPPED, Counts, Encoded, encode_corpus
 from ..data.estimate import Estimate, estimate
 from ..data.guards import Bounds
 from ..data.manifest import EOS_POLICIES
@@ -72,21 +74,28 @@ def main(args: Sequence[str]) -> int:
     corpus = Corpus(found, f.content_field, f.piece_bytes, f.separator)
     if f.estimate_only:
         return _estimate(f, found, tokenizer, show)
-    progress = EncodeProgress(show)
+    progress, stop = EncodeProgress(show), _Stop()
+
+    def hear(counts: Counts, read: int, total: int) -> None:
+        progress(counts, read, total)
+        if stop.asked:  # here, between two batches, no file is half written
+            raise KeyboardInterrupt
+
     try:
-        encoded = encode_corpus(
-            corpus,
-            tokenizer,
-            f.output,
-            val_fraction=f.val_fraction,
-            eos_policy=f.eos_policy,
-            shard_tokens=f.shard_tokens,
-            bounds=bounds,
-            made=described(f),
-            resume=f.resume,
-            workers=f.workers,
-            progress=progress,
-        )
+        with stop:
+            encoded = encode_corpus(
+                corpus,
+                tokenizer,
+                f.output,
+                val_fraction=f.val_fraction,
+                eos_policy=f.eos_policy,
+                shard_tokens=f.shard_tokens,
+                bounds=bounds,
+                made=described(f),
+                resume=f.resume,
+                workers=f.workers,
+                progress=hear,
+            )
     except KeyboardInterrupt:
         again = shlex.join(["apr", "tokenize", "encode-corpus", *args, *([] if f.resume else ["--resume"])])
         raise Interrupted(f"stopped; whole shards are kept. Go on with: {again}") from None
@@ -100,6 +109,26 @@ def main(args: Sequence[str]) -> int:
     else:
         _print(show, f, encoded, seconds)
     return 0
+
+
+class _Stop:
+    """While it is open, Ctrl-C and SIGTERM ask for a stop after the batch; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _Stop:
+        self._old = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for n, handler in self._old.items():
+            signal.signal(n, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def described(f: Flags) -> dict[str, Any]:
