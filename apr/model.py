@@ -245,6 +245,7 @@ class Model:
         for table, values in zip((self.cos, self.sin), rope_tables(cfg, max(seq, cache)), strict=True):
             backend.from_host(table, values)
         self._views: dict[tuple[int, int], tuple[list[Any], Any]] = {}
+        self.tokens_trained = 0  # targets that went through micro_step
         self._warm: set[tuple[int, int, float]] = set()  # shapes and scales that were computed once
         self._passes: dict[tuple[int, int, float], Callable[[], None]] = {}
 
@@ -433,6 +434,7 @@ class Model:
         else:
             self._warm.add(key)
             op_by_op()
+        self.tokens_trained += int(np.count_nonzero(targets >= 0))
 
     def tune(self, targets_per_batch: int) -> None:
         """Let the backend find its fastest products for full batches. Sets gradients and total to 0."""

@@ -5,24 +5,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..config import PRESETS, to_hf
 from ..device import cores
-from ..errors import MalformedFile, Refused, UsageError
-from ..formats.atomic import locked
-from ..generate import generate
+from ..errors import AprError, MalformedFile, Refused, UsageError
+from ..formats.atomic import locked, write_text
 from ..params import Layout
+from ..training.evidence import seal
+from ..training.gates import PASS, Gates, parse_bounds
 from ..training.inputs import Inputs, describe, guards, open_inputs
-from ..training.loop import Trainer
-from ..training.rundir import RunDir, git_commit, next_free, versions
+from ..training.loop import LAST_STEPS, Trainer
+from ..training.rundir import RunDir, code_sha256, git_commit, next_free, versions
+from ..training.sample import sample_text
 from ..training.settings import DEMO, MAY_CHANGE, Settings, check, from_command_line, resolve
 from ..training.show import Show, loss_curve
 
 SAMPLE_TOKENS = 160
+FINISHED_BUT = 9  # exit code: the run came to its end, its verdict is FAIL or SUSPECT
 
 
 def main(args: Sequence[str]) -> int:
@@ -33,23 +38,52 @@ def main(args: Sequence[str]) -> int:
     if settings.resume:
         settings = _continued(settings, explicit)
     settings = resolve(settings)
+    gates = Gates(parse_bounds(settings.bounds))
     try:
         inputs = open_inputs(settings, show.preparing)
         run = _run_dir(inputs)
         with locked(run.path, "training in it"):
+            run.clean()
             if settings.resume:
                 _check_same_data(inputs, run)
             _header(show, inputs, run)
-            trainer = Trainer(inputs, run, show, settings.resume)
-            _record_device(show, inputs, run)
-            show.start(trainer.progress.step, settings.num_steps)
-            status = trainer.train()
+            trainer = None
+            try:
+                trainer = Trainer(inputs, run, show, settings.resume, gates)
+                _record_device(show, inputs, run)
+                show.start(trainer.progress.step, settings.num_steps)
+                status = trainer.train()
+                show.stop()
+                result = _finish(trainer, show, status, time.perf_counter() - start)
+            except AprError as e:
+                _record_end(run, show, gates, trainer, e)
+                raise
     finally:
         show.stop()
-    result = _finish(trainer, show, status, time.perf_counter() - start)
     if settings.json:
         print(json.dumps(result, indent=2))
-    return 0
+    return 0 if result["verdict"] == PASS else FINISHED_BUT
+
+
+def _record_end(run: RunDir, show: Show, gates: Gates, trainer: Trainer | None, e: AprError) -> None:
+    """What a run that did not finish leaves: its verdict with the gate that ended it, its page, its hashes."""
+    p = trainer.progress if trainer else None
+    gates.close(f"the run ended before it: {e.status}")
+    with suppress(AprError, OSError):  # the error that ended the run is the one to show
+        val = p.val_losses[-1] if p and p.val_losses else None
+        run.save_verdict(gates, e.status, p.step if p else 0, val, str(e))
+        _close(run, show)
+
+
+def _close(run: RunDir, show: Show) -> None:
+    """The page of the run, and the hashes of all its files."""
+    try:
+        from ..training.report import render
+
+        write_text(run.path / "report.html", render(run.path))
+    except Exception as e:  # whatever is wrong with the page, the run has ended and its files are whole
+        show.note(f"no report.html: {e}; `apr report {shlex.quote(str(run.path))}` tries again")
+    seal(run.path)
 
 
 def _continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
@@ -88,8 +122,10 @@ def _run_dir(i: Inputs) -> RunDir:
             "num_parameters": Layout(i.cfg).num_parameters,
             "data": describe(i),
             "data_guards": guards(i),
+            "data_folders": {side.name: str(side.folder.resolve()) for side in i.audit},
             "versions": versions(),
             "git_commit": git_commit(),
+            "code_sha256": code_sha256(),
         }
     )
     return run
@@ -194,25 +230,15 @@ def _guarded(i: Inputs) -> str:
     return text
 
 
-def sample_text(i: Inputs, trainer: Trainer, prompt: str, tokens: int = SAMPLE_TOKENS) -> str:
-    """Prompt and continuation, drawn with temperature 0.7 and top-p 0.95, seed of the run."""
-    ids = list(i.tokenizer.encode(prompt)) or [i.tokenizer.eos_id or 0]
-    new = generate(
-        i.cfg, i.backend, trainer.model.w, ids, tokens, 0.7, 0, 0.95, i.settings.seed, i.tokenizer.eos_id,
-        trainer.model.dtype,
-    )  # fmt: skip
-    return prompt + i.tokenizer.decode(list(new), skip_special=True)
-
-
 def _finish(trainer: Trainer, show: Show, status: str, seconds: float) -> dict[str, Any]:
-    i, p, run = trainer.inputs, trainer.progress, trainer.run
+    """The last gates, the verdict, the picture and the page of a run that came to its end; what --json prints."""
+    i, p, run, gates = trainer.inputs, trainer.progress, trainer.run, trainer.gates
     metrics, val = run.metrics(), i.val.shards
     picture = run.path / "loss.png"
     evaluations = [m for m in metrics if "val_loss" in m]
     if not evaluations:
         raise MalformedFile(f"{run.path / 'metrics.jsonl'}: no evaluation in it; the checkpoints are whole")
     last = evaluations[-1]
-    loss_curve(metrics, val.unigram_entropy, i.cfg.vocab_size, picture)
     result = {
         "status": status,
         "steps": p.step,
@@ -225,22 +251,31 @@ def _finish(trainer: Trainer, show: Show, status: str, seconds: float) -> dict[s
         "run_dir": str(run.path),
     }
     if i.settings.sample is not None:
-        result["sample"] = sample_text(i, trainer, i.settings.sample)
+        result["sample"] = sample_text(i, trainer.model, i.settings.sample, SAMPLE_TOKENS)
         show.note(f"\n{' sample ':-^68}\n{result['sample']}\n{'':-^68}\n")
+    trainer.judge_end(status)
+    loss_curve(metrics, val.unigram_entropy, i.cfg.vocab_size, picture)
+    result["verdict"] = run.save_verdict(gates, status, p.step, last["val_loss"])["verdict"]
+    _close(run, show)
     gain = val.unigram_entropy - last["val_loss"]
     verdict = f"{gain:.2f} below" if gain >= 0 else f"{-gain:.2f} above, not yet better than that"
     speed = p.tokens_seen / max(p.seconds, 1e-9)
+    checkpoint = sorted(run.ckpt.glob("epoch-*.apr"))[-1]
+    facts = json.loads(checkpoint.with_suffix(".metadata.json").read_text(encoding="utf-8"))
+    show.verdict(gates)
     show.table(
         "result",
         [
             ("validation loss", f"{last['val_loss']:.4f} nats/token = {last['val_bits_per_byte']:.3f} bits/byte"),
             ("", f"on {last['val_tokens']:,} tokens that training never saw"),
+            ("training loss", f"{facts['train_loss_last']:.4f} nats/token in the last {LAST_STEPS} steps, {facts['train_loss']:.4f} over the last epoch"),
             ("token frequencies", f"{val.unigram_entropy:.4f} nats/token, their entropy: the model is {verdict}"),
             ("uniform guess", f"{math.log(i.cfg.vocab_size):.4f} nats/token, ln of the vocabulary"),
             ("trained on", f"{p.tokens_seen:,} tokens in {p.step:,} steps, {speed:,.0f} tokens/s with evaluations"),
-            ("checkpoint", str(sorted(run.ckpt.glob("epoch-*.apr"))[-1])),
-            ("loss curve", str(picture)),
-            ("time", f"{seconds:.0f} s in all"),
+            ("checkpoint", str(checkpoint)),
+            ("report", str(run.path / "report.html")),
+            ("time", f"{time.perf_counter() - trainer.began:.0f} s in all"),
+            ("verdict", f"{result['verdict']}{'' if result['verdict'] == PASS else ': see the gates above'}"),
         ],
     )  # fmt: skip
     show.note(status)

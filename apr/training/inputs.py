@@ -26,6 +26,8 @@ from ..errors import InputNotFound, Refused
 from ..formats.models import LoadedModel, load_model
 from ..loading import tokenizer_of
 from ..plan import Memory, check_positions, memory
+from . import measure
+from .gates import Answer, Gates
 from .settings import Settings
 
 PIECE_BYTES = (
@@ -73,7 +75,7 @@ def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
     cfg = init.cfg if init else load_config(str(s.model))
     check_positions(cfg, s.seq_length)
     tokenizer, sides, name, left_out = _open_data(s, cfg, init, progress)
-    train, val = _windows(s, sides)
+    train, val = windows_of(s, sides)
     end = _document_end(tokenizer, train, val) if s.mask_documents else None
     s = dataclasses.replace(s, dtype=dtype)
     s = dataclasses.replace(s, micro_batch_size=_micro_batch(s, cfg, backend))
@@ -164,7 +166,7 @@ def _stdlib() -> list[Source]:
     return found
 
 
-def _windows(s: Settings, sides: list[Side]) -> tuple[Windows, Windows]:
+def windows_of(s: Settings, sides: list[Side]) -> tuple[Windows, Windows]:
     """Windows to train on and to validate with; without validation shards the last ones of the training data."""
     found = {side.name: Windows(side.shards, s.seq_length) for side in sides if side.shards}
     if "val" in found:
@@ -222,3 +224,43 @@ def guards(i: Inputs) -> dict[str, list[dict[str, str]]]:
         ]
         for side in i.audit
     }
+
+
+def judge_inputs(i: Inputs, gates: Gates) -> None:
+    """The gates that are asked before anything large is allocated. Raises Refused."""
+    s = i.settings
+    assert s.dtype is not None
+    assert s.micro_batch_size is not None
+    gates.judge("before.device", measure.device(i.backend, s.dtype))
+    need = memory(
+        i.cfg, i.backend, s.micro_batch_size, s.seq_length, s.dtype,
+        recompute=s.recompute, documents=i.document_end is not None,
+    )  # fmt: skip
+    gates.judge("before.memory", measure.memory(need.total, i.backend.free_memory()))
+    gates.judge("before.data", _data_answer(i))
+    gates.judge("before.disjoint", _disjoint_answer(i))
+    gates.judge("before.architecture", measure.architecture(i.cfg, str(s.init or s.model)))
+
+
+def _data_answer(i: Inputs) -> Answer:
+    """All guards of the data in one answer: what they refuse has ended the run before."""
+    verdicts = [(side.name, v) for side in i.audit for v in side.verdicts]
+    failed = [f"{name}: {v}" for name, v in verdicts if v.passed is False]
+    noted = [f"{name}: {v.guard}: {v.note}" for name, v in verdicts if v.note]
+    passed = sum(v.passed is True for _, v in verdicts)
+    return Answer(
+        not failed, f"{passed} of {len(verdicts)} guards passed", "none failed", "; ".join(failed or noted)
+    )
+
+
+def _disjoint_answer(i: Inputs) -> Answer:
+    bound = "none on both sides"
+    if i.train.shards is i.val.shards:
+        end = i.train.first + i.train.count
+        measured = f"windows {i.train.first:,} to {end - 1:,} and {i.val.first:,} to {i.val.first + i.val.count - 1:,}"
+        return Answer(end <= i.val.first, measured, bound)
+    found = [v for side in i.audit for v in side.verdicts if v.guard == "documents on both sides"]
+    if not found:
+        return Answer(None, "", bound, "the documents of the two sides were not compared")
+    v = found[0]
+    return Answer(v.passed, f"{v.figure} documents", bound, v.note)

@@ -11,7 +11,6 @@ import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +25,9 @@ from ..formats.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_
 from ..formats.atomic import write_json, write_text
 from ..model import Model
 from ..optim import AdamW
+from .gates import FORMAT, Gates
+
+METRICS, SAMPLES, EVIDENCE = "metrics.jsonl", "samples.jsonl", "evidence.json"
 
 
 def versions() -> dict[str, str]:
@@ -53,6 +55,14 @@ def git_commit() -> str | None:
 def _git(folder: Path, *args: str) -> str:
     done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
+
+
+def code_sha256() -> str:
+    """SHA-256 of all of apr's own source, Python and CUDA, by path."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cu", ".cuh", ".html")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def sha256(*arrays: np.ndarray) -> str:
@@ -101,18 +111,27 @@ class RunDir:
             raise MalformedFile(f"{path}: no settings in it; the run cannot be resumed")
         return d
 
-    # Metrics
+    def clean(self) -> None:
+        """Remove what a process that was killed while it wrote has left; to be called while the folder is locked.
+
+        The evidence of an earlier end goes too: it is not true of a run that goes on."""
+        for left in [*self.path.glob(".*.tmp"), *self.ckpt.glob("**/.*.tmp"), self.path / EVIDENCE]:
+            left.unlink(missing_ok=True)
+
+    # Metrics and samples
 
     def open_metrics(self, keep_until: int) -> None:
-        """Open metrics.jsonl to add to it, dropping what an interrupted run wrote after step keep_until."""
-        path = self.path / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in _lines(path) if line["step"] <= keep_until]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        """Open metrics.jsonl and samples.jsonl to add to them, dropping what an interrupted run wrote after step
+        keep_until."""
+        for name in (METRICS, SAMPLES):
+            path = self.path / name
+            if path.exists():
+                kept = [line for line in _lines(path) if line["step"] <= keep_until]
+                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         try:
-            self._metrics = path.open("a", encoding="utf-8")
+            self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
         except OSError as e:
-            raise IOFailure(f"{path}: {e.strerror}") from None
+            raise IOFailure(f"{self.path / METRICS}: {e.strerror}") from None
 
     def log(self, **line: Any) -> None:
         """Add a line to metrics.jsonl."""
@@ -121,27 +140,60 @@ class RunDir:
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
         except OSError as e:
-            raise IOFailure(f"{self.path / 'metrics.jsonl'}: {e.strerror}") from None
+            raise IOFailure(f"{self.path / METRICS}: {e.strerror}") from None
+
+    def log_sample(self, **line: Any) -> None:
+        """Add a line to samples.jsonl."""
+        try:
+            with (self.path / SAMPLES).open("a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
+        except OSError as e:
+            raise IOFailure(f"{self.path / SAMPLES}: {e.strerror}") from None
 
     def close(self) -> None:
         """Close metrics.jsonl."""
         if self._metrics is not None:
-            self._metrics.close()
+            with suppress(OSError):  # what could not be written has been reported
+                self._metrics.close()
             self._metrics = None
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
-        return list(_lines(self.path / "metrics.jsonl"))
+        return list(_lines(self.path / METRICS))
+
+    def save_verdict(
+        self, gates: Gates, status: str, steps: int, val_loss: float | None, message: str = ""
+    ) -> dict[str, Any]:
+        """Write verdict.json; status RUNNING while the run goes on. Returns what it says."""
+        verdict = {
+            "format": FORMAT,
+            "status": status,
+            "verdict": gates.verdict,
+            "message": message,
+            "steps": steps,
+            "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+            "bounds_changed": gates.given,
+            "gates": gates.to_json(),
+        }
+        write_json(self.path / "verdict.json", verdict)
+        return verdict
 
     # Checkpoints
 
     def save_epoch(
-        self, epoch: int, model: Model, opt: AdamW, tokenizer: Tokenizer, facts: dict[str, Any]
+        self,
+        epoch: int,
+        model: Model,
+        opt: AdamW,
+        tokenizer: Tokenizer,
+        facts: dict[str, Any],
+        evaluation: dict[str, Any],
     ) -> Path:
-        """ckpt/epoch-NNN.apr with weights, architecture and tokenizer, and its metadata.json."""
+        """ckpt/epoch-NNN.apr with weights, architecture, tokenizer and what its validation loss was measured on, and its
+        metadata.json."""
         path = self.ckpt / f"epoch-{epoch:03d}.apr"
         w = model.be.to_host(model.w)
-        meta = config_to_metadata(model.cfg)
+        meta = {**config_to_metadata(model.cfg), "evaluation": evaluation}
         embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id)
         tensors = model.layout.named(w)
         write_apr(path, meta, tensors, model.dtype)
@@ -158,10 +210,14 @@ class RunDir:
         """ckpt/state/step-NNNNNN.apr: weights, both moments and where the run stands; older ones go."""
         path = self.state / f"step-{progress['step']:06d}.apr"
         tensors: dict[str, np.ndarray] = {}
-        for prefix, flat in (("", opt.master), ("optimizer.m.", opt.m), ("optimizer.v.", opt.v)):
+        for prefix, flat in _parts(opt).items():
             host = model.be.to_host(flat)
             tensors |= {prefix + name: x for name, x in model.layout.named(host).items()}
-        meta = {**config_to_metadata(model.cfg), "training": progress}
+        sha = sha256(*tensors.values())
+        meta = {**config_to_metadata(model.cfg), "training": progress, "state_sha256": sha}
+        if self._metrics is not None:  # what a state continues must be there after a power failure too
+            with suppress(OSError):
+                os.fsync(self._metrics.fileno())
         write_apr(path, meta, tensors, "float32")
         for old in self.states()[:-keep]:
             old.unlink(missing_ok=True)
@@ -172,23 +228,36 @@ class RunDir:
         found = [p for p in self.state.glob("step-*.apr") if re.fullmatch(r"step-\d{6,}", p.stem)]
         return sorted(found, key=lambda p: int(p.stem[5:]))
 
-    def load_state(self, model: Model, opt: AdamW) -> dict[str, Any]:
-        """Put the latest saved state into model and optimizer; returns where the run stood."""
-        if not self.states():
+    def load_state(
+        self, model: Model, opt: AdamW, only: Path | None = None
+    ) -> tuple[dict[str, Any], str | None, list[str]]:
+        """Put the latest saved state that is whole, or `only` that one, into model and optimizer.
+
+        Returns where the run stood, the SHA-256 that was saved of weights and moments (None in old states), and what to
+        say of states that are damaged: they are renamed, not deleted. Raises InputNotFound, MalformedFile."""
+        states = self.states() if only is None else [only]
+        if not states:
             raise InputNotFound(
                 f"{self.state}: no saved state; the run stopped before its first one: start anew"
             )
-        *older, path = self.states()
-        try:
-            file = read_apr(path)
-        except MalformedFile as e:
-            hint = f"; move it away to go on from {older[-1].name}" if older else ""
-            raise MalformedFile(f"{e}{hint}") from None
-        for prefix, put in (
-            ("", opt.set_weights),
-            ("optimizer.m.", partial(model.be.from_host, opt.m)),
-            ("optimizer.v.", partial(model.be.from_host, opt.v)),
-        ):
+        notes: list[str] = []
+        for path in reversed(states):
+            try:
+                return *self._load_state(path, model, opt), notes
+            except MalformedFile as e:
+                if only is not None:
+                    raise
+                notes.append(f"{e}. It is damaged and now called {path.name}.damaged")
+                last = e
+                path.replace(path.with_name(path.name + ".damaged"))
+        raise MalformedFile(f"{last}; no other saved state is left in {self.state}")
+
+    def _load_state(self, path: Path, model: Model, opt: AdamW) -> tuple[dict[str, Any], str | None]:
+        file = read_apr(path)
+        progress = file.metadata.get("training")
+        if not isinstance(progress, dict):
+            raise MalformedFile(f"{path}: no 'training' entry; this is a checkpoint, not a state")
+        for prefix, flat in _parts(opt).items():
             host = np.zeros(model.layout.size, np.float32)
             for name, view in model.layout.named(host).items():
                 saved = file.tensors.get(prefix + name)
@@ -197,12 +266,26 @@ class RunDir:
                         f"{path}: tensor {prefix + name!r} is missing or of the wrong shape or dtype"
                     )
                 view[...] = saved
-            put(host)
-        progress = file.metadata.get("training")
-        if not isinstance(progress, dict):
-            raise MalformedFile(f"{path}: no 'training' entry; this is a checkpoint, not a state")
+            if prefix:
+                model.be.from_host(flat, host)
+            else:
+                opt.set_weights(host)
         opt.steps = progress["step"]
-        return progress
+        return progress, file.metadata.get("state_sha256")
+
+
+def _parts(opt: AdamW) -> dict[str, Any]:
+    """What a state holds, by the prefix of its tensors' names."""
+    return {"": opt.master, "optimizer.m.": opt.m, "optimizer.v.": opt.v}
+
+
+def state_sha(model: Model, opt: AdamW) -> str:
+    """SHA-256 of weights and moments as they are on the device, in the order of the table of parameters."""
+    digest = hashlib.sha256()
+    for flat in _parts(opt).values():
+        for x in model.layout.named(model.be.to_host(flat)).values():
+            digest.update(np.ascontiguousarray(x).view(np.uint8).reshape(-1).data)
+    return digest.hexdigest()
 
 
 def next_free(name: str, root: Path = Path("runs")) -> Path:

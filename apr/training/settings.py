@@ -14,6 +14,7 @@ from ..data.audit import tokenizer_beside
 from ..errors import InputNotFound, MalformedFile, UsageError
 from ..flags import field_types, given, option
 from ..optim import SCHEDULES
+from .gates import parse_bounds
 
 MODES = {"from-scratch": dict(lr=3e-4, warmup_steps=1000), "finetune": dict(lr=5e-5, warmup_steps=100)}
 
@@ -74,6 +75,9 @@ class Settings:
         "the batch and stop when one disagrees; 0: before the first step only; -1: never",
         0,
     )
+    bounds: str | None = option(
+        "bounds of gates to change, such as val_below_train=0.2,speed=2; the verdict shows that they were changed"
+    )
     patience: int = option("evaluations without improvement before an early stop", 5)
     min_epochs: int = option("evaluations before an early stop or a reached target may end the run", 3)
     target_val_loss: float | None = option("end when the validation loss (nats/token) reaches this")
@@ -122,6 +126,7 @@ MAY_CHANGE = {
     "threads",
     "graph",
     "spot_check",
+    "bounds",
 }
 
 
@@ -217,6 +222,7 @@ def resolve(s: Settings) -> Settings:
             )
     if s.corpus and not s.val_fraction:
         raise UsageError("--val-fraction 0 leaves nothing to validate with; give a share above 0")
+    parse_bounds(s.bounds)
     if s.spot_check < -1:
         raise UsageError(f"--spot-check = {s.spot_check}: must be a number of steps, 0 (once) or -1 (never)")
     if s.val_batches is not None and s.val_batches < 1:

@@ -21,6 +21,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from .gates import FAIL, GATES, PASS, SKIPPED, SUSPECT, Gates
+
+COLOURS = {PASS: "", SKIPPED: "dim", SUSPECT: "bold yellow", FAIL: "bold red"}
+
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
@@ -88,6 +92,22 @@ class Show:
         """An evaluation; train_losses are those of the epoch that it ends."""
         train = f"train {np.mean(train_losses):.4f}  " if train_losses else "before training: "
         self.note(f"step {step:>5}  {train}val {val_loss:.4f} nats/token  {bits:.3f} bits/byte")
+
+    def verdict(self, gates: Gates) -> None:
+        """Every gate with its figure; what did not pass is spelled out."""
+        self.console.print("gates")
+        table = Table(show_header=False, box=None, padding=(0, 1))
+        for o in sorted(gates.in_order(), key=lambda o: o.verdict in (FAIL, SUSPECT)):
+            said = o.measured if o.verdict == PASS else o.why or o.measured
+            changed = gates.changed(o.gate)
+            more = f"\nlook at: {GATES[o.gate].look_at}" if o.verdict in (FAIL, SUSPECT) else ""
+            table.add_row(
+                f"  {o.verdict}",
+                o.gate,
+                Text(said + (f" ({changed})" if changed else "") + more),
+                style=COLOURS[o.verdict],
+            )
+        self.console.print(table)
 
     def stop(self) -> None:
         """Take the bar away."""
