@@ -15,7 +15,9 @@ COMMANDS = {
     "trace": "write every intermediate of one forward (and backward) pass to a file",
     "tokenize": "tokenizers and token shards: train, import-hf, encode-corpus, audit, repair-manifest",
     "plan": "parameters, FLOPs and bytes of a job, before anything is allocated",
+    "verify": "check the evidence of a run from outside: hashes, log, verdict, losses computed again",
     "inspect": "what is in a checkpoint, and is it whole",
+    "report": "a run as one self-contained HTML page, also while it is training",
 }
 
 

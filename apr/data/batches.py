@@ -70,10 +70,13 @@ class Windows:
         return train, held
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, targets) int32 (B, T) of the windows `indices` int64 (B,); targets are the next tokens."""
+        """(ids, targets) int32 (B, T) of the windows `indices` int64 (B,); targets are the next tokens.
+
+        Raises MalformedFile: a shard became shorter since it was opened."""
         t, indices = self.seq_length, indices + self.first
         rows = np.empty((len(indices), t + 1), dtype=np.int32)
         which = np.searchsorted(self._ends, indices, side="right")
+        self.shards.check_sizes(np.unique(which))
         for row, index, shard in zip(rows, indices, which, strict=True):
             start = int(index - (self._ends[shard - 1] if shard else 0)) * t
             row[:] = self.shards.arrays[shard][start : start + t + 1]
@@ -216,6 +219,11 @@ class Batches:
         """Where the stream stands and of which data, for json.dumps; the same on all ranks."""
         number, position = divmod(self._read, self.windows.count)
         return {"pass": number, "position": position, **self._identity()}
+
+    def rewind(self) -> None:
+        """Begin again with the first batch of the first pass."""
+        self._read = 0
+        self._ahead.clear()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises Refused at a state of other data, order or step size."""

@@ -208,6 +208,7 @@ def describe(i: Inputs) -> dict[str, Any]:
         "tokenizer_sha256": i.tokenizer.sha256,
         "train_tokens": i.train.shards.total_tokens,
         "val_tokens": i.val.shards.total_tokens,
+        "val_bytes": i.val.shards.total_bytes,
         "train_windows": len(i.train),
         "val_windows": len(i.val),
         "val_unigram_entropy_nats": i.val.shards.unigram_entropy,

@@ -9,7 +9,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -98,19 +98,29 @@ class Trainer:
         self.stop_asked = False
         self._checked = False
         self._steps_here = 0  # of this process
-        self.resumed = resume and bool(run.states())
+        self._saved = -1  # step of the latest state
+        self.resumed = resume and run.has_state()
         if self.resumed:
             self.load(None)
         else:
-            host = np.zeros(self.model.layout.size, np.float32)
-            if inputs.init:
-                fill(self.model.layout, host, inputs.init)
-            else:
-                self.model.layout.init(host, s.seed, s.initializer_range)
-            self.opt.set_weights(host)
-            del host
-            self._judge_weights()
+            self.begin_anew()
         self.model.tune(s.batch_size * s.seq_length)
+
+    def begin_anew(self) -> None:
+        """Weights, moments and data position as before the first step. Raises Refused."""
+        model, opt, be = self.model, self.opt, self.inputs.backend
+        host = np.zeros(model.layout.size, np.float32)
+        if self.inputs.init:
+            fill(model.layout, host, self.inputs.init)
+        else:
+            model.layout.init(host, self.s.seed, self.s.initializer_range)
+        opt.set_weights(host)
+        for moment in (opt.m, opt.v):
+            be.fill(moment, 0)
+        opt.steps = 0
+        self.progress = Progress()
+        self.batches.rewind()
+        self._judge_weights()
 
     def load(self, state: Path | None) -> None:
         """Go on from a saved state, the latest one if none is given."""
@@ -118,6 +128,7 @@ class Trainer:
         for note in damaged:
             self.show.note(note)
         self.progress = Progress(**saved)
+        self._saved = self.progress.step
         self.batches.restore(self.progress.data)
         self.gates.restore(self.progress.gates)
         self._sampled = self.progress.val_step
@@ -209,13 +220,6 @@ class Trainer:
         saved = self.run.states()
         why = f"{said}: not finite. Last saved state: {saved[-1] if saved else 'none'}"
         judge("run.finite", Answer(finite, said, "finite", "" if finite else why), p.step)
-        if apart is not None:
-            if self.s.seq_length < 2:
-                self.gates.skip(
-                    "run.gradients", "attention over one token has no gradient of queries and keys"
-                )
-            else:
-                judge("run.gradients", measure.gradient_norm(*apart, line["grad_norm"]), p.step)
         read = self.batches.windows_read * self.s.seq_length
         judge(
             "run.tokens",
@@ -226,6 +230,13 @@ class Trainer:
             ),
             p.step,
         )
+        if apart is not None:
+            if self.s.seq_length < 2:
+                self.gates.skip(
+                    "run.gradients", "attention over one token has no gradient of queries and keys"
+                )
+            else:
+                judge("run.gradients", measure.gradient_norm(*apart, line["grad_norm"]), p.step)
         most, loss = int(self.gates.bound("constant_steps")), line["train_loss"]
         measured = (
             f"{p.constant + 1} equal losses in a row" if p.constant else "no two losses in a row are equal"
@@ -437,6 +448,7 @@ class Trainer:
         self.progress.data = self.batches.state()
         self.progress.gates = self.gates.state()
         self.run.save_state(self.model, self.opt, dataclasses.asdict(self.progress), self.s.keep_states)
+        self._saved = self.progress.step
 
     def _finished(self) -> str | None:
         """The status word when an evaluation ends the run early."""
@@ -454,31 +466,38 @@ class Trainer:
 
     def train(self) -> str:
         """Run to the end; returns the status word. Raises Aborted, Interrupted (state saved), IOFailure."""
-        p, s = self.progress, self.s
-        self.run.open_metrics(p.step if p.val_losses else -1)
+        p = self.progress
+        self.run.open_metrics(p.step if p.val_losses else -1, p.val_step)
         try:
             with self._signals():
                 try:
                     self._begin()
-                    while p.step < s.num_steps or self._pending():
-                        status = self._step_and_save()
-                        if status:
-                            return status
-                        if self.stop_asked and p.step < s.num_steps:
-                            raise self._interrupted()
+                    status = self._steps()
                 except Stopped:  # in an evaluation, which the next start does again
-                    if p.step and self._pending():
+                    if p.epoch_losses:
                         self._save_state()
                     raise self._interrupted() from None
-                return "DONE"
+            if self.stop_asked:  # the signals are the caller's again: none is lost between
+                raise self._interrupted()
+            return status
+        finally:
+            self.run.close()
+
+    def _steps(self) -> str:
+        """Steps and evaluations until the run ends, or a stop is asked for and the state saved; the status word."""
+        p, s = self.progress, self.s
+        status = self._finished() if self.resumed and p.val_step == p.step else None  # it had ended before
+        try:
+            while not (status or self.stop_asked) and (p.step < s.num_steps or self._pending()):
+                status = self._step_and_save()
         except Exhausted as e:
             if p.epoch_losses:
                 self._end_epoch()
             self._save_state()
             self.show.note(str(e))
-            return "DONE"
-        finally:
-            self.run.close()
+        if self.stop_asked and self._saved < p.step:
+            self._save_state()
+        return status or "DONE"
 
     def _begin(self) -> None:
         """The evaluation and the gates before the first step of this process."""
@@ -553,7 +572,8 @@ class Trainer:
                 raise KeyboardInterrupt
             self.stop_asked = True
             # Not print: the signal may have come in the middle of one, which cannot be entered twice.
-            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once without saving\n")
+            with suppress(OSError):  # who read it may have gone: `apr pretrain 2>&1 | tee log`, Ctrl-C ends both
+                os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once without saving\n")
 
         old = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -22,7 +22,7 @@ from ..config import read_json
 from ..data.tokenizer import Tokenizer
 from ..errors import InputNotFound, IOFailure, MalformedFile, Refused
 from ..formats.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
-from ..formats.atomic import write_json, write_text
+from ..formats.atomic import explain, write_json, write_text
 from ..model import Model
 from ..optim import AdamW
 from .gates import FORMAT, Gates
@@ -120,18 +120,31 @@ class RunDir:
 
     # Metrics and samples
 
-    def open_metrics(self, keep_until: int) -> None:
-        """Open metrics.jsonl and samples.jsonl to add to them, dropping what an interrupted run wrote after step
-        keep_until."""
-        for name in (METRICS, SAMPLES):
-            path = self.path / name
-            if path.exists():
-                kept = [line for line in _lines(path) if line["step"] <= keep_until]
-                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    def open_metrics(self, step: int, evaluated: int) -> None:
+        """Open metrics.jsonl and samples.jsonl to add to them, dropping what an interrupted run wrote after a step, and
+        after the step of its latest evaluation. Raises MalformedFile: damaged, or lines up to that step are gone."""
+        path = self.path / METRICS
+        if path.exists() or step >= 0:
+            kept = [
+                line
+                for line in _lines(path)
+                if line["step"] <= (evaluated if step >= 0 and "val_loss" in line else step)
+            ]
+            have = [line["step"] for line in kept if "train_loss" in line]
+            if have != list(range(1, max(step, 0) + 1)):
+                raise MalformedFile(
+                    f"{path}: has {len(have)} steps up to step {step}, which the saved state continues; restore the "
+                    f"file, or go on from an earlier state by moving the later ones out of {self.state}"
+                )
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        path = self.path / SAMPLES
+        if path.exists():
+            samples = [line for line in _lines(path, strict=False) if line["step"] <= min(step, evaluated)]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in samples))
         try:
             self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
         except OSError as e:
-            raise IOFailure(f"{self.path / METRICS}: {e.strerror}") from None
+            raise IOFailure(explain(self.path / METRICS, e)) from None
 
     def log(self, **line: Any) -> None:
         """Add a line to metrics.jsonl."""
@@ -140,7 +153,7 @@ class RunDir:
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
         except OSError as e:
-            raise IOFailure(f"{self.path / METRICS}: {e.strerror}") from None
+            raise IOFailure(explain(self.path / METRICS, e)) from None
 
     def log_sample(self, **line: Any) -> None:
         """Add a line to samples.jsonl."""
@@ -148,7 +161,7 @@ class RunDir:
             with (self.path / SAMPLES).open("a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
         except OSError as e:
-            raise IOFailure(f"{self.path / SAMPLES}: {e.strerror}") from None
+            raise IOFailure(explain(self.path / SAMPLES, e)) from None
 
     def close(self) -> None:
         """Close metrics.jsonl."""
@@ -228,6 +241,17 @@ class RunDir:
         found = [p for p in self.state.glob("step-*.apr") if re.fullmatch(r"step-\d{6,}", p.stem)]
         return sorted(found, key=lambda p: int(p.stem[5:]))
 
+    def has_state(self) -> bool:
+        """Whether there is a state to go on from. Raises MalformedFile where all that were saved are damaged: to begin
+        again would write over the checkpoints of the run."""
+        found, damaged = self.states(), sorted(self.state.glob("step-*.apr.damaged"))
+        if damaged and not found:
+            raise MalformedFile(
+                f"{damaged[-1]}: no saved state is left that is whole; restore one, or begin a new run with --init from "
+                f"a checkpoint in {self.ckpt}"
+            )
+        return bool(found)
+
     def load_state(
         self, model: Model, opt: AdamW, only: Path | None = None
     ) -> tuple[dict[str, Any], str | None, list[str]]:
@@ -298,18 +322,24 @@ def next_free(name: str, root: Path = Path("runs")) -> Path:
         number += 1
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of metrics.jsonl; a last line cut short by a crash is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+def _lines(path: Path, strict: bool = True) -> Iterator[dict[str, Any]]:
+    """Lines of metrics.jsonl or samples.jsonl; a last line cut short by a crash is left out, and without `strict` every
+    line that is damaged. Raises MalformedFile."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise MalformedFile(f"{path}: gone, and the saved state continues it; restore the file") from None
+    if not lines[-1]:
+        lines.pop()
     for i, line in enumerate(lines):
         try:
             d = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no UTF-8
             d = None
         if isinstance(d, dict) and isinstance(d.get("step"), int):
             yield d
-        elif i + 1 < len(lines):
-            raise MalformedFile(f"{path}: line {i + 1} is not a line of metrics")
+        elif strict and i + 1 < len(lines):
+            raise MalformedFile(f"{path}: line {i + 1} is not a line of metrics; restore the file from a copy")
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
