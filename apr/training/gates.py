@@ -125,8 +125,9 @@ GATES = {
         Gate(
             "run.learning-rate", RUNNING, "abort",
             "the learning rate in the log is the one that moved the weights",
-            "4,096 elements spread over all parameters: the step that AdamW's formula gives from their moments, fitted "
-            "to how far they moved, within 1e-3 and the rounding of float32; none moved otherwise",
+            "4,096 elements spread over all parameters, in the first 20 steps of a process and every 10th: the step that "
+            "AdamW's formula gives from their moments, fitted to how far they moved, within 1e-3 and the rounding of "
+            "float32; none moved otherwise; their moments are those of the clipped gradients",
             "the optimizer, the schedule, weight decay",
             {"learning_rate_tolerance": 1e-3},
         ),
@@ -134,7 +135,8 @@ GATES = {
             "run.gradients", RUNNING, "abort",
             "the gradient norm counts all parameters, and every parameter has a gradient",
             "in the first step of a process: the norms of all tensors, each taken alone, together give the one that is "
-            "logged, within 1e-5; no tensor's is zero",
+            "logged, within 1e-5; no tensor's is zero; and, as often as run.learning-rate, no step finds gradients of the "
+            "one before",
             "the backward pass of the tensor that is named: `apr bisect`",
         ),
         Gate(
@@ -186,7 +188,7 @@ GATES = {
             "random start: after D tokens the validation loss is still this share of the entropy of token frequencies "
             "times log10(D / 10^4), taken from 1; docs/gates.md has the runs that it was measured on",
             "validation text inside the training data; text that repeats itself",
-            {"drop_per_decade": 0.25},
+            {"drop_per_decade": 0.3},
         ),
         Gate(
             "end.speed", END, "SUSPECT",

@@ -160,6 +160,7 @@ class Trainer:
         if self._check_due():
             start += self._spot_check(ids[: self.micro], targets[: self.micro])  # no part of the step's time
         first, follow = self._steps_here == 0, self._follow_due()
+        left = measure.gradients_left(model, self._scratch) if follow else 0.0
         be.fill(model.total, 0)
         trained = model.tokens_trained
         for i in range(0, len(ids), self.micro):
@@ -191,9 +192,9 @@ class Trainer:
             tokens_seen=p.tokens_seen,
             wall_ms=1e3 * wall,
         )
-        self._judge_step(line, trained, tokens, apart)
+        self._judge_step(line, trained, tokens, apart, left)
         if follow:
-            answer = self.follow.after(lr, self.gates.bound("learning_rate_tolerance"))
+            answer = self.follow.after(lr, norm, self.gates.bound("learning_rate_tolerance"))
             self.gates.judge("run.learning-rate", answer, p.step)
         if not first:
             p.best_flops = max(p.best_flops, self.flops_per_token * tokens / wall)
@@ -210,7 +211,12 @@ class Trainer:
         return math.sqrt(square) if (square := float(be.to_host(self._scratch)[0])) >= 0 else math.nan
 
     def _judge_step(
-        self, line: dict[str, Any], trained: int, tokens: int, apart: tuple[list[str], float] | None
+        self,
+        line: dict[str, Any],
+        trained: int,
+        tokens: int,
+        apart: tuple[list[str], float] | None,
+        left: float,
     ) -> None:
         """The gates of every step. Raises Aborted."""
         p, judge = self.progress, self.gates.judge
@@ -230,6 +236,9 @@ class Trainer:
             ),
             p.step,
         )
+        if left:
+            said = f"gradients of norm {left:.4g} were left from the step before"
+            judge("run.gradients", Answer(False, said, "0 before the first micro-batch", said), p.step)
         if apart is not None:
             if self.s.seq_length < 2:
                 self.gates.skip(
@@ -572,8 +581,11 @@ class Trainer:
                 raise KeyboardInterrupt
             self.stop_asked = True
             # Not print: the signal may have come in the middle of one, which cannot be entered twice.
-            with suppress(OSError):  # who read it may have gone: `apr pretrain 2>&1 | tee log`, Ctrl-C ends both
-                os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once without saving\n")
+            said = b"\nstopping after this step; press Ctrl-C again to stop at once without saving\n"
+            with suppress(
+                OSError
+            ):  # its reader may be gone: Ctrl-C ends both sides of `apr pretrain 2>&1 | tee log`
+                os.write(2, said)
 
         old = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -15,7 +15,6 @@ from ..formats import CHUNK
 from ..formats.models import LoadedModel, parameters
 from ..model import Model
 from ..optim import AdamW
-from ..params import Layout
 from .gates import Answer
 
 SPREAD = 6.0  # standard errors that a random matrix's standard deviation may be off
@@ -175,26 +174,26 @@ def _heads_view(model: Model, ids: np.ndarray) -> np.ndarray:
 
 
 class Follow:
-    """Some elements of all parameters, followed through an optimizer step: did they move as its learning rate says?"""
+    """Some elements of all parameters, followed through an optimizer step: gradients into moments, moments into weights."""
 
     def __init__(self, opt: AdamW) -> None:
         size = opt.model.layout.size
         self.opt, self.part = opt, slice(None, None, max(1, size // SAMPLE) | 1)
-        places = np.arange(size)[self.part] if size < 1 << 24 else np.arange(0, size, self.part.step)
+        places = np.arange(0, size, self.part.step)
         self._decay = np.where(places < opt.model.layout.decayed, opt.weight_decay, 0.0)
-        self._before: np.ndarray | None = None
+        self._before: list[np.ndarray] = []
 
     def before(self) -> None:
-        """Keep the weights as they are before a step."""
-        self._before = self._read(self.opt.master)
+        """Keep weights, moments and gradients as they are before a step."""
+        opt = self.opt
+        self._before = [self._read(x) for x in (opt.master, opt.m, opt.v, opt.model.g)]
 
-    def after(self, lr: float, tolerance: float) -> Answer:
-        """Compare with where AdamW's formula, from the moments after the step, would have taken them.
+    def after(self, lr: float, grad_norm: float, tolerance: float) -> Answer:
+        """Compare with where AdamW's formula takes them, clipping included.
 
         lr fitted: sum(moved * direction) / sum(direction^2); rounding of the weights to float32 adds eps / 2 of each
         to its move, at random, and so to the fit the root of the sum of its squares."""
-        opt, old = self.opt, self._before
-        assert old is not None
+        opt, (old, m_old, v_old, g) = self.opt, self._before
         new, m, v = (self._read(x) for x in (opt.master, opt.m, opt.v))
         mhat, vhat = m / (1 - opt.beta1**opt.steps), v / (1 - opt.beta2**opt.steps)
         direction = mhat / (np.sqrt(vhat) + opt.eps) + self._decay * old
@@ -207,16 +206,30 @@ class Follow:
         worst = int(off.argmax())
         measured = f"log {lr:.6e}, weights {fitted:.6e}"
         bound = f"equal within {tolerance:g} of it and {noise:.0e}"
-        used = np.array_equal(_bits(self._read_raw(opt.model.w)), _bits(self._rounded(new)))
+        why = ""
         if not abs(fitted - lr) <= tolerance * lr + noise:
-            return Answer(False, measured, bound, f"the log says a learning rate of {lr:.4e}, the weights moved by one of {fitted:.4e}")  # fmt: skip
-        if off[worst] > 0:
-            return Answer(False, measured, bound, f"an element moved by {moved[worst]:.3e} where AdamW moves it by {lr * direction[worst]:.3e}")  # fmt: skip
-        if not used:
-            return Answer(
-                False, measured, bound, "the weights that compute are not those that the optimizer moved"
+            why = f"the log says a learning rate of {lr:.4e}, the weights moved by one of {fitted:.4e}"
+        elif off[worst] > 0:
+            why = (
+                f"an element moved by {moved[worst]:.3e} where AdamW moves it by {lr * direction[worst]:.3e}"
             )
-        return Answer(True, measured, bound, score=abs(fitted - lr) / lr if lr else 0.0)
+        elif not np.array_equal(_bits(self._read_raw(opt.model.w)), _bits(self._rounded(new))):
+            why = "the weights that compute are not those that the optimizer moved"
+        elif not self._moments_follow(g, grad_norm, (m_old, v_old), (m, v)):
+            why = "the moments are not those of the gradients, clipped to the norm that was asked for"
+        return Answer(not why, measured, bound, why, score=abs(fitted - lr) / lr if lr else 0.0)
+
+    def _moments_follow(
+        self, g: np.ndarray, grad_norm: float, old: tuple[np.ndarray, ...], new: tuple[np.ndarray, ...]
+    ) -> bool:
+        """m += (1 - beta1) (g' - m), v += (1 - beta2) (g'^2 - v), g' = g min(1, grad_clip / (norm + 1e-6))."""
+        opt = self.opt
+        clipped = g * min(1.0, opt.grad_clip / (grad_norm + 1e-6)) if opt.grad_clip else g
+        for a, b, beta, term in zip(old, new, (opt.beta1, opt.beta2), (clipped, clipped**2), strict=True):
+            slack = 1e-5 * (np.abs(a) + np.abs(term)) + 1e-37  # float32, and where it loses its last bits
+            if not (np.abs(b - (a + (1 - beta) * (term - a))) <= slack).all():
+                return False
+        return True
 
     def _read_raw(self, flat: Any) -> np.ndarray:
         return np.ascontiguousarray(self.opt.model.be.to_host(flat[self.part]))
@@ -239,6 +252,13 @@ def gradients(model: Model, scratch: Any) -> tuple[list[str], float]:
         if square == 0:
             zero.append(s.hf)
     return zero, math.sqrt(total) if total >= 0 else math.nan
+
+
+def gradients_left(model: Model, scratch: Any) -> float:
+    """The L2 norm of what is in the gradients before a step begins: 0, or the step before was not cleared away."""
+    model.be.fill(scratch, 0)
+    model.be.add_sum_sq(scratch, model.g)
+    return math.sqrt(max(0.0, float(model.be.to_host(scratch)[0])))
 
 
 def gradient_norm(zero: Sequence[str], apart: float, logged: float) -> Answer:
@@ -304,8 +324,3 @@ def speed(flops: float, rate: float, most: float) -> Answer:
 
 def _rate(flops: float) -> str:
     return f"{flops / 1e12:.1f} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.1f} GFLOP/s"
-
-
-def layout_of(cfg: ModelConfig) -> Layout:
-    """The table of parameters of a configuration."""
-    return Layout(cfg)
