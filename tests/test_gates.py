@@ -318,6 +318,7 @@ def nobody_reaches_this(m, place, folder):
 
 def work_is_left_out(m, place, folder):
     m.setattr(loop, "matmul_rate", lambda be, dtype: 1e3)
+    m.setattr(loop.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 def the_checkpoint_is_damaged(m, place, folder):
@@ -457,6 +458,14 @@ def test_a_loss_that_falls_faster_than_tokens_teach():
     assert measure.learning(3.848, 6.63, 1_792_000, 0.3).good  # and after its last
     assert measure.learning(0.5, 6.63, 1_792_000, 0.3).good is False
     assert measure.learning(0.5, 6.63, 10**9, 0.3).good  # then only what nobody reaches is in doubt
+
+
+def test_speed_is_not_judged_beside_other_processes(place, tmp_path, monkeypatch):
+    work_is_left_out(monkeypatch, place, tmp_path)
+    monkeypatch.setattr(loop.os, "getloadavg", lambda: (99.0, 0.0, 0.0))
+    assert pretrain(place, tmp_path / "run") == 0
+    assert row(tmp_path / "run", "end.speed")["verdict"] == SKIPPED
+    assert "load of 99.0" in row(tmp_path / "run", "end.speed")["why"]
 
 
 def test_bounds_that_are_changed_are_shown(place, tmp_path, monkeypatch, capsys):

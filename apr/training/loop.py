@@ -20,6 +20,7 @@ import numpy as np
 from ..bisect.show import print_report
 from ..bisect.spot import spot_check
 from ..data.batches import Batches, Exhausted, sequential
+from ..device import cores
 from ..errors import Interrupted
 from ..formats.models import fill
 from ..model import Model
@@ -37,6 +38,7 @@ from .show import Show
 LAST_STEPS = measure.LAST_STEPS  # the mean of so many is reported beside the mean of the epoch
 FOLLOWED = 20  # first steps of a process in which the learning rate is measured; then every FOLLOW_EVERY
 FOLLOW_EVERY = 10
+RATE_TRIES = 20  # at most, of about 0.1 s on a CPU, to measure how fast one large product is
 SAMPLE_TOKENS = 64  # of the continuation of --sample at each evaluation
 
 
@@ -549,18 +551,26 @@ class Trainer:
             why = "" if reached else f"the target was not reached: {said}, asked for {s.target_val_loss:g}"
             gates.judge("end.target", Answer(reached, said, f"at most {s.target_val_loss:g}", why), p.step)
         if p.best_flops:
-            rate = matmul_rate(be, self.model.dtype)
-            most = gates.bound("speed")
-            for _ in range(3):  # another process may have had the device for the moment of the measurement
-                if p.best_flops > most * rate:
-                    rate = max(rate, matmul_rate(be, self.model.dtype))
-            gates.judge("end.speed", measure.speed(p.best_flops, rate, most))
+            gates.judge("end.speed", self._speed(gates.bound("speed")))
         found = in_fresh_process(self.run.path, be.name, self.model.dtype, s.threads)
         if isinstance(found, str):
             gates.judge("end.reload", Answer(False, found, "the recorded loss", f"the last checkpoint cannot be loaded again: {found}"))  # fmt: skip
         else:
             gates.judge("end.reload", self._reproduced(found.mean, p.val_losses[-1]), p.step)
         gates.close("the run did not come to a place where it is asked")
+
+    def _speed(self, most: float) -> Answer:
+        """The fastest step against one large product, measured again where another process may have had the device."""
+        be, flops = self.inputs.backend, self.progress.best_flops
+        rate, tries = 0.0, 0
+        while tries < RATE_TRIES and (not tries or flops > most * rate):
+            rate, tries = max(rate, matmul_rate(be, self.model.dtype)), tries + 1
+        answer = measure.speed(flops, rate, most)
+        load = os.getloadavg()[0]
+        if not answer.good and be.name == "cpu" and load > cores():
+            why = f"a load of {load:.1f} on {cores()} cores: the rate of a product cannot be measured beside other processes"
+            return answer._replace(good=None, why=why)
+        return answer
 
     def _interrupted(self) -> Interrupted:
         where = (
