@@ -25,7 +25,7 @@ from ..errors import Interrupted
 from ..formats.models import fill
 from ..model import Model
 from ..optim import AdamW, Schedule
-from ..plan import flops_per_token, matmul_rate
+from ..plan import flops_per_token, matmul_rate, memory
 from . import measure
 from .evaluate import Loss, Stopped, evaluate
 from .gates import Answer, Gates, parse_bounds
@@ -552,12 +552,28 @@ class Trainer:
             gates.judge("end.target", Answer(reached, said, f"at most {s.target_val_loss:g}", why), p.step)
         if p.best_flops:
             gates.judge("end.speed", self._speed(gates.bound("speed")))
-        found = in_fresh_process(self.run.path, be.name, self.model.dtype, s.threads)
-        if isinstance(found, str):
-            gates.judge("end.reload", Answer(False, found, "the recorded loss", f"the last checkpoint cannot be loaded again: {found}"))  # fmt: skip
-        else:
-            gates.judge("end.reload", self._reproduced(found.mean, p.val_losses[-1]), p.step)
+        self._judge_reload()
         gates.close("the run did not come to a place where it is asked")
+
+    def _judge_reload(self) -> None:
+        i, s, p = self.inputs, self.s, self.progress
+        need = memory(
+            i.cfg, i.backend, self.micro, s.seq_length, self.model.dtype, train=False, documents=i.document_end is not None
+        ).total  # fmt: skip
+        have = i.backend.free_memory()
+        if have is not None and need > have:
+            gib = f"{need / 2**30:.1f} GiB beside this one, {have / 2**30:.1f} are free"
+            self.gates.skip(
+                "end.reload", f"another process needs {gib}; `apr verify` does it when this one is gone"
+            )
+            return
+        device = s.device if s.device.startswith(i.backend.name) else i.backend.name
+        found = in_fresh_process(self.run.path, device, self.model.dtype, s.threads)
+        if isinstance(found, str):
+            why = f"the last checkpoint cannot be loaded again: {found}"
+            self.gates.judge("end.reload", Answer(False, found, "the recorded loss", why), p.step)
+        else:
+            self.gates.judge("end.reload", self._reproduced(found.mean, p.val_losses[-1]), p.step)
 
     def _speed(self, most: float) -> Answer:
         """The fastest step against one large product, measured again where another process may have had the device."""
