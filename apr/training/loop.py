@@ -541,8 +541,8 @@ class Trainer:
         return status
 
     def judge_end(self, status: str) -> None:
-        """The gates of a run that came to its end. The buffers of the model are given back on the way."""
-        p, s, gates, be = self.progress, self.s, self.gates, self.inputs.backend
+        """The gates of a run that came to its end."""
+        p, s, gates = self.progress, self.s, self.gates
         if s.target_val_loss is None:
             gates.skip("end.target", "no --target-val-loss was given")
         else:
