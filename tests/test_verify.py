@@ -125,6 +125,17 @@ def test_files_that_come_and_go_are_found(run):
     assert compare(run) == ["loss.png is gone"]
 
 
+def test_a_new_page_is_no_tampering_and_hides_none(run):
+    before = (run / "report.html").read_bytes()
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").read_bytes() == before  # the same files, the same page
+    assert main(["report", str(run), "-o", str(run / "again.html")]) == 0
+    assert compare(run) == []
+    change_line(run, 2, "lr", 1.0)
+    assert main(["report", str(run)]) == 0
+    assert "metrics.jsonl was changed" in "".join(compare(run))
+
+
 def weights_changed(run):
     """The last checkpoint's weights, with CRCs that fit."""
     path = run / "ckpt" / "epoch-002.apr"

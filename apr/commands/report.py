@@ -11,7 +11,9 @@ from pathlib import Path
 
 from ..flags import option, parse
 from ..formats.atomic import write_text
+from ..training.evidence import resealed
 from ..training.report import render
+from ..training.rundir import EVIDENCE
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ def main(args: Sequence[str]) -> int:
     f = parse(Flags, args, "apr report", __doc__ or "")
     folder = Path(f.run_dir)
     path = Path(f.output) if f.output else folder / "report.html"
-    write_text(path, render(folder))
+    page = render(folder)
+    if path.resolve().is_relative_to(folder.resolve()) and (folder / EVIDENCE).is_file():
+        resealed(folder, path, page)  # a page of a newer apr is no tampering
+    else:
+        write_text(path, page)
     print(json.dumps({"report": str(path)}) if f.json else f"report  {path}")
     return 0
