@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import InputNotFound, MalformedFile, Refused
+from .files import parse_value, read_text
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ SIZES = {  # key of config.json -> field; all are whole numbers above zero
     "num_key_value_heads": "num_kv_heads",
     "max_position_embeddings": "max_position_embeddings",
 }
+
+MAX_LAYERS = 4096  # a parameter table has rows for each: no config may ask for one that fills the memory
 
 MUST_BE: dict[str, tuple[Any, ...]] = {  # keys that change the mathematics, and what we compute
     "hidden_act": ("silu",),
@@ -188,6 +191,10 @@ def from_hf(d: dict[str, Any], source: str = "config.json") -> ModelConfig:
         raise MalformedFile(f"{source}: missing key 'hidden_act' (the families apr computes use \"silu\")")
 
     sizes = {field: _number(d, key, int, source) for key, field in SIZES.items()}
+    if sizes["num_layers"] > MAX_LAYERS:
+        raise Refused(
+            f"{source}: num_hidden_layers = {sizes['num_layers']}; apr computes at most {MAX_LAYERS}"
+        )
     heads, kv, hidden = sizes["num_heads"], sizes["num_kv_heads"], sizes["hidden_size"]
     if heads % kv:
         raise Refused(
@@ -355,18 +362,13 @@ def load_config(name: str) -> ModelConfig:
     if name in PRESETS:
         return PRESETS[name]
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputNotFound(f"{name}: neither a preset nor a config.json. Presets: {', '.join(PRESETS)}")
     return from_hf(read_json(path), str(path))
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in a file; MalformedFile names the line where it stops being JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as e:
-        raise MalformedFile(f"{path}: not UTF-8 at byte {e.start}") from None
-    except (ValueError, RecursionError) as e:
-        raise MalformedFile(f"{path}: not JSON: {e}") from None
+    """The JSON value in a file. Raises InputNotFound, IOFailure; MalformedFile names the line where it stops being JSON."""
+    return parse_value(read_text(path), str(path))

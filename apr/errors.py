@@ -4,12 +4,25 @@ Every class carries the exit code of the process; `apr.commands.main` prints the
 without a traceback.
 """
 
+MOST = 4000  # characters of a message: it may quote a value of a file, which may be anything
+
 
 class AprError(Exception):
-    """Base of all errors that are answered with one line and an exit code."""
+    """Base of all errors that are answered with one line and an exit code.
+
+    The message can be printed whatever a file put into it: what is no printable character is spelt out."""
 
     exit_code = 1
     status = "FAILED"
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > MOST:
+            message = f"{message[: MOST - 1000]} ... {message[-900:]}"
+        super().__init__("".join(c if c.isprintable() or c == "\n" else _spelt(c) for c in message))
+
+
+def _spelt(c: str) -> str:
+    return c.encode("unicode_escape").decode()
 
 
 class UsageError(AprError):

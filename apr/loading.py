@@ -10,7 +10,8 @@ import numpy as np
 
 from .config import PRESETS, ModelConfig
 from .data.tokenizer import Tokenizer
-from .errors import Refused
+from .errors import MalformedFile, Refused
+from .files import short
 from .formats.models import LoadedModel, fill, load_model
 from .params import Layout
 
@@ -54,6 +55,10 @@ def tokenizer_of(loaded: LoadedModel) -> Tokenizer | None:
     eos = loaded.metadata.get("tokenizer.eos_token_id" if loaded.kind == "apr" else "eos_token_id")
     if isinstance(eos, list):  # transformers: any of several ends a text
         eos = eos[0] if eos else None
+    if eos is not None and (not isinstance(eos, int | str) or isinstance(eos, bool)):
+        raise MalformedFile(
+            f"{loaded.source}: eos_token_id = {short(eos)} is not the id of a token; correct it in the model's config"
+        )
     tokenizer = Tokenizer.from_json(loaded.tokenizer_json, loaded.source, eos)
     if tokenizer.vocab_size > loaded.cfg.vocab_size:
         raise Refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -379,3 +380,29 @@ def test_what_hugging_face_cannot_trace_is_refused() -> None:
     refused(r"both must be \(B,T\)", targets=TARGETS[:, 1:])
     refused("outside the vocabulary", ids=IDS + QWEN3.vocab_size)
     refused("all are ignored", targets=np.full_like(TARGETS, -100))
+
+
+def test_hostile_trace_files(tmp_path: Path) -> None:
+    path, ids = tmp_path / "t.safetensors", np.array([[1, 2]])
+    header = {"__metadata__": None, "loss": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(MalformedFile, match=r"t\.safetensors: metadata dtype = None"):
+        read_trace(path, ids, ids)
+    for bad in (np.array([[-1, 2]]), np.array([[1, 1 << 32]]), np.array([[1 << 31, 1]])):
+        write_safetensors(
+            path, {"ids": bad, "targets": ids, "loss": np.ones(1)}, metadata={"dtype": "float32"}
+        )
+        with pytest.raises(MalformedFile, match=r"t\.safetensors: tensor 'ids' holds .*no token id"):
+            read_trace(path)
+    write_safetensors(path, {"ids": ids, "targets": -ids, "loss": np.ones(1)}, metadata={"dtype": "float32"})
+    assert read_trace(path).targets.tolist() == [[-1, -2]]
+
+
+def test_ids_outside_the_vocabulary_never_reach_a_kernel() -> None:
+    cfg = PRESETS["llama-tiny"]
+    model, weights = side(cfg, cpu, "float32"), start(cfg)
+    ids, targets = batch(cfg)
+    ids[0, 1] = cfg.vocab_size
+    with pytest.raises(Refused, match=f"made of id {cfg.vocab_size}, this model has {cfg.vocab_size}"):
+        compare_with_trace(model, weights, ids, targets, {"loss": np.ones(())}, "float32")

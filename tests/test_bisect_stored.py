@@ -70,6 +70,14 @@ def test_a_dtype_that_is_taken_for_another_is_seen(folder: Path) -> None:
     assert bad(folder, source.host) == [("read_file", NORM)]
 
 
+def test_what_no_model_has_is_not_read(folder: Path) -> None:
+    """Old Llama files hold a table that the configuration determines, in any dtype."""
+    source = open_source(str(folder))
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.int64)}
+    write_safetensors(folder / "model.safetensors", {**source.layout.named(source.host), **table})
+    assert bad(folder) == []
+
+
 def test_one_bit_is_seen(folder: Path) -> None:
     source = open_source(str(folder))
     source.host.view(np.uint32)[source.layout.by_hf[NORM].offset + 2] ^= 1

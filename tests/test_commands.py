@@ -239,3 +239,46 @@ def test_inspect_finds_a_damaged_file(capsys, checkpoint, tmp_path):
     code, _, err = call(capsys, "inspect", tmp_path / "bad.apr")
     assert code == 4
     assert "bad.apr" in err
+
+
+def npy(shape: str, data: bytes = b"", descr: str = "'<i8'") -> bytes:
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "words"),
+    [
+        ("x.npy", npy("(1000000000000,)", bytes(8)), 4, "mmap length is greater"),
+        ("x.npy", npy("(-1,)", bytes(8)), 4, "not an array of ids"),
+        ("x.npy", npy(f"({2**62}, {2**62})", bytes(8)), 4, "not an array of ids"),
+        ("x.npy", npy("(1,)", bytes(8), "'|O'"), 4, "not an array of ids"),
+        ("x.npy", npy("(1L,)", bytes(8)), 4, "not an array of ids"),
+        ("x.npy", npy("(" * 200), 4, "not an array of ids"),
+        ("x.npy", b"\x93NUMPY\x03\x00\xff\xff\xff\x7f{", 4, "not an array of ids"),
+        ("x.npy", b"PK\x03\x04", 4, "not an array of ids"),
+        ("x.npy", b"\x80\x04.", 4, "not an array of ids"),
+        ("x.npy", b"", 4, "not an array of ids"),
+        ("x.json", json.dumps(["x" * 10_000] * 1000).encode(), 4, "not an array of ids"),
+        ("x.json", b"[true, false]", 4, "not an array of ids"),
+        ("x.json", b'{"a": 1}', 4, "not an array of ids"),
+        ("x.json", b"[[1, 2], [3]]", 2, "expected whole numbers"),
+        ("x.json", b"[[1, 2], 3]", 4, "not an array of ids"),
+        ("x.json", b"[1, " + b"9" * 400 + b"]", 2, "expected whole numbers"),
+        ("x.json", b"[1, 99999]", 5, "id 99999 is outside"),
+    ],
+)
+def test_hostile_files_of_ids(capsys, checkpoint, tmp_path, name, content, code, words):
+    (tmp_path / name).write_bytes(content)
+    args = ("trace", checkpoint / "m.apr", "--tokens", tmp_path / name, "-o", tmp_path / "t")
+    got, _, err = call(capsys, *args)
+    assert (got, words in err, name in err) == (code, True, True), err
+
+
+def test_files_of_ids_are_read(capsys, checkpoint, tmp_path):
+    np.save(tmp_path / "x.npy", np.array([[1, 2, 3]], np.int16))
+    (tmp_path / "x.json").write_text("[[1, 2, 3]]")
+    for name in ("x.npy", "x.json"):
+        args = ("trace", checkpoint / "m.apr", "--tokens", tmp_path / name, "-o", tmp_path / f"{name}.t")
+        assert call(capsys, *args)[0] == 0
+    assert (tmp_path / "x.npy.t").read_bytes() == (tmp_path / "x.json.t").read_bytes()

@@ -145,6 +145,13 @@ def test_a_missing_size_is_not_invented(key):
         from_hf(without(LLAMA_32_1B, key))
 
 
+def test_a_config_cannot_ask_for_a_table_that_fills_the_memory():
+    d = to_hf(PRESETS["llama-tiny"])
+    assert Layout(from_hf({**d, "num_hidden_layers": 4096})).size > 0
+    with pytest.raises(Refused, match="here: num_hidden_layers = 4097; apr computes at most 4096"):
+        from_hf({**d, "num_hidden_layers": 4097}, "here")
+
+
 def test_family_switches():
     base = without(
         LLAMA_32_1B, "architectures", "rope_scaling", "attention_bias", "mlp_bias", "pretraining_tp"

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import struct
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,10 +18,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from test_tokenizer import gpt2_like
 
 from apr.config import PRESETS, ModelConfig, to_hf
 from apr.errors import AprError, InputNotFound, IOFailure, MalformedFile, Refused, UsageError
-from apr.formats import atomic, encode, parse_json
+from apr.files import parse_json
+from apr.formats import atomic, encode
 from apr.formats.apr2 import (
     HAS_VOCAB,
     MAX_METADATA,
@@ -34,6 +37,7 @@ from apr.formats.apr2 import (
 from apr.formats.atomic import atomic_write, write_json, write_text
 from apr.formats.hf import read_hf, read_safetensors, write_hf, write_safetensors
 from apr.formats.models import fill, load_model
+from apr.loading import tokenizer_of
 from apr.params import Layout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,7 +193,7 @@ def test_hostile_json(text: str | bytes) -> None:
 def test_json_keys_that_occur_twice() -> None:
     text = '{"a": 1, "b": {"c": 2, "c": 3}}'
     assert parse_json(text, "here") == {"a": 1, "b": {"c": 3}}
-    with pytest.raises(MalformedFile, match="'c' occurs twice"):
+    with pytest.raises(MalformedFile, match="'c' is there twice"):
         parse_json(text, "here", unique=True)
 
 
@@ -935,7 +939,7 @@ def test_index_and_shards_must_agree(sharded: Path) -> None:
             read_hf(sharded)
         index.write_text(good)
     index.write_text(good.replace('"weight_map": {', f'"weight_map": {{"{norm}": "{shard}",'))
-    with pytest.raises(MalformedFile, match="occurs twice"):
+    with pytest.raises(MalformedFile, match="is there twice"):
         read_hf(sharded)
     index.write_text('{"weight_map": []}')
     with pytest.raises(MalformedFile, match="weight_map"):
@@ -1105,7 +1109,7 @@ def test_config_of_absurd_size(tmp_path: Path, change: dict[str, int]) -> None:
     cfg, _, _, tensors = weights()
     write_hf(tmp_path, cfg, tensors)
     write_json(tmp_path / "config.json", {**to_hf(cfg), **change})
-    with pytest.raises(Refused, match=r"layers in the config|of wrong shape"):
+    with pytest.raises(Refused, match=r"at most 4096|of wrong shape"):
         load_model(str(tmp_path))
 
 
@@ -1119,3 +1123,102 @@ def test_stories260k_loads() -> None:
     fill(layout, flat, loaded)
     raw = np.fromfile(data("stories260K") / "stories260K.bin", np.float32, offset=28)  # 7 sizes, then weights
     assert same(layout.views(flat).embed, raw[: 512 * 64].reshape(512, 64))
+
+
+# What stands in a folder
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A folder with a model in one file, and its tokenizer."""
+    cfg, _, _, tensors = weights()
+    write_hf(tmp_path / "whole", cfg, tensors, tokenizer_json=tokenizer_json())
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize(
+    "plant", [os.mkdir, os.mkfifo, lambda p: os.symlink("/dev/zero", p), lambda p: os.symlink(p, p)]
+)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "m.apr"])
+def test_what_is_no_file_is_an_error_and_no_hang(
+    whole: Path, name: str, plant: Callable[[Path], Any]
+) -> None:
+    (whole / name).unlink(missing_ok=True)
+    plant(whole / name)
+    source = whole / name if name == "m.apr" else whole
+    with pytest.raises(InputNotFound, match=name):
+        load_model(str(source))
+
+
+def test_links_of_a_cache_are_followed(whole: Path, sharded: Path, tmp_path: Path) -> None:
+    """The Hub's cache keeps blobs under their hash, and a folder of links for each revision."""
+    for folder in (whole, sharded):
+        cache = tmp_path / "cache" / folder.name
+        (cache / "blobs").mkdir(parents=True)
+        (cache / "snapshot").mkdir()
+        for i, path in enumerate(sorted(folder.iterdir())):
+            path.rename(cache / "blobs" / str(i))
+            (cache / "snapshot" / path.name).symlink_to(f"../blobs/{i}")
+        assert load_model(str(cache / "snapshot")).sha256
+    with pytest.raises(InputNotFound):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "error"),
+    [
+        ("../model.safetensors", MalformedFile),
+        ("/tmp/model.safetensors", MalformedFile),
+        ("a\\b.safetensors", MalformedFile),
+        ("x" * 300 + ".safetensors", IOFailure),
+        ("\x1b[2J.safetensors", InputNotFound),
+    ],
+)
+def test_names_in_an_index_stay_in_the_folder(sharded: Path, file: str, error: type[AprError]) -> None:
+    edit_index(sharded, lambda m: m.update({next(iter(m)): file}))
+    with pytest.raises(error) as e:
+        load_model(str(sharded))
+    assert str(e.value).isprintable()
+
+
+def test_an_index_of_many_names_is_read_once(sharded: Path) -> None:
+    """Time grows with names plus files, not with their product."""
+    row = {"dtype": "I8", "shape": [1], "data_offsets": [0, 1]}
+    many = [f"model-{i}.safetensors" for i in range(1500)]
+    for file in many:
+        (sharded / file).write_bytes(safetensors({file: row}, b"\0"))
+    edit_index(
+        sharded, lambda m: m.update({f"{i}": "zz.safetensors" for i in range(30_000)} | {f: f for f in many})
+    )
+    start = time.process_time()
+    with pytest.raises(AprError):
+        load_model(str(sharded))
+    assert time.process_time() - start < 3
+
+
+def test_a_tokenizer_that_is_no_text_names_its_file(tmp_path: Path) -> None:
+    cfg, _, _, tensors = weights()
+    write_apr(tmp_path / "m.apr", {**config_to_metadata(cfg), "tokenizer.json": [5]}, tensors)
+    with pytest.raises(MalformedFile, match=r"m\.apr: 'tokenizer\.json' is not text but a list of 1"):
+        load_model(str(tmp_path / "m.apr"))
+
+
+@pytest.mark.parametrize("eos", [{"a": 1}, 1.5, True, [[1]], [None, 1.5], "no token", 10**30, -1])
+def test_the_end_of_text_is_the_id_of_a_token(tmp_path: Path, eos: Any) -> None:
+    cfg = replace(PRESETS["llama-tiny"], vocab_size=300)
+    layout = Layout(cfg)
+    tensors = layout.named(np.ones(layout.size, np.float32))
+    write_hf(tmp_path, cfg, tensors, tokenizer_json=json.dumps(gpt2_like()))
+    write_json(tmp_path / "config.json", {**to_hf(cfg), "eos_token_id": eos})
+    if eos == [None, 1.5]:
+        assert tokenizer_of(load_model(str(tmp_path))) is not None
+        return
+    with pytest.raises(MalformedFile, match=r"eos"):
+        tokenizer_of(load_model(str(tmp_path)))
+
+
+def test_sizes_that_only_a_message_would_show(tmp_path: Path) -> None:
+    long = safetensors({"b": {**row(), "shape": [1] * 100_000}}, B.tobytes())
+    with pytest.raises(MalformedFile, match=r"x\.safetensors: tensor 'b'") as e:
+        read_safetensors(put(tmp_path / "x.safetensors", long))
+    assert len(str(e.value)) < 5000

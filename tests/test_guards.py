@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -316,6 +317,15 @@ def test_repair_refuses_what_is_no_shard(tok: Tokenizer, tmp_path: Path) -> None
         repair_manifest(tmp_path, tok)
     (tmp_path / "shard-00000.bin").write_bytes(b"\xff" * 8)
     with pytest.raises(MalformedFile, match="token 0 has id 4294967295"):
+        repair_manifest(tmp_path, tok)
+
+
+@pytest.mark.parametrize("plant", [os.mkdir, os.mkfifo, lambda p: os.symlink("gone", p)])
+def test_repair_refuses_what_is_no_file(tok: Tokenizer, tmp_path: Path, plant: Callable[[Path], Any]) -> None:
+    write(tmp_path, tok, corpus(9), 300)
+    (tmp_path / "shard-00001.bin").unlink()
+    plant(tmp_path / "shard-00001.bin")
+    with pytest.raises(MalformedFile, match=r"shard-00001\.bin: is not a file"):
         repair_manifest(tmp_path, tok)
 
 

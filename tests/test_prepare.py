@@ -18,12 +18,13 @@ from data_cases import Memory, corpus, edit_json, files_of, flip_byte, write
 
 from apr.data.batches import Batches, Windows, sequential
 from apr.data.corpus import Document, is_held_out
+from apr.data.encode import RECORD as ENCODED
 from apr.data.prepare import Prepared, prepare
 from apr.data.readers import Corpus
 from apr.data.shards import TokenShards
 from apr.data.sources import find_sources
 from apr.data.tokenizer import Tokenizer, train_tokenizer
-from apr.errors import Refused
+from apr.errors import MalformedFile, Refused
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -246,3 +247,13 @@ def test_tinyshakespeare_through_the_whole_path(data: Callable[[str], Path], tmp
     held = sum(t.size for _, t in sequential(Windows(val, 128), 32))
     assert held == val.total_tokens - 1 - Windows(val, 128).tokens_dropped
     assert made().reused
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["[]", "{}", '{"result": null}', '{"result": {"skipped": 5}}', '{"result": {"skipped": {"a": []}}}'],
+)
+def test_a_record_that_was_changed_says_so(tok: Tokenizer, tmp_path: Path, record: str) -> None:
+    (tmp_path / ENCODED).write_text(record)
+    with pytest.raises(MalformedFile, match=f"{ENCODED}: does not say what was skipped; remove"):
+        Prepared(tmp_path, tok, "", True, "").left_out()

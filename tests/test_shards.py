@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from data_cases import corpus, edit_json, edit_shard_row, files_of, flip_byte, put, rewrite, write
 
 from apr.data.corpus import Document
-from apr.data.manifest import FIGURES
+from apr.data.manifest import FIGURES, MAX_VOCAB
+from apr.data.repair import repair_manifest
 from apr.data.shards import ShardWriter, TokenShards
 from apr.data.tokenizer import Tokenizer, train_tokenizer
 from apr.errors import InputNotFound, IOFailure, MalformedFile, Refused
@@ -109,7 +111,10 @@ MANIFEST_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"seq": 1}, r"unknown keys \['seq'\]"),
     ({"audit": {}}, "audit = {}"),
     ({"audit": dict.fromkeys(FIGURES, "1")}, "is not a figure"),
-    ({"audit": dict.fromkeys(FIGURES, math.nan)}, "is not a figure"),
+    ({"audit": dict.fromkeys(FIGURES, -1)}, "is not a figure"),
+    ({"audit": dict.fromkeys(FIGURES, math.nan)}, "NaN is not a JSON number"),
+    ({"audit": dict.fromkeys(FIGURES, 10**400)}, r"audit\.bytes_per_token = 10{20}"),
+    ({"vocab_size": MAX_VOCAB + 1}, r"vocab_size = \d+ is not a whole number in 1\.\."),
     ({"shards": 5}, "shards lists 5"),
     ({"tokenizer_sha256": "x"}, "tokenizer_sha256 = 'x'"),
 ]
@@ -295,6 +300,26 @@ def test_resuming_finds_a_manifest_that_the_shards_do_not_bear_out(
     edit_json(folder / "manifest.json", shards=shards)
     with pytest.raises(MalformedFile, match="the last shard ends after"):
         resume(folder, tok, corpus(20))
+
+
+def test_a_repaired_manifest_cannot_be_resumed(tok: Tokenizer, tmp_path: Path) -> None:
+    folder = killed(tmp_path, tok)
+    repair_manifest(folder, tok)
+    with pytest.raises(Refused, match=r"manifest\.json: corpus_sha256 = null"):
+        resume(folder, tok, corpus(20), made={"repaired": True}, eos_policy="between")
+
+
+def test_a_shard_that_cannot_be_mapped(
+    tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, tok, corpus(9))
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise OSError(12, "Cannot allocate memory")  # the kernel's answer to one mapping too many
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    with pytest.raises(IOFailure, match=r"shard-00000\.bin: cannot be mapped: .*fewer and larger shards"):
+        TokenShards(tmp_path)
 
 
 def test_what_a_kill_left_half_done_is_removed(tok: Tokenizer, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from apr.data import tokenizer as module
 from apr.data.families import FAMILIES, Family
 from apr.data.import_hf import import_hf
 from apr.data.tokenizer import LONGEST_WORD, Tokenizer, train_tokenizer
-from apr.data.vocab_format import BYTE_CHARACTERS, FALLBACK_BYTES, HEX, MAX_IDS, check
+from apr.data.vocab_format import BYTE_CHARACTERS, FALLBACK_BYTES, HEX, MAX_IDS, check, steps
 from apr.errors import AprError, InputNotFound, IOFailure, MalformedFile, Refused, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -571,6 +572,8 @@ TEXT_FAULTS: dict[str, tuple[str, str]] = {
     "deep": ("[" * 100_000, "nested too deeply"),
     "deep object": ('{"a":' * 100_000, "nested too deeply"),
     "deep sequence": (deep(200), "not a tokenizer.json|nested"),
+    "infinity": (json.dumps(gpt2_like()).replace("256", "1e999"), "too large"),
+    "NaN": (json.dumps(gpt2_like()).replace("256", "NaN"), "NaN is not"),
     "surrogate": (json.dumps(gpt2_like()).replace('"he"', r'"\ud800"'), "lone surrogate"),
     "surrogate in the text": (json.dumps(gpt2_like()).replace('"he"', '"\ud800"'), "lone surrogate"),
     "raw NUL": (json.dumps(gpt2_like()).replace('"he"', '"\x00"'), "not JSON"),
@@ -585,6 +588,55 @@ def test_hostile_text(name: str) -> None:
     text, words = TEXT_FAULTS[name]
     with pytest.raises(MalformedFile, match=f"^memory.*({words})"):
         Tokenizer.from_json(text, "memory")
+
+
+def test_a_panic_of_the_library_is_an_error_of_the_file() -> None:
+    """A panic of Rust code is no Exception: nothing else would stop it."""
+    d = gpt2_like()
+    split = {
+        **SPLIT,
+        "pattern": {"Regex": "(a+)+$"},
+    }  # time that is exponential in the length, which the library bounds
+    d["pre_tokenizer"] = seq("pretokenizers", split, {**BL, "use_regex": False})
+    tokenizer = Tokenizer.from_json(json.dumps(d), "memory")
+    with pytest.raises(MalformedFile, match=r"^memory: text cannot be encoded: .*take another"):
+        tokenizer.encode("a" * 40 + "b")
+    assert tokenizer.encode("aab").tolist() == tokenizer.encode("aab").tolist()
+
+
+def test_merges_of_a_model_that_has_none_are_passed_over() -> None:
+    d = metaspace()
+    d["model"]["merges"] = 5
+    assert Tokenizer.from_json(json.dumps(d), "memory").merges == 0
+
+
+def test_many_steps_are_looked_at_once_each() -> None:
+    many = {"type": "Sequence", "decoders": [{"type": "Fuse"}] * 200_000}
+    start = time.process_time()
+    assert len(list(steps({"type": "Sequence", "decoders": [many, {"type": "Strip"}]}, "here"))) == 200_001
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("pattern", [{"String": "a"}, {"Regex": "a*"}, {"String": ""}])
+def test_steps_that_double_the_text_in_turn_are_refused(pattern: Fields) -> None:
+    step = {"type": "Replace", "pattern": pattern, "content": "aa"}
+    for key, kind in (("normalizer", "normalizers"), ("decoder", "decoders")):
+        d = fallback()
+        d[key] = seq(kind, *(d[key].get("decoders") or [d[key]]), *[step] * 40)
+        with pytest.raises(Refused, match=r"^memory: its steps can make "):
+            Tokenizer.from_json(json.dumps(d), "memory")
+    d["decoder"] = seq("decoders", *fallback()["decoder"]["decoders"], step)
+    Tokenizer.from_json(json.dumps(d), "memory")
+
+
+def test_byte_level_steps_in_a_row_are_refused() -> None:
+    """Each doubles what is not ASCII: fifty once ended the process."""
+    d = gpt2_like()
+    d["pre_tokenizer"] = seq("pretokenizers", *[{**BL, "use_regex": False}] * 50)
+    with pytest.raises(
+        Refused, match=r"^memory: its steps can make [\d,]+ characters of one, apr takes at most 4096"
+    ):
+        Tokenizer.from_json(json.dumps(d), "memory")
 
 
 def test_surrogate_pairs_and_holes_are_fine() -> None:

@@ -6,7 +6,6 @@ the side and its error at that of the trace, each against the reference in float
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,8 @@ import numpy as np
 from ..backends import reference
 from ..config import ModelConfig, from_hf
 from ..errors import MalformedFile, Refused
-from ..formats import is_float, opened, parse_json
+from ..files import parse_json
+from ..formats import is_float
 from ..formats.hf import read_safetensors
 from ..model import Model
 from ..params import Slot
@@ -92,8 +92,8 @@ def read_trace(
     ids, targets: what went in, where the file does not hold it. Raises InputNotFound, MalformedFile, Refused.
     """
     path = Path(path)
-    tensors = dict(read_safetensors(path))
-    metadata = _metadata(path)
+    file = read_safetensors(path)
+    tensors, metadata = dict(file), file.metadata
     if metadata.get("dtype") not in rule.EPS:
         raise MalformedFile(
             f"{path}: metadata dtype = {metadata.get('dtype')!r} is not one of {', '.join(rule.EPS)}; "
@@ -111,14 +111,6 @@ def read_trace(
     return Trace(tensors, metadata, ids, targets)
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    """Metadata of a file that read_safetensors has checked."""
-    with opened(path) as (f, _):
-        (n,) = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))
-        found = parse_json(f.read(n), str(path)).get("__metadata__", {})
-    return {str(k): str(v) for k, v in found.items()}
-
-
 def _what_went_in(
     path: Path, name: str, stored: np.ndarray | None, given: np.ndarray | None, flag: str
 ) -> np.ndarray:
@@ -129,6 +121,10 @@ def _what_went_in(
         return given
     if stored.dtype.kind not in "iu" or stored.ndim != 2:
         raise MalformedFile(f"{path}: tensor {name!r} is {stored.dtype} {stored.shape}, not integers (B,T)")
+    lowest = 0 if name == "ids" else -(1 << 31)  # a target below 0 is ignored
+    if int(stored.min()) < lowest or int(stored.max()) >= 1 << 31:
+        bad = stored.min() if stored.min() < lowest else stored.max()
+        raise MalformedFile(f"{path}: tensor {name!r} holds {bad}, which is no token id; is it a trace?")
     if given is not None and not np.array_equal(stored, given):
         raise Refused(f"{path}: was made of other {name} than {flag} gives; leave {flag} out")
     return np.array(stored, np.int32)
@@ -171,6 +167,11 @@ def compare_with_trace(
     """
     if model.recompute or model.loss_rows < ids.size:
         raise ValueError("a model that is compared with a trace keeps every block and all logits")
+    highest = max(int(ids.max()), int(targets.max()))
+    if highest >= model.cfg.vocab_size:
+        raise Refused(
+            f"the trace was made of id {highest}, this model has {model.cfg.vocab_size}; give the model that was traced"
+        )
     coarse = max(model.dtype, dtype, key=lambda d: rule.EPS[d])
     rows = []
     with np.errstate(all="ignore"):

@@ -4,6 +4,7 @@ reader, and a fault of that reader would be on both."""
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[Row]:
         out.append(exact("configuration", "config.json", "rope_theta", cfg.rope_theta, theta))
     layout, found = Layout(cfg), set()
     for file in files:
-        for name, want in _tensors(file):
+        for name, read in _tensors(file):
             slot = layout.by_hf.get(name)
             if slot is None:
                 known = name.endswith(INV_FREQ) or (name == HEAD and cfg.tie_word_embeddings)
@@ -51,6 +52,7 @@ def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[Row]:
                 )
                 continue
             found.add(name)
+            want = read()
             got = host[slot.offset : slot.offset + slot.size]
             if np.array_equal(got.view(np.uint8), want.astype(host.dtype).view(np.uint8)):
                 out.append(Row("upload", "read_file", name, EXACT, 0.0, 0.0, slot.layer, slot.shape))
@@ -75,16 +77,19 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _tensors(file: Path) -> Any:
-    """(name, values as float32 or float64, flat) of a safetensors file: 8 bytes of length, a JSON header, the data."""
+    """(name, function that reads the values as float32 or float64, flat) of a safetensors file, which formats.hf has
+    checked: 8 bytes of length, a JSON header, the data."""
     with file.open("rb") as f:
         size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(size))
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        kind = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[entry["dtype"]]
-        flat = np.fromfile(file, kind, (end - start) // np.dtype(kind).itemsize, offset=8 + size + start)
-        if entry["dtype"] == "BF16":  # the upper half of a float32
-            flat = (flat.astype(np.uint32) << 16).view(np.float32)
-        yield name, flat if kind == "<f8" else flat.astype(np.float32)
+        if name != "__metadata__":
+            yield name, partial(_values, file, 8 + size, entry["dtype"], *entry["data_offsets"])
+
+
+def _values(file: Path, data_at: int, dtype: str, start: int, end: int) -> np.ndarray:
+    kind = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[dtype]
+    flat = np.fromfile(file, kind, (end - start) // np.dtype(kind).itemsize, offset=data_at + start)
+    if dtype == "BF16":  # the upper half of a float32
+        flat = (flat.astype(np.uint32) << 16).view(np.float32)
+    return flat if kind == "<f8" else flat.astype(np.float32)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
 
 from .. import backends
 from ..config import ModelConfig, read_json, to_hf
 from ..device import check_fits, select
 from ..errors import InputNotFound, MalformedFile, Refused, UsageError
+from ..files import opened
 from ..flags import option, parse
 from ..formats.hf import write_safetensors
 from ..loading import open_source, put
@@ -21,6 +26,20 @@ from ..model import IGNORED, Model
 from ..plan import memory
 from ..taps import Record
 from ..training.rundir import versions
+
+NPY = b"\x93NUMPY\x01\x00"  # what a file of integers begins with, whatever version of NumPy writes it
+# What NumPy raises for a header that it cannot read, as Python's tokenizer and parser see it.
+NO_ARRAY = (
+    Warning,
+    ValueError,
+    TypeError,
+    EOFError,
+    OSError,
+    OverflowError,
+    MemoryError,
+    SyntaxError,
+    TokenError,
+)
 
 
 @dataclass(frozen=True)
@@ -124,21 +143,16 @@ def read_ids(text: str, cfg: ModelConfig, flag: str, lowest: int) -> np.ndarray:
     value: Any
     path = Path(text)
     if path.suffix in (".json", ".npy"):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputNotFound(f"{flag} {text}: no such file")
-        try:
-            value = read_json(path) if path.suffix == ".json" else np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as e:
-            raise MalformedFile(f"{text}: not an array of ids: {e}") from None
+        value = _json_ids(path) if path.suffix == ".json" else _npy_ids(path)
     else:
         value = text.split(",")
     try:
-        ids = np.array(value)
-        if ids.dtype.kind not in "iu":
-            ids = np.array([int(x) for x in value]) if ids.dtype.kind == "U" else ids
+        ids = np.array([int(x) for x in value] if path.suffix not in (".json", ".npy") else value)
         if ids.dtype.kind not in "iu":
             raise ValueError
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise UsageError(
             f'{flag} {text}: expected whole numbers such as "1,2,3", or a file of them'
         ) from None
@@ -147,5 +161,33 @@ def read_ids(text: str, cfg: ModelConfig, flag: str, lowest: int) -> np.ndarray:
         raise UsageError(f"{flag} {text}: shape {ids.shape}; expected one row or (B,T)")
     if ids.max() >= cfg.vocab_size or ids.min() < lowest:
         bad = ids.max() if ids.max() >= cfg.vocab_size else ids.min()
-        raise Refused(f"{flag}: id {bad} is outside the model's vocabulary of {cfg.vocab_size}")
+        where = f"{flag} {text}" if path.suffix in (".json", ".npy") else flag
+        raise Refused(f"{where}: id {bad} is outside the model's vocabulary of {cfg.vocab_size}")
     return np.ascontiguousarray(ids, np.int32)
+
+
+def _json_ids(path: Path) -> list[Any]:
+    """One list of whole numbers or several. NumPy would make texts as long as the longest, and numbers of true and false."""
+    value = read_json(path)
+    rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+    if not all(isinstance(row, list) and all(type(i) is int for i in row) for row in rows):
+        raise MalformedFile(
+            f"{path}: not an array of ids: write [1, 2, 3], or a list of such rows of equal length"
+        )
+    return rows
+
+
+def _npy_ids(path: Path) -> np.ndarray:
+    """A .npy file, mapped: its header may promise more than the file has, which then is an error instead of memory."""
+    with opened(path) as (f, _):
+        start = f.read(len(NPY))
+    if start != NPY:  # also that of later versions, whose headers may be said to have 4 GiB
+        raise MalformedFile(
+            f"{path}: not an array of ids: starts with {start!r}, not {NPY!r}; save one with numpy.save"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a header that is not what NumPy writes
+            return np.asarray(open_memmap(path, mode="r"))
+    except NO_ARRAY as e:
+        raise MalformedFile(f"{path}: not an array of ids: {e}; save one with numpy.save") from None

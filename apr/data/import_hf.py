@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AprError, InputNotFound, IOFailure, MalformedFile, Refused, UsageError
+from ..files import parse_json, read_text, short
 from .families import FAMILIES, Family
 from .tokenizer import Tokenizer, eos_of_config
-from .vocab_format import added_tokens, check_id, parse_object, read_text, short, steps, vocabulary_ids
+from .vocab_format import added_tokens, check_id, steps, vocabulary_ids
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 CONFIG, ADDED, SPECIAL = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
@@ -83,9 +84,9 @@ class _Files:
 
     def read(self, name: str) -> None:
         path = self.folder / name
-        self.texts[name] = read_text(path)
+        self.texts[name] = read_text(path, "give a tokenizer.json or the folder that holds one")
         if name != MERGES:
-            self.objects[name] = parse_object(self.texts[name], str(path))
+            self.objects[name] = parse_json(self.texts[name], str(path), unique=True)
 
 
 def _find(source: str, revision: str | None) -> _Files:
@@ -148,10 +149,11 @@ def _download(repo: str, in_source: str | None, revision: str | None) -> tuple[P
 def _from_tokenizer_json(files: _Files, fields: dict[str, Any], family: str | None) -> tuple[str, str | None]:
     """Text of tokenizer.json, with the added tokens that only the files beside it state; and the family."""
     stated = _stated(files, family)
-    own = {t["id"] for t in added_tokens(fields, {}, files.main)}
+    path = str(files.folder / files.main)
+    own = {t["id"] for t in added_tokens(fields, {}, path)}
     if family is None:
-        family = next((name for name, f in FAMILIES.items() if _is_of(fields, stated, f)), None)
-    elif difference := _rules_differ(fields, FAMILIES[family]):
+        family = next((name for name, f in FAMILIES.items() if _is_of(fields, stated, f, path)), None)
+    elif difference := _rules_differ(fields, FAMILIES[family], path):
         raise Refused(
             f"{files.folder / files.main}: {difference} is not that of family {family}; name another or none"
         )
@@ -162,25 +164,30 @@ def _from_tokenizer_json(files: _Files, fields: dict[str, Any], family: str | No
     return json.dumps(merged, indent=2, ensure_ascii=False), family
 
 
-def _rules_differ(fields: dict[str, Any], family: Family) -> str | None:
+def _rules_differ(fields: dict[str, Any], family: Family, source: str) -> str | None:
     """Which of normalizer and pre_tokenizer cuts text otherwise than the family's; None when both are the same."""
     for key in ("normalizer", "pre_tokenizer"):
         rules = []
         for node in (fields.get(key), family.steps[key]):
-            rules.append([(s["type"], s.get("pattern"), s.get("add_prefix_space")) for s in steps(node, key)])
+            rules.append(
+                [
+                    (s["type"], s.get("pattern"), s.get("add_prefix_space"))
+                    for s in steps(node, f"{source}: {key}")
+                ]
+            )
         if rules[0] != rules[1]:
             return key
     return None
 
 
-def _is_of(fields: dict[str, Any], stated: dict[int, dict[str, Any]], family: Family) -> bool:
+def _is_of(fields: dict[str, Any], stated: dict[int, dict[str, Any]], family: Family, source: str) -> bool:
     model = fields.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     return (
         isinstance(vocab, dict)
         and len(vocab) == family.base
         and {i: t["content"] for i, t in stated.items()} == {i: c for i, (c, _) in family.added.items()}
-        and _rules_differ(fields, family) is None
+        and _rules_differ(fields, family, source) is None
     )
 
 

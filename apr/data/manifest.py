@@ -14,6 +14,7 @@ import tokenizers
 from .. import __version__
 from ..config import read_json
 from ..errors import MalformedFile
+from .vocab_format import MAX_IDS
 
 FORMAT = "apr-shards-2"
 MANIFEST = "manifest.json"
@@ -27,7 +28,7 @@ FIGURES = {
     "bytes_per_token",
     "unknown_tokens",
 }
-MAX_VOCAB = 1 << 24  # bounds the table of counts that a hostile manifest could ask for
+MAX_VOCAB = MAX_IDS  # bounds the tables of counts that a hostile manifest could ask for
 
 
 @dataclass
@@ -158,8 +159,9 @@ def _check_shards(path: Path, d: dict[str, Any]) -> None:
 
 
 def same_figure(what: str, written: float, measured: float) -> None:
-    # Another machine's logarithm may differ in the last bits.
-    if not abs(written - measured) <= 1e-9 * max(1.0, abs(measured)):
+    """Raises MalformedFile unless two figures are equal, but for the last bits of another machine's logarithm."""
+    low, high = (measured + sign * 1e-9 * max(1.0, abs(measured)) for sign in (-1, 1))
+    if not low <= written <= high:  # no subtraction: what is written may be an integer beyond all floats
         raise MalformedFile(f"{what} = {written!r}, measured {measured!r}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from ..config import read_json
-from ..errors import AprError, IOFailure, Refused
+from ..errors import AprError, IOFailure, MalformedFile, Refused
 from ..formats.atomic import write_json
 from .corpus import Document, is_held_out, make_folder
 from .encode import RECORD as ENCODED
@@ -38,7 +38,13 @@ class Prepared:
 
     def left_out(self) -> str:
         """How many documents could not be used, why, and where they are named; "" when all could."""
-        skipped = read_json(self.folder / ENCODED)["result"]["skipped"]
+        record = read_json(self.folder / ENCODED)
+        result = record.get("result") if isinstance(record, dict) else None
+        skipped = result.get("skipped") if isinstance(result, dict) else None
+        if not isinstance(skipped, dict) or not all(isinstance(n, int) for n in skipped.values()):
+            raise MalformedFile(
+                f"{self.folder / ENCODED}: does not say what was skipped; remove {self.folder} to prepare it again"
+            )
         if not skipped:
             return ""
         why = ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()))

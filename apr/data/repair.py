@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..errors import InputNotFound, MalformedFile
 from ..formats.atomic import write_json
 from .manifest import MANIFEST, Manifest, figures, shard_name
 from .scan import scan
-from .shards import our_files
+from .shards import mapped, our_files
 from .tokenizer import Tokenizer
 
 BLOCK = 1 << 16  # tokens decoded at once
@@ -38,6 +39,8 @@ def repair_manifest(
             f"{folder}: holds no shard-00000.bin" + (f"; give one of {below}" if below else "")
         )
     for i, path in enumerate(paths):
+        if not os.path.isfile(path):
+            raise MalformedFile(f"{path}: is not a file; remove it, or put the shard in its place")
         size = path.stat().st_size
         if path.name != shard_name(i):
             raise MalformedFile(f"{folder / shard_name(i)}: missing; the next shard is {path.name}")
@@ -46,7 +49,7 @@ def repair_manifest(
                 f"{path}: {size} bytes are no whole number of 4-byte ids: it was cut off; remove it when it is the last "
                 "one, or restore it"
             )
-    arrays = [np.memmap(p, dtype="<u4", mode="r").view(np.ndarray) for p in paths]
+    arrays = [mapped(p) for p in paths]
     eos = tokenizer.eos_id
     found = scan(arrays, tokenizer.vocab_size, eos, threads=cores(), progress=progress)
     if found.outside:

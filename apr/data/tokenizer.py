@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,11 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Engine
 
 from ..errors import MalformedFile, Refused
+from ..files import parse_json, read_text, short
 from ..formats.atomic import write_json, write_text
 from .corpus import make_folder
 from .families import SPLIT
-from .vocab_format import (
-    BYTE_CHARACTERS,
-    BYTE_LEVEL,
-    OTHER,
-    SENTENCEPIECE,
-    check,
-    parse_object,
-    read_text,
-)
+from .vocab_format import BYTE_CHARACTERS, BYTE_LEVEL, OTHER, SENTENCEPIECE, check
 
 # A forked child has none of the library's threads and would wait for them for ever (or, where the
 # variable is not set, print a warning): it encodes on its own. The library reads the variable at each call.
@@ -81,12 +75,10 @@ class Tokenizer:
     """
 
     def __init__(self, text: str, source: str, eos: str | int | None = None) -> None:
-        fields = parse_object(text, source)
+        fields = parse_json(text, source, unique=True)
         vocab = check(fields, source)
-        try:
+        with _library(source, "not a tokenizer.json"):
             self._engine = Engine.from_str(text)
-        except Exception as e:  # the library raises bare Exception
-            raise MalformedFile(f"{source}: not a tokenizer.json: {e}") from None
         if fields["model"].get("dropout"):
             raise Refused(f"{source}: model.dropout = {fields['model']['dropout']}: ids would be random")
         self._check_added(fields.get("added_tokens") or [], source)
@@ -99,7 +91,10 @@ class Tokenizer:
         self.source = source
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         self.vocab_size = max(self._engine.get_vocab().values(), default=-1) + 1
-        self.merges = len(fields["model"].get("merges") or [])
+        merges = fields["model"].get("merges") or []
+        self.merges = (
+            len(merges) if isinstance(merges, list) else 0
+        )  # the library passes over what BPE alone has
         self.normalization = str((fields.get("normalizer") or {}).get("type", "none"))
         self.format, self.figures, self.byte_level = vocab.name, vocab.figures, vocab.name == BYTE_LEVEL
         self.made: dict[str, Any] | None = None
@@ -114,11 +109,12 @@ class Tokenizer:
 
         Raises InputNotFound, MalformedFile (also when a manifest.json of ours has another sha256), Refused, IOFailure."""
         path = Path(path)
-        if path.is_dir():
+        if os.path.isdir(path):
             path = path / "tokenizer.json"
-        tokenizer = cls(read_text(path), str(path), eos_of_config(path.with_name("tokenizer_config.json")))
+        text = read_text(path, "give a tokenizer.json or the folder that holds one")
+        tokenizer = cls(text, str(path), eos_of_config(path.with_name("tokenizer_config.json")))
         manifest = path.with_name("manifest.json")
-        d = parse_object(read_text(manifest), str(manifest)) if os.path.lexists(manifest) else {}
+        d = parse_json(read_text(manifest), str(manifest), unique=True) if os.path.lexists(manifest) else {}
         if d.get("format") == FORMAT:
             if d.get("sha256") != tokenizer.sha256:
                 raise MalformedFile(
@@ -126,6 +122,10 @@ class Tokenizer:
                     "make the tokenizer again, or remove the manifest where the change is meant"
                 )
             tokenizer.made = d.get("made")
+            if not isinstance(tokenizer.made, dict | None):
+                raise MalformedFile(
+                    f"{manifest}: made = {short(tokenizer.made)} is not an object; remove the manifest"
+                )
         return tokenizer
 
     @classmethod
@@ -186,7 +186,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[np.ndarray]:
         """Token ids of several texts on all cores, each uint32 (n,)."""
         try:
-            rows = self._engine.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            with _library(self.source, "text cannot be encoded"):
+                rows = self._engine.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         except TypeError:
             for text in texts:
                 _check_text(text)
@@ -196,7 +197,10 @@ class Tokenizer:
     def normalize(self, text: str) -> str:
         """What the encoder makes of a text before it cuts it; the text itself where there is no normalizer."""
         normalizer = self._engine.normalizer
-        return text if normalizer is None else normalizer.normalize_str(text)
+        if normalizer is None:
+            return text
+        with _library(self.source, "text cannot be normalized"):
+            return normalizer.normalize_str(text)
 
     def check_round_trip(self, text: str) -> str | None:
         """None when decode inverts encode on this text, else what differs.
@@ -229,7 +233,8 @@ class Tokenizer:
         parts, start = [], 0
         # The library would leave out an id it does not know without a word.
         for end in [*np.flatnonzero(ids >= self.vocab_size), ids.size]:
-            parts.append(self._engine.decode(ids[start:end].tolist(), skip_special_tokens=skip_special))
+            with _library(self.source, "ids cannot be decoded"):
+                parts.append(self._engine.decode(ids[start:end].tolist(), skip_special_tokens=skip_special))
             start = end + 1
         return "\ufffd".join(parts)
 
@@ -421,9 +426,27 @@ def eos_of_config(path: Path) -> str | None:
     None where there is no such file or key. Raises MalformedFile, InputNotFound: a folder in its place."""
     if not os.path.lexists(path):
         return None
-    value: Any = parse_object(read_text(path), str(path)).get("eos_token")
+    value: Any = parse_json(read_text(path), str(path), unique=True).get("eos_token")
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
-        raise MalformedFile(f"{path}: eos_token = {value!r} is not a string")
+        raise MalformedFile(
+            f"{path}: eos_token = {short(value)} is not a string; name a token, or leave it out"
+        )
     return value
+
+
+@contextmanager
+def _library(source: str, what: str) -> Iterator[None]:
+    """MalformedFile for what the tokenizers library raises: bare Exception, and the panics of its Rust code, which are no
+    Exception and would end the process. TypeError is ours: an argument that is none."""
+    try:
+        yield
+    except TypeError:
+        raise
+    except BaseException as e:
+        if isinstance(e, Exception) or type(e).__name__ == "PanicException":
+            raise MalformedFile(
+                f"{source}: {what}: {e}; make the tokenizer again, or take another (apr tokenize import-hf)"
+            ) from None
+        raise

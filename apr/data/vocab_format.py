@@ -6,17 +6,14 @@ model trains on that for weeks with a loss that looks good.
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tokenizers import pre_tokenizers
 
-from ..errors import InputNotFound, IOFailure, MalformedFile, Refused
+from ..errors import MalformedFile, Refused
+from ..files import short
 
 BYTE_LEVEL, HEX_BYTES, SENTENCEPIECE, WORDPIECE, OTHER = FORMATS = (
     "byte-level",
@@ -40,7 +37,10 @@ MAX_FOREIGN = 0.1
 ENOUGH_HEX = 200
 MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 # No vocabulary in use has more than some 300,000. An embedding gets a row for every id below the highest.
-MAX_IDS = 1 << 22
+MAX_IDS = 1 << 20
+# Characters that normalizers and pre-tokenizers, or decoders, may make of one: a few dozen that each double a text would
+# fill any memory.
+MAX_GROWTH = 4096
 AGAIN = "import the tokenizer again from the model it belongs to (apr tokenize import-hf), or train one (apr tokenize train)"
 
 
@@ -76,6 +76,11 @@ def check(fields: dict[str, Any], source: str) -> VocabFormat:
     vocab = _vocabulary(model, source)
     added = added_tokens(fields, vocab, source)
     encoder = _Encoder.of(fields, model, source)
+    for part in (encoder.normalizers + encoder.pre_tokenizers, encoder.decoders):
+        if (growth := _growth(part)) > MAX_GROWTH:
+            raise Refused(
+                f"{source}: its steps can make {growth:,} characters of one, apr takes at most {MAX_GROWTH}; {AGAIN}"
+            )
     found = _Found.of(vocab, added, encoder, source)
     _check_encoder(found, encoder)
     _check_decoder(found, encoder)
@@ -334,9 +339,9 @@ def steps(node: Any, source: str) -> Iterator[dict[str, Any]]:
     """The single normalizers, pre-tokenizers or decoders of one that may be a Sequence of them, in order.
 
     Raises MalformedFile: not an object with a type."""
-    waiting = [] if node is None else [node]
+    waiting = [] if node is None else [node]  # the next one last: a list is slow at its beginning
     while waiting:  # no recursion: how deep they nest is up to the file
-        step = waiting.pop(0)
+        step = waiting.pop()
         if not isinstance(step, dict) or not isinstance(step.get("type"), str):
             raise MalformedFile(f"{source}: {short(step)} is not an object with a type")
         if step["type"] != "Sequence":
@@ -345,75 +350,36 @@ def steps(node: Any, source: str) -> Iterator[dict[str, Any]]:
         inner = next((step[k] for k in ("normalizers", "pretokenizers", "decoders") if k in step), None)
         if not isinstance(inner, list):
             raise MalformedFile(f"{source}: a Sequence without a list of steps")
-        waiting[:0] = inner
+        waiting += reversed(inner)
 
 
 def _has(found: Iterable[dict[str, Any]], name: str) -> bool:
     return any(s["type"] == name for s in found)
 
 
+def _growth(found: Iterable[dict[str, Any]]) -> int:
+    """How many characters steps can make of one, one after the other."""
+    growth = 1
+    for s in found:
+        growth = min(growth * _factor(s), 1 << 62)
+    return growth
+
+
+def _factor(step: dict[str, Any]) -> int:
+    if step["type"] == "ByteLevel":
+        return 2  # its letters for bytes from 128 on are two bytes themselves
+    if step["type"] == "Precompiled":
+        return 32  # a table that the file holds: more than NFKC's 18
+    content, pattern = step.get("content"), step.get("pattern")
+    if step["type"] != "Replace" or not isinstance(content, str):
+        return 1
+    literal = pattern.get("String") if isinstance(pattern, dict) else pattern
+    if isinstance(literal, str) and literal:
+        return max(1, -(-len(content) // len(literal)))
+    return 1 + len(content)  # an expression may match between any two characters
+
+
 def _pattern(step: dict[str, Any]) -> str:
     """What a Replace or Split step looks for, given as {"String": ...} or {"Regex": ...}."""
     pattern = step.get("pattern")
     return str(next(iter(pattern.values()), "")) if isinstance(pattern, dict) else ""
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises InputNotFound (also a folder, a pipe or a circle of links), MalformedFile,
-    IOFailure."""
-    if not path.is_file():
-        there = "is not a file, or a link that leads nowhere" if os.path.lexists(path) else "no such file"
-        what = "is a folder" if path.is_dir() else there
-        raise InputNotFound(f"{path}: {what}; give a tokenizer.json or the folder that holds one")
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as e:
-        raise MalformedFile(f"{path}: not UTF-8 at byte {e.start}") from None
-    except OSError as e:
-        raise IOFailure(f"{path}: cannot be read: {e.strerror}") from None
-
-
-def parse_object(text: str, source: str) -> dict[str, Any]:
-    """The object that a JSON text holds.
-
-    Raises MalformedFile: not JSON, nested too deeply, not an object, a key twice in one object (JSON readers keep
-    the last without a word), half a surrogate pair."""
-    try:
-        value = json.loads(text, object_pairs_hook=_unique)
-        if re.search(r"\\u[dD][89a-fA-F]", text):  # an escape that may lack its other half
-            json.dumps(value, ensure_ascii=False).encode()
-        text.encode()
-    except UnicodeEncodeError:
-        raise MalformedFile(f"{source}: holds a lone surrogate, which is no character") from None
-    except _Twice as e:
-        raise MalformedFile(f"{source}: key {short(e.args[0])} is there twice in one object") from None
-    except RecursionError:
-        raise MalformedFile(f"{source}: not JSON that can be read: nested too deeply") from None
-    except ValueError as e:
-        raise MalformedFile(f"{source}: not JSON: {e}; is the file whole?") from None
-    if not isinstance(value, dict):
-        raise MalformedFile(f"{source}: holds {short(value)}, not an object")
-    return value
-
-
-class _Twice(Exception):
-    """A key occurs twice in one object."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        seen: set[str] = set()
-        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
-    return out
-
-
-def short(value: Any) -> str:
-    """A value for a message: its repr, or what it is where that would be long."""
-    if isinstance(value, list | dict):
-        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    try:
-        text = ascii(value)
-    except ValueError:  # an integer of more digits than Python prints
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:60]}..."

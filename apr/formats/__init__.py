@@ -7,34 +7,30 @@
 | hf     | Hugging Face: config.json and safetensors                  |
 | models | whatever the user names as MODEL, and filling a buffer     |
 
-Here stands what they share. Files are hostile: sizes and offsets are checked against the length of
+Here stands what they share. Files are hostile (see apr/files.py): sizes and offsets are checked against the length of
 the file before anything is allocated or mapped.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Never
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from ..errors import InputNotFound, IOFailure, MalformedFile, Refused, UsageError
+from ..errors import Refused, UsageError
 from ..params import Layout
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SAVED = {"float32": np.dtype(np.float32), "bfloat16": BF16}  # what we write floating point tensors as
 CHUNK = 1 << 20  # elements converted or compared at a time: bounds the memory of a conversion
-MAX_JSON = 100_000_000  # bytes; the limit of the safetensors library for its header
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A tensor in a file: its dtype, shape, and offset in bytes from the start of the file."""
 
@@ -50,11 +46,16 @@ class Stored:
 
 
 class TensorFile(Mapping[str, np.ndarray]):
-    """Tensors of one file by name: read-only arrays, mapped, so that bytes are read when touched."""
+    """Tensors of one file by name: read-only arrays, mapped, so that bytes are read when touched.
 
-    def __init__(self, path: Path, f: BinaryIO, entries: Iterable[Stored]) -> None:
+    metadata: texts that a safetensors file holds beside them."""
+
+    def __init__(
+        self, path: Path, f: BinaryIO, entries: Iterable[Stored], metadata: Mapping[str, str] | None = None
+    ) -> None:
         """f is the open handle through which the file was checked: a later rename changes nothing."""
         self.path = path
+        self.metadata = dict(metadata or {})
         self.entries = {e.name: e for e in entries}
         self._bytes = np.asarray(np.memmap(f, np.uint8, "r"))
 
@@ -67,56 +68,6 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.entries)
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """An open file and its length in bytes. Raises InputNotFound or IOFailure."""
-    if not path.is_file():
-        raise InputNotFound(f"{path}: no such file")
-    try:
-        with open(path, "rb") as f:
-            yield f, os.fstat(f.fileno()).st_size
-    except OSError as e:
-        raise IOFailure(f"{path}: cannot read: {e}") from e
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file of at most MAX_JSON bytes."""
-    with opened(path) as (f, size):
-        if size > MAX_JSON:
-            raise MalformedFile(f"{path}: {size} bytes; no file of this kind has more than {MAX_JSON}")
-        data = f.read(MAX_JSON)
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise MalformedFile(f"{path}: not UTF-8 at byte {e.start}") from None
-
-
-def parse_json(text: str | bytes, source: str, unique: bool = False) -> dict[str, Any]:
-    """A JSON object from untrusted text. unique: a key that occurs twice is an error, else last wins.
-
-    Raises MalformedFile for what is not JSON (NaN and infinity included) or not an object.
-    """
-
-    def constant(word: str) -> Never:
-        raise ValueError(f"{word} is not a JSON number")
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        d = dict(items)
-        if unique and len(d) != len(items):
-            seen: set[str] = set()
-            twice = next(k for k, _ in items if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise ValueError(f"key {twice!r} occurs twice")
-        return d
-
-    try:
-        value = json.loads(text, parse_constant=constant, object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as e:  # ValueError: also bad UTF-8 and numbers of 5000 digits
-        raise MalformedFile(f"{source}: not readable JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise MalformedFile(f"{source}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def saved_dtype(array: np.ndarray, dtype: str | None) -> np.dtype[Any]:

@@ -30,7 +30,8 @@ import numpy as np
 
 from ..config import FAMILIES, MUST_BE, SIZES, ModelConfig, from_hf, to_hf
 from ..errors import MalformedFile, Refused
-from . import BF16, Stored, TensorFile, encode, opened, parse_json, saved_dtype
+from ..files import opened, parse_json, short
+from . import BF16, Stored, TensorFile, encode, saved_dtype
 from .atomic import atomic_write
 
 MAGIC = b"APR\0"
@@ -70,7 +71,7 @@ SPLIT_HALVES = 2  # rope_type: dimension i turns with i + D/2
 _SIZES = {field: hf_key for hf_key, field in SIZES.items()}  # typed keys are called as the fields are
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Row:
     """An entry of the index as it stands in the file; offset in bytes from the start of the data."""
 
@@ -457,13 +458,15 @@ def _hole(i: int) -> str:
     return f"[PAD{i}]"
 
 
-def extract_tokenizer(meta: dict[str, Any]) -> str | None:
-    """The text of the embedded tokenizer.json; None where there is none.
+def extract_tokenizer(meta: dict[str, Any], source: str = "metadata") -> str | None:
+    """The text of the embedded tokenizer.json; None where there is none. Raises MalformedFile, naming `source`.
 
     Files of the original hold a vocabulary and merges only: without the pre-tokenizer no text can be
     encoded as in training, so that is None as well.
     """
     text = meta.get(TOKENIZER)
     if text is not None and not isinstance(text, str):
-        raise MalformedFile(f"metadata: {TOKENIZER!r} is not text but {type(text).__name__}")
+        raise MalformedFile(
+            f"{source}: {TOKENIZER!r} is not text but {short(text)}; import the original checkpoint instead"
+        )
     return text

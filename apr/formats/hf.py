@@ -8,6 +8,7 @@ below are stricter and name what is wrong.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,8 +21,9 @@ import numpy as np
 
 from ..config import ModelConfig, from_hf, to_hf
 from ..errors import InputNotFound, IOFailure, MalformedFile, Refused
+from ..files import MAX_TEXT, opened, parse_json, read_text
 from ..params import Layout
-from . import BF16, MAX_JSON, Stored, TensorFile, encode, mismatch, opened, parse_json, read_text, saved_dtype
+from . import BF16, Stored, TensorFile, encode, mismatch, saved_dtype
 from .atomic import atomic_write, write_json, write_text
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,20 +60,21 @@ def read_hf(path: str | Path) -> HfWeights:
     Raises InputNotFound listing what was looked for, MalformedFile, Refused.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if not path.exists():
+    whole = os.path.isdir(path)
+    folder = path if whole else path.parent
+    if not os.path.exists(path):
         raise InputNotFound(f"{path}: no such file or folder")
-    if not (folder / "config.json").is_file():
+    if not os.path.lexists(folder / "config.json"):
         raise InputNotFound(f"{folder}: no config.json; the weights alone do not say what the model computes")
     config = parse_json(read_text(folder / "config.json"), str(folder / "config.json"))
     cfg = from_hf(config, str(folder / "config.json"))
-    tensors = _read_folder(folder) if path.is_dir() else read_safetensors(path)
+    tensors = _read_folder(folder) if whole else read_safetensors(path)
     tokenizer = folder / "tokenizer.json"
-    return HfWeights(path, cfg, config, tensors, read_text(tokenizer) if tokenizer.is_file() else None)
+    return HfWeights(path, cfg, config, tensors, read_text(tokenizer) if os.path.lexists(tokenizer) else None)
 
 
 def _read_folder(folder: Path) -> Mapping[str, np.ndarray]:
-    single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
+    single, index = os.path.lexists(folder / SINGLE), os.path.lexists(folder / INDEX)
     if single and index:
         raise Refused(
             f"{folder}: holds {SINGLE} and {INDEX}; remove the one that does not belong to the model"
@@ -86,19 +89,23 @@ def _read_folder(folder: Path) -> Mapping[str, np.ndarray]:
 
 
 def _read_index(path: Path) -> dict[str, np.ndarray]:
-    """The shards that an index names, which must hold exactly the tensors that it says."""
+    """The shards that an index names, which must hold exactly the tensors that it says.
+
+    A shard is a plain name beside the index; it may be a link, as all files in a cache of the Hub are: a link is made by who
+    made the folder, not by who wrote the file."""
     weight_map = parse_json(read_text(path), str(path), unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MalformedFile(f"{path}: weight_map is missing or empty")
+    wanted: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _plain(file):
             raise MalformedFile(
                 f"{path}: {name!r} is said to be in {file!r}; a shard is a plain .safetensors name"
             )
+        wanted.setdefault(file, set()).add(name)
     tensors: dict[str, np.ndarray] = {}
-    for file in sorted(set(weight_map.values())):
+    for file, want in sorted(wanted.items()):
         shard = read_safetensors(path.parent / file)
-        want = {name for name, where in weight_map.items() if where == file}
         for names, what in ((want - set(shard), "lacks"), (set(shard) - want, "holds, against the index,")):
             if names:
                 raise MalformedFile(
@@ -120,13 +127,14 @@ def read_safetensors(path: str | Path) -> TensorFile:
     path = Path(path)
     with opened(path) as (f, size):
         (n,) = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))
-        if not 2 <= n <= min(size - 8, MAX_JSON):
+        if not 2 <= n <= min(size - 8, MAX_TEXT):
             raise _bad(path, f"header of {n} bytes in a file of {size}")
         raw = f.read(n)
         if raw[:1] != b"{":
             raise _bad(path, f"header starts with {raw[:1]!r}")
         header = parse_json(raw, str(path), unique=True)
-        kind = _format(header.pop("__metadata__", None), path)
+        metadata = _metadata(header.pop("__metadata__", None), path)
+        kind = metadata.get("format", "pt")
         if kind not in ROW_MAJOR:
             raise Refused(
                 f"{path}: format = {kind!r} may store matrices the other way round; apr reads {ROW_MAJOR}"
@@ -142,19 +150,19 @@ def read_safetensors(path: str | Path) -> TensorFile:
             raise _bad(
                 path, f"{'truncated' if end > size else 'too long'}: {size} bytes, the header asks for {end}"
             )
-        return TensorFile(path, f, entries)
+        return TensorFile(path, f, entries, metadata)
 
 
 def _bad(path: Path, what: str) -> MalformedFile:
     return MalformedFile(f"{path}: {what}; the file is damaged or not safetensors, fetch or write it again")
 
 
-def _format(metadata: Any, path: Path) -> str:
+def _metadata(metadata: Any, path: Path) -> dict[str, str]:
     if metadata is None:
-        return "pt"
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _bad(path, "__metadata__ is not an object of texts")
-    return str(metadata.get("format", "pt"))
+    return metadata
 
 
 def _entry(name: str, row: Any, data_at: int, path: Path) -> Stored:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,19 +53,21 @@ def load_model(source: str) -> LoadedModel:
     MalformedFile, Refused.
     """
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(path):
         hint = f"; {source!r} is a preset: a preset has sizes but no weights" if source in PRESETS else ""
         raise InputNotFound(
             f"{source}: not found. Looked for an .apr file, a folder with config.json and model.safetensors "
             f"(or model.safetensors.index.json), and a .safetensors file with config.json beside it{hint}"
         )
-    if path.is_dir() or path.suffix == ".safetensors":
+    if os.path.isdir(path) or path.suffix == ".safetensors":
         hf = read_hf(path)
         loaded = LoadedModel(hf.cfg, hf.tensors, hf.tokenizer_json, hf.config, source, "hf")
     else:
         apr = read_apr(path)
         cfg = metadata_to_config(apr.metadata, source, apr.tensors)
-        loaded = LoadedModel(cfg, apr.tensors, extract_tokenizer(apr.metadata), apr.metadata, source, "apr")
+        loaded = LoadedModel(
+            cfg, apr.tensors, extract_tokenizer(apr.metadata, source), apr.metadata, source, "apr"
+        )
     layers = loaded.cfg.num_layers
     if layers > len(loaded.tensors):  # before a table of a billion layers is made
         raise Refused(f"{source}: {layers} layers in the config, but only {len(loaded.tensors)} tensors")

@@ -21,7 +21,7 @@ from ..bisect.show import print_report
 from ..bisect.spot import spot_check
 from ..data.batches import Batches, Exhausted, sequential
 from ..device import cores
-from ..errors import Interrupted
+from ..errors import Interrupted, MalformedFile
 from ..formats.models import fill
 from ..model import Model
 from ..optim import AdamW, Schedule
@@ -129,10 +129,15 @@ class Trainer:
         saved, sha, damaged = self.run.load_state(self.model, self.opt, state)
         for note in damaged:
             self.show.note(note)
-        self.progress = Progress(**saved)
+        try:
+            self.progress = Progress(**saved)
+            self.gates.restore(self.progress.gates)
+        except (TypeError, KeyError) as e:
+            raise MalformedFile(
+                f"{self.run.state}: a state of another version of apr, or none: {e}"
+            ) from None
         self._saved = self.progress.step
         self.batches.restore(self.progress.data)
-        self.gates.restore(self.progress.gates)
         self._sampled = self.progress.val_step
         found = state_sha(self.model, self.opt)
         self.gates.judge(
@@ -332,12 +337,12 @@ class Trainer:
         p, shards = self.progress, self.inputs.val.shards
         bits = bits_per_byte(loss, shards.total_tokens, shards.total_bytes)
         p.seconds += time.perf_counter() - start
-        self.run.log(
-            step=p.step, val_loss=loss, val_tokens=tokens, val_bits_per_byte=bits, val_loss_stderr=error
-        )
         finite = math.isfinite(loss)
         why = "" if finite else f"val_loss = {loss} is not finite"
         self.gates.judge("run.finite", Answer(finite, f"val_loss = {loss:.6g}", "finite", why), p.step)
+        self.run.log(
+            step=p.step, val_loss=loss, val_tokens=tokens, val_bits_per_byte=bits, val_loss_stderr=error
+        )
         if p.val_losses:
             self.gates.judge("run.diverged", self._diverged(loss), p.step)
         p.val_losses.append(loss)

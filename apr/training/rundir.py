@@ -21,6 +21,7 @@ from .. import __version__
 from ..config import read_json
 from ..data.tokenizer import Tokenizer
 from ..errors import InputNotFound, IOFailure, MalformedFile, Refused
+from ..files import opened
 from ..formats.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
 from ..formats.atomic import explain, write_json, write_text
 from ..model import Model
@@ -294,6 +295,12 @@ class RunDir:
                 model.be.from_host(flat, host)
             else:
                 opt.set_weights(host)
+        if (
+            not isinstance(progress.get("step"), int)
+            or isinstance(progress["step"], bool)
+            or progress["step"] < 0
+        ):
+            raise MalformedFile(f"{path}: training.step = {progress.get('step')!r}; no run was ever there")
         opt.steps = progress["step"]
         return progress, file.metadata.get("state_sha256")
 
@@ -325,21 +332,21 @@ def next_free(name: str, root: Path = Path("runs")) -> Path:
 def _lines(path: Path, strict: bool = True) -> Iterator[dict[str, Any]]:
     """Lines of metrics.jsonl or samples.jsonl; a last line cut short by a crash is left out, and without `strict` every
     line that is damaged. Raises MalformedFile."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise MalformedFile(f"{path}: gone, and the saved state continues it; restore the file") from None
-    if not lines[-1]:
+    with opened(path, "the saved state continues it; restore the file") as (f, size):
+        lines = f.read(size).split(b"\n")
+    while lines and not lines[-1].strip():
         lines.pop()
     for i, line in enumerate(lines):
         try:
             d = json.loads(line)
-        except ValueError:  # no JSON, or no UTF-8
+        except (ValueError, RecursionError):  # no JSON, or no UTF-8
             d = None
         if isinstance(d, dict) and isinstance(d.get("step"), int):
             yield d
         elif strict and i + 1 < len(lines):
-            raise MalformedFile(f"{path}: line {i + 1} is not a line of metrics; restore the file from a copy")
+            raise MalformedFile(
+                f"{path}: line {i + 1} is not a line of metrics; restore the file from a copy"
+            )
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:

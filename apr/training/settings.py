@@ -161,7 +161,7 @@ def check(values: dict[str, Any], source: str) -> dict[str, Any]:
                 f"{source}: unknown setting {key!r} = {value!r}; `apr pretrain --help` lists them"
             )
         if plain[key] is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 1e300 else math.inf  # not finite is refused by `resolve`
         if value is not None and (
             not isinstance(value, plain[key]) or (plain[key] is int and isinstance(value, bool))
         ):
