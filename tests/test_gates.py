@@ -530,7 +530,7 @@ def test_bad_answers_end_the_run_as_the_table_says():
 )
 def test_a_random_guess_has_a_band(loss, good):
     cfg = dataclasses.replace(PRESETS["llama-tiny"], vocab_size=VOCAB, tie_word_embeddings=False)
-    assert measure.initial_loss(cfg, loss, 0.02, 1.0, 390, 0.05).good is good
+    assert measure.initial_loss(cfg, loss, 0.02, 1.0, 390, 0.0, 0.05).good is good
 
 
 @pytest.mark.parametrize(
@@ -545,7 +545,7 @@ def test_the_band_holds_for_real_random_models(name, std):
     model.forward(ids[:, :-1])
     model.loss(ids[:, 1:])
     rstd = float(model.buffers["rstd"][:128].mean())
-    answer = measure.initial_loss(cfg, float(model.total[0]) / 128, std, rstd, 100, 0.05)
+    answer = measure.initial_loss(cfg, float(model.total[0]) / 128, std, rstd, 100, 0.01, 0.05)
     assert answer.good, answer
 
 

@@ -6,16 +6,18 @@ import dataclasses
 import json
 import math
 import shlex
+import signal
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..config import PRESETS, to_hf
+from ..data.corpus import make_folder
 from ..device import cores
-from ..errors import AprError, MalformedFile, Refused, UsageError
-from ..formats.atomic import locked, write_text
+from ..errors import AprError, InputNotFound, Interrupted, IOFailure, MalformedFile, Refused, UsageError
+from ..formats.atomic import explain, locked, write_text
 from ..params import Layout
 from ..training.evidence import seal
 from ..training.gates import PASS, Gates, parse_bounds
@@ -35,29 +37,25 @@ def main(args: Sequence[str]) -> int:
     start = time.perf_counter()
     settings, explicit = from_command_line(args)
     show = Show(quiet=settings.json)
-    if settings.resume:
-        settings = _continued(settings, explicit)
-    settings = resolve(settings)
-    gates = Gates(parse_bounds(settings.bounds))
+    run = None
     try:
-        inputs = open_inputs(settings, show.preparing)
-        run = _run_dir(inputs)
-        with locked(run.path, "training in it"):
-            run.clean()
+        with _stoppable():
             if settings.resume:
-                _check_same_data(inputs, run)
-            _header(show, inputs, run)
-            trainer = None
-            try:
-                trainer = Trainer(inputs, run, show, settings.resume, gates)
-                _record_device(show, inputs, run)
-                show.start(trainer.progress.step, settings.num_steps)
-                status = trainer.train()
-                show.stop()
-                result = _finish(trainer, show, status, time.perf_counter() - start)
-            except AprError as e:
-                _record_end(run, show, gates, trainer, e)
-                raise
+                settings = _continued(settings, explicit)
+            settings = resolve(settings)
+            gates = Gates(parse_bounds(settings.bounds))
+            inputs = open_inputs(settings, show.preparing)
+            run = _run_dir(inputs)
+            with locked(run.path, "training in it"):
+                if settings.resume:
+                    _check_same_data(inputs, run)
+                else:
+                    run.create(_config(inputs, run))
+                run.clean()
+                _header(show, inputs, run)
+                result = _train(inputs, run, show, gates, start)
+    except KeyboardInterrupt:
+        raise _stopped(run) from None
     finally:
         show.stop()
     if settings.json:
@@ -65,14 +63,64 @@ def main(args: Sequence[str]) -> int:
     return 0 if result["verdict"] == PASS else FINISHED_BUT
 
 
-def _record_end(run: RunDir, show: Show, gates: Gates, trainer: Trainer | None, e: AprError) -> None:
-    """What a run that did not finish leaves: its verdict with the gate that ended it, its page, its hashes."""
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and SIGINT raise KeyboardInterrupt, also where a shell ignores SIGINT for what it runs in the background; the
+    training loop puts its own handlers in their place."""
+    old = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for n, handler in old.items():
+            signal.signal(n, handler)
+
+
+def _stopped(run: RunDir | None) -> Interrupted:
+    """What a run says that was stopped at once: outside the training loop, or by a second signal."""
+    if run is None or not (run.path / "config.json").exists():
+        return Interrupted("stopped before training began; the same command goes on")
+    states = run.states()
+    saved = f"the last saved state is {states[-1].stem}" if states else "there is no saved state yet"
+    again = f"apr pretrain --resume --run-dir {shlex.quote(str(run.path))}"
+    return Interrupted(f"stopped at once; {saved}. Go on with: {again}")
+
+
+def _train(inputs: Inputs, run: RunDir, show: Show, gates: Gates, start: float) -> dict[str, Any]:
+    """The run in its locked folder, from the first gate to the last; what --json prints."""
+    trainer = None
+    try:
+        trainer = Trainer(inputs, run, show, inputs.settings.resume, gates)
+        _record_device(show, inputs, run)
+        show.start(trainer.progress.step, inputs.settings.num_steps)
+        status = trainer.train()
+        show.stop()
+        return _finish(trainer, show, status, time.perf_counter() - start)
+    except AprError as e:
+        _record_end(run, show, gates, trainer, e)
+        raise
+    except OSError as e:
+        error = IOFailure(f"{e.filename or run.path}: {e.strerror or e}")
+        _record_end(run, show, gates, trainer, error)
+        raise error from None
+    except KeyboardInterrupt:
+        stopped = _stopped(run)
+        if trainer is not None:
+            _record_end(run, show, gates, trainer, stopped, at_once=True)
+        raise stopped from None
+
+
+def _record_end(
+    run: RunDir, show: Show, gates: Gates, trainer: Trainer | None, e: AprError, at_once: bool = False
+) -> None:
+    """What a run that did not finish leaves: its verdict with the gate that ended it, and if there is time, its page
+    and its hashes."""
     p = trainer.progress if trainer else None
     gates.close(f"the run ended before it: {e.status}")
     with suppress(AprError, OSError):  # the error that ended the run is the one to show
         val = p.val_losses[-1] if p and p.val_losses else None
         run.save_verdict(gates, e.status, p.step if p else 0, val, str(e))
-        _close(run, show)
+        if not at_once:
+            _close(run, show)
 
 
 def _close(run: RunDir, show: Show) -> None:
@@ -92,6 +140,9 @@ def _continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
         raise UsageError("--resume needs --run-dir: the folder of the run to go on with")
     path = Path(settings.run_dir)
     saved = check(RunDir(path).read_config()["settings"], str(path / "config.json"))
+    for key in ("dataset", "val_dataset", "tokenizer"):
+        if saved.get(key) and not Path(saved[key]).exists():
+            raise InputNotFound(f"{saved[key]}: gone; the run in {path} reads it as its {key}: put it back")
     for key, value in _absolute(explicit).items():
         if key not in MAY_CHANGE and saved.get(key) != value:
             flag = key.replace("_", "-")
@@ -104,31 +155,34 @@ def _continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
 
 
 def _run_dir(i: Inputs) -> RunDir:
+    """The folder of the run, made where it is missing, and nothing written in it: another run may be in there."""
     s = i.settings
     if s.resume:
         assert s.run_dir is not None
         return RunDir(Path(s.run_dir))
     name = "demo" if all(getattr(s, k) == v for k, v in DEMO.items()) else Path(str(s.model or s.init)).stem
-    run = RunDir(Path(s.run_dir) if s.run_dir else next_free(name))
-    run.create(
-        {
-            "settings": {
-                **_absolute(dataclasses.asdict(s)),
-                "resume": False,
-                "run_dir": str(run.path),
-                "threads": s.threads or cores(),
-            },
-            "model": to_hf(i.cfg),
-            "num_parameters": Layout(i.cfg).num_parameters,
-            "data": describe(i),
-            "data_guards": guards(i),
-            "data_folders": {side.name: str(side.folder.resolve()) for side in i.audit},
-            "versions": versions(),
-            "git_commit": git_commit(),
-            "code_sha256": code_sha256(),
-        }
-    )
-    return run
+    return RunDir(make_folder(Path(s.run_dir) if s.run_dir else next_free(name)))
+
+
+def _config(i: Inputs, run: RunDir) -> dict[str, Any]:
+    """The first config.json of a run."""
+    s = i.settings
+    return {
+        "settings": {
+            **_absolute(dataclasses.asdict(s)),
+            "resume": False,
+            "run_dir": str(run.path),
+            "threads": s.threads or cores(),
+        },
+        "model": to_hf(i.cfg),
+        "num_parameters": Layout(i.cfg).num_parameters,
+        "data": describe(i),
+        "data_guards": guards(i),
+        "data_folders": {side.name: str(side.folder.resolve()) for side in i.audit},
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "code_sha256": code_sha256(),
+    }
 
 
 def _record_device(show: Show, i: Inputs, run: RunDir) -> None:
@@ -254,7 +308,10 @@ def _finish(trainer: Trainer, show: Show, status: str, seconds: float) -> dict[s
         result["sample"] = sample_text(i, trainer.model, i.settings.sample, SAMPLE_TOKENS)
         show.note(f"\n{' sample ':-^68}\n{result['sample']}\n{'':-^68}\n")
     trainer.judge_end(status)
-    loss_curve(metrics, val.unigram_entropy, i.cfg.vocab_size, picture)
+    try:
+        loss_curve(metrics, val.unigram_entropy, i.cfg.vocab_size, picture)
+    except OSError as e:
+        raise IOFailure(explain(picture, e)) from None
     result["verdict"] = run.save_verdict(gates, status, p.step, last["val_loss"])["verdict"]
     _close(run, show)
     gain = val.unigram_entropy - last["val_loss"]
@@ -268,7 +325,8 @@ def _finish(trainer: Trainer, show: Show, status: str, seconds: float) -> dict[s
         [
             ("validation loss", f"{last['val_loss']:.4f} nats/token = {last['val_bits_per_byte']:.3f} bits/byte"),
             ("", f"on {last['val_tokens']:,} tokens that training never saw"),
-            ("training loss", f"{facts['train_loss_last']:.4f} nats/token in the last {LAST_STEPS} steps, {facts['train_loss']:.4f} over the last epoch"),
+            ("training loss", f"{facts['train_loss_last']:.4f} nats/token in the last {LAST_STEPS} steps, "
+             f"{facts['train_loss']:.4f} over the last epoch"),
             ("token frequencies", f"{val.unigram_entropy:.4f} nats/token, their entropy: the model is {verdict}"),
             ("uniform guess", f"{math.log(i.cfg.vocab_size):.4f} nats/token, ln of the vocabulary"),
             ("trained on", f"{p.tokens_seen:,} tokens in {p.step:,} steps, {speed:,.0f} tokens/s with evaluations"),

@@ -379,9 +379,9 @@ class Trainer:
         if i.init is None:
             rows = self.model.b * self.model.t
             rstd = float(i.backend.to_host(self.model.buffers["rstd"][:rows]).mean())
-            distinct = i.val.shards.manifest.audit["distinct_ids"]
+            spread, repeated = self._targets()
             answer = measure.initial_loss(
-                cfg, loss, self.s.initializer_range, rstd, distinct, bound("start_margin")
+                cfg, loss, self.s.initializer_range, rstd, spread, repeated, bound("start_margin")
             )
             judge("start.loss", answer, 0)
             self.gates.skip("start.pretrained", "random weights")
@@ -405,6 +405,16 @@ class Trainer:
             self.gates.skip(
                 "start.pretrained", "its recorded loss on these very windows is the better measure"
             )
+
+    def _targets(self) -> tuple[float, float]:
+        """Of the validation text: how many ids it is spread over (1 / sum of squared shares), and the share of targets that
+        are the token they follow."""
+        scans = {side.name: side.scan for side in self.inputs.audit}
+        scan = scans.get("val") or scans["train"]
+        assert scan is not None
+        p = scan.counts / max(1, scan.counts.sum())
+        ids, targets = next(iter(sequential(self.inputs.val, 64)))
+        return float(1 / max(np.square(p).sum(), 1e-12)), float((ids == targets).mean())
 
     def _reproduced(self, loss: float, recorded: float) -> Answer:
         return measure.reproduced(loss, recorded, self.gates.bound(f"reproduce_{self.model.dtype}"))

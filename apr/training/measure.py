@@ -105,23 +105,25 @@ def random_weights(model: Model, opt: AdamW, std: float) -> Answer:
 
 
 def initial_loss(
-    cfg: ModelConfig, loss: float, std: float, rstd: float, distinct: int, margin: float
+    cfg: ModelConfig, loss: float, std: float, rstd: float, spread: float, repeated: float, margin: float
 ) -> Answer:
     """Whether random weights give the loss of a random guess.
 
     Logits h . w have variance s^2 = C std^2, since the final norm gives h a length of sqrt(C); E[logsumexp] is
     ln V + s^2 / 2. A tied head's logit for the token it stands at is C std^2 rstd, with rstd (1 / RMS of the
-    residual stream, its mean over positions); that one term may add to the sum. `distinct` ids among the targets."""
+    residual stream, its mean over positions): that one term may add to the sum, and helps the share `repeated` of
+    targets that are the token they follow. spread: how many ids the targets are spread over, 1 / sum of p^2."""
     s2 = cfg.hidden_size * std**2
-    low = math.log(cfg.vocab_size)
-    high = low + s2 / 2
+    uniform = math.log(cfg.vocab_size)
+    low, high = uniform, uniform + s2 / 2
     if cfg.tie_word_embeddings:
         high = float(np.logaddexp(high, s2 * rstd))
-    slack = margin + 5 * math.sqrt(s2 / max(distinct, 1))
+        low -= repeated * s2 * rstd
+    slack = margin + 5 * math.sqrt(s2 / max(spread, 1.0))
     return Answer(
         low - slack <= loss <= high + slack,
         f"{loss:.4f} nats/token",
-        f"{low - slack:.3f} to {high + slack:.3f}, ln V = {low:.4f}",
+        f"{low - slack:.3f} to {high + slack:.3f}, ln V = {uniform:.4f}",
     )
 
 
