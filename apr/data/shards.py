@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
+import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -129,6 +131,11 @@ class ShardWriter:
             check_scan(self.folder, m, found)
             self._counts += found.counts
             last = m.shards[-1]
+            if m.corpus_sha256 is None:
+                raise Refused(
+                    f"{path}: corpus_sha256 = null: it was made of the shards and does not say where documents end, so that "
+                    "nothing can be added; encode into another folder"
+                )
             if m.eos_policy == "after" and (found.ends, found.tail) != (last["documents"], last["partial"]):
                 raise MalformedFile(
                     f"{path}: the last shard ends after {last['documents']} documents and {last['partial']} tokens, the shards "
@@ -316,7 +323,7 @@ class TokenShards:
     def __init__(self, folder: str | Path, tokenizer: Tokenizer | None = None, verify: bool = True) -> None:
         self.folder = Path(folder)
         path = self.folder / MANIFEST
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputNotFound(f"{path}: no such file; give a folder of token shards, or text with --corpus")
         m = self.manifest = read_manifest(path)
         if tokenizer and tokenizer.sha256 != m.tokenizer_sha256:
@@ -352,6 +359,17 @@ class TokenShards:
         if verify:
             self.check()
 
+    def check_sizes(self, indices: np.ndarray) -> None:
+        """Are the shards of these indices still as long as when they were opened? To be called before they are read: the
+        kernel kills a process that reads a mapped file beyond its end. Raises MalformedFile."""
+        for i in indices:
+            size = _file_size(self.arrays[i])
+            if size < self.arrays[i].nbytes:
+                raise MalformedFile(
+                    f"{self.folder / self.manifest.shards[i]['name']}: became shorter while it was read: {size} bytes, it had "
+                    f"{self.arrays[i].nbytes}; restore it, and go on with --resume"
+                )
+
     def check(
         self,
         keep: bool = False,
@@ -383,10 +401,16 @@ class TokenShards:
         return found
 
 
+def _file_size(array: np.ndarray) -> int:
+    """Bytes of the file behind an array of `mapped`, as it is now; a file that was removed keeps its size."""
+    assert isinstance(array.base, memoryview)
+    return int(array.base.obj.size())  # of the map, which holds the file open
+
+
 def open_shard(folder: Path, shard: dict[str, Any]) -> np.ndarray:
     """A shard that a manifest lists, uint32 (tokens,), mapped. Raises MalformedFile: missing, or another size."""
     path = folder / shard["name"]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MalformedFile(
             f"{path}: missing; {MANIFEST} lists it with {shard['tokens']} tokens; restore it, or encode the corpus again"
         )
@@ -396,7 +420,18 @@ def open_shard(folder: Path, shard: dict[str, Any]) -> np.ndarray:
             f"{path}: {size} bytes, {MANIFEST} says {shard['tokens']} tokens of 4 bytes; restore it, or make a manifest of "
             "what is there with apr tokenize repair-manifest"
         )
-    return np.memmap(path, dtype="<u4", mode="r").view(np.ndarray)
+    return mapped(path)
+
+
+def mapped(path: Path) -> np.ndarray:
+    """The ids in a shard, uint32 (tokens,), mapped. Raises IOFailure: no rights, or more shards than a process may map."""
+    try:
+        with path.open("rb") as f:
+            return np.frombuffer(memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)), dtype="<u4")
+    except (OSError, ValueError) as e:  # ValueError: it was emptied meanwhile
+        raise IOFailure(
+            f"{path}: cannot be mapped: {e}; check its rights, or use fewer and larger shards"
+        ) from e
 
 
 def check_scan(folder: Path, m: Manifest, found: Scan) -> None:

@@ -42,7 +42,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             with suppress(OSError):
                 temporary.unlink()
         if isinstance(e, OSError):
-            raise IOFailure(_explain(path, e)) from e
+            raise IOFailure(explain(path, e)) from e
         raise
 
 
@@ -90,7 +90,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _explain(path: Path, e: OSError) -> str:
+def explain(path: Path, e: OSError) -> str:
     folder = path.parent
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
         free = "unknown"
