@@ -41,7 +41,8 @@ def scripts(tmp_path_factory):
 
 def bash(scripts: Path, *words: str) -> list[str]:
     """What the last word is completed to, in a bash that cannot start any program."""
-    code = 'source apr.bash; PATH=/nonexistent; COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); _apr; printf \'%s\\n\' "${COMPREPLY[@]}"'
+    code = 'source apr.bash; PATH=/nonexistent; COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); _apr; '
+    code += "printf '%s\\n' \"${COMPREPLY[@]}\""
     done = subprocess.run(
         [shell("bash"), "--norc", "-c", code, "x", "apr", *words], cwd=scripts, capture_output=True, text=True
     )
