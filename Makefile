@@ -13,7 +13,7 @@ $(error GPU=$(GPU): choose cuda12 or cuda13, by the CUDA version that nvidia-smi
 endif
 endif
 
-.PHONY: pretrain test gpu-test lint install dev clean
+.PHONY: pretrain test gpu-test lint docs install dev clean
 
 pretrain: install
 	$(BIN)/python tools/pretrain.py $(ARGS)
@@ -29,6 +29,11 @@ lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The site in site/, from docs/ and the commands' options.
+docs: $(VENV)/.docs
+	$(BIN)/python tools/docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 install: $(VENV)/.installed$(GPU)
 dev: $(VENV)/.dev$(GPU)
@@ -47,5 +52,9 @@ $(VENV)/.dev$(GPU): setup.cfg tests/nvrtc.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/nvrtc -r tests/nvrtc.txt
 	touch $@ $(VENV)/.installed $(VENV)/.installed$(GPU)
 
+$(VENV)/.docs: setup.cfg | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -27,6 +27,23 @@ IGNORED = -100  # a target that no loss is computed for, as any below 0
 KEPT = {"res1"}  # what a block that is computed again in backward still needs
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a batch stands: position `past` of its sequences, which lie in rows `row`.. of the key/value cache with
+    their position 0 in slot `slot`.
+
+    A step of sequences of different lengths has angles of its own, (B,D/2), and `first` (B,1), the slot of each one's
+    position 0; then past counts slots.
+    """
+
+    past: int = 0
+    row: int = 0
+    slot: int = 0
+    cos: Any = None
+    sin: Any = None
+    first: Any = None
+
+
 def block_buffers(c: ModelConfig, batch: int, seq: int) -> Shapes:
     """What a block keeps for its backward pass."""
     n, heads = batch * seq, c.num_heads + c.num_kv_heads
@@ -118,6 +135,10 @@ class Job:
         out["total"] = Want("scratch", (1,), "float64")
         for name in ("cos", "sin"):
             out[name] = Want("scratch", (max(self.seq, self.cache), c.head_dim // 2), wide)
+        if self.cache and self.batch > 1:  # of a step of sequences of different lengths
+            out["first"] = Want("scratch", (self.batch,), "int32")
+            for name in ("step_cos", "step_sin"):
+                out[name] = Want("scratch", (self.batch, c.head_dim // 2), wide)
         for i in range(c.num_layers if self.cache else 0):
             for name in ("keys", "values"):
                 shape = (self.batch, self.cache, c.num_kv_heads, c.head_dim)
@@ -227,13 +248,16 @@ class Model:
         self.loss_rows = job.loss_rows
         self.buffers = Arena(backend, job.wants(cfg))
         self.w = self.buffers["w"] if w is None else w
-        self.p = self.layout.views(self.w)
+        held = (
+            self.layout if w is None or hasattr(w, "dtype") else w
+        )  # or what has views of its own: int8.Int8Weights
+        self.p = held.views(self.w)
         if train:
             self.g = self.buffers["g"]
             self.d = self.layout.views(self.g)
         self._logits = self.buffers["logits"]  # may have columns from V on: 0, and so is their gradient
         columns = self._logits.shape[1]
-        self._head = self.layout.head_rows(self.w, columns)
+        self._head = held.head_rows(self.w, columns)
         if train:
             self._dhead = self.layout.head_rows(self.g, columns)
         self.total = self.buffers["total"]  # sum of losses since it was last set to 0
@@ -242,7 +266,8 @@ class Model:
             for i in range(cfg.num_layers if cache else 0)
         ]
         self.cos, self.sin = self.buffers["cos"], self.buffers["sin"]
-        for table, values in zip((self.cos, self.sin), rope_tables(cfg, max(seq, cache)), strict=True):
+        self._angles = rope_tables(cfg, max(seq, cache))
+        for table, values in zip((self.cos, self.sin), self._angles, strict=True):
             backend.from_host(table, values)
         self._views: dict[tuple[int, int], tuple[list[Any], Any]] = {}
         self.tokens_trained = 0  # targets that went through micro_step
@@ -288,14 +313,38 @@ class Model:
         q, k = slice(0, c.num_heads), slice(c.num_heads, c.num_heads + c.num_kv_heads)
         return [(w_, qk[:, s], raw[:, s], rstd[:, s]) for w_, s in ((w.q_norm, q), (w.k_norm, k))]
 
-    def forward(self, ids: np.ndarray, tap: Tap = no_tap, past: int = 0) -> None:
+    def forward(self, ids: np.ndarray, tap: Tap = no_tap, past: int = 0, row: int = 0, slot: int = 0) -> None:
         """From ids (B,T), integers in [0,V), to final_norm (B*T,C), kept in the scratch buffers.
 
-        past: positions already in the key/value cache; needs a model made with cache > 0. Raises
-        ValueError for ids outside the vocabulary: kernels do not check where they read.
+        past: positions already in the key/value cache; needs a model made with cache > 0. The B sequences lie in its
+        rows from `row` on, their position 0 in its slot `slot`. Raises ValueError for ids outside the vocabulary:
+        kernels do not check where they read.
         """
         self._put_ids(ids)
-        self._forward(tap, past)
+        self._forward(tap, Place(past, row, slot))
+
+    def step(self, ids: np.ndarray, positions: np.ndarray, slots: int) -> None:
+        """One more token of each of B sequences whose lengths differ: ids (B,), positions (B,) each token's own.
+
+        The token of every sequence goes into slot number `slots` of its row, so that the sequences end together:
+        sequence b fills the slots from slots - positions[b] on. Raises ValueError for ids outside the vocabulary.
+        """
+        be, n = self.be, len(ids)
+        if n == 1:
+            self.forward(ids.reshape(1, 1), past=int(positions[0]), slot=slots - int(positions[0]))
+            return
+        self._put_ids(ids.reshape(n, 1))
+        cos, sin, first = (self.buffers[name][:n] for name in ("step_cos", "step_sin", "first"))
+        for buffer, table in zip((cos, sin), self._angles, strict=True):
+            be.from_host(buffer, table[positions])
+        be.from_host(first, (slots - positions).astype(np.int32))
+        self._forward(no_tap, Place(slots, cos=cos, sin=sin, first=first.reshape(n, 1)))
+
+    def move_row(self, to: int, source: int, slots: int) -> None:
+        """Copy the first `slots` slots of a row of the key/value cache to another row."""
+        for pair in self._cache:
+            for cache in pair:
+                self.be.copy(cache[to, :slots], cache[source, :slots])
 
     def _put_ids(self, ids: np.ndarray) -> None:
         self._in_vocabulary(ids, lowest=0)
@@ -305,18 +354,18 @@ class Model:
         if self.document_end is not None:
             self.be.from_host(s.first, document_starts(ids, self.document_end))
 
-    def _forward(self, tap: Tap, past: int = 0) -> None:
+    def _forward(self, tap: Tap, at: Place = Place()) -> None:
         be, c, p = self.be, self.cfg, self.p
         blocks, s = self._at(self.b, self.t)
         be.embedding_fwd(blocks[0].res1, s.ids, p.embed)
         res, delta = blocks[0].res1, None
         for i in range(c.num_layers):
-            res, delta = self._block(i, res, delta, tap, past)
+            res, delta = self._block(i, res, delta, tap, at)
         be.add_rmsnorm_fwd(s.res, s.final_norm, s.rstd, res, delta, p.final_norm, c.rms_norm_eps)
         tap(None, f"hidden.{c.num_layers}", s.res)
         tap(None, "final_norm", s.final_norm)
 
-    def _block(self, i: int, res: Any, delta: Any, tap: Tap, past: int = 0) -> tuple[Any, Any]:
+    def _block(self, i: int, res: Any, delta: Any, tap: Tap, at: Place = Place()) -> tuple[Any, Any]:
         """Block i on the residual stream res + delta; returns the two parts of the next one."""
         be, c, w = self.be, self.cfg, self.p.layer[i]
         blocks, s = self._at(self.b, self.t)
@@ -332,14 +381,15 @@ class Model:
                 be.head_rmsnorm_fwd(y, rstd, x, weight, c.rms_norm_eps)
             tap(i, "qk", a.qk)
             turned = a.qk
-        self._rope(turned, past, +1)
+        self._rope(turned, at, +1)
         q, k, _ = self._heads(turned)
         tap(i, "q_rope", q)
         tap(i, "k_rope", k)
         v = self._heads(a.qkv)[2]
         if self._cache:
-            k, v = self._remember(i, k, v, past)
-        be.attention_fwd(a.att.reshape(q.shape), a.lse, q, k, v, s.first, c.sliding_window)
+            k, v = self._remember(i, k, v, at)
+        first = s.first if at.first is None else at.first
+        be.attention_fwd(a.att.reshape(q.shape), a.lse, q, k, v, first, c.sliding_window)
         tap(i, "lse", a.lse)
         tap(i, "att", a.att)
         be.linear_fwd(s.delta, a.att, w.wo, None)
@@ -355,19 +405,21 @@ class Model:
         tap(i, "mlp_out", s.delta)
         return a.res2, s.delta
 
-    def _rope(self, x: Any, past: int, sign: int) -> None:
+    def _rope(self, x: Any, at: Place, sign: int) -> None:
         """Turn the query and key heads that rows of heads begin with."""
-        c, steps = self.cfg, slice(past, past + self.t)
-        heads = x.reshape(self.b, self.t, -1, c.head_dim)[:, :, : c.num_heads + c.num_kv_heads]
-        self.be.rope(heads, self.cos[steps], self.sin[steps], sign)
+        c, steps = self.cfg, slice(at.past, at.past + self.t)
+        cos, sin, shape = self.cos[steps], self.sin[steps], (self.b, self.t, -1, c.head_dim)
+        if at.cos is not None:  # each sequence's token by its own angles, as if all were of one sequence
+            cos, sin, shape = at.cos, at.sin, (1, self.b, -1, c.head_dim)
+        self.be.rope(x.reshape(shape)[:, :, : c.num_heads + c.num_kv_heads], cos, sin, sign)
 
-    def _remember(self, layer: int, k: Any, v: Any, past: int) -> tuple[Any, Any]:
+    def _remember(self, layer: int, k: Any, v: Any, at: Place) -> tuple[Any, Any]:
         """Put keys and values of the new positions into the cache; all positions so far."""
-        end = past + self.t
-        for cache, new in zip(self._cache[layer], (k, v), strict=True):
-            self.be.copy(cache[: self.b, past:end], new)
-        keys, values = self._cache[layer]
-        return keys[: self.b, :end], values[: self.b, :end]
+        rows, new = slice(at.row, at.row + self.b), at.slot + at.past
+        for cache, x in zip(self._cache[layer], (k, v), strict=True):
+            self.be.copy(cache[rows, new : new + self.t], x)
+        keys, values = (cache[rows, at.slot : new + self.t] for cache in self._cache[layer])
+        return keys, values
 
     def loss(self, targets: np.ndarray, scale: float | None = None, tap: Tap = no_tap) -> None:
         """Add the losses of targets (B,T) to self.total, in nats; negative targets are left out.
@@ -481,7 +533,7 @@ class Model:
             tap(i, "d_q_rope", dq)
             tap(i, "d_k_rope", dk)
             tap(i, "d_v", dv)
-            self._rope(s.dqk if c.qk_norm else s.dqkv, 0, -1)
+            self._rope(s.dqk if c.qk_norm else s.dqkv, Place(), -1)
             if c.qk_norm:
                 tap(i, "d_qk", s.dqk)
                 norms = zip(

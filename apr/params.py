@@ -177,6 +177,7 @@ class Layout:
         """
         flat[...] = 0
         out_std = std / np.sqrt(2 * self.cfg.num_layers)
+        np.random.default_rng  # noqa: B018 -- NumPy loads np.random at its first use, and fails when threads do that
 
         def fill(number: int, s: Slot) -> None:
             view = flat[s.offset : s.offset + s.size]

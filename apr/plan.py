@@ -10,6 +10,8 @@ import numpy as np
 
 from .config import ModelConfig
 from .errors import Refused
+from .lora import LoraConfig
+from .lora import wants as adapter_wants
 from .model import job_of
 from .optim import wants as optimizer_wants
 from .params import Layout
@@ -54,6 +56,7 @@ class Memory:
     master: int = 0  # float32 copy of weights that are kept in bfloat16
     gradients: int = 0
     moments: int = 0
+    base: int = 0  # matrices that have adapters, without them
     saved: int = 0  # kept by every layer for backward
     scratch: int = 0  # shared by all layers, rope tables and batch included
     logits: int = 0
@@ -78,15 +81,17 @@ def memory(
     recompute: bool = False,
     optimizer: bool = True,
     documents: bool = False,
+    lora: LoraConfig | None = None,
 ) -> Memory:
-    """What Model (and AdamW, when train and optimizer) will take for batches of batch x seq tokens."""
+    """What Model (and AdamW, when train and optimizer, of all weights or of adapters) will take for batches of batch x seq
+    tokens."""
     job = job_of(
         c, backend, batch, seq, loss_rows,
         dtype=dtype, train=train, recompute=recompute, cache=cache, documents=documents,
     )  # fmt: skip
     wants = list(job.wants(c).values())
     if train and optimizer:
-        wants += optimizer_wants(c, dtype).values()
+        wants += (adapter_wants(c, dtype, lora) if lora else optimizer_wants(c, dtype)).values()
     sums: dict[str, int] = {}
     for w in wants:
         sums[w.purpose] = sums.get(w.purpose, 0) + w.nbytes

@@ -519,8 +519,8 @@ def test_what_an_apr_file_cannot_hold(tmp_path: Path) -> None:
             write_apr(path, {}, bad)
     with pytest.raises(Refused, match="metadata"):
         write_apr(path, {"x": "y" * MAX_METADATA}, {"a": B})
-    with pytest.raises(UsageError, match="float16"):
-        write_apr(path, {}, {"a": B}, "float16")
+    with pytest.raises(UsageError, match="float8"):
+        write_apr(path, {}, {"a": B}, "float8")
     assert os.listdir(tmp_path) == []
 
 

@@ -192,6 +192,65 @@ def gemm(c, a, b, ta, tb, beta, rows, cols):
             )
 
 
+@_kernel("void(float32[:,:], float32[:,:], float32[:,:], boolean)")
+def linear_few(y, x, w, add):
+    """y = x w^T, or y += x w^T, for few rows x: what counts is to read w once, and BLAS would copy it first.
+
+    Every element is one sum that is always added in the same order, whatever the number of rows."""
+    n, k = x.shape
+    o = w.shape[0]
+    px, pw, py = x.ctypes.data, w.ctypes.data, y.ctypes.data
+    for p in prange((o + 31) // 32):
+        for j in range(p * 32, min(o, p * 32 + 32)):
+            wr = _row(pw + j * w.strides[0], k)
+            for i in range(n):
+                xr = _row(px + i * x.strides[0], k)
+                s = np.float32(0)
+                for e in range(k):
+                    s += xr[e] * wr[e]
+                yr = _row(py + i * y.strides[0] + 4 * j, 1)
+                yr[0] = yr[0] + s if add else s
+
+
+@_kernel("void(float32[:,:], float32[:,:], int8[:,::1], float32[::1], boolean)")
+def linear_few_int8(y, x, w, scale, add):
+    """y = x (scale w)^T, or y += it, for few rows x; row j of w has the factor scale[j]."""
+    n, k = x.shape
+    o = w.shape[0]
+    px, py = x.ctypes.data, y.ctypes.data
+    for p in prange((o + 31) // 32):
+        for j in range(p * 32, min(o, p * 32 + 32)):
+            wr = w[j]
+            for i in range(n):
+                xr = _row(px + i * x.strides[0], k)
+                s = np.float32(0)
+                for e in range(k):
+                    s += xr[e] * np.float32(wr[e])
+                s *= scale[j]
+                yr = _row(py + i * y.strides[0] + 4 * j, 1)
+                yr[0] = yr[0] + s if add else s
+
+
+@_kernel("void(float32[:,::1], int8[:,::1], float32[::1])")
+def from_int8(y, w, scale):
+    """y[j] = scale[j] w[j]"""
+    o, k = w.shape
+    for j in prange(o):
+        to, row, factor = y[j], w[j], scale[j]
+        for e in range(k):
+            to[e] = np.float32(row[e]) * factor
+
+
+@_kernel("void(float32[:,::1], int32[::1], int8[:,::1], float32[::1])")
+def embedding_int8(y, ids, w, scale):
+    """y[n] = scale[ids[n]] w[ids[n]]"""
+    n, c = y.shape
+    for i in prange(n):
+        to, row, factor = y[i], w[ids[i]], scale[ids[i]]
+        for e in range(c):
+            to[e] = np.float32(row[e]) * factor
+
+
 @_kernel("void(float32[:,:], float32[::1])")
 def fill_rows(y, b):
     """y[n] = b"""

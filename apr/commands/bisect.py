@@ -1,5 +1,7 @@
 """`apr bisect MODEL`: which op of which layer is wrong. Each side runs a training step op by op beside the reference in
-float64; or beside a trace (--against T.safetensors), or beside Hugging Face transformers (--against hf)."""
+float64; or beside a trace (--against T.safetensors), or beside Hugging Face transformers (--against hf).
+
+Example: apr bisect qwen2-tiny --sides cuda/float32,cuda/bfloat16"""
 
 from __future__ import annotations
 

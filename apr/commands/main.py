@@ -16,9 +16,18 @@ COMMANDS = {
     "tokenize": "tokenizers and token shards: train, import-hf, encode-corpus, audit, repair-manifest",
     "plan": "parameters, FLOPs and bytes of a job, before anything is allocated",
     "verify": "check the evidence of a run from outside: hashes, log, verdict, losses computed again",
+    "import": "a Hugging Face checkpoint, a folder or hf://org/name, as an .apr file, bit for bit",
+    "export": "a checkpoint as a Hugging Face folder or a GGUF file",
+    "merge": "make a LoRA adapter part of the weights it belongs to",
     "inspect": "what is in a checkpoint, and is it whole",
+    "validate": "every check of a checkpoint, each with PASS or FAIL and its figure",
+    "diff": "what differs between two checkpoints or traces, tensor by tensor, worst first",
+    "eval": "loss on text or token shards, multiple choice, HumanEval",
+    "qa": "is a checkpoint fit to ship: tokenizer, logits, generation, export, speed",
     "report": "a run as one self-contained HTML page, also while it is training",
+    "completion": "a script that completes commands and options in bash, zsh or fish",
 }
+MODULES = {"import": "import_"}  # where a command is a word of Python
 
 
 def _usage() -> str:
@@ -46,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(name: str, args: Sequence[str]) -> int:
     """Run one sub-command with its own arguments; returns the exit code of INTERFACE: see errors.py."""
     try:
-        return importlib.import_module(f"apr.commands.{name}").main(args) or 0
+        return importlib.import_module(f"apr.commands.{MODULES.get(name, name)}").main(args) or 0
     except AprError as e:
         print(f"apr {name}: {e}", file=sys.stderr)
         if e.status != "FAILED":

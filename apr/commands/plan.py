@@ -1,4 +1,6 @@
-"""`apr plan`: parameters, FLOPs and bytes of a job, before anything is allocated."""
+"""`apr plan`: parameters, FLOPs and bytes of a job, before anything is allocated.
+
+Example: apr plan --model qwen2.5-0.5b --micro-batch-size 2 --seq-length 1024"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from ..device import select
 from ..errors import UsageError
 from ..flags import option, parse
 from ..formats.models import load_model
+from ..lora import AdapterLayout, lora_config
 from ..params import Layout
 from ..plan import check_positions, flops_per_token, matmul_rate, memory
 from ..training.show import Show
@@ -30,6 +33,10 @@ class Flags:
     train: bool = option("training; --no-train: one forward pass", True)
     recompute: bool = option("keep only what enters each block, compute the rest again in backward", False)
     mask_documents: bool = option("attention stops where a document ends", False)
+    lora_rank: int | None = option("train adapters of this rank instead of the weights")
+    lora_targets: str | None = option(
+        "matrices that get adapters, of q,k,v,o,gate,up,down (default: all of them)"
+    )
     dtype: str | None = option(
         "of weights and activations (default: bfloat16 on cuda, float32 on cpu)",
         choices=("float32", "bfloat16"),
@@ -50,14 +57,19 @@ def main(args: Sequence[str]) -> int:
         raise UsageError(f"--num-steps {f.num_steps}: must be at least 1")
     if f.recompute and not f.train:
         raise UsageError("--recompute is about backward, --no-train has none; give one of them")
+    lora = lora_config(f.lora_rank, None, f.lora_targets)
+    if lora and not f.train:
+        raise UsageError("--lora-rank is about training, --no-train has none; give one of them")
     cfg = load_model(f.init).cfg if f.init else load_config(str(f.model))
     check_positions(cfg, f.seq_length)
     backend = select(f.device, f.dtype, f.threads)
     dtype = f.dtype or backend.dtypes[0]
     layout, micro = Layout(cfg), min(f.micro_batch_size or f.batch_size, f.batch_size)
     need = memory(
-        cfg, backend, micro, f.seq_length, dtype, f.train, recompute=f.recompute, documents=f.mask_documents
-    )
+        cfg, backend, micro, f.seq_length, dtype, f.train,
+        recompute=f.recompute, documents=f.mask_documents, lora=lora,
+    )  # fmt: skip
+    adapters = AdapterLayout(cfg, lora) if lora else None
     have = backend.free_memory()
     flops = flops_per_token(cfg, f.seq_length, f.train)
     rate = matmul_rate(backend, dtype)
@@ -66,6 +78,7 @@ def main(args: Sequence[str]) -> int:
         "dtype": dtype,
         "parameters": layout.num_parameters,
         "tensors": len(layout.slots),
+        "trained_parameters": adapters.num_parameters if adapters else layout.num_parameters,
         "flops_per_token": flops,
         "bytes": {**vars(need), "total": need.total},
         "available_bytes": have,
@@ -84,6 +97,7 @@ def main(args: Sequence[str]) -> int:
     parts = [(name, f"{value / gib:9.3f} GiB") for name, value in vars(need).items() if value]
     rows = [
         ("parameters", f"{layout.num_parameters:,} in {len(layout.slots)} tensors"),
+        *([("trained", f"{adapters.num_parameters:,} in {len(adapters.slots)} adapters")] if adapters else []),
         ("FLOPs per token", f"{flops / 1e9:.3f} G{' (forward and backward)' if f.train else ' (forward)'}"),
         ("device", f"{backend.name}, {dtype}"),
         *parts,

@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,10 +16,14 @@ from typing import Any
 
 from ..config import PRESETS, to_hf
 from ..data.corpus import make_folder
+from ..data.instruct import InstructShards
 from ..device import cores
 from ..errors import AprError, InputNotFound, Interrupted, IOFailure, MalformedFile, Refused, UsageError
 from ..formats.atomic import explain, locked, write_text
+from ..lora import AdapterLayout
 from ..params import Layout
+from ..training import loggers
+from ..training.callbacks import Callback, CallbackFailed, tell
 from ..training.evidence import seal
 from ..training.gates import PASS, Gates, parse_bounds
 from ..training.inputs import Inputs, describe, guards, open_inputs
@@ -34,15 +39,27 @@ FINISHED_BUT = 9  # exit code: the run came to its end, its verdict is FAIL or S
 
 def main(args: Sequence[str]) -> int:
     """Returns the exit code; errors are raised."""
-    start = time.perf_counter()
     settings, explicit = from_command_line(args)
-    show = Show(quiet=settings.json)
+    result = train(settings, Show(quiet=settings.json), explicit=explicit)
+    if settings.json:
+        print(json.dumps(result, indent=2))
+    return 0 if result["verdict"] == PASS else FINISHED_BUT
+
+
+def train(
+    settings: Settings, show: Show, callbacks: Sequence[Callback] = (), explicit: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A whole run, or the rest of one (settings.resume); what --json prints. Errors are raised.
+
+    explicit: the settings that were asked for, which a resumed run is compared with."""
+    start = time.perf_counter()
     run = None
     try:
         with _stoppable():
             if settings.resume:
-                settings = _continued(settings, explicit)
+                settings = _continued(settings, explicit or {})
             settings = resolve(settings)
+            loggers.check(settings.log)
             gates = Gates(parse_bounds(settings.bounds))
             inputs = open_inputs(settings, show.preparing)
             run = _run_dir(inputs)
@@ -53,20 +70,23 @@ def main(args: Sequence[str]) -> int:
                     run.create(_config(inputs, run))
                 run.clean()
                 _header(show, inputs, run)
-                result = _train(inputs, run, show, gates, start)
+                result, failed = _train(inputs, run, show, gates, start, callbacks)
     except KeyboardInterrupt:
         raise _stopped(run) from None
     finally:
         show.stop()
-    if settings.json:
-        print(json.dumps(result, indent=2))
-    return 0 if result["verdict"] == PASS else FINISHED_BUT
+    if failed is not None:  # a callback's on_end: the run itself is whole
+        raise failed
+    return result
 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """SIGTERM and SIGINT raise KeyboardInterrupt, also where a shell ignores SIGINT for what it runs in the background; the
-    training loop puts its own handlers in their place."""
+    training loop puts its own handlers in their place. Outside the main thread, where none can be set, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     old = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -85,32 +105,41 @@ def _stopped(run: RunDir | None) -> Interrupted:
     return Interrupted(f"stopped at once; {saved}. Go on with: {again}")
 
 
-def _train(inputs: Inputs, run: RunDir, show: Show, gates: Gates, start: float) -> dict[str, Any]:
-    """The run in its locked folder, from the first gate to the last; what --json prints."""
-    trainer = None
+def _train(
+    inputs: Inputs, run: RunDir, show: Show, gates: Gates, start: float, callbacks: Sequence[Callback]
+) -> tuple[dict[str, Any], CallbackFailed | None]:
+    """The run in its locked folder, from the first gate to the last; what --json prints, and a callback's last error."""
+    trainer, heard = None, list(callbacks)
     try:
-        trainer = Trainer(inputs, run, show, inputs.settings.resume, gates)
+        heard = [*callbacks, *loggers.open_all(inputs.settings.log, run.path)]
+        trainer = Trainer(inputs, run, show, inputs.settings.resume, gates, heard)
         _record_device(show, inputs, run)
         show.start(trainer.progress.step, inputs.settings.num_steps)
         status = trainer.train()
         show.stop()
-        return _finish(trainer, show, status, time.perf_counter() - start)
+        return _finish(trainer, show, status, time.perf_counter() - start), trainer.failed
     except AprError as e:
-        _record_end(run, show, gates, trainer, e)
+        _record_end(run, show, gates, trainer, e, heard)
         raise
     except OSError as e:
         error = IOFailure(f"{e.filename or run.path}: {e.strerror or e}")
-        _record_end(run, show, gates, trainer, error)
+        _record_end(run, show, gates, trainer, error, heard)
         raise error from None
     except KeyboardInterrupt:
         stopped = _stopped(run)
         if trainer is not None:
-            _record_end(run, show, gates, trainer, stopped, at_once=True)
+            _record_end(run, show, gates, trainer, stopped, heard, at_once=True)
         raise stopped from None
 
 
 def _record_end(
-    run: RunDir, show: Show, gates: Gates, trainer: Trainer | None, e: AprError, at_once: bool = False
+    run: RunDir,
+    show: Show,
+    gates: Gates,
+    trainer: Trainer | None,
+    e: AprError,
+    heard: Sequence[Callback],
+    at_once: bool = False,
 ) -> None:
     """What a run that did not finish leaves: its verdict with the gate that ended it, and if there is time, its page
     and its hashes."""
@@ -118,7 +147,10 @@ def _record_end(
     gates.close(f"the run ended before it: {e.status}")
     with suppress(AprError, OSError):  # the error that ended the run is the one to show
         val = p.val_losses[-1] if p and p.val_losses else None
-        run.save_verdict(gates, e.status, p.step if p else 0, val, str(e))
+        verdict = run.save_verdict(gates, e.status, p.step if p else 0, val, str(e))["verdict"]
+        with suppress(CallbackFailed):
+            end = {"status": e.status, "verdict": verdict, "steps": p.step if p else 0, "val_loss": val}
+            tell(heard, "on_end", {**end, "run_dir": str(run.path), "error": str(e)})
         if not at_once:
             _close(run, show)
 
@@ -217,7 +249,18 @@ def _check_same_data(i: Inputs, run: RunDir) -> None:
 def _absolute(values: dict[str, Any]) -> dict[str, Any]:
     """Settings with whole paths, so that a run can be resumed from another folder."""
     whole = dict(values)
-    for key in ("corpus", "dataset", "tokenizer", "init", "val_dataset", "model"):
+    paths = (
+        "corpus",
+        "dataset",
+        "instruct",
+        "chat_template",
+        "tokenizer",
+        "init",
+        "lora_init",
+        "val_dataset",
+        "model",
+    )
+    for key in paths:
         value = values.get(key)
         if value and value != "stdlib" and value not in PRESETS and Path(value).exists():
             whole[key] = str(Path(value).resolve())
@@ -236,6 +279,7 @@ def _header(show: Show, i: Inputs, run: RunDir) -> None:
             ("data", _guarded(i)),
             ("model", f"{c.family}, {Layout(c).num_parameters:,} parameters: {c.num_layers} layers of {c.hidden_size},"),
             ("", f"heads {c.num_heads}/{c.num_kv_heads} of {c.head_dim}, MLP {c.intermediate_size}"),
+            *_adapters(i),
             ("job", f"{s.num_steps:,} steps of {s.batch_size} x {s.seq_length} tokens = {_millions(tokens)} tokens"),
             ("", f"{s.schedule} learning rate up to {s.lr:g}, {s.warmup_steps} warm-up steps, seed {s.seed}"),
             ("device", f"{i.backend.name}{' (chosen by auto)' if s.device == 'auto' else ''}: {what.get('gpu') or what['cpu']}"),
@@ -249,6 +293,16 @@ def _header(show: Show, i: Inputs, run: RunDir) -> None:
         show.note(f"about the device: {i.device_note}")
 
 
+def _adapters(i: Inputs) -> list[tuple[str, str]]:
+    """The line of adapters, where they are trained."""
+    if i.lora is None:
+        return []
+    n, c = AdapterLayout(i.cfg, i.lora).num_parameters, i.lora
+    share = 100 * n / Layout(i.cfg).num_parameters
+    what = f"{n:,} parameters ({share:.2g} %), rank {c.rank}, alpha {c.alpha:g}: {', '.join(c.modules)}"
+    return [("adapters", what + (f", going on with {i.settings.lora_init}" if i.lora_init else ""))]
+
+
 def _millions(n: int) -> str:
     """1.79 M, or 12,800 where that says more."""
     return f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n:,}"
@@ -257,11 +311,26 @@ def _millions(n: int) -> str:
 def _split(i: Inputs) -> str:
     """How many tokens there are to train on, and what is held out of them."""
     train, val = i.train.shards, i.val.shards
+    if isinstance(train, InstructShards):
+        return _examples(train, val)
     if val is not train:
         documents = f"{val.total_documents:,} document{'s' if val.total_documents != 1 else ''}"
         return f"{train.total_tokens:,} tokens to train on, {val.total_tokens:,} held out ({documents})"
     held = len(i.val) * i.val.seq_length
     return f"{train.total_tokens - held:,} tokens to train on, the last {held:,} of the shards held out"
+
+
+def _examples(train: Any, val: Any) -> str:
+    """Instruction data in three lines: how many examples, how much of them is trained on, how they are packed."""
+    m, held = train.manifest, val.manifest
+    row = m.seq_length + 1
+    packed = "examples share windows" if m.separator is not None else "an example to a window"
+    return (
+        f"{m.examples:,} examples, {held.examples:,} held out; {m.duplicates:,} copies dropped\n"
+        f"{m.trained:,} of {m.tokens:,} tokens are answers ({100 * m.trained / m.tokens:.1f} %), which are trained on; "
+        f"{held.trained:,} held out\n"
+        f"{packed}: {m.rows:,} of {m.seq_length} tokens, {100 * m.tokens / (m.rows * row):.0f} % full"
+    )
 
 
 def _guarded(i: Inputs) -> str:
@@ -313,6 +382,7 @@ def _finish(trainer: Trainer, show: Show, status: str, seconds: float) -> dict[s
     except OSError as e:
         raise IOFailure(explain(picture, e)) from None
     result["verdict"] = run.save_verdict(gates, status, p.step, last["val_loss"])["verdict"]
+    trainer.tell("on_end", result)
     _close(run, show)
     gain = val.unigram_entropy - last["val_loss"]
     verdict = f"{gain:.2f} below" if gain >= 0 else f"{-gain:.2f} above, not yet better than that"

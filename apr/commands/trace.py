@@ -1,4 +1,6 @@
-"""`apr trace MODEL`: every intermediate of one forward (and backward) pass, as a safetensors file."""
+"""`apr trace MODEL`: every intermediate of one forward (and backward) pass, as a safetensors file.
+
+Example: apr trace qwen3-tiny --tokens 1,2,3,4 --backward -o trace.safetensors"""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import AprError, Refused
+from .instruct import InstructWindows
 from .scan import mix
 from .shards import TokenShards
 
@@ -53,6 +54,15 @@ class Windows:
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def targets(self) -> int:
+        """Targets of a pass over all windows."""
+        return self.count * self.seq_length
+
+    def targets_of(self, indices: np.ndarray) -> int:
+        """Targets of the windows `indices` int64 (B,)."""
+        return len(indices) * self.seq_length
 
     def split(self, held_out: int) -> tuple[Windows, Windows]:
         """These windows without the last `held_out` ones, and those; a document may reach across the border.
@@ -123,7 +133,7 @@ class Batches:
 
     def __init__(
         self,
-        windows: Windows,
+        windows: Windows | InstructWindows,
         batch_size: int,
         seed: int,
         shuffle: bool = True,
@@ -149,6 +159,7 @@ class Batches:
         self.on_exhausted = on_exhausted
         self.rank = rank
         self.step_windows = batch_size * world
+        self._counted = (0, 0)  # windows read, and the targets in them
         self._read = 0  # windows that all ranks together have read, over all passes
         self._ahead: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
         self._reader: ThreadPoolExecutor | None = None  # one thread, from the first batch on
@@ -157,6 +168,19 @@ class Batches:
     def windows_read(self) -> int:
         """Windows that all ranks together have read, over all passes."""
         return self._read
+
+    @property
+    def targets_read(self) -> int:
+        """Targets of the windows that all ranks together have read, by the position in the data."""
+        windows, (at, targets) = self.windows, self._counted
+        if isinstance(windows, Windows):
+            return self._read * windows.seq_length
+        if not 0 < at <= self._read:
+            number = self._read // windows.count
+            at, targets = number * windows.count, number * windows.targets
+        targets += windows.targets_of(self._indices(np.arange(at, self._read, dtype=np.int64)))
+        self._counted = (self._read, targets)
+        return targets
 
     @property
     def passes(self) -> int:
@@ -175,6 +199,12 @@ class Batches:
         self._read += self.step_windows
         self._draw_ahead()
         return batch
+
+    def skip(self) -> int:
+        """Go on by a batch without reading it; its targets, of all ranks."""
+        first, self._read = self._read, self._read + self.step_windows
+        self._ahead.clear()
+        return self.windows.targets_of(self._indices(np.arange(first, self._read, dtype=np.int64)))
 
     def _draw_ahead(self) -> None:
         """Have the next batches read on a thread, so that a page that is not in memory costs no step its time.
@@ -244,7 +274,7 @@ class Batches:
 
 
 def sequential(
-    windows: Windows, batch_size: int, max_windows: int | None = None
+    windows: Windows | InstructWindows, batch_size: int, max_windows: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Every window once, in order: (ids, targets) int32 (B, T) each, B smaller in the last batch.
 

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import AprError, InputNotFound, IOFailure, MalformedFile, Refused, UsageError
+from ..errors import AprError, InputNotFound, MalformedFile, Refused, UsageError
 from ..files import parse_json, read_text, short
+from ..formats.hub import download, is_hub
 from .families import FAMILIES, Family
 from .tokenizer import Tokenizer, eos_of_config
 from .vocab_format import added_tokens, check_id, steps, vocabulary_ids
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 CONFIG, ADDED, SPECIAL = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
-HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 # Two spaces, a line end, a tab, indentation, digits, other scripts, a combining accent: whatever drops one of these is noticed.
@@ -67,6 +67,17 @@ def import_hf(
     return tokenizer
 
 
+def read_tokenizer(folder: str | Path) -> tuple[str, dict[str, Any]] | None:
+    """Text of tokenizer.json with the added tokens that only the files beside it state, and tokenizer_config.json.
+
+    None where the folder has no tokenizer.json. Raises MalformedFile, Refused: files that contradict each other."""
+    if not os.path.lexists(Path(folder) / TOKENIZER):
+        return None
+    files = _find(str(folder), None)
+    text, _ = _from_tokenizer_json(files, files.objects[TOKENIZER], None)
+    return text, files.objects.get(CONFIG, {})
+
+
 @dataclass
 class _Files:
     """What was found at the source: texts by file name, and the objects in those that are JSON."""
@@ -91,11 +102,9 @@ class _Files:
 
 def _find(source: str, revision: str | None) -> _Files:
     """The files of a source, read."""
-    hub = HUB.fullmatch(source)
-    if hub:
-        folder, revision = _download(hub["repo"], hub["revision"], revision)
-    elif "://" in source:
-        raise UsageError(f"{source}: neither a path nor hf://org/name[@revision]")
+    if is_hub(source):
+        wanted = [TOKENIZER, VOCAB, MERGES, CONFIG, ADDED, SPECIAL]
+        folder, revision = download(source, wanted, revision)
     elif revision is not None:
         raise UsageError(f"revision {revision!r} makes sense for hf://org/name only, not for {source}")
     else:
@@ -115,35 +124,6 @@ def _find(source: str, revision: str | None) -> _Files:
         if name not in files.texts and os.path.lexists(folder / name):
             files.read(name)
     return files
-
-
-def _download(repo: str, in_source: str | None, revision: str | None) -> tuple[Path, str]:
-    """Folder with a repository's tokenizer files, and the commit they are of."""
-    if in_source and revision and in_source != revision:
-        raise UsageError(f"hf://{repo}: revision {in_source!r} or {revision!r}? Say one")
-    wanted = in_source or revision
-    name = f"hf://{repo}{f'@{wanted}' if wanted else ''}"
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-    except ImportError:
-        raise InputNotFound(
-            f"{name}: needs the package huggingface_hub: pip install huggingface_hub"
-        ) from None
-    by_hand = "download its tokenizer files elsewhere and give their folder"
-    try:
-        folder = snapshot_download(
-            repo, revision=wanted, allow_patterns=[TOKENIZER, VOCAB, MERGES, CONFIG, ADDED, SPECIAL]
-        )
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
-        raise InputNotFound(
-            f"{name}: no such repository or revision, or one that needs a login; check the name, log in with "
-            f"'hf auth login', or {by_hand}"
-        ) from None
-    except Exception as e:  # whatever the library's network layer raises
-        first = str(e).strip().split("\n")[0]
-        raise IOFailure(f"{name}: cannot be downloaded: {first}; check the network, or {by_hand}") from None
-    return Path(folder), Path(folder).name
 
 
 def _from_tokenizer_json(files: _Files, fields: dict[str, Any], family: str | None) -> tuple[str, str | None]:

@@ -183,6 +183,19 @@ class Tokenizer:
         """Token ids of a text, uint32 (n,). Refused: a lone surrogate, which no UTF-8 file can hold."""
         return self.encode_batch([text], add_special_tokens)[0]
 
+    def encode_marked(self, text: str) -> np.ndarray:
+        """Token ids of a text in which special tokens stand for themselves, as a chat template writes them, uint32 (n,)."""
+        self._engine.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._engine.encode_special_tokens = True
+
+    def special_tokens(self) -> dict[int, str]:
+        """The special added tokens: text by id."""
+        added = self._engine.get_added_tokens_decoder()
+        return {i: token.content for i, token in added.items() if token.special}
+
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[np.ndarray]:
         """Token ids of several texts on all cores, each uint32 (n,)."""
         try:

@@ -26,7 +26,11 @@ from ..errors import Refused, UsageError
 from ..params import Layout
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-SAVED = {"float32": np.dtype(np.float32), "bfloat16": BF16}  # what we write floating point tensors as
+SAVED = {  # what we write floating point tensors as
+    "float32": np.dtype(np.float32),
+    "bfloat16": BF16,
+    "float16": np.dtype(np.float16),
+}
 CHUNK = 1 << 20  # elements converted or compared at a time: bounds the memory of a conversion
 
 

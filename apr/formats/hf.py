@@ -68,12 +68,13 @@ def read_hf(path: str | Path) -> HfWeights:
         raise InputNotFound(f"{folder}: no config.json; the weights alone do not say what the model computes")
     config = parse_json(read_text(folder / "config.json"), str(folder / "config.json"))
     cfg = from_hf(config, str(folder / "config.json"))
-    tensors = _read_folder(folder) if whole else read_safetensors(path)
+    tensors = read_folder(folder) if whole else read_safetensors(path)
     tokenizer = folder / "tokenizer.json"
     return HfWeights(path, cfg, config, tensors, read_text(tokenizer) if os.path.lexists(tokenizer) else None)
 
 
-def _read_folder(folder: Path) -> Mapping[str, np.ndarray]:
+def read_folder(folder: Path) -> Mapping[str, np.ndarray]:
+    """The tensors of a folder, of one file or shards. Raises InputNotFound, MalformedFile, Refused."""
     single, index = os.path.lexists(folder / SINGLE), os.path.lexists(folder / INDEX)
     if single and index:
         raise Refused(
@@ -224,16 +225,19 @@ def write_hf(
     folder: str | Path,
     cfg: ModelConfig,
     tensors: Mapping[str, np.ndarray],
-    dtype: str = "float32",
+    dtype: str | None = "float32",
     max_shard_bytes: int = 5_000_000_000,
     tokenizer_json: str | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a folder that transformers loads: config.json, safetensors (in shards), tokenizer.json.
 
-    `tensors` are exactly the parameters of `cfg`. Raises Refused when they are not, or when the
-    folder holds weights already (a failure half way would mix two models); IOFailure. On an error no
-    weights are left behind.
+    `tensors` are exactly the parameters of `cfg`. dtype None keeps theirs. texts: further files by name; a
+    config.json among them takes the place of the one that `cfg` gives. Raises Refused when the tensors are not,
+    or when the folder holds weights already (a failure half way would mix two models); IOFailure. On an
+    error no weights are left behind.
     """
+    texts = dict(texts or {})
     folder = Path(folder)
     problem = mismatch(Layout(cfg), {name: tensors[name].shape for name in tensors})
     if problem:
@@ -252,7 +256,15 @@ def write_hf(
             write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
         if tokenizer_json is not None:
             write_text(folder / "tokenizer.json", tokenizer_json)
-        write_json(folder / "config.json", {**to_hf(cfg), "torch_dtype": dtype})
+        config = texts.pop("config.json", None)
+        for name, text in texts.items():
+            write_text(folder / name, text)
+        if config is None:
+            write_json(
+                folder / "config.json", {**to_hf(cfg), "torch_dtype": dtype or commonest_dtype(tensors)}
+            )
+        else:
+            write_text(folder / "config.json", config)
     except BaseException as e:
         for file in [*shards, INDEX]:
             with suppress(OSError):
@@ -260,6 +272,14 @@ def write_hf(
         if isinstance(e, OSError):
             raise IOFailure(f"{folder}: cannot create the folder: {e}") from e
         raise
+
+
+def commonest_dtype(tensors: Mapping[str, np.ndarray]) -> str:
+    """The dtype that most elements have, as config.json spells it."""
+    count: dict[str, int] = {}
+    for t in tensors.values():
+        count[t.dtype.name] = count.get(t.dtype.name, 0) + t.size
+    return max(count, key=lambda name: count[name])
 
 
 def _split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:

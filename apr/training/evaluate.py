@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data.batches import Windows, sequential
+from ..data.instruct import InstructWindows
 from ..model import Model
 
 
@@ -17,7 +18,7 @@ class Stopped(Exception):
 
 
 class Loss(NamedTuple):
-    """nats per token, how many tokens, and the standard error of the mean (0 when there was one micro-batch only)."""
+    """nats per target, how many targets, and the standard error of the mean (0 when there was one micro-batch only)."""
 
     mean: float
     tokens: int
@@ -25,7 +26,11 @@ class Loss(NamedTuple):
 
 
 def evaluate(
-    model: Model, windows: Windows, micro: int, most: int | None, stop: Callable[[], bool] = lambda: False
+    model: Model,
+    windows: Windows | InstructWindows,
+    micro: int,
+    most: int | None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Loss:
     """Mean loss over all windows, or `most` of them, evenly spaced; `micro` at once.
 
@@ -39,9 +44,10 @@ def evaluate(
             raise Stopped
         model.forward(ids)
         model.loss(targets)
-        tokens += targets.size
+        count = int(np.count_nonzero(targets >= 0))
+        tokens += count
         total = float(be.to_host(model.total)[0])
-        means.append((total - before) / targets.size)
+        means.append((total - before) / count)
         before = total
     error = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
     return Loss(before / tokens, tokens, error)

@@ -206,6 +206,13 @@ GATES = {
             "`apr verify` on the run",
         ),
         Gate(
+            "end.base", END, "FAIL",
+            "adapters were trained, and nothing else",
+            "SHA-256 of all weights that are not trained, as on the device at the start; and the weights that compute are "
+            "base + s B A, within their rounding",
+            "whatever wrote to weights between two steps",
+        ),
+        Gate(
             "end.target", END, "FAIL",
             "the target was reached, or it is said that it was not",
             "--target-val-loss, nats/token, against the last evaluation",

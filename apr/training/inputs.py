@@ -7,24 +7,36 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..chat import template_of
 from ..config import ModelConfig, load_config
 from ..data.audit import Side, audit, enforce_all, sides_of, tokenizer_beside
 from ..data.batches import Windows
 from ..data.guards import Bounds, enforce, fits_model
+from ..data.instruct import (
+    InstructWindows,
+    audit_instruct,
+    is_instruct,
+    packed_windows,
+    prepare_instruct,
+)
 from ..data.prepare import prepare
 from ..data.readers import Corpus
 from ..data.sources import Source, find_sources
 from ..data.tokenizer import Progress, Tokenizer
 from ..device import check_fits, choose
 from ..errors import InputNotFound, Refused
-from ..formats.models import LoadedModel, load_model
+from ..exchange import HF_FILES, TEMPLATE, Bundle, open_bundle
+from ..files import read_text
+from ..formats.models import LoadedModel
+from ..formats.peft import LoadedAdapter, read_adapter
 from ..loading import tokenizer_of
+from ..lora import LoraConfig, lora_config, lora_to_json
 from ..plan import Memory, check_positions, memory
 from . import measure
 from .gates import Answer, Gates
@@ -51,14 +63,22 @@ class Inputs:
     backend: ModuleType
     cfg: ModelConfig
     tokenizer: Tokenizer
-    train: Windows
-    val: Windows
+    train: Windows | InstructWindows
+    val: Windows | InstructWindows
     init: LoadedModel | None
     corpus_name: str
     left_out: str  # which documents of a corpus cannot be used, or ""
     document_end: int | None  # the id at which attention stops, None where it does not
     audit: list[Side]  # what the guards said of the training and validation data
     device_note: str  # what a user should know about the choice of the device, or ""
+    lora: LoraConfig | None = None  # adapters to train, None where the weights are trained
+    lora_init: LoadedAdapter | None = None  # an adapter to go on with
+    carried: dict[str, Any] = field(default_factory=dict)  # metadata of --init that its checkpoints have too
+
+    @property
+    def instruct(self) -> bool:
+        """Whether the data are conversations, of which only the answers are trained on."""
+        return isinstance(self.train, InstructWindows)
 
 
 def cache_dir() -> Path:
@@ -71,24 +91,48 @@ def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
     """Open device, data, tokenizer and model description. Raises AprError for what does not fit together."""
     chosen = choose(s.device, s.dtype, s.threads)
     backend, dtype = chosen.backend, s.dtype or chosen.backend.dtypes[0]
-    init = load_model(s.init) if s.init else None
+    bundle = open_bundle(s.init) if s.init else None
+    init = bundle.loaded if bundle else None
     cfg = init.cfg if init else load_config(str(s.model))
     check_positions(cfg, s.seq_length)
-    tokenizer, sides, name, left_out = _open_data(s, cfg, init, progress)
+    tokenizer, sides, name, left_out = _open_data(s, cfg, init, progress, bundle)
     train, val = windows_of(s, sides)
-    end = _document_end(tokenizer, train, val) if s.mask_documents else None
+    end = _document_end(tokenizer, train, val) if s.mask_documents else _packed_end(train)
     s = dataclasses.replace(s, dtype=dtype)
+    adapter, lora = _adapters(s, cfg)
     s = dataclasses.replace(s, micro_batch_size=_micro_batch(s, cfg, backend))
     note = chosen.note if chosen.avoidable else ""
-    return Inputs(s, backend, cfg, tokenizer, train, val, init, name, left_out, end, sides, note)
+    return Inputs(
+        s, backend, cfg, tokenizer, train, val, init, name, left_out, end, sides, note, lora, adapter,
+        _carried(s, bundle),
+    )  # fmt: skip
+
+
+def _adapters(s: Settings, cfg: ModelConfig) -> tuple[LoadedAdapter | None, LoraConfig | None]:
+    """The adapter to go on with, and what adapters to train; None and None where the weights are trained."""
+    if s.lora_init is None:
+        return None, lora_config(s.lora_rank, s.lora_alpha, s.lora_targets)
+    adapter = read_adapter(s.lora_init, cfg)
+    return adapter, adapter.lora_config(cfg)
+
+
+def _carried(s: Settings, bundle: Bundle | None) -> dict[str, Any]:
+    """What belongs to a checkpoint beside its weights and stays true of them: the small files of its Hugging Face folder, the
+    chat template that it was fine-tuned with among them."""
+    texts = dict(bundle.texts) if bundle and not s.tokenizer else {}
+    if s.chat_template:
+        texts[TEMPLATE] = read_text(Path(s.chat_template))
+    return {HF_FILES: texts} if texts else {}
 
 
 def _open_data(
-    s: Settings, cfg: ModelConfig, init: LoadedModel | None, progress: Progress | None
+    s: Settings, cfg: ModelConfig, init: LoadedModel | None, progress: Progress | None, bundle: Bundle | None
 ) -> tuple[Tokenizer, list[Side], str, str]:
     """Tokenizer and shards, every guard asked; name of the corpus, and what of it cannot be used."""
     bounds = Bounds.parse(s.widen)
     tokenizer = Tokenizer.from_file(s.tokenizer) if s.tokenizer else None
+    if s.instruct or (s.dataset and is_instruct(sides_of(Path(s.dataset))["train"])):
+        return _open_instruct(s, cfg, bundle, tokenizer, progress)
     if s.corpus:
         if tokenizer is None and init is not None:
             tokenizer = tokenizer_of(init)
@@ -126,8 +170,51 @@ def _open_data(
     return tokenizer, sides, name, left_out
 
 
-def _document_end(tokenizer: Tokenizer, train: Windows, val: Windows) -> int:
+def _open_instruct(
+    s: Settings,
+    cfg: ModelConfig,
+    bundle: Bundle | None,
+    tokenizer: Tokenizer | None,
+    progress: Progress | None,
+) -> tuple[Tokenizer, list[Side], str, str]:
+    """As _open_data, of --instruct, or of a --dataset that such a run has made."""
+    if bundle is None:
+        raise Refused(f"{s.dataset}: instruction data fine-tunes a checkpoint: give it with --init")
+    tokenizer = tokenizer or tokenizer_of(bundle.loaded)
+    if tokenizer is None:
+        raise Refused(f"{s.init}: no tokenizer in the checkpoint; give --tokenizer")
+    folders, left_out = sides_of(Path(str(s.dataset))) if s.dataset else {}, ""
+    if s.instruct:
+        enforce({tokenizer.source: [fits_model(tokenizer, cfg.vocab_size)]})
+        ready = prepare_instruct(
+            s.instruct,
+            cache_dir() / "instruct",
+            tokenizer,
+            template_of(bundle, s.chat_template),
+            s.seq_length,
+            s.val_fraction,
+            progress,
+        )
+        folders, left_out = ready.sides, ready.left_out
+    return (
+        tokenizer,
+        audit_instruct(folders, tokenizer, cfg.vocab_size),
+        s.instruct or str(s.dataset),
+        left_out,
+    )
+
+
+def _packed_end(train: Windows | InstructWindows) -> int | None:
+    """The id at which attention stops because examples share a window."""
+    return train.shards.manifest.separator if isinstance(train, InstructWindows) else None
+
+
+def _document_end(
+    tokenizer: Tokenizer, train: Windows | InstructWindows, val: Windows | InstructWindows
+) -> int | None:
     """The id at which attention stops. Raises Refused where no id ends a document."""
+    if isinstance(train, InstructWindows) or isinstance(val, InstructWindows):
+        return _packed_end(train)
     end, source = tokenizer.eos_id, tokenizer.source
     if end is None:
         raise Refused(
@@ -166,8 +253,11 @@ def _stdlib() -> list[Source]:
     return found
 
 
-def windows_of(s: Settings, sides: list[Side]) -> tuple[Windows, Windows]:
+def windows_of(s: Settings, sides: list[Side]) -> tuple[Windows | InstructWindows, Windows | InstructWindows]:
     """Windows to train on and to validate with; without validation shards the last ones of the training data."""
+    packed = packed_windows(sides, s.seq_length)
+    if packed:
+        return packed["train"], packed["val"]
     found = {side.name: Windows(side.shards, s.seq_length) for side in sides if side.shards}
     if "val" in found:
         return found["train"], found["val"]
@@ -177,7 +267,15 @@ def windows_of(s: Settings, sides: list[Side]) -> tuple[Windows, Windows]:
 def _micro_batch(s: Settings, cfg: ModelConfig, backend: ModuleType) -> int:
     """Sequences computed at once: what was asked for, or the largest divisor of the batch that fits."""
     assert s.dtype is not None
-    need = partial(memory, cfg, backend, seq=s.seq_length, dtype=s.dtype, recompute=s.recompute)
+    need = partial(
+        memory,
+        cfg,
+        backend,
+        seq=s.seq_length,
+        dtype=s.dtype,
+        recompute=s.recompute,
+        lora=_adapters(s, cfg)[1],
+    )
     have = backend.free_memory()
     divisors = [d for d in range(s.batch_size, 0, -1) if s.batch_size % d == 0]
     if s.micro_batch_size:
@@ -213,7 +311,27 @@ def describe(i: Inputs) -> dict[str, Any]:
         "val_windows": len(i.val),
         "val_unigram_entropy_nats": i.val.shards.unigram_entropy,
         "init_sha256": i.init.sha256 if i.init else None,
+        **({"lora": lora_to_json(i.lora)} if i.lora else {}),
+        **({"lora_init_sha256": i.lora_init.sha256} if i.lora_init else {}),
+        **({"packed": _packed(i.train.shards), "packed_val": _packed(i.val.shards)} if i.instruct else {}),
     }
+
+
+def _packed(shards: Any) -> dict[str, Any]:
+    """What became of the examples of one side."""
+    m = shards.manifest
+    keys = (
+        "examples",
+        "tokens",
+        "trained",
+        "rows",
+        "separator",
+        "duplicates",
+        "cut",
+        "skipped",
+        "template_sha256",
+    )
+    return {key: getattr(m, key) for key in keys}
 
 
 def guards(i: Inputs) -> dict[str, list[dict[str, str]]]:
@@ -235,7 +353,7 @@ def judge_inputs(i: Inputs, gates: Gates) -> None:
     gates.judge("before.device", measure.device(i.backend, s.dtype))
     need = memory(
         i.cfg, i.backend, s.micro_batch_size, s.seq_length, s.dtype,
-        recompute=s.recompute, documents=i.document_end is not None,
+        recompute=s.recompute, documents=i.document_end is not None, lora=i.lora,
     )  # fmt: skip
     gates.judge("before.memory", measure.memory(need.total, i.backend.free_memory()))
     gates.judge("before.data", _data_answer(i))

@@ -7,10 +7,12 @@ import math
 import os
 import shlex
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,13 +22,16 @@ import numpy as np
 from ..bisect.show import print_report
 from ..bisect.spot import spot_check
 from ..data.batches import Batches, Exhausted, sequential
+from ..data.instruct import checked_piece, trained_targets
 from ..device import cores
 from ..errors import Interrupted, MalformedFile
 from ..formats.models import fill
+from ..lora import AdapterAdamW, adapt
 from ..model import Model
 from ..optim import AdamW, Schedule
 from ..plan import flops_per_token, matmul_rate, memory
 from . import measure
+from .callbacks import Callback, CallbackFailed, tell
 from .evaluate import Loss, Stopped, evaluate
 from .gates import Answer, Gates, parse_bounds
 from .inputs import Inputs, judge_inputs
@@ -66,7 +71,13 @@ class Trainer:
     """One run, ready to train. Evaluation and training share the model's buffers."""
 
     def __init__(
-        self, inputs: Inputs, run: RunDir, show: Show, resume: bool, gates: Gates | None = None
+        self,
+        inputs: Inputs,
+        run: RunDir,
+        show: Show,
+        resume: bool,
+        gates: Gates | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         s = inputs.settings
         assert s.micro_batch_size is not None
@@ -88,7 +99,9 @@ class Trainer:
             z_loss=s.z_loss,
             document_end=inputs.document_end,
         )
-        self.opt = AdamW(self.model, s.beta1, s.beta2, s.eps, s.weight_decay, s.grad_clip)
+        rates = (s.beta1, s.beta2, s.eps, s.weight_decay, s.grad_clip)
+        self.lora = adapt(self.model, inputs.lora, inputs.init)
+        self.opt = AdapterAdamW(self.lora, *rates) if self.lora else AdamW(self.model, *rates)
         self.schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)
         self.batches = Batches(inputs.train, s.batch_size, s.seed, s.shuffle, s.on_exhausted)
         self.began = time.perf_counter()
@@ -98,6 +111,8 @@ class Trainer:
         self.follow = measure.Follow(self.opt)
         self._scratch = inputs.backend.empty((1,), "float64")
         self.stop_asked = False
+        self.callbacks = callbacks
+        self.failed: CallbackFailed | None = None
         self._checked = False
         self._steps_here = 0  # of this process
         self._saved = -1  # step of the latest state
@@ -111,8 +126,10 @@ class Trainer:
     def begin_anew(self) -> None:
         """Weights, moments and data position as before the first step. Raises Refused."""
         model, opt, be = self.model, self.opt, self.inputs.backend
-        host = np.zeros(model.layout.size, np.float32)
-        if self.inputs.init:
+        host = np.zeros(opt.model.layout.size, np.float32)
+        if self.lora:
+            self.lora.begin(host, self.s.seed, self.inputs.lora_init)
+        elif self.inputs.init:
             fill(model.layout, host, self.inputs.init)
         else:
             model.layout.init(host, self.s.seed, self.s.initializer_range)
@@ -151,7 +168,9 @@ class Trainer:
         )
 
     def _judge_weights(self) -> None:
-        if self.inputs.init:
+        if self.lora and self.inputs.init:
+            answer = self.lora.loaded(self.inputs.init)
+        elif self.inputs.init:
             answer = measure.loaded_weights(self.model, self.opt, self.inputs.init)
         else:
             answer = measure.random_weights(self.model, self.opt, self.s.initializer_range)
@@ -163,18 +182,23 @@ class Trainer:
         model, be, p = self.model, self.inputs.backend, self.progress
         start = time.perf_counter()
         ids, targets = self.batches.next()
-        tokens = targets.size
+        tokens = trained_targets(targets)
         if self._check_due():
-            start += self._spot_check(ids[: self.micro], targets[: self.micro])  # no part of the step's time
+            piece = checked_piece(ids[: self.micro], targets[: self.micro])
+            start += self._spot_check(*piece)  # no part of the step's time
         first, follow = self._steps_here == 0, self._follow_due()
         left = measure.gradients_left(model, self._scratch) if follow else 0.0
         be.fill(model.total, 0)
         trained = model.tokens_trained
         for i in range(0, len(ids), self.micro):
-            model.micro_step(ids[i : i + self.micro], targets[i : i + self.micro], 1 / tokens, self.s.graph)
+            # A number of answers that comes once makes a scale that comes once: no record of it would be replayed.
+            graph = self.s.graph and tokens == targets.size
+            model.micro_step(ids[i : i + self.micro], targets[i : i + self.micro], 1 / tokens, graph)
         trained = model.tokens_trained - trained
         lr = self.schedule(p.step + 1)
-        apart = measure.gradients(model, self._scratch) if first else None
+        if self.lora:
+            self.lora.gradients()
+        apart = self._gradients_apart() if first else None
         if follow:
             self.follow.before()
         self.opt.step(lr)
@@ -204,8 +228,14 @@ class Trainer:
             answer = self.follow.after(lr, norm, self.gates.bound("learning_rate_tolerance"))
             self.gates.judge("run.learning-rate", answer, p.step)
         if not first:
-            p.best_flops = max(p.best_flops, self.flops_per_token * tokens / wall)
+            p.best_flops = max(p.best_flops, self.flops_per_token * targets.size / wall)
         return line
+
+    def _gradients_apart(self) -> Callable[[float], Answer]:
+        """What judges a step's gradient norm, from every tensor's own."""
+        if self.lora:
+            return self.lora.apart(self._scratch)
+        return partial(measure.gradient_norm, *measure.gradients(self.model, self._scratch))
 
     def _follow_due(self) -> bool:
         return self._steps_here < FOLLOWED or self._steps_here % FOLLOW_EVERY == 0
@@ -222,7 +252,7 @@ class Trainer:
         line: dict[str, Any],
         trained: int,
         tokens: int,
-        apart: tuple[list[str], float] | None,
+        apart: Callable[[float], Answer] | None,
         left: float,
     ) -> None:
         """The gates of every step. Raises Aborted."""
@@ -233,7 +263,7 @@ class Trainer:
         saved = self.run.states()
         why = f"{said}: not finite. Last saved state: {saved[-1] if saved else 'none'}"
         judge("run.finite", Answer(finite, said, "finite", "" if finite else why), p.step)
-        read = self.batches.windows_read * self.s.seq_length
+        read = self.batches.targets_read
         judge(
             "run.tokens",
             Answer(
@@ -252,7 +282,7 @@ class Trainer:
                     "run.gradients", "attention over one token has no gradient of queries and keys"
                 )
             else:
-                judge("run.gradients", measure.gradient_norm(*apart, line["grad_norm"]), p.step)
+                judge("run.gradients", apart(line["grad_norm"]), p.step)
         most, loss = int(self.gates.bound("constant_steps")), line["train_loss"]
         measured = (
             f"{p.constant + 1} equal losses in a row" if p.constant else "no two losses in a row are equal"
@@ -270,7 +300,7 @@ class Trainer:
     def _note_pass(self) -> None:
         """One line when the data begins again."""
         b = self.batches
-        follows = self.progress.tokens_seen // self.s.seq_length // b.windows.count
+        follows = self.progress.tokens_seen // b.windows.targets
         measured = f"{b.passes} complete passes, {b.windows_read:,} windows read"
         self.gates.judge(
             "run.data", Answer(b.passes == follows, measured, f"{follows} by the tokens trained on")
@@ -340,9 +370,10 @@ class Trainer:
         finite = math.isfinite(loss)
         why = "" if finite else f"val_loss = {loss} is not finite"
         self.gates.judge("run.finite", Answer(finite, f"val_loss = {loss:.6g}", "finite", why), p.step)
-        self.run.log(
+        line = dict(
             step=p.step, val_loss=loss, val_tokens=tokens, val_bits_per_byte=bits, val_loss_stderr=error
         )
+        self.run.log(**line)
         if p.val_losses:
             self.gates.judge("run.diverged", self._diverged(loss), p.step)
         p.val_losses.append(loss)
@@ -352,6 +383,7 @@ class Trainer:
         else:
             p.evals_without_best += 1
         self.show.evaluation(p.step, loss, bits, p.epoch_losses)
+        self.tell("on_evaluation", line)
         if self.s.sample is not None and self._sampled < p.step:
             self._sampled = p.step
             text = sample_text(self.inputs, self.model, self.s.sample, SAMPLE_TOKENS)
@@ -395,6 +427,7 @@ class Trainer:
             judge("start.pretrained", answer, 0)
             return
         differs = [k for k, v in self.evaluated_on().items() if recorded.get(k) != v]
+        differs += ["weights, without adapters"] if i.lora_init else []
         if differs:
             self.gates.skip("start.reproduces", f"recorded on other {', '.join(differs)}")
             judge(
@@ -448,7 +481,10 @@ class Trainer:
         )
         shards = self.inputs.val.shards
         bits = bits_per_byte(val, shards.total_tokens, shards.total_bytes)
-        self.gates.judge("end.plausible", measure.plausible(bits, bound("min_bits_per_byte")), p.step)
+        if self.inputs.instruct:
+            self.gates.skip("end.plausible", "an answer can follow from its question, so no loss is too low")
+        else:
+            self.gates.judge("end.plausible", measure.plausible(bits, bound("min_bits_per_byte")), p.step)
         if self.inputs.init is None:
             answer = measure.learning(val, entropy, p.tokens_seen, bound("drop_per_decade"))
             self.gates.judge("end.learning", answer, p.step)
@@ -466,9 +502,20 @@ class Trainer:
         )
         evaluation = {"val_loss": val, **self.evaluated_on()}
         epoch = len(p.val_losses) - 1
-        self.run.save_epoch(epoch, self.model, self.opt, self.inputs.tokenizer, facts, evaluation)
+        i = self.inputs
+        path = self.run.save_epoch(epoch, self.model, self.opt, i.tokenizer, facts, evaluation, i.carried)
+        if self.lora:
+            self.lora.save(self.run.ckpt / f"epoch-{epoch:03d}-adapter", str(self.s.init))
         p.epoch_losses, p.grad_norm_max = [], 0.0
         self.run.save_verdict(self.gates, "RUNNING", p.step, val)
+        self.tell("on_checkpoint", path, facts)
+
+    def tell(self, event: str, *args: Any) -> None:
+        """Call the callbacks; an exception of theirs asks for a stop, as Ctrl-C does."""
+        try:
+            tell(self.callbacks, event, *args)
+        except CallbackFailed as e:
+            self.failed, self.stop_asked = self.failed or e, True
 
     def _save_state(self) -> None:
         self.progress.data = self.batches.state()
@@ -502,7 +549,8 @@ class Trainer:
                 except Stopped:  # in an evaluation, which the next start does again
                     if p.epoch_losses:
                         self._save_state()
-                    raise self._interrupted() from None
+                    stopped = self._interrupted()
+                    raise stopped from stopped.__cause__
             if self.stop_asked:  # the signals are the caller's again: none is lost between
                 raise self._interrupted()
             return status
@@ -546,6 +594,7 @@ class Trainer:
             self.run.log(**line)
             self.show.step(line)
             self._note_pass()
+            self.tell("on_step", line)
         epoch_ends = self._pending()
         if epoch_ends:
             self._end_epoch()
@@ -567,6 +616,10 @@ class Trainer:
             gates.judge("end.target", Answer(reached, said, f"at most {s.target_val_loss:g}", why), p.step)
         if p.best_flops:
             gates.judge("end.speed", self._speed(gates.bound("speed")))
+        if self.lora:
+            gates.judge("end.base", self.lora.unchanged(), p.step)
+        else:
+            gates.skip("end.base", "no adapters: every weight is trained")
         self._judge_reload()
         gates.close("the run did not come to a place where it is asked")
 
@@ -603,19 +656,26 @@ class Trainer:
             return answer._replace(good=None, why=why)
         return answer
 
-    def _interrupted(self) -> Interrupted:
+    def _interrupted(self) -> Interrupted | CallbackFailed:
         where = (
             f"after step {self.progress.step}, state saved"
             if self.run.states()
             else "before the first saved state"
         )
-        return Interrupted(
-            f"stopped {where}. Go on with: apr pretrain --resume --run-dir {shlex.quote(str(self.run.path))}"
-        )
+        again = f"Go on with: apr pretrain --resume --run-dir {shlex.quote(str(self.run.path))}"
+        if self.failed is not None:
+            failed = CallbackFailed(f"{self.failed}; stopped {where}. {again}")
+            failed.__cause__ = self.failed.__cause__
+            return failed
+        return Interrupted(f"stopped {where}. {again}")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM ask for a stop after the step; a second one stops at once."""
+        """Ctrl-C and SIGTERM ask for a stop after the step; a second one stops at once. In the main thread: no other
+        gets signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self.stop_asked:

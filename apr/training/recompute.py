@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import backends
 from ..data.audit import Side, sides_of
-from ..data.shards import TokenShards
+from ..data.instruct import open_side
 from ..device import choose
 from ..errors import AprError, MalformedFile, Refused
 from ..formats.models import load_model
@@ -73,7 +73,8 @@ def checkpoint_loss(r: Recorded, backend: ModuleType, dtype: str, dataset: str |
     if dataset is not None:
         folders = sides_of(Path(dataset))
     sides = [
-        Side(name, folder, TokenShards(folder, tokenizer, verify=False)) for name, folder in folders.items()
+        Side(name, folder, open_side(folder, tokenizer, verify=False))  # type: ignore[arg-type]
+        for name, folder in folders.items()
     ]
     _, val = windows_of(r.settings, sides)
     want = r.config["data"]["val_sha256"]

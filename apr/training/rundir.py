@@ -24,6 +24,7 @@ from ..errors import InputNotFound, IOFailure, MalformedFile, Refused
 from ..files import opened
 from ..formats.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
 from ..formats.atomic import explain, write_json, write_text
+from ..lora import adapter_facts, check_adapter_facts
 from ..model import Model
 from ..optim import AdamW
 from .gates import FORMAT, Gates
@@ -202,12 +203,13 @@ class RunDir:
         tokenizer: Tokenizer,
         facts: dict[str, Any],
         evaluation: dict[str, Any],
+        carried: dict[str, Any] | None = None,
     ) -> Path:
         """ckpt/epoch-NNN.apr with weights, architecture, tokenizer and what its validation loss was measured on, and its
         metadata.json."""
         path = self.ckpt / f"epoch-{epoch:03d}.apr"
         w = model.be.to_host(model.w)
-        meta = {**config_to_metadata(model.cfg), "evaluation": evaluation}
+        meta = {**config_to_metadata(model.cfg), "evaluation": evaluation, **(carried or {})}
         embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id)
         tensors = model.layout.named(w)
         write_apr(path, meta, tensors, model.dtype)
@@ -226,9 +228,10 @@ class RunDir:
         tensors: dict[str, np.ndarray] = {}
         for prefix, flat in _parts(opt).items():
             host = model.be.to_host(flat)
-            tensors |= {prefix + name: x for name, x in model.layout.named(host).items()}
+            tensors |= {prefix + name: x for name, x in opt.model.layout.named(host).items()}
         sha = sha256(*tensors.values())
         meta = {**config_to_metadata(model.cfg), "training": progress, "state_sha256": sha}
+        meta |= adapter_facts(opt)
         if self._metrics is not None:  # what a state continues must be there after a power failure too
             with suppress(OSError):
                 os.fsync(self._metrics.fileno())
@@ -282,9 +285,10 @@ class RunDir:
         progress = file.metadata.get("training")
         if not isinstance(progress, dict):
             raise MalformedFile(f"{path}: no 'training' entry; this is a checkpoint, not a state")
+        check_adapter_facts(opt, file.metadata, str(path))
         for prefix, flat in _parts(opt).items():
-            host = np.zeros(model.layout.size, np.float32)
-            for name, view in model.layout.named(host).items():
+            host = np.zeros(opt.model.layout.size, np.float32)
+            for name, view in opt.model.layout.named(host).items():
                 saved = file.tensors.get(prefix + name)
                 if saved is None or saved.shape != view.shape or saved.dtype != np.float32:
                     raise MalformedFile(
@@ -314,7 +318,7 @@ def state_sha(model: Model, opt: AdamW) -> str:
     """SHA-256 of weights and moments as they are on the device, in the order of the table of parameters."""
     digest = hashlib.sha256()
     for flat in _parts(opt).values():
-        for x in model.layout.named(model.be.to_host(flat)).values():
+        for x in opt.model.layout.named(model.be.to_host(flat)).values():
             digest.update(np.ascontiguousarray(x).view(np.uint8).reshape(-1).data)
     return digest.hexdigest()
 

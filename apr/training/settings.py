@@ -1,4 +1,7 @@
-"""Every setting of `apr pretrain`: flags, configuration file, defaults of the mode, the demo job."""
+"""Every setting of `apr pretrain`: flags, configuration file, defaults of the mode, the demo job.
+
+Examples: apr pretrain --corpus my_code/ --model smollm2-135m --num-steps 2000 --batch-size 32 --seq-length 512
+          apr pretrain --resume --run-dir runs/demo"""
 
 from __future__ import annotations
 
@@ -13,9 +16,11 @@ from ..config import read_json
 from ..data.audit import tokenizer_beside
 from ..errors import InputNotFound, MalformedFile, UsageError
 from ..flags import field_types, given, option
+from ..lora import lora_config
 from ..optim import SCHEDULES
 from .gates import parse_bounds
 
+LORA_LR = 2e-4  # adapters start at nothing and take larger steps than weights
 MODES = {"from-scratch": dict(lr=3e-4, warmup_steps=1000), "finetune": dict(lr=5e-5, warmup_steps=100)}
 
 
@@ -28,6 +33,13 @@ class Settings:
         "Python's own standard library; tokenised once into a cache; a single text file is cut into about 100 documents"
     )
     dataset: str | None = option("folder of token shards (or one with train/ and val/ inside)")
+    instruct: str | None = option(
+        "conversations or prompts with responses to fine-tune on, JSON Lines (also .gz, .zst) or a folder of those, with a loss "
+        "on the answers only; see docs/fine-tuning.md"
+    )
+    chat_template: str | None = option(
+        "with --instruct, file of the chat template (default: the checkpoint's own)"
+    )
     content_field: str = option("with --corpus, key of the text in JSONL records and Parquet files", "text")
     tokenizer: str | None = option("tokenizer folder; with --corpus and none given, one is trained")
     run_dir: str | None = option("where the run writes (default: the next free runs/NAME)")
@@ -50,7 +62,9 @@ class Settings:
     graph: bool = option("on cuda, record a micro-step once and replay it; --no-graph: op by op", True)
     seq_length: int = option("tokens per sequence", 1024)
     steps_per_epoch: int = option("steps between evaluations", 100)
-    lr: float | None = option("peak learning rate (default: 3e-4 from scratch, 5e-5 fine-tuning)")
+    lr: float | None = option(
+        "peak learning rate (default: 3e-4 from scratch, 5e-5 fine-tuning, 2e-4 fine-tuning adapters)"
+    )
     lr_min: float | None = option("learning rate at the end (default: 1 % of the peak)")
     warmup_steps: int | None = option(
         "steps of linear warm-up (default: 1000 from scratch, 100 fine-tuning, at most 10 % of all steps)"
@@ -69,6 +83,16 @@ class Settings:
     )
     widen: str | None = option(
         "bounds of plausibility of the data to widen by a number, such as max_top_share=0.6,min_distinct=12"
+    )
+    lora_rank: int | None = option(
+        "train adapters of this rank instead of the weights (LoRA), with --init; see docs/fine-tuning.md"
+    )
+    lora_alpha: float | None = option("adapters count with alpha / rank (default: twice the rank)")
+    lora_targets: str | None = option(
+        "matrices that get adapters, of q,k,v,o,gate,up,down or PEFT's names (default: all of them)"
+    )
+    lora_init: str | None = option(
+        "folder of an adapter (PEFT's format) of the --init checkpoint to go on with; its rank, alpha and targets hold"
     )
     spot_check: int = option(
         "before the first step, and then every so many steps, compare every op with the float64 reference on a piece of "
@@ -92,6 +116,9 @@ class Settings:
     save_every: int = option("steps between saved states; 0: at every evaluation", 0)
     keep_states: int = option("how many saved states to keep", 2)
     sample: str | None = option("prompt to continue when the run is done")
+    log: str | None = option(
+        "where metrics go beside metrics.jsonl: tensorboard, wandb, or both with a comma"
+    )
     config: str | None = option("JSON file with the same names; flags win")
     json: bool = option("print one JSON document and nothing else", False)
 
@@ -127,6 +154,7 @@ MAY_CHANGE = {
     "graph",
     "spot_check",
     "bounds",
+    "log",
 }
 
 
@@ -135,7 +163,9 @@ def from_command_line(args: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
     explicit = given(Settings, args, "apr pretrain", __doc__ or "")
     if "config" in explicit:
         explicit = {**read_config(Path(explicit["config"])), **explicit}
-    if not explicit.keys() & {"corpus", "dataset", "model", "init"} and not explicit.get("resume"):
+    if not explicit.keys() & {"corpus", "dataset", "instruct", "model", "init"} and not explicit.get(
+        "resume"
+    ):
         explicit = {**DEMO, **explicit}
     return Settings(**explicit), explicit
 
@@ -178,8 +208,8 @@ def check(values: dict[str, Any], source: str) -> dict[str, Any]:
 
 def resolve(s: Settings) -> Settings:
     """Fill in what depends on other settings and refuse what cannot be. Raises UsageError."""
-    _one_of(s, "corpus", "dataset", "what to train on")
-    _one_of(s, "model", "init", "which model")
+    _one_of(s, ("corpus", "dataset", "instruct"), "what to train on")
+    _one_of(s, ("model", "init"), "which model")
     mode = s.mode or ("finetune" if s.init else "from-scratch")
     if mode == "from-scratch" and s.init:
         raise UsageError("--mode from-scratch starts from random weights; drop --init or use --mode finetune")
@@ -220,7 +250,9 @@ def resolve(s: Settings) -> Settings:
             raise UsageError(
                 f"--{name.replace('_', '-')} = {getattr(s, name)}: must be at least 0 and below 1"
             )
-    if s.corpus and not s.val_fraction:
+    _check_instruct(s)
+    _check_lora(s)
+    if (s.corpus or s.instruct) and not s.val_fraction:
         raise UsageError("--val-fraction 0 leaves nothing to validate with; give a share above 0")
     parse_bounds(s.bounds)
     if s.spot_check < -1:
@@ -232,7 +264,8 @@ def resolve(s: Settings) -> Settings:
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--{f.name.replace('_', '-')} = {value}: must be a finite number")
     base: dict[str, Any] = MODES[mode]
-    lr = base["lr"] if s.lr is None else s.lr
+    adapters = s.lora_rank is not None or s.lora_init is not None
+    lr = (LORA_LR if adapters else base["lr"]) if s.lr is None else s.lr
     return dataclasses.replace(
         s,
         mode=mode,
@@ -244,6 +277,28 @@ def resolve(s: Settings) -> Settings:
     )
 
 
-def _one_of(s: Settings, a: str, b: str, what: str) -> None:
-    if (getattr(s, a) is None) == (getattr(s, b) is None):
-        raise UsageError(f"say {what}: give --{a} or --{b}, one of them")
+def _one_of(s: Settings, names: tuple[str, ...], what: str) -> None:
+    if sum(getattr(s, name) is not None for name in names) != 1:
+        raise UsageError(f"say {what}: give {' or '.join('--' + n for n in names)}, one of them")
+
+
+def _check_lora(s: Settings) -> None:
+    """Adapters and what goes with them. Raises UsageError."""
+    if s.lora_init and (s.lora_rank, s.lora_alpha, s.lora_targets) != (None, None, None):
+        raise UsageError(
+            "--lora-init goes on with an adapter as it is; leave --lora-rank, --lora-alpha and --lora-targets out"
+        )
+    if (lora_config(s.lora_rank, s.lora_alpha, s.lora_targets) or s.lora_init) and not s.init:
+        raise UsageError("adapters belong to a checkpoint: give it with --init")
+
+
+def _check_instruct(s: Settings) -> None:
+    """--instruct and what goes with it. Raises UsageError."""
+    if s.chat_template and not s.instruct:
+        raise UsageError("--chat-template is about --instruct; give both or none")
+    if s.instruct and not s.init:
+        raise UsageError("--instruct fine-tunes a checkpoint: give it with --init")
+    if s.instruct and s.val_dataset:
+        raise UsageError(
+            "--val-dataset is about --dataset; with --instruct, --val-fraction says how much is held out"
+        )

@@ -17,12 +17,15 @@ import numpy as np
 
 from .. import backends
 from ..config import read_json
-from ..data.shards import TokenShards
+from ..data.batches import Batches
+from ..data.instruct import InstructShards, InstructWindows, open_side
 from ..device import choose
 from ..errors import AprError, Refused, UsageError
 from ..formats.apr2 import read_apr
 from ..formats.models import load_model
+from ..formats.peft import merge_error, read_adapter
 from ..loading import tokenizer_of
+from ..lora import AdapterLayout, state_layout
 from ..optim import Schedule
 from ..params import Layout
 from . import evidence, measure
@@ -90,6 +93,7 @@ class Verifier:
             ("epochs", self.epochs),
             ("checkpoints", self.checkpoints),
             ("states", self.states),
+            *([("adapters", self.adapters)] if "lora" in self.config["data"] else []),
             ("data", self.data),
             ("validation loss", self.validation_loss),
             ("replay", self.replay),
@@ -128,9 +132,10 @@ class Verifier:
             numbers = [m[k] for k in ("train_loss", "grad_norm", "weight_norm", "lr", "wall_ms")]
             if not all(math.isfinite(x) for x in numbers):
                 return Answer(False, f"step {m['step']}: {numbers}", bound)
-            if m["tokens_seen"] != m["step"] * tokens:
+            new = m["tokens_seen"] - a.get("tokens_seen", 0)
+            if not (0 < new <= tokens if self._instruct() else new == tokens):
                 return Answer(False, f"step {m['step']}: tokens_seen = {m['tokens_seen']}", bound)
-            if not _near(m["tokens_per_sec"] * m["wall_ms"] / 1e3, tokens):
+            if not _near(m["tokens_per_sec"] * m["wall_ms"] / 1e3, new):
                 return Answer(
                     False, f"step {m['step']}: {m['tokens_per_sec']} tokens/s in {m['wall_ms']} ms", bound
                 )
@@ -144,6 +149,10 @@ class Verifier:
         ):  # data may end between two of them
             return Answer(False, f"evaluations at steps {found}, due at {due}", bound)
         return Answer(True, f"{len(self.steps):,} steps, {len(found)} evaluations", bound)
+
+    def _instruct(self) -> bool:
+        """Whether the run was trained on answers only; their number in each step is compared with the data in `data`."""
+        return self.settings.instruct is not None or "packed" in self.config["data"]
 
     def learning_rate(self) -> Answer:
         """The column of the log against the schedule of the settings."""
@@ -213,7 +222,8 @@ class Verifier:
                 bits = m["val_bits_per_byte"]
                 if shards and not _near(bits, bits_per_byte(m["val_loss"], *shards)):
                     bits = -1.0
-                judge("end.plausible", measure.plausible(bits, gates.bound("min_bits_per_byte")))
+                if not self._instruct() or bits < 0:
+                    judge("end.plausible", measure.plausible(bits, gates.bound("min_bits_per_byte")))
                 if not s.init:
                     seen, entropy = epoch_tokens(self._epoch(i)), c["data"]["val_unigram_entropy_nats"]
                     judge(
@@ -287,7 +297,7 @@ class Verifier:
         ends = {m["step"]: m for m in (read_json(p) for p in self.run.ckpt.glob("epoch-*.metadata.json"))}
         for path in self.run.states():
             file = read_apr(path)
-            loaded = Layout(load_config_of(file.metadata, str(path), file.tensors))
+            loaded = state_layout(file.metadata, load_config_of(file.metadata, str(path), file.tensors))
             names = [s.hf for s in loaded.in_order()]
             parts = [
                 [np.asarray(file.tensors[p + n]) for n in names] for p in ("", "optimizer.m.", "optimizer.v.")
@@ -299,6 +309,22 @@ class Verifier:
             if end and end["optimizer_state_sha"] != _moments_sha(loaded, parts[1], parts[2]):
                 return Answer(False, f"{path.name}: its moments are not those of epoch {end['epoch']}", bound)
         return Answer(bool(self.run.states()), f"{len(self.run.states())} states", bound)
+
+    def adapters(self) -> Answer:
+        """The last adapter, added to the base, against the checkpoint of its epoch."""
+        path, bound = sorted(self.run.ckpt.glob("epoch-*.apr"))[-1], "the checkpoint, within rounding"
+        folder, init = path.with_name(f"{path.stem}-adapter"), str(self.settings.init)
+        if not Path(init).exists():
+            return Answer(None, "", bound, f"the base {init} is not there")
+        base, merged = load_model(init), load_model(str(path))
+        if base.sha256 != self.config["data"]["init_sha256"]:
+            return Answer(
+                False, f"{init}: weights {base.sha256[:12]}", f"{self.config['data']['init_sha256'][:12]}"
+            )
+        worst, where = merge_error(
+            base, read_adapter(str(folder), base.cfg), merged, self.settings.dtype or "float32"
+        )
+        return Answer(worst <= 1, f"{folder.name}: off by {worst:.2f} of rounding at {where}", bound)
 
     # With the data
 
@@ -315,11 +341,25 @@ class Verifier:
                 return Answer(
                     None, "", bound, f"{folder} is not there; --dataset says where the shards are now"
                 )
-            shards = TokenShards(folder, tokenizer)
+            shards = open_side(folder, tokenizer)
             if shards.sha256 != want[f"{side}_sha256"]:
                 return Answer(False, f"{folder}: {shards.sha256[:12]}", bound)
             tokens += shards.total_tokens
+            if isinstance(shards, InstructShards) and side == "train" and (wrong := self._miscounted(shards)):
+                return Answer(False, wrong, bound)
         return Answer(True, f"{tokens:,} tokens read", bound)
+
+    def _miscounted(self, shards: InstructShards) -> str:
+        """Which step's trained tokens are not those of the windows that it read, or ""."""
+        s, counted = self.settings, 0
+        stream = Batches(
+            InstructWindows(shards, s.seq_length), s.batch_size, s.seed, s.shuffle, s.on_exhausted
+        )
+        for m in self.steps:
+            counted += stream.skip()
+            if m["tokens_seen"] != counted:
+                return f"step {m['step']}: tokens_seen = {m['tokens_seen']}, its windows and those before have {counted}"
+        return ""
 
     def _folders(self) -> dict[str, Path]:
         if self.options.dataset is not None:
@@ -399,6 +439,8 @@ class Verifier:
                 changes |= {
                     "dataset": self.options.dataset,
                     "corpus": None,
+                    "instruct": None,
+                    "chat_template": None,
                     "tokenizer": folder,
                     "val_dataset": None,
                 }
@@ -436,7 +478,7 @@ def epoch_tokens(steps: list[dict[str, Any]]) -> int:
     return int(steps[-1]["tokens_seen"])
 
 
-def _moments_sha(layout: Layout, m: list[np.ndarray], v: list[np.ndarray]) -> str:
+def _moments_sha(layout: Layout | AdapterLayout, m: list[np.ndarray], v: list[np.ndarray]) -> str:
     """The SHA-256 of both moments as flat buffers, padding included, as an epoch's metadata has it."""
     digest = hashlib.sha256()
     for part in (m, v):

@@ -1,0 +1,232 @@
+"""HumanEval: programs that a model completes, judged by their tests (Chen et al. 2021)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.tokenizer import Tokenizer
+from ..device import check_fits, cores
+from ..errors import InputNotFound, MalformedFile, Refused, UsageError
+from ..generate import generate
+from ..plan import memory
+from .sandbox import Limits, Program, Verdict, judge_all, proven
+from .score import Opened
+
+# Chen et al. 2021, section 3.1: a completion ends before the first of these.
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+KEYS = ("task_id", "prompt", "entry_point", "test")
+TAIL = 8  # tokens of the prompt that new ones are decoded behind: decoders drop a space at a text's beginning
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: the prompt ends with a function's docstring; `test` defines check(candidate)."""
+
+    task_id: str
+    prompt: str
+    entry_point: str
+    test: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How completions are drawn and judged. temperature 0 takes the most likely tokens."""
+
+    samples: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+    seed: int = 42
+    limits: Limits = field(default_factory=Limits)
+
+    def check(self) -> None:
+        """Raises UsageError."""
+        if self.samples < 1:
+            raise UsageError(f"--samples {self.samples}: must be at least 1")
+        if self.samples > 1 and self.temperature == 0:
+            raise UsageError(
+                f"--samples {self.samples} at --temperature 0 would be the same program each time; give --temperature 0.8"
+            )
+        if not self.limits.seconds > 0:
+            raise UsageError(f"--timeout {self.limits.seconds:g}: must be above 0 seconds")
+
+
+def read_jsonl(path: str, what: str) -> list[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of a .jsonl file, gzip-packed or not. Raises InputNotFound, MalformedFile."""
+    file = Path(path)
+    if not file.is_file():
+        raise InputNotFound(f"{path}: no such file; give {what}")
+    try:
+        data = file.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        lines = data.decode().split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
+        raise MalformedFile(f"{path}: cannot be read: {e}; download it again") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as e:
+                raise MalformedFile(f"{path}:{number}: not JSON: {e}") from None
+            if not isinstance(row, dict):
+                raise MalformedFile(f"{path}:{number}: not a JSON object; expected {what}")
+            rows.append((number, row))
+    if not rows:
+        raise MalformedFile(f"{path}: no lines; expected {what}")
+    return rows
+
+
+def read_problems(path: str) -> list[Problem]:
+    """The problems of a HumanEval file. Raises InputNotFound, MalformedFile naming line and key."""
+    problems = []
+    for number, row in read_jsonl(path, "HumanEval.jsonl or HumanEval.jsonl.gz"):
+        for key in KEYS:
+            if not isinstance(row.get(key), str) or not row[key]:
+                raise MalformedFile(
+                    f"{path}:{number}: {key} = {row.get(key)!r} is not text; a problem has {', '.join(KEYS)}"
+                )
+        problems.append(Problem(**{key: row[key] for key in KEYS}))
+    names = [p.task_id for p in problems]
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise MalformedFile(f"{path}: task_id {twice!r} is there twice")
+    return problems
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that one of k programs drawn from n, of which c are right, is right, without bias:
+    1 - C(n-c, k) / C(n, k) = 1 - prod_{i=n-c+1}^{n} (1 - k/i)  (Chen et al. 2021, eq. 1)."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {c} right of {n}")
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1)) if n - c >= k else 1.0
+
+
+def cut(text: str, stop: Sequence[str] = STOP) -> str:
+    """The text up to the first stop sequence."""
+    return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+
+
+def continuation(
+    tokenizer: Tokenizer, prompt: Sequence[int], stream: Iterator[int], stop: Sequence[str]
+) -> tuple[str, int]:
+    """(text of the tokens of a stream up to a stop sequence, tokens taken); no more tokens are taken than that needs.
+
+    Raises Refused: the stream gave none."""
+    tail = list(prompt[-TAIL:])
+    shown = len(tokenizer.decode(tail, skip_special=True))
+    new: list[int] = []
+    text = ""
+    for token in stream:
+        new.append(token)
+        text = tokenizer.decode(tail + new, skip_special=True)[shown:]
+        if any(s in text for s in stop):
+            break
+    if not new:
+        raise Refused("the model generated no token")
+    return cut(text, stop), len(new)
+
+
+class Completer:
+    """Completions of prompts by a model. Raises Refused: no tokenizer, no memory."""
+
+    def __init__(self, opened: Opened, settings: Settings) -> None:
+        self.opened, self.settings = opened, settings
+        self.tokenizer = opened.need_tokenizer()
+
+    def check_fits(self, problems: Sequence[Problem]) -> None:
+        """Raises Refused: a prompt is too long, or the longest takes more memory than there is."""
+        cfg, longest = self.opened.cfg, 0
+        for p in problems:
+            n = len(self.tokenizer.encode(p.prompt, add_special_tokens=True))
+            if n >= cfg.max_position_embeddings:
+                raise Refused(
+                    f"{p.task_id}: the prompt has {n} tokens, the model reads {cfg.max_position_embeddings}; it cannot be "
+                    "evaluated on this file"
+                )
+            longest = max(longest, n)
+        cache = min(longest + self.settings.max_new_tokens, cfg.max_position_embeddings)
+        o = self.opened
+        need = memory(cfg, o.backend, 1, min(longest, 256), o.dtype, train=False, loss_rows=1, cache=cache)
+        check_fits(need, o.backend, "use fewer --max-new-tokens")
+
+    def complete(self, prompt: str, seed: int) -> tuple[str, int]:
+        """(completion, tokens generated). Raises Refused: logits that are not finite, nothing generated."""
+        s, o = self.settings, self.opened
+        ids = [int(i) for i in self.tokenizer.encode(prompt, add_special_tokens=True)]
+        stream = generate(
+            o.cfg,
+            o.backend,
+            o.weights,
+            ids,
+            s.max_new_tokens,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            seed=seed,
+            eos_id=self.tokenizer.eos_id,
+            dtype=o.dtype,
+        )
+        return continuation(self.tokenizer, ids, stream, STOP)
+
+
+def run(
+    complete: Callable[[str, int], tuple[str, int]],
+    problems: Sequence[Problem],
+    settings: Settings,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Draw and judge. complete(prompt, seed) gives (completion, tokens). The sandbox is proven first, so that no score
+    comes of a machine where programs cannot run. Raises Refused: every completion is empty; NoSandbox."""
+    settings.check()
+    isolation = proven(settings.limits)
+    rows: list[dict[str, Any]] = []
+    total = len(problems) * settings.samples
+    for i, p in enumerate(problems):
+        for sample in range(settings.samples):
+            text, tokens = complete(p.prompt, settings.seed + i * settings.samples + sample)
+            rows.append({"task_id": p.task_id, "sample": sample, "completion": text, "tokens": tokens})
+            progress("complete", len(rows), total)
+    if not any(r["completion"].strip() for r in rows):
+        raise Refused(f"all {total} completions are empty: the model generates nothing that could be judged")
+    programs = [
+        Program(p.prompt + r["completion"], p.entry_point, p.test, p.prompt)
+        for p, r in zip((p for p in problems for _ in range(settings.samples)), rows, strict=True)
+    ]
+    kept: list[Verdict] = []
+    for verdict in judge_all(programs, settings.limits, cores()):
+        kept.append(verdict)
+        progress("judge", len(kept), total)
+    for r, v in zip(rows, kept, strict=True):
+        r |= {"passed": v.passed, "why": v.why}
+    return {
+        "pass_at_k": summary([r["passed"] for r in rows], settings.samples),
+        "problems": len(problems),
+        "samples": settings.samples,
+        "passed": sum(r["passed"] for r in rows),
+        "isolation": isolation,
+        "rows": rows,
+    }
+
+
+def summary(passed: Sequence[bool], samples: int) -> dict[str, dict[str, float | None]]:
+    """{"1": {"value": ..., "stderr": ...}} for k = 1, 10, 100 as far as there are samples, and for all of them. passed:
+    sample by sample, problem after problem. The standard error is that of the mean over problems."""
+    right = np.array(passed, bool).reshape(-1, samples).sum(1)
+    out: dict[str, dict[str, float | None]] = {}
+    for k in sorted({1, *(k for k in (10, 100) if k <= samples), samples}):
+        each = np.array([pass_at_k(samples, int(c), k) for c in right])
+        error = float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else None
+        out[str(k)] = {"value": float(each.mean()), "stderr": error}
+    return out

@@ -1,0 +1,205 @@
+"""apr's models in EleutherAI's lm-evaluation-harness, under the name "apr".
+
+    python -m apr.evaluation.lm_eval run --model apr --model_args pretrained=runs/demo/ckpt/epoch-010.apr --tasks arc_easy
+
+is the harness's own command line with this model known to it. In Python: lm_eval.simple_evaluate(model=AprLM(path), ...).
+Needs lm_eval: pip install 'apr[lm-eval]'.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..data.tokenizer import Tokenizer
+from ..errors import AprError, Refused, UsageError
+from ..generate import generate
+from .choices import encode_pair, pair_window
+from .humaneval import continuation
+from .score import Opened, Scorer, Window, fitting, open_model, prefix_ids
+
+try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ImportError as e:
+    raise UsageError(
+        f"lm-evaluation-harness cannot be loaded ({e}): pip install 'apr[lm-eval]', or 'lm_eval>=0.4.3'"
+    ) from None
+
+MOST_NEW = 256  # tokens, where a task does not say
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+SAMPLING = {"until", "do_sample", "temperature", "top_p", "top_k", *LENGTHS}
+
+
+def rolling_windows(ids: Sequence[int], prefix: int, seq: int) -> Iterator[Window]:
+    """Windows that score every token of a text once, the first behind `prefix`; all but the first are as long as the model
+    reads, so the last one reads again what the one before it scored (get_rolling_token_windows of the harness with
+    context_len 1)."""
+    done = min(seq, len(ids))
+    if done:
+        yield Window(np.array([prefix, *ids[:done]], np.int32))
+    while done < len(ids):
+        end = min(done + seq, len(ids))
+        yield Window(np.array(ids[end - seq - 1 : end], np.int32), seq - (end - done))
+        done = end
+
+
+class AprLM(LM):
+    """A checkpoint of apr, or a Hugging Face folder, for the harness.
+
+    pretrained: an .apr file or a folder. device, dtype, threads, backend, tokenizer: as apr eval takes them. batch_size: rows
+    at once, or "auto". max_length: tokens that the model reads at once (default: all its positions). add_bos_token: what
+    the tokenizer puts before a text stands before every context (default), or not. seed: of sampled generation.
+    Raises AprError; UsageError for an argument that is not one of these."""
+
+    def __init__(
+        self,
+        pretrained: str,
+        device: str | None = None,
+        dtype: str | None = None,
+        batch_size: int | str | None = None,
+        max_length: int | None = None,
+        add_bos_token: bool = True,
+        threads: int | None = None,
+        backend: str | None = None,
+        tokenizer: str | None = None,
+        seed: int = 42,
+        max_batch_size: int | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise UsageError(
+                f"{', '.join(map(repr, unknown))}: not an argument of the model 'apr'; see docs/eval.md"
+            )
+        self._opened: Opened = open_model(
+            str(pretrained), device or "auto", None if dtype == "auto" else dtype, threads, backend, tokenizer
+        )
+        self._tokenizer: Tokenizer = self._opened.need_tokenizer()
+        self._before = prefix_ids(self._tokenizer, "auto" if add_bos_token else "none")
+        self._alone = next(iter(prefix_ids(self._tokenizer, "auto")), self._tokenizer.eos_id)
+        self._length = int(max_length or self._opened.cfg.max_position_embeddings)
+        batch = None if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
+        if batch is None and max_batch_size is not None:
+            batch = int(max_batch_size)
+        self._batch, self._seed = batch, seed
+        self._scorers: dict[int, Scorer] = {}
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's cache of requests."""
+        return self._tokenizer.sha256
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model reads at once."""
+        return self._length
+
+    def _scorer(self, windows: Sequence[Window]) -> Scorer:
+        """A scorer for windows of these lengths."""
+        seq = fitting(windows, self._length)
+        if seq not in self._scorers:
+            self._scorers = {seq: Scorer(self._opened, seq, self._batch)}
+        return self._scorers[seq]
+
+    def _remember(self, kind: str, requests: Sequence[Any], results: Sequence[Any]) -> None:
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial(kind, request.args, result)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability in nats, whether greedy decoding would give it) of each continuation behind its context."""
+        windows = []
+        for request in requests:
+            context, following = request.args[:2]
+            before = self._before if context else []
+            pair = encode_pair(self._tokenizer, context, following, before, self._alone)
+            windows.append(pair_window(*pair, self._length, repr(following[:40]))[0])
+        scored = self._scorer(windows).score(windows, greedy=True)
+        results = [(-float(s.losses.sum()), bool(s.greedy)) for s in scored]
+        self._remember("loglikelihood", requests, results)
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability in nats of whole texts, each token scored once, the first behind the id that begins a text."""
+        if self._alone is None:
+            raise Refused(
+                f"{self._tokenizer.source}: no id that begins or ends a text to stand before the first token"
+            )
+        windows: list[Window] = []
+        counts = []
+        for request in requests:
+            ids = [int(i) for i in self._tokenizer.encode(request.args[0])]
+            own = list(rolling_windows(ids, self._alone, self._length))
+            windows += own
+            counts.append(len(own))
+        scored = self._scorer(windows).score(windows)
+        results = [sum(-float(next(scored).losses.sum()) for _ in range(n)) for n in counts]
+        self._remember("loglikelihood_rolling", requests, results)
+        return results
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Text behind each context up to the first of its stop strings, which is not part of it."""
+        results = []
+        for number, request in enumerate(requests):
+            context, options = request.args[:2]
+            results.append(self._generate(context, dict(options), self._seed + number))
+        self._remember("generate_until", requests, results)
+        return results
+
+    def _generate(self, context: str, options: dict[str, Any], seed: int) -> str:
+        o, tokenizer = self._opened, self._tokenizer
+        unknown = sorted(set(options) - SAMPLING)
+        if unknown:
+            raise UsageError(
+                f"generation option {unknown[0]!r} = {options[unknown[0]]!r}: apr does not have it"
+            )
+        stop = options.get("until") or []
+        stop = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
+        most = int(next((options[k] for k in LENGTHS if options.get(k) is not None), MOST_NEW))
+        temperature = float(options.get("temperature") or 0.0)
+        if options.get("do_sample") is False:
+            temperature = 0.0
+        elif options.get("do_sample") and not temperature:
+            temperature = 1.0
+        room = self._length - most
+        if room < 1:
+            raise UsageError(
+                f"max_gen_toks = {most}: must be less than the {self._length} tokens that the model reads"
+            )
+        ids = [*self._before, *(int(i) for i in tokenizer.encode(context))] or [*self._prefix()]
+        ids = ids[-room:]
+        stream = generate(
+            o.cfg, o.backend, o.weights, ids, most,
+            temperature=temperature, top_k=int(options.get("top_k") or 0), top_p=float(options.get("top_p") or 1.0),
+            seed=seed, eos_id=tokenizer.eos_id, dtype=o.dtype,
+        )  # fmt: skip
+        return continuation(tokenizer, ids, stream, stop)[0]
+
+    def _prefix(self) -> list[int]:
+        if self._alone is None:
+            raise Refused(
+                f"{self._tokenizer.source}: an empty context needs an id that begins or ends a text"
+            )
+        return [self._alone]
+
+
+register: Callable[[type], type] = register_model("apr")
+register(AprLM)
+
+
+def main() -> None:
+    """The harness's command line, with the model "apr" known to it."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except AprError as e:
+        print(f"apr: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,427 @@
+"""The Python interface: apr.load, apr.train and their callbacks; loggers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import apr
+from apr.commands.main import main
+from apr.config import PRESETS
+from apr.data.tokenizer import train_tokenizer
+from apr.errors import AprError, InputNotFound, Refused, UsageError
+from apr.formats.hf import write_hf
+from apr.formats.models import load_model
+from apr.generate import Sampling
+from apr.loading import open_source
+from apr.params import Layout
+from apr.training import loggers
+from apr.training.callbacks import CallbackFailed
+from apr.training.evidence import compare
+from apr.training.settings import Settings
+
+
+def reference_logits(source, ids):
+    """(B,T,V) in float64 from the reference backend."""
+    from apr import backends
+    from apr.loading import put
+    from apr.model import Model
+
+    be = backends.get("reference")
+    model = Model(
+        source.cfg, be, *ids.shape, "float64", train=False, loss_rows=ids.size, w=put(be, source, "float64")
+    )
+    out = []
+    model.forward(ids.astype(np.int32))
+    model.loss(
+        np.full(ids.shape, -100, np.int32),
+        tap=lambda _, name, x: out.append(be.to_host(x)) if name == "logits" else None,
+    )
+    return out[0].reshape(*ids.shape, -1)
+
+
+TEXT = "def f(x):\n    return x + 1\nclass A:\n    pass\n"
+
+
+def test_importing_apr_loads_nothing_heavy():
+    code = (
+        "import sys, apr; heavy = {'numpy', 'numba', 'tokenizers', 'jinja2', 'apr.api'} & set(sys.modules); "
+        "assert not heavy, heavy; assert 'load' in dir(apr); apr.AprError; assert 'numpy' not in sys.modules; "
+        "assert apr.load.__module__ == 'apr.api'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="nothing_such"):
+        apr.nothing_such  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random qwen2 with a tokenizer, as a Hugging Face folder."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer([TEXT] * 3, 280, path / "tok")
+    cfg = dataclasses.replace(PRESETS["qwen2-tiny"], vocab_size=tokenizer.vocab_size)
+    host = np.zeros(Layout(cfg).size, np.float32)
+    Layout(cfg).randomise(host, 3, 0.2)
+    write_hf(path / "hf", cfg, Layout(cfg).named(host), tokenizer_json=tokenizer.json)
+    (path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, 7]}))
+    template = "{% for m in messages %}{{ m.content }};{% endfor %}"
+    (path / "hf" / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": template, "bos_token": "<b>"})
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return apr.load(folder / "hf", device="cpu")
+
+
+def test_logits_and_loss_are_those_of_the_reference(model, folder):
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (5, 40))
+    want = reference_logits(open_source(str(folder / "hf"), "float64"), ids)
+    got = model.logits(ids)
+    assert got.dtype == np.float32
+    assert got.shape == (5, 40, model.config.vocab_size)
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+    log_p = (
+        want
+        - np.log(np.exp(want - want.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - want.max(-1, keepdims=True)
+    )
+    nll = -np.take_along_axis(log_p[:, :-1], ids[:, 1:, None], 2)
+    assert abs(model.loss(ids) - nll.mean()) <= 1e-5
+    targets = np.where(np.arange(40) % 3 == 0, -100, np.roll(ids, -1, 1))
+    keep = targets[:, :-1] >= 0
+    last = -np.take_along_axis(log_p[:, -1:], np.maximum(targets[:, -1:], 0)[..., None], 2)[
+        targets[:, -1:] >= 0
+    ]
+    some = np.concatenate([nll[..., 0][keep], last.reshape(-1)])
+    assert abs(model.loss(ids, targets) - some.mean()) <= 1e-5
+    assert np.array_equal(model.logits(ids[0].tolist())[0], model.logits(ids[:1])[0])
+
+
+def test_large_batches_go_through_in_pieces(model, monkeypatch):
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (7, 20))
+    logits, loss = model.logits(ids), model.loss(ids)
+    monkeypatch.setattr("apr.api.TOKENS_AT_ONCE", 45)  # two rows at a time
+    assert np.abs(model.logits(ids) - logits).max() <= 1e-4 * np.abs(logits).max()
+    assert abs(model.loss(ids) - loss) <= 1e-6
+
+
+def test_text_in_text_out_and_ids_in_ids_out(model, capsys, folder):
+    options = dict(max_tokens=30, temperature=0.8, seed=3)
+    ids = [int(i) for i in model.tokenizer.encode("def f")]
+    new = model.generate(ids, **options)
+    assert all(isinstance(i, int) for i in new)
+    assert (
+        new == model.generate(np.array(ids), **options) == list(model.generate(ids, stream=True, **options))
+    )
+    text = model.generate("def f", **options)
+    assert text == "".join(model.generate("def f", stream=True, **options))
+    assert main(["run", str(folder / "hf"), "def f", "--max-tokens", "30", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == "def f" + text + "\n"
+    assert model.generate("def f", stop=[text[5:8]], **options) == text[: text.find(text[5:8])]
+    cut = model.generate(ids, stop=[text[5:8]], **options)
+    assert new[: len(cut)] == cut
+    assert len(cut) < len(new)
+
+
+def test_a_batch_equals_each_alone(model):
+    prompts = ["def f(x):", "class", [5, 6, 7], "x", "return " * 5]
+    got = model.generate_batch(prompts, Sampling(20, 0.9, seed=5), stop=["zz"], rows=3)
+    for i, (prompt, row) in enumerate(zip(prompts, got, strict=True)):
+        options = dict(max_tokens=20, temperature=0.9, seed=5 + i, stop=["zz"])
+        want = model.generate(prompt, **options)
+        assert (row.text if isinstance(prompt, str) else row.ids) == want
+    assert [t.ended for t in model.generate_batch([[1]], Sampling(3, 0.0))] <= ["length"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda m: m.logits([[1, 2], [3]]), UsageError, "different lengths"),
+        (lambda m: m.logits(np.zeros((2, 0), int)), UsageError, "ids are"),
+        (lambda m: m.logits([0.5]), UsageError, "integers"),
+        (lambda m: m.logits([99999]), Refused, "99999"),
+        (lambda m: m.logits([-1]), Refused, "-1"),
+        (lambda m: m.logits([1] * 65), Refused, "64"),
+        (lambda m: m.loss([1]), UsageError, "at least 2"),
+        (lambda m: m.loss([1, 2], [3]), UsageError, "targets"),
+        (lambda m: m.loss([1, 2], [3, 99999]), Refused, "99999"),
+        (lambda m: m.loss([1, 2], [-100, -100]), UsageError, "no target"),
+        (lambda m: m.generate("x", tempreature=1), UsageError, "tempreature"),
+        (lambda m: m.generate("x", top_p=0), UsageError, "--top-p"),
+        (lambda m: m.generate([]), UsageError, "no tokens"),
+        (lambda m: m.generate_batch(["x"], rows=0), UsageError, "rows"),
+        (lambda m: apr.load("no/such"), InputNotFound, "no/such"),
+    ],
+)
+def test_bad_input(model, call, error, words):
+    with pytest.raises(error, match=words):
+        call(model)
+
+
+def test_the_loss_of_65_ids_is_that_of_64_predictions(model):
+    assert model.loss([1] * 65) > 0
+
+
+def test_two_streams_of_one_model_do_not_mix(model):
+    first = model.generate("def", stream=True, max_tokens=20)
+    next(first)
+    model.generate("class", max_tokens=20)
+    with pytest.raises(UsageError, match="another generation"):
+        list(first)
+
+
+@pytest.mark.parametrize("name", ["m.apr", "out"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_save_and_load_again(model, tmp_path, name, dtype):
+    model.save(tmp_path / name, dtype)
+    again = apr.load(tmp_path / name, device="cpu")
+    if dtype is None:
+        assert load_model(str(tmp_path / name)).sha256 == load_model(model.source).sha256
+    else:
+        off = np.abs(again.logits([1, 2, 3]) - model.logits([1, 2, 3])).max()
+        assert 0 < off < 0.1 * np.abs(model.logits([1, 2, 3])).max()
+    assert again.ends == model.ends == {model.tokenizer.eos_id, 7}
+    assert again.chat_template.render([{"role": "user", "content": "a"}]) == "a;"
+    assert again.chat_template.tokens["bos_token"] == "<b>"
+    assert again.tokenizer.sha256 == model.tokenizer.sha256
+
+
+# Training
+
+JOB = dict(
+    model="llama-demo",
+    seq_length=32,
+    batch_size=2,
+    num_steps=6,
+    steps_per_epoch=3,
+    val_batches=2,
+    lr=1e-3,
+    spot_check=-1,
+    device="cpu",
+)
+
+
+class Heard(apr.Callback):
+    def __init__(self, fail=""):
+        self.events, self.fail = [], fail
+
+    def _hear(self, event, *args):
+        self.events.append((event, *args))
+        if event == self.fail:
+            raise ValueError("planted")
+
+    def on_step(self, line):
+        self._hear("step", line)
+
+    def on_evaluation(self, line):
+        self._hear("evaluation", line)
+
+    def on_checkpoint(self, path, facts):
+        self._hear("checkpoint", path, facts)
+
+    def on_end(self, result):
+        self._hear("end", result)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Settings of a small run, but for its folder."""
+    folder = tmp_path_factory.mktemp("job")
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "print", "return", "x", "y", "(", ")", "\n"]
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 400)) + f" {i}\n")
+    return {**JOB, "corpus": str(folder), "widen": "min_distinct=12,max_top_share=0.6"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("APR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_train_tells_of_everything(job, tmp_path, capfd):
+    heard = Heard()
+    result = apr.train({**job, "run-dir": str(tmp_path / "run")}, [heard])
+    names = [e[0] for e in heard.events]
+    assert names == [
+        "evaluation",
+        *["step"] * 3,
+        "evaluation",
+        "checkpoint",
+        *["step"] * 3,
+        "evaluation",
+        "checkpoint",
+        "end",
+    ]
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    told = [e[1] for e in heard.events if e[0] in ("step", "evaluation")]
+    assert told == [m for m in logged if "train_loss" in m or "val_loss" in m]
+    assert heard.events[-1][1] == result.details
+    assert (result.status, result.steps, result.run_dir) == ("DONE", 6, tmp_path / "run")
+    assert result.checkpoint == heard.events[-2][1]
+    assert result.val_loss == told[-1]["val_loss"]
+    assert compare(tmp_path / "run") == []
+    assert capfd.readouterr().out == ""
+    model = apr.load(result.checkpoint, device="cpu")
+    assert model.generate("alpha", max_tokens=5)
+
+
+def test_settings_come_in_three_ways(job, tmp_path):
+    losses = []
+    (tmp_path / "job.json").write_text(json.dumps({**job, "run_dir": str(tmp_path / "b"), "num-steps": 3}))
+    short = {**job, "num_steps": 3}
+    as_settings = Settings(**{**short, "run_dir": str(tmp_path / "c")})
+    for config in ({**short, "run_dir": str(tmp_path / "a")}, tmp_path / "job.json", as_settings):
+        losses.append(apr.train(config).val_loss)
+    assert losses[0] == losses[1] == losses[2]
+    for config, words in (
+        ({"nmu_steps": 3}, "nmu_steps"),
+        ({"num_steps": "3"}, "num_steps"),
+        ({}, "what to train on"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            apr.train(config)
+
+
+@pytest.mark.parametrize(("event", "step"), [("step", 1), ("evaluation", 0), ("checkpoint", 3)])
+def test_a_failing_callback_ends_the_run_with_its_state_saved(job, tmp_path, event, step):
+    whole = apr.train({**job, "run_dir": str(tmp_path / "whole")})
+    run = tmp_path / "run"
+    after = Heard()
+    with pytest.raises(CallbackFailed, match=r"Heard.on_\w+ raised ValueError: planted.*--resume") as raised:
+        apr.train({**job, "run_dir": str(run)}, [Heard(event), after])
+    assert isinstance(raised.value.__cause__, ValueError)
+    assert isinstance(raised.value, AprError)
+    assert after.events[-1][0] == "end"  # the others are told all the same
+    assert after.events[-1][1]["status"] == "ABORTED"
+    assert "planted" in after.events[-1][1]["error"]
+    assert json.loads((run / "verdict.json").read_text())["status"] == "ABORTED"
+    assert [p.stem for p in (run / "ckpt" / "state").glob("*.apr")] == [f"step-{step:06d}"]
+    resumed = apr.train({"resume": True, "run_dir": str(run)})
+    assert resumed.val_loss == whole.val_loss  # bit for bit
+
+
+def test_a_callback_that_fails_at_the_end_leaves_a_whole_run(job, tmp_path):
+    with pytest.raises(CallbackFailed, match="on_end"):
+        apr.train({**job, "run_dir": str(tmp_path / "run"), "num_steps": 3}, [Heard("end")])
+    assert compare(tmp_path / "run") == []
+    assert json.loads((tmp_path / "run" / "verdict.json").read_text())["status"] == "DONE"
+
+
+def test_train_works_outside_the_main_thread(job, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(apr.train, {**job, "run_dir": str(tmp_path / "run"), "num_steps": 3}).result()
+    assert result.status == "DONE"
+
+
+# Loggers
+
+
+def test_a_missing_package_is_one_clear_line_before_the_run(monkeypatch, capsys, job, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name, package in loggers.PACKAGES.items():
+        flags = [f"--{k.replace('_', '-')}={v}" for k, v in job.items()]
+        assert main(["pretrain", *flags, "--run-dir", str(tmp_path / name), "--log", name]) == 5
+        err = capsys.readouterr().err
+        assert f"apr[{name}]" in err
+        assert package in err
+        assert not (tmp_path / name).exists()
+    assert main(["pretrain", *flags, "--log", "tensorboard,excel"]) == 2
+    assert "excel" in capsys.readouterr().err
+
+
+def test_wandb_gets_every_number(monkeypatch, job, tmp_path):
+    calls = []
+
+    class Run:
+        def __init__(self, **options):
+            calls.append(("init", options))
+            self.summary = {}
+
+        def log(self, values, step):
+            calls.append(("log", step, values))
+
+        def finish(self):
+            calls.append(("finish", self.summary))
+
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = types.SimpleNamespace()
+    fake.init = lambda **options: Run(**options)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run = tmp_path / "run"
+    with pytest.raises(CallbackFailed):
+        apr.train({**job, "run_dir": str(run), "log": "wandb"}, [Heard("checkpoint")])
+    apr.train({"resume": True, "run_dir": str(run), "log": "wandb"})
+    inits = [c[1] for c in calls if c[0] == "init"]
+    assert inits[0]["id"] == inits[1]["id"]  # the same run there
+    assert inits[0]["name"] == "run"
+    assert inits[0]["config"]["settings"]["num_steps"] == 6
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    want = {m["step"]: m["train_loss"] for m in logged if "train_loss" in m}
+    assert {
+        c[1]: c[2]["train/train_loss"] for c in calls if c[0] == "log" and "train/train_loss" in c[2]
+    } == want
+    assert {c[1] for c in calls if c[0] == "log" and "val/val_loss" in c[2]} == {0, 3, 6}
+    assert [c[1].get("status") for c in calls if c[0] == "finish"] == ["ABORTED", "DONE"]
+    assert compare(run) == []
+
+
+def test_a_logger_that_cannot_start_is_one_clear_line(monkeypatch, job, tmp_path):
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = types.SimpleNamespace()
+
+    def init(**options):
+        raise RuntimeError("no API key")
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(Refused, match="--log wandb cannot start: RuntimeError: no API key"):
+        apr.train({**job, "run_dir": str(tmp_path / "run"), "log": "wandb"})
+
+
+def events(folder):
+    """(step, tag, value) of every scalar in the event files of a folder: records of u64 length, u32 CRC, data, u32 CRC."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        raw, at = path.read_bytes(), 0
+        while at < len(raw):
+            (n,) = struct.unpack_from("<Q", raw, at)
+            event = event_pb2.Event.FromString(raw[at + 12 : at + 12 + n])
+            found += [
+                (event.step, v.tag, v.simple_value)
+                for v in event.summary.value
+                if v.WhichOneof("value") == "simple_value"
+            ]
+            at += 12 + n + 4
+        assert at == len(raw)
+    return found
+
+
+def test_tensorboard_files_hold_every_number(job, tmp_path):
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    run = tmp_path / "run"
+    apr.train({**job, "run_dir": str(run), "log": "tensorboard"})
+    got = {(step, tag): value for step, tag, value in events(run / "tensorboard")}
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for m in logged:
+        group = "train" if "train_loss" in m else "val"
+        if group == "train" or "val_loss" in m:
+            for key, value in m.items():
+                tag = f"{'speed' if key in loggers.SPEED else group}/{key}"
+                if key != "step" and isinstance(value, int | float):
+                    assert got.pop((m["step"], tag)) == np.float32(value)
+    assert got == {}
+    assert compare(run) == []  # nothing was written after the files were hashed

@@ -1,0 +1,226 @@
+"""How many tokens a second does generation on the CPU give, and how does that compare with transformers?
+
+    python tools/bench_generate.py                                  two models on this machine
+    python tools/bench_generate.py --peer /path/to/python           and Hugging Face transformers under that Python
+    python tools/bench_generate.py --stories DIR                    a Hugging Face folder in the place of random weights
+    python tools/bench_generate.py --record bench/generate.json     add the result to a record
+
+Every measurement is a process of its own; apr, apr with int8 matrices and the peer take turns, and medians over the
+rounds are reported. Greedy, float32, always the same number of new tokens: a prompt alone, and 8 of the same length
+together. Prompt: tokens/s up to the first new token; new: tokens/s of those after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the peer's Python gets no further than this and the standard library
+
+ROWS = 8
+WHO = ("apr", "apr, BLAS alone", "apr int8", "transformers")
+SIZES = {"stories260k": (32, 64), "smollm2-135m": (32, 16)}  # tokens of the prompt, new tokens
+
+
+def prompts(vocab: int, length: int) -> list[list[int]]:
+    """ROWS prompts of token ids."""
+    return [[(7 * i + 13 * row + 5) % (vocab - 10) + 3 for i in range(length)] for row in range(ROWS)]
+
+
+def measure(who: str, model: str, folder: str, threads: int) -> dict[str, float]:
+    """One process's figures."""
+    length, new = SIZES[model]
+    run, vocab = (_transformers if who == "transformers" else _apr)(who, model, folder, threads)
+    batch = prompts(vocab, length)
+    run(batch[:1], 2)
+    run(batch, 2)
+    first, whole, first8, whole8 = (
+        run(rows, n) for rows, n in ((batch[:1], 1), (batch[:1], new), (batch, 1), (batch, new))
+    )
+    return {
+        "prompt_tokens_per_sec": length / first,
+        "new_tokens_per_sec": (new - 1) / (whole - first),
+        "prompt_tokens_per_sec_of_8": ROWS * length / first8,
+        "new_tokens_per_sec_of_8": ROWS * (new - 1) / (whole8 - first8),
+        "rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def _apr(who: str, model: str, folder: str, threads: int) -> Any:
+    """(function that generates n tokens for each prompt and returns its seconds, vocabulary)."""
+    import numpy as np
+
+    from apr import backends, int8
+    from apr.config import PRESETS
+    from apr.generate import Generator, Sampling
+    from apr.loading import open_source
+    from apr.params import Layout
+
+    if folder:
+        source = open_source(folder)
+        cfg, host = source.cfg, source.host
+    else:
+        cfg = PRESETS[model]
+        host = np.zeros(Layout(cfg).size, np.float32)
+        Layout(cfg).init(host, 0)
+    backend = backends.get("cpu")
+    backend.set_threads(threads)
+    if who == "apr, BLAS alone":
+        backend.FEW_ROWS = 0
+    if who == "apr int8":
+        backend, host = int8.backend(), int8.Int8Weights(cfg, host)
+    generators = {n: Generator(cfg, backend, host, sum(SIZES[model]), rows=n) for n in (1, ROWS)}
+
+    def run(rows: list[list[int]], n: int) -> float:
+        start = time.perf_counter()
+        made = sum(1 for _ in generators[len(rows)].run(rows, Sampling(n, 0.0)))
+        assert made == n * len(rows)
+        return time.perf_counter() - start
+
+    return run, cfg.vocab_size
+
+
+def _transformers(who: str, model: str, folder: str, threads: int) -> Any:
+    """As _apr, for a folder with config.json, with weights or without."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+    if (Path(folder) / "model.safetensors").exists():
+        net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    net.eval()
+    net.generation_config.eos_token_id = None
+
+    def run(rows: list[list[int]], n: int) -> float:
+        ids = torch.tensor(rows)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = net.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=n,
+                min_new_tokens=n,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        assert out.shape == (len(rows), ids.shape[1] + n)
+        return time.perf_counter() - start
+
+    return run, net.config.vocab_size
+
+
+def in_process(python: str, args: list[str]) -> dict[str, float]:
+    """The figures that this file prints when it measures once."""
+    done = subprocess.run(
+        [python, __file__, *args], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
+    )
+    if done.returncode:
+        sys.exit(f"{python} {' '.join(args)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+
+
+def compare(a: argparse.Namespace, model: str) -> dict[str, Any]:
+    """All of them in turn, a.rounds times; medians."""
+    from apr.config import PRESETS, to_hf
+
+    own = a.stories if model == "stories260k" else ""
+    with tempfile.TemporaryDirectory() as made:
+        if not own:  # the peer gets the sizes as a config.json
+            (Path(made) / "config.json").write_text(json.dumps(to_hf(PRESETS[model])))
+        runs: dict[str, list[dict[str, float]]] = {}
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else -1.0
+        for _ in range(a.rounds):
+            for who in WHO:
+                python = a.peer if who == "transformers" else sys.executable
+                if python and (a.blas or who != "apr, BLAS alone"):
+                    folder = own or (made if who == "transformers" else "")
+                    args = ["--one", who, "--models", model, "--stories", folder, "--threads", str(a.threads)]
+                    runs.setdefault(who, []).append(in_process(python, args))
+    results = {
+        who: {key: round(statistics.median(r[key] for r in rows), 3) for key in rows[0]}
+        for who, rows in runs.items()
+    }
+    length, new = SIZES[model]
+    return {
+        "model": model,
+        "prompt": length,
+        "new": new,
+        "rounds": a.rounds,
+        "load_average": load,
+        "results": results,
+    }
+
+
+def show(row: dict[str, Any]) -> None:
+    """A table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{row['model']}: {row['prompt']} tokens of prompt, {row['new']} new; tokens/s", min_width=78
+    )
+    for column in ("who", "prompt", "new", "prompt, 8 at once", "new, 8 at once", "peak GiB"):
+        table.add_column(column, justify="left" if column == "who" else "right")
+    for who, r in row["results"].items():
+        speeds = [v for k, v in r.items() if k != "rss_gib"]
+        table.add_row(who, *(f"{v:,.1f}" for v in speeds), f"{r['rss_gib']:.2f}")
+    Console().print(table)
+
+
+def main() -> None:
+    """Parse and call."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--models", default=",".join(SIZES), help=f"comma-separated, of {', '.join(SIZES)}")
+    p.add_argument(
+        "--stories", default="", help="Hugging Face folder of stories260K; without it the model is left out"
+    )
+    p.add_argument("--peer", default="", help="a Python that has torch and transformers")
+    p.add_argument("--rounds", type=int, default=3, help="processes for each")
+    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    p.add_argument(
+        "--blas", action="store_true", help="also apr without its own product of a matrix and few rows"
+    )
+    p.add_argument("--note", default="", help="what else the record should say: versions of the peer")
+    p.add_argument("--record", type=Path, help="JSON file to add the result to")
+    p.add_argument("--one", choices=WHO, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.one:
+        print(json.dumps(measure(a.one, a.models, a.stories, a.threads)))
+        return
+    from apr.device import cpu_name
+    from apr.training.rundir import git_commit, versions
+
+    record: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": git_commit(),
+        "machine": f"{cpu_name()}, {a.threads} threads, {platform.system()} {platform.machine()}",
+        "versions": versions(),
+        "peer": a.note,
+        "rows": [],
+    }
+    for name in a.models.split(","):
+        if name in SIZES and (name != "stories260k" or a.stories):
+            record["rows"].append(compare(a, name))
+            show(record["rows"][-1])
+    if a.record:
+        old = json.loads(a.record.read_text()) if a.record.exists() else []
+        a.record.write_text(json.dumps([*old, record], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Write what is generated from the commands' options: the tables in docs/commands/*.md, and the table that `apr completion`
+reads. `--check` compares instead of writing, and ends with 1 when something differs.
+
+A page is written by hand but for its generated blocks, which stand between two comments:
+  <!-- options: COMMAND -->  the options of a command ("tokenize train" for one of a command's own)
+  <!-- commands -->          every command with what it does
+  <!-- exit codes -->        the exit codes of errors.py
+  <!-- presets -->           preset names with their sizes
+each ended by <!-- end -->.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import html
+import importlib
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from apr import errors
+from apr.commands.main import COMMANDS, MODULES
+from apr.config import PRESETS
+from apr.flags import field_types
+from apr.params import Layout
+
+PAGES = ROOT / "docs" / "commands"
+TABLE = ROOT / "apr" / "commands" / "completion.json"
+BLOCK = re.compile(r"(<!-- (options: [a-z -]+|commands|exit codes|presets) -->\n).*?(<!-- end -->)", re.S)
+OTHER_CODES = {
+    0: ("done", ""),
+    9: ("finished, but", "a verdict of FAIL or SUSPECT, or a difference that was found"),
+}
+CODES = {  # exit code -> what it is called
+    1: "failed",
+    2: "usage",
+    3: "not found",
+    4: "malformed",
+    5: "refused",
+    6: "aborted",
+    7: "cannot write",
+    8: "device",
+    130: "interrupted",
+}
+KINDS = {int: "number", float: "number", bool: "switch", str: "file", tuple: "file"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command or sub-command: what it does in one line, the docstring of its module, its options (a dataclass)."""
+
+    text: str
+    doc: str
+    flags: type
+
+
+def commands() -> dict[str, Command]:
+    """Every command that takes options, by name; sub-commands as "tokenize train"."""
+    out = {}
+    for name, text in COMMANDS.items():
+        module = importlib.import_module(f"apr.commands.{MODULES.get(name, name)}")
+        if hasattr(module, "flags_and_main"):
+            for sub, words in module.COMMANDS.items():
+                flags, main = module.flags_and_main(sub)
+                out[f"{name} {sub}"] = Command(words, inspect.getmodule(main).__doc__ or "", flags)
+        else:
+            flags = module.Settings if name == "pretrain" else module.Flags
+            out[name] = Command(text, module.__doc__ or "", flags)
+    return out
+
+
+def option_names(f: dataclasses.Field[Any], kind: type) -> list[str]:
+    """The words by which an option is given: its metavar where it is positional."""
+    if f.metadata["positional"]:
+        return [f.name.upper()]
+    long = f.name.replace("_", "-")
+    if kind is bool:  # the one that changes something; the other is the default
+        return [f"--no-{long}" if f.default else f"--{long}"]
+    return [f"--{long}", "-" + f.metadata["short"]] if f.metadata["short"] else [f"--{long}"]
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a table; code in backticks stays code."""
+    parts = re.split(r"(`[^`]*`)", text)
+    shown = [p if p.startswith("`") else html.escape(p, quote=False).replace("*", r"\*") for p in parts]
+    return "".join(shown).replace("|", r"\|")
+
+
+def options_table(flags: type) -> str:
+    """A Markdown table of a dataclass of options."""
+    rows, plain = ["| option | value | default | what |", "|---|---|---|---|"], field_types(flags)
+    for f in dataclasses.fields(flags):
+        kind, names = plain[f.name], option_names(f, plain[f.name])
+        if f.metadata["choices"]:
+            value = ", ".join(f"`{c}`" for c in f.metadata["choices"])
+        else:
+            value = {int: "whole number", float: "number", bool: "", tuple: "text, several", str: "text"}[
+                kind
+            ]
+        given = f.default
+        default = "needed" if f.metadata["positional"] and given is None else ""
+        if given not in (None, "", (), False):
+            default = "on" if given is True else f"`{given}`"
+        shown = ", ".join(f"`{n}`" for n in names)
+        rows.append(f"| {shown} | {value} | {default} | {_cell(f.metadata['help'])} |")
+    return "\n".join(rows) + "\n"
+
+
+def commands_table() -> str:
+    """A Markdown table of all commands with links to their pages."""
+    rows = ["| command | does |", "|---|---|"]
+    rows += [f"| [`apr {name}`]({name}.md) | {_cell(text)} |" for name, text in COMMANDS.items()]
+    return "\n".join(rows) + "\n"
+
+
+def exit_codes_table() -> str:
+    """A Markdown table of exit codes, from the classes of errors.py."""
+    kinds = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.AprError)]
+    rows = {
+        c.exit_code: (CODES[c.exit_code], (c.__doc__ or "").strip())
+        for c in kinds
+        if c is not errors.AprError
+    }
+    rows |= OTHER_CODES
+    lines = [f"| {code} | {name} | {_cell(text)} |" for code, (name, text) in sorted(rows.items())]
+    return "\n".join(["| code | word | when |", "|---|---|---|", *lines]) + "\n"
+
+
+def presets_table() -> str:
+    """A Markdown table of the presets."""
+    rows = [
+        "| preset | family | parameters | layers | width | heads, key/value heads | MLP | vocabulary | positions |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, c in PRESETS.items():
+        rows.append(
+            f"| `{name}` | {c.family} | {Layout(c).num_parameters:,} | {c.num_layers} | {c.hidden_size} "
+            f"| {c.num_heads}, {c.num_kv_heads} of {c.head_dim} | {c.intermediate_size} | {c.vocab_size:,} "
+            f"| {c.max_position_embeddings:,} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def page(text: str, known: dict[str, Command]) -> str:
+    """A page with its generated blocks made anew."""
+
+    def block(m: re.Match[str]) -> str:
+        what = m[2]
+        if what.startswith("options: "):
+            made = options_table(known[what.removeprefix("options: ")].flags)
+        else:
+            made = {"commands": commands_table, "exit codes": exit_codes_table, "presets": presets_table}[
+                what
+            ]()
+        return f"{m[1]}\n{made}\n{m[3]}"  # Markdown ends a comment at an empty line
+
+    return BLOCK.sub(block, text)
+
+
+def brief(text: str, most: int = 72) -> str:
+    """The beginning of a help text, for the narrow column of a shell's menu."""
+    text = re.split(r"[;(]| such as ", text.replace("`", ""))[0].strip(" ,:")
+    return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " ..."
+
+
+def completion_option(f: dataclasses.Field[Any], kind: type) -> dict[str, Any]:
+    """names, kind (switch, number, word, preset, file), values, text and whether it is positional or may be repeated.
+
+    word: one of values and nothing else; preset: one of values (the presets) or a file."""
+    values: list[str] = list(f.metadata["choices"])
+    what = KINDS[kind]
+    if values:
+        what = "word"
+    elif f.name in ("device",) and kind is str:
+        what, values = "word", ["auto", "cpu", "cuda"]
+    elif kind is str and re.search(r"\bpreset\b", f.metadata["help"]):
+        what, values = "preset", list(PRESETS)
+    return {
+        "names": option_names(f, kind),
+        "kind": what,
+        "values": values,
+        "text": brief(f.metadata["help"]),
+        "positional": f.metadata["positional"],
+        "repeated": kind is tuple,
+    }
+
+
+def completion_table(known: dict[str, Command]) -> str:
+    """JSON that `apr completion` makes its scripts of: a line for each option, so that a change is a small one."""
+    parts = []
+    for name, c in known.items():
+        plain = field_types(c.flags)
+        lines = [
+            "   " + json.dumps(completion_option(f, plain[f.name]), ensure_ascii=True)
+            for f in dataclasses.fields(c.flags)
+        ]
+        head = f' {json.dumps(name)}: {{"text": {json.dumps(brief(c.text))}, "options": [\n'
+        parts.append(head + ",\n".join(lines) + "\n ]}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def made() -> dict[Path, str]:
+    """Every generated file with what must be in it. Raises KeyError for a block of a command that there is not."""
+    known = commands()
+    out = {path: page(path.read_text(), known) for path in sorted(PAGES.glob("*.md"))}
+    out[TABLE] = completion_table(known)
+    return out
+
+
+def main() -> int:
+    """1 with --check when a file differs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    check = parser.parse_args().check
+    differ = [p for p, text in made().items() if not p.exists() or p.read_text() != text]
+    for path in differ:
+        print(f"{'differs' if check else 'written'}: {path.relative_to(ROOT)}")
+        if not check:
+            path.write_text(made()[path])
+    return 1 if check and differ else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
