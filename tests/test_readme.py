@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from apr.commands.main import COMMANDS, main
+from apr.commands.main import COMMANDS, MODULES, main
 from apr.config import PRESETS
 from apr.flags import given
 from apr.training.settings import Settings
@@ -35,7 +35,7 @@ def test_paths_and_links_exist():
 @pytest.mark.parametrize("line", [x for x in LINES if x.startswith(".venv/bin/apr")])
 def test_commands_parse(line):
     _, command, *args = shlex.split(line)
-    module = importlib.import_module(f"apr.commands.{command}")
+    module = importlib.import_module(f"apr.commands.{MODULES.get(command, command)}")
     if command == "tokenize":
         flags, args = module.flags_and_main(args[0])[0], args[1:]
     else:
