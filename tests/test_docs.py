@@ -274,6 +274,17 @@ def test_the_python_page_runs(tmp_path):
     assert "3 no/such/model" in done.stdout
 
 
+def test_every_extra_is_listed():
+    extras = (ROOT / "setup.cfg").read_text().split("[options.extras_require]")[1].split("\n[")[0]
+    table = (DOCS / "getting-started.md").read_text().split("| extra | for |")[1].split("\n\n")[0]
+    named = [
+        name
+        for row in table.splitlines()
+        for name in re.findall(r"`([\w-]+)`", row.split("|")[1] if "|" in row else "")
+    ]
+    assert sorted(named) == sorted(re.findall(r"^([\w-]+) =$", extras, re.M))
+
+
 # The notebook
 
 
