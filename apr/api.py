@@ -463,7 +463,8 @@ def train(
         settings = config
     else:
         if isinstance(config, Mapping):
-            explicit = check({str(k).replace("-", "_"): v for k, v in config.items()}, "apr.train")
+            plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in config.items()}
+            explicit = check({str(k).replace("-", "_"): v for k, v in plain.items()}, "apr.train")
         else:
             explicit = read_config(Path(config))
         settings = Settings(**explicit)

@@ -80,7 +80,7 @@ def given(cls: type, args: Sequence[str], prog: str, description: str) -> dict[s
                 choices=meta["choices"] or None,
                 metavar=None if meta["choices"] else f.name.split("_")[-1].upper(),
             )
-    return vars(parser.parse_args(list(args)))
+    return vars(parser.parse_intermixed_args(list(args)))  # options may stand between MODEL and PROMPT
 
 
 def parse(cls: type[T], args: Sequence[str], prog: str, description: str) -> T:

@@ -107,7 +107,7 @@ class RunDir:
         """config.json of an existing run."""
         path = self.path / "config.json"
         if not path.is_file():
-            raise InputNotFound(f"{path}: no run to resume here; give the --run-dir of one")
+            raise InputNotFound(f"{path}: no run here; give the folder of one")
         d = read_json(path)
         if not isinstance(d, dict) or not isinstance(d.get("settings"), dict):
             raise MalformedFile(f"{path}: no settings in it; the run cannot be resumed")
