@@ -91,7 +91,7 @@ def device_computes_wrongly(m, place, folder):
 
 def plan_exceeds_memory(m, place, folder):
     have = cpu.free_memory()
-    m.setattr(inputs, "memory", lambda *a, **k: type("M", (), {"total": have + 1})())
+    m.setattr(inputs, "memory", lambda *a, **k: type("M", (), {"total": 2 * have})())
     m.setattr(inputs, "_micro_batch", lambda s, cfg, be: 2)
 
 

@@ -34,13 +34,13 @@ BASES = {
     "train": "qwen2",
 }
 METADATA = json.loads(
-    (lambda raw: raw[8 : 8 + int.from_bytes(raw[:8], "little")])((GOLDEN / "peft.safetensors").read_bytes())
+    (lambda raw: raw[8 : 8 + int.from_bytes(raw[:8], "little")])((GOLDEN / "peft" / "peft.safetensors").read_bytes())
 )["__metadata__"]
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return read_safetensors(GOLDEN / "peft.safetensors")
+    return read_safetensors(GOLDEN / "peft" / "peft.safetensors")
 
 
 @pytest.fixture(scope="module")

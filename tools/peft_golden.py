@@ -239,8 +239,8 @@ def main() -> None:
     for seed, case in enumerate(CASES):
         adapter(out, meta, case, seed)
     ours(out, meta)
-    save_file(out, a.out / "peft.safetensors", meta)
-    (a.out / "peft.safetensors").chmod(0o644)
+    save_file(out, a.out / "peft" / "peft.safetensors", meta)
+    (a.out / "peft" / "peft.safetensors").chmod(0o644)
     (a.out / "instruct.json").write_text(json.dumps(conversations(a.data), separators=(",", ":")) + "\n")
 
 
