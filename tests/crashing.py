@@ -31,7 +31,7 @@ from apr.commands import pretrain
 from apr.config import PRESETS, to_hf
 from apr.formats.apr2 import read_apr
 from apr.formats.models import load_model
-from apr.training import loop
+from apr.training import judging
 from apr.training.evaluate import Loss
 from apr.training.evidence import compare as changed_since_the_end
 
@@ -377,8 +377,8 @@ def quicken(m: pytest.MonkeyPatch, cache: Path) -> None:
         return Loss(json.loads(last.read_text())["val_loss"], 1, 0.0)
 
     m.setenv("APR_CACHE", str(cache))
-    m.setattr(loop, "in_fresh_process", reload)
-    m.setattr(loop, "matmul_rate", lambda be, dtype: 1e15)
+    m.setattr(judging, "in_fresh_process", reload)
+    m.setattr(judging, "matmul_rate", lambda be, dtype: 1e15)
     m.setattr(pretrain, "loss_curve", lambda *args: None)
     m.setattr(pretrain, "_close", lambda run, show: pretrain.seal(run.path))
 

@@ -28,7 +28,8 @@ from apr.formats import atomic
 from apr.formats.apr2 import read_apr
 from apr.formats.atomic import locked
 from apr.optim import AdamW
-from apr.training import evaluate, loop
+from apr.training import evaluate, judging
+from apr.training.judging import Judge
 from apr.training.loop import Trainer
 from apr.training.rundir import RunDir
 from apr.training.show import Show
@@ -301,7 +302,7 @@ def test_a_dataset_that_is_removed_while_it_is_read(
     with monkeypatch.context() as m:
         on_call(m, Trainer, "train_step", 6, lambda: dataset.rename(tmp_path / "away"))
         m.setattr(
-            loop,
+            judging,
             "in_fresh_process",
             lambda run, *args: str(pretrain.RunDir(run).read_config()["data_folders"]),
         )
@@ -438,10 +439,10 @@ def test_a_signal_while_data_is_prepared(job, undisturbed, run, tmp_path, monkey
     assert differences(undisturbed, run) == []
 
 
-@pytest.mark.parametrize(("name", "number"), [("begin_anew", TERM), ("_judge_causal", INT)])
+@pytest.mark.parametrize(("name", "number"), [("begin_anew", TERM), ("causal", INT)])
 def test_a_signal_before_the_first_step(job, undisturbed, run, monkeypatch, capsys, number, name):
     with monkeypatch.context() as m:
-        on_call(m, Trainer, name, 1, lambda: signal.raise_signal(number))
+        on_call(m, Judge if name == "causal" else Trainer, name, 1, lambda: signal.raise_signal(number))
         assert start(job, run) == 130
     said(capsys, 130, f"apr pretrain --resume --run-dir {run}")
     equal(job, undisturbed, run)
@@ -502,7 +503,7 @@ def test_a_signal_in_training(job, undisturbed, run, monkeypatch, capsys, number
 )
 def test_a_signal_in_the_closing_phase(job, undisturbed, run, monkeypatch, capsys, number, where):
     """All is saved; the next start closes the run."""
-    module = {"sample_text": pretrain, "in_fresh_process": loop, "save_verdict": RunDir, "seal": pretrain}[
+    module = {"sample_text": pretrain, "in_fresh_process": judging, "save_verdict": RunDir, "seal": pretrain}[
         where
     ]
     with monkeypatch.context() as m:

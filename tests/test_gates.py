@@ -23,8 +23,9 @@ from apr.formats.hf import write_hf
 from apr.model import Model
 from apr.optim import AdamW
 from apr.params import Layout
-from apr.training import evaluate, inputs, loop, measure
+from apr.training import evaluate, inputs, judging, loop, measure
 from apr.training.gates import BOUNDS, FAIL, GATES, PASS, SKIPPED, SUSPECT, Answer, Gates, parse_bounds
+from apr.training.judging import Judge
 from apr.training.loop import Trainer
 
 RECIPE = [
@@ -317,21 +318,21 @@ def nobody_reaches_this(m, place, folder):
 
 
 def work_is_left_out(m, place, folder):
-    m.setattr(loop, "matmul_rate", lambda be, dtype: 1e3)
-    m.setattr(loop.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    m.setattr(judging, "matmul_rate", lambda be, dtype: 1e3)
+    m.setattr(judging.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 def the_checkpoint_is_damaged(m, place, folder):
-    right = Trainer.judge_end
+    right = Judge.end
 
-    def judge_end(self, status):
+    def end(self):
         path = sorted(self.run.ckpt.glob("epoch-*.apr"))[-1]
         file = read_apr(path)
         name = "model.norm.weight"
         write_apr(path, file.metadata, {**dict(file.tensors), name: 1.001 * np.asarray(file.tensors[name])})
-        right(self, status)
+        right(self)
 
-    m.setattr(Trainer, "judge_end", judge_end)
+    m.setattr(Judge, "end", end)
 
 
 def the_target_is_out_of_reach(m, place, folder):
@@ -472,7 +473,7 @@ def test_a_loss_that_falls_faster_than_tokens_teach():
 
 def test_speed_is_not_judged_beside_other_processes(place, tmp_path, monkeypatch):
     work_is_left_out(monkeypatch, place, tmp_path)
-    monkeypatch.setattr(loop.os, "getloadavg", lambda: (99.0, 0.0, 0.0))
+    monkeypatch.setattr(judging.os, "getloadavg", lambda: (99.0, 0.0, 0.0))
     assert pretrain(place, tmp_path / "run") == 0
     assert row(tmp_path / "run", "end.speed")["verdict"] == SKIPPED
     assert "load of 99.0" in row(tmp_path / "run", "end.speed")["why"]
@@ -480,8 +481,8 @@ def test_speed_is_not_judged_beside_other_processes(place, tmp_path, monkeypatch
 
 def test_bounds_that_are_changed_are_shown(place, tmp_path, monkeypatch, capsys):
     validation_is_known(monkeypatch, place, tmp_path)
-    right = loop.in_fresh_process
-    monkeypatch.setattr(loop, "in_fresh_process", lambda *a: _changed(right(*a), 0.85))
+    right = judging.in_fresh_process
+    monkeypatch.setattr(judging, "in_fresh_process", lambda *a: _changed(right(*a), 0.85))
     assert pretrain(place, tmp_path / "run", "--bounds", "val_below_train=0.3") == 0
     assert (
         row(tmp_path / "run", "run.val-below-train")["changed"] == "val_below_train changed from 0.05 to 0.3"

@@ -168,7 +168,10 @@ def test_a_run_learns_and_says_what_computed(cuda: Any, run: tuple[str, Path], p
     config = json.loads((path / "config.json").read_text())
     assert config["settings"]["dtype"] == dtype
     facts = config["device"]
-    later = ("memory_bytes", "matmul_algorithms")  # what the closing gates multiply is chosen after that was written
+    later = (
+        "memory_bytes",
+        "matmul_algorithms",
+    )  # what the closing gates multiply is chosen after that was written
     assert facts == {**cuda.describe(), **{key: facts[key] for key in later}}
     assert facts["matmul_algorithms"]
     assert int(facts["memory_bytes"]) > 0

@@ -34,7 +34,9 @@ BASES = {
     "train": "qwen2",
 }
 METADATA = json.loads(
-    (lambda raw: raw[8 : 8 + int.from_bytes(raw[:8], "little")])((GOLDEN / "peft" / "peft.safetensors").read_bytes())
+    (lambda raw: raw[8 : 8 + int.from_bytes(raw[:8], "little")])(
+        (GOLDEN / "peft" / "peft.safetensors").read_bytes()
+    )
 )["__metadata__"]
 
 

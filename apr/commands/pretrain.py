@@ -376,7 +376,7 @@ def _finish(trainer: Trainer, show: Show, status: str, seconds: float) -> dict[s
     if i.settings.sample is not None:
         result["sample"] = sample_text(i, trainer.model, i.settings.sample, SAMPLE_TOKENS)
         show.note(f"\n{' sample ':-^68}\n{result['sample']}\n{'':-^68}\n")
-    trainer.judge_end(status)
+    trainer.judge.end()
     try:
         loss_curve(metrics, val.unigram_entropy, i.cfg.vocab_size, picture)
     except OSError as e:
