@@ -18,8 +18,9 @@ endif
 pretrain: install
 	$(BIN)/python tools/pretrain.py $(ARGS)
 
+# Two processes, each with whole files of tests: what a file makes once is made once.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # On a machine with a GPU, with the environment that is there: nothing is installed.
 gpu-test:

@@ -312,7 +312,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(made):
     os.close(slave)
     seen = b""
 
-    def until(words, seconds=60.0):
+    def until(words, seconds=300.0):
         nonlocal seen
         end = time.monotonic() + seconds
         os.set_blocking(master, False)
