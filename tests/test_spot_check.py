@@ -301,7 +301,9 @@ def test_a_fault_that_comes_later_is_found_by_a_later_check(
     assert [(c["step"], c["spot_check"]) for c in run.checks] == [(1, "agree"), (3, "differ")]
     assert [m["step"] for m in run.steps if "train_loss" in m] == [1, 2]
     broken[0] = False
-    run = pretrain("b")  # no check after step 2: the fresh process at the end computes another loss than this one
+    run = pretrain(
+        "b"
+    )  # no check after step 2: the fresh process at the end computes another loss than this one
     assert run.code == 9
     assert "FAIL     end.reload" in run.out
 
