@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -86,3 +87,18 @@ def given(cls: type, args: Sequence[str], prog: str, description: str) -> dict[s
 def parse(cls: type[T], args: Sequence[str], prog: str, description: str) -> T:
     """An instance of a dataclass from a command line."""
     return cls(**given(cls, args, prog, description))
+
+
+def numbers(text: str | None, flag: str, names: Sequence[str]) -> dict[str, float]:
+    """From "speed=2,first_epoch=1.5": numbers of at least 0 by name, each of `names`. Raises UsageError."""
+    found: dict[str, float] = {}
+    for part in (text or "").replace(",", " ").split():
+        name, _, number = part.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if name not in names or not 0 <= value < math.inf:
+            raise UsageError(f"{flag} {part!r}: write NAME=NUMBER with a name of {', '.join(names)}")
+        found[name] = value
+    return found

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import Refused, UsageError
+from ..errors import Refused
+from ..flags import numbers
 from .shards import TokenShards
 from .tokenizer import Tokenizer
 
@@ -60,18 +61,7 @@ class Bounds:
     @classmethod
     def parse(cls, text: str | None) -> Bounds:
         """From "max_top_share=0.6,min_distinct=12", as --widen takes it. Raises UsageError."""
-        names = [f.name for f in dataclasses.fields(cls)]
-        found: dict[str, float] = {}
-        for part in (text or "").replace(",", " ").split():
-            name, _, number = part.partition("=")
-            try:
-                value = float(number)
-            except ValueError:
-                value = math.nan
-            if name not in names or not 0 <= value < math.inf:
-                raise UsageError(f"--widen {part!r}: write NAME=NUMBER with a name of {', '.join(names)}")
-            found[name] = value
-        return cls(**found)
+        return cls(**numbers(text, "--widen", [f.name for f in dataclasses.fields(cls)]))
 
     @classmethod
     def for_vocabulary(cls, vocab_size: int, tokens: int) -> Bounds:

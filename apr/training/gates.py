@@ -7,12 +7,12 @@ measurements come from is in measure.py. A gate that could not be asked is SKIPP
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..errors import Aborted, AprError, Refused, UsageError
+from ..errors import Aborted, AprError, Refused
+from ..flags import numbers
 
 FORMAT = "apr-verdict-1"
 PASS, SKIPPED, SUSPECT, FAIL = "PASS", "SKIPPED", "SUSPECT", "FAIL"
@@ -225,17 +225,7 @@ BOUNDS = {name: value for g in GATES.values() for name, value in g.numbers.items
 
 def parse_bounds(text: str | None) -> dict[str, float]:
     """From "val_below_train=0.2,speed=2", as --bounds takes it. Raises UsageError."""
-    found: dict[str, float] = {}
-    for part in (text or "").replace(",", " ").split():
-        name, _, number = part.partition("=")
-        try:
-            value = float(number)
-        except ValueError:
-            value = math.nan
-        if name not in BOUNDS or not 0 <= value < math.inf:
-            raise UsageError(f"--bounds {part!r}: write NAME=NUMBER with a name of {', '.join(BOUNDS)}")
-        found[name] = value
-    return found
+    return numbers(text, "--bounds", list(BOUNDS))
 
 
 class Answer(NamedTuple):
