@@ -81,7 +81,7 @@ def fish(scripts: Path, *words: str) -> list[str]:
         (["pretrain", "--num-steps", ""], set()),
         (["nothing-such", "--"], set()),
     ],
-    ids=" ".join,
+    ids=lambda x: " ".join(x) if isinstance(x, list) else " ".join(sorted(x)),
 )
 def test_what_is_offered(scripts, complete, words, want):
     got = {
