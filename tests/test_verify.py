@@ -239,6 +239,20 @@ def test_a_run_that_was_aborted_is_true_too(place, tmp_path, monkeypatch, capsys
     assert verdicts["files"] == "PASS"
 
 
+def test_a_run_that_saved_nothing_has_nothing_to_check(place, tmp_path, monkeypatch, capsys):  # noqa: F811
+    from test_gates import the_learning_rate_is_ignored
+
+    with monkeypatch.context() as m:
+        the_learning_rate_is_ignored(m, place, tmp_path)
+        assert pretrain(place, tmp_path / "run") == 6
+    verdicts, measured, code = checks(capsys, tmp_path / "run")
+    assert {k for k, v in verdicts.items() if v == "FAIL"} == set(), measured
+    assert all(
+        verdicts[k] == "SKIPPED" for k in ("checkpoints", "states", "data", "validation loss", "replay")
+    )
+    assert code == 0
+
+
 def test_shards_that_changed_or_went_away(run, place, tmp_path, capsys):  # noqa: F811
     folders = json.loads((run / "config.json").read_text())["data_folders"]
     data = tmp_path / "moved"

@@ -114,6 +114,8 @@ def _train(
         heard = [*callbacks, *loggers.open_all(inputs.settings.log, run.path)]
         trainer = Trainer(inputs, run, show, inputs.settings.resume, gates, heard)
         _record_device(show, inputs, run)
+        if trainer.resumed and trainer.progress.step >= inputs.settings.num_steps:
+            show.note("all steps of this run are done: nothing is trained, its last gates are asked again")
         show.start(trainer.progress.step, inputs.settings.num_steps)
         status = trainer.train()
         show.stop()

@@ -275,7 +275,7 @@ class RunDir:
             except MalformedFile as e:
                 if only is not None:
                     raise
-                notes.append(f"{e}. It is damaged and now called {path.name}.damaged")
+                notes.append(f"{e}. It is now called {path.name}.damaged, and the state before it is taken")
                 last = e
                 path.replace(path.with_name(path.name + ".damaged"))
         raise MalformedFile(f"{last}; no other saved state is left in {self.state}")

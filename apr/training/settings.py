@@ -278,8 +278,10 @@ def resolve(s: Settings) -> Settings:
 
 
 def _one_of(s: Settings, names: tuple[str, ...], what: str) -> None:
-    if sum(getattr(s, name) is not None for name in names) != 1:
-        raise UsageError(f"say {what}: give {' or '.join('--' + n for n in names)}, one of them")
+    found = [f"--{name}" for name in names if getattr(s, name) is not None]
+    if len(found) != 1:
+        both = f"; {' and '.join(found)} were given" if found else ""
+        raise UsageError(f"say {what}: give {' or '.join('--' + n for n in names)}, one of them{both}")
 
 
 def _check_lora(s: Settings) -> None:

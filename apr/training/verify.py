@@ -39,6 +39,7 @@ from .show import Show
 
 OTHER_BACKEND = {"float32": 1e-4, "bfloat16": 5e-3}  # of a loss: two backends round in other places
 OTHER_STEP = {"float32": 1e-3, "bfloat16": 2e-2}  # of a training loss some steps after a saved state
+NONE_SAVED = "no checkpoint was saved"
 CUT = ("ABORTED", "INTERRUPTED", "FAILED")  # status words of runs that did not end at an evaluation
 SAME = 1e-9  # of a mean that is computed again from the same numbers
 
@@ -278,6 +279,8 @@ class Verifier:
     def checkpoints(self) -> Answer:
         """Each checkpoint against its recorded hash."""
         found = sorted(self.run.ckpt.glob("epoch-*.apr"))
+        if not found:
+            return Answer(None, "", "the SHA-256 of their metadata", NONE_SAVED)
         for path in found:
             r = recorded(self.run.path, path)
             loaded = load_model(str(path))
@@ -294,6 +297,8 @@ class Verifier:
     def states(self) -> Answer:
         """Each saved state against its hash, and its moments against those of the epoch that ends there."""
         bound = "the SHA-256 recorded in the state, and in the metadata of an epoch that ends there"
+        if not self.run.states():
+            return Answer(None, "", bound, "no state was saved")
         ends = {m["step"]: m for m in (read_json(p) for p in self.run.ckpt.glob("epoch-*.metadata.json"))}
         for path in self.run.states():
             file = read_apr(path)
@@ -331,7 +336,9 @@ class Verifier:
     def data(self) -> Answer:
         """The shards as they are on disk against the hashes in config.json."""
         want, bound = self.config["data"], "the SHA-256 of config.json"
-        checkpoint = sorted(self.run.ckpt.glob("epoch-*.apr"))[-1]
+        checkpoint = max(self.run.ckpt.glob("epoch-*.apr"), default=None)
+        if checkpoint is None:
+            return Answer(None, "", bound, NONE_SAVED)
         tokenizer = tokenizer_of(load_model(str(checkpoint)))
         if tokenizer is None or tokenizer.sha256 != want["tokenizer_sha256"]:
             return Answer(False, "the tokenizer in the checkpoint is not the run's", bound)
@@ -370,7 +377,9 @@ class Verifier:
 
     def validation_loss(self) -> Answer:
         """The last checkpoint's validation loss on another backend than the run's."""
-        checkpoint = sorted(self.run.ckpt.glob("epoch-*.apr"))[-1]
+        checkpoint = max(self.run.ckpt.glob("epoch-*.apr"), default=None)
+        if checkpoint is None:
+            return Answer(None, "", "the recorded loss", NONE_SAVED)
         r = recorded(self.run.path, checkpoint)
         used, bound = self.config["device"]["backend"], "the recorded loss"
         other = self.options.backend
