@@ -455,6 +455,7 @@ def train(
     the command: UsageError and Refused before it starts, Aborted when a gate stops it, Interrupted after Ctrl-C (state
     saved), CallbackFailed after an exception in a callback (state saved; the exception is its cause)."""
     from .commands import pretrain
+    from .training.rundir import RunDir
     from .training.settings import check, read_config
     from .training.show import Show
 
@@ -477,7 +478,7 @@ def train(
         result["val_loss"],
         result["best_val_loss"],
         run,
-        sorted((run / "ckpt").glob("epoch-*.apr"))[-1],
+        RunDir(run).checkpoints()[-1],
         result,
     )
 

@@ -19,7 +19,7 @@ from apr.formats.apr2 import read_apr, write_apr
 from apr.formats.atomic import locked
 from apr.training import evidence
 from apr.training.evidence import compare, hashes, seal
-from apr.training.rundir import sha256
+from apr.training.rundir import RunDir, sha256
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +196,8 @@ CHANGES = {
     "weights": (weights_changed, "checkpoints"),
     "weights and their hash": (weights_and_their_hash_changed, "validation loss"),
     "moments": (moments_changed, "states"),
+    "a checkpoint that is gone": (lambda r: (r / "ckpt" / "epoch-001.apr").unlink(), "checkpoints"),
+    "states that are gone": (lambda r: [p.unlink() for p in (r / "ckpt" / "state").iterdir()], "states"),
     "a setting": (lambda r: rewrite(r / "config.json", lambda d: d["settings"].update(lr=1e-3)), "learning rate"),
     "a hash of the data": (lambda r: rewrite(r / "config.json", lambda d: d["data"].update(val_sha256="0" * 64)), "data"),
     "a gate that is gone": (lambda r: rewrite(r / "verdict.json", lambda d: d["gates"].pop()), "verdict"),
@@ -237,6 +239,13 @@ def test_a_run_that_was_aborted_is_true_too(place, tmp_path, monkeypatch, capsys
     assert verdicts["metrics"] == "PASS", measured
     assert verdicts["verdict"] == "PASS", measured
     assert verdicts["files"] == "PASS"
+
+
+def test_epochs_are_in_the_order_of_their_numbers(tmp_path):
+    (tmp_path / "ckpt").mkdir()
+    for number in (1000, 999, 2):
+        (tmp_path / "ckpt" / f"epoch-{number:03d}.apr").touch()
+    assert [p.stem for p in RunDir(tmp_path).checkpoints()] == ["epoch-002", "epoch-999", "epoch-1000"]
 
 
 def test_a_run_that_saved_nothing_has_nothing_to_check(place, tmp_path, monkeypatch, capsys):  # noqa: F811

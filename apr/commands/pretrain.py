@@ -389,7 +389,7 @@ def _finish(trainer: Trainer, show: Show, status: str, seconds: float) -> dict[s
     gain = val.unigram_entropy - last["val_loss"]
     verdict = f"{gain:.2f} below" if gain >= 0 else f"{-gain:.2f} above, not yet better than that"
     speed = p.tokens_seen / max(p.seconds, 1e-9)
-    checkpoint = sorted(run.ckpt.glob("epoch-*.apr"))[-1]
+    checkpoint = run.checkpoints()[-1]
     facts = json.loads(checkpoint.with_suffix(".metadata.json").read_text(encoding="utf-8"))
     show.verdict(gates)
     show.table(

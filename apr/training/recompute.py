@@ -44,7 +44,7 @@ class Recorded:
 
 def last_checkpoint(run: Path) -> Recorded | None:
     """The latest checkpoint of a run; None where it has none. Raises MalformedFile."""
-    found = sorted((run / "ckpt").glob("epoch-*.apr"))
+    found = RunDir(run).checkpoints()
     return recorded(run, found[-1]) if found else None
 
 

@@ -240,6 +240,11 @@ class RunDir:
             old.unlink(missing_ok=True)
         return path
 
+    def checkpoints(self) -> list[Path]:
+        """Checkpoints of the epochs, oldest first, by number: epoch-1000 comes after epoch-999."""
+        found = [p for p in self.ckpt.glob("epoch-*.apr") if re.fullmatch(r"epoch-\d{3,}", p.stem)]
+        return sorted(found, key=lambda p: int(p.stem[6:]))
+
     def states(self) -> list[Path]:
         """Saved states, oldest first."""
         found = [p for p in self.state.glob("step-*.apr") if re.fullmatch(r"step-\d{6,}", p.stem)]

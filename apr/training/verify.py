@@ -108,12 +108,20 @@ class Verifier:
                 answer = Answer(False, f"an entry is missing or of the wrong kind: {e!r}", "complete")
             yield Row(name, answer)
 
+    @property
+    def _cut(self) -> bool:
+        return self.verdict["status"] in CUT
+
+    def _last(self) -> Path | None:
+        found = self.run.checkpoints()
+        return found[-1] if found else None
+
     # From the files alone
 
     def files(self) -> Answer:
         """Every file against evidence.json."""
         found = evidence.compare(self.run.path)
-        count = len(evidence.hashes(self.run.path)) if not found else 0
+        count = 0 if found else len(read_json(self.run.path / evidence.EVIDENCE)["files"])  # not hashed twice
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         measured = "; ".join(found[:3]) + more if found else f"{count} files"
         return Answer(not found, measured, "the SHA-256 of evidence.json")
@@ -269,7 +277,7 @@ class Verifier:
             ):
                 if not _near(m[key], want):
                     return Answer(False, f"{path.name}: {key} = {m[key]}, {want} by the log", bound)
-        cut = self.verdict["status"] in CUT
+        cut = self._cut
         if len(found) != len(self.evaluations) - 1 and not (cut and len(found) == len(self.evaluations) - 2):
             return Answer(
                 False, f"{len(found)} epochs, {len(self.evaluations) - 1} evaluations after training", bound
@@ -278,9 +286,11 @@ class Verifier:
 
     def checkpoints(self) -> Answer:
         """Each checkpoint against its recorded hash."""
-        found = sorted(self.run.ckpt.glob("epoch-*.apr"))
-        if not found:
+        found, ends = self.run.checkpoints(), list(self.run.ckpt.glob("epoch-*.metadata.json"))
+        if not found and not ends and self._cut:
             return Answer(None, "", "the SHA-256 of their metadata", NONE_SAVED)
+        if {p.stem for p in found} != {p.name.removesuffix(".metadata.json") for p in ends}:
+            return Answer(False, f"{len(found)} checkpoints, {len(ends)} with metadata", "the same epochs")
         for path in found:
             r = recorded(self.run.path, path)
             loaded = load_model(str(path))
@@ -297,7 +307,7 @@ class Verifier:
     def states(self) -> Answer:
         """Each saved state against its hash, and its moments against those of the epoch that ends there."""
         bound = "the SHA-256 recorded in the state, and in the metadata of an epoch that ends there"
-        if not self.run.states():
+        if not self.run.states() and self._cut:
             return Answer(None, "", bound, "no state was saved")
         ends = {m["step"]: m for m in (read_json(p) for p in self.run.ckpt.glob("epoch-*.metadata.json"))}
         for path in self.run.states():
@@ -317,7 +327,9 @@ class Verifier:
 
     def adapters(self) -> Answer:
         """The last adapter, added to the base, against the checkpoint of its epoch."""
-        path, bound = sorted(self.run.ckpt.glob("epoch-*.apr"))[-1], "the checkpoint, within rounding"
+        path, bound = self._last(), "the checkpoint, within rounding"
+        if path is None:
+            return Answer(None, "", bound, NONE_SAVED)
         folder, init = path.with_name(f"{path.stem}-adapter"), str(self.settings.init)
         if not Path(init).exists():
             return Answer(None, "", bound, f"the base {init} is not there")
@@ -336,7 +348,7 @@ class Verifier:
     def data(self) -> Answer:
         """The shards as they are on disk against the hashes in config.json."""
         want, bound = self.config["data"], "the SHA-256 of config.json"
-        checkpoint = max(self.run.ckpt.glob("epoch-*.apr"), default=None)
+        checkpoint = self._last()
         if checkpoint is None:
             return Answer(None, "", bound, NONE_SAVED)
         tokenizer = tokenizer_of(load_model(str(checkpoint)))
@@ -377,7 +389,7 @@ class Verifier:
 
     def validation_loss(self) -> Answer:
         """The last checkpoint's validation loss on another backend than the run's."""
-        checkpoint = max(self.run.ckpt.glob("epoch-*.apr"), default=None)
+        checkpoint = self._last()
         if checkpoint is None:
             return Answer(None, "", "the recorded loss", NONE_SAVED)
         r = recorded(self.run.path, checkpoint)
@@ -453,7 +465,7 @@ class Verifier:
                     "tokenizer": folder,
                     "val_dataset": None,
                 }
-                text = load_model(str(sorted(self.run.ckpt.glob("epoch-*.apr"))[-1])).tokenizer_json
+                text = load_model(str(self.run.checkpoints()[-1])).tokenizer_json
                 Path(folder, "tokenizer.json").write_text(text or "", encoding="utf-8")
             inputs = open_inputs(dataclasses.replace(self.settings, **changes))
         for key in ("train_sha256", "val_sha256", "tokenizer_sha256"):
