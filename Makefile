@@ -47,10 +47,10 @@ $(VENV)/.installed$(GPU): setup.cfg | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRA)'
 	touch $@
 
-$(VENV)/.dev$(GPU): setup.cfg tests/nvrtc.txt | $(VENV)/bin/python
+$(VENV)/.dev$(GPU): setup.cfg tests/support/nvrtc.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev$(if $(GPU),$(comma)$(GPU))]'
 	rm -rf $(VENV)/nvrtc
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/nvrtc -r tests/nvrtc.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/nvrtc -r tests/support/nvrtc.txt
 	touch $@ $(VENV)/.installed $(VENV)/.installed$(GPU)
 
 $(VENV)/.docs: setup.cfg | $(VENV)/bin/python

@@ -8,19 +8,20 @@ What is in __all__ is loaded when it is first used: `import apr` itself loads no
 
 from __future__ import annotations
 
+from .common.version import __version__ as __version__
+
 TYPE_CHECKING = False  # true for type checkers; to import typing takes longer than all the rest here
 if TYPE_CHECKING:
     from typing import Any
 
     from .api import LanguageModel, RunResult, load, train
-    from .errors import AprError
-    from .generate import Sampling
+    from .common.errors import AprError
+    from .inference.generate import Sampling
     from .training.callbacks import Callback
 
-__version__ = "0.1.0"
 __all__ = ["AprError", "Callback", "LanguageModel", "RunResult", "Sampling", "load", "train"]
 
-_PLACES = {"AprError": "errors", "Callback": "training.callbacks"}  # the others are in api
+_PLACES = {"AprError": "common.errors", "Callback": "training.callbacks"}  # the others are in api
 
 
 def __getattr__(name: str) -> Any:

@@ -23,8 +23,15 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from . import int8
-from .chat import (
+from .backends.select import select
+from .checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
+from .checkpoints.exchange import Bundle, open_bundle
+from .checkpoints.hf import write_hf
+from .checkpoints.opening import tokenizer_of, weights_on
+from .common.atomic import write_text
+from .common.errors import Refused, UsageError
+from .inference import int8
+from .inference.chat import (
     ChatTemplate,
     Conversation,
     Message,
@@ -35,14 +42,7 @@ from .chat import (
     no_template,
     template_of,
 )
-from .data.tokenizer import Tokenizer
-from .device import check_fits, select
-from .errors import Refused, UsageError
-from .exchange import Bundle, open_bundle
-from .formats.apr2 import config_to_metadata, embed_tokenizer, write_apr
-from .formats.atomic import write_text
-from .formats.hf import write_hf
-from .generate import (
+from .inference.generate import (
     PIECE,
     Continuation,
     Generator,
@@ -52,10 +52,11 @@ from .generate import (
     grouped,
     slots_needed,
 )
-from .loading import tokenizer_of, weights_on
-from .model import Model
-from .params import Layout
-from .streaming import TextStream
+from .inference.streaming import TextStream
+from .model.cost import check_fits
+from .model.params import Layout
+from .model.transformer import Model
+from .tokenizer.tokenizer import Tokenizer
 from .training.callbacks import Callback
 from .training.settings import Settings
 
@@ -454,7 +455,7 @@ def train(
     callbacks hear of every step, evaluation and checkpoint. show: print what the command prints. Raises the errors of
     the command: UsageError and Refused before it starts, Aborted when a gate stops it, Interrupted after Ctrl-C (state
     saved), CallbackFailed after an exception in a callback (state saved; the exception is its cause)."""
-    from .commands import pretrain
+    from .cli import pretrain
     from .training.rundir import RunDir
     from .training.settings import check, read_config
     from .training.show import Show

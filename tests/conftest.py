@@ -35,8 +35,8 @@ def data() -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def cuda() -> ModuleType:
     """The cuda backend on the first GPU. Skips the test, saying why, where there is none."""
-    from apr.device import choose
-    from apr.errors import DeviceError
+    from apr.backends.select import choose
+    from apr.common.errors import DeviceError
 
     try:
         backend = choose("cuda").backend

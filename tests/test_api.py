@@ -13,26 +13,26 @@ import numpy as np
 import pytest
 
 import apr
-from apr.commands.main import main
-from apr.config import PRESETS
-from apr.data.tokenizer import train_tokenizer
-from apr.errors import AprError, InputNotFound, Refused, UsageError
-from apr.formats.hf import write_hf
-from apr.formats.models import load_model
-from apr.generate import Sampling
-from apr.loading import open_source
-from apr.params import Layout
+from apr.checkpoints.hf import write_hf
+from apr.checkpoints.opening import open_source
+from apr.checkpoints.registry import load_model
+from apr.cli.main import main
+from apr.common.errors import AprError, InputNotFound, Refused, UsageError
+from apr.evidence.seal import compare
+from apr.inference.generate import Sampling
+from apr.model.config import PRESETS
+from apr.model.params import Layout
+from apr.tokenizer.tokenizer import train_tokenizer
 from apr.training import loggers
 from apr.training.callbacks import CallbackFailed
-from apr.training.evidence import compare
 from apr.training.settings import Settings
 
 
 def reference_logits(source, ids):
     """(B,T,V) in float64 from the reference backend."""
     from apr import backends
-    from apr.loading import put
-    from apr.model import Model
+    from apr.checkpoints.opening import put
+    from apr.model.transformer import Model
 
     be = backends.get("reference")
     model = Model(

@@ -38,11 +38,11 @@ from rich.console import Console
 from rich.table import Table
 
 from apr import backends
-from apr.config import PRESETS
-from apr.device import cores, cpu_name
-from apr.model import Model
-from apr.optim import AdamW
-from apr.plan import flops_per_token, matmul_rate
+from apr.common.host import cores, cpu_name
+from apr.model.config import PRESETS
+from apr.model.cost import flops_per_token, matmul_rate
+from apr.model.optim import AdamW
+from apr.model.transformer import Model
 from apr.training.rundir import git_commit, versions
 
 PRESET = {"3m": "qwen2-3m", "15m": "qwen2-15m"}  # the sizes of the peer script

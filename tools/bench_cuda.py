@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from apr import backends
-from apr.config import PRESETS
-from apr.device import choose
-from apr.errors import AprError, UsageError
-from apr.model import Model
-from apr.optim import AdamW
-from apr.plan import attended, flops_per_token, matmul_rate, memory
+from apr.backends.select import choose
+from apr.common.errors import AprError, UsageError
+from apr.model.config import PRESETS
+from apr.model.cost import attended, flops_per_token, matmul_rate, memory
+from apr.model.optim import AdamW
+from apr.model.transformer import Model
 from apr.training.rundir import git_commit, versions
 
 WARM = 4  # steps before the first that counts: op by op, record, replay, replay

@@ -61,11 +61,12 @@ def _apr(who: str, model: str, folder: str, threads: int) -> Any:
     """(function that generates n tokens for each prompt and returns its seconds, vocabulary)."""
     import numpy as np
 
-    from apr import backends, int8
-    from apr.config import PRESETS
-    from apr.generate import Generator, Sampling
-    from apr.loading import open_source
-    from apr.params import Layout
+    from apr import backends
+    from apr.checkpoints.opening import open_source
+    from apr.inference import int8
+    from apr.inference.generate import Generator, Sampling
+    from apr.model.config import PRESETS
+    from apr.model.params import Layout
 
     if folder:
         source = open_source(folder)
@@ -136,7 +137,7 @@ def in_process(python: str, args: list[str]) -> dict[str, float]:
 
 def compare(a: argparse.Namespace, model: str) -> dict[str, Any]:
     """All of them in turn, a.rounds times; medians."""
-    from apr.config import PRESETS, to_hf
+    from apr.model.config import PRESETS, to_hf
 
     own = a.stories if model == "stories260k" else ""
     with tempfile.TemporaryDirectory() as made:
@@ -202,7 +203,7 @@ def main() -> None:
     if a.one:
         print(json.dumps(measure(a.one, a.models, a.stories, a.threads)))
         return
-    from apr.device import cpu_name
+    from apr.common.host import cpu_name
     from apr.training.rundir import git_commit, versions
 
     record: dict[str, Any] = {

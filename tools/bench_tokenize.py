@@ -32,14 +32,14 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from apr.common.host import cores, cpu_name
 from apr.data.batches import AHEAD, Batches, Windows
 from apr.data.encode import encode_corpus
 from apr.data.readers import Corpus, Skipped
 from apr.data.seen import Seen
 from apr.data.shards import TokenShards
 from apr.data.sources import find_sources
-from apr.data.tokenizer import Tokenizer
-from apr.device import cores, cpu_name
+from apr.tokenizer.tokenizer import Tokenizer
 from apr.training.rundir import git_commit, versions
 
 BARE_BATCH = 1 << 20  # characters that the bare library gets at once

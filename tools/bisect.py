@@ -14,6 +14,6 @@ __all__ = ["bisect", "bisect_left", "bisect_right", "insort", "insort_left", "in
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-    from apr.commands.main import run_command
+    from apr.cli.main import run_command
 
     sys.exit(run_command("bisect", sys.argv[1:]))

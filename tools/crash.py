@@ -8,7 +8,7 @@ the whole duration, from the start of Python to the last file, and --in-training
 and saving alone, of which a small job has too little. Each process after a stop goes on with --resume. Every run
 that comes to its end is compared with the undisturbed one: metrics without times, checkpoints, moments, samples, verdict.
 SIGTERM and SIGINT must end with exit code 130 and INTERRUPTED. Exit code 1 when anything is not as it must be; the
-folders of runs that differ are left in --folder. tests/crashing.py has how it is done.
+folders of runs that differ are left in --folder. tests/support/crashing.py has how it is done.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
 from crashing import Job, Report, crash
 from rich.console import Console
 from rich.table import Table
 
-from apr.device import cores, cpu_name
+from apr.common.host import cores, cpu_name
 from apr.training.rundir import git_commit, versions
 
 

@@ -25,11 +25,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from apr import errors
-from apr.commands.main import COMMANDS, MODULES
-from apr.config import PRESETS
-from apr.flags import field_types
-from apr.params import Layout
+from apr.cli.main import COMMANDS, MODULES
+from apr.common import errors
+from apr.common.options import field_types
+from apr.model.config import PRESETS
+from apr.model.params import Layout
 
 PAGES = ROOT / "docs" / "commands"
 TABLE = ROOT / "apr" / "commands" / "completion.json"
@@ -65,7 +65,7 @@ def commands() -> dict[str, Command]:
     """Every command that takes options, by name; sub-commands as "tokenize train"."""
     out = {}
     for name, text in COMMANDS.items():
-        module = importlib.import_module(f"apr.commands.{MODULES.get(name, name)}")
+        module = importlib.import_module(f"apr.cli.{MODULES.get(name, name)}")
         if hasattr(module, "flags_and_main"):
             for sub, words in module.COMMANDS.items():
                 flags, main = module.flags_and_main(sub)

@@ -4,9 +4,10 @@
     python tools/fuzz.py --formats apr,tokenizer --cases 5000 --seed 7
     python tools/fuzz.py --replay fuzz-findings/apr-0123456789ab.tar
 
-A variant must be accepted, or refused with an error of apr/errors.py that names the file, within limits of time and memory;
-whatever else happens is a finding, and its input is kept in --keep. The same --seed and --cases give the same variants.
-tests/fuzz_formats.py says what is read, tests/mutations.py how variants are made. Exit code 1 when there are findings.
+A variant must be accepted, or refused with an error of apr/common/errors.py that names the file, within limits of time
+and memory; whatever else happens is a finding, and its input is kept in --keep. The same --seed and --cases give the same
+variants. tests/support/fuzz_formats.py says what is read, tests/support/mutations.py how variants are made. Exit code 1 when
+there are findings.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/support"), str(ROOT / "tests/tokenizer")]
 
 from fuzzing import FORMATS, Tally, fuzz, replay, store
 from rich.console import Console
 from rich.table import Table
 
-from apr.device import cores, cpu_name
+from apr.common.host import cores, cpu_name
 from apr.training.rundir import git_commit, versions
 
 

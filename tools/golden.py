@@ -64,7 +64,7 @@ from safetensors.numpy import save
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from apr.config import PRESETS, ModelConfig, from_hf, to_hf
+from apr.model.config import PRESETS, ModelConfig, from_hf, to_hf
 
 Tensors = dict[str, np.ndarray]
 

@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
 import gpu_record
 
@@ -34,8 +34,8 @@ try:
 except ImportError as e:
     sys.exit(f"{e.name} is missing in {sys.executable}: make test GPU=cuda13 (or cuda12) installs all of it")
 
-from apr.device import choose, cupy_packages
-from apr.errors import AprError
+from apr.backends.select import choose, cupy_packages
+from apr.common.errors import AprError
 from apr.training.rundir import git_commit
 
 PACKAGES = (

@@ -3,7 +3,7 @@
     python -m venv interop-env && interop-env/bin/pip install . torch transformers gguf sentencepiece
     interop-env/bin/python tools/interop.py [--check] [--llama-cpp DIR]
 
-For each checkpoint of tests/interop_cases.py: imported, exported again, loaded by transformers, which must compute the
+For each checkpoint of tests/support/interop_cases.py: imported, exported again, loaded by transformers, which must compute the
 same logits bit for bit, encode the same ids and render the same chat; and written as GGUF. DIR is a checkout of
 llama.cpp: its convert_hf_to_gguf.py must make the same tensors, byte for byte, and the same keys. Where the package
 llama_cpp (llama-cpp-python) is installed too, llama.cpp must compute the same logits within float32 rounding.
@@ -31,19 +31,19 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
 import gguf
 
 import interop_cases as cases
 from apr import backends
-from apr.exchange import Bundle, export_gguf, export_hf, import_model, open_bundle
-from apr.formats.apr2 import config_to_metadata, embed_tokenizer, write_apr
-from apr.formats.gguf import ROPE_FREQS
-from apr.formats.models import load_model
-from apr.loading import weights_on
-from apr.model import Model
-from apr.taps import Record
+from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
+from apr.checkpoints.exchange import Bundle, export_gguf, export_hf, import_model, open_bundle
+from apr.checkpoints.gguf import ROPE_FREQS
+from apr.checkpoints.opening import weights_on
+from apr.checkpoints.registry import load_model
+from apr.model.taps import Record
+from apr.model.transformer import Model
 
 GOLDEN = ROOT / "tests/golden/interop.json"
 CLOSE = 2e-5  # of the largest logit: float32, two programs that add up in other orders

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from apr.commands.main import run_command
+from apr.cli.main import run_command
 
 if __name__ == "__main__":
     sys.exit(run_command("pretrain", sys.argv[1:]))

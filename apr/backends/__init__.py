@@ -12,9 +12,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from ..errors import DeviceError
+from ..common.errors import DeviceError
 
-NAMES = ("reference", "cpu", "cuda")
+MODULES = {"reference": "reference", "cpu": "cpu.ops", "cuda": "cuda.device"}
+NAMES = tuple(MODULES)
 
 PLUMBING = frozenset(  # functions of a backend that do not compute
     [
@@ -38,12 +39,12 @@ PLUMBING = frozenset(  # functions of a backend that do not compute
 
 def get(name: str) -> ModuleType:
     """The backend module called `name`. Raises DeviceError for a name that is not one of NAMES, and for
-    cuda without CuPy; apr.device.choose says more about what is missing.
+    cuda without CuPy; apr.backends.select.choose says more about what is missing.
     """
     if name not in NAMES:
         raise DeviceError(f"backend {name!r} does not exist; choose one of {', '.join(NAMES)}")
     try:
-        return importlib.import_module(f"apr.backends.{name}")
+        return importlib.import_module(f"apr.backends.{MODULES[name]}")
     except ImportError as e:
         if name != "cuda":
             raise

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DeviceError
+from ..common.errors import DeviceError
 
 Array = Any  # an array of this backend: numpy.ndarray here
 
@@ -84,14 +84,14 @@ def set_device(index: int) -> None:
 
 def describe() -> dict[str, str]:
     """What computes, for the record of a run: names and versions."""
-    from ..device import cpu_name
+    from ..common.host import cpu_name
 
     return {"backend": name, "cpu": cpu_name()}
 
 
 def free_memory() -> int | None:
     """Bytes that empty() can still hand out; None where the system does not say."""
-    from ..device import available_memory
+    from ..common.host import available_memory
 
     return available_memory()
 

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backends import reference
-from ..config import ModelConfig, from_hf
-from ..errors import MalformedFile, Refused
-from ..files import parse_json
-from ..formats import is_float
-from ..formats.hf import read_safetensors
-from ..model import Model
-from ..params import Slot
-from ..taps import key
+from ..checkpoints.hf import read_safetensors
+from ..checkpoints.tensors import is_float
+from ..common.errors import MalformedFile, Refused
+from ..common.files import parse_json
+from ..model.config import ModelConfig, from_hf
+from ..model.params import Slot
+from ..model.taps import key
+from ..model.transformer import Model
 from . import rule
 from .difference import Difference, difference, verdict
 from .report import FORCED, FREE, Row

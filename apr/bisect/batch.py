@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import ModelConfig
+from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..data.batches import Batches, Windows
 from ..data.manifest import MANIFEST, read_manifest
 from ..data.shards import TokenShards
-from ..data.tokenizer import Tokenizer
-from ..errors import InputNotFound, MalformedFile, Refused, UsageError
-from ..model import IGNORED
+from ..model.config import ModelConfig
+from ..model.transformer import IGNORED
+from ..tokenizer.tokenizer import Tokenizer
 from .report import EXACT, Row
 from .stages import Batch, exact, holds
 

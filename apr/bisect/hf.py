@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..config import ModelConfig, to_hf
-from ..errors import DeviceError, Refused
-from ..formats.models import EMBED, HEAD, load_model, parameters
-from ..model import IGNORED
-from ..params import Layout
+from ..checkpoints.registry import EMBED, HEAD, load_model, parameters
+from ..common.errors import DeviceError, Refused
+from ..model.config import ModelConfig, to_hf
+from ..model.params import Layout
+from ..model.transformer import IGNORED
 
 DTYPES = ("float64", "float32")
 OUTPUTS = {  # module of a block -> the tap that its output is, or a part of, in this order

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..backends import PLUMBING
-from ..config import ModelConfig
-from ..model import Model
-from ..optim import AdamW
+from ..model.config import ModelConfig
+from ..model.optim import AdamW
+from ..model.transformer import Model
 from .rule import WRITES, Backend, parameters
 
 

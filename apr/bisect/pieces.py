@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from ..device import cores
+from ..common.host import cores
 from .rule import Backend, overlay
 
 T = TypeVar("T")

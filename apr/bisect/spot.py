@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 
 from ..backends import reference
-from ..device import available_memory
-from ..model import Model
-from ..plan import memory
+from ..common.host import available_memory
+from ..model.cost import memory
+from ..model.transformer import Model
 from .report import Report
 from .stages import Batch, borders, forced
 

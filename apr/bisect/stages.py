@@ -15,13 +15,13 @@ from typing import Any
 import ml_dtypes  # noqa: F401 - gives NumPy the name "bfloat16"
 import numpy as np
 
-from ..arena import WIDE
 from ..backends import reference
-from ..config import ModelConfig
-from ..model import Model
-from ..optim import AdamW
-from ..params import FUSED, Layout
-from ..plan import memory
+from ..model.buffers import WIDE
+from ..model.config import ModelConfig
+from ..model.cost import memory
+from ..model.optim import AdamW
+from ..model.params import FUSED, Layout
+from ..model.transformer import Model
 from . import causes, rule
 from .difference import Difference, difference
 from .lockstep import join, join_optimizers
@@ -232,9 +232,9 @@ def all_used(layout: Layout, passed: set[str], trained: bool) -> list[Row]:
 @contextmanager
 def kernel_arguments(seen: dict[tuple[str, str], set[float]]) -> Iterator[None]:
     """Note the numbers that CUDA kernels are launched with: seen[kernel, parameter]. Does nothing without CUDA."""
-    from ..backends import _cuda_ops, kernels
+    from ..backends.cuda import kernels, ops
 
-    machine = _cuda_ops.machine
+    machine = ops.machine
     if machine is None:
         yield
         return

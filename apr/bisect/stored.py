@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..config import SIZES, ModelConfig
-from ..formats.models import EMBED, HEAD, INV_FREQ
-from ..params import Layout
+from ..checkpoints.registry import EMBED, HEAD, INV_FREQ
+from ..model.config import SIZES, ModelConfig
+from ..model.params import Layout
 from .report import EXACT, Row
 from .stages import exact, holds, measured, unequal
 

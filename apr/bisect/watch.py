@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..params import Layout
+from ..model.params import Layout
 from . import causes, rule
 from .difference import Difference, difference, verdict
 from .lockstep import Call, Twin, host

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import AprError, InputNotFound
+from ..common.errors import AprError, InputNotFound
+from ..tokenizer.tokenizer import Tokenizer
 from .guards import USUAL, Bounds, Verdict, disjoint, enforce, fits_model, plausible, round_trip
 from .scan import Scan
 from .shards import TokenShards
-from .tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # what is being done, tokens done, tokens in all
 

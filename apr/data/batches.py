@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import AprError, Refused
-from .instruct import InstructWindows
+from ..common.errors import AprError, Refused
+from .conversations.instruct import InstructWindows
 from .scan import mix
 from .shards import TokenShards
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-
-from ..errors import IOFailure
 
 
 @dataclass(frozen=True)
@@ -33,13 +30,3 @@ def is_held_out(sha256: str, fraction: float) -> bool:
 
     So a document lies on one side whatever else the corpus holds, and its copies lie on the same."""
     return int(sha256[:16], 16) < fraction * 2.0**64
-
-
-def make_folder(path: str | Path) -> Path:
-    """The folder, made with its parents where it is missing. Raises IOFailure."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise IOFailure(f"{path}: cannot make the folder: {e.strerror}") from None
-    return path

@@ -8,8 +8,8 @@ from itertools import islice
 
 import numpy as np
 
-from ..errors import AprError
-from .tokenizer import Tokenizer
+from ..common.errors import AprError
+from ..tokenizer.tokenizer import Tokenizer
 
 PIECE = 1 << 17  # characters of a piece, about: small enough to keep all cores busy with one document
 MOST = 1 << 21  # characters that are encoded in one piece where there is no place to cut

@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from ..config import read_json
-from ..device import cores
-from ..errors import IOFailure, Refused
-from ..formats.atomic import locked, write_json
-from .corpus import Document, is_held_out, make_folder
+from ..common.atomic import locked, write_json
+from ..common.errors import IOFailure, Refused
+from ..common.files import make_folder, read_json
+from ..common.host import cores
+from ..tokenizer.tokenizer import Tokenizer
+from .corpus import Document, is_held_out
 from .cut import PIECE, CannotCut, Cutter
 from .guards import USUAL, Bounds, enforce, plausible
 from .manifest import Manifest
 from .readers import Corpus, LongDocument, Skipped
 from .seen import Seen
 from .shards import ShardWriter, our_files
-from .tokenizer import Tokenizer
 
 FORMAT = "apr-encoded-1"
 RECORD = "encode.json"

@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..tokenizer.tokenizer import Tokenizer
 from .cut import Cutter
 from .readers import Corpus, LongDocument, Skipped
 from .sources import Source
-from .tokenizer import Tokenizer
 
 FILES = 64  # sampled of each kind of file
 FILE_BYTES = 1 << 20  # text read of each, at least

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import Refused
-from ..flags import numbers
+from ..common.errors import Refused
+from ..common.options import numbers
+from ..tokenizer.tokenizer import Tokenizer
 from .shards import TokenShards
-from .tokenizer import Tokenizer
 
 ENOUGH = 10_000  # tokens from which on frequencies are judged
 SAMPLES = 24  # documents that are decoded and encoded again

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from .. import __version__
-from ..config import read_json
-from ..errors import MalformedFile
-from .vocab_format import MAX_IDS
+from ..common.errors import MalformedFile
+from ..common.files import read_json
+from ..common.version import __version__
+from ..tokenizer.vocab_format import MAX_IDS
 
 FORMAT = "apr-shards-2"
 MANIFEST = "manifest.json"

@@ -10,17 +10,17 @@ from typing import Any
 
 import tokenizers
 
-from ..config import read_json
-from ..errors import AprError, IOFailure, MalformedFile, Refused
-from ..formats.atomic import write_json
-from .corpus import Document, is_held_out, make_folder
+from ..common.atomic import write_json
+from ..common.errors import AprError, IOFailure, MalformedFile, Refused
+from ..common.files import make_folder, read_json
+from ..tokenizer.tokenizer import Progress, Tokenizer, train_tokenizer
+from .corpus import Document, is_held_out
 from .encode import RECORD as ENCODED
 from .encode import SKIPPED, Counts, encode_corpus
 from .guards import USUAL, Bounds
 from .readers import Corpus, LongDocument, Skipped
 from .seen import Seen
 from .shards import TokenShards, our_files
-from .tokenizer import Progress, Tokenizer, train_tokenizer
 
 FORMAT = "apr-prepared-2"
 RECORD = "prepared.json"

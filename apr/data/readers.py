@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NoReturn
 
-from ..errors import MalformedFile, UsageError
+from ..common.errors import MalformedFile, UsageError
 from .corpus import Document
 from .sources import Skipped, Source, Sources, Unusable
 

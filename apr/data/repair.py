@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..device import cores
-from ..errors import InputNotFound, MalformedFile
-from ..formats.atomic import write_json
+from ..common.atomic import write_json
+from ..common.errors import InputNotFound, MalformedFile
+from ..common.host import cores
+from ..tokenizer.tokenizer import Tokenizer
 from .manifest import MANIFEST, Manifest, figures, shard_name
 from .scan import scan
 from .shards import mapped, our_files
-from .tokenizer import Tokenizer
 
 BLOCK = 1 << 16  # tokens decoded at once
 

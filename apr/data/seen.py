@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 
-from ..errors import IOFailure
+from ..common.errors import IOFailure
 
 
 class Seen:

@@ -15,13 +15,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..device import cores
-from ..errors import InputNotFound, IOFailure, MalformedFile, Refused
-from ..formats.atomic import atomic_write, write_json
-from .corpus import make_folder
+from ..common.atomic import atomic_write, write_json
+from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused
+from ..common.files import make_folder
+from ..common.host import cores
+from ..tokenizer.tokenizer import Tokenizer
 from .manifest import EOS_POLICIES, MANIFEST, Manifest, figures, read_manifest, same_figure, shard_name
 from .scan import Scan, scan
-from .tokenizer import Tokenizer
 
 MOST_SHARDS = 100_000
 HELD_TOKENS = 1 << 18  # ids gathered before they are written, hashed and counted

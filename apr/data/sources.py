@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from ..errors import InputNotFound, Refused
+from ..common.errors import InputNotFound, Refused
 
 Kind = Literal["text", "jsonl", "parquet"]
 Compression = Literal["", "gz", "zst", "xz", "bz2"]

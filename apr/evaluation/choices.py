@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.tokenizer import Tokenizer
-from ..errors import MalformedFile, Refused
+from ..common.errors import MalformedFile, Refused
+from ..tokenizer.tokenizer import Tokenizer
 from .humaneval import read_jsonl
 from .score import Scorer, Window
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data.tokenizer import Tokenizer
-from ..device import check_fits, cores
-from ..errors import InputNotFound, MalformedFile, Refused, UsageError
-from ..generate import generate
-from ..plan import memory
+from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
+from ..common.host import cores
+from ..inference.generate import generate
+from ..model.cost import check_fits, memory
+from ..tokenizer.tokenizer import Tokenizer
 from .sandbox import Limits, Program, Verdict, judge_all, proven
 from .score import Opened
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..data.tokenizer import Tokenizer
-from ..errors import AprError, Refused, UsageError
-from ..generate import generate
+from ..common.errors import AprError, Refused, UsageError
+from ..inference.generate import generate
+from ..tokenizer.tokenizer import Tokenizer
 from .choices import encode_pair, pair_window
 from .humaneval import continuation
 from .score import Opened, Scorer, Window, fitting, open_model, prefix_ids

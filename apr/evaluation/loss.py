@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ..common.errors import Refused, UsageError
 from ..data.corpus import Document
 from ..data.cut import Cutter
 from ..data.readers import Corpus, LongDocument
 from ..data.shards import TokenShards
 from ..data.sources import Skipped, find_sources
-from ..data.tokenizer import Tokenizer
-from ..data.vocab_format import FALLBACK_BYTES, SENTENCEPIECE, SPACE_MARK
-from ..errors import Refused, UsageError
+from ..tokenizer.tokenizer import Tokenizer
+from ..tokenizer.vocab_format import FALLBACK_BYTES, SENTENCEPIECE, SPACE_MARK
 from .score import Scored, Scorer, Window, prefix_ids
 
 SHOWN = 20  # of what was left out
@@ -296,7 +296,7 @@ def picture(rows: Iterable[dict[str, Any]], sums: Sums, title: str, path: str | 
     """Draw the loss by position in the window as a PNG: each position, and the means of `by_position`."""
     from matplotlib.figure import Figure
 
-    from ..formats.atomic import atomic_write
+    from ..common.atomic import atomic_write
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()

@@ -2,7 +2,7 @@
 
 Each program runs in a process of its own (python -I -S, its own session, an empty environment and working directory,
 standard streams to nowhere, limits of time, memory, file size and processes) and its tests in another one; see
-`_sandboxed.py`, which both run. On Linux x86-64 a seccomp filter leaves the program only what computing takes: no sockets,
+`sandboxed.py`, which both run. On Linux x86-64 a seccomp filter leaves the program only what computing takes: no sockets,
 no new processes or threads, no signals to others (trying one ends it), no file opened to write. Where the system lets it,
 a user and network namespace of its own comes on top; where there is no seccomp, an audit hook of Python stands in, which a
 program written to get around it can. What was in force is part of every verdict.
@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import AprError
-from . import _sandboxed
+from ..common.errors import AprError
+from . import sandboxed
 
-SCRIPT = Path(_sandboxed.__file__)
+SCRIPT = Path(sandboxed.__file__)
 SLACK = 2.0  # seconds on top of the limit for two interpreters to start on a busy machine
 MOST_VERDICT = 1 << 16  # bytes
 
@@ -46,7 +46,7 @@ class Limits:
     seconds: float = 5.0
     memory_bytes: int = 1 << 30
     file_bytes: int = 1 << 20
-    layers: tuple[str, ...] = _sandboxed.LAYERS
+    layers: tuple[str, ...] = sandboxed.LAYERS
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _ended(process: subprocess.Popen[bytes]) -> str:
         -signal.SIGXCPU: "stopped by its limit of time",
         -signal.SIGKILL: "killed: its limit of time or memory",
         -signal.SIGSYS: "stopped at a system call that is forbidden",
-        _sandboxed.FORBIDDEN: "stopped at something that is forbidden, or exit code 77",
+        sandboxed.FORBIDDEN: "stopped at something that is forbidden, or exit code 77",
     }
     return said.get(code) or (f"signal {-code}" if code < 0 else f"exit code {code}")
 

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import backends
-from ..config import ModelConfig
-from ..data.tokenizer import Tokenizer
-from ..device import check_fits, select
-from ..errors import Aborted, MalformedFile, Refused, UsageError
-from ..formats.models import LoadedModel, load_model
-from ..loading import tokenizer_of, weights_on
-from ..model import IGNORED, Model
-from ..plan import check_positions, memory
+from ..backends.select import select
+from ..checkpoints.opening import tokenizer_of, weights_on
+from ..checkpoints.registry import LoadedModel, load_model
+from ..common.errors import Aborted, MalformedFile, Refused, UsageError
+from ..model.config import ModelConfig
+from ..model.cost import check_fits, check_positions, memory
+from ..model.transformer import IGNORED, Model
+from ..tokenizer.tokenizer import Tokenizer
 
 MOST_TOKENS = 1 << 14  # of a batch that is chosen by itself
 ROUND = 16  # lengths are rounded up to a multiple, so that there are few shapes

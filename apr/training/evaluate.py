@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data.batches import Windows, sequential
-from ..data.instruct import InstructWindows
-from ..model import Model
+from ..data.conversations.instruct import InstructWindows
+from ..model.transformer import Model
 
 
 class Stopped(Exception):

@@ -13,33 +13,33 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..chat import template_of
-from ..config import ModelConfig, load_config
+from ..backends.select import choose
+from ..checkpoints.exchange import HF_FILES, TEMPLATE, Bundle, open_bundle
+from ..checkpoints.opening import tokenizer_of
+from ..checkpoints.peft import LoadedAdapter, read_adapter
+from ..checkpoints.registry import LoadedModel
+from ..common.errors import InputNotFound, Refused
+from ..common.files import read_text
 from ..data.audit import Side, audit, enforce_all, sides_of, tokenizer_beside
 from ..data.batches import Windows
-from ..data.guards import Bounds, enforce, fits_model
-from ..data.instruct import (
+from ..data.conversations.instruct import (
     InstructWindows,
     audit_instruct,
     is_instruct,
     packed_windows,
     prepare_instruct,
 )
+from ..data.guards import Bounds, enforce, fits_model
 from ..data.prepare import prepare
 from ..data.readers import Corpus
 from ..data.sources import Source, find_sources
-from ..data.tokenizer import Progress, Tokenizer
-from ..device import check_fits, choose
-from ..errors import InputNotFound, Refused
-from ..exchange import HF_FILES, TEMPLATE, Bundle, open_bundle
-from ..files import read_text
-from ..formats.models import LoadedModel
-from ..formats.peft import LoadedAdapter, read_adapter
-from ..loading import tokenizer_of
-from ..lora import LoraConfig, lora_config, lora_to_json
-from ..plan import Memory, check_positions, memory
-from . import measure
-from .gates import Answer, Gates
+from ..evidence import measure
+from ..evidence.gates import Answer, Gates
+from ..inference.chat import template_of
+from ..model.config import ModelConfig, load_config
+from ..model.cost import Memory, check_fits, check_positions, memory
+from ..model.lora import LoraConfig, lora_config, lora_to_json
+from ..tokenizer.tokenizer import Progress, Tokenizer
 from .settings import Settings
 
 PIECE_BYTES = (

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..config import read_json
-from ..errors import Refused, UsageError
-from ..formats.atomic import write_json
+from ..common.atomic import write_json
+from ..common.errors import Refused, UsageError
+from ..common.files import read_json
 from .callbacks import Callback
 
 PACKAGES = {

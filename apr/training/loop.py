@@ -21,20 +21,20 @@ import numpy as np
 
 from ..bisect.show import print_report
 from ..bisect.spot import spot_check
+from ..checkpoints.registry import fill
+from ..common.errors import Interrupted, MalformedFile
 from ..data.batches import Batches, Exhausted
-from ..data.instruct import checked_piece, trained_targets
-from ..errors import Interrupted, MalformedFile
-from ..formats.models import fill
-from ..lora import AdapterAdamW, adapt
-from ..model import Model
-from ..optim import AdamW, Schedule
-from ..plan import flops_per_token
-from . import measure
+from ..data.conversations.instruct import checked_piece, trained_targets
+from ..evidence import measure
+from ..evidence.gates import Answer, Gates, parse_bounds
+from ..evidence.judge import Judge
+from ..model.cost import flops_per_token
+from ..model.lora import AdapterAdamW, adapt
+from ..model.optim import AdamW, Schedule
+from ..model.transformer import Model
 from .callbacks import Callback, CallbackFailed, tell
 from .evaluate import Loss, Stopped, evaluate
-from .gates import Answer, Gates, parse_bounds
 from .inputs import Inputs, judge_inputs
-from .judging import Judge
 from .rundir import RunDir, bits_per_byte, state_sha
 from .sample import sample_text
 from .show import Show

@@ -17,17 +17,16 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from .. import __version__
-from ..config import read_json
-from ..data.tokenizer import Tokenizer
-from ..errors import InputNotFound, IOFailure, MalformedFile, Refused
-from ..files import opened
-from ..formats.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
-from ..formats.atomic import explain, write_json, write_text
-from ..lora import adapter_facts, check_adapter_facts
-from ..model import Model
-from ..optim import AdamW
-from .gates import FORMAT, Gates
+from ..checkpoints.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
+from ..common.atomic import explain, write_json, write_text
+from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused
+from ..common.files import opened, read_json
+from ..common.version import __version__
+from ..evidence.gates import FORMAT, Gates
+from ..model.lora import adapter_facts, check_adapter_facts
+from ..model.optim import AdamW
+from ..model.transformer import Model
+from ..tokenizer.tokenizer import Tokenizer
 
 METRICS, SAMPLES, EVIDENCE = "metrics.jsonl", "samples.jsonl", "evidence.json"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..generate import generate
-from ..model import Model
+from ..inference.generate import generate
+from ..model.transformer import Model
 from .inputs import Inputs
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import read_json
+from ..common.errors import InputNotFound, MalformedFile, UsageError
+from ..common.files import read_json
+from ..common.options import field_types, given, option
 from ..data.audit import tokenizer_beside
-from ..errors import InputNotFound, MalformedFile, UsageError
-from ..flags import field_types, given, option
-from ..lora import lora_config
-from ..optim import SCHEDULES
-from .gates import parse_bounds
+from ..evidence.gates import parse_bounds
+from ..model.lora import lora_config
+from ..model.optim import SCHEDULES
 
 LORA_LR = 2e-4  # adapters start at nothing and take larger steps than weights
 MODES = {"from-scratch": dict(lr=3e-4, warmup_steps=1000), "finetune": dict(lr=5e-5, warmup_steps=100)}

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from .gates import FAIL, GATES, PASS, SKIPPED, SUSPECT, Gates
+from ..evidence.gates import FAIL, GATES, PASS, SKIPPED, SUSPECT, Gates
 
 COLOURS = {PASS: "", SKIPPED: "dim", SUSPECT: "bold yellow", FAIL: "bold red"}
 

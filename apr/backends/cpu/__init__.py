@@ -1,0 +1,1 @@
+"""The cpu backend: OpenBLAS and Numba kernels on one pool of threads."""

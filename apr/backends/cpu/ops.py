@@ -1,0 +1,226 @@
+"""The cpu backend: float32, OpenBLAS for matrix products and Numba for the rest.
+
+The functions, their parameters and what they compute are those of reference.py, where the formulas
+stand; the loops are in kernels.py.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+
+from ...common.errors import DeviceError, UsageError
+from ..reference import capture, clip_factor, copy, free_memory, from_host, overhead, sync, to_host, tune
+from . import kernels
+
+__all__ = [
+    "capture",
+    "clip_factor",
+    "copy",
+    "free_memory",
+    "from_host",
+    "overhead",
+    "sync",
+    "to_host",
+    "tune",
+]
+
+Array = Any
+
+name = "cpu"
+dtypes = ("float32",)
+pad_vocab = False
+loss_elements = 1 << 23
+_allocated = [0]
+FEW_ROWS = 8  # up to so many, linear_fwd gives a row the same bits whatever rows are beside it
+_NOTHING = np.empty(0, np.float32)
+_NOTHING2 = np.empty((0, 0), np.float32)
+_NO_BORDERS = np.empty((0, 0), np.int32)
+
+
+def empty(shape: int | tuple[int, ...], dtype: Any) -> Array:
+    """A new zero-filled array; its bytes count in memory()."""
+    x = np.zeros(shape, dtype)
+    _allocated[0] += x.nbytes
+    return x
+
+
+def memory() -> int:
+    """Bytes handed out by empty() since the process started."""
+    return _allocated[0]
+
+
+def fill(x: Array, value: float) -> None:
+    """See reference.py."""
+    if x.flags.c_contiguous and x.dtype == np.float32:
+        kernels.fill(x.reshape(-1), value)
+    else:
+        x[...] = value
+
+
+def set_device(index: int) -> None:
+    """Raises DeviceError for another device than 0."""
+    if index != 0:
+        raise DeviceError(f"backend cpu has device 0 only, not {index}")
+
+
+def describe() -> dict[str, str]:
+    """See reference.py."""
+    from ...common.host import cpu_name
+
+    return {"backend": name, "cpu": cpu_name(), "threads": str(numba.get_num_threads())}
+
+
+def set_threads(n: int) -> None:
+    """Use n threads from now on. Raises UsageError when the process cannot have that many."""
+    most = numba.config.NUMBA_NUM_THREADS
+    if not 1 <= n <= most:
+        raise UsageError(f"--threads {n}: this process can have 1 to {most} threads; give --threads {most}")
+    numba.set_num_threads(n)
+
+
+@cache
+def _grid(parts: int, m: int, n: int) -> tuple[int, int]:
+    """How to cut an (m,n) product for `parts` threads: the grid that packs the fewest rows and columns."""
+    pairs = [(r, parts // r) for r in range(1, parts + 1) if parts % r == 0]
+    return min(pairs, key=lambda rc: (rc[1] * m + rc[0] * n, rc))
+
+
+def _gemm(c: Array, a: Array, b: Array, ta: bool, tb: bool, beta: float) -> None:
+    rows, cols = _grid(numba.get_num_threads(), *c.shape)
+    kernels.gemm(c, a, b, ta, tb, beta, rows, cols)
+
+
+def linear_fwd(y: Array, x: Array, w: Array, b: Array | None) -> None:
+    """See reference.py."""
+    if b is not None:
+        kernels.fill_rows(y, b)
+    if len(x) <= FEW_ROWS:
+        kernels.linear_few(y, x, w, b is not None)
+    else:
+        _gemm(y, x, w, False, True, 0.0 if b is None else 1.0)
+
+
+def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Array, w: Array) -> None:
+    """See reference.py."""
+    _gemm(dx, dy, w, False, False, 0.0)
+    if dw is not None:
+        _gemm(dw, dy, x, True, False, 1.0)
+    if db is not None:
+        kernels.add_columns(db, dy)
+
+
+def embedding_fwd(y: Array, ids: Array, w: Array) -> None:
+    """See reference.py."""
+    kernels.embedding_fwd(y, ids, w)
+
+
+def embedding_bwd(dw: Array, dy: Array, ids: Array) -> None:
+    """See reference.py."""
+    kernels.embedding_bwd(dw, dy, ids)
+
+
+def add_rmsnorm_fwd(
+    res: Array, y: Array, rstd: Array, res_in: Array, delta: Array | None, w: Array, eps: float
+) -> None:
+    """See reference.py."""
+    kernels.add_rmsnorm_fwd(
+        res, y, rstd, res_in, _NOTHING2 if delta is None else delta, w, eps, delta is not None
+    )
+
+
+def add_rmsnorm_bwd(dres: Array, dw: Array, dy: Array, res: Array, rstd: Array, w: Array) -> None:
+    """See reference.py."""
+    kernels.add_rmsnorm_bwd(dres, dw, dy, res, rstd, w)
+
+
+def head_rmsnorm_fwd(y: Array, rstd: Array, x: Array, w: Array, eps: float) -> None:
+    """See reference.py."""
+    kernels.head_rmsnorm_fwd(y, rstd, x, w, eps)
+
+
+def head_rmsnorm_bwd(dx: Array, dw: Array, dy: Array, x: Array, rstd: Array, w: Array) -> None:
+    """See reference.py."""
+    kernels.head_rmsnorm_bwd(dx, dw, dy, x, rstd, w)
+
+
+def rope(x: Array, cos: Array, sin: Array, sign: int) -> None:
+    """See reference.py."""
+    kernels.rope(x, cos, sin, sign)
+
+
+def attention_fwd(
+    y: Array, lse: Array, q: Array, k: Array, v: Array, first: Array | None, window: int
+) -> None:
+    """See reference.py."""
+    kernels.attention_fwd(y, lse, q, k, v, _NO_BORDERS if first is None else first, window)
+
+
+def attention_bwd(
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    dy: Array,
+    y: Array,
+    lse: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    first: Array | None,
+    window: int,
+) -> None:
+    """See reference.py."""
+    borders = _NO_BORDERS if first is None else first
+    kernels.attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, borders, window)
+
+
+def swiglu_fwd(y: Array, gu: Array) -> None:
+    """See reference.py."""
+    kernels.swiglu_fwd(y, gu)
+
+
+def swiglu_bwd(dgu: Array, dy: Array, gu: Array) -> None:
+    """See reference.py."""
+    kernels.swiglu_bwd(dgu, dy, gu)
+
+
+def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | None, z_loss: float) -> None:
+    """See reference.py."""
+    kernels.cross_entropy(loss, logits, targets, scale or 0.0, scale is not None, z_loss)
+
+
+def add_sum(total: Array, x: Array) -> None:
+    """See reference.py."""
+    total += kernels.total(x, False)
+
+
+def add_sum_sq(total: Array, x: Array) -> None:
+    """See reference.py."""
+    total += kernels.total(x, True)
+
+
+def adamw(
+    w: Array,
+    master: Array,
+    m: Array,
+    v: Array,
+    g: Array,
+    factor: Array,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    step: int,
+) -> None:
+    """See reference.py."""
+    bias1, bias2 = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
+    kernels.adamw(master, m, v, g, factor[0], lr, 1 - beta1, 1 - beta2, bias1, bias2, eps, lr * decay)
+    if w.ctypes.data != master.ctypes.data:
+        copy(w, master)
+
+
+kernels.set_blas_threads(1)

@@ -1,0 +1,1 @@
+"""Planted faults that bisect must name."""

@@ -1,0 +1,1 @@
+"""Weights at rest: APR v2, Hugging Face, GGUF, PEFT; import, export, comparison, validation."""

@@ -1,0 +1,375 @@
+"""GGUF, the format of llama.cpp, through the package gguf: writing a checkpoint and reading one back.
+
+What llama.cpp wants other than a Hugging Face folder:
+
+| what              | GGUF                                                                                      |
+|-------------------|-------------------------------------------------------------------------------------------|
+| names             | token_embd, blk.N.attn_q, ...; a tied head is left out                                    |
+| q and k of Llama  | rows reordered: its rotary embedding turns neighbours (2i, 2i+1), ours halves (i, i + D/2) |
+| norms and biases  | always float32                                                                            |
+| rope scaling      | of Llama 3: a tensor rope_freqs.weight (D/2,) that divides the frequencies                |
+| vocabulary        | as many tokens as the embedding has rows; ids without a token are unused ones             |
+| pre-tokenizer     | a name that stands for a rule in llama.cpp's source                                       |
+
+Its architecture `llama` has no sliding window, so a file of a Mistral model with one says that it reads only as many
+positions as the window has: within them the two compute the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..common.atomic import atomic_write
+from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused, UsageError
+from ..model.config import FAMILIES, ModelConfig, RopeScaling
+from ..model.params import Layout, Slot
+from ..model.transformer import rope_tables
+from .tensors import BF16, require_finite
+
+ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ADJACENT = ("llama",)  # architectures whose rotary embedding turns neighbouring dimensions
+ROPE_FREQS = "rope_freqs.weight"
+NAMES = {  # parameter of ours -> tensor; {} is the layer
+    "embed": "token_embd.weight",
+    "final_norm": "output_norm.weight",
+    "head": "output.weight",
+    "attn_norm": "blk.{}.attn_norm.weight",
+    "wq": "blk.{}.attn_q.weight",
+    "wk": "blk.{}.attn_k.weight",
+    "wv": "blk.{}.attn_v.weight",
+    "bq": "blk.{}.attn_q.bias",
+    "bk": "blk.{}.attn_k.bias",
+    "bv": "blk.{}.attn_v.bias",
+    "q_norm": "blk.{}.attn_q_norm.weight",
+    "k_norm": "blk.{}.attn_k_norm.weight",
+    "wo": "blk.{}.attn_output.weight",
+    "mlp_norm": "blk.{}.ffn_norm.weight",
+    "wgate": "blk.{}.ffn_gate.weight",
+    "wup": "blk.{}.ffn_up.weight",
+    "wdown": "blk.{}.ffn_down.weight",
+}
+TYPES = ("float32", "float16", "bfloat16", "q8_0")  # what matrices can be written as
+FILE_TYPE = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type: most matrices are of this type
+BLOCK = 32  # values that share a scale in Q8_0
+
+
+def package() -> ModuleType:
+    """The package gguf. Raises InputNotFound where it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise InputNotFound("GGUF files need the package gguf: pip install 'apr[gguf]'") from None
+    return gguf
+
+
+def tensor_name(slot: Slot) -> str:
+    """The name of a parameter in a GGUF file."""
+    return NAMES[slot.param.name].format(slot.layer)
+
+
+def to_adjacent(x: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (heads * D, ...) of q or k from halves to neighbours: row i of the first half goes to 2i of its head."""
+    halves = x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(x.shape)
+
+
+def to_halves(x: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of to_adjacent."""
+    pairs = x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(x.shape)
+
+
+def turned_heads(cfg: ModelConfig, slot: Slot) -> int:
+    """Heads whose rows change places between the two formats; 0 for a parameter that stays as it is."""
+    if ARCHITECTURE[cfg.family] not in ADJACENT:
+        return 0
+    return {"wq": cfg.num_heads, "bq": cfg.num_heads, "wk": cfg.num_kv_heads, "bk": cfg.num_kv_heads}.get(
+        slot.param.name, 0
+    )
+
+
+def frequency_divisors(cfg: ModelConfig) -> np.ndarray | None:
+    """What llama.cpp divides the rotary frequencies by, float32 (D/2,); None without scaling."""
+    if cfg.rope_scaling is None:
+        return None
+    plain, scaled = (_frequencies(c) for c in (dataclasses.replace(cfg, rope_scaling=None), cfg))
+    return (plain / scaled).astype(np.float32)
+
+
+def _frequencies(cfg: ModelConfig) -> np.ndarray:
+    """Radians per position, float64 (D/2,), of the very tables that the model turns by."""
+    cos, sin = rope_tables(cfg, 2)
+    angles: np.ndarray = np.arctan2(sin[1], cos[1])
+    return angles
+
+
+def type_of(array: np.ndarray, dtype: str | None) -> str:
+    """Name of the GGUF type that a parameter is written as."""
+    if array.ndim < 2:
+        return "F32"
+    if dtype is None:
+        return {"float16": "F16", "bfloat16": "BF16"}.get(array.dtype.name, "F32")
+    if dtype == "q8_0":
+        return "Q8_0" if array.shape[-1] % BLOCK == 0 else "F16"
+    return {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+
+
+def convert(name: str, array: np.ndarray, kind: str) -> np.ndarray:
+    """The values of a parameter as they stand in the file: of its own type, or bytes (..., row bytes) for Q8_0.
+
+    Rounding is to nearest. Raises Refused for a value that is not finite, before or after."""
+    if kind == "Q8_0":
+        wide = array.astype(np.float32)
+        require_finite(wide.reshape(-1), 0, name)
+        if np.abs(wide).max(initial=0) > 127 * 65504:
+            raise Refused(f"{name}: values above {127 * 65504:.3g} do not fit Q8_0, whose scales are float16")
+        out: np.ndarray = package().quants.quantize(wide, package().GGMLQuantizationType.Q8_0)
+        return out
+    with np.errstate(over="ignore"):
+        out = array.astype({"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BF16}[kind])
+    require_finite(out.reshape(-1), 0, name)
+    return out
+
+
+def write_gguf(
+    path: str | Path,
+    cfg: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    dtype: str | None = None,
+    vocabulary: Mapping[str, Any] | None = None,
+    name: str = "",
+) -> dict[str, int]:
+    """Write a GGUF file, one tensor in memory at a time, in the place of `path`; returns tensors by type.
+
+    tensors: the parameters of cfg by Hugging Face name. dtype: of the matrices, one of TYPES; None keeps theirs (float64
+    becomes float32). Norms and biases are float32. vocabulary: keys "tokenizer...." and their values, as `vocab.keys_of`
+    gives them; None: the file has no tokenizer. Raises Refused for what llama.cpp computes otherwise, IOFailure."""
+    if dtype is not None and dtype not in TYPES:
+        raise UsageError(f"dtype = {dtype!r}: the matrices of a GGUF file are {', '.join(TYPES)}")
+    gguf = package()
+    arch = ARCHITECTURE[cfg.family]
+    if cfg.rope_scaling is not None and arch not in ADJACENT:
+        raise Refused(
+            f"{path}: llama.cpp does not scale the rotary frequencies of {arch} models; export --format hf"
+        )
+    slots = Layout(cfg).in_order()
+    writer = gguf.GGUFWriter(None, arch)
+    kinds = {s.hf: type_of(tensors[s.hf], dtype) for s in slots}
+    _model_keys(writer, cfg, arch, name, list(kinds.values()))
+    for key, value in (vocabulary or {"tokenizer.ggml.model": "none"}).items():
+        _put_key(writer, key, value)
+    types = gguf.GGMLQuantizationType
+    divisors = frequency_divisors(cfg)
+    if divisors is not None:
+        writer.add_tensor_info(ROPE_FREQS, divisors.shape, divisors.dtype, divisors.nbytes, types.F32)
+    for s in slots:
+        block, size = gguf.GGML_QUANT_SIZES[types[kinds[s.hf]]]
+        writer.add_tensor_info(
+            tensor_name(s), s.shape, np.dtype(np.int8), s.size // block * size, types[kinds[s.hf]]
+        )
+    with atomic_write(path) as f:
+        try:
+            writer.write_header_to_file(Path(f.name))
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            if divisors is not None:
+                writer.write_tensor_data(divisors)
+            for s in slots:
+                x, heads = tensors[s.hf], turned_heads(cfg, s)
+                x = convert(f"{path}: {s.hf}", to_adjacent(x, heads) if heads else x, kinds[s.hf])
+                writer.write_tensor_data(x.view(np.uint16) if x.dtype == BF16 else x)
+        finally:
+            writer.close()
+    return {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))}
+
+
+def _model_keys(writer: Any, cfg: ModelConfig, arch: str, name: str, kinds: list[str]) -> None:
+    """What llama.cpp's loader reads of a model: sizes, rotary embedding, epsilon."""
+    positions = cfg.max_position_embeddings
+    if cfg.sliding_window:
+        positions = min(positions, cfg.sliding_window)
+    writer.add_name(name or cfg.family)
+    matrices = [k for k in kinds if k != "F32"] or ["F32"]
+    writer.add_file_type(FILE_TYPE[max(set(matrices), key=matrices.count)])
+    writer.add_quantization_version(2)
+    writer.add_vocab_size(cfg.vocab_size)
+    writer.add_context_length(positions)
+    writer.add_embedding_length(cfg.hidden_size)
+    writer.add_block_count(cfg.num_layers)
+    writer.add_feed_forward_length(cfg.intermediate_size)
+    writer.add_head_count(cfg.num_heads)
+    writer.add_head_count_kv(cfg.num_kv_heads)
+    writer.add_key_length(cfg.head_dim)
+    writer.add_value_length(cfg.head_dim)
+    writer.add_rope_dimension_count(cfg.head_dim)
+    writer.add_rope_freq_base(cfg.rope_theta)
+    writer.add_layer_norm_rms_eps(cfg.rms_norm_eps)
+    if cfg.family != arch:
+        writer.add_string("apr.family", cfg.family)
+    if cfg.sliding_window:
+        writer.add_uint32("apr.sliding_window", cfg.sliding_window)
+        writer.add_uint32("apr.max_position_embeddings", cfg.max_position_embeddings)
+    if cfg.rope_scaling:
+        for key, value in dataclasses.asdict(cfg.rope_scaling).items():
+            writer.add_float64(f"apr.rope_scaling.{key}", float(value))
+
+
+def _put_key(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file of one of our architectures.
+
+    keys: of the header, by name. tensors: by Hugging Face name in our order of rows (converted when asked for), and
+    rope_freqs.weight as it is. kinds: GGUF types by the same names."""
+
+    path: Path
+    cfg: ModelConfig
+    keys: dict[str, Any]
+    tensors: Mapping[str, np.ndarray]
+    kinds: dict[str, str]
+
+
+class _Tensors(Mapping[str, np.ndarray]):
+    def __init__(self, load: dict[str, Callable[[], np.ndarray]]) -> None:
+        self._load = load
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._load[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._load)
+
+    def __len__(self) -> int:
+        return len(self._load)
+
+
+def read_gguf(path: str | Path) -> GgufFile:
+    """Open a GGUF file and map its names, types and rows back.
+
+    float32, float16 and bfloat16 are the bits of the file; Q8_0 is float32, value times scale. Raises InputNotFound,
+    MalformedFile, Refused for an architecture or type apr does not know."""
+    path = Path(path)
+    gguf = package()
+    if not path.is_file():
+        raise InputNotFound(f"{path}: no such file")
+    try:
+        reader = gguf.GGUFReader(path)
+        keys = {name: f.contents() for name, f in reader.fields.items() if not name.startswith("GGUF.")}
+    except OSError as e:
+        raise IOFailure(f"{path}: cannot read: {e}") from e
+    except Exception as e:  # whatever the package trips over
+        raise MalformedFile(
+            f"{path}: not a readable GGUF file ({type(e).__name__}: {e}); fetch or write it again"
+        ) from None
+    found = {t.name: t for t in reader.tensors}
+    cfg = _config(keys, set(found), path)
+    by_name = {tensor_name(s): s for s in Layout(cfg).in_order()}
+    load: dict[str, Callable[[], np.ndarray]] = {}
+    kinds: dict[str, str] = {}
+    for name, t in found.items():
+        slot = by_name.get(name)
+        hf = slot.hf if slot else name
+        kinds[hf] = t.tensor_type.name
+        if t.tensor_type.name not in FILE_TYPE:
+            raise Refused(f"{path}: tensor {name} is {t.tensor_type.name}; apr reads {', '.join(FILE_TYPE)}")
+        load[hf] = _loader(gguf, t, turned_heads(cfg, slot) if slot else 0)
+    return GgufFile(path, cfg, keys, _Tensors(load), kinds)
+
+
+def _loader(gguf: ModuleType, tensor: Any, heads: int) -> Callable[[], np.ndarray]:
+    shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
+
+    def load() -> np.ndarray:
+        kind = tensor.tensor_type.name
+        data = tensor.data
+        if kind == "Q8_0":
+            data = gguf.quants.dequantize(data, tensor.tensor_type)
+        elif kind == "BF16":
+            data = np.ascontiguousarray(data).view(BF16)
+        data = np.asarray(data).reshape(shape)
+        return to_halves(data, heads) if heads else data
+
+    return load
+
+
+def _config(keys: dict[str, Any], names: set[str], path: Path) -> ModelConfig:
+    """The ModelConfig of a header. Raises MalformedFile for a missing key, Refused for what we do not compute."""
+    arch = keys.get("general.architecture")
+    family = keys.get("apr.family", arch)
+    if family not in FAMILIES or ARCHITECTURE[family] != arch:
+        raise Refused(
+            f"{path}: architecture {arch!r}; apr knows {', '.join(sorted(set(ARCHITECTURE.values())))}"
+        )
+
+    def number(key: str, kind: type = int) -> Any:
+        value = keys.get(f"{arch}.{key}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**40:
+            raise MalformedFile(f"{path}: {arch}.{key} = {value!r}; a positive number is needed")
+        return kind(value)
+
+    heads, hidden = number("attention.head_count"), number("embedding_length")
+    tokens = keys.get("tokenizer.ggml.tokens")
+    scaling = {
+        k.removeprefix("apr.rope_scaling."): v for k, v in keys.items() if k.startswith("apr.rope_scaling.")
+    }
+    if ROPE_FREQS in names and not scaling:
+        raise Refused(f"{path}: scaled rotary frequencies ({ROPE_FREQS}) whose factors it does not say")
+    vocab = number("vocab_size") if f"{arch}.vocab_size" in keys else len(tokens or [])
+    layers = number("block_count")
+    if layers > len(names) or not vocab:
+        raise MalformedFile(f"{path}: {layers} layers, {len(names)} tensors, a vocabulary of {vocab}")
+    row = FAMILIES[family]
+    return ModelConfig(
+        family=family,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=number("feed_forward_length"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=number("attention.head_count_kv")
+        if f"{arch}.attention.head_count_kv" in keys
+        else heads,
+        head_dim=number("attention.key_length")
+        if f"{arch}.attention.key_length" in keys
+        else hidden // heads,
+        max_position_embeddings=int(keys.get("apr.max_position_embeddings", number("context_length"))),
+        rms_norm_eps=_float32(number("attention.layer_norm_rms_epsilon", float)),
+        rope_theta=_float32(number("rope.freq_base", float)) if f"{arch}.rope.freq_base" in keys else 10000.0,
+        tie_word_embeddings=NAMES["head"] not in names,
+        rope_scaling=RopeScaling(
+            scaling["factor"],
+            scaling["low_freq_factor"],
+            scaling["high_freq_factor"],
+            int(scaling["original_max_position_embeddings"]),
+        )
+        if scaling
+        else None,
+        qkv_bias=row.qkv_bias,
+        qk_norm=row.qk_norm,
+        sliding_window=int(keys.get("apr.sliding_window", 0)),
+    )
+
+
+def _float32(x: float) -> float:
+    """The shortest decimal that is this float32: 1e-06 is stored as 9.999999974752427e-07."""
+    return float(str(np.float32(x)))

@@ -1,0 +1,289 @@
+"""LoRA adapters in PEFT's format: a folder with adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backends import reference
+from ..common.atomic import write_json
+from ..common.errors import InputNotFound, MalformedFile, Refused
+from ..common.files import parse_json, read_text
+from ..model.config import ModelConfig
+from ..model.lora import LINEAR, PREFIX, AdapterLayout, LoraConfig
+from ..model.params import Layout, Slot
+from .hf import read_safetensors, write_safetensors
+from .registry import LoadedModel, parameters
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Keys that change what an adapter computes, with the one value that is computed here (an empty one is always good).
+MUST_BE: dict[str, Any] = {
+    "peft_type": "LORA",
+    "use_dora": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "use_bdlora": None,
+    "velora_config": None,
+    "monteclora_config": None,
+    "kappa_tune_config": None,
+}
+# Keys that are read here, or say how an adapter was trained or found, which its weights no longer depend on.
+HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r", "target_modules",
+    "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "layers_to_transform",
+    "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "runtime_config", "peft_version", "qalora_group_size", "ensure_weight_tying",
+    "tie_word_embeddings",
+}  # fmt: skip
+# How A and B may have started; the other ways also change the base, so that the adapter does not belong to it.
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_NAME = re.compile(rf"^{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<letter>A|B)(\.default)?\.weight$")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What an adapter adds to a matrix: scale * b a.  a (r,I), b (O,r), mapped."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """A checked adapter: its configuration as it stands, and what it adds, by the Hugging Face name of the matrix."""
+
+    config: dict[str, Any]
+    deltas: Mapping[str, Delta]
+    source: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of all A and B as float32, by name, and of their scales."""
+        digest = hashlib.sha256()
+        for hf, d in sorted(self.deltas.items()):
+            digest.update(f"{hf} {d.scale!r}\0".encode())
+            for x in (d.a, d.b):
+                digest.update(np.ascontiguousarray(x, "<f4").view(np.uint8).data)
+        return digest.hexdigest()
+
+    def lora_config(self, cfg: ModelConfig) -> LoraConfig:
+        """The configuration of adapters to go on with. Raises Refused where they are not the same in all layers."""
+        c = self.config
+        names = Counter(hf.split(".")[-2] for hf in self.deltas)
+        unknown = sorted(set(names) - set(LINEAR.values()))
+        uneven = [n for n, found in names.items() if found != cfg.num_layers]
+        ranks = {d.a.shape[0] for d in self.deltas.values()}
+        scales = {d.scale for d in self.deltas.values()}
+        if unknown or uneven or len(ranks) > 1 or len(scales) > 1:
+            where = "" if unknown else " in some layers only"
+            odd = [*unknown, *uneven]
+            what = f"adapts {odd[0]}{where}" if odd else "has several ranks or scales"
+            raise Refused(
+                f"{self.source}: {what}, which --lora-init does not go on with; `apr merge` makes it part of the weights"
+            )
+        targets = tuple(name for name, peft in LINEAR.items() if peft in names)
+        pattern = c.get("alpha_pattern") or {}
+        alpha = next(iter(pattern.values())) if pattern else c["lora_alpha"]
+        return LoraConfig(ranks.pop(), float(alpha), targets, bool(c.get("use_rslora")))
+
+
+def adapter_config(c: LoraConfig, base: str) -> dict[str, Any]:
+    """adapter_config.json as PEFT writes it, without the keys that are at their defaults and only matter in training."""
+    alpha = int(c.alpha) if c.alpha == int(c.alpha) else c.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": None,
+        "inference_mode": True,
+        "r": c.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": c.modules,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": c.rslora,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def write_adapter(folder: Path, layout: AdapterLayout, flat: np.ndarray, base: str) -> None:
+    """Adapters, a host buffer in the layout's order, as PEFT.from_pretrained reads them. base: what they belong to, for people.
+
+    Raises IOFailure, Refused: not finite."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.ascontiguousarray(x) for name, x in layout.named(flat).items()}
+    write_safetensors(folder / WEIGHTS, tensors, "float32")
+    write_json(folder / CONFIG, adapter_config(layout.config, base))  # last: with it the folder is whole
+
+
+def read_adapter(source: str, cfg: ModelConfig) -> LoadedAdapter:
+    """Open a PEFT LoRA folder for a model. Files, configuration, names and shapes are checked.
+
+    Raises InputNotFound, MalformedFile, Refused: what would not be honoured, by name."""
+    folder = Path(source)
+    if not (folder / CONFIG).is_file():
+        raise InputNotFound(f"{source}: no {CONFIG}; give the folder of a LoRA adapter as PEFT saves it")
+    if not (folder / WEIGHTS).is_file():
+        pickle = (folder / "adapter_model.bin").is_file()
+        hint = (
+            "; adapter_model.bin is a pickle, which can run code: save it with safe_serialization=True"
+            if pickle
+            else ""
+        )
+        raise InputNotFound(f"{folder}: no {WEIGHTS}{hint}")
+    config = parse_json(read_text(folder / CONFIG), str(folder / CONFIG))
+    _check_config(config, str(folder / CONFIG))
+    tensors = read_safetensors(folder / WEIGHTS)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name in tensors:
+        match = _NAME.match(name)
+        if match is None:
+            raise Refused(
+                f"{folder / WEIGHTS}: tensor {name!r} is no A or B of a linear map (lora_A, lora_B), which is all that apr adds"
+            )
+        found.setdefault(match["module"], {})[match["letter"]] = tensors[name]
+    if not found:
+        raise MalformedFile(f"{folder / WEIGHTS}: holds no adapter")
+    by_hf = Layout(cfg).by_hf
+    deltas = {}
+    for module, pair in found.items():
+        slot = by_hf.get(f"{module}.weight")
+        if slot is None or len(slot.shape) != 2 or slot.param.name == "embed":
+            hint = (
+                "; the head is tied to the embedding"
+                if module == "lm_head" and cfg.tie_word_embeddings
+                else ""
+            )
+            raise Refused(f"{folder / WEIGHTS}: adapts {module}, which is no linear map of this model{hint}")
+        deltas[slot.hf] = _delta(config, module, pair, slot, str(folder / WEIGHTS))
+    return LoadedAdapter(config, deltas, source)
+
+
+def _check_config(config: dict[str, Any], source: str) -> None:
+    for key, value in config.items():
+        if key in HARMLESS:
+            continue
+        if key == "init_lora_weights":
+            if value not in STARTS:
+                raise Refused(
+                    f"{source}: {key} = {value!r} changes the base weights too; save the adapter converted to plain LoRA "
+                    "(path_initial_model_for_weight_conversion)"
+                )
+            continue
+        want = MUST_BE.get(key)
+        if key in MUST_BE and (value == want or (key not in ("peft_type", "bias") and not value)):
+            continue
+        if key not in MUST_BE and value in (None, False, [], {}, ""):
+            continue
+        said = (
+            f"apr honours {want!r} only"
+            if key in MUST_BE
+            else "apr does not know this key, and it may change what is computed"
+        )
+        raise Refused(f"{source}: {key} = {value!r}; {said}")
+    if config.get("peft_type") != "LORA":
+        raise Refused(f"{source}: peft_type = {config.get('peft_type')!r}; apr merges LORA only")
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise MalformedFile(f"{source}: {key} = {value!r} is not a number above 0")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise MalformedFile(f"{source}: {key} = {config[key]!r} is not an object")
+
+
+def _of_pattern(config: dict[str, Any], key: str, module: str, usual: str) -> float:
+    """A number of a module: that of the first pattern (a regular expression, as in PEFT) that ends its name, or the usual."""
+    for pattern, value in (config.get(key) or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return float(value)
+        except re.error as e:
+            raise MalformedFile(f"{key}: {pattern!r} is not a regular expression: {e}") from None
+    return float(config[usual])
+
+
+def _delta(
+    config: dict[str, Any], module: str, pair: dict[str, np.ndarray], slot: Slot, source: str
+) -> Delta:
+    if set(pair) != {"A", "B"}:
+        raise MalformedFile(f"{source}: {module} has lora_{next(iter(pair))} only")
+    a, b = pair["A"], pair["B"]
+    rank = _of_pattern(config, "rank_pattern", module, "r")
+    if a.shape != (rank, slot.shape[1]) or b.shape != (slot.shape[0], rank):
+        raise Refused(
+            f"{source}: {module} has lora_A {a.shape} and lora_B {b.shape}; rank {rank:g} of this model's {slot.shape} takes "
+            f"({rank:g}, {slot.shape[1]}) and ({slot.shape[0]}, {rank:g}): is it the adapter of another model?"
+        )
+    alpha = _of_pattern(config, "alpha_pattern", module, "lora_alpha")
+    return Delta(a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def add_adapter(layout: Layout, flat: np.ndarray, adapter: LoadedAdapter) -> None:
+    """flat += scale * b a for every adapted matrix, in float64 and rounded once.  flat (layout.size,) float32, on the host"""
+    for hf, delta in adapter.deltas.items():
+        s = layout.by_hf[hf]
+        view = flat[s.offset : s.offset + s.size].reshape(s.shape)
+        a, b = np.asarray(delta.a, np.float64), np.asarray(delta.b, np.float64)
+        total, unused = view.astype(np.float64), np.empty_like(a)
+        reference.linear_bwd(unused, total, None, np.ascontiguousarray(b.T) * delta.scale, a, total)
+        if not np.isfinite(total).all():
+            raise Refused(f"{adapter.source}: {hf} with its adapter is not finite")
+        view[...] = total
+
+
+def adapter_start(layout: AdapterLayout, adapter: LoadedAdapter) -> np.ndarray:
+    """The A and B of an adapter in a layout's order, float32 on the host."""
+    flat = np.zeros(layout.size, np.float32)
+    for p in layout.pairs:
+        delta = adapter.deltas[p.base.hf]
+        for s, x in ((p.a, delta.a), (p.b, delta.b)):
+            flat[s.offset : s.offset + s.size] = np.asarray(x, np.float32).reshape(-1)
+    return flat
+
+
+def merge_error(
+    base: LoadedModel, adapter: LoadedAdapter, merged: LoadedModel, dtype: str
+) -> tuple[float, str]:
+    """How far a checkpoint is from a base with an adapter, as a share of what rounding in a run of this dtype allows, and the
+    tensor where it is worst; infinite where a tensor without adapter differs."""
+    layout, last = Layout(base.cfg), 2.0**-8 if dtype == "bfloat16" else 0.0
+    have, there, worst, where = parameters(layout, base), parameters(layout, merged), 0.0, "no tensor"
+    for s in layout.in_order():
+        x = have[s.hf].astype(np.float32)
+        x = x.astype("bfloat16").astype(np.float64) if last else x.astype(np.float64)
+        got, delta = there[s.hf].astype(np.float64), adapter.deltas.get(s.hf)
+        if delta is None:
+            off = 0.0 if np.array_equal(got, x) else np.inf
+        else:
+            a, b = np.asarray(delta.a, np.float64), np.asarray(delta.b, np.float64)
+            want, size = x + delta.scale * (b @ a), np.abs(x) + delta.scale * (np.abs(b) @ np.abs(a))
+            room = (a.shape[0] + 4) * np.finfo(np.float32).eps * size + last * np.abs(want) + 1e-30
+            off = float((np.abs(got - want) / room).max())
+        if not off <= worst:
+            worst, where = off, s.hf
+    return worst, where

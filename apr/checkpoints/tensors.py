@@ -1,0 +1,148 @@
+"""Checkpoints on disk.
+
+| module | what                                                       |
+|--------|------------------------------------------------------------|
+| atomic | files appear whole or not at all                           |
+| apr2   | APR v2: one file with metadata, tokenizer and tensors      |
+| hf     | Hugging Face: config.json and safetensors                  |
+| models | whatever the user names as MODEL, and filling a buffer     |
+
+Here stands what they share. Files are hostile (see apr/common/files.py): sizes and offsets are checked against the length of
+the file before anything is allocated or mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from ..common.errors import Refused, UsageError
+from ..model.params import Layout
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+SAVED = {  # what we write floating point tensors as
+    "float32": np.dtype(np.float32),
+    "bfloat16": BF16,
+    "float16": np.dtype(np.float16),
+}
+CHUNK = 1 << 20  # elements converted or compared at a time: bounds the memory of a conversion
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file: its dtype, shape, and offset in bytes from the start of the file."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFile(Mapping[str, np.ndarray]):
+    """Tensors of one file by name: read-only arrays, mapped, so that bytes are read when touched.
+
+    metadata: texts that a safetensors file holds beside them."""
+
+    def __init__(
+        self, path: Path, f: BinaryIO, entries: Iterable[Stored], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """f is the open handle through which the file was checked: a later rename changes nothing."""
+        self.path = path
+        self.metadata = dict(metadata or {})
+        self.entries = {e.name: e for e in entries}
+        self._bytes = np.asarray(np.memmap(f, np.uint8, "r"))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        e = self.entries[name]
+        return self._bytes[e.offset : e.offset + e.nbytes].view(e.dtype).reshape(e.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def saved_dtype(array: np.ndarray, dtype: str | None) -> np.dtype[Any]:
+    """The dtype an array is written with: floating point becomes `dtype` (None: stays), integers stay."""
+    if dtype is not None and dtype not in SAVED:
+        raise UsageError(f"dtype = {dtype!r}: weights are saved as {' or '.join(SAVED)}")
+    if dtype is None or not is_float(array.dtype):
+        return np.dtype(array.dtype.type)
+    return SAVED[dtype]
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether a dtype is floating point, bfloat16 included."""
+    return dtype == BF16 or np.issubdtype(dtype, np.floating)
+
+
+def encode(name: str, array: np.ndarray, dtype: np.dtype[Any], finite: bool = True) -> Iterator[memoryview]:
+    """The little-endian bytes of an array as `dtype`, CHUNK elements at a time.
+
+    Conversion rounds to nearest, ties to even. finite: raises Refused for a value that is not: a
+    checkpoint that cannot be loaded again must not take the place of one that can.
+    """
+    flat = np.asarray(array).reshape(-1)
+    for start in range(0, flat.size, CHUNK):
+        part = flat[start : start + CHUNK]
+        if dtype == BF16 and part.dtype == np.float64:
+            part = _round_to_odd(part)
+        with np.errstate(over="ignore"):
+            out = part.astype(dtype, copy=False)
+        if finite:
+            require_finite(out, start, name)
+        yield np.ascontiguousarray(out).view(np.uint8).data
+
+
+def require_finite(part: np.ndarray, start: int, name: str) -> None:
+    """Raises Refused naming the first value of a flat array that is NaN or infinite."""
+    if is_float(part.dtype):
+        good = np.isfinite(part)
+        if not good.all():
+            i = int(np.argmin(good))
+            raise Refused(f"{name}: element {start + i} is {part[i]} in {part.dtype}; weights must be finite")
+
+
+def _round_to_odd(x: np.ndarray) -> np.ndarray:
+    """float64 -> float32 such that rounding the result again rounds the original once.
+
+    Boldo and Melquiond 2008. ml_dtypes converts float64 through float32, which would round twice.
+    """
+    with np.errstate(over="ignore"):
+        y = x.astype(np.float32)
+    bits = y.view(np.uint32)
+    inexact = y != x
+    bits[inexact & (np.abs(y) > np.abs(x))] -= 1  # one step towards zero
+    bits[inexact] |= 1
+    return y
+
+
+def mismatch(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What keeps tensors of these names and shapes from being the parameters of a layout; "" if nothing.
+
+    Compares in both directions: every parameter there, every tensor known, shapes equal.
+    """
+    want = {s.hf: s.shape for s in layout.in_order()}
+    wrong = [f"{n} {shapes[n]}, not {want[n]}" for n in want if n in shapes and shapes[n] != want[n]]
+    kinds = {
+        "missing": [n for n in want if n not in shapes],
+        "unexpected": sorted(set(shapes) - set(want)),
+        "of wrong shape": wrong,
+    }
+    return "; ".join(
+        f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for kind, names in kinds.items()
+        if names
+    )

@@ -1,0 +1,314 @@
+"""`apr bisect MODEL`: which op of which layer is wrong. Each side runs a training step op by op beside the reference in
+float64; or beside a trace (--against T.safetensors), or beside Hugging Face transformers (--against hf).
+
+Example: apr bisect qwen2-tiny --sides cuda/float32,cuda/bfloat16"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from .. import backends
+from ..backends.select import choose
+from ..bisect import against, hf, show, stored
+from ..bisect import batch as batches
+from ..bisect.report import Report, Row
+from ..bisect.stages import Batch, Plan, Side, configuration, host_bytes, run, upload
+from ..checkpoints.opening import Source, open_source
+from ..common.errors import IOFailure, Refused, UsageError
+from ..common.host import available_memory
+from ..common.options import given, option
+from ..model.config import PRESETS
+from ..model.cost import check_fits, check_positions, memory
+from ..model.transformer import IGNORED
+from .trace import read_ids, read_targets
+
+AGREE, DIFFER = 0, 9
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr bisect`."""
+
+    model: str = option(
+        "an .apr file, a Hugging Face folder, or a preset (random weights)", "", positional=True
+    )
+    sides: str = option(
+        "what is judged: DEVICE[/DTYPE], several with commas: cpu, cuda/bfloat16, cuda:1/float32, reference/float32",
+        "auto",
+    )
+    against: str = option(
+        "judge by a file of `apr trace`, or by `hf`: Hugging Face transformers (default: the reference in float64)",
+        "",
+    )
+    tokens: str = option('ids: "1,2,3", or a .json or .npy file of one row or (B,T)', "")
+    targets: str = option("file of targets (B,T), -100 ignored (default: the next tokens)", "")
+    text: str = option("a text file (default: a passage of prose and code)", "")
+    dataset: str = option("a folder of token shards: the first batch that training draws of it", "")
+    mask_documents: bool = option(
+        "attention stops where a document ends, as `apr pretrain --mask-documents`", False
+    )
+    batch_size: int = option("sequences", 2)
+    seq_length: int = option("tokens per sequence", 32)
+    first: bool = option("stop at the first stage that finds a fault", False)
+    backward: bool = option("also backward, optimizer and state; --no-backward: forward and loss", True)
+    free: bool = option("also errors as they accumulate; --no-free: each op alone", True)
+    picture: str = option('the picture to write; "" for none', "bisect.png")
+    rows: int = option("rows of faults to list", 8)
+    catalogue: bool = option(
+        "plant every fault of the catalogue in a small model and list what is found", False
+    )
+    threads: int | None = option("CPU threads (default: all cores)")
+    seed: int = option("of a preset's random weights and of ids drawn at random", 42)
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code: 0 when all agree, 9 when not; errors are raised."""
+    explicit = given(Flags, args, "apr bisect", __doc__ or "")
+    f = Flags(**explicit)
+    _refuse_unused(f, explicit)
+    if f.catalogue:
+        from ..bisect.planted.catalogue import print_catalogue
+
+        return print_catalogue(f.json)
+    if not f.model:
+        raise UsageError(
+            "say which model: an .apr file, a Hugging Face folder or a preset such as qwen2-tiny"
+        )
+    if f.batch_size < 1 or f.seq_length < 2 or f.rows < 0 or f.seed < 0:
+        raise UsageError(
+            "--batch-size must be at least 1, --seq-length at least 2 (one position shows no fault of attention), --rows and "
+            "--seed at least 0"
+        )
+    if sum(map(bool, (f.tokens, f.text, f.dataset))) > 1:
+        raise UsageError(
+            "--tokens, --text and --dataset are three ways to say what goes in; give one of them"
+        )
+    if f.targets and not f.tokens and f.against in ("", "hf"):
+        raise UsageError("--targets goes with --tokens")
+    _check_picture(f)
+    console = Console(highlight=False, quiet=f.json)
+    reports = _against(f, console) if f.against else _beside_reference(f, console)
+    pictures = _pictures(f, reports)
+    for report in reports:
+        show.print_report(report, console, f.rows)
+    if f.json:
+        print(json.dumps({"reports": [r.as_json() for r in reports], "pictures": pictures}, indent=1))
+    for report, picture in zip(reports, pictures, strict=True):
+        if picture:  # last: what was found is shown by then, whatever comes of the file
+            show.picture(report, Path(picture))
+            console.print(f"picture: {picture}", soft_wrap=True)
+    return AGREE if all(r.agree for r in reports) else DIFFER
+
+
+def _beside_reference(f: Flags, console: Console) -> list[Report]:
+    """Each side in lockstep with the reference."""
+    source = open_source(f.model, "float32", f.seed)
+    batch, checked = _batch(f, source)
+    check_positions(source.cfg, batch.shape[1])
+    as_stored = stored.rows(f.model, source.cfg, source.host)
+    plan = Plan(f.free, f.backward, f.backward, f.backward, f.first)
+    reports = []
+    for side in _sides(f, source):
+        _check_memory(side, batch, plan)
+        report = Report(f.model, ("reference float64", side.name), batch.words)
+        report.add([*checked, *batches.rows(batch, source.cfg), *as_stored])
+        report.notes += [n for n in [batches.can_show(batch)] if n]
+        if side.name == report.sides[0]:
+            report.notes.append(
+                "the reference is compared with itself: this can only show what changes from run to run"
+            )
+        with console.status("") as status:
+
+            def progress(stage: str, status: Any = status, side: Side = side) -> None:
+                status.update(f"{side.name}: {stage}")
+
+            run(source.cfg, side, source.host, batch, report, plan, progress)
+        reports.append(report)
+    return reports
+
+
+def _against(f: Flags, console: Console) -> list[Report]:
+    """Each side after a trace: a file, or what transformers computes now."""
+    made_here, believed = f.against == "hf", None
+    source = open_source(f.model, "float64" if made_here else "float32", f.seed)
+    if made_here:
+        batch, _ = _batch(f, source)
+        check_positions(source.cfg, batch.shape[1])
+        with console.status("transformers"):
+            if f.model in PRESETS:
+                named = source.layout.named(source.host)
+                want = hf.trace_of_weights(source.cfg, named, batch.ids, batch.targets, gradients=f.backward)
+            else:
+                want = hf.trace_of(f.model, batch.ids, batch.targets, gradients=f.backward)
+        name, dtype, words, backward = "transformers float64", "float64", batch.words, f.backward
+    else:
+        tokens = read_ids(f.tokens, source.cfg, "--tokens", lowest=0) if f.tokens else None
+        targets = read_ids(f.targets, source.cfg, "--targets", lowest=IGNORED) if f.targets else None
+        trace = against.read_trace(f.against, tokens, targets)
+        dtype, backward = trace.dtype, trace.gradients
+        source = open_source(f.model, "float64" if dtype == "float64" else "float32", f.seed)
+        against.same_model(f.against, trace, source.sha256)
+        want = trace.tensors
+        batch = Batch(trace.ids, trace.targets, f"what went into {f.against}")
+        believed = against.config_of(f.against, trace)
+        name = f"{f.against} ({trace.metadata.get('backend', 'a trace')} {dtype})"
+        words = batch.words
+    reports = []
+    for side in _sides(f, source):
+        report = Report(f.model, (name, side.name), words)
+        _check_memory(side, batch, Plan(free=True, backward=backward, optimizer=False, state=False))
+        with console.status(f"{side.name} beside {name}"):
+            model = side.model(source.host, batch.shape, train=backward)
+            report.add(upload(model, source.host))
+            report.add(against.compare_with_trace(model, source.host, batch.ids, batch.targets, want, dtype))
+        if believed is not None:
+            report.add(configuration(believed, side.cfg))
+        if broken := [k for k, x in want.items() if not np.isfinite(x).all() and not k.endswith("lse")]:
+            report.notes.append(f"the trace itself holds NaN or infinity, first in {broken[0]}")
+        for stage in ("configuration", "data", "optimizer", "state"):
+            if not report.of(stage):
+                report.skipped[stage] = "a trace does not show it"
+        reports.append(report)
+    return reports
+
+
+def _batch(f: Flags, source: Source) -> tuple[Batch, list[Row]]:
+    batch, rows = _given(f, source)
+    if not f.mask_documents:
+        return batch, rows
+    if source.tokenizer is None and f.model not in PRESETS:
+        raise Refused(
+            f"{f.model}: no tokenizer in it, so nothing says which id ends a document; drop --mask-documents"
+        )
+    end = source.tokenizer.eos_id if source.tokenizer else 0
+    if end is None:
+        raise Refused(f"{f.model}: its tokenizer has no end-of-text id; drop --mask-documents")
+    if not (f.tokens or f.dataset):
+        return batches.in_documents(batch, end), rows
+    return replace(
+        batch, document_end=end, words=f"{batch.words}, documents masked that end with id {end}"
+    ), rows
+
+
+def _given(f: Flags, source: Source) -> tuple[Batch, list[Row]]:
+    shape = (f.batch_size, f.seq_length)
+    if f.tokens:
+        ids = read_ids(f.tokens, source.cfg, "--tokens", lowest=0)
+        return batches.from_ids(ids, read_targets(f.targets, ids, source.cfg), "--tokens"), []
+    if f.dataset:
+        return batches.from_dataset(f.dataset, shape, f.seed, source.cfg.vocab_size)
+    if source.tokenizer is None:
+        if f.text:
+            raise Refused(f"{f.model}: no tokenizer in it, so --text cannot be read; give --tokens")
+        return batches.at_random(source.cfg, shape, f.seed), []
+    text = batches.read_text(f.text) if f.text else batches.PASSAGE * (1 + shape[0] * shape[1] // 128)
+    return batches.from_text(text, source.tokenizer, shape, f.text or "a passage of prose and code")
+
+
+def _sides(f: Flags, source: Source) -> list[Side]:
+    sides: list[Side] = []
+    for text in f.sides.split(","):
+        asked = re.fullmatch(r"(auto|cpu|reference|cuda(?::\d+)?)(?:/(\w+))?", text.strip())
+        if not asked:
+            raise UsageError(
+                f"--sides {f.sides}: expected DEVICE or DEVICE/DTYPE, such as cpu or cuda/bfloat16"
+            )
+        device, dtype = asked[1], asked[2]
+        backend: Any = (
+            backends.get("reference") if device == "reference" else choose(device, dtype, f.threads).backend
+        )
+        dtype = dtype or backend.dtypes[0]
+        if dtype not in backend.dtypes:
+            raise Refused(
+                f"--sides {text}: the {backend.name} backend computes in {', '.join(backend.dtypes)}"
+            )
+        side = Side(backend, source.cfg, dtype)
+        if side.name in (s.name for s in sides):
+            raise UsageError(f"--sides {f.sides}: {side.name} twice")
+        sides.append(side)
+    return sides
+
+
+def _check_memory(side: Side, batch: Batch, plan: Plan) -> None:
+    if side.backend.name == "cuda":
+        need = memory(
+            side.cfg,
+            side.backend,
+            *batch.shape,
+            dtype=side.dtype,
+            train=plan.backward,
+            loss_rows=batch.ids.size,
+        )
+        check_fits(need, side.backend, "use --no-backward, or a smaller --batch-size or --seq-length")
+    need_host, have = host_bytes(side, batch.shape, plan), available_memory()
+    if have is not None and need_host > have:
+        other = {
+            "--no-free": replace(plan, free=False),
+            "--no-backward": replace(plan, backward=False, optimizer=False, state=False),
+            "--no-free --no-backward": Plan(free=False, backward=False, optimizer=False, state=False),
+        }
+        sizes = {flag: host_bytes(side, batch.shape, p) / 2**30 for flag, p in other.items()}
+        less = ", ".join(f"with {flag} {size:.1f}" for flag, size in sizes.items())
+        raise Refused(
+            f"the reference in float64 needs {need_host / 2**30:.1f} GiB of main memory and {have / 2**30:.1f} GiB are "
+            f"free; {less}"
+        )
+
+
+def _pictures(f: Flags, reports: list[Report]) -> list[str]:
+    """The file of the picture of each report, "" for none."""
+    path = Path(f.picture)
+    if not f.picture or len(reports) == 1:
+        return [f.picture] * len(reports)
+    return [str(path.with_stem(f"{path.stem}-{re.sub('[^a-z0-9]+', '-', r.sides[1])}")) for r in reports]
+
+
+def _refuse_unused(f: Flags, explicit: dict[str, Any]) -> None:
+    """Raise UsageError for options that would change nothing."""
+    unused: tuple[str, ...] = ()
+    beside, why = "", ""
+    if f.catalogue:
+        unused = tuple(name for name in explicit if name not in ("catalogue", "json"))
+        beside, why = "--catalogue", "it plants its faults in small models on the cpu backend"
+    elif f.against == "hf":
+        unused = ("dataset", "first", "free", "mask_documents")
+        beside, why = "--against hf", "all taps are compared, free and forced, in one go"
+    elif f.against:
+        unused = (
+            "dataset",
+            "first",
+            "free",
+            "mask_documents",
+            "text",
+            "batch_size",
+            "seq_length",
+            "backward",
+        )
+        beside, why = f"--against {f.against}", "what went in and which taps there are is in the file"
+    elif f.tokens:
+        unused = ("batch_size", "seq_length")
+        beside, why = "--tokens", "the ids say how many there are"
+    for name in unused:
+        if name in explicit:
+            flag = name.replace("_", "-")
+            typed = "MODEL" if name == "model" else f"--no-{flag}" if explicit[name] is False else f"--{flag}"
+            raise UsageError(f"{typed} does not go with {beside}: {why}")
+
+
+def _check_picture(f: Flags) -> None:
+    """Raise IOFailure before anything is computed when the picture cannot be written where it is asked for."""
+    path = Path(f.picture)
+    if f.picture and (path.is_dir() or not path.parent.is_dir()):
+        what = "is a folder" if path.is_dir() else f"the folder {path.parent} does not exist"
+        raise IOFailure(
+            f"--picture {f.picture}: {what}; name a file in a folder that exists, or --picture '' for none"
+        )

@@ -1,0 +1,111 @@
+"""`apr diff A B`: what differs between two checkpoints or traces, tensor by tensor, worst first.
+
+A and B are .apr files, Hugging Face folders, .safetensors files (what `apr trace` writes, say) or GGUF files, in any pairing.
+Exit code 0 when they are equal, 9 when they differ, in tensors or in what they say of themselves (config, tokenizer).
+Without --tolerance tensors must have equal bits; --tolerance 0 wants equal values, whatever the dtype.
+
+Example: apr diff runs/demo/ckpt/epoch-009.apr runs/demo/ckpt/epoch-010.apr --top 10"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from ..checkpoints.compare import Difference, Row, compare, open_side
+from ..common.errors import UsageError
+from ..common.options import option, parse
+from ..training.show import Show
+
+DIFFERS = 9  # exit code
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr diff`."""
+
+    a: str = option("an .apr file, a Hugging Face folder, a .safetensors or a GGUF file", positional=True)
+    b: str = option("another", positional=True)
+    tolerance: float | None = option(
+        "largest relative root mean square of a tensor's difference that counts as equal (default: equal bits)"
+    )
+    prefix: str = option("only tensors whose names start with this", "")
+    top: int = option("rows to show; 0: all", 20)
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code: 9 when the sides differ; errors are raised."""
+    f = parse(Flags, args, "apr diff", __doc__ or "")
+    if f.tolerance is not None and not 0 <= f.tolerance < math.inf:
+        raise UsageError(f"--tolerance {f.tolerance}: must be at least 0")
+    if f.top < 0:
+        raise UsageError(f"--top {f.top}: must be at least 0")
+    a, b = open_side(f.a), open_side(f.b)
+    found = compare(a, b, f.tolerance, f.prefix)
+    if f.prefix and not found.rows:
+        raise UsageError(f"--prefix {f.prefix}: no tensor of either side starts with it")
+    if f.json:
+        print(
+            json.dumps(
+                {
+                    "a": f.a,
+                    "b": f.b,
+                    "equal": found.equal,
+                    "counts": found.counts,
+                    "facts": [{"key": k, "a": x, "b": y} for k, x, y in found.facts],
+                    "tensors": [_plain(asdict(r)) for r in found.rows],
+                },
+                indent=2,
+            )
+        )
+    else:
+        _print(Show(), f, found)
+    return 0 if found.equal else DIFFERS
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinity are no JSON."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _print(show: Show, f: Flags, found: Difference) -> None:
+    rows = [r for r in found.rows if not r.within(f.tolerance)]
+    shown = rows[: f.top] if f.top else rows
+    if shown:
+        table = Table(box=None, padding=(0, 2), title=f"a = {f.a}, b = {f.b}", title_justify="left")
+        table.add_column("tensor", overflow="fold", min_width=min(56, max(len(r.name) for r in shown)))
+        for name in ("state", "max abs", "rms", "relative", "cosine", "dtype and shape"):
+            table.add_column(name)
+        for r in shown:
+            table.add_row(*(Text(cell) for cell in _cells(r)))
+        show.console.print(table)
+    if len(rows) > len(shown):
+        show.note(f"... and {len(rows) - len(shown)} more that differ; --top 0 shows all")
+    for key, x, y in found.facts:
+        show.note(f"{key}: {x!r} in a, {y!r} in b")
+    counts = ", ".join(f"{n} {state}" for state, n in found.counts.items()) or "no tensors"
+    show.note(
+        f"{'EQUAL' if found.equal else 'DIFFERENT'}: {counts}{f'; {len(found.facts)} facts differ' if found.facts else ''}"
+    )
+
+
+def _cells(r: Row) -> list[str]:
+    def figure(x: float | None, digits: str = ".3g") -> str:
+        return "" if x is None else format(x, digits)
+
+    where = r.a if r.a == r.b else f"{r.a or 'none'} / {r.b or 'none'}"
+    return [
+        r.name,
+        r.state,
+        figure(r.max_abs),
+        figure(r.rms),
+        figure(r.relative),
+        figure(r.cosine, ".6f"),
+        where,
+    ]

@@ -1,0 +1,340 @@
+"""`apr eval MODEL`: how good a checkpoint is, by one of four measures.
+
+  --dataset DIR     loss on token shards: nats/token, bits/byte, perplexity
+  --text FILE       the same on text, JSONL or Parquet (a file or a folder)
+  --choices FILE    multiple choice by loss: ARC, PIQA and plain JSONL
+  --humaneval FILE  programs that pass their tests: pass@k on HumanEval.jsonl.gz
+
+Examples:
+  apr eval runs/demo/ckpt/epoch-010.apr --dataset shards/val
+  apr eval path/to/hf-folder --text wiki.txt --seq-length 1024 --stride 512 --picture loss.png
+  apr eval path/to/hf-folder --choices ARC-Easy-Test.jsonl
+  apr eval path/to/hf-folder --humaneval HumanEval.jsonl.gz --samples 20 --temperature 0.2 --output programs.jsonl
+
+docs/eval.md says what each figure is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import backends
+from ..common.atomic import write_text
+from ..common.errors import InputNotFound, Refused, UsageError
+from ..common.options import given, option
+from ..data.audit import sides_of, tokenizer_beside
+from ..data.guards import enforce, fits_model
+from ..data.manifest import MANIFEST
+from ..data.shards import TokenShards
+from ..evaluation.score import Opened, Scorer, fitting, open_model, prefix_ids
+from ..model.cost import check_positions
+from ..tokenizer.tokenizer import Tokenizer
+from ..training.rundir import versions
+from ..training.show import Show
+
+MODES = ("dataset", "text", "choices", "humaneval")
+SEQ_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr eval`."""
+
+    model: str = option("an .apr file or a Hugging Face folder", positional=True)
+    dataset: str | None = option(
+        "folder of token shards, or one that holds val/ (made by the model's tokenizer)"
+    )
+    text: str | None = option("file or folder of text, JSONL or Parquet; every document is scored by itself")
+    choices: str | None = option("JSONL of multiple-choice questions: ARC, PIQA or plain")
+    humaneval: str | None = option("HumanEval.jsonl or HumanEval.jsonl.gz")
+    seq_length: int | None = option(
+        f"tokens that the model reads at once (default: {SEQ_LENGTH}, or as many as the model can)"
+    )
+    stride: int | None = option(
+        "tokens between the beginnings of windows; below --seq-length only the last STRIDE tokens of a window are scored, "
+        "each with more context (default: --seq-length)"
+    )
+    max_tokens: int | None = option("score about so many tokens (default: all)")
+    batch_size: int | None = option("windows at once (default: by memory)")
+    bos: str = option(
+        "what stands before each text: auto, what the tokenizer itself puts there; eos, the end-of-text id; none",
+        "auto",
+        choices=("auto", "eos", "none"),
+    )
+    content_field: str = option("key or column of the text in JSONL and Parquet", "text")
+    mask_documents: bool = option("attention ends at the end-of-text ids of the shards", False)
+    limit: int | None = option("only the first so many questions or problems (default: all)")
+    samples: int = option("programs for each problem", 1)
+    temperature: float | None = option(
+        "of the draws (default: 0 for one sample, which takes the most likely tokens, else 0.8)"
+    )
+    top_k: int = option("draw from the k most likely tokens only; 0: from all", 0)
+    top_p: float = option("draw from the fewest tokens that together have this probability", 1.0)
+    max_new_tokens: int = option("most tokens of a program", 512)
+    timeout: float = option("seconds that a program may run", 5.0)
+    seed: int = option("of the draws", 42)
+    picture: str | None = option("PNG of the loss by position in the window")
+    output: str | None = option("JSONL with a line for each question or program", short="o")
+    tokenizer: str | None = option("tokenizer.json or its folder, for a checkpoint that holds none")
+    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    backend: str | None = option(
+        "reference, cpu or cuda; says the backend when --device does not", choices=backends.NAMES
+    )
+    dtype: str | None = option(
+        "of weights and activations (default: bfloat16 on cuda, float32 on cpu, float64 on reference)",
+        choices=("float64", "float32", "bfloat16"),
+    )
+    threads: int | None = option("CPU threads (default: all cores)")
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+# Which flags a measure honours, beside those of every one.
+ALWAYS = {"model", "tokenizer", "device", "backend", "dtype", "threads", "json"}
+WINDOWS = {"seq_length", "batch_size"}
+HONOURED = {
+    "dataset": WINDOWS | {"stride", "max_tokens", "mask_documents", "picture"},
+    "text": WINDOWS | {"stride", "max_tokens", "bos", "content_field", "picture"},
+    "choices": WINDOWS | {"bos", "limit", "output"},
+    "humaneval": {
+        "limit",
+        "samples",
+        "temperature",
+        "top_k",
+        "top_p",
+        "max_new_tokens",
+        "timeout",
+        "seed",
+        "output",
+    },
+}
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    named = given(Flags, args, "apr eval", __doc__ or "")
+    f = Flags(**named)
+    mode = _mode(named)
+    for name in ("max_tokens", "limit", "batch_size", "seq_length", "max_new_tokens"):
+        value = getattr(f, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if f.backend == "reference" and mode == "humaneval" and f.dtype is None:
+        f = replace(f, dtype="float32")  # a program needs thousands of tokens
+    opened = open_model(f.model, f.device, f.dtype, f.threads, f.backend, f.tokenizer)
+    show = Show(quiet=f.json)
+    run: Callable[[Flags, Opened, Show], dict[str, Any]] = {
+        "dataset": _loss, "text": _loss, "choices": _choices, "humaneval": _humaneval,
+    }[mode]  # fmt: skip
+    try:
+        result = run(f, opened, show)
+    finally:
+        show.stop()
+    rows = result.pop("rows", None)
+    if f.output and rows is not None:
+        write_text(f.output, "".join(json.dumps(r) + "\n" for r in rows))
+    result |= {
+        "model": f.model,
+        "model_sha256": opened.loaded.sha256,
+        "backend": opened.backend.name,
+        "dtype": opened.dtype,
+        "versions": versions(),
+    }
+    if f.json:
+        print(json.dumps(result))
+    else:
+        _print(show, f, mode, result)
+    return 0
+
+
+def _mode(named: dict[str, Any]) -> str:
+    """Which measure a command line asks for. Raises UsageError: none, several, or a flag that it does not honour."""
+    modes = [m for m in MODES if named.get(m) is not None]
+    if len(modes) != 1:
+        flags = ", ".join(f"--{m}" for m in MODES)
+        raise UsageError(
+            f"give one of {flags}" + (f", not {len(modes)} of them" if modes else ": what to evaluate on")
+        )
+    for name in named:
+        if name not in ALWAYS | HONOURED[modes[0]] | {modes[0]}:
+            where = " and ".join(f"--{m}" for m in MODES if name in HONOURED[m])
+            raise UsageError(f"--{name.replace('_', '-')} goes with {where}, not with --{modes[0]}")
+    return modes[0]
+
+
+def _seq_length(f: Flags, opened: Opened) -> int:
+    return f.seq_length or min(SEQ_LENGTH, opened.cfg.max_position_embeddings)
+
+
+def _loss(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
+    from ..evaluation import loss
+
+    seq = _seq_length(f, opened)
+    stride = f.stride if f.stride is not None else seq
+    loss.check_stride(seq, stride)
+    end = None
+    if f.dataset is not None:
+        tokenizer, shards = _shards(f, opened)
+        if f.mask_documents:
+            end = shards.border_id
+            if end is None:
+                raise Refused(
+                    f"--mask-documents: {shards.folder} was encoded with eos_policy none: no id ends a document"
+                )
+        texts = loss.shard_windows(shards, seq, stride, f.max_tokens)
+    else:
+        tokenizer = opened.need_tokenizer()
+        texts = loss.text_windows(str(f.text), tokenizer, seq, stride, f.max_tokens, f.bos, f.content_field)
+    scorer = Scorer(opened, seq, f.batch_size, end)
+    count = loss.ByteCount(tokenizer)
+    start = time.perf_counter()
+    sums = loss.measure(
+        scorer, texts, count, lambda done, total: show.preparing(f"score ({texts.unit})", done, total)
+    )
+    seconds = time.perf_counter() - start
+    rows = sums.by_position()
+    if f.picture:
+        title = f"{Path(f.model).name} on {Path(str(f.dataset or f.text)).name}: loss by position"
+        loss.picture(rows, sums, title, f.picture)
+    return {
+        **sums.figures(),
+        "bytes_counted": count.how,
+        "tokens_per_sec": sums.tokens / seconds,
+        "seconds": seconds,
+        "seq_length": seq,
+        "stride": stride,
+        "batch_size": scorer.batch,
+        "mask_documents": f.mask_documents,
+        "tokenizer_sha256": tokenizer.sha256,
+        **texts.facts,
+        "by_position": rows,
+    }
+
+
+def _shards(f: Flags, opened: Opened) -> tuple[Tokenizer, TokenShards]:
+    """The shards, checked in full, and the tokenizer that made them: the model's own, where it has one."""
+    given_folder = Path(str(f.dataset))
+    sides = sides_of(given_folder)
+    folder = sides.get("val", sides["train"])
+    if not (folder / MANIFEST).is_file():
+        raise InputNotFound(
+            f"--dataset {folder}: no token shards there, no {MANIFEST}: make them with apr tokenize encode-corpus, or use --text"
+        )
+    tokenizer = opened.tokenizer or Tokenizer.from_file(tokenizer_beside(given_folder))
+    enforce({tokenizer.source: [fits_model(tokenizer, opened.cfg.vocab_size)]})
+    return tokenizer, TokenShards(folder, tokenizer)
+
+
+def _choices(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
+    from ..evaluation import choices
+
+    tokenizer = opened.need_tokenizer()
+    items = choices.read_items(str(f.choices))[: f.limit]
+    before = prefix_ids(tokenizer, f.bos)
+    alone = next(iter(prefix_ids(tokenizer, "auto")), tokenizer.eos_id)
+    seq = _seq_length(f, opened)
+    check_positions(opened.cfg, seq)
+    start = time.perf_counter()
+    windows, cut = choices.windows_of(tokenizer, items, seq, before, alone)
+    scorer = Scorer(opened, fitting(windows, seq), f.batch_size)
+    result = choices.measure(
+        scorer, items, windows, lambda done, total: show.preparing("score (questions)", done, total)
+    )
+    return {
+        **result,
+        "seconds": time.perf_counter() - start,
+        "choices": f.choices,
+        "choices_sha256": _sha256(str(f.choices)),
+        "contexts_cut": cut,
+        "seq_length": seq,
+        "batch_size": scorer.batch,
+        "bos": f.bos,
+        "bos_ids": before,
+    }
+
+
+def _humaneval(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
+    from ..evaluation import humaneval
+    from ..evaluation.sandbox import Limits
+
+    temperature = f.temperature if f.temperature is not None else 0.0 if f.samples == 1 else 0.8
+    settings = humaneval.Settings(
+        f.samples, temperature, f.top_k, f.top_p, f.max_new_tokens, f.seed, Limits(f.timeout)
+    )
+    settings.check()
+    problems = humaneval.read_problems(str(f.humaneval))[: f.limit]
+    completer = humaneval.Completer(opened, settings)
+    completer.check_fits(problems)
+    start = time.perf_counter()
+    result = humaneval.run(completer.complete, problems, settings, show.preparing)
+    return {
+        **result,
+        "seconds": time.perf_counter() - start,
+        "humaneval": f.humaneval,
+        "humaneval_sha256": _sha256(str(f.humaneval)),
+        "temperature": temperature,
+        "top_k": f.top_k,
+        "top_p": f.top_p,
+        "max_new_tokens": f.max_new_tokens,
+        "seed": f.seed,
+        "timeout": f.timeout,
+        "stop": list(humaneval.STOP),
+    }
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _plus_minus(value: float, error: float | None, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" + (f" +- {error:.{digits}f}" if error is not None else "")
+
+
+def _print(show: Show, f: Flags, mode: str, r: dict[str, Any]) -> None:
+    rows: list[tuple[str, str]] = []
+    if mode in ("dataset", "text"):
+        rows += [
+            ("loss", f"{_plus_minus(r['loss'], r['loss_stderr'])} nats/token"),
+            (
+                "bits per byte",
+                f"{r['bits_per_byte']:.4f}" if r["bits_per_byte"] is not None else "no bytes to count",
+            ),
+            ("perplexity", f"{r['perplexity']:.4g}"),
+            ("scored", f"{r['tokens']:,} tokens, {r['bytes'] or 0:,} bytes, {r['documents']:,} documents"),
+            ("windows", f"{r['windows']:,} of {r['seq_length']} tokens, {r['stride']} apart"),
+            ("speed", f"{r['tokens_per_sec']:,.0f} tokens/s, {r['batch_size']} windows at once"),
+        ]
+        if mode == "text":
+            rows.append(("before each text", f"{r['bos_ids'] or 'nothing'} (--bos {r['bos']})"))
+            if r["documents_too_short"]:
+                rows.append(("without a prediction", f"{r['documents_too_short']:,} documents of one token"))
+        if r["left_out"]:
+            rows.append(("left out", f"{r['left_out']:,}, the first: {r['left_out_first'][0]}"))
+    elif mode == "choices":
+        rows += [
+            (f"accuracy, {k.replace('_', ' ')}", _plus_minus(**_renamed(v))) for k, v in r["accuracy"].items()
+        ]
+        cut = f"{r['contexts_cut']} choices with a cut context"
+        rows += [("by chance", f"{r['chance']:.4f}"), ("questions", f"{r['items']:,}, {cut}")]
+    else:
+        from ..evaluation.sandbox import in_words
+
+        rows += [(f"pass@{k}", _plus_minus(**_renamed(v))) for k, v in r["pass_at_k"].items()]
+        rows += [
+            (
+                "programs",
+                f"{r['passed']:,} of {r['problems'] * r['samples']:,} passed ({r['problems']} problems)",
+            ),
+            ("drawn", f"{r['samples']} for each problem at temperature {r['temperature']:g}"),
+            ("kept in by", in_words(r["isolation"])),
+        ]
+    rows.append(("computed on", f"{r['backend']}, {r['dtype']}, {r['seconds']:.1f} s"))
+    show.table(f"{f.model} on {getattr(f, mode)}", rows)
+
+
+def _renamed(figure: dict[str, Any]) -> dict[str, Any]:
+    return {"value": figure["value"], "error": figure["stderr"]}

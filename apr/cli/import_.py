@@ -1,0 +1,59 @@
+"""`apr import SRC -o F.apr`: a Hugging Face checkpoint as one .apr file, bit for bit.
+
+SRC is a folder with config.json and safetensors (one file or shards), a .safetensors file with config.json beside it, or
+hf://org/name[@revision]. bfloat16, float16 and float32 stay as they are; the tokenizer, chat template, generation settings
+and the text of config.json go along, and the sha256 of every file. Afterwards each tensor is compared with its source.
+
+Example: apr import hf://Qwen/Qwen2.5-0.5B@main -o qwen.apr"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..checkpoints.exchange import import_model
+from ..common.errors import UsageError
+from ..common.options import option, parse
+from ..training.show import Show
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr import`."""
+
+    source: str = option(
+        "a folder, a .safetensors file with config.json beside it, or hf://org/name[@revision]",
+        positional=True,
+    )
+    output: str = option("the .apr file to write", "", short="o")
+    revision: str | None = option("branch, tag or commit of hf://org/name")
+    tokenizer: str | None = option("folder with the tokenizer.json to embed (default: the source's)")
+    force: bool = option("replace the output where it exists", False)
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    f = parse(Flags, args, "apr import", __doc__ or "")
+    if not f.output:
+        raise UsageError("--output (or -o) is needed: the .apr file to write")
+    done = import_model(f.source, f.output, f.revision, f.tokenizer, f.force)
+    if f.json:
+        print(json.dumps(done, indent=2))
+        return 0
+    ids = done["tokenizer_ids"]
+    tokenizer = (
+        f"{ids:,} ids, end of text {done['eos_token']!r} ({done['eos_token_id']})"
+        if ids
+        else "none in the source"
+    )
+    rows = [
+        ("source", f"{done['source']}{' at ' + done['revision'] if done['revision'] else ''}"),
+        ("parameters", f"{done['parameters']:,} in {done['tensors']} tensors of {', '.join(done['dtypes'])}"),
+        ("compared", f"{done['compared_elements']:,} elements with the source: equal bits"),
+        ("tokenizer", tokenizer),
+        ("chat template", "yes" if done["chat_template"] else "none"),
+    ]
+    Show().table(done["output"], rows)
+    return 0

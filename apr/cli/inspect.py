@@ -1,0 +1,185 @@
+"""`apr inspect MODEL`: what is in a checkpoint, and is it whole.
+
+MODEL is an .apr file, a Hugging Face folder, a .safetensors file with config.json beside it; also a GGUF file, or a
+.safetensors file without config.json (a trace, say), of which the tensors are shown.
+
+Example: apr inspect model.apr --tensors"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoints.compare import GGUF_MAGIC, open_side
+from ..checkpoints.exchange import HF_FILES, PROVENANCE, Bundle, open_bundle
+from ..checkpoints.opening import tokenizer_of
+from ..checkpoints.validate import figures_of
+from ..common.options import option, parse
+from ..model.config import ModelConfig
+from ..model.params import Layout
+from ..training.show import Show
+
+UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr inspect`."""
+
+    model: str = option("an .apr file, a Hugging Face folder, a .safetensors or a GGUF file", positional=True)
+    tensors: bool = option("list every tensor with its root mean square and largest magnitude", False)
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    f = parse(Flags, args, "apr inspect", __doc__ or "")
+    path = Path(f.model)
+    bare = path.suffix == ".safetensors" and not os.path.lexists(path.with_name("config.json"))
+    result, rows = _loose(f) if bare or _is_gguf(path) else _model(f)
+    if f.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    show = Show()
+    show.table(f.model, rows)
+    if f.tensors:
+        table = [
+            (n, f"{t['dtype']} {t['shape']}  rms {t['rms']:.4g}  max {t['max']:.4g}")
+            for n, t in result["tensors"].items()
+        ]
+        show.table("tensors", table)
+    return 0
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as f:
+        return f.read(4) == GGUF_MAGIC
+
+
+def _tensors(tensors: Mapping[str, np.ndarray], figures: bool) -> dict[str, dict[str, Any]]:
+    """dtype and shape of each tensor; with figures also its root mean square and largest magnitude."""
+    out: dict[str, dict[str, Any]] = {}
+    for name in tensors:
+        x = tensors[name]
+        out[name] = {"dtype": str(x.dtype), "shape": list(x.shape), "bytes": x.nbytes}
+        if figures:
+            v = figures_of(x)
+            out[name] |= {"rms": v.rms, "max": max(abs(v.low), abs(v.high)), "not_finite": v.not_finite}
+    return out
+
+
+def _model(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    bundle = open_bundle(f.model)
+    loaded = bundle.loaded
+    layout = Layout(loaded.cfg)
+    tensors = _tensors(loaded.tensors, f.tensors)
+    size = sum(t["bytes"] for t in tensors.values())
+    known = {
+        k: v
+        for k, v in loaded.metadata.items()
+        if isinstance(v, str | int | float | bool) and "tokenizer" not in k and k != "chat_template"
+    }
+    result: dict[str, Any] = {
+        "valid": True,
+        "format": "APR v2" if loaded.kind == "apr" else "Hugging Face safetensors",
+        "parameters": layout.num_parameters,
+        "tensor_count": len(tensors),
+        "tensor_bytes": size,
+        "dtypes": sorted({t["dtype"] for t in tensors.values()}),
+        "config": asdict(loaded.cfg),
+        "weights_sha256": loaded.sha256,
+        "tokenizer": _tokenizer(bundle),
+        "chat_template": bundle.chat_template,
+        "files": sorted(bundle.texts),
+        "provenance": loaded.metadata.get(PROVENANCE),
+        "metadata": known,
+        "tensors": tensors,
+    }
+    t = result["tokenizer"]
+    rows = [
+        ("format", f"{result['format']}, whole: every parameter there and of the right shape, nothing left over"),
+        ("parameters", f"{layout.num_parameters:,} in {len(tensors)} tensors of {', '.join(result['dtypes'])}, {_bytes(size)}"),
+        *_config_rows(loaded.cfg),
+        ("tokenizer", f"{t['vocab_size']:,} ids, end of text {t['eos_token']!r} ({t['eos_id']})" if t else "none"),
+    ]  # fmt: skip
+    if t and t["added_tokens"]:
+        rows.append(("added tokens", _few([f"{i} {c!r}" for i, c in t["added_tokens"].items()])))
+    template = bundle.chat_template
+    rows.append(("chat template", f"{len(template):,} characters" if template is not None else "none"))
+    if loaded.kind == "apr" and loaded.metadata.get(HF_FILES):
+        rows.append(("kept files", ", ".join(sorted(bundle.texts))))
+    if p := result["provenance"]:
+        at = f" at {p['revision']}" if p.get("revision") else ""
+        rows.append(("from", f"{p.get('source')}{at}, {len(p.get('files') or [])} files, by {p.get('by')}"))
+    rows.append(("weights sha256", loaded.sha256))
+    return result, rows
+
+
+def _tokenizer(bundle: Bundle) -> dict[str, Any] | None:
+    tok = tokenizer_of(bundle.loaded)
+    if tok is None:
+        return None
+    added = json.loads(tok.json).get("added_tokens") or []
+    return {
+        "vocab_size": tok.vocab_size,
+        "format": tok.format,
+        "normalization": tok.normalization,
+        "merges": tok.merges,
+        "eos_token": tok.eos_token,
+        "eos_id": tok.eos_id,
+        "bos_id": bundle.loaded.metadata.get(
+            "tokenizer.bos_token_id" if bundle.loaded.kind == "apr" else "bos_token_id"
+        ),
+        "added_tokens": {t["id"]: t["content"] for t in added},
+        "sha256": tok.sha256,
+    }
+
+
+def _loose(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """A file that is no model of ours to load: its tensors and what it says of itself."""
+    side = open_side(f.model)
+    tensors = _tensors(side.tensors, f.tensors)
+    size = sum(t["bytes"] for t in tensors.values())
+    result: dict[str, Any] = {
+        "valid": True,
+        "format": side.kind,
+        "tensor_count": len(tensors),
+        "tensor_bytes": size,
+        "dtypes": sorted({t["dtype"] for t in tensors.values()}),
+        "config": side.cfg and asdict(side.cfg),
+        "facts": {k: v for k, v in side.facts.items() if not k.startswith("config.")},
+        "tensors": tensors,
+    }
+    rows = [
+        ("format", side.kind),
+        ("tensors", f"{len(tensors)} of {', '.join(result['dtypes'])}, {_bytes(size)}"),
+        *(_config_rows(side.cfg) if side.cfg else []),
+        *((k.removeprefix("metadata."), str(v)) for k, v in result["facts"].items()),
+    ]
+    return result, rows
+
+
+def _config_rows(c: ModelConfig) -> list[tuple[str, str]]:
+    return [
+        ("architecture", f"{c.family}: {c.num_layers} layers of {c.hidden_size}, heads {c.num_heads}/{c.num_kv_heads} of "
+         f"{c.head_dim}, MLP {c.intermediate_size}, vocabulary {c.vocab_size:,}, {c.max_position_embeddings:,} positions"),
+        ("switches", f"rms_norm_eps {c.rms_norm_eps:g}, rope_theta {c.rope_theta:g}, scaling {c.rope_scaling or 'none'}, "
+         f"tied {c.tie_word_embeddings}, qkv_bias {c.qkv_bias}, qk_norm {c.qk_norm}, window {c.sliding_window or 'none'}"),
+    ]  # fmt: skip
+
+
+def _bytes(n: int) -> str:
+    size, unit = next((u for u in UNITS if n >= u[0]), UNITS[-1])
+    return f"{n / size:.1f} {unit}" if size > 1 else f"{n} {unit}"
+
+
+def _few(texts: list[str]) -> str:
+    return ", ".join(texts[:6]) + (f", ... {len(texts)} in all" if len(texts) > 6 else "")

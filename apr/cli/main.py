@@ -1,0 +1,79 @@
+"""`apr COMMAND`: find the sub-command, run it, turn errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ..common.errors import AprError
+
+COMMANDS = {
+    "pretrain": "train a model; with no arguments: the demo job",
+    "run": "generate text from a checkpoint",
+    "bisect": "which op of which layer is wrong: two sides in lockstep, op by op",
+    "trace": "write every intermediate of one forward (and backward) pass to a file",
+    "tokenize": "tokenizers and token shards: train, import-hf, encode-corpus, audit, repair-manifest",
+    "plan": "parameters, FLOPs and bytes of a job, before anything is allocated",
+    "verify": "check the evidence of a run from outside: hashes, log, verdict, losses computed again",
+    "import": "a Hugging Face checkpoint, a folder or hf://org/name, as an .apr file, bit for bit",
+    "export": "a checkpoint as a Hugging Face folder or a GGUF file",
+    "merge": "make a LoRA adapter part of the weights it belongs to",
+    "inspect": "what is in a checkpoint, and is it whole",
+    "validate": "every check of a checkpoint, each with PASS or FAIL and its figure",
+    "diff": "what differs between two checkpoints or traces, tensor by tensor, worst first",
+    "eval": "loss on text or token shards, multiple choice, HumanEval",
+    "qa": "is a checkpoint fit to ship: tokenizer, logits, generation, export, speed",
+    "report": "a run as one self-contained HTML page, also while it is training",
+    "completion": "a script that completes commands and options in bash, zsh or fish",
+}
+MODULES = {"import": "import_"}  # where a command is a word of Python
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    return f"usage: apr COMMAND [options]\n\n{rows}\n\n`apr COMMAND --help` lists a command's options."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: the process's own); returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["--version"]:
+        from ..common.version import __version__
+
+        print(f"apr {__version__}")
+        return 0
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if args else 2
+    if args[0] not in COMMANDS:
+        print(f"apr: unknown command {args[0]!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    return run_command(args[0], args[1:])
+
+
+def run_command(name: str, args: Sequence[str]) -> int:
+    """Run one sub-command with its own arguments; returns the exit code of INTERFACE: see errors.py."""
+    try:
+        return importlib.import_module(f"apr.cli.{MODULES.get(name, name)}").main(args) or 0
+    except AprError as e:
+        print(f"apr {name}: {e}", file=sys.stderr)
+        if e.status != "FAILED":
+            print(e.status, file=sys.stderr)
+        return e.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away (`| head`): nothing is wrong
+        return 0
+    except OSError as e:
+        print(f"apr {name}: {e.filename or 'output'}: {e.strerror or e}", file=sys.stderr)
+        return 7
+    except KeyboardInterrupt:
+        print(f"apr {name}: interrupted", file=sys.stderr)
+        return 130
+    except MemoryError:
+        print(f"apr {name}: out of memory; `apr plan` shows what a job needs", file=sys.stderr)
+        return 5
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""`apr merge BASE ADAPTER -o OUT.apr`: make a LoRA adapter part of the weights it belongs to.
+
+BASE is an .apr file or a Hugging Face folder, ADAPTER a folder as PEFT saves it (adapter_config.json and
+adapter_model.safetensors), or the ckpt/epoch-NNN-adapter of a run. W + scale * B A is summed in float64 and rounded once,
+to the dtype of the base unless --dtype says another.
+
+Example: apr merge path/to/hf-folder runs/chat/ckpt/epoch-003-adapter -o chat.apr"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
+from ..checkpoints.exchange import HF_FILES, open_bundle
+from ..checkpoints.opening import tokenizer_of
+from ..checkpoints.peft import add_adapter, read_adapter
+from ..checkpoints.registry import fill, load_model, parameters
+from ..checkpoints.tensors import BF16
+from ..common.errors import Refused, UsageError
+from ..common.options import option, parse
+from ..model.params import Layout
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr merge`."""
+
+    base: str = option(
+        "checkpoint that the adapter was trained on: an .apr file or a Hugging Face folder", positional=True
+    )
+    adapter: str = option("folder of the adapter", positional=True)
+    out: str = option("file to write, .apr", "", short="o")
+    dtype: str | None = option(
+        "of the weights in the file (default: as in the base)", choices=("float32", "bfloat16")
+    )
+    force: bool = option("write over a file that is there", False)
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    f = parse(Flags, args, "apr merge", __doc__ or "")
+    out = Path(f.out)
+    if out.suffix != ".apr":
+        raise UsageError(f"--out {f.out or 'is missing'}: give the file to write, such as -o merged.apr")
+    if out.exists() and not f.force:
+        raise Refused(f"{out}: is there already; choose another name, or --force")
+    bundle = open_bundle(f.base)
+    base = bundle.loaded
+    layout = Layout(base.cfg)
+    adapter = read_adapter(f.adapter, base.cfg)
+    host = np.zeros(layout.size, np.float32)
+    fill(layout, host, base)
+    add_adapter(layout, host, adapter)
+    stored = {t.dtype for t in parameters(layout, base).values()}
+    dtype = f.dtype or ("bfloat16" if stored == {BF16} else "float32")
+    meta: dict[str, Any] = config_to_metadata(base.cfg)
+    meta |= {HF_FILES: bundle.texts} if bundle.texts else {}
+    meta["merged"] = {"base_sha256": base.sha256, "adapter_sha256": adapter.sha256, "adapter": adapter.config}
+    tokenizer = tokenizer_of(base)
+    if tokenizer:
+        embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id)
+    write_apr(out, meta, layout.named(host), dtype)
+    result: dict[str, Any] = {
+        "out": str(out),
+        "dtype": dtype,
+        "matrices": len(adapter.deltas),
+        "ranks": sorted({int(d.a.shape[0]) for d in adapter.deltas.values()}),
+        "base_sha256": base.sha256,
+        "adapter_sha256": adapter.sha256,
+        "sha256": load_model(str(out)).sha256,
+    }
+    if f.json:
+        print(json.dumps(result, indent=2))
+    else:
+        ranks = ", ".join(map(str, result["ranks"]))
+        print(
+            f"{out}: {len(adapter.deltas)} matrices with adapters of rank {ranks}, {dtype}, weights {result['sha256'][:12]}"
+        )
+    return 0

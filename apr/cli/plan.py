@@ -1,0 +1,114 @@
+"""`apr plan`: parameters, FLOPs and bytes of a job, before anything is allocated.
+
+Example: apr plan --model qwen2.5-0.5b --micro-batch-size 2 --seq-length 1024"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..backends.select import select
+from ..checkpoints.registry import load_model
+from ..common.errors import UsageError
+from ..common.options import option, parse
+from ..model.config import load_config
+from ..model.cost import check_positions, flops_per_token, matmul_rate, memory
+from ..model.lora import AdapterLayout, lora_config
+from ..model.params import Layout
+from ..training.show import Show
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr plan`."""
+
+    model: str | None = option("preset name or config.json")
+    init: str | None = option("checkpoint: an .apr file or a Hugging Face folder")
+    batch_size: int = option("sequences per optimizer step", 16)
+    micro_batch_size: int | None = option("sequences computed at once (default: the batch size)")
+    seq_length: int = option("tokens per sequence", 1024)
+    num_steps: int | None = option("optimizer steps, for the FLOPs of the whole job")
+    train: bool = option("training; --no-train: one forward pass", True)
+    recompute: bool = option("keep only what enters each block, compute the rest again in backward", False)
+    mask_documents: bool = option("attention stops where a document ends", False)
+    lora_rank: int | None = option("train adapters of this rank instead of the weights")
+    lora_targets: str | None = option(
+        "matrices that get adapters, of q,k,v,o,gate,up,down (default: all of them)"
+    )
+    dtype: str | None = option(
+        "of weights and activations (default: bfloat16 on cuda, float32 on cpu)",
+        choices=("float32", "bfloat16"),
+    )
+    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    threads: int | None = option("CPU threads (default: all cores)")
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    f = parse(Flags, args, "apr plan", __doc__ or "")
+    if (f.model is None) == (f.init is None):
+        raise UsageError("say which model: give --model or --init, one of them")
+    if f.batch_size < 1 or f.seq_length < 1 or (f.micro_batch_size or 1) < 1:
+        raise UsageError("--batch-size, --micro-batch-size and --seq-length must be at least 1")
+    if f.num_steps is not None and f.num_steps < 1:
+        raise UsageError(f"--num-steps {f.num_steps}: must be at least 1")
+    if f.recompute and not f.train:
+        raise UsageError("--recompute is about backward, --no-train has none; give one of them")
+    lora = lora_config(f.lora_rank, None, f.lora_targets)
+    if lora and not f.train:
+        raise UsageError("--lora-rank is about training, --no-train has none; give one of them")
+    cfg = load_model(f.init).cfg if f.init else load_config(str(f.model))
+    check_positions(cfg, f.seq_length)
+    backend = select(f.device, f.dtype, f.threads)
+    dtype = f.dtype or backend.dtypes[0]
+    layout, micro = Layout(cfg), min(f.micro_batch_size or f.batch_size, f.batch_size)
+    need = memory(
+        cfg, backend, micro, f.seq_length, dtype, f.train,
+        recompute=f.recompute, documents=f.mask_documents, lora=lora,
+    )  # fmt: skip
+    adapters = AdapterLayout(cfg, lora) if lora else None
+    have = backend.free_memory()
+    flops = flops_per_token(cfg, f.seq_length, f.train)
+    rate = matmul_rate(backend, dtype)
+    result: dict[str, Any] = {
+        "device": backend.name,
+        "dtype": dtype,
+        "parameters": layout.num_parameters,
+        "tensors": len(layout.slots),
+        "trained_parameters": adapters.num_parameters if adapters else layout.num_parameters,
+        "flops_per_token": flops,
+        "bytes": {**vars(need), "total": need.total},
+        "available_bytes": have,
+        "fits": have is None or need.total <= have,
+        "matmul_flops_per_sec": rate,
+        "tokens_per_sec_limit": rate / flops,
+    }
+    steps = f.num_steps
+    if steps is not None:
+        result["flops"] = flops * steps * f.batch_size * f.seq_length
+        result["hours_at_limit"] = result["flops"] / rate / 3600
+    if f.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    show, gib = Show(), 2**30
+    parts = [(name, f"{value / gib:9.3f} GiB") for name, value in vars(need).items() if value]
+    rows = [
+        ("parameters", f"{layout.num_parameters:,} in {len(layout.slots)} tensors"),
+        *([("trained", f"{adapters.num_parameters:,} in {len(adapters.slots)} adapters")] if adapters else []),
+        ("FLOPs per token", f"{flops / 1e9:.3f} G{' (forward and backward)' if f.train else ' (forward)'}"),
+        ("device", f"{backend.name}, {dtype}"),
+        *parts,
+        ("all buffers", f"{need.total / gib:9.3f} GiB for {micro} x {f.seq_length} tokens at once"),
+        ("free memory", f"{have / gib:9.3f} GiB" if have is not None else "the system does not say"),
+        ("limit of speed", f"{rate / flops:,.0f} tokens/s: all FLOPs at this device's matrix-product rate, "
+         f"{rate / 1e9:.0f} GFLOP/s, measured now"),
+    ]  # fmt: skip
+    if steps is not None:
+        rows.append(("whole job", f"{result['flops']:.3g} FLOPs, at least {result['hours_at_limit']:.2f} h"))
+    show.table(f"plan: {f.init or f.model}", rows)
+    if not result["fits"]:
+        show.note("DOES NOT FIT: use a smaller --micro-batch-size, --seq-length or model, or --recompute")
+    return 0

@@ -1,0 +1,39 @@
+"""`apr report RUN_DIR`: a run as one self-contained HTML page, also while it is training.
+
+Example: apr report runs/demo -o demo.html"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..common.atomic import write_text
+from ..common.options import option, parse
+from ..evidence.seal import resealed
+from ..report.page import render
+from ..training.rundir import EVIDENCE
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr report`."""
+
+    run_dir: str = option("run directory that `apr pretrain` writes or wrote", positional=True)
+    output: str | None = option("HTML file to write (default: RUN_DIR/report.html)", short="o")
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    f = parse(Flags, args, "apr report", __doc__ or "")
+    folder = Path(f.run_dir)
+    path = Path(f.output) if f.output else folder / "report.html"
+    page = render(folder)
+    if path.resolve().is_relative_to(folder.resolve()) and (folder / EVIDENCE).is_file():
+        resealed(folder, path, page)  # a page of a newer apr is no tampering
+    else:
+        write_text(path, page)
+    print(json.dumps({"report": str(path)}) if f.json else f"report  {path}")
+    return 0

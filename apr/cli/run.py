@@ -1,0 +1,181 @@
+"""`apr run MODEL "prompt"`: generate text from a checkpoint, or answer messages with --chat.
+
+Examples:
+  apr run runs/demo/ckpt/epoch-010.apr "def read(path):" --temperature 0.7 --stop $'\\n\\n'
+  apr run path/to/model --prompts questions.jsonl --json
+  apr run path/to/model --chat --system "Answer briefly."
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..api import LanguageModel, Text, load
+from ..common.errors import MalformedFile, Refused, UsageError
+from ..common.files import parse_json, read_text
+from ..common.options import option, parse
+from ..inference.generate import Continuation, Sampling
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr run`."""
+
+    model: str = option("an .apr file or a Hugging Face folder", positional=True)
+    prompt: str = option("text to continue; with --chat, a message to answer", "", positional=True)
+    prompts: str | None = option(
+        'file of prompts to continue, several at once: one a line, or .jsonl with a "prompt" in each line; prompt number '
+        "i, from 0, is drawn with --seed + i and gets what it gets alone"
+    )
+    batch_size: int = option(
+        "with --prompts, most prompts at once; on the CPU more than 8 may differ in last bits", 8
+    )
+    max_tokens: int = option("most new tokens", 128)
+    temperature: float = option("0 always takes the most likely token", 0.8)
+    top_k: int = option("draw from the k most likely tokens only; 0: from all", 0)
+    top_p: float = option("draw from the fewest tokens that together have this probability", 1.0)
+    min_p: float = option(
+        "draw from tokens at least so many times as likely as the likeliest; 0: from all", 0.0
+    )
+    repetition_penalty: float = option("above 1: tokens that occurred become less likely", 1.0)
+    stop: tuple[str, ...] = option(
+        "text that ends the output and is no part of it; may be given several times", ()
+    )
+    seed: int = option("of the draws", 42)
+    chat: bool = option(
+        "a conversation, by the checkpoint's chat template; /help there lists its commands", False
+    )
+    system: str | None = option("with --chat, what the system's message says")
+    chat_template: str | None = option(
+        "with --chat, file of a template to use instead of the checkpoint's own"
+    )
+    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    dtype: str | None = option(
+        "of weights and activations (default: bfloat16 on cuda, float32 on cpu); int8: matrices rounded to 8 bits, on the "
+        "CPU, faster and less exact",
+        choices=("float32", "bfloat16", "int8"),
+    )
+    threads: int | None = option("CPU threads (default: all cores)")
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    f = parse(Flags, args, "apr run", __doc__ or "")
+    sampling = Sampling(f.max_tokens, f.temperature, f.top_k, f.top_p, f.seed, f.min_p, f.repetition_penalty)
+    if f.prompts is not None and (f.prompt or f.chat):
+        raise UsageError("--prompts takes the place of a prompt and of --chat; give one of them")
+    if not f.chat and (f.system is not None or f.chat_template is not None):
+        raise UsageError("--system and --chat-template need --chat")
+    prompts = None if f.prompts is None else read_prompts(Path(f.prompts))
+    model = load(f.model, f.device, f.dtype, f.threads)
+    if f.chat:
+        from .chat import chat
+
+        return chat(model, f, sampling)
+    if prompts is not None:
+        return _several(model, f, sampling, prompts)
+    return _one(model, f, sampling)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; of a .jsonl file its "prompt". Empty lines are left out. Raises InputNotFound, MalformedFile,
+    Refused: none."""
+    lines = [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    if not lines:
+        raise Refused(f"{path}: no prompts in it")
+    if path.suffix != ".jsonl":
+        return [line.removesuffix("\r") for _, line in lines]
+    out = []
+    for n, line in lines:
+        prompt = parse_json(line, f"{path}, line {n}").get("prompt")
+        if not isinstance(prompt, str):
+            raise MalformedFile(
+                f'{path}, line {n}: prompt = {prompt!r}; each line needs a "prompt" that is text'
+            )
+        out.append(prompt)
+    return out
+
+
+def _one(model: LanguageModel, f: Flags, sampling: Sampling) -> int:
+    ids = model.encode_prompt(f.prompt)
+    assert model.tokenizer is not None
+    shown = model.tokenizer.decode(ids, skip_special=True)
+    text, new, ended, first, start = "", [], list[Continuation](), 0.0, time.perf_counter()
+    if not f.json:
+        print(shown, end="", flush=True)
+    for piece, token in model.stream(ids, sampling, f.stop, ended):
+        if token is not None:
+            new.append(token)
+            first = first or time.perf_counter()
+        text += piece
+        if not f.json:
+            print(piece, end="", flush=True)
+    speed = _speed(len(ids), len(new), first - start, time.perf_counter() - first)
+    if f.json:
+        d = {"text": shown + text, "prompt_ids": ids, "ids": new, "ended": ended[0].ended, **speed}
+        print(json.dumps(d, ensure_ascii=False))
+    else:
+        print(flush=True)
+        _say(len(ids), len(new), speed, ended[0].ended)
+    return 0
+
+
+def _several(model: LanguageModel, f: Flags, sampling: Sampling, prompts: list[str]) -> int:
+    start, done = time.perf_counter(), dict[int, Text]()
+    shown = 0
+    for i, result in model.each(prompts, sampling, f.stop, f.batch_size):
+        done[i] = result
+        while not f.json and shown in done:  # in the order of the file
+            print(f"--- {shown + 1}\n{prompts[shown]}{done[shown].text}", flush=True)
+            shown += 1
+    seconds = time.perf_counter() - start
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": p,
+            "text": done[i].text,
+            "prompt_ids": done[i].prompt_ids,
+            "ids": done[i].ids,
+            "ended": done[i].ended,
+        }
+        for i, p in enumerate(prompts)
+    ]
+    total = sum(len(row["ids"]) for row in rows)
+    if f.json:
+        print(
+            json.dumps(
+                {"results": rows, "seconds": seconds, "tokens_per_sec": total / seconds}, ensure_ascii=False
+            )
+        )
+    else:
+        print(f"{len(rows)} prompts, {total:,} new tokens, {total / seconds:,.1f} tokens/s", file=sys.stderr)
+    return 0
+
+
+def _speed(prompt: int, new: int, reading: float, writing: float) -> dict[str, float | None]:
+    """tokens/s of the prompt, with the first new token; and of the others, None where there are none."""
+    rest = (new - 1) / writing if new > 1 and writing > 0 else None
+    return {"prompt_tokens_per_sec": prompt / max(reading, 1e-9), "tokens_per_sec": rest}
+
+
+def _say(prompt: int, new: int, speed: dict[str, float | None], ended: str) -> None:
+    """Speed and end on the standard error stream."""
+    rest = speed["tokens_per_sec"]
+    later = "" if rest is None else f" at {rest:,.1f} tokens/s"
+    why = {
+        "end": "end of text",
+        "stop": "a stop string",
+        "length": "--max-tokens",
+        "positions": "no more positions",
+    }
+    print(
+        f"prompt: {prompt} tokens at {speed['prompt_tokens_per_sec']:,.1f} tokens/s; {new} new tokens{later}; "
+        f"ended by: {why[ended]}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,235 @@
+"""`apr tokenize encode-corpus`: text, source code, JSONL and Parquet to token shards.
+
+Example: apr tokenize encode-corpus my_code/ web.jsonl.zst --tokenizer tok -o shards --val-fraction 0.01"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ...common.errors import Interrupted, UsageError
+from ...common.options import option, parse
+from ...data.encode import RECORD, SKIPPED, Counts, Encoded, encode_corpus
+from ...data.estimate import Estimate, estimate
+from ...data.guards import Bounds
+from ...data.manifest import EOS_POLICIES
+from ...data.readers import Corpus
+from ...data.show import EncodeProgress, clock, plural
+from ...data.sources import Sources, find_sources
+from ...tokenizer.tokenizer import Tokenizer
+from ...training.show import Show
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr tokenize encode-corpus`."""
+
+    inputs: tuple[str, ...] = option(
+        "files and folders: text, source code, .jsonl and text also as .gz .zst .xz .bz2, .parquet",
+        positional=True,
+    )
+    tokenizer: str = option("tokenizer folder or tokenizer.json", "")
+    output: str = option("folder to write train/, val/ and tokenizer/ to", "", short="o")
+    val_fraction: float = option(
+        "share of the documents, by content hash, that goes to val/; 0: no val/", 0.01
+    )
+    eos_policy: str = option(
+        "an end-of-text id after each document, between two, or none", "after", choices=EOS_POLICIES
+    )
+    content_field: str = option(
+        "key of the text in JSONL records (a.b for one inside another) and Parquet files", "text"
+    )
+    separator: str | None = option("line that stands between the documents of a text file")
+    piece_bytes: int | None = option("cut text files into documents of about this size, at blank lines")
+    shard_tokens: int = option("ids per shard", 10_000_000)
+    workers: int | None = option(
+        "threads that encode (default: all cores); the output is the same for any number"
+    )
+    resume: bool = option("go on with an encoding that was stopped, to the same bytes", False)
+    estimate_only: bool = option("read a sample and say what the whole would give; writes nothing", False)
+    widen: str | None = option("bounds of plausibility to widen, such as max_top_share=0.6,min_distinct=12")
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    f = parse(Flags, args, "apr tokenize encode-corpus", __doc__ or "")
+    _check(f)
+    bounds = Bounds.parse(f.widen)
+    show = Show(quiet=f.json)
+    tokenizer = Tokenizer.from_file(f.tokenizer)
+    found = find_sources(f.inputs)
+    if left_out := found.summary():
+        show.note(f"left out: {left_out}")
+    if f.output:
+        _apart(f)
+    if f.resume and not (Path(f.output) / RECORD).is_file():
+        show.note(f"nothing to resume in {f.output}: encoding from the beginning")
+    corpus = Corpus(found, f.content_field, f.piece_bytes, f.separator)
+    if f.estimate_only:
+        return _estimate(f, found, tokenizer, show)
+    progress, stop = EncodeProgress(show), _Stop()
+
+    def hear(counts: Counts, read: int, total: int) -> None:
+        progress(counts, read, total)
+        if stop.asked:  # here, between two batches, no file is half written
+            raise KeyboardInterrupt
+
+    try:
+        with stop:
+            encoded = encode_corpus(
+                corpus,
+                tokenizer,
+                f.output,
+                val_fraction=f.val_fraction,
+                eos_policy=f.eos_policy,
+                shard_tokens=f.shard_tokens,
+                bounds=bounds,
+                made=described(f),
+                resume=f.resume,
+                workers=f.workers,
+                progress=hear,
+            )
+    except KeyboardInterrupt:
+        again = shlex.join(["apr", "tokenize", "encode-corpus", *args, *([] if f.resume else ["--resume"])])
+        raise Interrupted(f"stopped; whole shards are kept. Go on with: {again}") from None
+    finally:
+        seconds = progress.stop()
+    if f.separator is not None and not corpus.separators:
+        show.note(f"note: no line of a text file is exactly {f.separator!r}: every file is one document")
+    result = _result(encoded, seconds)
+    if f.json:
+        print(json.dumps(result, indent=2))
+    else:
+        _print(show, f, encoded, seconds)
+    return 0
+
+
+class _Stop:
+    """While it is open, Ctrl-C and SIGTERM ask for a stop after the batch; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _Stop:
+        self._old = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for n, handler in self._old.items():
+            signal.signal(n, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def described(f: Flags) -> dict[str, Any]:
+    """What of the options decides which documents there are, for the manifests."""
+    return {
+        "inputs": list(f.inputs),
+        "content_field": f.content_field,
+        "separator": f.separator,
+        "piece_bytes": f.piece_bytes,
+    }
+
+
+def _check(f: Flags) -> None:
+    for value, flag in ((f.tokenizer, "--tokenizer DIR"), (f.output or f.estimate_only, "-o DIR")):
+        if not value:
+            raise UsageError(f"{flag} is missing; `apr tokenize encode-corpus --help` has an example")
+    for name in ("shard_tokens", "workers", "piece_bytes"):
+        value = getattr(f, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if not 0 <= f.val_fraction < 1:
+        raise UsageError(f"--val-fraction {f.val_fraction}: must be at least 0 and below 1")
+
+
+def _apart(f: Flags) -> None:
+    """Raises UsageError where the output would lie among the input, or over a tokenizer."""
+    out = Path(f.output).resolve()
+    for given in f.inputs:
+        folder = Path(given).resolve()
+        if folder.is_dir() and out.is_relative_to(folder):
+            raise UsageError(
+                f"-o {f.output} lies in {given}, which is read: the next encoding would read it too; choose another"
+            )
+    if (out / "tokenizer.json").exists():
+        raise UsageError(f"-o {f.output} holds a tokenizer; choose another folder for the shards")
+
+
+def _estimate(f: Flags, found: Sources, tokenizer: Tokenizer, show: Show) -> int:
+    e: Estimate = estimate(found, tokenizer, f.content_field, f.piece_bytes, f.separator)
+    if f.json:
+        print(json.dumps(asdict(e), indent=2))
+        return 0
+    shards = -(-e.tokens // f.shard_tokens)
+    show.table(
+        "estimate",
+        [
+            ("sample", f"the beginnings of files: {e.sample_documents:,} documents, {e.sample_bytes / 1e6:.3g} MB of text"),
+            ("", f"{e.sample_skipped:,} that cannot be used"),
+            ("corpus", f"{e.files:,} files, {e.disk_bytes / 1e6:,.1f} MB on disk, {e.text_bytes / 1e6:,.1f} MB of text"),
+            ("documents", f"about {e.documents:,}"),
+            ("tokens", f"about {e.tokens / 1e6:,.3g} M ({e.bytes_per_token:.2f} bytes/token), copies not yet dropped"),
+            ("shards", f"about {shards:,}, {4 * e.tokens / 1e9:,.3g} GB"),
+            ("time", f"about {clock(e.seconds)} at {e.sample_bytes / 1e6 / max(e.sample_seconds, 1e-9):.1f} MB/s"),
+        ],
+    )  # fmt: skip
+    return 0
+
+
+def _result(e: Encoded, seconds: float) -> dict[str, Any]:
+    sides = {"train": e.train} | ({"val": e.val} if e.val else {})
+    return {
+        "folder": str(e.folder),
+        "counts": asdict(e.counts),
+        "seconds": seconds,
+        **{
+            name: {
+                k: getattr(m, k)
+                for k in ("total_documents", "total_tokens", "total_bytes", "shard_count", "audit")
+            }
+            for name, m in sides.items()
+        },
+    }
+
+
+def _print(show: Show, f: Flags, e: Encoded, seconds: float) -> None:
+    c = e.counts
+    rows = []
+    for name, m in (("train", e.train), ("val", e.val)):
+        if m:
+            rows.append(
+                (
+                    name,
+                    f"{plural(m.total_documents, 'document')}, {m.total_tokens:,} tokens in {plural(m.shard_count, 'shard')}",
+                )
+            )
+            a = m.audit
+            ids = f"{a['distinct_ids']:,} distinct ids, entropy {a['unigram_entropy_nats']:.3f} nats/token"
+            rows.append(("", f"{a['bytes_per_token']:.2f} bytes/token, {ids}"))
+    skipped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(c.skipped.items())) or "none"
+    resumed = ", what was there already only read" if f.resume else ""
+    norm = e.train.normalization
+    normalized = "" if norm == "none" else f" after the tokenizer's normalization ({norm})"
+    named = f" (named in {e.folder / SKIPPED})" if c.skipped else ""
+    rows += [
+        ("copies dropped", f"{c.duplicates:,}"),
+        ("not usable", skipped + named),
+        ("decoded again", f"{c.round_trips:,} documents, each its own text{normalized}"),
+        (
+            "speed",
+            f"{c.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s, {c.text_bytes / 1e6 / seconds:.1f} MB/s{resumed}",
+        ),
+        ("train with", f"apr pretrain --dataset {shlex.quote(str(e.folder))} --model PRESET"),
+    ]
+    show.table("apr tokenize encode-corpus", rows)

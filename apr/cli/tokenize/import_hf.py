@@ -1,0 +1,67 @@
+"""`apr tokenize import-hf`: a tokenizer folder from a tokenizer.json, a model folder, or vocab.json and merges.txt.
+
+Example: apr tokenize import-hf hf://Qwen/Qwen2.5-0.5B -o tok
+         apr tokenize import-hf folder/vocab.json --family qwen2 -o tok"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...common.errors import UsageError
+from ...common.files import read_json
+from ...common.options import option, parse
+from ...tokenizer.families import FAMILIES
+from ...tokenizer.import_hf import import_hf
+from ...training.show import Show
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr tokenize import-hf`."""
+
+    source: str = option(
+        "tokenizer.json, a folder, vocab.json (with merges.txt beside it), or hf://org/name[@revision]",
+        positional=True,
+    )
+    output: str = option("folder to write the tokenizer to", "", short="o")
+    family: str | None = option(
+        "whose tokenizer it is; needed for vocab.json and merges.txt, which do not say it",
+        choices=tuple(FAMILIES),
+    )
+    eos: str | None = option("the token that ends a document (default: what the source or the family says)")
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    f = parse(Flags, args, "apr tokenize import-hf", __doc__ or "")
+    if not f.output:
+        raise UsageError("say where to write the tokenizer: -o DIR")
+    tokenizer = import_hf(f.source, f.output, f.family, eos=f.eos)
+    if f.json:
+        print(json.dumps(_manifest(f.output), indent=2))
+        return 0
+    m = _manifest(f.output)
+    eos = "none" if tokenizer.eos_id is None else f"id {tokenizer.eos_id} {tokenizer.eos_token!r}"
+    Show().table(
+        "apr tokenize import-hf",
+        [
+            ("source", f"{f.source}{f', family {f.family}' if f.family else ''}"),
+            ("format", f"{tokenizer.format}, normalization {tokenizer.normalization}"),
+            ("vocabulary", f"{tokenizer.vocab_size:,} ids, {tokenizer.merges:,} merges"),
+            ("end of text", eos),
+            ("sha256", str(m["sha256"])),
+            ("written to", f.output),
+        ],
+    )
+    return 0
+
+
+def _manifest(folder: str) -> dict[str, object]:
+    from pathlib import Path
+
+    manifest = read_json(Path(folder) / "manifest.json")
+    assert isinstance(manifest, dict)
+    return manifest

@@ -1,0 +1,131 @@
+"""`apr tokenize train`: a byte-level BPE tokenizer from text, with the pre-tokenizer of GPT-4.
+
+Example: apr tokenize train my_code/ notes.jsonl --vocab-size 32000 -o tok"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...common.errors import Refused, UsageError
+from ...common.options import option, parse
+from ...data.corpus import is_held_out
+from ...data.readers import Corpus, LongDocument, Skipped
+from ...data.sources import find_sources
+from ...tokenizer.tokenizer import train_tokenizer
+from ...training.show import Show
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr tokenize train`."""
+
+    inputs: tuple[str, ...] = option("files and folders: text, source code, JSONL, Parquet", positional=True)
+    output: str = option("folder to write the tokenizer to", "", short="o")
+    vocab_size: int = option(
+        "ids in all, special tokens included; 256 bytes and those tokens to 200000", 32_000
+    )
+    eos_token: str = option("the token that ends a document; '' for none", "<|endoftext|>")
+    special_tokens: tuple[str, ...] = option(
+        "one more special token, after the end of text; may be given again", ()
+    )
+    min_frequency: int = option("how often a pair must occur to be merged", 2)
+    normalization: str = option("applied to all text first", "none", choices=("none", "nfc"))
+    val_fraction: float = option(
+        "leave out the documents that encode-corpus holds out with this fraction, so that validation text is new to the "
+        "tokenizer too",
+        0.0,
+    )
+    content_field: str = option("key of the text in JSONL records and Parquet files", "text")
+    separator: str | None = option("line that stands between the documents of a text file")
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code; errors are raised."""
+    f = parse(Flags, args, "apr tokenize train", __doc__ or "")
+    if not f.output:
+        raise UsageError("say where to write the tokenizer: -o DIR")
+    if not 0 <= f.val_fraction < 1:
+        raise UsageError(f"--val-fraction {f.val_fraction}: must be at least 0 and below 1")
+    if (Path(f.output) / "tokenizer.json").exists():
+        raise Refused(f"{f.output}: holds a tokenizer; remove it, or choose another folder")
+    show = Show(quiet=f.json)
+    start = time.perf_counter()
+    corpus = Corpus(find_sources(f.inputs), f.content_field, separator=f.separator)
+    texts = _Texts(corpus, f.val_fraction)
+    try:
+        tokenizer = train_tokenizer(
+            iter(texts),
+            f.vocab_size,
+            f.output,
+            eos_token=f.eos_token or None,
+            special_tokens=f.special_tokens,
+            min_frequency=f.min_frequency,
+            normalization=f.normalization,
+            progress=show.preparing,
+        )
+    finally:
+        show.stop()
+    result = {
+        "folder": f.output,
+        "vocab_size": tokenizer.vocab_size,
+        "merges": tokenizer.merges,
+        "eos_token_id": tokenizer.eos_id,
+        "sha256": tokenizer.sha256,
+        "documents": texts.documents,
+        "text_bytes": texts.bytes,
+        "skipped": texts.skipped,
+        "seconds": time.perf_counter() - start,
+    }
+    if f.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    fewer = (
+        ""
+        if tokenizer.vocab_size == f.vocab_size
+        else f" (asked for {f.vocab_size:,}: no more pairs occur {f.min_frequency} times)"
+    )
+    eos = "none" if tokenizer.eos_id is None else f"id {tokenizer.eos_id} {tokenizer.eos_token!r}"
+    if f.separator is not None and not corpus.separators:
+        show.note(f"note: no line of a text file is exactly {f.separator!r}: every file is one document")
+    left_out = f"; {len(texts.names):,} left out, such as {texts.names[0]}" if texts.names else ""
+    show.table(
+        "apr tokenize train",
+        [
+            ("documents", f"{texts.documents:,}, {texts.bytes / 1e6:,.1f} MB of text{left_out}"),
+            ("vocabulary", f"{tokenizer.vocab_size:,} ids, {tokenizer.merges:,} merges{fewer}"),
+            ("end of text", eos),
+            ("written to", f"{f.output} in {result['seconds']:.0f} s"),
+        ],
+    )
+    return 0
+
+
+class _Texts:
+    """The texts of a corpus, a long document in chunks; counted."""
+
+    def __init__(self, corpus: Corpus, val_fraction: float) -> None:
+        self._corpus, self._val_fraction = corpus, val_fraction
+        self.documents = self.bytes = 0
+        self.skipped: dict[str, int] = {}
+        self.names: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        for item in self._corpus:
+            if isinstance(item, Skipped):
+                self.skipped[item.reason] = self.skipped.get(item.reason, 0) + 1
+                self.names.append(f"{item.name}: {item.reason}")
+                continue
+            if self._val_fraction and is_held_out(item.sha256, self._val_fraction):
+                continue
+            self.documents += 1
+            if isinstance(item, LongDocument):
+                self.bytes += item.bytes
+                yield from item.chunks()
+            else:
+                self.bytes += len(item.data)
+                yield item.text

@@ -1,0 +1,90 @@
+"""`apr verify RUN_DIR`: check a run's evidence from outside, on any machine.
+
+Files against their hashes, the log against itself and against the verdict, checkpoints and states against what was
+recorded of them, the data against its hashes, the validation loss on another backend, and, with --replay K, K recorded
+steps chosen at random and computed again from the saved state before them. Nothing is written.
+
+Example: apr verify runs/demo --replay 5"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from ..common.atomic import locked
+from ..common.errors import UsageError
+from ..common.options import option, parse
+from ..evidence.gates import FAIL, PASS
+from ..training.show import COLOURS, Show
+from ..verify.verifier import Options, Row, Verifier
+
+DIFFERS = 9  # exit code
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Options of `apr verify`."""
+
+    run_dir: str = option("folder of the run", positional=True)
+    replay: int = option("recorded steps to compute again", 0)
+    within: int = option("with --replay, how far after a saved state, or the start, a step may be", 20)
+    seed: int | None = option("of the choice of steps (default: another one each time)")
+    backend: str = option(
+        "backend that computes the validation loss again; auto: another one than the run's; none: leave it out",
+        "auto",
+        choices=("auto", "reference", "cpu", "cuda", "none"),
+    )
+    device: str | None = option("device for --replay: auto, cpu, cuda or cuda:N (default: the run's)")
+    dataset: str | None = option("where the token shards are now, when they are not where the run read them")
+    json: bool = option("print one JSON document and nothing else", False)
+
+
+def main(args: Sequence[str]) -> int:
+    """Returns the exit code: 9 when a check fails; errors are raised."""
+    f = parse(Flags, args, "apr verify", __doc__ or "")
+    if f.replay < 0 or f.within < 1:
+        raise UsageError(f"--replay {f.replay} --within {f.within}: must be at least 0 and at least 1")
+    show = Show(quiet=f.json)
+    seed = secrets.randbelow(1 << 32) if f.seed is None else f.seed
+    options = Options(f.replay, f.within, seed, f.backend, f.device, f.dataset)
+    rows: list[Row] = []
+    with show.console.status("") as status:
+        verifier = Verifier(Path(f.run_dir), options, status.update)
+        with locked(Path(f.run_dir), "training in it"):
+            rows += verifier.rows()
+    failed = [r for r in rows if r.word == FAIL]
+    if f.json:
+        checks = [{"check": r.check, "verdict": r.word, **asdict_of(r)} for r in rows]
+        print(
+            json.dumps(
+                {"run_dir": f.run_dir, "verdict": FAIL if failed else PASS, "checks": checks}, indent=2
+            )
+        )
+    else:
+        _print(show, f.run_dir, verifier, rows)
+        show.note(FAIL if failed else PASS)
+    return DIFFERS if failed else 0
+
+
+def asdict_of(row: Row) -> dict[str, object]:
+    """The parts of an answer that a reader of JSON needs."""
+    a = row.answer
+    return {"measured": a.measured, "bound": a.bound, "why": a.why}
+
+
+def _print(show: Show, run_dir: str, verifier: Verifier, rows: list[Row]) -> None:
+    v = verifier.verdict
+    show.note(f"apr verify {run_dir}: {v['status']} after {v['steps']:,} steps, verdict {v['verdict']}")
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for r in rows:
+        a = r.answer
+        said = a.why or a.measured if a.good is None else a.measured
+        more = f"\nmust be {a.bound}" if r.word == FAIL else ""
+        table.add_row(f"  {r.word}", r.check, Text(said + more), style=COLOURS[r.word])
+    show.console.print(table)

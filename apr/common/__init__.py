@@ -1,0 +1,1 @@
+"""Foundations that know nothing of models: errors, files, atomic writes, options, the host."""

@@ -1,0 +1,105 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import IOFailure, Refused
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file handle whose content takes the place of `path` when the block ends well.
+
+    The bytes go to a temporary name in the same folder, reach the disk, and are then renamed. When
+    the block raises, the temporary is removed and the previous file stays as it was. Raises
+    IOFailure for every OSError, those of the block included.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    f: BinaryIO | None = None
+    try:
+        f = open(temporary, "xb")  # noqa: SIM115 -- closed before the rename
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+        f.close()
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as e:
+        if f is not None:
+            with suppress(OSError):  # closing flushes what is left, and that may fail again
+                f.close()
+            with suppress(OSError):
+                temporary.unlink()
+        if isinstance(e, OSError):
+            raise IOFailure(explain(path, e)) from e
+        raise
+
+
+@contextmanager
+def locked(folder: Path, doing: str) -> Iterator[None]:
+    """Hold a folder against other processes that ask for it; it is free again when the process ends, however it does.
+
+    doing: what the other process does, for the message. Raises Refused: it is held."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(
+                f"{folder}: another process is {doing}; wait for it, or choose another folder"
+            ) from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text in one piece. Raises IOFailure."""
+    with atomic_write(path) as f:
+        f.write(text.encode("utf-8"))
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write JSON in one piece, keys in the order given. Raises IOFailure.
+
+    NaN and infinity are no JSON: ValueError, before the file is touched.
+    """
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power failure."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+            raise
+    finally:
+        os.close(fd)
+
+
+def explain(path: Path, e: OSError) -> str:
+    """Why a file cannot be written, and what to do."""
+    folder = path.parent
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = "unknown"
+        with suppress(OSError):
+            free = f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB"
+        return f"{path}: disk full ({e.strerror}), {free} free in {folder}; make room or write elsewhere"
+    if not folder.is_dir():
+        return f"{path}: cannot write: folder {folder} does not exist; create it first"
+    if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{path}: cannot write: {e.strerror}; check the rights of {folder} or write elsewhere"
+    return f"{path}: cannot write: {e}"

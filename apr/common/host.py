@@ -1,0 +1,38 @@
+"""The machine that apr runs on: CPU cores, processor, main memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Model name of the processor, as the system reports it."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that can be had without swapping; None where the system does not say."""
+    limits = []
+    try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        if found:
+            limits.append(int(found[1]) * 1024)
+        group = Path("/sys/fs/cgroup")
+        most, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+        if most.strip() != "max":
+            limits.append(int(most) - int(used))
+    except (OSError, ValueError):
+        pass
+    return min(limits) if limits else None

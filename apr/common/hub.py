@@ -1,0 +1,54 @@
+"""`hf://org/name[@revision]`: files of the Hugging Face Hub, through the package huggingface_hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import InputNotFound, IOFailure, UsageError
+
+HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+def is_hub(source: str) -> bool:
+    """Whether a source names a repository of the Hub. Raises UsageError for any other address."""
+    if HUB.fullmatch(source):
+        return True
+    if "://" in source:
+        raise UsageError(f"{source}: neither a path nor hf://org/name[@revision]")
+    return False
+
+
+def download(source: str, patterns: Sequence[str], revision: str | None = None) -> tuple[Path, str]:
+    """Folder with those files of a repository whose names match the patterns, and the commit they are of.
+
+    revision: beside the source or in it, a branch, tag or commit. Raises UsageError for two of them, InputNotFound for no
+    such repository or package, IOFailure for the network."""
+    hub = HUB.fullmatch(source)
+    if hub is None:
+        raise UsageError(f"{source}: not hf://org/name[@revision]")
+    repo, in_source = hub["repo"], hub["revision"]
+    if in_source and revision and in_source != revision:
+        raise UsageError(f"hf://{repo}: revision {in_source!r} or {revision!r}? Say one")
+    wanted = in_source or revision
+    name = f"hf://{repo}{f'@{wanted}' if wanted else ''}"
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    except ImportError:
+        raise InputNotFound(
+            f"{name}: needs the package huggingface_hub: pip install huggingface_hub"
+        ) from None
+    by_hand = f"download its files elsewhere ({', '.join(patterns[:3])}, ...) and give their folder"
+    try:
+        folder = snapshot_download(repo, revision=wanted, allow_patterns=list(patterns))
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        raise InputNotFound(
+            f"{name}: no such repository or revision, or one that needs a login; check the name, log in with "
+            f"'hf auth login', or {by_hand}"
+        ) from None
+    except Exception as e:  # whatever the library's network layer raises
+        first = str(e).strip().split("\n")[0]
+        raise IOFailure(f"{name}: cannot be downloaded: {first}; check the network, or {by_hand}") from None
+    return Path(folder), Path(folder).name

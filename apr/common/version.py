@@ -1,0 +1,3 @@
+"""Version of apr."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Conversations as training data: examples, rendering, packing."""

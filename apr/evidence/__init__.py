@@ -1,0 +1,1 @@
+"""A run that proves itself: gates, measurements, the judge, the seal."""

@@ -1,0 +1,353 @@
+"""What a run must prove while it runs: one table of gates, and one place where their answers are kept.
+
+A gate protects against something that has gone wrong without being noticed; docs/gates.md tells what. Where the
+measurements come from is in measure.py. A gate that could not be asked is SKIPPED with the reason, never passed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..common.errors import Aborted, AprError, Refused
+from ..common.options import numbers
+
+FORMAT = "apr-verdict-1"
+PASS, SKIPPED, SUSPECT, FAIL = "PASS", "SKIPPED", "SUSPECT", "FAIL"
+WORSE = (SKIPPED, PASS, SUSPECT, FAIL)  # the later one stays when a gate is asked again
+BEFORE, START, RUNNING, EVALUATION, END = "before", "step 0", "running", "evaluation", "end"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One row. then: what a bad answer does: "refuse" and "abort" end the run with FAIL, the others let it go on.
+
+    numbers: the bounds that --bounds may change, with their defaults."""
+
+    id: str
+    when: str
+    then: str
+    protects: str
+    bound_from: str
+    look_at: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+GATES = {
+    g.id: g
+    for g in (
+        Gate(
+            "before.device", BEFORE, "refuse",
+            "the device that was asked for is there and computes",
+            "a product of two small matrices is computed on it and must be the one that NumPy gives in float64",
+            "nvidia-smi; --device cpu trains without a GPU",
+        ),
+        Gate(
+            "before.memory", BEFORE, "refuse",
+            "the job fits in memory before any of it is taken",
+            "the sum of all buffers, as `apr plan` counts them, is at most what the device has free",
+            "`apr plan`; a smaller --micro-batch-size, or --recompute",
+        ),
+        Gate(
+            "before.data", BEFORE, "refuse",
+            "tokenizer, vocabulary and shards belong together, and the tokens look like text",
+            "the guards of `apr tokenize audit`; docs/data.md has where each bound comes from",
+            "`apr tokenize audit` on the folder of the shards",
+        ),
+        Gate(
+            "before.disjoint", BEFORE, "refuse",
+            "no document is trained on and validated with",
+            "equal identities of documents on both sides, or equal windows where the shards hold one side only: none",
+            "encode the corpus again with --val-fraction; a copy under another name is the same document",
+        ),
+        Gate(
+            "before.architecture", BEFORE, "refuse",
+            "every key of the configuration is honoured",
+            "the configuration, written out as a config.json and read again by its strict reader, is the same",
+            "the key that is named; `apr inspect`",
+        ),
+        Gate(
+            "before.weights", BEFORE, "refuse",
+            "the weights on the device are those of the checkpoint, or have the spread that was asked for",
+            "a checkpoint: equal name sets and equal bits, read back from the device; random: the standard deviation "
+            "of every matrix within 6 standard errors, sigma / sqrt(2 n), of its own",
+            "`apr inspect`; --initializer-range",
+        ),
+        Gate(
+            "before.resumed", BEFORE, "refuse",
+            "a run that goes on has the weights and moments that it had saved",
+            "SHA-256 of weights and moments, read back from the device, equal to those in the state",
+            "the saved state before it",
+        ),
+        Gate(
+            "start.loss", START, "abort",
+            "random weights know nothing, neither more nor less",
+            "logits are normal with variance s^2 = C sigma^2, so the loss is ln V + s^2/2, and above it where a tied "
+            "head sees the token it stands at; more than 5 standard errors of a mean of targets' logits away is too far",
+            "the initial weights, the norm before the head, and whether targets are shifted by one",
+            {"start_margin": 0.05},
+        ),
+        Gate(
+            "start.pretrained", START, "abort",
+            "a checkpoint that is said to be pretrained predicts text from the first step",
+            "the entropy of token frequencies is what no context gives; a model that reads context is far below it",
+            "`apr bisect MODEL --against DIR`: biases, epsilon of the norms, pairing of rope, tokenizer",
+            {"pretrained_share": 0.75},
+        ),
+        Gate(
+            "start.reproduces", START, "abort",
+            "a checkpoint that is loaded again has the validation loss that was recorded with it",
+            "the same windows and weights: equal but for rounding, 1e-6 of it in float32 and 1e-3 in bfloat16",
+            "what changed since: the backend, the code (config.json has its hash), the data",
+            {"reproduce_float32": 1e-6, "reproduce_bfloat16": 1e-3},
+        ),
+        Gate(
+            "start.ops", START, "abort",
+            "every op, forward and backward, computes what the reference computes in float64",
+            "the tolerance rule of `apr bisect`, on a piece of the first batch with the run's own weights",
+            "`apr bisect` on the checkpoint or preset",
+        ),
+        Gate(
+            "start.causal", START, "abort",
+            "no position sees the tokens after it",
+            "with other tokens from the middle of the sequences on, what the head reads before the middle has the same "
+            "bits, and what it reads from there on has not",
+            "the attention mask, and position 0 of everything that shifts",
+        ),
+        Gate(
+            "run.finite", RUNNING, "abort",
+            "every loss, norm and weight is a finite number",
+            "the loss of each step and the L2 norms of all gradients and of all weights after it",
+            "a lower --lr or a longer --warmup-steps; `apr bisect` on the last checkpoint",
+        ),
+        Gate(
+            "run.learning-rate", RUNNING, "abort",
+            "the learning rate in the log is the one that moved the weights",
+            "4,096 elements spread over all parameters, in the first 20 steps of a process and every 10th: the step that "
+            "AdamW's formula gives from their moments, fitted to how far they moved, within 1e-3 and the rounding of "
+            "float32; none moved otherwise; their moments are those of the clipped gradients",
+            "the optimizer, the schedule, weight decay",
+            {"learning_rate_tolerance": 1e-3},
+        ),
+        Gate(
+            "run.gradients", RUNNING, "abort",
+            "the gradient norm counts all parameters, and every parameter has a gradient",
+            "in the first step of a process: the norms of all tensors, each taken alone, together give the one that is "
+            "logged, within 1e-5; no tensor's is zero; and, as often as run.learning-rate, no step finds gradients of the "
+            "one before",
+            "the backward pass of the tensor that is named: `apr bisect`",
+        ),
+        Gate(
+            "run.tokens", RUNNING, "abort",
+            "as many tokens were trained on as are counted",
+            "targets that went through the backward pass, tokens in the log and the position in the data: all equal",
+            "micro-batches that are skipped, and what they leave in the sum of the loss",
+        ),
+        Gate(
+            "run.placeholder", RUNNING, "abort",
+            "losses are measured, not filled in",
+            "different batches never have the same loss to the last bit, nor a loss of exactly 0",
+            "where the loss is read back from the device",
+            {"constant_steps": 5},
+        ),
+        Gate(
+            "run.diverged", EVALUATION, "abort",
+            "the run gets better, not worse",
+            "the first epoch ends at most a tenth above the loss of a uniform guess, ln V, or of the start, whichever is "
+            "more; later evaluations at most at twice the one before",
+            "a lower --lr, a longer --warmup-steps",
+            {"first_epoch": 1.1, "next_epoch": 2.0},
+        ),
+        Gate(
+            "run.data", RUNNING, "abort",
+            "data that is used up begins again or ends the run",
+            "complete passes over the windows, as counted by the reader and as they follow from the tokens trained on",
+            "--on-exhausted",
+        ),
+        Gate(
+            "run.val-below-train", EVALUATION, "SUSPECT",
+            "the validation text is not known from training",
+            "the mean of the last 20 training losses of the epoch is of the same model; validation lower by more than "
+            "this share of it and 5 standard errors means easier text, or text that was seen",
+            "near copies of documents on both sides; whether one side is another kind of text",
+            {"val_below_train": 0.05},
+        ),
+        Gate(
+            "end.plausible", END, "SUSPECT",
+            "a validation loss that nobody can reach is not believed",
+            "bits per byte: large published models reach 0.54 on the Pile, small ones 0.45 on TinyStories; half of "
+            "that is beyond all of them",
+            "`apr tokenize audit`: unknown tokens, one repeated token, copies of one text",
+            {"min_bits_per_byte": 0.25},
+        ),
+        Gate(
+            "end.learning", END, "SUSPECT",
+            "the loss did not fall faster than so few tokens can teach",
+            "random start: after D tokens the validation loss is still this share of the entropy of token frequencies "
+            "times log10(D / 10^4), taken from 1; docs/gates.md has the runs that it was measured on",
+            "validation text inside the training data; text that repeats itself",
+            {"drop_per_decade": 0.3},
+        ),
+        Gate(
+            "end.speed", END, "SUSPECT",
+            "all the work was done",
+            "FLOP/s of the fastest step, 6 per weight and token and attention, at most 1.25 times those of one large "
+            "product on this device",
+            "steps that were skipped; run.tokens",
+            {"speed": 1.25},
+        ),
+        Gate(
+            "end.reload", END, "FAIL",
+            "what was saved is what was trained",
+            "the last checkpoint, loaded in a fresh process, has the validation loss that was recorded, as in "
+            "start.reproduces",
+            "`apr verify` on the run",
+        ),
+        Gate(
+            "end.base", END, "FAIL",
+            "adapters were trained, and nothing else",
+            "SHA-256 of all weights that are not trained, as on the device at the start; and the weights that compute are "
+            "base + s B A, within their rounding",
+            "whatever wrote to weights between two steps",
+        ),
+        Gate(
+            "end.target", END, "FAIL",
+            "the target was reached, or it is said that it was not",
+            "--target-val-loss, nats/token, against the last evaluation",
+            "more steps, more data, a larger model",
+        ),
+    )
+}  # fmt: skip
+BOUNDS = {name: value for g in GATES.values() for name, value in g.numbers.items()}
+
+
+def parse_bounds(text: str | None) -> dict[str, float]:
+    """From "val_below_train=0.2,speed=2", as --bounds takes it. Raises UsageError."""
+    return numbers(text, "--bounds", list(BOUNDS))
+
+
+class Answer(NamedTuple):
+    """What a gate found: good, bad, or None where it could not be asked, with `why`.
+
+    score: of equal verdicts the answer with the largest one is kept. suspect: a bad answer is SUSPECT, whatever the
+    table says."""
+
+    good: bool | None
+    measured: str
+    bound: str
+    why: str = ""
+    score: float = 0.0
+    suspect: bool = False
+
+
+@dataclass
+class Outcome:
+    """A gate's answer. step: where it was given; evaluations: how often it was asked."""
+
+    gate: str
+    verdict: str
+    measured: str
+    bound: str
+    why: str = ""
+    step: int | None = None
+    evaluations: int = 1
+    score: float = 0.0
+
+
+class Gates:
+    """The answers of one run. Of a gate that is asked again and again the worst answer stays."""
+
+    def __init__(self, bounds: Mapping[str, float]) -> None:
+        self.given = dict(bounds)
+        self.outcomes: dict[str, Outcome] = {}
+
+    def bound(self, name: str) -> float:
+        """A number of the table, or what the user put in its place."""
+        return self.given.get(name, BOUNDS[name])
+
+    def judge(self, gate: str, answer: Answer, step: int | None = None) -> None:
+        """Keep an answer. Raises Aborted or Refused at a bad one where the table says so."""
+        row = GATES[gate]
+        bad = SUSPECT if answer.suspect or row.then == SUSPECT else FAIL
+        verdict = SKIPPED if answer.good is None else PASS if answer.good else bad
+        new = Outcome(gate, verdict, answer.measured, answer.bound, answer.why, step, 1, answer.score)
+        old = self.outcomes.get(gate)
+        if old is not None:
+            asked = old.evaluations + (answer.good is not None)
+            worse = WORSE.index(old.verdict) - WORSE.index(verdict)
+            new = old if worse > 0 or (worse == 0 and old.score > new.score) else new
+            new = dataclasses.replace(new, evaluations=asked)
+        self.outcomes[gate] = new
+        if verdict == FAIL and row.then in ("abort", "refuse"):
+            raise self.error(new)
+
+    def error(self, o: Outcome) -> AprError:
+        """What ends the run at a bad answer."""
+        kind = Refused if GATES[o.gate].then == "refuse" else Aborted
+        place = f"step {o.step}: " if o.step is not None else ""
+        said = o.why or f"{o.measured}, must be {o.bound}"
+        return kind(f"{place}{said} [gate {o.gate}]. Look at: {GATES[o.gate].look_at}")
+
+    def skip(self, gate: str, why: str) -> None:
+        """Keep that a gate cannot be asked, unless it has answered already."""
+        if gate not in self.outcomes:
+            self.judge(gate, Answer(None, "", "", why))
+
+    def close(self, why: str) -> None:
+        """Every gate that has no answer is SKIPPED."""
+        for gate in GATES:
+            self.skip(gate, why)
+
+    def changed(self, gate: str) -> str:
+        """Which bounds of a gate are not the table's, in words."""
+        numbers = GATES[gate].numbers
+        return "; ".join(
+            f"{n} changed from {numbers[n]:g} to {self.given[n]:g}" for n in numbers if n in self.given
+        )
+
+    @property
+    def verdict(self) -> str:
+        """FAIL, SUSPECT or PASS: the worst of all answers."""
+        return max((o.verdict for o in self.outcomes.values()), key=WORSE.index, default=PASS).replace(
+            SKIPPED, PASS
+        )
+
+    def in_order(self) -> Iterable[Outcome]:
+        """Answers in the order of the table."""
+        return (self.outcomes[g] for g in GATES if g in self.outcomes)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The gates of verdict.json: the answers with the rows that they belong to."""
+        rows = []
+        for o in self.in_order():
+            g = GATES[o.gate]
+            rows.append(
+                {
+                    "id": o.gate,
+                    "when": g.when,
+                    "then": g.then,
+                    "verdict": o.verdict,
+                    "measured": o.measured,
+                    "bound": o.bound,
+                    "why": o.why,
+                    "changed": self.changed(o.gate),
+                    "step": o.step,
+                    "evaluations": o.evaluations if o.verdict != SKIPPED else 0,
+                    "protects": g.protects,
+                    "bound_from": g.bound_from,
+                    "look_at": g.look_at if o.verdict in (SUSPECT, FAIL) else "",
+                }
+            )
+        return rows
+
+    def state(self) -> list[dict[str, Any]]:
+        """The answers, for a saved state."""
+        return [dataclasses.asdict(o) for o in self.in_order()]
+
+    def restore(self, saved: Iterable[Mapping[str, Any]]) -> None:
+        """Go on with the answers of a saved state; what is asked before every start keeps its newer answer."""
+        for o in saved:
+            if o["gate"] in GATES and not (GATES[o["gate"]].when == BEFORE and o["gate"] in self.outcomes):
+                self.outcomes[o["gate"]] = Outcome(**o)

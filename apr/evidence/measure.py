@@ -1,0 +1,328 @@
+"""What gates measure: each function looks at a part of a run and gives the Answer for one row of gates.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..checkpoints.registry import LoadedModel, parameters
+from ..checkpoints.tensors import CHUNK
+from ..common.errors import AprError
+from ..model.config import ModelConfig, from_hf, to_hf
+from ..model.optim import AdamW
+from ..model.transformer import Model
+from .gates import Answer
+
+SPREAD = 6.0  # standard errors that a random matrix's standard deviation may be off
+ENOUGH = 1 << 20  # elements of a matrix from which its standard deviation is judged
+SAMPLE = 4096  # elements of all parameters that are followed through optimizer steps
+EPS32 = float(np.finfo(np.float32).eps)
+LAST_STEPS = 20  # the mean of so many training losses stands beside a validation loss
+
+
+def device(backend: ModuleType, dtype: str) -> Answer:
+    """Whether a small product on the device is NumPy's."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 64), (48, 64)))
+    arrays = [backend.empty(shape, dtype) for shape in ((32, 48), (32, 64), (48, 64))]
+    for array, host in zip(arrays[1:], (x, w), strict=True):
+        backend.from_host(array, host)
+    backend.linear_fwd(*arrays, None)
+    y, xd, wd = (np.asarray(backend.to_host(a), np.float64) for a in arrays)
+    eps = 2.0**-8 if dtype == "bfloat16" else EPS32
+    error = float(np.abs(y - xd @ wd.T).max() / (np.abs(xd) @ np.abs(wd).T).max())
+    what = backend.describe()
+    name = f"{backend.name}: {what.get('gpu') or what['cpu']}"
+    return Answer(
+        error <= 4 * eps, f"{name}, product off by {error:.1e}", f"at most {4 * eps:.1e}", score=error
+    )
+
+
+def memory(need: int, have: int | None) -> Answer:
+    """Whether the plan fits; `have` None where the backend cannot tell."""
+    gib = f"{need / 2**30:.2f} GiB planned"
+    if have is None:
+        return Answer(None, gib, "what is free", "the backend cannot tell how much memory is free")
+    return Answer(need <= have, gib, f"at most the {have / 2**30:.2f} GiB that are free")
+
+
+def architecture(cfg: ModelConfig, source: str) -> Answer:
+    """Whether a configuration survives being written and read by the strict reader."""
+    written = to_hf(cfg)
+    try:
+        same = from_hf(written, source) == cfg
+    except AprError as e:
+        return Answer(False, str(e), "the same configuration")
+    return Answer(same, f"{len(written)} keys of {source}", "the same configuration")
+
+
+def loaded_weights(model: Model, opt: AdamW, init: LoadedModel) -> Answer:
+    """Whether the device holds a checkpoint's weights bit for bit, element by element."""
+    be, count = model.be, 0
+    tensors = parameters(model.layout, init)
+    for s in model.layout.slots:
+        stored = tensors[s.hf].reshape(-1)
+        for start in range(0, s.size, CHUNK):
+            part = stored[start : start + CHUNK]
+            place = slice(s.offset + start, s.offset + start + part.size)
+            wide = part.astype(np.float32)
+            back = be.to_host(opt.master[place])
+            there = be.to_host(model.w[place])
+            exact = part.dtype.itemsize > 4 or np.array_equal(_bits(wide.astype(part.dtype)), _bits(part))
+            equal = np.array_equal(_bits(back), _bits(wide))
+            if not (exact and equal and np.array_equal(_bits(there), _bits(wide.astype(there.dtype)))):
+                at = int(np.argmax(_bits(back) != _bits(wide))) if not equal else 0
+                said = f"{s.hf}: element {start + at} is {part[at]} in the file and {back[at]} on the device"
+                return Answer(False, said, "equal bits")
+            count += part.size
+    return Answer(True, f"{len(tensors)} tensors, {count:,} values read back from the device", "equal bits")
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
+
+
+def random_weights(model: Model, opt: AdamW, std: float) -> Answer:
+    """Whether random matrices have the spread that was asked for, vectors their constants."""
+    worst, where = 0.0, ""
+    for s in model.layout.slots:
+        x = model.be.to_host(opt.master[s.offset : s.offset + min(s.size, ENOUGH)]).astype(np.float64)
+        if s.param.init in ("ones", "zeros"):
+            if not (x == (s.param.init == "ones")).all():
+                return Answer(False, f"{s.hf} is not all {s.param.init}", f"all {s.param.init}")
+            continue
+        want = std if s.param.init == "in" else std / math.sqrt(2 * model.cfg.num_layers)
+        off = max(abs(x.std() / want - 1) * math.sqrt(2 * x.size), abs(x.mean()) / want * math.sqrt(x.size))
+        if not off <= worst:
+            worst, where = float(off), s.hf
+    matrices = sum(s.param.init in ("in", "out") for s in model.layout.slots)
+    measured = f"{matrices} matrices, the worst {worst:.1f} standard errors off ({where})"
+    return Answer(worst <= SPREAD, measured, f"at most {SPREAD:g}", score=worst)
+
+
+def initial_loss(
+    cfg: ModelConfig, loss: float, std: float, rstd: float, spread: float, repeated: float, margin: float
+) -> Answer:
+    """Whether random weights give the loss of a random guess.
+
+    Logits h . w have variance s^2 = C std^2, since the final norm gives h a length of sqrt(C); E[logsumexp] is
+    ln V + s^2 / 2. A tied head's logit for the token it stands at is C std^2 rstd, with rstd (1 / RMS of the
+    residual stream, its mean over positions): that one term may add to the sum, and helps the share `repeated` of
+    targets that are the token they follow. spread: how many ids the targets are spread over, 1 / sum of p^2."""
+    s2 = cfg.hidden_size * std**2
+    uniform = math.log(cfg.vocab_size)
+    low, high = uniform, uniform + s2 / 2
+    if cfg.tie_word_embeddings:
+        high = float(np.logaddexp(high, s2 * rstd))
+        low -= repeated * s2 * rstd
+    slack = margin + 5 * math.sqrt(s2 / max(spread, 1.0))
+    return Answer(
+        low - slack <= loss <= high + slack,
+        f"{loss:.4f} nats/token",
+        f"{low - slack:.3f} to {high + slack:.3f}, ln V = {uniform:.4f}",
+    )
+
+
+def pretrained_loss(loss: float, entropy: float, share: float) -> Answer:
+    """Whether a pretrained checkpoint is far below the entropy of token frequencies; above it: it fails."""
+    return Answer(
+        loss <= share * entropy,
+        f"{loss:.4f} nats/token, {loss / max(entropy, 1e-9):.2f} of the entropy of token frequencies {entropy:.4f}",
+        f"at most {share:g} of it",
+        suspect=loss < entropy,
+    )
+
+
+def reproduced(loss: float, recorded: float, tolerance: float) -> Answer:
+    """Whether a recorded validation loss comes out again."""
+    off = abs(loss - recorded) / max(abs(recorded), 1e-9)
+    return Answer(
+        off <= tolerance,
+        f"{loss:.6f}, recorded {recorded:.6f}: {off:.1e} of it apart",
+        f"at most {tolerance:.0e}",
+        score=off,
+    )
+
+
+def causal(model: Model, ids: np.ndarray) -> Answer:
+    """Whether other tokens in the second half of sequences (B,T) change what comes before them, and what follows."""
+    bound = "0 before the middle, above 0 after it"
+    middle = ids.shape[1] // 2
+    if not middle or model.cfg.vocab_size < 2:
+        return Answer(None, "", bound, "sequences of one token have no future")
+    other = ids.copy()
+    other[:, middle:] = (other[:, middle:] + 1) % model.cfg.vocab_size
+    a, b = _heads_view(model, ids), _heads_view(model, other)
+    change = np.abs(a - b)
+    before, after = float(change[:, :middle].max()), float(change[:, middle:].max(axis=(1, 2)).min())
+    measured = f"changes before the middle {before:.3g}, after it {after:.3g}, {ids.shape[0]} x {ids.shape[1]} tokens"
+    return Answer(before == 0 and after > 0, measured, bound)
+
+
+def _heads_view(model: Model, ids: np.ndarray) -> np.ndarray:
+    """What the head reads, float32 (B,T,C)."""
+    seen: dict[str, np.ndarray] = {}
+
+    def tap(layer: int | None, name: str, x: Any) -> None:
+        if name == "final_norm":
+            seen[name] = model.be.to_host(x)
+
+    model.forward(ids, tap)
+    return seen["final_norm"].astype(np.float32).reshape(*ids.shape, -1)
+
+
+class Follow:
+    """Some elements of all parameters, followed through an optimizer step: gradients into moments, moments into weights."""
+
+    def __init__(self, opt: AdamW) -> None:
+        size = opt.model.layout.size
+        self.opt, self.part = opt, slice(None, None, max(1, size // SAMPLE) | 1)
+        places = np.arange(0, size, self.part.step)
+        self._decay = np.where(places < opt.model.layout.decayed, opt.weight_decay, 0.0)
+        self._before: list[np.ndarray] = []
+
+    def before(self) -> None:
+        """Keep weights, moments and gradients as they are before a step."""
+        opt = self.opt
+        self._before = [self._read(x) for x in (opt.master, opt.m, opt.v, opt.model.g)]
+
+    def after(self, lr: float, grad_norm: float, tolerance: float) -> Answer:
+        """Compare with where AdamW's formula takes them, clipping included.
+
+        lr fitted: sum(moved * direction) / sum(direction^2); rounding of the weights to float32 adds eps / 2 of each
+        to its move, at random, and so to the fit the root of the sum of its squares."""
+        opt, (old, m_old, v_old, g) = self.opt, self._before
+        new, m, v = (self._read(x) for x in (opt.master, opt.m, opt.v))
+        mhat, vhat = m / (1 - opt.beta1**opt.steps), v / (1 - opt.beta2**opt.steps)
+        direction = mhat / (np.sqrt(vhat) + opt.eps) + self._decay * old
+        moved = old - new
+        rounding = EPS32 * np.maximum(np.abs(old), np.abs(new))
+        weight = float(direction @ direction)
+        fitted = float(moved @ direction) / weight if weight else 0.0
+        noise = 3 * float(np.sqrt(((rounding * direction) ** 2).sum())) / weight if weight else 0.0
+        off = np.abs(moved - lr * direction) - (rounding + 1e-3 * lr * np.abs(direction) + 1e-30)
+        worst = int(off.argmax())
+        measured = f"log {lr:.6e}, weights {fitted:.6e}"
+        bound = f"equal within {tolerance:g} of it and {noise:.0e}"
+        why = ""
+        if not abs(fitted - lr) <= tolerance * lr + noise:
+            why = f"the log says a learning rate of {lr:.4e}, the weights moved by one of {fitted:.4e}"
+        elif off[worst] > 0:
+            why = (
+                f"an element moved by {moved[worst]:.3e} where AdamW moves it by {lr * direction[worst]:.3e}"
+            )
+        elif not np.array_equal(_bits(self._read_raw(opt.model.w)), _bits(self._rounded(new))):
+            why = "the weights that compute are not those that the optimizer moved"
+        elif not self._moments_follow(g, grad_norm, (m_old, v_old), (m, v)):
+            why = "the moments are not those of the gradients, clipped to the norm that was asked for"
+        return Answer(not why, measured, bound, why, score=abs(fitted - lr) / lr if lr else 0.0)
+
+    def _moments_follow(
+        self, g: np.ndarray, grad_norm: float, old: tuple[np.ndarray, ...], new: tuple[np.ndarray, ...]
+    ) -> bool:
+        """m += (1 - beta1) (g' - m), v += (1 - beta2) (g'^2 - v), g' = g min(1, grad_clip / (norm + 1e-6))."""
+        opt = self.opt
+        clipped = g * min(1.0, opt.grad_clip / (grad_norm + 1e-6)) if opt.grad_clip else g
+        for a, b, beta, term in zip(old, new, (opt.beta1, opt.beta2), (clipped, clipped**2), strict=True):
+            slack = 1e-5 * (np.abs(a) + np.abs(term)) + 1e-37  # float32, and where it loses its last bits
+            if not (np.abs(b - (a + (1 - beta) * (term - a))) <= slack).all():
+                return False
+        return True
+
+    def _read_raw(self, flat: Any) -> np.ndarray:
+        return np.ascontiguousarray(self.opt.model.be.to_host(flat[self.part]))
+
+    def _read(self, flat: Any) -> np.ndarray:
+        return self._read_raw(flat).astype(np.float64)
+
+    def _rounded(self, new: np.ndarray) -> np.ndarray:
+        return new.astype(np.float32).astype(self._read_raw(self.opt.model.w[:1]).dtype)
+
+
+def gradients(model: Model, scratch: Any) -> tuple[list[str], float]:
+    """Names of tensors whose gradient is all zero, and the L2 norm of all, tensor by tensor. scratch (1,) float64."""
+    be, zero, total = model.be, [], 0.0
+    for s in model.layout.slots:
+        be.fill(scratch, 0)
+        be.add_sum_sq(scratch, model.g[s.offset : s.offset + s.size])
+        square = float(be.to_host(scratch)[0])
+        total += square
+        if square == 0:
+            zero.append(s.hf)
+    return zero, math.sqrt(total) if total >= 0 else math.nan
+
+
+def gradients_left(model: Model, scratch: Any) -> float:
+    """The L2 norm of what is in the gradients before a step begins: 0, or the step before was not cleared away."""
+    model.be.fill(scratch, 0)
+    model.be.add_sum_sq(scratch, model.g)
+    return math.sqrt(max(0.0, float(model.be.to_host(scratch)[0])))
+
+
+def gradient_norm(zero: Sequence[str], apart: float, logged: float) -> Answer:
+    """Whether the norm in the log is that of all tensors, and none has no gradient."""
+    bound = "equal within 1e-5 of it, no tensor without a gradient"
+    measured = f"log {logged:.6g}, all tensors apart {apart:.6g}"
+    if zero:
+        more = f" and {len(zero) - 3} more" if len(zero) > 3 else ""
+        return Answer(False, measured, bound, f"no gradient reaches {', '.join(zero[:3])}{more}")
+    return Answer(not abs(apart - logged) > 1e-5 * max(apart, logged), measured, bound)
+
+
+def below_train(
+    val: float, stderr: float, last: Sequence[float], epoch: Sequence[float], share: float
+) -> Answer:
+    """Whether validation is far below training, like with like: the mean of the last steps, not of the epoch."""
+    end, mean = float(np.mean(last)), float(np.mean(epoch))
+    noise = 5 * math.hypot(stderr, float(np.std(last)) / math.sqrt(len(last)))
+    low = (1 - share) * end - noise
+    return Answer(
+        val >= low,
+        f"validation {val:.4f}, training {end:.4f} in the last {len(last)} steps ({mean:.4f} over the epoch)",
+        f"at least {low:.4f}",
+        "" if val >= low else f"validation is {end - val:.4f} nats/token below training of the same moment",
+        score=low - val,
+    )
+
+
+def plausible(bits: float, least: float) -> Answer:
+    """Whether bits per byte are above what any model reaches."""
+    said = f"{bits:.3f} bits/byte is below what any published model reaches on real text"
+    return Answer(
+        bits >= least, f"{bits:.3f} bits/byte", f"at least {least:g}", "" if bits >= least else said
+    )
+
+
+def learning(loss: float, entropy: float, tokens: int, per_decade: float) -> Answer:
+    """Whether a loss after so many tokens from a random start is one that so many tokens can teach."""
+    share = max(0.0, 1 - per_decade * math.log10(max(tokens, 1) / 1e4)) if tokens > 1e4 else 1.0
+    low = min(1.0, share) * entropy
+    said = f"{loss:.4f} nats/token after {tokens:,} tokens fell faster than they can explain"
+    good = loss >= low - 0.05 * entropy
+    return Answer(
+        good,
+        f"{loss / max(entropy, 1e-9):.2f} of the entropy of token frequencies after {tokens:,} tokens",
+        f"at least {max(0.0, share - 0.05):.2f} of {entropy:.4f}",
+        "" if good else said,
+        score=low - loss,
+    )
+
+
+def speed(flops: float, rate: float, most: float) -> Answer:
+    """FLOP/s of the fastest step against those of one large product."""
+    share = flops / rate
+    return Answer(
+        share <= most,
+        f"{_rate(flops)}, {100 * share:.0f} % of one large product",
+        f"at most {most:g} times {_rate(rate)}",
+        "" if share <= most else "faster than the device can multiply: work was left out",
+        score=share,
+    )
+
+
+def _rate(flops: float) -> str:
+    return f"{flops / 1e12:.1f} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.1f} GFLOP/s"

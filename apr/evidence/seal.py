@@ -1,0 +1,94 @@
+"""evidence.json: the SHA-256 of every file of a run that has ended, and of itself, so that no byte can change unseen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..common.atomic import write_text
+from ..common.errors import InputNotFound, MalformedFile
+from ..common.files import read_json
+from ..training.rundir import EVIDENCE
+
+FORMAT = "apr-evidence-1"
+PIECE = 1 << 22  # bytes
+
+
+def seal(run: Path) -> None:
+    """Write evidence.json for a run directory as it stands. Raises IOFailure."""
+    write_text(run / EVIDENCE, _text(hashes(run)))
+
+
+def resealed(run: Path, path: Path, text: str) -> None:
+    """Write a text file into a run that has ended, and its new hash into evidence.json if all was as recorded before.
+
+    Where anything else had changed the evidence stays as it was, so that the change is still found. Raises IOFailure."""
+    whole = not compare(run)
+    write_text(path, text)
+    if whole:
+        seal(run)
+
+
+def hashes(run: Path) -> dict[str, dict[str, Any]]:
+    """{"bytes", "sha256"} of each file in a run directory, by its path inside, sorted; evidence.json itself left out."""
+    found = sorted(_files(run))
+    with ThreadPoolExecutor() as pool:  # hashing does not hold the interpreter's lock
+        digests = pool.map(lambda name: file_sha(run / name), found)
+        return {
+            name: {"bytes": (run / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(found, digests, strict=True)
+        }
+
+
+def _files(run: Path) -> list[str]:
+    out = []
+    for folder, _, names in os.walk(run):
+        out += [os.path.relpath(os.path.join(folder, name), run) for name in names]
+    return [name for name in out if name != EVIDENCE]
+
+
+def file_sha(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while piece := f.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _text(files: dict[str, dict[str, Any]]) -> str:
+    """The one way in which evidence.json is written: any other byte in it is a change."""
+    body = {"format": FORMAT, "files": files}
+    own = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return json.dumps({**body, "sha256": own}, indent=1) + "\n"
+
+
+def compare(run: Path) -> list[str]:
+    """What differs between a run directory and its evidence.json; empty when nothing does.
+
+    Raises InputNotFound where there is none: the run has not ended, or was killed."""
+    path = run / EVIDENCE
+    if not path.is_file():
+        raise InputNotFound(f"{path}: not there: the run has not ended, or it was killed; --resume ends it")
+    recorded = read_json(path)
+    files = recorded.get("files") if isinstance(recorded, dict) else None
+    if not isinstance(files, dict) or recorded.get("format") != FORMAT:
+        raise MalformedFile(f"{path}: not a record of {FORMAT}")
+    out = []
+    if path.read_text(encoding="utf-8", errors="replace") != _text(files):
+        out.append(f"{EVIDENCE} was changed: its own SHA-256 is another one")
+    found = hashes(run)
+    for name in sorted(files.keys() | found.keys()):
+        if name not in found:
+            out.append(f"{name} is gone")
+        elif name not in files:
+            out.append(f"{name} was added")
+        elif files[name] != found[name]:
+            out.append(
+                f"{name} was changed: {found[name]['bytes']} bytes, SHA-256 {found[name]['sha256'][:12]}"
+            )
+    return out

@@ -1,0 +1,1 @@
+"""A model that speaks: generation, chat, streaming, int8."""

@@ -1,0 +1,92 @@
+"""Text from tokens as they come: whole characters only, and nothing of a string that ends the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..tokenizer.tokenizer import Tokenizer
+
+BROKEN = "\ufffd"  # what half a character decodes to
+CONTEXT = (
+    6  # tokens of the prompt that are decoded with the first new one: some decoders treat a first token apart
+)
+
+
+class StopText:
+    """Lets text through up to the first of some strings, which may come in pieces. stopped: one of them was found.
+
+    Where several overlap, the one that is complete first counts, whatever the pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [s for s in stops if s]
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, piece: str) -> str:
+        """What may be shown of the text so far and has not been."""
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        found = [(at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        keep = max((_overlap(text, s) for s in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        """What was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of a text with which a stop string begins."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class TextStream:
+    """Text of new tokens after a prompt, without special tokens.
+
+    A few tokens are decoded at a time, not all: those since the last whole character, after those of the piece before,
+    without which a decoder would not know what the first of them follows."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, StopText(stops)
+        self._ids = list(prompt[-CONTEXT:])
+        self._shown, self._from = self._decode(self._ids), len(self._ids)
+        self.text = ""
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=True)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether one of the stop strings was found; there is no more text then."""
+        return self._stop.stopped
+
+    def feed(self, token: int) -> str:
+        """The text that one more token completes, often "" or several characters."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if text.endswith(BROKEN) or not text.startswith(self._shown):
+            return ""
+        piece = text[len(self._shown) :]
+        if piece:
+            self._ids = self._ids[self._from :]
+            self._shown, self._from = self._decode(self._ids), len(self._ids)
+        return self._let_through(piece)
+
+    def end(self) -> str:
+        """The text that is left when no more tokens come."""
+        text = self._decode(self._ids)
+        self._ids = []
+        return self._let_through(text[len(self._shown) :]) + self._add(self._stop.rest())
+
+    def _let_through(self, piece: str) -> str:
+        return self._add(self._stop.feed(piece))
+
+    def _add(self, piece: str) -> str:
+        self.text += piece
+        return piece

@@ -1,0 +1,1 @@
+"""The mathematics: configuration, parameters, forward, backward, optimizer, cost."""

@@ -1,0 +1,128 @@
+"""FLOPs and bytes of a job before anything is allocated: the only place with those formulas."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from ..common.errors import Refused
+from .config import ModelConfig
+from .lora import LoraConfig
+from .lora import wants as adapter_wants
+from .optim import wants as optimizer_wants
+from .params import Layout
+from .transformer import job_of
+
+
+def check_positions(c: ModelConfig, seq_length: int) -> None:
+    """Raise Refused for sequences longer than the model has positions for."""
+    if seq_length > c.max_position_embeddings:
+        raise Refused(
+            f"--seq-length {seq_length} is more than the model's max_position_embeddings = {c.max_position_embeddings}; "
+            f"give --seq-length {c.max_position_embeddings} or less"
+        )
+
+
+def matmul_parameters(c: ModelConfig) -> int:
+    """Weights that take part in a matrix product for every token: all matrices, the head once, the
+    embedding look-up not."""
+    layer = sum(s.size for s in Layout(c).slots if s.layer is not None and len(s.shape) == 2)
+    return layer + c.vocab_size * c.hidden_size
+
+
+def attended(c: ModelConfig, seq: int) -> float:
+    """Keys a query sees, averaged over the positions of a sequence."""
+    w = min(c.sliding_window or seq, seq)
+    return (w * (w + 1) / 2 + (seq - w) * w) / seq
+
+
+def flops_per_token(c: ModelConfig, seq: int, backward: bool = True) -> float:
+    """Floating-point operations of matrix products per token: 2 per weight forward and 4 backward
+    (Kaplan et al. 2020, section 2.1), and of q k^T and p v, 2 * 2 * H * D per key seen, likewise.
+
+    What is computed again in backward and what a mask throws away is not counted.
+    """
+    forward = 2 * matmul_parameters(c) + 4 * c.num_layers * c.num_heads * c.head_dim * attended(c, seq)
+    return forward * (3 if backward else 1)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a training or inference job takes on its device, by purpose."""
+
+    weights: int = 0
+    master: int = 0  # float32 copy of weights that are kept in bfloat16
+    gradients: int = 0
+    moments: int = 0
+    base: int = 0  # matrices that have adapters, without them
+    saved: int = 0  # kept by every layer for backward
+    scratch: int = 0  # shared by all layers, rope tables and batch included
+    logits: int = 0
+    cache: int = 0  # keys and values of past positions
+    backend: int = 0  # work space of the backend, and what its driver keeps
+
+    @property
+    def total(self) -> int:
+        """Sum of all, bytes."""
+        return sum(vars(self).values())
+
+
+def memory(
+    c: ModelConfig,
+    backend: ModuleType,
+    batch: int,
+    seq: int,
+    dtype: str = "float32",
+    train: bool = True,
+    loss_rows: int | None = None,
+    cache: int = 0,
+    recompute: bool = False,
+    optimizer: bool = True,
+    documents: bool = False,
+    lora: LoraConfig | None = None,
+) -> Memory:
+    """What Model (and AdamW, when train and optimizer, of all weights or of adapters) will take for batches of batch x seq
+    tokens."""
+    job = job_of(
+        c, backend, batch, seq, loss_rows,
+        dtype=dtype, train=train, recompute=recompute, cache=cache, documents=documents,
+    )  # fmt: skip
+    wants = list(job.wants(c).values())
+    if train and optimizer:
+        wants += (adapter_wants(c, dtype, lora) if lora else optimizer_wants(c, dtype)).values()
+    sums: dict[str, int] = {}
+    for w in wants:
+        sums[w.purpose] = sums.get(w.purpose, 0) + w.nbytes
+    return Memory(**sums, backend=backend.overhead())
+
+
+def matmul_rate(backend: ModuleType, dtype: str = "float32", repeats: int = 5) -> float:
+    """FLOP/s of a large square matrix product on this device: the best of a few, about 0.1 s on a CPU."""
+    size = 8192 if backend.name == "cuda" else 1024
+    x, w, y = (backend.empty((size, size), dtype) for _ in range(3))
+    host = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    for a in (x, w):
+        backend.from_host(a, host)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        backend.linear_fwd(y, x, w, None)
+        backend.sync()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def check_fits(need: Memory, backend: ModuleType, advice: str) -> None:
+    """Raise Refused when a job needs more memory than its device has, before anything is allocated."""
+    have = backend.free_memory()
+    if have is not None and need.total > have:
+        activations = need.saved + need.scratch + need.logits + need.cache + need.backend
+        raise Refused(
+            f"the job needs {need.total / 2**30:.2f} GiB of memory (weights {need.weights / 2**30:.2f}, gradients and "
+            f"moments {(need.gradients + need.moments + need.master) / 2**30:.2f}, activations "
+            f"{activations / 2**30:.2f}) and {have / 2**30:.2f} GiB are "
+            f"free; {advice}"
+        )

@@ -1,0 +1,455 @@
+"""Low-rank adapters (Hu et al. 2022): of some matrices W only B and A are trained, W_eff = W + s B A.
+
+A (r,I), B (O,r), s = alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023, "rslora"). The model computes with W_eff itself: it is
+made anew after every step from a copy of W that nothing writes to, so that no rounding adds up, and the gradients of A and B
+follow from that of W_eff, which backward gives anyway:
+
+    dA = s B^T dW_eff,  dB = s dW_eff A^T
+
+No dropout, so this is LoRA exactly, and the ops of any backend do. It takes the gradients of all weights; moments, and a
+float32 copy, are needed for A and B only. Where weights are bfloat16, W_eff is W + s B A, summed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..checkpoints.registry import LoadedModel, fill, parameters
+from ..checkpoints.tensors import CHUNK
+from ..common.errors import Refused, UsageError
+from ..evidence.gates import Answer
+from ..evidence.measure import gradient_norm, gradients
+from .buffers import WIDE, Arena, Want, Wants
+from .config import ModelConfig
+from .optim import AdamW
+from .params import ALIGN, LAYER, Layout, Param, Slot
+from .transformer import Model
+
+if TYPE_CHECKING:
+    from ..checkpoints.peft import LoadedAdapter
+
+SHORT = {"q": "wq", "k": "wk", "v": "wv", "o": "wo", "gate": "wgate", "up": "wup", "down": "wdown"}
+PREFIX = "base_model.model."  # PEFT's names are those of its two wrappers and the model
+LINEAR = {p.name: p.hf.split(".")[-2] for p in LAYER if p.name in SHORT.values()}  # wq: q_proj
+ALPHA_PER_RANK = 2.0  # default of alpha / rank
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """rank r; targets: names of the parameter table, in its order."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """s in W + s B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def modules(self) -> list[str]:
+        """Hugging Face names of the targets: q_proj."""
+        return [LINEAR[t] for t in self.targets]
+
+
+def lora_config(rank: int | None, alpha: float | None, targets: str | None) -> LoraConfig | None:
+    """From the flags of a command; None without a rank. Raises UsageError."""
+    if rank is None:
+        if alpha is not None or targets is not None:
+            raise UsageError("--lora-alpha and --lora-targets are about adapters: give --lora-rank too")
+        return None
+    if rank < 1:
+        raise UsageError(f"--lora-rank {rank}: must be at least 1")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UsageError(f"--lora-alpha {alpha}: must be above 0")
+    return LoraConfig(rank, ALPHA_PER_RANK * rank if alpha is None else alpha, parse_targets(targets))
+
+
+def parse_targets(text: str | None) -> tuple[str, ...]:
+    """Names of the parameter table from "q,v", "q_proj,v_proj" or "all-linear"; None: all. Raises UsageError."""
+    if text is None or text == "all-linear":
+        return tuple(LINEAR)
+    known = {**SHORT, **{peft: name for name, peft in LINEAR.items()}}
+    given = [part for part in text.replace(",", " ").split() if part]
+    for part in given:
+        if part not in known:
+            raise UsageError(
+                f"--lora-targets {part}: not one of {', '.join(SHORT)} (or {', '.join(LINEAR.values())}, or all-linear)"
+            )
+    if not given:
+        raise UsageError("--lora-targets: empty; leave it out to adapt all linear maps of the blocks")
+    return tuple(name for name in LINEAR if name in {known[part] for part in given})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An adapted matrix: where it, its A and its B lie, the first in a model's buffer, the others in that of the adapters."""
+
+    base: Slot
+    a: Slot
+    b: Slot
+
+
+class AdapterLayout:
+    """Where A and B of every adapted matrix lie in a flat buffer; what AdamW and the run directory need of a Layout.
+
+    All are matrices, so all are decayed; behind them lie ALIGN elements of nothing, so that both regions of AdamW have some."""
+
+    def __init__(self, cfg: ModelConfig, config: LoraConfig) -> None:
+        self.cfg, self.config = cfg, config
+        self.slots: list[Slot] = []
+        self.pairs: list[Pair] = []
+        n = 0
+        for s in Layout(cfg).slots:
+            if s.layer is None or s.param.name not in config.targets:
+                continue
+            pair = []
+            for letter, shape, init in (
+                ("A", (config.rank, s.shape[1]), "uniform"),
+                ("B", (s.shape[0], config.rank), "zeros"),
+            ):
+                hf = f"{PREFIX}{s.param.hf.removesuffix('.weight')}.lora_{letter}.weight"
+                param = Param(f"{s.param.name}.{letter}", "", init, True, hf)
+                pair.append(Slot(s.layer, param, n, shape))
+                n = -(-(n + prod(shape)) // ALIGN) * ALIGN
+            self.slots += pair
+            self.pairs.append(Pair(s, *pair))
+        self.decayed = n
+        self.size = n + ALIGN
+        self.by_hf = {s.hf: s for s in self.slots}
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters, padding not counted."""
+        return sum(s.size for s in self.slots)
+
+    def views(self, flat: Any) -> list[tuple[Any, Any]]:
+        """(A, B) of every pair in a flat buffer."""
+        return [(_cut(flat, p.a), _cut(flat, p.b)) for p in self.pairs]
+
+    def in_order(self) -> list[Slot]:
+        """Slots by layer, in the order of the parameter table, A before B."""
+        inner = {name: i for i, name in enumerate(LINEAR)}
+        return sorted(self.slots, key=lambda s: (s.layer, inner[s.param.name[:-2]], s.param.name))
+
+    def named(self, flat: Any) -> dict[str, Any]:
+        """Views of all A and B in a flat buffer by PEFT's names, in order."""
+        return {s.hf: _cut(flat, s) for s in self.in_order()}
+
+    def init(self, flat: np.ndarray, seed: int) -> None:
+        """Starting values on a host buffer, as PEFT's: A uniform in +-1/sqrt(I) (kaiming_uniform with a = sqrt(5)), B zeros.
+
+        Each tensor has a random stream of its own, named by seed and position."""
+        flat[...] = 0
+        for number, s in enumerate(self.in_order()):
+            if s.param.init == "uniform":
+                rng = np.random.Generator(np.random.PCG64([seed, number]))
+                bound = 1 / math.sqrt(s.shape[1])
+                _cut(flat, s)[...] = rng.uniform(-bound, bound, s.shape)
+
+
+def _cut(flat: Any, s: Slot) -> Any:
+    return flat[s.offset : s.offset + s.size].reshape(s.shape)
+
+
+def wants(cfg: ModelConfig, dtype: str, config: LoraConfig) -> Wants:
+    """Buffers of adapters and their optimizer, in the place of those of `optim.wants`."""
+    layout, wide, r = AdapterLayout(cfg, config), WIDE[dtype], config.rank
+    most_in = max((p.base.shape[1] for p in layout.pairs), default=1)
+    most_out = max((p.base.shape[0] for p in layout.pairs), default=1)
+    out = {
+        "adapters": Want("weights", (layout.size,), wide),
+        "adapter_gradients": Want("gradients", (layout.size,), wide),
+        "m": Want("moments", (layout.size,), wide),
+        "v": Want("moments", (layout.size,), wide),
+        "base": Want("base", (_base_size(layout),), dtype),
+        "scaled_identity": Want("scratch", (r, r), wide),
+        "scaled_a": Want("scratch", (r * most_in,), wide),
+        "scaled_b": Want("scratch", (r * most_out,), wide),
+        "unused": Want("scratch", (r * most_in,), wide),
+    }
+    if wide != dtype:
+        out["merged"] = Want("scratch", (max(p.base.size for p in layout.pairs),), wide)
+    return out | {name: Want("scratch", (1,), "float64") for name in ("sum_sq", "factor")}
+
+
+def _base_size(layout: AdapterLayout) -> int:
+    return sum(-(-p.base.size // ALIGN) * ALIGN for p in layout.pairs)
+
+
+class Adapters:
+    """The adapters of a model, and what AdamW moves in place of its weights: layout, w, g, be, dtype and cfg as a Model has.
+
+    base_model.w holds W_eff; `base` the matrices without adapters. Raises Refused: no matrix is adapted."""
+
+    def __init__(self, model: Model, config: LoraConfig) -> None:
+        self.base_model, self.config = model, config
+        self.be, self.cfg, self.dtype = model.be, model.cfg, WIDE[model.dtype]
+        self.layout = AdapterLayout(model.cfg, config)
+        self.buffers = Arena(self.be, wants(model.cfg, model.dtype, config))
+        self.w, self.g = self.buffers["adapters"], self.buffers["adapter_gradients"]
+        self.base: list[Any] = []
+        at = 0
+        for p in self.layout.pairs:
+            self.base.append(self.buffers["base"][at : at + p.base.size].reshape(p.base.shape))
+            at += -(-p.base.size // ALIGN) * ALIGN
+        identity = config.scale * np.eye(config.rank)
+        self.be.from_host(self.buffers["scaled_identity"], identity.astype(self.dtype))
+        self.base_sha256 = ""
+
+    def optimizer(self, **options: Any) -> AdapterAdamW:
+        """AdamW over the adapters."""
+        return AdapterAdamW(self, **options)
+
+    def begin(self, host: np.ndarray, seed: int, adapter: LoadedAdapter | None) -> None:
+        """Fill a float32 buffer in the layout's order with starting values: random ones, or those of an adapter."""
+        from ..checkpoints.peft import adapter_start
+
+        if adapter:
+            host[...] = adapter_start(self.layout, adapter)
+        else:
+            self.layout.init(host, seed)
+
+    def save(self, folder: Path, base: str) -> None:
+        """The adapters as they are in PEFT's format."""
+        from ..checkpoints.peft import write_adapter
+
+        write_adapter(folder, self.layout, self.be.to_host(self.w), base)
+
+    def set_base(self, host: np.ndarray) -> None:
+        """The weights that stay as they are: a host buffer in the model's Layout order, rounded to the model's dtype."""
+        model = self.base_model
+        self.be.from_host(model.w, host)
+        for p, base in zip(self.layout.pairs, self.base, strict=True):
+            self.be.copy(base, _cut(model.w, p.base))
+        self.base_sha256 = self.base_hash()
+
+    def load_base(self, init: LoadedModel) -> None:
+        """set_base with the weights of a checkpoint."""
+        host = np.zeros(self.base_model.layout.size, np.float32)
+        fill(self.base_model.layout, host, init)
+        self.set_base(host)
+
+    def base_hash(self) -> str:
+        """SHA-256 of every weight that must not change, as it is on the device: the matrices without their adapters, and the
+        tensors that have none."""
+        digest = hashlib.sha256()
+        adapted = {p.base.offset: base for p, base in zip(self.layout.pairs, self.base, strict=True)}
+        for s in self.base_model.layout.in_order():
+            flat = (
+                adapted[s.offset].reshape(-1)
+                if s.offset in adapted
+                else _cut(self.base_model.w, s).reshape(-1)
+            )
+            for start in range(0, s.size, CHUNK):
+                part = np.ascontiguousarray(self.be.to_host(flat[start : start + CHUNK]))
+                digest.update(part.view(np.uint8).data)
+        return digest.hexdigest()
+
+    def merge(self) -> None:
+        """W_eff = W + s B A for every adapted matrix: what the model computes with from here on."""
+        be, r = self.be, self.config.rank
+        for p, base, (a, _), sb in self._each():
+            w, d = _cut(self.base_model.w, p.base), _cut(self.base_model.g, p.base)
+            sum_ = (
+                w
+                if self.dtype == self.base_model.dtype
+                else self.buffers["merged"][: p.base.size].reshape(w.shape)
+            )
+            be.copy(sum_, base)
+            dx = self.buffers["unused"][: r * p.base.shape[1]].reshape(a.shape)
+            be.linear_bwd(
+                dx, sum_, None, sb, a, d
+            )  # sum_ += (s B^T)^T A; what it also gives, s B^T d, is not used
+            if sum_ is not w:
+                be.copy(w, sum_)
+
+    def gradients(self) -> None:
+        """g = gradients of all A and B, from those of the matrices that the model has."""
+        be, identity = self.be, self.buffers["scaled_identity"]
+        for (p, _, (a, _), sb), (da, db) in zip(self._each(), self.layout.views(self.g), strict=True):
+            d = _cut(self.base_model.g, p.base)
+            be.linear_bwd(da, None, None, sb, a, d)  # s B^T d
+            sa = self.buffers["scaled_a"][: a.size].reshape(a.shape)
+            be.linear_bwd(sa, None, None, identity, a, a)  # s A
+            be.linear_fwd(db, d, sa, None)  # d (s A)^T
+
+    def _each(self) -> Any:
+        """(pair, base, (A, B), s B^T) of every adapted matrix."""
+        r = self.config.rank
+        for p, base, (a, b) in zip(self.layout.pairs, self.base, self.layout.views(self.w), strict=True):
+            sb = self.buffers["scaled_b"][: b.size].reshape(r, p.base.shape[0])
+            self.be.linear_fwd(sb, self.buffers["scaled_identity"], b, None)
+            yield p, base, (a, b), sb
+
+    # What a run measures
+
+    def apart(self, scratch: Any) -> Callable[[float], Answer]:
+        """For the gate run.gradients, before a step: what judges the norm in the log. While a B is all zeros, as at the start,
+        the gradient of its A must be zero too, and every other must not."""
+        zero, norm = gradients(self, scratch)  # type: ignore[arg-type]
+        waiting = []
+        for p, (_, b) in zip(self.layout.pairs, self.layout.views(self.w), strict=True):
+            self.be.fill(scratch, 0)
+            self.be.add_sum_sq(scratch, b.reshape(-1))
+            if float(self.be.to_host(scratch)[0]) == 0:
+                waiting.append(p.a.hf)
+        missing = [name for name in zero if name not in waiting]
+        leaked = [name for name in waiting if name not in zero]
+        return partial(_gradient_answer, missing, leaked, len(waiting), norm)
+
+    def loaded(self, init: LoadedModel) -> Answer:
+        """For the gate before.weights: whether the device holds a checkpoint's weights, rounded to the run's dtype."""
+        count, tensors = 0, parameters(self.base_model.layout, init)
+        adapted = {p.base.offset: base for p, base in zip(self.layout.pairs, self.base, strict=True)}
+        for s in self.base_model.layout.slots:
+            flat = (
+                adapted[s.offset].reshape(-1)
+                if s.offset in adapted
+                else _cut(self.base_model.w, s).reshape(-1)
+            )
+            stored = tensors[s.hf].reshape(-1)
+            for start in range(0, s.size, CHUNK):
+                there = self.be.to_host(flat[start : start + CHUNK])
+                want = stored[start : start + CHUNK].astype(np.float32).astype(there.dtype)
+                if there.tobytes() != want.tobytes():
+                    return Answer(False, f"{s.hf} is not that of the file on the device", "equal bits")
+                count += there.size
+        return Answer(
+            True,
+            f"{len(tensors)} tensors, {count:,} values of the base read back from the device",
+            "equal bits",
+        )
+
+    def unchanged(self) -> Answer:
+        """For the gate end.base: whether the base has the bits that it had, and the model computes with W + s B A."""
+        found, bound = (
+            self.base_hash(),
+            f"{self.base_sha256[:12]} as loaded, merged weights within their rounding",
+        )
+        worst, where = self.merge_error()
+        measured = f"base {found[:12]}, merged weights off by {worst:.2f} of their rounding"
+        why = ""
+        if found != self.base_sha256:
+            why = "weights that are not trained have changed"
+        elif not worst <= 1:
+            why = f"{where} is not its base plus its adapters"
+        return Answer(not why, measured, bound, why, worst)
+
+    def merge_error(self) -> tuple[float, str]:
+        """How far W_eff is from W + s B A in float64, as a share of what rounding allows, of the first and last layer; where."""
+        eps = float(np.finfo(np.float32).eps) if self.dtype == "float32" else float(np.finfo(np.float64).eps)
+        last = 0.0 if self.dtype == self.base_model.dtype else 2.0**-8
+        worst, where, s = 0.0, "", self.config.scale
+        for p, base, (a, b) in zip(self.layout.pairs, self.base, self.layout.views(self.w), strict=True):
+            if p.base.layer not in (0, self.cfg.num_layers - 1):
+                continue
+            w, base_, a_, b_ = (
+                np.asarray(self.be.to_host(x)).astype(np.float64)
+                for x in (_cut(self.base_model.w, p.base), base, a, b)
+            )
+            want = base_ + s * (b_ @ a_)
+            size = np.abs(base_) + s * (np.abs(b_) @ np.abs(a_))
+            off = np.abs(w - want) / ((self.config.rank + 4) * eps * size + last * np.abs(want) + 1e-30)
+            if not float(off.max()) <= worst:
+                worst, where = float(off.max()), p.base.hf
+        return worst, where
+
+
+def adapter_facts(opt: AdamW) -> dict[str, Any]:
+    """What a state says of the adapters beside their values: how they count, and what they belong to. {} without adapters."""
+    adapters: Any = opt.model
+    if not isinstance(adapters, Adapters):
+        return {}
+    return {"lora": {**lora_to_json(adapters.config), "base_sha256": adapters.base_sha256}}
+
+
+def check_adapter_facts(opt: AdamW, metadata: Mapping[str, Any], source: str) -> None:
+    """Raises Refused where a state belongs to another base, to other adapters, or to none."""
+    found, ours = metadata.get("lora"), adapter_facts(opt).get("lora")
+    if found != ours:
+        raise Refused(
+            f"{source}: adapters {found}, this run has {ours}; resume with the --init and settings of then"
+        )
+
+
+def adapt(model: Model, config: LoraConfig | None, init: LoadedModel | None) -> Adapters | None:
+    """Adapters of a model with a checkpoint's weights; None where there is no configuration of any."""
+    if config is None or init is None:  # settings.resolve refuses adapters of random weights
+        return None
+    adapters = Adapters(model, config)
+    adapters.load_base(init)
+    return adapters
+
+
+def lora_to_json(c: LoraConfig) -> dict[str, Any]:
+    """A configuration for JSON."""
+    return {"rank": c.rank, "alpha": c.alpha, "targets": list(c.targets), "rslora": c.rslora}
+
+
+def lora_of_json(d: Mapping[str, Any]) -> LoraConfig:
+    """What lora_to_json wrote."""
+    return LoraConfig(d["rank"], d["alpha"], tuple(d["targets"]), d["rslora"])
+
+
+def state_layout(metadata: Mapping[str, Any], cfg: ModelConfig) -> Layout | AdapterLayout:
+    """What the tensors of a saved state are laid out as."""
+    lora = metadata.get("lora")
+    return AdapterLayout(cfg, lora_of_json(lora)) if lora else Layout(cfg)
+
+
+def _gradient_answer(
+    missing: list[str], leaked: list[str], waiting: int, norm: float, logged: float
+) -> Answer:
+    answer = gradient_norm(missing, norm, logged)
+    if leaked:
+        why = f"a gradient reaches {leaked[0]}, whose lora_B is zero"
+        return answer._replace(good=False, why=why)
+    if waiting:
+        said = f"{answer.measured}; none for {waiting} lora_A, whose lora_B is zero"
+        return answer._replace(measured=said)
+    return answer
+
+
+class AdapterAdamW(AdamW):
+    """AdamW over adapters: after each step the model computes with the weights that follow from them."""
+
+    def __init__(
+        self,
+        adapters: Adapters,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        grad_clip: float = 1.0,
+    ) -> None:
+        self.model: Any = adapters  # not a Model, but all that AdamW and what follows it needs of one
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        self.weight_decay, self.grad_clip = weight_decay, grad_clip
+        self.buffers = adapters.buffers
+        self.m, self.v = self.buffers["m"], self.buffers["v"]
+        self.sum_sq, self.factor = self.buffers["sum_sq"], self.buffers["factor"]
+        self.master = adapters.w
+        self.steps = 0
+
+    def set_weights(self, host: np.ndarray) -> None:
+        """Adapters to go on from: a float32 buffer in their layout's order."""
+        super().set_weights(host)
+        self.model.merge()
+
+    def step(self, lr: float) -> None:
+        """A step of the adapters from g, which Adapters.gradients has filled; all gradients are zero afterwards."""
+        super().step(lr)
+        self.model.merge()
+        self.model.be.fill(self.model.base_model.g, 0)

@@ -1,0 +1,1 @@
+"""Evidence of a run checked again from outside."""

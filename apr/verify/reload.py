@@ -1,0 +1,123 @@
+"""The validation loss of a run's checkpoint, computed again: by a fresh process at its end, and by `apr verify`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .. import backends
+from ..backends.select import choose
+from ..checkpoints.opening import tokenizer_of, weights_on
+from ..checkpoints.registry import load_model
+from ..common.errors import AprError, MalformedFile, Refused
+from ..data.audit import Side, sides_of
+from ..data.conversations.instruct import open_side
+from ..model.transformer import Model
+from ..training.evaluate import Loss, evaluate
+from ..training.inputs import windows_of
+from ..training.rundir import RunDir
+from ..training.settings import Settings, check
+
+PROCESS_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a run says of one of its checkpoints."""
+
+    checkpoint: Path
+    metadata: dict[str, Any]  # ckpt/epoch-NNN.metadata.json
+    config: dict[str, Any]  # the run's config.json
+    settings: Settings
+
+    @property
+    def val_loss(self) -> float:
+        """Validation loss, nats per token."""
+        return float(self.metadata["val_loss"])
+
+
+def last_checkpoint(run: Path) -> Recorded | None:
+    """The latest checkpoint of a run; None where it has none. Raises MalformedFile."""
+    found = RunDir(run).checkpoints()
+    return recorded(run, found[-1]) if found else None
+
+
+def recorded(run: Path, checkpoint: Path) -> Recorded:
+    """A checkpoint with what its run recorded of it. Raises InputNotFound, MalformedFile."""
+    config = RunDir(run).read_config()
+    path = checkpoint.with_suffix(".metadata.json")
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        float(metadata["val_loss"])
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise MalformedFile(f"{path}: no recorded val_loss to compare with: {e}") from None
+    settings = Settings(**check(config["settings"], str(run / "config.json")))
+    return Recorded(checkpoint, metadata, config, settings)
+
+
+def checkpoint_loss(r: Recorded, backend: ModuleType, dtype: str, dataset: str | None = None) -> Loss:
+    """The validation loss of a checkpoint on a backend; `dataset`: where its shards are now, if not where they were.
+
+    Raises Refused when the shards are not those of the run, InputNotFound when they are gone."""
+    init = load_model(str(r.checkpoint))
+    tokenizer = tokenizer_of(init)
+    if tokenizer is None:
+        raise MalformedFile(f"{r.checkpoint}: no tokenizer in it, so the shards cannot be read")
+    folders = {k: Path(v) for k, v in r.config["data_folders"].items()}
+    if dataset is not None:
+        folders = sides_of(Path(dataset))
+    sides = [
+        Side(name, folder, open_side(folder, tokenizer, verify=False))  # type: ignore[arg-type]
+        for name, folder in folders.items()
+    ]
+    _, val = windows_of(r.settings, sides)
+    want = r.config["data"]["val_sha256"]
+    if val.shards.sha256 != want:
+        raise Refused(f"{val.shards.folder}: SHA-256 {val.shards.sha256[:12]}, the run used {want[:12]}")
+    s, evaluation = r.settings, init.metadata.get("evaluation", {})
+    micro = s.micro_batch_size or s.batch_size
+    model = Model(
+        init.cfg, backend, micro, s.seq_length, dtype,
+        train=False, w=weights_on(backend, init, dtype), document_end=evaluation.get("document_end"),
+    )  # fmt: skip
+    return evaluate(model, val, micro, s.val_batches and s.val_batches * s.batch_size)
+
+
+def in_fresh_process(run: Path, device: str, dtype: str, threads: int | None) -> Loss | str:
+    """The loss of a run's last checkpoint as another process computes it, or why it could not."""
+    command = [sys.executable, "-m", "apr.verify.reload", str(run), device, dtype, str(threads or 0)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_SECONDS, check=False)
+    try:
+        return Loss(*json.loads(done.stdout))
+    except (ValueError, TypeError):
+        lines = done.stderr.strip().splitlines()
+        return lines[-1] if lines else f"the process ended with code {done.returncode} and said nothing"
+
+
+def main(args: Sequence[str]) -> int:
+    """RUN DEVICE DTYPE THREADS: print the loss of the run's last checkpoint as JSON."""
+    run, device, dtype, threads = args
+    try:
+        found = last_checkpoint(Path(run))
+        if found is None:
+            raise MalformedFile(f"{run}: no checkpoint in it")
+        backend = (
+            backends.get(device)
+            if device == "reference"
+            else choose(device, dtype, int(threads) or None).backend
+        )
+        print(json.dumps(checkpoint_loss(found, backend, dtype)))
+    except AprError as e:
+        print(e, file=sys.stderr)
+        return e.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,224 @@
+"""Every backend is a module with the same functions, and choosing one loads nothing else."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from apr import backends
+from apr.backends import reference
+from apr.common.errors import DeviceError, Refused, UsageError
+from apr.model.config import PRESETS
+from apr.model.transformer import Model
+from cases import CASES, overlay, rows
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def functions(module: Any) -> dict[str, list[str]]:
+    """Parameter names, in order, of the public functions that a backend defines or lists in __all__."""
+    return {
+        name: list(inspect.signature(f).parameters)
+        for name, f in vars(module).items()
+        if not name.startswith("_")
+        and inspect.isfunction(f)
+        and (f.__module__ == module.__name__ or name in getattr(module, "__all__", ()))
+    }
+
+
+def declared(path: Path) -> dict[str, list[str]]:
+    """functions() of a module, read from its text: cuda can be compared where there is no CuPy."""
+    found: dict[str, list[str]] = {}
+    imported: dict[str, list[str]] = {}
+    listed: list[str] = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and node.level == 1
+            and (path.parent / f"{node.module}.py").exists()
+        ):
+            there = declared(path.parent / f"{node.module}.py")
+            imported |= {a.asname or a.name: there[a.name] for a in node.names if a.name in there}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            listed = ast.literal_eval(node.value)
+    found |= {name: parameters for name, parameters in imported.items() if name in listed}
+    return {name: parameters for name, parameters in found.items() if not name.startswith("_")}
+
+
+def differences(module: Any) -> list[str]:
+    """What a backend lacks, has too much of, or calls otherwise than reference does."""
+    want, have = functions(reference), functions(module)
+    wrong = [
+        f"{name}{have.get(name)}" for name in want.keys() | have.keys() if want.get(name) != have.get(name)
+    ]
+    if not isinstance(getattr(module, "name", None), str):
+        wrong.append("name")
+    dtypes = getattr(module, "dtypes", None)
+    if not (isinstance(dtypes, tuple) and dtypes and all(isinstance(d, str) for d in dtypes)):
+        wrong.append("dtypes")
+    return sorted(wrong)
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_backends_export_the_same_functions(name: str) -> None:
+    try:
+        module = backends.get(name)
+    except DeviceError as e:
+        pytest.skip(str(e))
+    assert differences(module) == []
+    assert module.name == name
+
+
+BACKENDS = ROOT / "apr" / "backends"
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_backends_declare_the_same_functions(name: str) -> None:
+    have, want = declared(BACKENDS / f"{name}.py"), declared(BACKENDS / "reference.py")
+    assert {n: have.get(n) for n in have.keys() | want.keys()} == want
+
+
+def test_declarations_are_what_is_exported(tmp_path: Path) -> None:
+    for name in ("reference", "cpu"):
+        assert declared(BACKENDS / f"{name}.py") == functions(backends.get(name))
+    (tmp_path / "reference.py").write_text("def rope(x, cos): ...\ndef sync(): ...\ndef _hidden(): ...")
+    (tmp_path / "planted.py").write_text(
+        "from .reference import rope as turn, sync\n__all__ = ['turn']\ndef fill(x, *, value): ..."
+    )
+    assert declared(tmp_path / "planted.py") == {"fill": ["x", "value"], "turn": ["x", "cos"]}
+
+
+def _renamed(y: Any, x: Any, w: Any, bias: Any) -> None: ...
+
+
+def _fewer(y: Any) -> None: ...
+
+
+def _swapped(gu: Any, y: Any) -> None: ...
+
+
+for planted in (_renamed, _fewer, _swapped):
+    planted.__module__ = reference.__name__
+
+
+@pytest.mark.parametrize(
+    ("plant", "found"),
+    [
+        (dict(linear_fwd=_renamed), "linear_fwd['y', 'x', 'w', 'bias']"),
+        (dict(copy=_fewer), "copy['y']"),
+        (dict(swiglu_fwd=_swapped), "swiglu_fwd['gu', 'y']"),
+        (dict(rope=None), "ropeNone"),
+        (dict(swiglu_fast=_fewer), "swiglu_fast['y']"),
+        (dict(name=None), "name"),
+        (dict(dtypes="float32"), "dtypes"),
+    ],
+)
+def test_a_backend_that_differs_is_found(plant: dict[str, Any], found: str) -> None:
+    assert differences(overlay(reference, **plant)) == [found]
+
+
+def test_every_op_has_a_row() -> None:
+    """Functions that compute are in cases.py; the rest is plumbing."""
+    assert {op for case in CASES for op, _ in rows(case)[0].calls} == set(
+        functions(reference)
+    ) - backends.PLUMBING
+
+
+def test_unknown_backend_names_the_choices() -> None:
+    with pytest.raises(
+        DeviceError, match=f"'nope' does not exist; choose one of {', '.join(backends.NAMES)}"
+    ):
+        backends.get("nope")
+
+
+def test_importing_apr_loads_no_device_library() -> None:
+    """Neither the package, nor the list of backends, nor the model, nor reference needs Numba or CuPy."""
+    loaded = "import sys, apr, apr.backends, apr.model, apr.backends.reference; print(*sys.modules)"
+    names = subprocess.run(
+        [sys.executable, "-c", loaded], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.split()
+    assert "numpy" in names  # so that an empty answer fails
+    assert not {"numba", "cupy", "llvmlite", "scipy_openblas64"} & set(names)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_plumbing(name: str) -> None:
+    """Arrays start as zeros and are counted; copies are copies; shapes must be equal."""
+    be = backends.get(name)
+    before = be.memory()
+    x = be.empty((3, 5), "float32")
+    assert be.memory() - before == x.nbytes == 60
+    assert not be.to_host(x).any()
+    be.fill(x, 2.5)
+    be.fill(x[:, 1:3], 1.5)
+    assert be.to_host(x).sum() == 9 * 2.5 + 6 * 1.5
+    host = np.arange(15, dtype=np.float64).reshape(3, 5)
+    be.from_host(x, host)
+    y = be.empty((3, 5), "float32")
+    be.copy(y, x)
+    got = be.to_host(y)
+    be.fill(y, 0)
+    be.sync()
+    assert np.array_equal(got, host)
+    for bad in (be.copy, be.from_host):
+        with pytest.raises(ValueError, match="shapes differ"):
+            bad(y, host[:1].astype(np.float32))
+
+
+def test_threads_asked_for_must_exist() -> None:
+    cpu = backends.get("cpu")
+    for n in (0, -1, 10**6):
+        with pytest.raises(UsageError, match=f"--threads {n}: this process can have 1 to"):
+            cpu.set_threads(n)
+
+
+def test_model_refuses_a_dtype_its_backend_lacks() -> None:
+    with pytest.raises(Refused, match="backend cpu computes in float32, not float64"):
+        Model(PRESETS["llama-tiny"], backends.get("cpu"), 1, 1, dtype="float64")
+
+
+STEP = """
+import hashlib
+import numpy as np
+from apr import backends
+from apr.model.config import PRESETS
+from apr.model.transformer import Model
+from apr.model.optim import AdamW
+
+be = backends.get("cpu")
+be.set_threads(1)
+model = Model(PRESETS["qwen3-tiny"], be, 3, 37)
+host = np.zeros(model.layout.size, np.float32)
+model.layout.randomise(host, 1, 0.2)
+be.from_host(model.w, host)
+ids = np.random.default_rng(0).integers(0, 123, (3, 38)).astype(np.int32)
+opt = AdamW(model)
+for _ in range(3):
+    model.forward(ids[:, :-1])
+    model.loss(ids[:, 1:], 1 / 111)
+    model.backward()
+    opt.step(1e-2)
+print(hashlib.sha256(model.w.tobytes()).hexdigest(), float(model.total[0]))
+"""
+
+
+def test_the_process_that_compiles_computes_like_the_next(tmp_path: Path) -> None:
+    """Kernels that Numba has just compiled and the same ones from its cache can differ in the last bit."""
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    runs = [
+        subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, env=env, check=True)
+        for _ in range(2)
+    ]
+    assert "compiling the CPU kernels" in runs[0].stderr
+    assert runs[1].stderr == ""
+    assert runs[0].stdout == runs[1].stdout

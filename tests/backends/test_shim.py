@@ -1,0 +1,352 @@
+"""The plain CUDA kernels on the host: the text of the .cu files, compiled by g++ with tests/support/shim/cuda_shim.h, launched
+with the geometry of _cuda_ops.py, over the rows of cases.py and rows that 16-byte accesses suit."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import itertools
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from apr.backends import reference
+from apr.backends.cuda import kernels, ops
+from apr.backends.cuda.arguments import Arguments
+from cases import BAND, CASES, LARGEST, ROWS, Row, make, overlay, rows, run
+from precision import accuracy, differing, figures, off
+
+SHIM = Path(__file__).parents[1] / "support/shim"
+MODULES = ("attention", "bias", "embedding", "flat", "loss", "norm", "rope", "swiglu")
+FLAGS = (
+    "-std=c++20",
+    "-O1",
+    "-U_FORTIFY_SOURCE",  # it forbids jumps between stacks
+    "-fPIC",
+    "-shared",
+    "-w",
+    "-ffp-contract=off",
+    "-fno-gnu-unique",
+    "-fno-extern-tls-init",
+)
+NUMBERS = itertools.count()  # of libraries
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+CASE = {case.name: case for case in CASES}
+
+
+def table(name: str, sizes: str) -> list[Row]:
+    """A case of cases.py at other sizes."""
+    return rows(replace(CASE[name], table=f"{CASE[name].table.split(':')[0]}: {sizes}"))
+
+
+# Where 16-byte accesses are possible, and where a block has several rows, a row several warps, a sum several blocks.
+WIDE = [
+    *table("embedding", "5 64 97, 257 8 5, 33 1032 3, 1025 16 2, 70 24 1, 1500 3 50"),
+    *table("linear", "123 64 5, 257 1032 3"),
+    *table("add_rmsnorm", "5 64, 97 128, 3 2056, 1100 8"),
+    *table("add_rmsnorm_first", "5 896"),
+    *table("head_rmsnorm", "5 7 64 0 8 9, 97 1 16 7 8 9, 5 2 128 4 6 8, 3 2 256 0 2 3, 7 1 512 0 1 1"),
+    *table("rope", "2 59 4 8 0 8, 1 9 14 32 0 16"),
+    *table("attention", "1 59 2 1 80, 1 20 2 2 160"),
+    *table("attention_documents", "2 97 2 1 80 0, 2 59 2 2 160 17"),
+    *table("swiglu", "5 64, 3 4872"),
+    *table("cross_entropy", "5 64, 4 8200, 3 800"),
+    *table("cross_entropy_loss_only", "5 64"),
+    *table("adamw", "4096"),
+    *table("adamw_master", "4096"),
+    *table("add_sum_sq", "4096"),
+]
+
+APART = {
+    "embedding": "59 64 97",
+    "linear": "33 64 5",
+    "add_rmsnorm": "5 128",
+    "add_rmsnorm_first": "5 64",
+    "head_rmsnorm": "59 4 64 0 6 8",
+    "rope": "1 59 4 32 0 6",
+    "swiglu": "5 64",
+    "cross_entropy": "5 1024",
+    "add_sum": "4096",
+    "adamw": "4096",
+    "adamw_master": "4096",
+}
+
+
+def gpp(*args: Any) -> None:
+    """Run g++. A precompiled header is looked for in the folders of `args` first."""
+    done = subprocess.run(["g++", *FLAGS, *map(str, args), f"-I{SHIM}"], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+
+
+class Library:
+    """A kernel module compiled for the host."""
+
+    def __init__(self, text: str, names: list[str], act: str, defines: dict[str, int], folder: Path) -> None:
+        number = next(NUMBERS)
+        source, out = folder / f"{number}.cpp", folder / f"{number}.so"
+        source.write_text("\n".join([text, *(f"SHIM_KERNEL({n})" for n in names)]))
+        options = kernels.options(act, "sm_80", defines)
+        macros = [o for o in options if o.startswith("-D")]
+        gpp(*macros, f"-I{folder}", "-include", "cuda_shim.h", source, "-o", out)
+        self._loaded = ctypes.CDLL(str(out))
+
+    def __call__(self, name: str, grid: Any, block: Any, args: list[Any], shared: int, seed: int) -> None:
+        """Run a kernel. args: arrays, None, NumPy scalars."""
+        numbers = [*grid, 1, 1][:3] + [*block, 1, 1][:3] + [shared, seed]
+        held = [
+            ctypes.c_void_p(0 if a is None else a.ctypes.data)
+            if not isinstance(a, np.generic)
+            else np.array(a)
+            for a in args
+        ]
+        at = [ctypes.addressof(h) if isinstance(h, ctypes.c_void_p) else h.ctypes.data for h in held]
+        status = getattr(self._loaded, "shim_" + name)(
+            (ctypes.c_int * 8)(*numbers), (ctypes.c_void_p * len(at))(*at)
+        )
+        assert status == 0, (
+            f"{name}: " + {1: "threads wait for ever", 2: "writes beyond shared memory"}[status]
+        )
+
+
+class Host:
+    """A machine for _cuda_ops that runs kernels here. texts: of modules, in place of their files."""
+
+    def __init__(self, folder: Path, texts: dict[str, str] | None = None) -> None:
+        self.shared_bytes = ops.SHARED_STATIC + 2048  # so little that a row of logits does not fit
+        self._folder, self._texts, self._libraries = folder, texts or {}, dict[Any, Library]()
+        self.seed = 0
+
+    def library(self, module: str, act: str, **defines: int) -> Library:
+        key = module, act, *defines.values()
+        if key not in self._libraries:
+            text = self._texts.get(module) or kernels.source(module)
+            self._libraries[key] = Library(text, list(kernels.signatures(module)), act, defines, self._folder)
+        return self._libraries[key]
+
+    def kernel(self, module: str, name: str, act: str, **defines: int) -> Callable[..., None]:
+        check = Arguments(name, kernels.signatures(module)[name], act, np.ndarray)
+
+        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared: int = 0) -> None:
+            assert np.prod(block) % 32 == 0 or module == "flat"
+            self.seed += 1
+            self.library(module, act, **defines)(name, grid, block, check(args), shared, self.seed)
+
+        return launch
+
+    def scratch(self, shape: tuple[int, ...], dtype: str, slot: int) -> Any:
+        """NaN or ones, with room around it for the kernels that tests have spoiled."""
+        n, room = int(np.prod(shape)), 1 << 14
+        whole = np.full(n + 2 * room, 1 if dtype == "int32" else np.nan, dtype)
+        return whole[room : room + n].reshape(shape)
+
+    def address(self, x: Any) -> int:
+        return int(x.ctypes.data)
+
+
+def backend() -> SimpleNamespace:
+    """The reference with all ops that are our own kernels, launched on ops.machine."""
+
+    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any) -> None:
+        wide = [a.astype(np.float32) for a in (dy, x, w)]
+        reference.linear_bwd(dx, dw, None, *wide)
+        if db is not None:
+            ops.add_rows(db, dy)
+
+    def linear_fwd(y: Any, x: Any, w: Any, b: Any) -> None:
+        reference.linear_fwd(y, *(None if a is None else a.astype(np.float32) for a in (x, w, b)))
+
+    own = {n: f for n, f in vars(ops).items() if inspect.isfunction(f) and hasattr(reference, n)}
+    return overlay(reference, **own, linear_fwd=linear_fwd, linear_bwd=linear_bwd)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where libraries are put, with the precompiled header: half of the time that a kernel takes."""
+    gcc = shutil.which("g++") and subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
+    if not gcc or "Free Software Foundation" not in gcc:
+        pytest.skip("there is no g++ of GCC to compile the kernels for the host")
+    made = tmp_path_factory.mktemp("shim")
+    gpp("-x", "c++-header", SHIM / "cuda_shim.h", "-o", made / "cuda_shim.h.gch")
+    return made
+
+
+@pytest.fixture(scope="module")
+def host(folder: Path) -> Host:
+    """Every module compiled for both dtypes."""
+    made = Host(folder)
+    wanted = [(m, act, {"MAX_D": 64} if m == "attention" else {}) for m in MODULES for act in kernels.ACTS]
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(made.library, m, act, **d) for m, act, d in wanted]:
+            job.result()
+    return made
+
+
+@pytest.fixture
+def shim(host: Host, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The backend on the host."""
+    monkeypatch.setattr(ops, "machine", host)
+    return backend()
+
+
+def over(some: list[Row]) -> pytest.MarkDecorator:
+    """Run a test once per row."""
+    return pytest.mark.parametrize("row", some, ids=str)
+
+
+@every_dtype
+@over([*ROWS, *WIDE])
+def test_accuracy(shim: Any, row: Row, dtype: str) -> None:
+    """That nothing but the outputs is written, and all of them are, is checked by run()."""
+    found = accuracy(shim, row, dtype)
+    assert not off(found), {n: found[n] for n in off(found)}
+
+
+@every_dtype
+@over([rows[0] for rows in (table(name, sizes) for name, sizes in APART.items())])
+def test_arrays_that_are_not_aligned(shim: Any, row: Row, dtype: str) -> None:
+    """Lengths that 16-byte accesses suit, at addresses that they do not."""
+    values = make(row, dtype)
+    found = figures(row, dtype, run(shim, row, dtype, values, BAND - 1), values)
+    assert not off(found), {n: found[n] for n in off(found)}
+
+
+@over([row for row in [*LARGEST, *WIDE] if row.case.name.partition("_")[0] != "attention"])
+def test_order_of_threads_does_not_matter(shim: Any, row: Row) -> None:
+    """Each launch has its own random order of blocks and threads."""
+    values = make(row, "bfloat16")
+    assert differing(*(run(shim, row, "bfloat16", values) for _ in range(2))) == []
+
+
+def test_the_rows_launch_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: set[tuple[str, str]] = set()
+    machine = SimpleNamespace(
+        kernel=lambda module, name, act, **_: lambda *a, **k: used.add((module, name)),
+        scratch=lambda shape, dtype, slot: None,
+        address=lambda x: int(x.ctypes.data),
+        shared_bytes=1 << 16,
+    )
+    monkeypatch.setattr(ops, "machine", machine)
+    for row in [*ROWS, *WIDE]:
+        run(backend(), row, "bfloat16", make(row, "bfloat16"))
+        run(backend(), row, "bfloat16", make(row, "bfloat16"), BAND - 1)
+    assert used == {(m, name) for m in MODULES for name in kernels.signatures(m)}
+
+
+# Planted faults
+
+SMALL = {  # module -> rows that use all of it
+    "attention": [
+        *table("attention", "1 59 4 2 6, 1 123 2 1 10"),
+        *table("attention_window", "1 97 4 1 5 40"),
+        *table("attention_documents", "2 123 2 1 10 0"),
+    ],
+    "bias": table("linear", "123 64 5, 70 5 3"),
+    "embedding": table("embedding", "257 8 5, 70 24 1, 1500 3 50"),
+    "flat": [*table("add_sum", "4097"), *table("adamw_master", "1025, 64")],
+    "loss": [*table("cross_entropy", "3 800, 5 59"), *table("cross_entropy_loss_only", "5 1025")],
+    "norm": [*table("add_rmsnorm", "97 128, 5 2056, 9 59"), *table("head_rmsnorm", "97 1 16 7 8 9")],
+    "rope": table("rope", "2 59 4 8 0 8, 2 59 4 5 0 8"),
+    "swiglu": table("swiglu", "5 64, 5 59"),
+}
+
+
+BARRIER = "__syncthreads();"
+UNUSED = {  # barriers of common.cuh that a module does not need
+    "attention": {0, 1, 2},
+    "bias": {0, 1},
+    "embedding": {0, 1, 2},
+    "flat": {1, 2},
+    "loss": {0, 1, 2},
+    "rope": {0, 1, 2},
+    "swiglu": {0, 1, 2},
+}
+OFF_BY_ONE = [
+    ("attention", "j <= t + offset", "j < t + offset"),
+    ("attention", "j > t + offset - window", "j >= t + offset - window"),
+    ("attention", "key >= begin[i]", "key > begin[i]"),
+    ("attention", "key >= from", "key + 1 >= from"),
+    ("embedding", "sorted[tile * TILE - 1] == id", "sorted[tile * TILE] == id"),
+    ("flat", "rest < n", "rest < n - 1"),
+    ("loss", "j == target % N", "j == target % N - 1"),
+    ("norm", "y + 1 < blockDim.y", "y + 2 < blockDim.y"),
+    ("rope", "first + h * groups < heads", "first + h * groups < heads - 1"),
+    ("swiglu", "f < F", "f < F - N"),
+]
+
+
+def planted() -> dict[str, tuple[str, str]]:
+    """Faults: name -> (module, its text)."""
+    out = {}
+    for module in MODULES:
+        parts = kernels.source(module).split(BARRIER)
+        for n in set(range(len(parts) - 1)) - UNUSED.get(module, set()):
+            rest = BARRIER.join(parts[n + 1 :])
+            out[f"{module} barrier {n}"] = module, BARRIER.join(parts[: n + 1]) + ";" + rest
+    for module, right, wrong in OFF_BY_ONE:
+        assert right in kernels.source(module)
+        out[f"{module} {wrong}"] = module, kernels.source(module).replace(right, wrong)
+    return out
+
+
+PLANTED = planted()
+
+
+@pytest.fixture(scope="module")
+def spoiled(folder: Path) -> dict[str, Host]:
+    """A machine for every fault."""
+    hosts = {name: Host(folder, dict([fault])) for name, fault in PLANTED.items()}
+    with ThreadPoolExecutor(2) as pool:
+        defines = {name: {"MAX_D": 64} if m == "attention" else {} for name, (m, _) in PLANTED.items()}
+        jobs = [
+            pool.submit(hosts[name].library, m, "float32", **defines[name])
+            for name, (m, _) in PLANTED.items()
+        ]
+        for job in jobs:
+            job.result()
+    return hosts
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_fault_is_seen(name: str, spoiled: dict[str, Host], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A barrier less, one too few or too many: a row is off, or threads wait for ever."""
+    monkeypatch.setattr(ops, "machine", spoiled[name])
+    monkeypatch.setattr(ops, "BLOCKS", 2)
+
+    def red(row: Row) -> bool:
+        try:
+            return bool(off(accuracy(backend(), row, "float32")))
+        except AssertionError:
+            return True
+
+    assert any(red(row) for row in SMALL[PLANTED[name][0]])
+
+
+def test_small_rows_are_right(shim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the planted faults turn red is green without them; sums are cut into few parts."""
+    monkeypatch.setattr(ops, "BLOCKS", 2)
+    for row in (row for some in SMALL.values() for row in some):
+        assert not off(accuracy(shim, row, "float32")), row
+
+
+def test_threads_that_wait_for_ever(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A barrier that not all threads reach."""
+    text = kernels.source("norm").replace(BARRIER, "if (threadIdx.x) " + BARRIER)
+    monkeypatch.setattr(ops, "machine", Host(folder, {"norm": text}))
+    with pytest.raises(AssertionError, match="add_rmsnorm_fwd_1: threads wait for ever"):
+        accuracy(backend(), SMALL["norm"][2], "float32")
+
+
+def test_too_little_shared_memory(shim: Any, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops._attention
+    monkeypatch.setattr(ops, "_attention", lambda *a: (*right(*a)[:2], right(*a)[2] - 64))
+    with pytest.raises(AssertionError, match="attention_fwd: writes beyond shared memory"):
+        accuracy(shim, SMALL["attention"][0], "float32")

@@ -1,0 +1,259 @@
+"""Planted faults of CUDA kernels: each matches the source, compiles, and makes wrong what it says.
+
+What runs on CUDA cores is run on the host by the shim of test_shim.py, at the shapes of a small model. Those of tensor cores
+are shown to compile here, and run on the host by test_shim_mma.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_shim import CASE, Host, backend, folder, table  # noqa: F401  folder is a fixture
+
+import nvrtc
+from apr.backends.cuda import kernels, ops
+from apr.backends.cuda.kernels.signatures import parse
+from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault, planted
+from apr.bisect.rule import parameters
+from apr.model.config import PRESETS
+from cases import Backend, Row, rows
+from precision import accuracy, off
+
+FAULTS = list(KERNEL_FAULTS.values())
+MMA = "attention_mma"
+on = pytest.mark.parametrize
+each_fault = on("fault", FAULTS, ids=lambda f: f.name)
+
+# Two sequences of 17 tokens through the sizes of the presets *-tiny; the second line of attention is llama-tiny.
+TOKENS = 2 * 17
+SHAPES: dict[str, list[Row]] = {  # module -> rows
+    "embedding": table("embedding", f"{TOKENS} 56 123"),
+    "bias": table("linear", f"{TOKENS} 72 56"),
+    "norm": [
+        *table("add_rmsnorm", f"{TOKENS} 56"),
+        *table("add_rmsnorm_first", f"{TOKENS} 40"),
+        *table("head_rmsnorm", f"{TOKENS} 4 12 0 4 8, {TOKENS} 2 12 4 6 8"),
+    ],
+    "rope": table("rope", "2 17 7 4 0 9, 2 17 4 5 0 8"),
+    "attention": [
+        *table("attention", "2 17 7 1 8, 2 17 4 2 10"),
+        *table("attention_window", "2 17 4 4 10 5"),
+    ],
+    MMA: [
+        *table("attention", "2 17 6 2 32, 2 17 3 1 64"),
+        *table("attention_window", "2 17 4 4 64 5"),
+    ],
+    "swiglu": table("swiglu", f"{TOKENS} 72, {TOKENS} 56"),
+    "loss": table("cross_entropy_rows_apart", f"{TOKENS} 123 128"),  # as pad_vocab lays them out
+    "flat": [
+        *table("add_sum", f"{TOKENS}"),
+        *table("add_sum_sq", "6888"),
+        *table("clip_factor", "1"),
+        *table("adamw", "6888"),
+        *table("adamw_master", "6888"),
+        *table("adamw_first_step", "97"),
+    ],
+}
+CLIPPED = CASE["clip_factor"].fwd.replace("max_norm=0.5", "max_norm=0.05")
+NEEDED = {  # rows of faults that those do not show
+    "kernel_attention_border_early": table("attention_documents", "2 17 4 2 10 0"),
+    "kernel_attention_queries_left_out": table("attention_documents", "2 257 2 1 10 0"),
+    "kernel_mma_border_early": table("attention_documents", "2 17 4 2 64 0"),
+    "kernel_mma_queries_left_out": table("attention_documents", "2 257 4 2 64 0"),
+    "kernel_attention_rescale_forgotten": table("attention", "1 97 4 2 10"),
+    "kernel_mma_sum_of_last_step": table("attention", "1 97 4 2 64"),
+    "kernel_embedding_carry_lost": table("embedding", "257 56 1"),
+    "kernel_clip_root_forgotten": rows(replace(CASE["clip_factor"], fwd=CLIPPED)),
+}
+
+
+def rows_of(fault: KernelFault) -> list[Row]:
+    """The rows in which a fault must show: those that call its op."""
+    some = NEEDED.get(fault.name) or SHAPES[fault.module]
+    return [row for row in some if fault.op in (op for op, _ in row.calls)]
+
+
+def wrong(be: Backend, fault: KernelFault, act: str) -> list[str]:
+    """The parameters of the fault's op that are off in any of its rows, in their order."""
+    found = set()
+    for row in rows_of(fault):
+        bad = {name.split()[0] for name in off(accuracy(be, row, act))}
+        for op, args in row.calls:
+            if op == fault.op:
+                found |= {p for p, a in zip(parameters(op), args, strict=True) if a.name in bad}
+    return [p for p in parameters(fault.op) if p in found]
+
+
+def first_wrong(machines: dict[str, Backend], fault: KernelFault) -> str | None:
+    """The first parameter that is off in every dtype. machines: dtype -> backend with the fault."""
+    found = [wrong(machines[act], fault, act) for act in fault.acts]
+    return next((p for p in found[0] if all(p in others for others in found)), None)
+
+
+# The text
+
+
+@each_fault
+def test_the_edit_is_of_one_module_and_is_undone(fault: KernelFault) -> None:
+    before = {module: kernels.source(module) for module in kernels.modules()}
+    after = {**before, fault.module: fault.edited()}
+    with planted(fault):
+        assert {module: kernels.source(module) for module in kernels.modules()} == after != before
+    assert {module: kernels.source(module) for module in kernels.modules()} == before
+    assert parse(after[fault.module], "edited") == kernels.signatures(fault.module)
+
+
+@each_fault
+def test_what_a_fault_says_exists(fault: KernelFault) -> None:
+    assert KERNEL_FAULTS[fault.name] is fault
+    assert fault.output in parameters(fault.op)
+    assert fault.what
+    assert set(fault.acts) <= {act for act, _ in kernels.variants(fault.module)} != set()
+    models = [*PRESETS.values(), replace(PRESETS["mistral-tiny"], head_dim=32)]
+    assert any(fault.applies(cfg) for cfg in models)
+    assert rows_of(fault)
+
+
+def test_every_module_has_faults() -> None:
+    assert {fault.module for fault in FAULTS} == set(kernels.modules())
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 16
+
+
+FAULT = KERNEL_FAULTS["kernel_swiglu_swapped"]
+
+
+def fail_in(fault: KernelFault) -> None:
+    """Raise while a fault is planted."""
+    with planted(fault):
+        assert fault.new in kernels.source(fault.module)
+        raise ZeroDivisionError
+
+
+def test_source_is_restored_after_an_exception() -> None:
+    sound = kernels.source
+    with pytest.raises(ZeroDivisionError):
+        fail_in(FAULT)
+    assert kernels.source is sound
+    assert FAULT.new not in kernels.source("swiglu")
+
+
+def test_faults_can_be_nested() -> None:
+    other = KERNEL_FAULTS["kernel_swiglu_bwd_scaled"]
+    with planted(FAULT), planted(other):
+        assert FAULT.new in kernels.source("swiglu")
+        assert other.new in kernels.source("swiglu")
+
+
+@on("edit", [dict(old="no such text"), dict(count=2), dict(old="gate[i]")], ids=str)
+def test_text_that_is_not_there_as_often_is_refused(edit: dict[str, Any]) -> None:
+    sound = kernels.source
+    with (
+        pytest.raises(ValueError, match=r"kernel_swiglu_swapped: swiglu\.cu has .* times, not"),
+        planted(replace(FAULT, **edit)),
+    ):
+        pytest.fail("planted")
+    assert kernels.source is sound
+
+
+def test_loaded_kernels_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after, in the caches that every user of the loader goes through."""
+    loader = SimpleNamespace(
+        _module=cache(lambda module: kernels.source(module)),
+        kernel=cache(lambda module: loader._module(module)),
+    )
+    monkeypatch.setitem(sys.modules, "apr.backends.cuda.launch", loader)
+    kernel = loader.kernel  # as ops.machine holds it
+    sound, edited = kernel("swiglu"), FAULT.edited()
+    with planted(FAULT):
+        assert kernel("swiglu") == edited != sound
+        assert kernel("norm") == kernels.source("norm")
+    assert kernel("swiglu") == sound
+    with pytest.raises(ZeroDivisionError):
+        fail_in(FAULT)
+    assert kernel("swiglu") == sound
+
+
+# Compilation
+
+
+def title(fault: KernelFault, act: str) -> str:
+    """Of a compilation."""
+    return f"{fault.module} {fault.name} {act}"
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Callable[[], dict[str, nvrtc.Result]]]:
+    """Results by title: every fault in its dtypes under one NVRTC, for Hopper, attention for heads of 64."""
+    major = next((m for m in nvrtc.FOLDERS if nvrtc.installed(m)), None)
+    if major is None:
+        pytest.skip("NVRTC is not installed (make dev installs it on Linux x86-64)")
+    work = []
+    for fault in FAULTS:
+        defines = dict.fromkeys(kernels.SPECIAL.get(fault.module, kernels.Variants()).defines, 64)
+        work += [
+            nvrtc.Job(title(fault, act), fault.edited(), kernels.options(act, "sm_90a", defines))
+            for act in fault.acts
+        ]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(nvrtc.compile_all, major, work[half::2]) for half in range(2)]
+        yield lambda: {r.title: r for run in runs for r in run.result()}
+
+
+@each_fault
+def test_the_edited_source_compiles(fault: KernelFault, compiled: Any) -> None:
+    for act in fault.acts:
+        result = compiled()[title(fault, act)]
+        assert result.ok, result.log
+
+
+# Effect
+
+RUN = [fault for fault in FAULTS if fault.module != MMA]
+
+
+@pytest.fixture(scope="module")
+def spoiled(folder: Path) -> dict[str, Host]:  # noqa: F811
+    """A machine for every fault."""
+    hosts = {fault.name: Host(folder, {fault.module: fault.edited()}) for fault in RUN}
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(
+                hosts[f.name].library, f.module, act, **({"MAX_D": 64} if f.module == "attention" else {})
+            )
+            for f in RUN
+            for act in f.acts
+        ]
+        for job in jobs:
+            job.result()
+    return hosts
+
+
+@on("fault", RUN, ids=lambda f: f.name)
+def test_a_fault_shows_where_it_says(
+    fault: KernelFault, spoiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "machine", spoiled[fault.name])
+    assert first_wrong(dict.fromkeys(fault.acts, backend()), fault) == fault.output
+
+
+def test_the_rows_are_right_without_a_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(ops, "machine", Host(folder))
+    for fault in RUN:
+        assert [wrong(backend(), fault, act) for act in fault.acts] == [[]] * len(fault.acts), fault.name
+
+
+@each_fault
+def test_a_fault_shows_on_a_gpu(cuda: Any, fault: KernelFault) -> None:
+    """The rows are right again when the fault is gone."""
+    machines = dict.fromkeys(fault.acts, cuda)
+    with planted(fault):
+        assert first_wrong(machines, fault) == fault.output
+    assert first_wrong(machines, fault) is None

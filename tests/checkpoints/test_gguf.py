@@ -1,0 +1,353 @@
+"""GGUF files: what llama.cpp's own converter writes, byte for byte; read back and mapped back; what cannot be written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import interop_cases
+from apr import backends
+from apr.checkpoints import gguf
+from apr.checkpoints.exchange import export_gguf, open_bundle
+from apr.checkpoints.gguf_vocab import is_qwen2, vocabulary_keys
+from apr.checkpoints.hf import read_hf, write_hf
+from apr.checkpoints.registry import load_model
+from apr.cli.main import main
+from apr.common.errors import InputNotFound, IOFailure, MalformedFile, Refused
+from apr.model.config import PRESETS
+from apr.model.params import Layout
+from apr.model.transformer import Model, rope_tables
+
+package = pytest.importorskip("gguf", reason="needs the package gguf: pip install 'apr[gguf]'")
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/interop.json").read_text())["cases"]
+OWN = ("apr.", "general.name", "general.quantization_version")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gguf")
+    for name, case in interop_cases.CASES.items():
+        interop_cases.write(case, folder / name)
+    return folder
+
+
+def contents(path: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Tensors as [type, shape, sha256], and keys, by the package's own reader."""
+    reader = package.GGUFReader(path)
+    tensors = {
+        t.name: [t.tensor_type.name, [int(n) for n in t.shape], hashlib.sha256(t.data.tobytes()).hexdigest()]
+        for t in reader.tensors
+    }
+    return tensors, {n: f.contents() for n, f in reader.fields.items() if not n.startswith("GGUF.")}
+
+
+@pytest.mark.parametrize("name", interop_cases.CASES)
+def test_tensors_and_keys_are_those_of_the_converter_of_llama_cpp(
+    name: str, sources: Path, tmp_path: Path
+) -> None:
+    """tools/interop.py compared them with convert_hf_to_gguf.py, and had llama.cpp compute with them."""
+    want = GOLDEN[name]["gguf"]
+    export_gguf(open_bundle(str(sources / name)), tmp_path / "m.gguf", "q8_0" if name == "q8" else None)
+    tensors, keys = contents(tmp_path / "m.gguf")
+    scaling = tensors.pop(gguf.ROPE_FREQS, None)
+    assert tensors == want["tensors"]
+    assert (scaling is not None) == (name == "llama3")
+    for key in want["converter_keys"]:
+        value = keys[key]
+        if isinstance(value, list):
+            value = [len(value), hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()]
+        assert value == want["keys"][key], key
+    assert want["llama_cpp_max_abs"] < 2e-5 * GOLDEN[name]["largest_logit"]
+
+
+@pytest.mark.parametrize("name", interop_cases.CASES)
+@pytest.mark.parametrize("dtype", [None, "float32", "float16", "bfloat16", "q8_0"])
+def test_read_back_and_mapped_back(name: str, dtype: str | None, sources: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(str(sources / name))
+    export_gguf(bundle, tmp_path / "m.gguf", dtype)
+    file = gguf.read_gguf(tmp_path / "m.gguf")
+    assert file.cfg == bundle.loaded.cfg
+    hf = read_hf(sources / name).tensors
+    assert set(file.tensors) - {gguf.ROPE_FREQS} == set(hf)
+    for n, x in hf.items():
+        got = file.tensors[n]
+        assert got.shape == x.shape
+        kind = file.kinds[n]
+        if x.ndim == 1:
+            assert kind == "F32"
+        elif dtype == "q8_0":
+            assert kind == ("Q8_0" if x.shape[-1] % 32 == 0 else "F16")
+        if kind == "Q8_0":
+            blocks = x.astype(np.float32).reshape(-1, 32)
+            step = np.abs(blocks).max(1, keepdims=True) / 127
+            # Half a step, and the rounding of the scale to float16, at most 127 times 2^-11 of a step.
+            assert (np.abs(got.reshape(-1, 32) - blocks) <= 0.57 * step).all()
+        else:
+            want = x.astype(got.dtype)
+            assert got.tobytes() == want.tobytes(), n
+            if dtype is None and x.ndim > 1:
+                assert got.dtype == x.dtype
+
+
+def test_q_and_k_are_turned_for_llama_only(sources: Path, tmp_path: Path) -> None:
+    """Row d of a head's first half and row d of its second become neighbours 2d and 2d + 1."""
+    for name, turned in (("llama", True), ("mistral", True), ("qwen2", False), ("qwen3", False)):
+        bundle = open_bundle(str(sources / name))
+        export_gguf(bundle, tmp_path / f"{name}.gguf")
+        raw = {t.name: t.data for t in package.GGUFReader(tmp_path / f"{name}.gguf").tensors}
+        cfg = bundle.loaded.cfg
+        for ours, theirs, heads in (
+            ("q_proj", "attn_q", cfg.num_heads),
+            ("k_proj", "attn_k", cfg.num_kv_heads),
+        ):
+            x = np.asarray(bundle.loaded.tensors[f"model.layers.1.self_attn.{ours}.weight"])
+            y = raw[f"blk.1.{theirs}.weight"].view(x.dtype).reshape(x.shape)
+            want = x.copy()
+            if turned:
+                half = cfg.head_dim // 2
+                for h in range(heads):
+                    for d in range(half):
+                        want[h * cfg.head_dim + 2 * d] = x[h * cfg.head_dim + d]
+                        want[h * cfg.head_dim + 2 * d + 1] = x[h * cfg.head_dim + half + d]
+            assert y.tobytes() == want.tobytes()
+        assert "blk.0.attn_q.bias" in raw or not cfg.qkv_bias
+        assert ("blk.0.attn_q_norm.weight" in raw) == cfg.qk_norm
+
+
+def test_divisors_of_scaled_frequencies(sources: Path, tmp_path: Path) -> None:
+    """llama.cpp turns by position * theta^(-2i/D) / divisor: the very angles of apr's tables, in all three ranges."""
+    bundle = open_bundle(str(sources / "llama3"))
+    export_gguf(bundle, tmp_path / "m.gguf")
+    (divisors,) = (
+        t.data for t in package.GGUFReader(tmp_path / "m.gguf").tensors if t.name == gguf.ROPE_FREQS
+    )
+    cfg = bundle.loaded.cfg
+    assert divisors.dtype == np.float32
+    assert divisors.min() == 1
+    assert divisors.max() == cfg.rope_scaling.factor  # type: ignore[union-attr]
+    assert ((divisors > 1) & (divisors < divisors.max())).any()
+    angle = np.outer(
+        np.arange(40), cfg.rope_theta ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim) / divisors
+    )
+    cos, sin = rope_tables(cfg, 40)
+    assert np.abs(np.cos(angle) - cos).max() < 1e-5
+    assert np.abs(np.sin(angle) - sin).max() < 1e-5
+
+
+def test_logits_from_a_file_that_was_read_back(sources: Path, tmp_path: Path) -> None:
+    """Through GGUF and back: the same logits, bit for bit."""
+    be = backends.get("cpu")
+    for name in ("llama3", "mistral", "qwen2", "qwen3-untied"):
+        loaded = load_model(str(sources / name))
+        export_gguf(open_bundle(str(sources / name)), tmp_path / f"{name}.gguf")
+        file = gguf.read_gguf(tmp_path / f"{name}.gguf")
+        seen = []
+        for cfg, tensors in ((loaded.cfg, loaded.tensors), (file.cfg, file.tensors)):
+            layout = Layout(cfg)
+            host = np.zeros(layout.size, np.float32)
+            for hf, view in layout.named(host).items():
+                view[...] = tensors[hf]
+            w = be.empty(host.size, "float32")
+            be.from_host(w, host)
+            model = Model(cfg, be, 1, 9, train=False, w=w)
+            model.forward(interop_cases.IDS[:, :9].astype(np.int32))
+            seen.append(model.last_logits().copy())
+        assert seen[0].tobytes() == seen[1].tobytes()
+
+
+def test_a_window_limits_the_positions(sources: Path, tmp_path: Path) -> None:
+    """llama.cpp's llama has no window: within as many positions as it has the two compute the same."""
+    done = export_gguf(open_bundle(str(sources / "mistral")), tmp_path / "m.gguf")
+    assert done["context_length"] == 5
+    assert contents(tmp_path / "m.gguf")[1]["llama.context_length"] == 5
+
+
+def test_a_bit_that_changes_while_it_is_written_is_seen(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = open_bundle(str(sources / "llama"))
+    real = gguf.to_adjacent
+    monkeypatch.setattr(gguf, "to_adjacent", lambda x, heads: x)  # the classic: rows not reordered
+    with pytest.raises(IOFailure, match="q_proj"):
+        export_gguf(bundle, tmp_path / "a.gguf")
+    monkeypatch.setattr(gguf, "to_adjacent", real)
+    quantize = package.quants.quantize
+
+    def spoil(x: np.ndarray, kind: Any) -> Any:
+        out = quantize(x, kind)
+        out[-1, -1] ^= 64
+        return out
+
+    monkeypatch.setattr(package.quants, "quantize", spoil)
+    with pytest.raises(IOFailure, match="differs from the checkpoint"):
+        export_gguf(open_bundle(str(sources / "q8")), tmp_path / "b.gguf", "q8_0")
+
+
+# --- tokenizers
+
+
+def test_tokens_types_and_padding(sources: Path, tmp_path: Path) -> None:
+    export_gguf(open_bundle(str(sources / "llama")), tmp_path / "m.gguf")
+    keys = contents(tmp_path / "m.gguf")[1]
+    tokens, kinds = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(kinds) == len(set(tokens)) == interop_cases.VOCAB
+    fields = json.loads((sources / "llama/tokenizer.json").read_text())
+    n = len(fields["model"]["vocab"]) + 3
+    assert tokens[n:] == [f"[PAD{i}]" for i in range(n, interop_cases.VOCAB)]
+    assert set(kinds[n:]) == {5}
+    assert set(kinds[: n - 3]) == {1}
+    assert (tokens[n - 3 : n], kinds[n - 3 : n]) == (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        [3, 3, 3],
+    )
+    assert tokens[keys["tokenizer.ggml.eos_token_id"]] == "<|im_end|>"
+    assert keys["tokenizer.ggml.merges"] == [" ".join(m) for m in fields["model"]["merges"]]
+    assert keys["tokenizer.chat_template"] == interop_cases.TEMPLATE
+    assert keys["tokenizer.ggml.add_bos_token"] is False
+
+
+def change(text: str, **steps: Any) -> str:
+    d = json.loads(text)
+    for key, value in steps.items():
+        place = d["model"] if key in ("ignore_merges",) else d
+        place[key] = value
+    return json.dumps(d)
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def test_rules_that_have_a_name_in_llama_cpp(sources: Path) -> None:
+    text = (sources / "llama/tokenizer.json").read_text()
+    split = json.loads(text)["pre_tokenizer"]["pretokenizers"][0]
+    single = {**split, "pattern": {"Regex": split["pattern"]["Regex"].replace("{1,3}", "")}}
+    plain = {**BYTES, "use_regex": False}
+    digits = {"type": "Digits", "individual_digits": True}
+
+    def sequence(*steps: Any) -> dict[str, Any]:
+        return {"type": "Sequence", "pretokenizers": list(steps)}
+
+    for name, changed in (
+        ("dbrx", text),  # Llama 3's rule without its way with whole words
+        ("llama-bpe", change(text, ignore_merges=True)),
+        ("qwen2", change(text, pre_tokenizer=sequence(single, plain), normalizer={"type": "NFC"})),
+        ("gpt-2", change(text, pre_tokenizer=BYTES)),
+        ("smollm", change(text, pre_tokenizer=sequence(digits, BYTES))),
+    ):
+        keys = vocabulary_keys(changed, "t", interop_cases.VOCAB, None)
+        assert keys["tokenizer.ggml.pre"] == name
+        assert is_qwen2(changed) is (name == "qwen2")
+    for wrong in (
+        {"pre_tokenizer": {**BYTES, "add_prefix_space": True}},
+        {"pre_tokenizer": sequence({**split, "pattern": {"Regex": "\\w+|\\W"}}, plain)},
+        {"pre_tokenizer": sequence({**digits, "individual_digits": False}, BYTES)},
+        {"normalizer": {"type": "NFKC"}},
+    ):
+        with pytest.raises(Refused, match=r"llama\.cpp"):
+            vocabulary_keys(change(text, **wrong), "t", interop_cases.VOCAB, None)
+
+
+def test_no_end_of_text_is_refused(sources: Path) -> None:
+    text = (sources / "llama/tokenizer.json").read_text()
+    with pytest.raises(Refused, match="end of text"):
+        vocabulary_keys(change(text, added_tokens=[]), "t", interop_cases.VOCAB, None)
+
+
+def test_sentencepiece_scores_follow_the_merges(data: Callable[[str], Path], tmp_path: Path) -> None:
+    """llama.cpp merges by score. tools/interop.py's llama.cpp gave all of TinyStories the ids of the tokenizers library."""
+    source = data("stories260K/hf")
+    export_gguf(open_bundle(str(source)), tmp_path / "m.gguf")
+    keys = contents(tmp_path / "m.gguf")[1]
+    assert keys["tokenizer.ggml.model"] == "llama"
+    assert keys["tokenizer.ggml.add_space_prefix"] is True
+    assert keys["tokenizer.ggml.add_bos_token"] is True
+    tokens, scores = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.scores"]
+    merges = json.loads((source / "tokenizer.json").read_text())["model"]["merges"]
+    made = ["".join(m.split(" ") if isinstance(m, str) else m) for m in merges]
+    ranks = [scores[tokens.index(t)] for t in dict.fromkeys(made)]
+    assert ranks == sorted(ranks, reverse=True)
+    kinds = keys["tokenizer.ggml.token_type"]
+    assert [kinds[tokens.index(t)] for t in ("<unk>", "<s>", "</s>", "<0x0A>")] == [2, 3, 3, 6]
+    assert (keys["tokenizer.ggml.bos_token_id"], keys["tokenizer.ggml.eos_token_id"]) == (1, 2)
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    cfg = PRESETS["llama-tiny"]
+    layout = Layout(cfg)
+    host = np.zeros(layout.size, np.float32)
+    layout.randomise(host, 1)
+    write_hf(tmp_path / "src", cfg, layout.named(host))
+    assert export_gguf(open_bundle(str(tmp_path / "src")), tmp_path / "m.gguf")["tokenizer"] is None
+    keys = contents(tmp_path / "m.gguf")[1]
+    assert keys["tokenizer.ggml.model"] == "none"
+    assert keys["llama.vocab_size"] == cfg.vocab_size
+
+
+# --- what is refused
+
+
+def test_scaling_that_llama_cpp_would_not_honour(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(PRESETS["qwen2-tiny"], rope_scaling=PRESETS["llama3-tiny"].rope_scaling)
+    layout = Layout(cfg)
+    host = np.zeros(layout.size, np.float32)
+    layout.init(host, 1)
+    with pytest.raises(Refused, match="does not scale"):
+        gguf.write_gguf(tmp_path / "m.gguf", cfg, layout.named(host))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [7e4, 3e38])
+def test_values_that_do_not_fit(value: float, sources: Path, tmp_path: Path) -> None:
+    cfg = interop_cases.CASES["q8"].cfg
+    tensors = interop_cases.weights(interop_cases.CASES["q8"])
+    tensors["model.embed_tokens.weight"][0, 0] = value
+    dtype = "float16" if value < 1e6 else "q8_0"
+    with pytest.raises(Refused, match=r"embed_tokens"):
+        gguf.write_gguf(tmp_path / "m.gguf", cfg, tensors, dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_that_exists_is_overwritten(sources: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    out.write_text("mine")
+    bundle = open_bundle(str(sources / "llama"))
+    with pytest.raises(Refused, match="--force"):
+        export_gguf(bundle, out)
+    assert out.read_text() == "mine"
+    export_gguf(bundle, out, force=True)
+    assert gguf.read_gguf(out).cfg == bundle.loaded.cfg
+    with pytest.raises(Refused, match="is a folder"):
+        export_gguf(bundle, tmp_path, force=True)
+
+
+def test_files_that_are_no_gguf(sources: Path, tmp_path: Path) -> None:
+    export_gguf(open_bundle(str(sources / "qwen3")), tmp_path / "m.gguf")
+    raw = (tmp_path / "m.gguf").read_bytes()
+    bad = tmp_path / "bad.gguf"
+    for content in (b"", b"GGUF", raw[:100], raw[: len(raw) // 3], raw[:-1000], b"GGML" + raw[4:]):
+        bad.write_bytes(content)
+        with pytest.raises(MalformedFile, match=r"bad\.gguf"):
+            gguf.read_gguf(bad)
+    bad.write_bytes(raw.replace(b"qwen3", b"gemma"))
+    with pytest.raises(Refused, match="gemma"):
+        gguf.read_gguf(bad)
+    with pytest.raises(InputNotFound):
+        gguf.read_gguf(tmp_path / "none.gguf")
+
+
+def test_command(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "m.gguf"
+    assert main(["export", str(sources / "q8"), "--format", "gguf", "--dtype", "q8_0", "-o", str(out)]) == 0
+    assert "Q8_0" in capsys.readouterr().out
+    assert main(["export", str(sources / "q8"), "--format", "gguf", "-o", str(out)]) == 5
+    assert "--force" in capsys.readouterr().err
+    assert main(["export", str(sources / "q8"), "--format", "gguf", "-o", str(out), "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["types"] == {"F32": 20}

@@ -1,0 +1,259 @@
+"""Adapters against PEFT: what it computes with its own, with ours, its gradients and its steps; and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from finetune_cases import our_adapter
+
+from apr import backends
+from apr.backends import reference
+from apr.checkpoints.hf import read_safetensors, write_hf, write_safetensors
+from apr.checkpoints.peft import CONFIG, WEIGHTS, adapter_start, add_adapter, merge_error, read_adapter
+from apr.checkpoints.registry import fill, load_model
+from apr.cli.main import main
+from apr.common.errors import InputNotFound, MalformedFile, Refused
+from apr.model.config import from_hf
+from apr.model.lora import Adapters
+from apr.model.params import Layout
+from apr.model.taps import Record
+from apr.model.transformer import Model
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+BASES = {
+    "plain": "llama",
+    "two": "qwen2",
+    "rslora": "qwen3",
+    "patterns": "llama",
+    "some-layers": "mistral",
+    "head": "qwen2-untied",
+    "train": "qwen2",
+}
+METADATA = json.loads(
+    (lambda raw: raw[8 : 8 + int.from_bytes(raw[:8], "little")])(
+        (GOLDEN / "peft" / "peft.safetensors").read_bytes()
+    )
+)["__metadata__"]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return read_safetensors(GOLDEN / "peft" / "peft.safetensors")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """name -> (Hugging Face folder, ids, targets) of a golden model."""
+    root, made = tmp_path_factory.mktemp("bases"), {}
+
+    def get(name):
+        if name not in made:
+            path = GOLDEN / f"{name}.safetensors"
+            file = read_safetensors(path)
+            raw = path.read_bytes()
+            config = json.loads(
+                json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]["config"]
+            )
+            cfg = from_hf(config, name)
+            tensors = {s.hf: np.asarray(file[f"weight.{s.hf}"]) for s in Layout(cfg).in_order()}
+            write_hf(root / name, cfg, tensors, "float32")
+            made[name] = root / name, np.asarray(file["ids"]), np.asarray(file["targets"])
+        return made[name]
+
+    return get
+
+
+def put_adapter(golden, case, folder):
+    """The folder that PEFT saved."""
+    folder.mkdir(parents=True)
+    (folder / CONFIG).write_text(METADATA[f"{case}.config"])
+    prefix = f"{case}.tensor."
+    write_safetensors(
+        folder / WEIGHTS, {k[len(prefix) :]: np.asarray(golden[k]) for k in golden if k.startswith(prefix)}
+    )
+    return folder
+
+
+def logits(cfg, host, ids, dtype="float64", be=reference):
+    model = Model(cfg, be, *ids.shape, dtype, train=False, loss_rows=ids.size)
+    be.from_host(model.w, host.astype(dtype))
+    tap = Record(be)
+    model.forward(ids)
+    model.loss(np.zeros_like(ids), tap=tap)
+    return tap.seen["logits"].reshape(*ids.shape, -1)
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_merged_is_what_peft_computes(golden, bases, tmp_path, case):
+    base, ids, _ = bases(BASES[case])
+    adapter, out = put_adapter(golden, case, tmp_path / "adapter"), tmp_path / "merged.apr"
+    assert main(["merge", str(base), str(adapter), "-o", str(out)]) == 0
+    merged = load_model(str(out))
+    host = np.zeros(Layout(merged.cfg).size, np.float32)
+    fill(Layout(merged.cfg), host, merged)
+    ids = ids[:1]
+    got, want = logits(merged.cfg, host, ids), np.asarray(golden[f"{case}.logits"])
+    assert np.abs(got - want).max() <= 2e-6 * np.abs(want).max()  # the merged weights are rounded to float32
+    untouched = np.zeros_like(host)
+    fill(Layout(merged.cfg), untouched, load_model(str(base)))
+    assert np.abs(logits(merged.cfg, untouched, ids) - want).max() > 1e-3 * np.abs(want).max()
+
+
+def test_an_adapter_of_ours_is_what_peft_opened(golden, bases, tmp_path):
+    base, ids, _ = bases("qwen2")
+    layout, _ = our_adapter(tmp_path / "adapter", (base / "config.json").read_text())
+    files = [tmp_path / "adapter" / name for name in (CONFIG, WEIGHTS)]
+    assert " ".join(hashlib.sha256(p.read_bytes()).hexdigest() for p in files) == METADATA["ours.sha256"]
+    host = np.zeros(Layout(layout.cfg).size, np.float64)
+    fill(Layout(layout.cfg), host, load_model(str(base)))
+    add_adapter(Layout(layout.cfg), host, read_adapter(str(tmp_path / "adapter"), layout.cfg))
+    want = np.asarray(golden["ours.logits"])
+    assert np.abs(logits(layout.cfg, host, ids[:1]) - want).max() <= 1e-9 * np.abs(want).max()
+
+
+def start_of(golden, bases, tmp_path, be, dtype):
+    """The adapters of the case "train" on a model, ids and targets."""
+    base, ids, targets = bases("qwen2")
+    loaded = load_model(str(base))
+    adapter = read_adapter(str(put_adapter(golden, "train", tmp_path / "adapter")), loaded.cfg)
+    model = Model(loaded.cfg, be, *ids.shape, dtype)
+    adapters = Adapters(model, adapter.lora_config(loaded.cfg))
+    host = np.zeros(model.layout.size, dtype)
+    fill(model.layout, host, loaded)
+    adapters.set_base(host)
+    opt = adapters.optimizer(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0)
+    opt.set_weights(adapter_start(adapters.layout, adapter).astype(dtype))
+    return model, adapters, opt, ids, targets
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "near"), [("reference", "float64", 1e-9), ("cpu", "float32", 2e-4)]
+)
+def test_gradients_and_steps_are_those_of_torch_through_peft(golden, bases, tmp_path, backend, dtype, near):
+    be = backends.get(backend)
+    model, adapters, opt, ids, targets = start_of(golden, bases, tmp_path, be, dtype)
+    count = int((targets >= 0).sum())
+    for step, want in enumerate(np.asarray(golden["train.losses"])):
+        be.fill(model.total, 0)
+        model.micro_step(ids, targets, 1 / count)
+        assert abs(float(be.to_host(model.total)[0]) / count - want) <= near * want
+        adapters.gradients()
+        if step == 0:
+            for name, got in adapters.layout.named(be.to_host(adapters.g)).items():
+                grad = np.asarray(golden[f"train.grad.{name}"])
+                assert np.abs(got - grad).max() <= 10 * near * np.abs(grad).max(), name
+        opt.step(1e-2)
+    for name, got in adapters.layout.named(be.to_host(adapters.w)).items():
+        after = np.asarray(golden[f"train.after.{name}"])
+        assert np.abs(got - after).max() <= (1e-8 if dtype == "float64" else 1e-3) * np.abs(after).max(), name
+    assert adapters.unchanged().good
+
+
+def test_a_wrong_scale_is_seen(golden, bases, tmp_path, monkeypatch):
+    from apr.checkpoints import peft
+
+    right = peft._delta
+    monkeypatch.setattr(peft, "_delta", lambda *a: peft.Delta((d := right(*a)).a, d.b, 1.01 * d.scale))
+    with pytest.raises(AssertionError):
+        test_merged_is_what_peft_computes(golden, bases, tmp_path, "plain")
+
+
+def change(folder, **keys):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **keys}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind", "said"),
+    [
+        ({"use_dora": True}, Refused, "use_dora"),
+        ({"bias": "all"}, Refused, "bias = 'all'"),
+        ({"modules_to_save": ["lm_head"]}, Refused, "modules_to_save"),
+        ({"peft_type": "LOHA"}, Refused, "LOHA"),
+        ({"lora_bias": True}, Refused, "lora_bias"),
+        ({"fan_in_fan_out": True}, Refused, "fan_in_fan_out"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, Refused, "layer_replication"),
+        ({"init_lora_weights": "pissa"}, Refused, "init_lora_weights"),
+        ({"something_new": 3}, Refused, "something_new"),
+        ({"r": 5}, Refused, "rank 5"),
+        ({"r": "4"}, MalformedFile, "r = '4'"),
+        ({"lora_alpha": 0}, MalformedFile, "lora_alpha"),
+        ({"rank_pattern": {"q_proj": 3}}, Refused, "q_proj"),
+        ({"rank_pattern": {"(": 3}}, MalformedFile, "regular expression"),
+        ({"alpha_pattern": [1]}, MalformedFile, "alpha_pattern"),
+    ],
+)
+def test_what_is_not_honoured_is_refused_by_name(golden, bases, tmp_path, keys, kind, said):
+    folder = put_adapter(golden, "plain", tmp_path / "adapter")
+    cfg = load_model(str(bases("llama")[0])).cfg
+    read_adapter(str(folder), cfg)
+    change(folder, **keys)
+    with pytest.raises(kind, match="(?s)" + ".*") as e:
+        read_adapter(str(folder), cfg)
+    assert said in str(e.value)
+
+
+def test_folders_that_are_no_adapter(golden, bases, tmp_path):
+    cfg = load_model(str(bases("llama")[0])).cfg
+    with pytest.raises(InputNotFound, match=CONFIG):
+        read_adapter(str(tmp_path), cfg)
+    folder = put_adapter(golden, "plain", tmp_path / "adapter")
+    whole = dict(read_safetensors(folder / WEIGHTS).items())
+    whole = {k: np.array(v) for k, v in whole.items()}
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(InputNotFound, match="pickle"):
+        read_adapter(str(folder), cfg)
+    (folder / "adapter_model.bin").unlink()
+    first, square = next(iter(whole)), np.ones((4, 4), np.float32)
+    for tensors, kind, said in (
+        ({k: v for k, v in whole.items() if k != first}, MalformedFile, "only"),
+        ({**whole, "base_model.model.model.embed_tokens.lora_embedding_A": square}, Refused, "embed"),
+        ({**whole, "base_model.model.lm_head.weight": square}, Refused, "lm_head"),
+        ({**whole, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": square}, Refused, "layers.9"),
+    ):  # fmt: skip
+        write_safetensors(folder / WEIGHTS, tensors)
+        with pytest.raises(kind) as e:
+            read_adapter(str(folder), cfg)
+        assert said in str(e.value)
+    other = load_model(str(bases("qwen3")[0])).cfg
+    write_safetensors(folder / WEIGHTS, whole)
+    with pytest.raises(Refused, match="another model"):
+        read_adapter(str(folder), other)
+
+
+def test_an_adapter_that_differs_between_layers_is_merged_but_not_gone_on_with(golden, bases, tmp_path):
+    for case in ("patterns", "some-layers", "head"):
+        cfg = load_model(str(bases(BASES[case])[0])).cfg
+        adapter = read_adapter(str(put_adapter(golden, case, tmp_path / case)), cfg)
+        with pytest.raises(Refused, match="apr merge"):
+            adapter.lora_config(cfg)
+
+
+def test_merge_says_what_it_did_and_writes_over_nothing(golden, bases, tmp_path, capsys):
+    base, _, _ = bases("llama")
+    adapter, out = put_adapter(golden, "plain", tmp_path / "adapter"), tmp_path / "m.apr"
+    assert main(["merge", str(base), str(adapter), "-o", str(out), "--json", "--dtype", "bfloat16"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["matrices"], said["ranks"], said["dtype"]) == (14, [4], "bfloat16")
+    assert said["sha256"] == load_model(str(out)).sha256
+    assert main(["merge", str(base), str(adapter), "-o", str(out)]) == 5
+    assert "--force" in capsys.readouterr().err
+    assert main(["merge", str(base), str(adapter), "-o", str(out), "--force"]) == 0
+    assert main(["merge", str(base), str(adapter), "-o", str(tmp_path / "folder")]) == 2
+    assert main(["merge", str(base), str(adapter)]) == 2
+
+
+def test_the_error_of_a_merge_is_seen(golden, bases, tmp_path):
+    base, _, _ = bases("llama")
+    folder, out = put_adapter(golden, "plain", tmp_path / "adapter"), tmp_path / "m.apr"
+    main(["merge", str(base), str(folder), "-o", str(out)])
+    loaded, merged = load_model(str(base)), load_model(str(out))
+    adapter = read_adapter(str(folder), loaded.cfg)
+    assert merge_error(loaded, adapter, merged, "float32")[0] <= 1
+    change(folder, lora_alpha=9)
+    assert merge_error(loaded, read_adapter(str(folder), loaded.cfg), merged, "float32")[0] > 1
+    assert merge_error(merged, adapter, merged, "float32")[0] > 1

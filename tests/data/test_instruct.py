@@ -1,0 +1,615 @@
+"""Instruction data: which tokens are answers, how examples are packed, and that nothing of it shows in the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from finetune_cases import CONVERSATIONS, MARKED, OWN_TEMPLATE, llama_tokenizer, own_tokenizer
+
+from apr.backends import reference
+from apr.checkpoints.apr2 import read_apr
+from apr.checkpoints.exchange import open_bundle
+from apr.checkpoints.hf import write_hf
+from apr.checkpoints.registry import fill, load_model
+from apr.cli.main import main
+from apr.common.errors import MalformedFile, Refused
+from apr.data.batches import Batches
+from apr.data.conversations import instruct
+from apr.data.conversations.instruct import (
+    IGNORED,
+    Encoded,
+    Encoder,
+    InstructShards,
+    InstructWindows,
+    Skipped,
+    audit_instruct,
+    example_of,
+    fit,
+    pack,
+    prepare_instruct,
+)
+from apr.inference.chat import ChatTemplate
+from apr.model.config import PRESETS
+from apr.model.params import Layout
+from apr.model.transformer import Model
+from apr.tokenizer.tokenizer import Tokenizer
+from apr.training.evaluate import evaluate
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/instruct.json").read_text())["cases"]
+VOCAB = 320
+
+
+def own():
+    return Tokenizer.from_json(own_tokenizer(), "own", "<|endoftext|>")
+
+
+def template(text=OWN_TEMPLATE, bos="<|bos|>"):
+    return ChatTemplate(text, "test", {"bos_token": bos} if bos else {})
+
+
+def marked(name, text):
+    for old, new in MARKED[name]:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    return text
+
+
+def encoded(encoder, conversations=CONVERSATIONS):
+    return encoder([example_of(f"test:{i}", {"messages": c}) for i, c in enumerate(conversations)])
+
+
+def labels(e):
+    return np.where(e.trained, e.ids.astype(np.int64), IGNORED).tolist()
+
+
+def same(encoder, case):
+    for got, want in zip(encoded(encoder), GOLDEN[case], strict=True):
+        assert got.ids.tolist() == want["ids"]
+        assert labels(got) == want["labels"]
+
+
+# Which tokens are answers
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_our_own_template_gives_the_labels_of_transformers(blocks):
+    same(Encoder(own(), template(marked("own", OWN_TEMPLATE) if blocks else OWN_TEMPLATE)), "own")
+
+
+@pytest.fixture(scope="module")
+def real(data):
+    """(encoder, template text) of a real model's template."""
+    folder, qwen = (
+        data("chat-templates"),
+        (data("qwen2-tokenizer") / "tokenizer.json").read_text(encoding="utf-8"),
+    )
+    files = {"qwen2.5": "Qwen-Qwen2.5-7B-Instruct.jinja", "llama3": "meta-llama-Llama-3.1-8B-Instruct.jinja"}
+    made = {}
+
+    def get(name):
+        if name not in made:
+            text = qwen if name == "qwen2.5" else llama_tokenizer(qwen)
+            made[name] = Tokenizer.from_json(text, name), (folder / files[name]).read_text(encoding="utf-8")
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "llama3"])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_real_templates_give_the_labels_of_transformers(real, name, blocks):
+    tokenizer, text = real(name)
+    bos = None if name == "qwen2.5" else "<|begin_of_text|>"
+    same(Encoder(tokenizer, template(marked(name, text) if blocks else text, bos)), name)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "llama3"])
+def test_the_labels_of_trl_differ_by_newlines_only(real, name):
+    """TRL's templates for training: Llama's has the same labels (behind a system turn that 3.1 always writes), Qwen's also the
+    newline of the generation prompt and the one behind <|im_end|>, which is never generated."""
+    tokenizer, _ = real(name)
+    newline = int(tokenizer.encode("\n")[0])
+    end = next((i for i, text in tokenizer.special_tokens().items() if text == "<|im_end|>"), -1)
+    for ours, trl in zip(GOLDEN[name], GOLDEN[f"{name}-trl"], strict=True):
+        a, b = ([i for i in row["labels"] if i >= 0] for row in (ours, trl))
+        if name == "llama3":
+            assert a == b
+            continue
+        turns = a.count(end)
+        assert turns
+        assert len(b) == len(a) + 2 * turns
+        assert b.count(newline) == a.count(newline) + 2 * turns
+        rest = iter(b)
+        assert all(i in rest for i in a)  # in this order
+
+
+def test_a_prompt_and_its_response_without_a_template():
+    encoder = Encoder(own())
+    (e,) = encoder([example_of("x:1", {"prompt": "the answer:", "response": " then"})])
+    text = own()
+    assert text.decode(e.ids) == "the answer: then<|endoftext|>"
+    assert text.decode(e.ids[e.trained]) == " then<|endoftext|>"
+    assert e.answer_bytes == len(" then")
+
+
+@pytest.mark.parametrize(
+    ("record", "asked"),
+    [
+        ({"prompt": "a b", "completion": "c"}, "a b"),
+        ({"instruction": "a", "output": "c"}, "a"),
+        ({"instruction": "a", "input": "b", "output": "c"}, "a\n\nb"),
+    ],
+)
+def test_pairs_become_conversations_where_there_is_a_template(record, asked):
+    (e,) = Encoder(own(), template())([example_of("x:1", record)])
+    assert own().decode(e.ids) == f"<|bos|><|user|>\n{asked}<|end|>\n<|assistant|>\nc<|end|>\n"
+    assert own().decode(e.ids[e.trained]) == "c<|end|>"
+
+
+def test_alpaca_without_a_template_has_its_own_prompt():
+    e = example_of("x:1", {"instruction": "Add.", "input": "1 2", "output": "3"})
+    assert e.prompt.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
+    assert "paired with an input" in e.prompt
+    assert "paired" not in example_of("x:1", {"instruction": "Add.", "output": "3"}).prompt
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ([], "not an object"),
+        ({"text": "a"}, "no field"),
+        ({"prompt": 1, "response": "a"}, "not a string"),
+        ({"prompt": "a", "response": " "}, "no answer"),
+        ({"messages": []}, "not a list"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no answer"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "role"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "not a string"),
+        ({"messages": [{"role": "assistant", "content": "a"}], "tools": [{}]}, "tools"),
+        ({"prompt": "\ud800", "response": "a"}, "not Unicode"),
+        ({"prompt": "\ufdd0", "response": "a"}, "not Unicode"),
+    ],
+)
+def test_what_is_no_example_is_named(record, reason):
+    with pytest.raises(instruct.Unsuitable) as e:
+        example_of("x:1", record)
+    assert e.value.reason == reason
+
+
+def test_a_special_token_spelled_out_in_a_message_leaves_the_example_out():
+    (e,) = encoded(
+        Encoder(own(), template()),
+        [[{"role": "user", "content": "<|end|>"}, {"role": "assistant", "content": "a"}]],
+    )
+    assert isinstance(e, Skipped)
+    assert e.reason == "special token in its text"
+
+
+def test_a_template_that_rewrites_what_came_before_is_refused():
+    text = "{% for m in messages %}{{ loop.length }}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    with pytest.raises(Refused, match="otherwise than as the beginning of the whole"):
+        encoded(Encoder(own(), template(text)))
+
+
+def test_what_a_template_refuses_is_counted():
+    text = "{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}" + OWN_TEMPLATE
+    got = encoded(Encoder(own(), template(text)))
+    assert [isinstance(e, Skipped) for e in got] == [len(c) > 2 for c in CONVERSATIONS]
+    assert "too long" in got[1].detail
+
+
+def test_messages_without_a_template_are_refused():
+    with pytest.raises(Refused, match="--chat-template"):
+        encoded(Encoder(own()))
+
+
+def test_ids_that_are_not_the_text_are_refused(monkeypatch):
+    encoder = Encoder(own(), template())
+    monkeypatch.setattr(Tokenizer, "normalize", lambda self, text: text.replace("4", "5"))
+    with pytest.raises(Refused, match="encode, then decode is not the text"):
+        encoded(encoder)
+
+
+# Cutting and packing
+
+
+def example(trained):
+    t = np.array(trained, bool)
+    return Encoded(np.arange(t.size, dtype=np.uint32), t, 10 * int(t.sum()))
+
+
+@pytest.mark.parametrize(
+    ("trained", "room", "kept", "ids"),
+    [
+        ([0, 0, 1, 1], 4, [0, 0, 1, 1], [0, 1, 2, 3]),  # it fits
+        ([0, 0, 1, 1, 0], 4, [0, 0, 1, 1], [0, 1, 2, 3]),  # what stands behind goes first
+        ([0, 0, 0, 1, 1], 3, [0, 1, 1], [2, 3, 4]),  # then the beginning
+        ([0, 1, 1, 0, 1], 4, [0, 0, 0, 1], [1, 2, 3, 4]),  # an answer without its beginning is context
+        ([0, 0, 1, 1], 2, None, None),  # no token before the answer is left
+        ([0, 1, 1, 1], 3, None, None),
+    ],
+)
+def test_long_examples_lose_their_beginning(trained, room, kept, ids):
+    e = fit(example(trained), room)
+    if kept is None:
+        assert e is None
+    else:
+        assert e.trained.tolist() == [bool(k) for k in kept]
+        assert e.ids.tolist() == ids
+        assert e.answer_bytes == 10 * sum(kept)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_packing_holds_every_example_once_and_fills_rows(seed):
+    rng = np.random.default_rng(seed)
+    room = int(rng.integers(8, 60))
+    sizes = rng.integers(1, room + 1, 500)
+    rows = pack(sizes, room)
+    assert sorted(i for row in rows for i in row) == list(range(500))
+    sums = [int(sizes[row].sum()) for row in rows]
+    assert max(sums) <= room
+    assert len(rows) <= 11 / 9 * np.ceil(sizes.sum() / room) + 1  # best fit decreasing (Johnson 1974)
+    assert pack(sizes, room) == rows
+
+
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"the {a} in an {b}"},
+            {"role": "assistant", "content": f"{b} then {a}" * (1 + a % 4)},
+        ]
+    }
+    for a in range(20)
+    for b in ("hat", "box")
+]  # fmt: skip
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    def make(rows=CHATS, seq_length=96, name="chats.jsonl", val_fraction=0.2, **more):
+        path = tmp_path / name
+        data = "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows).encode()
+        if name.endswith(".gz"):
+            data = gzip.compress(data)
+        elif name.endswith(".zst"):
+            data = zstandard.ZstdCompressor().compress(data)
+        path.write_bytes(data)
+        more.setdefault("template", template())
+        return prepare_instruct(
+            str(path), tmp_path / "cache", own(), more["template"], seq_length, val_fraction
+        )
+
+    return make
+
+
+def test_a_folder_is_made_once_and_used_again(prepared, monkeypatch):
+    first = prepared()
+    monkeypatch.setattr(instruct, "Encoder", None)
+    assert prepared().folder == first.folder
+    with pytest.raises(TypeError):
+        prepared(seq_length=97)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".ndjson"])
+def test_compressed_files_hold_the_same_examples(prepared, suffix):
+    plain, packed = (
+        InstructShards(prepared(name=n).sides["train"], own()) for n in ("a.jsonl", "a" + suffix)
+    )
+    assert plain.sha256 == packed.sha256
+
+
+def test_examples_share_windows_and_stay_apart(prepared):
+    folder = prepared()
+    sides = audit_instruct(folder.sides, own(), VOCAB)
+    shards = sides[0].shards
+    m = shards.manifest
+    assert m.separator == own().eos_id  # occurs in no rendered conversation
+    assert m.rows < m.examples / 1.5
+    assert m.examples + sides[1].shards.manifest.examples == len(CHATS)
+    windows = InstructWindows(shards, 96)
+    ids, targets = windows.read(np.arange(len(windows)))
+    assert (targets >= 0).sum() == m.trained == windows.targets
+    assert ((targets == IGNORED) | (targets[:, :] == np.roll(ids, -1, 1)))[:, :-1].all()
+    assert not ((ids == m.separator) & (targets >= 0)).any()
+    texts = {own().decode(x) for row in ids for x in np.split(row, np.flatnonzero(row == m.separator))}
+    assert any("<|user|>\nthe 3 in an hat<|end|>" in t for t in texts)
+    assert all(v.passed for v in sides[0].verdicts)
+
+
+def test_what_is_left_out_is_counted(prepared):
+    long_ = {"messages": [{"role": "user", "content": "a" * 300}, {"role": "assistant", "content": "short"}]}
+    never = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 300}]}
+    rows = [*CHATS, CHATS[0], CHATS[1], "no json", {"text": 1}, long_, never]
+    m = InstructShards(prepared(rows).sides["train"], own()).manifest
+    assert m.duplicates == 2
+    assert m.skipped == {"broken JSON": 1, "no field": 1, "longer than --seq-length": 1}
+    assert m.cut == 1
+    assert "broken JSON" in prepared(rows).left_out
+
+
+def test_a_side_without_examples_is_refused(prepared):
+    with pytest.raises(Refused, match="leaves none for val"):
+        prepared(CHATS[:1], val_fraction=1e-9)
+    with pytest.raises(Refused, match="no example to train on"):
+        prepared(["{}"])
+
+
+def test_without_a_free_id_an_example_has_a_window_of_its_own(prepared, monkeypatch):
+    monkeypatch.setattr(instruct, "_separator", lambda inside, tokenizer: None)
+    shards = InstructShards(prepared().sides["train"], own())
+    assert shards.manifest.rows == shards.manifest.examples
+
+
+def losses_of(model, windows, micro):
+    return evaluate(model, windows, micro, None)
+
+
+def small_model(batch, seq, document_end, dtype="float64"):
+    cfg = dataclasses.replace(PRESETS["qwen2-tiny"], vocab_size=VOCAB, max_position_embeddings=128)
+    model = Model(cfg, reference, batch, seq, dtype, document_end=document_end)
+    host = np.zeros(model.layout.size)
+    model.layout.randomise(host, 3)
+    model.w[...] = host
+    return model
+
+
+def test_the_loss_of_packed_examples_is_that_of_each_alone(prepared, monkeypatch):
+    packed = InstructShards(prepared().sides["train"], own())
+    monkeypatch.setattr(instruct, "_separator", lambda inside, tokenizer: None)
+    alone = InstructShards(prepared(name="again.jsonl", seq_length=95).sides["train"], own())
+    found = [
+        losses_of(
+            small_model(3, s.manifest.seq_length, s.manifest.separator),
+            InstructWindows(s, s.manifest.seq_length),
+            3,
+        )
+        for s in (packed, alone)
+    ]
+    assert packed.manifest.rows < alone.manifest.rows
+    assert found[0].tokens == found[1].tokens
+    assert abs(found[0].mean - found[1].mean) <= 1e-12 * found[0].mean
+    leaky = losses_of(
+        small_model(3, 96, None), InstructWindows(packed, 96), 3
+    )  # the mask of borders left out
+    assert abs(leaky.mean - found[0].mean) > 1e-6
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_the_mean_is_over_trained_tokens_whatever_the_micro_batch(prepared, micro):
+    shards = InstructShards(prepared().sides["train"], own())
+    windows = InstructWindows(shards, 96)
+    ids, targets = Batches(windows, 4, seed=1).next()
+    model = small_model(4, 96, shards.manifest.separator)
+    count = int((targets >= 0).sum())
+    for i in range(0, 4, micro):
+        model.micro_step(ids[i : i + micro], targets[i : i + micro], 1 / count, graph=False)
+    assert model.tokens_trained == count
+    whole = small_model(4, 96, shards.manifest.separator)
+    whole.forward(ids)
+    whole.loss(targets, scale=1 / count)
+    whole.backward()
+    np.testing.assert_allclose(model.g, whole.g, rtol=0, atol=1e-12)
+    assert abs(model.total[0] - whole.total[0]) <= 1e-9
+
+
+def test_targets_read_follow_from_the_position_in_the_data(prepared):
+    windows = InstructWindows(InstructShards(prepared().sides["train"], own()), 96)
+    batches, counted = Batches(windows, 3, seed=5), 0
+    for _ in range(3 * len(windows)):
+        counted += int((batches.next()[1] >= 0).sum())
+        assert batches.targets_read == counted
+    again = Batches(windows, 3, seed=5)
+    again.restore(batches.state())
+    assert again.targets_read == counted
+    assert counted // windows.targets == batches.passes
+    again.rewind()
+    assert again.targets_read == 0
+    assert sum(again.skip() for _ in range(3 * len(windows))) == counted
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "trained.bin"])
+def test_a_changed_or_cut_file_is_found(prepared, name):
+    folder = prepared().sides["val"]
+    path = folder / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(MalformedFile, match=name):
+        InstructShards(folder, own())
+    path.write_bytes(whole[:9] + bytes([whole[9] ^ 1]) + whole[10:])
+    with pytest.raises(MalformedFile):
+        InstructShards(folder, own())
+
+
+def test_guards_see_labels_behind_a_border_and_rows_without_an_answer(prepared):
+    folder = prepared()
+    shards = InstructShards(folder.sides["train"], own())
+    m = shards.manifest
+    trained = shards.trained.copy()
+    row, at = (int(x[0]) for x in np.nonzero(shards.ids[:, :-1] == m.separator))
+    trained[row, at + 1] = 1
+    shards.trained = trained
+    assert instruct._answers(shards).passed is False
+    trained[row] = 0
+    shards.counts = trained[:, 1:].sum(1)
+    assert instruct._answers(shards).passed is False
+
+
+# Whole runs
+
+RECIPE = [
+    "--lr", "3e-3", "--warmup-steps", "2", "--num-steps", "6", "--steps-per-epoch", "3", "--batch-size", "4",
+    "--micro-batch-size", "2", "--seq-length", "96", "--val-fraction", "0.2", "--device", "cpu",
+    "--bounds", "pretrained_share=3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A Hugging Face folder of a small model with a chat template, and examples."""
+    folder = tmp_path_factory.mktemp("instruct")
+    cfg = dataclasses.replace(PRESETS["qwen2-tiny"], vocab_size=VOCAB, max_position_embeddings=128)
+    layout = Layout(cfg)
+    host = np.zeros(layout.size, np.float32)
+    layout.init(host, 1, 0.05)
+    write_hf(folder / "hf", cfg, layout.named(host), "float32")
+    (folder / "hf/tokenizer.json").write_text(own_tokenizer())
+    config = {"eos_token": "<|endoftext|>", "bos_token": "<|bos|>", "chat_template": OWN_TEMPLATE}
+    (folder / "hf/tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in CHATS))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("APR_CACHE", str(tmp_path_factory.getbasetemp() / "instruct-cache"))
+
+
+def pretrain(place, run_dir, *more):
+    args = ["--init", str(place / "hf"), "--instruct", str(place / "chats.jsonl"), "--run-dir", str(run_dir)]
+    return main(["pretrain", *args, *RECIPE, *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def run(place, tmp_path_factory):
+    """A finished run."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("APR_CACHE", str(tmp_path_factory.getbasetemp() / "instruct-cache"))
+        path = tmp_path_factory.mktemp("chat") / "run"
+        assert pretrain(place, path) in (0, 9)  # from random weights: start.pretrained may be SUSPECT
+    return path
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(run):
+    keys = ("step", "train_loss", "grad_norm", "weight_norm", "lr", "tokens_seen")
+    return [tuple(m[k] for k in keys) for m in metrics(run) if "train_loss" in m]
+
+
+def test_a_run_learns_and_counts_its_answers(run):
+    rows = {g["id"]: g for g in json.loads((run / "verdict.json").read_text())["gates"]}
+    assert {
+        rows[g]["verdict"] for g in ("run.tokens", "run.data", "start.ops", "end.reload", "before.disjoint")
+    } == {"PASS"}
+    assert rows["end.plausible"]["verdict"] == "SKIPPED"
+    val = [m["val_loss"] for m in metrics(run) if "val_loss" in m]
+    assert val[-1] < val[0] - 0.3
+    config = json.loads((run / "config.json").read_text())
+    seen = [m["tokens_seen"] for m in metrics(run) if "train_loss" in m]
+    assert 0 < seen[0] < 4 * 96
+    assert config["data"]["packed"]["trained"] == config["data"]["train_tokens"]
+
+
+def test_the_checkpoint_carries_the_template(run):
+    assert "chat_template" in json.dumps(read_apr(run / "ckpt/epoch-002.apr").metadata["hf_files"])
+
+
+def test_a_merged_adapter_carries_the_template_too(place, tmp_path):
+    run = tmp_path / "run"
+    assert pretrain(place, run, "--lora-rank", "3", "--num-steps", "3", "--spot-check", "-1") in (0, 9)
+    out = tmp_path / "merged.apr"
+    assert main(["merge", str(place / "hf"), str(run / "ckpt/epoch-001-adapter"), "-o", str(out)]) == 0
+    merged, checkpoint = open_bundle(str(out)), open_bundle(str(run / "ckpt/epoch-001.apr"))
+    assert merged.chat_template == checkpoint.chat_template == OWN_TEMPLATE
+    a, b = (fill_of(x.loaded) for x in (merged, checkpoint))
+    np.testing.assert_allclose(a, b, rtol=0, atol=4e-7)
+
+
+def fill_of(loaded):
+    host = np.zeros(Layout(loaded.cfg).size, np.float32)
+    fill(Layout(loaded.cfg), host, loaded)
+    return host
+
+
+def test_a_template_that_is_given_is_the_one_that_is_carried(place, tmp_path):
+    other = OWN_TEMPLATE.replace("\n{{ m.content }}", ": {{ m.content }}").replace(
+        "|>\n{% endif", "|>: {% endif"
+    )
+    (tmp_path / "other.jinja").write_text(other)
+    run = tmp_path / "run"
+    more = ["--num-steps", "3", "--spot-check", "-1", "--chat-template", tmp_path / "other.jinja"]
+    assert pretrain(place, run, *more) in (0, 9)
+    assert open_bundle(str(run / "ckpt/epoch-001.apr")).chat_template == other
+
+
+def test_apr_verify_passes_and_sees_a_changed_count(run, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(["verify", str(run), "--replay", "3", "--seed", "2", "--json"]) == 0
+    rows = {r["check"]: r for r in json.loads(capsys.readouterr().out)["checks"]}
+    assert {r["verdict"] for r in rows.values()} == {"PASS"}
+    assert "worst 0.0e+00" in rows["replay"]["measured"]
+    other = Path(shutil.copytree(run, tmp_path / "run"))
+    lines = metrics(other)
+    for m in lines:
+        if "train_loss" in m and m["step"] == 2:
+            m["tokens_seen"] += 1
+    (other / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    assert main(["verify", str(other), "--backend", "none", "--json"]) == 9
+    rows = {r["check"]: r for r in json.loads(capsys.readouterr().out)["checks"]}
+    assert rows["data"]["verdict"] == "FAIL"
+    assert "step 2: tokens_seen" in rows["data"]["measured"]
+
+
+def test_verify_finds_examples_that_were_moved(run, tmp_path, capsys):
+    config = json.loads((run / "config.json").read_text())
+    moved = tmp_path / "moved"
+    shutil.copytree(Path(config["data_folders"]["train"]).parent, moved)
+    capsys.readouterr()
+    assert main(["verify", str(run), "--replay", "2", "--dataset", str(moved), "--json"]) == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--lora-rank", "3")])
+def test_resumed_is_bit_equal(place, run, tmp_path, more):
+    whole = run
+    if more:
+        whole = tmp_path / "whole"
+        assert pretrain(place, whole, *more) in (0, 9)
+    half = Path(shutil.copytree(whole, tmp_path / "half"))
+    for path in [*(half / "ckpt").glob("epoch-002*"), half / "ckpt/state/step-000006.apr"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main(["pretrain", "--resume", "--run-dir", str(half)]) in (0, 9)
+    assert steps(half) == steps(whole)
+    a, b = (load_model(str(r / "ckpt/epoch-002.apr")).sha256 for r in (half, whole))
+    assert a == b
+
+
+def test_whatever_the_micro_batch_the_loss_is_the_same(place, run, tmp_path):
+    other = tmp_path / "run"
+    assert pretrain(place, other, "--micro-batch-size", "4", "--spot-check", "-1", "--num-steps", "3") in (
+        0,
+        9,
+    )
+    for a, b in zip(steps(other), steps(run), strict=False):
+        assert abs(a[1] - b[1]) <= 2e-6 * b[1]
+        assert a[-1] == b[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["--init", "HF", "--instruct", "CHATS", "--corpus", "x"], 2, "one of them"),
+        (["--model", "qwen2-tiny", "--instruct", "CHATS"], 2, "--init"),
+        (["--init", "HF", "--instruct", "CHATS", "--val-dataset", "x"], 2, "--val-dataset"),
+        (["--init", "HF", "--corpus", "CHATS", "--chat-template", "x"], 2, "--chat-template"),
+        (["--init", "HF", "--instruct", "nowhere.jsonl"], 3, "nowhere.jsonl"),
+        (["--init", "HF", "--instruct", "HF/config.json"], 5, "not JSON Lines"),
+        (["--init", "HF", "--instruct", "CHATS", "--chat-template", "nowhere"], 3, "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(place, tmp_path, capsys, args, code, said):
+    places = {
+        "HF": str(place / "hf"),
+        "CHATS": str(place / "chats.jsonl"),
+        "HF/config.json": str(place / "hf/config.json"),
+    }
+    args = [places.get(a, a) for a in args]
+    assert main(["pretrain", *args, *RECIPE, "--run-dir", str(tmp_path / "run")]) == code
+    assert said in capsys.readouterr().err

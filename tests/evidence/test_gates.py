@@ -1,0 +1,612 @@
+"""Every gate of a run is shown the fault it is for, and must say so; a sound run passes them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apr.backends.cpu import ops as cpu
+from apr.checkpoints.apr2 import read_apr, write_apr
+from apr.checkpoints.hf import write_hf
+from apr.cli.main import main
+from apr.common.errors import Aborted, Refused, UsageError
+from apr.data.batches import Batches
+from apr.evidence import judge as judging
+from apr.evidence import measure
+from apr.evidence.gates import BOUNDS, FAIL, GATES, PASS, SKIPPED, SUSPECT, Answer, Gates, parse_bounds
+from apr.evidence.judge import Judge
+from apr.model.config import PRESETS, to_hf
+from apr.model.optim import AdamW
+from apr.model.params import Layout
+from apr.model.transformer import Model
+from apr.training import evaluate, inputs, loop
+from apr.training.loop import Trainer
+
+RECIPE = [
+    "--lr", "3e-3", "--warmup-steps", "3", "--num-steps", "6", "--steps-per-epoch", "3", "--batch-size", "4",
+    "--micro-batch-size", "2", "--seq-length", "16", "--val-batches", "4", "--val-fraction", "0.3",
+]  # fmt: skip
+VOCAB = 400
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A corpus of real Python, the config.json of a small Qwen2 (biases), and one of the same size as Llama."""
+    folder = tmp_path_factory.mktemp("gates")
+    (folder / "corpus").mkdir()
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    for source in sorted((stdlib / "json").glob("*.py")) + sorted((stdlib / "email").glob("*.py")):
+        shutil.copy(source, folder / "corpus" / source.name)
+    cfg = dataclasses.replace(PRESETS["qwen2-tiny"], vocab_size=VOCAB)
+    (folder / "config.json").write_text(json.dumps(to_hf(cfg)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(place, monkeypatch):
+    monkeypatch.setenv("APR_CACHE", str(place / "cache"))
+
+
+def pretrain(place, run_dir, *more, model=True):
+    args = ["--corpus", str(place / "corpus"), "--run-dir", str(run_dir)]
+    args += ["--model", str(place / "config.json")] if model else []
+    return main(["pretrain", *args, *RECIPE, *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def sound(place, tmp_path_factory):
+    """An undisturbed run."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("APR_CACHE", str(place / "cache"))
+        path = tmp_path_factory.mktemp("sound") / "run"
+        assert pretrain(place, path) == 0
+    return path
+
+
+def verdict(run):
+    return json.loads((run / "verdict.json").read_text())
+
+
+def row(run, gate):
+    return next(g for g in verdict(run)["gates"] if g["id"] == gate)
+
+
+# Faults: each gets pytest's monkeypatch, the place and a folder, and gives more arguments of the command line.
+
+
+def device_computes_wrongly(m, place, folder):
+    right = cpu.linear_fwd
+
+    def wrong(y, x, w, b):
+        right(y, x, w, b)
+        y *= 1.01
+
+    m.setattr(cpu, "linear_fwd", wrong)
+
+
+def plan_exceeds_memory(m, place, folder):
+    have = cpu.free_memory()
+    m.setattr(inputs, "memory", lambda *a, **k: type("M", (), {"total": 2 * have})())
+    m.setattr(inputs, "_micro_batch", lambda s, cfg, be: 2)
+
+
+def a_guard_failed_unnoticed(m, place, folder):
+    right = inputs.enforce_all
+
+    def blind(sides):
+        right(sides)
+        sides[0].verdicts[0] = dataclasses.replace(sides[0].verdicts[0], passed=False)
+
+    m.setattr(inputs, "enforce_all", blind)
+
+
+def validation_windows_overlap(m, place, folder):
+    from apr.data.batches import Windows
+
+    assert (
+        main(["tokenize", "train", str(place / "corpus"), "--vocab-size", "300", "-o", str(folder / "tok")])
+        == 0
+    )
+    args = ["--tokenizer", str(folder / "tok"), "--val-fraction", "0", "-o", str(folder / "shards")]
+    assert main(["tokenize", "encode-corpus", str(place / "corpus"), *args]) == 0
+
+    def split(self, held_out):
+        _, held = right(self, held_out)
+        return self, held
+
+    right = Windows.split
+    m.setattr(Windows, "split", split)
+    return ["--dataset", folder / "shards", "--corpus"]
+
+
+def a_key_is_not_written(m, place, folder):
+    right = measure.to_hf
+    m.setattr(measure, "to_hf", lambda cfg: {k: v for k, v in right(cfg).items() if k != "rms_norm_eps"})
+
+
+def initial_matrices_too_wide(m, place, folder):
+    right = Layout.init
+
+    def wide(self, flat, seed, std=0.02):
+        right(self, flat, seed, 1.1 * std)
+
+    m.setattr(Layout, "init", wide)
+
+
+def weights_are_rounded_on_resume(m, place, folder):
+    right = AdamW.set_weights
+    m.setattr(
+        AdamW, "set_weights", lambda self, host: right(self, host.astype(np.float16).astype(np.float32))
+    )
+
+
+def initial_logits_too_large(m, place, folder):
+    m.setattr(measure, "SPREAD", math.inf)
+    right = Layout.init
+    m.setattr(Layout, "init", lambda self, flat, seed, std=0.02: right(self, flat, seed, 20 * std))
+
+
+def checkpoint_is_noise(m, place, folder):
+    from apr.tokenizer.tokenizer import Tokenizer
+
+    cfg = dataclasses.replace(PRESETS["qwen2-tiny"], vocab_size=VOCAB)
+    layout = Layout(cfg)
+    host = np.zeros(layout.size, np.float32)
+    layout.randomise(host, 1)
+    trained = next((place / "cache" / "corpora").glob("*/tokenizer"))
+    tokenizer = Tokenizer.from_file(trained)
+    write_hf(folder / "hf", cfg, layout.named(host), tokenizer_json=tokenizer.json)
+    return ["--init", folder / "hf", "--tokenizer", trained]
+
+
+def recorded_loss_is_another(m, place, folder):
+    file = read_apr(place / "sound.apr")
+    recorded = {
+        **file.metadata["evaluation"],
+        "val_loss": file.metadata["evaluation"]["val_loss"] * (1 + 2e-6),
+    }
+    write_apr(folder / "other.apr", {**file.metadata, "evaluation": recorded}, dict(file.tensors))
+    return ["--init", folder / "other.apr"]
+
+
+def biases_are_dropped(m, place, folder):
+    right = cpu.linear_fwd
+    m.setattr(cpu, "linear_fwd", lambda y, x, w, b: right(y, x, w, None))
+
+
+def attention_sees_the_future(m, place, folder):
+    right = cpu.attention_fwd
+
+    def leaky(y, lse, q, k, v, first, window):
+        right(y, lse, q, k, v, first, window)
+        y[:, 0, 0, 0] += 1e-6 * v[:, -1, 0, 0]
+
+    m.setattr(cpu, "attention_fwd", leaky)
+
+
+def an_unused_weight_becomes_nan(m, place, folder):
+    right = AdamW.step
+
+    def step(self, lr):
+        right(self, lr)
+        if self.steps == 2:
+            self.master[self.model.layout.size - 1] = math.nan  # padding: no loss and no gradient sees it
+
+    m.setattr(AdamW, "step", step)
+
+
+def the_learning_rate_is_ignored(m, place, folder):
+    right = AdamW.step
+    m.setattr(AdamW, "step", lambda self, lr: right(self, 3e-3))
+
+
+def gradients_are_not_clipped(m, place, folder):
+    m.setattr(cpu, "clip_factor", lambda factor, sum_sq, max_norm: factor.fill(1))
+    return ["--grad-clip", 0.1]
+
+
+def nothing_is_trained(m, place, folder):
+    """The optimizer does nothing any more after the second step, as when it holds other arrays than the model."""
+    right = AdamW.step
+
+    def step(self, lr):
+        if self.steps < 2:
+            right(self, lr)
+        else:
+            self.steps += 1
+            self.model.be.fill(self.sum_sq, 1)
+            self.model.be.fill(self.model.g, 0)
+
+    m.setattr(AdamW, "step", step)
+
+
+def gradients_are_not_cleared(m, place, folder):
+    right = AdamW.step
+
+    def step(self, lr):
+        left = self.model.be.to_host(self.model.g)
+        right(self, lr)
+        self.model.be.from_host(self.model.g, left)
+
+    m.setattr(AdamW, "step", step)
+
+
+def a_copy_to_the_device_loses_data(m, place, folder):
+    right = AdamW.set_weights
+
+    def set_weights(self, host):
+        lossy = host.copy()
+        lossy[self.model.layout.slots[3].offset + 5] = 0
+        right(self, lossy)
+
+    m.setattr(AdamW, "set_weights", set_weights)
+    return ["--init", place / "sound.apr"]
+
+
+def a_bias_has_no_gradient(m, place, folder):
+    right = Model.backward
+
+    def backward(self, *args):
+        right(self, *args)
+        if isinstance(self.g, np.ndarray):  # the spot check runs on others
+            self.d.layer[0].bk[...] = 0
+
+    m.setattr(Model, "backward", backward)
+
+
+def the_norm_is_of_one_tensor(m, place, folder):
+    m.setattr(AdamW, "grad_norm", lambda self: 0.5 * math.sqrt(float(self.sum_sq[0])))
+
+
+def half_of_the_sequences_are_skipped(m, place, folder):
+    right, calls = Model.micro_step, iter(range(1000))
+    m.setattr(Model, "micro_step", lambda self, *a: right(self, *a) if next(calls) % 2 else None)
+
+
+def all_sequences_are_skipped(m, place, folder):
+    m.setattr(Model, "micro_step", lambda self, ids, targets, *a: None)
+
+
+def the_loss_is_a_constant(m, place, folder):
+    def constant(total, x):
+        total += 6.0 * x.size
+
+    m.setattr(cpu, "add_sum", constant)
+    m.setattr(loop, "spot_check", lambda *a: type("R", (), {"rows": [], "skipped": {"forward": "planted"}})())
+    return ["--num-steps", 12, "--steps-per-epoch", 12]
+
+
+def the_loss_explodes(m, place, folder):
+    right = evaluate.evaluate
+    m.setattr(
+        loop,
+        "evaluate",
+        lambda model, *a: _changed(right(model, *a), 1.2) if model.tokens_trained else right(model, *a),
+    )
+
+
+def _changed(loss, factor):
+    return loss._replace(mean=loss.mean * factor)
+
+
+def passes_are_not_counted(m, place, folder):
+    m.setattr(Batches, "passes", property(lambda self: 7))
+
+
+def validation_is_known(m, place, folder):
+    right = evaluate.evaluate
+
+    def known(model, *a):
+        return _changed(right(model, *a), 0.85) if model.tokens_trained else right(model, *a)
+
+    m.setattr(loop, "evaluate", known)
+
+
+def nobody_reaches_this(m, place, folder):
+    right = evaluate.evaluate
+
+    def tiny(model, *a):
+        return right(model, *a)._replace(mean=0.0008) if model.tokens_trained else right(model, *a)
+
+    m.setattr(loop, "evaluate", tiny)
+
+
+def work_is_left_out(m, place, folder):
+    m.setattr(judging, "matmul_rate", lambda be, dtype: 1e3)
+    m.setattr(judging.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+
+
+def the_checkpoint_is_damaged(m, place, folder):
+    right = Judge.end
+
+    def end(self):
+        path = sorted(self.run.ckpt.glob("epoch-*.apr"))[-1]
+        file = read_apr(path)
+        name = "model.norm.weight"
+        write_apr(path, file.metadata, {**dict(file.tensors), name: 1.001 * np.asarray(file.tensors[name])})
+        right(self)
+
+    m.setattr(Judge, "end", end)
+
+
+def the_target_is_out_of_reach(m, place, folder):
+    return ["--target-val-loss", 0.1]
+
+
+FAULTS = {
+    device_computes_wrongly: ("before.device", FAIL, 5),
+    plan_exceeds_memory: ("before.memory", FAIL, 5),
+    a_guard_failed_unnoticed: ("before.data", FAIL, 5),
+    validation_windows_overlap: ("before.disjoint", FAIL, 5),
+    a_key_is_not_written: ("before.architecture", FAIL, 5),
+    initial_matrices_too_wide: ("before.weights", FAIL, 5),
+    initial_logits_too_large: ("start.loss", FAIL, 6),
+    checkpoint_is_noise: ("start.pretrained", FAIL, 6),
+    recorded_loss_is_another: ("start.reproduces", FAIL, 6),
+    biases_are_dropped: ("start.ops", FAIL, 6),
+    attention_sees_the_future: ("start.causal", FAIL, 6),
+    an_unused_weight_becomes_nan: ("run.finite", FAIL, 6),
+    the_learning_rate_is_ignored: ("run.learning-rate", FAIL, 6),
+    gradients_are_not_clipped: ("run.learning-rate", FAIL, 6),
+    nothing_is_trained: ("run.learning-rate", FAIL, 6),
+    gradients_are_not_cleared: ("run.gradients", FAIL, 6),
+    a_copy_to_the_device_loses_data: ("before.weights", FAIL, 5),
+    a_bias_has_no_gradient: ("run.gradients", FAIL, 6),
+    the_norm_is_of_one_tensor: ("run.gradients", FAIL, 6),
+    half_of_the_sequences_are_skipped: ("run.tokens", FAIL, 6),
+    all_sequences_are_skipped: ("run.tokens", FAIL, 6),
+    the_loss_is_a_constant: ("run.placeholder", FAIL, 6),
+    the_loss_explodes: ("run.diverged", FAIL, 6),
+    passes_are_not_counted: ("run.data", FAIL, 6),
+    validation_is_known: ("run.val-below-train", SUSPECT, 9),
+    nobody_reaches_this: ("end.plausible", SUSPECT, 9),
+    work_is_left_out: ("end.speed", SUSPECT, 9),
+    the_checkpoint_is_damaged: ("end.reload", FAIL, 9),
+    the_target_is_out_of_reach: ("end.target", FAIL, 9),
+}
+ELSEWHERE = {
+    "before.resumed",
+    "end.learning",
+    "end.base",
+}  # faults that need another run, below and in test_lora.py
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_a_planted_fault_is_named(place, sound, tmp_path, monkeypatch, capsys, fault):
+    gate, word, code = FAULTS[fault]
+    shutil.copy(sorted((sound / "ckpt").glob("*.apr"))[-1], place / "sound.apr")
+    more = fault(monkeypatch, place, tmp_path) or []
+    capsys.readouterr()
+    run = tmp_path / "run"
+    if "--corpus" in more:  # the fault brings its own data
+        args = [a for a in more if a != "--corpus"] + ["--model", place / "config.json"]
+        assert main(["pretrain", *RECIPE, "--run-dir", str(run), *map(str, args)]) == code
+    else:
+        assert pretrain(place, run, *more, model="--init" not in more) == code
+    found = row(run, gate)
+    assert found["verdict"] == word, found
+    assert found["look_at"] == GATES[gate].look_at
+    out, err = capsys.readouterr()
+    said = err if code != 9 else out
+    assert gate in said
+    assert verdict(run)["verdict"] == (
+        FAIL if word == FAIL or row(run, "end.reload")["verdict"] == FAIL else SUSPECT
+    )
+    assert verdict(run)["status"] == {5: "REFUSED", 6: "ABORTED", 9: "DONE"}[code]
+    if code != 9:
+        assert "Traceback" not in err
+        assert err.rstrip().endswith(verdict(run)["status"])
+        assert gate in verdict(run)["message"]
+
+
+def test_every_gate_has_a_fault():
+    assert {gate for gate, _, _ in FAULTS.values()} | ELSEWHERE == set(GATES)
+
+
+def test_a_sound_run_passes_them_all(sound):
+    v = verdict(sound)
+    assert (v["status"], v["verdict"], v["steps"], v["message"]) == ("DONE", PASS, 6, "")
+    assert [g["id"] for g in v["gates"]] == list(GATES)
+    skipped = {g["id"]: g["why"] for g in v["gates"] if g["verdict"] == SKIPPED}
+    assert set(skipped) == {
+        "before.resumed",
+        "start.pretrained",
+        "start.reproduces",
+        "end.base",
+        "end.target",
+    }
+    assert all(skipped.values())
+    passed = [g for g in v["gates"] if g["verdict"] == PASS]
+    assert all(g["measured"] and g["bound"] and g["evaluations"] for g in passed)
+    assert row(sound, "run.finite")["evaluations"] == 6 + 3  # steps and evaluations
+    assert row(sound, "run.learning-rate")["evaluations"] == 6
+
+
+def test_weights_that_change_while_a_run_is_resumed(place, tmp_path, monkeypatch, capsys):
+    assert pretrain(place, tmp_path / "run") == 0
+    weights_are_rounded_on_resume(monkeypatch, place, tmp_path)
+    assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "run")]) == 5
+    assert "gate before.resumed" in capsys.readouterr().err
+    assert row(tmp_path / "run", "before.resumed")["verdict"] == FAIL
+
+
+def test_a_resumed_run_must_reproduce_its_loss(place, tmp_path, monkeypatch, capsys):
+    assert pretrain(place, tmp_path / "run") == 0
+    right = evaluate.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *a: _changed(right(*a), 1 + 2e-6))
+    assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "run")]) == 6
+    assert "gate start.reproduces" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_what_its_gates_said(place, tmp_path, monkeypatch):
+    """The suspicion of the first half is not forgotten by the second."""
+    step = Trainer.train_step
+
+    def stopping(self):
+        line = step(self)
+        self.stop_asked = line["step"] == 4
+        return line
+
+    with monkeypatch.context() as m:
+        m.setattr(Trainer, "train_step", stopping)
+        validation_is_known(m, place, tmp_path)
+        assert pretrain(place, tmp_path / "run") == 130
+    assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "run")]) == 9
+    assert row(tmp_path / "run", "run.val-below-train")["verdict"] == SUSPECT
+    assert row(tmp_path / "run", "run.val-below-train")["step"] == 3
+    assert row(tmp_path / "run", "before.resumed")["verdict"] == PASS
+
+
+def test_a_loss_that_falls_faster_than_tokens_teach():
+    assert measure.learning(5.0, 6.6, 10_000, 0.3).good is False
+    assert measure.learning(5.446, 6.63, 179_200, 0.3).good  # the demo job after its first epoch
+    assert measure.learning(3.848, 6.63, 1_792_000, 0.3).good  # and after its last
+    assert measure.learning(0.5, 6.63, 1_792_000, 0.3).good is False
+    assert measure.learning(0.5, 6.63, 10**9, 0.3).good  # then only what nobody reaches is in doubt
+
+
+def test_speed_is_not_judged_beside_other_processes(place, tmp_path, monkeypatch):
+    work_is_left_out(monkeypatch, place, tmp_path)
+    monkeypatch.setattr(judging.os, "getloadavg", lambda: (99.0, 0.0, 0.0))
+    assert pretrain(place, tmp_path / "run") == 0
+    assert row(tmp_path / "run", "end.speed")["verdict"] == SKIPPED
+    assert "load of 99.0" in row(tmp_path / "run", "end.speed")["why"]
+
+
+def test_bounds_that_are_changed_are_shown(place, tmp_path, monkeypatch, capsys):
+    validation_is_known(monkeypatch, place, tmp_path)
+    right = judging.in_fresh_process
+    monkeypatch.setattr(judging, "in_fresh_process", lambda *a: _changed(right(*a), 0.85))
+    assert pretrain(place, tmp_path / "run", "--bounds", "val_below_train=0.3") == 0
+    assert (
+        row(tmp_path / "run", "run.val-below-train")["changed"] == "val_below_train changed from 0.05 to 0.3"
+    )
+    assert verdict(tmp_path / "run")["bounds_changed"] == {"val_below_train": 0.3}
+    assert "changed from 0.05 to 0.3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["speed", "speed=x", "speed=-1", "speed=inf", "nothing=1"])
+def test_bounds_that_make_no_sense(text):
+    with pytest.raises(UsageError, match="NAME=NUMBER"):
+        parse_bounds(text)
+
+
+def test_bounds_are_those_of_the_table():
+    assert parse_bounds("speed=2, val_below_train=0.1") == {"speed": 2, "val_below_train": 0.1}
+    assert Gates({}).bound("speed") == BOUNDS["speed"]
+    assert len(BOUNDS) == sum(len(g.numbers) for g in GATES.values())  # no name twice
+
+
+# The mechanism
+
+
+def test_the_worst_answer_stays():
+    gates = Gates({})
+    gates.judge("run.val-below-train", Answer(True, "a", "", score=2), 1)
+    gates.judge("run.val-below-train", Answer(True, "b", "", score=1), 2)
+    assert gates.outcomes["run.val-below-train"].measured == "a"
+    gates.judge("run.val-below-train", Answer(False, "c", ""), 3)
+    gates.judge("run.val-below-train", Answer(True, "d", "", score=9), 4)
+    kept = gates.outcomes["run.val-below-train"]
+    assert (kept.measured, kept.verdict, kept.step, kept.evaluations) == ("c", SUSPECT, 3, 4)
+    assert gates.verdict == SUSPECT
+
+
+def test_what_could_not_be_asked_is_never_passed():
+    gates = Gates({})
+    gates.close("planted")
+    assert {o.verdict for o in gates.in_order()} == {SKIPPED}
+    assert all(g["why"] == "planted" and g["evaluations"] == 0 for g in gates.to_json())
+    gates.judge("run.tokens", Answer(True, "now", ""))
+    assert gates.outcomes["run.tokens"].verdict == PASS
+
+
+def test_bad_answers_end_the_run_as_the_table_says():
+    with pytest.raises(Refused, match=r"before\.device"):
+        Gates({}).judge("before.device", Answer(False, "x", "y"))
+    with pytest.raises(Aborted, match="step 7: x, must be y"):
+        Gates({}).judge("run.finite", Answer(False, "x", "y"), 7)
+    Gates({}).judge("start.pretrained", Answer(False, "x", "y", suspect=True))
+    Gates({}).judge("end.reload", Answer(False, "x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "good"), [(5.9915, True), (6.06, True), (6.4, False), (5.8, False), (math.nan, False)]
+)
+def test_a_random_guess_has_a_band(loss, good):
+    cfg = dataclasses.replace(PRESETS["llama-tiny"], vocab_size=VOCAB, tie_word_embeddings=False)
+    assert measure.initial_loss(cfg, loss, 0.02, 1.0, 390, 0.0, 0.05).good is good
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-tiny", "qwen2-tiny", "qwen3-tiny", "mistral-tiny", "llama-demo", "qwen2-3m"]
+)
+@pytest.mark.parametrize("std", [0.02, 0.05])
+def test_the_band_holds_for_real_random_models(name, std):
+    cfg, rng = PRESETS[name], np.random.default_rng(0)
+    model = Model(cfg, cpu, 2, 64, train=False)
+    model.layout.init(model.w, 3, std)
+    ids = rng.integers(0, cfg.vocab_size, (2, 65)).astype(np.int32)
+    model.forward(ids[:, :-1])
+    model.loss(ids[:, 1:])
+    rstd = float(model.buffers["rstd"][:128].mean())
+    answer = measure.initial_loss(cfg, float(model.total[0]) / 128, std, rstd, 100, 0.01, 0.05)
+    assert answer.good, answer
+
+
+def test_pretrained_means_far_below_token_frequencies():
+    assert measure.pretrained_loss(1.5, 5.1, 0.75).good
+    assert measure.pretrained_loss(4.5, 5.1, 0.75)[0::5] == (False, True)  # in doubt
+    assert measure.pretrained_loss(6.5, 5.1, 0.75)[0::5] == (False, False)  # wrong
+
+
+@pytest.mark.parametrize("fault", ["decay of vectors", "stale copy", "one element"])
+def test_the_followed_elements_see(fault):
+    cfg = PRESETS["qwen2-tiny"]
+    model = Model(cfg, cpu, 1, 8)
+    model.layout.randomise(model.w, 1)
+    opt = AdamW(model)
+    follow = measure.Follow(opt)
+    model.g[...] = np.random.default_rng(0).standard_normal(model.g.size, np.float32)
+    follow.before()
+    opt.step(1e-3)
+    assert follow.after(1e-3, opt.grad_norm(), 1e-3).good
+    old = model.w.copy()
+    if fault == "decay of vectors":
+        model.w[model.layout.decayed :] *= 1 - 1e-3 * opt.weight_decay
+    elif fault == "one element":
+        model.w[follow.part.step * 3] += 1e-5
+    else:
+        opt.master = model.w.copy()
+        model.w[...] = old + 1e-3
+    assert follow.after(1e-3, opt.grad_norm(), 1e-3).good is False
+
+
+# The page about them
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "gates.md"
+
+
+def test_the_page_has_every_gate_as_the_table_has_it():
+    text = PAGE.read_text()
+    for g in GATES.values():
+        assert f"| `{g.id}` | {g.protects} | {g.bound_from}" in text
+        assert all(f"`{name}` = {value:g}" in text for name, value in g.numbers.items())
+
+
+def test_the_tests_that_the_page_names_exist():
+    named = re.findall(r"`tests/(test_\w+\.py)::(\w+)`", PAGE.read_text())
+    assert len(named) > 30
+    for file, name in named:
+        source = (PAGE.parents[1] / "tests" / file).read_text()
+        assert re.search(rf"^(def {name}\(|{name} = )", source, re.MULTILINE), f"{file}::{name}"
+        if file == "test_gates.py" and not name.startswith("test_"):
+            assert globals()[name] in FAULTS, name

@@ -1,0 +1,301 @@
+"""`apr verify`: a true run passes every check; what was changed afterwards is found, sealed again or not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from test_gates import RECIPE, cache, place, pretrain  # noqa: F401
+
+from apr.checkpoints.apr2 import read_apr, write_apr
+from apr.cli.main import main
+from apr.common.atomic import locked
+from apr.common.errors import AprError
+from apr.evidence import seal as evidence
+from apr.evidence.seal import compare, hashes, seal
+from apr.training.rundir import RunDir, sha256
+
+
+@pytest.fixture(scope="module")
+def true_run(place, tmp_path_factory):  # noqa: F811
+    """A run as it ended."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("APR_CACHE", str(place / "cache"))
+        path = tmp_path_factory.mktemp("true") / "run"
+        assert pretrain(place, path, "--sample", "import") == 0
+    return path
+
+
+@pytest.fixture
+def run(true_run, tmp_path):
+    """A copy to change."""
+    return Path(shutil.copytree(true_run, tmp_path / "run"))
+
+
+def verify(run, *more):
+    return main(["verify", str(run), "--json", *map(str, more)])
+
+
+def checks(capsys, run, *more):
+    """{check: verdict} and exit code."""
+    capsys.readouterr()
+    code = verify(run, *more)
+    rows = json.loads(capsys.readouterr().out)["checks"]
+    return {r["check"]: r["verdict"] for r in rows}, {r["check"]: r["measured"] for r in rows}, code
+
+
+def rewrite(path, change):
+    """Change a JSON file and leave everything else as it is."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value, indent=2))
+
+
+def change_line(run, step, key, value, kind="train_loss"):
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["step"] == step and kind in line:
+            line[key] = value(line[key]) if callable(value) else value
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_true_run_passes_and_nothing_is_written(true_run, capsys):
+    before = hashes(true_run)
+    verdicts, measured, code = checks(capsys, true_run, "--replay", 4, "--seed", 1)
+    assert code == 0
+    assert set(verdicts.values()) == {"PASS"}
+    assert "worst 0.0e+00" in measured["replay"]
+    assert "on reference" in measured["validation loss"]
+    assert hashes(true_run) == before
+    assert (true_run / "evidence.json").exists()
+
+
+def test_what_is_not_asked_is_skipped(true_run, capsys):
+    verdicts, _, code = checks(capsys, true_run, "--backend", "none")
+    assert code == 0
+    assert (verdicts["validation loss"], verdicts["replay"]) == ("SKIPPED", "SKIPPED")
+
+
+def test_replay_on_another_number_of_threads_is_compared_with_tolerance(true_run, capsys, monkeypatch):
+    from apr.verify import verifier as module
+
+    monkeypatch.setattr(module, "code_sha256", lambda: "another version")
+    verdicts, _, code = checks(capsys, true_run, "--replay", 2, "--backend", "none")
+    assert (verdicts["replay"], code) == ("PASS", 0)
+
+
+def differences(run):
+    try:
+        return compare(run)
+    except AprError as e:  # evidence.json itself cannot be read
+        return [str(e)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_changed_byte_of_any_file_is_found(run, seed):
+    rng = np.random.default_rng(seed)
+    assert compare(run) == []
+    for name in [*hashes(run), evidence.EVIDENCE]:
+        path = run / name
+        data = path.read_bytes()
+        assert data, name
+        for _ in range(40 if name == evidence.EVIDENCE else 2):
+            changed = bytearray(data)
+            changed[rng.integers(len(data))] ^= 1 << rng.integers(8)
+            path.write_bytes(changed)
+            found = differences(run)
+            assert found, name
+            assert name in found[0]
+        path.write_bytes(data)
+    assert compare(run) == []
+
+
+def test_files_that_come_and_go_are_found(run):
+    (run / "extra").write_text("x")
+    assert compare(run) == ["extra was added"]
+    (run / "extra").unlink()
+    (run / "loss.png").unlink()
+    assert compare(run) == ["loss.png is gone"]
+
+
+def test_a_new_page_is_no_tampering_and_hides_none(run):
+    before = (run / "report.html").read_bytes()
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").read_bytes() == before  # the same files, the same page
+    assert main(["report", str(run), "-o", str(run / "again.html")]) == 0
+    assert compare(run) == []
+    change_line(run, 2, "lr", 1.0)
+    assert main(["report", str(run)]) == 0
+    assert "metrics.jsonl was changed" in "".join(compare(run))
+
+
+def weights_changed(run):
+    """The last checkpoint's weights, with CRCs that fit."""
+    path = run / "ckpt" / "epoch-002.apr"
+    file = read_apr(path)
+    tensors = {k: np.array(v) for k, v in file.tensors.items()}
+    tensors["model.norm.weight"] *= 1.01
+    write_apr(path, file.metadata, tensors)
+    return tensors
+
+
+def weights_and_their_hash_changed(run):
+    from apr.checkpoints.registry import load_model
+    from apr.model.params import Layout
+
+    tensors = weights_changed(run)
+    layout = Layout(load_model(str(run / "ckpt" / "epoch-002.apr")).cfg)
+    sha = sha256(*(tensors[s.hf] for s in layout.in_order()))
+    rewrite(run / "ckpt" / "epoch-002.metadata.json", lambda d: d.update(weights_sha=sha))
+
+
+def moments_changed(run):
+    path = run / "ckpt" / "state" / "step-000006.apr"
+    file = read_apr(path)
+    tensors = {k: np.array(v) for k, v in file.tensors.items()}
+    tensors["optimizer.v.model.norm.weight"] *= 2
+    write_apr(path, file.metadata, tensors)
+
+
+def one_loss_changed_throughout(run):
+    """A loss, and the epoch's means that follow from it: only computing it again can tell."""
+    change_line(run, 2, "train_loss", lambda x: x - 0.03)
+
+    def change(d):
+        d["train_loss"] -= 0.01
+        d["train_loss_last"] -= 0.01
+        d["train_ppl"] = float(np.exp(d["train_loss"]))
+
+    rewrite(run / "ckpt" / "epoch-001.metadata.json", change)
+
+
+def a_gate_says_pass(run):
+    rewrite(run / "verdict.json", lambda d: d.update(verdict="PASS"))
+    rewrite(run / "verdict.json", lambda d: d["gates"][-1].update(verdict="PASS"))
+
+
+CHANGES = {
+    "a loss in the log": (lambda r: change_line(r, 2, "train_loss", 1.5), "epochs"),
+    "a loss in the log, and what follows from it": (one_loss_changed_throughout, "replay"),
+    "a learning rate": (lambda r: change_line(r, 4, "lr", 1e-3), "learning rate"),
+    "a step that is gone": (lambda r: change_line(r, 5, "step", 4), "metrics"),
+    "a speed": (lambda r: change_line(r, 5, "tokens_per_sec", 1e6), "metrics"),
+    "a number that is none": (lambda r: change_line(r, 5, "grad_norm", float("nan")), "metrics"),
+    "tokens": (lambda r: change_line(r, 5, "tokens_seen", 99), "metrics"),
+    "a validation loss in the log": (lambda r: change_line(r, 6, "val_loss", 4.0, "val_loss"), "verdict"),
+    "a validation loss in the verdict": (lambda r: rewrite(r / "verdict.json", lambda d: d.update(val_loss=4.0)), "verdict"),
+    "an epoch's figures": (
+        lambda r: rewrite(r / "ckpt" / "epoch-001.metadata.json", lambda d: d.update(grad_norm_max=0.1)), "epochs"),
+    "weights": (weights_changed, "checkpoints"),
+    "weights and their hash": (weights_and_their_hash_changed, "validation loss"),
+    "moments": (moments_changed, "states"),
+    "a checkpoint that is gone": (lambda r: (r / "ckpt" / "epoch-001.apr").unlink(), "checkpoints"),
+    "states that are gone": (lambda r: [p.unlink() for p in (r / "ckpt" / "state").iterdir()], "states"),
+    "a setting": (lambda r: rewrite(r / "config.json", lambda d: d["settings"].update(lr=1e-3)), "learning rate"),
+    "a hash of the data": (lambda r: rewrite(r / "config.json", lambda d: d["data"].update(val_sha256="0" * 64)), "data"),
+    "a gate that is gone": (lambda r: rewrite(r / "verdict.json", lambda d: d["gates"].pop()), "verdict"),
+    "an entry that is gone": (lambda r: rewrite(r / "config.json", lambda d: d["data"].pop("val_sha256")), "data"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_is_found_even_when_all_is_sealed_again(run, capsys, what):
+    change, check = CHANGES[what]
+    change(run)
+    seal(run)
+    more = ["--replay", 6] if check == "replay" else []
+    more += [] if check == "validation loss" else ["--backend", "none"]
+    verdicts, measured, code = checks(capsys, run, *more)
+    assert verdicts["files"] == "PASS"
+    assert verdicts[check] == "FAIL", (verdicts, measured)
+    assert code == 9
+
+
+def test_a_bad_verdict_cannot_be_turned_into_a_good_one(place, tmp_path, capsys):  # noqa: F811
+    run = tmp_path / "run"
+    assert pretrain(place, run, "--target-val-loss", 0.1) == 9
+    assert checks(capsys, run, "--backend", "none")[0]["verdict"] == "PASS"  # it says FAIL, and that is true
+    a_gate_says_pass(run)
+    seal(run)
+    verdicts, measured, _ = checks(capsys, run, "--backend", "none")
+    assert verdicts["verdict"] == "FAIL"
+    assert "end.target is PASS in verdict.json, FAIL by the log" in measured["verdict"]
+
+
+def test_a_run_that_was_aborted_is_true_too(place, tmp_path, monkeypatch, capsys):  # noqa: F811
+    from test_gates import an_unused_weight_becomes_nan
+
+    with monkeypatch.context() as m:
+        an_unused_weight_becomes_nan(m, place, tmp_path)
+        assert pretrain(place, tmp_path / "run") == 6
+    verdicts, measured, _ = checks(capsys, tmp_path / "run", "--backend", "none")
+    assert verdicts["metrics"] == "PASS", measured
+    assert verdicts["verdict"] == "PASS", measured
+    assert verdicts["files"] == "PASS"
+
+
+def test_epochs_are_in_the_order_of_their_numbers(tmp_path):
+    (tmp_path / "ckpt").mkdir()
+    for number in (1000, 999, 2):
+        (tmp_path / "ckpt" / f"epoch-{number:03d}.apr").touch()
+    assert [p.stem for p in RunDir(tmp_path).checkpoints()] == ["epoch-002", "epoch-999", "epoch-1000"]
+
+
+def test_a_run_that_saved_nothing_has_nothing_to_check(place, tmp_path, monkeypatch, capsys):  # noqa: F811
+    from test_gates import the_learning_rate_is_ignored
+
+    with monkeypatch.context() as m:
+        the_learning_rate_is_ignored(m, place, tmp_path)
+        assert pretrain(place, tmp_path / "run") == 6
+    verdicts, measured, code = checks(capsys, tmp_path / "run")
+    assert {k for k, v in verdicts.items() if v == "FAIL"} == set(), measured
+    assert all(
+        verdicts[k] == "SKIPPED" for k in ("checkpoints", "states", "data", "validation loss", "replay")
+    )
+    assert code == 0
+
+
+def test_shards_that_changed_or_went_away(run, place, tmp_path, capsys):  # noqa: F811
+    folders = json.loads((run / "config.json").read_text())["data_folders"]
+    data = tmp_path / "moved"
+    for side, folder in folders.items():
+        shutil.copytree(folder, data / side)
+    assert checks(capsys, run, "--dataset", data, "--replay", 1)[2] == 0
+    shard = data / "val" / "shard-00000.bin"
+    ids = np.fromfile(shard, "<u4")
+    ids[5] = ids[6]
+    ids.tofile(shard)
+    assert checks(capsys, run, "--dataset", data, "--backend", "none")[0]["data"] == "FAIL"
+    shutil.rmtree(data / "val")
+    rewrite(
+        run / "config.json",
+        lambda d: d.update(data_folders={"train": str(data / "train"), "val": str(data / "val")}),
+    )
+    verdicts = checks(capsys, run)[0]
+    assert (verdicts["data"], verdicts["validation loss"]) == ("SKIPPED", "SKIPPED")
+
+
+def test_what_is_no_run(tmp_path, run, capsys):
+    assert main(["verify", str(tmp_path / "nothing")]) == 3
+    assert "no run" in capsys.readouterr().err
+    with locked(run, "training in it"):
+        assert main(["verify", str(run)]) == 5
+    (run / "evidence.json").unlink()
+    verdicts, measured, code = checks(capsys, run, "--backend", "none")
+    assert (verdicts["files"], code) == ("FAIL", 9)
+    assert "has not ended" in measured["files"]
+
+
+def test_the_table_in_a_terminal(true_run, capsys):
+    assert main(["verify", str(true_run), "--backend", "none"]) == 0
+    out = capsys.readouterr().out
+    assert "DONE after 6 steps, verdict PASS" in out
+    assert "not asked for; --replay K" in out
+    assert out.rstrip().endswith("PASS")
