@@ -27,12 +27,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
-from crashing import Job, Report, crash
 from rich.console import Console
 from rich.table import Table
 
 from apr.common.host import cores, cpu_name
 from apr.training.rundir import git_commit, versions
+from crashing import Job, Report, crash
 
 
 def main() -> int:

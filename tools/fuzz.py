@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/support"), str(ROOT / "tests/tokenizer")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
-from fuzzing import FORMATS, Tally, fuzz, replay, store
 from rich.console import Console
 from rich.table import Table
 
 from apr.common.host import cores, cpu_name
 from apr.training.rundir import git_commit, versions
+from fuzzing import FORMATS, Tally, fuzz, replay, store
 
 
 def main() -> int:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from ml_dtypes import bfloat16
 
 from apr.backends.cuda import cublaslt as _cublaslt
@@ -225,7 +224,7 @@ def test_nothing_offered_names_the_product(tmp_path: Path) -> None:
 
 def test_importable_without_cuda() -> None:
     code = "import sys; sys.modules['cupy'] = sys.modules['cuda'] = None; import apr.backends.cuda.matmul"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_kernel_faults import MMA, rows_of
-from test_shim import SHIM, Library, folder, over, table  # noqa: F401  folder is a fixture
 
 from apr.backends import reference
 from apr.backends.cuda import attention as _cuda_attention
@@ -22,6 +20,8 @@ from apr.backends.cuda.arguments import Arguments
 from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault
 from apr.bisect.rule import parameters
 from cases import Backend, Row, make, overlay, run
+from host_shim import SHIM, Library, folder, over, table  # noqa: F401  folder is a fixture
+from kernel_rows import MMA, rows_of
 from precision import differing, figures, flash, off
 
 FAULTS = [fault for fault in KERNEL_FAULTS.values() if fault.module == MMA]
@@ -58,7 +58,7 @@ def on_the_host(text: str) -> str:
 class Machine:
     """Stands for _launch.py: kernels of one text of attention_mma, compiled when they are first launched."""
 
-    def __init__(self, folder: Path, text: str) -> None:  # noqa: F811
+    def __init__(self, folder: Path, text: str) -> None:
         self.folder, self.text, self.seed = folder, on_the_host(text), 0
         self.libraries: dict[tuple[int, int], Library] = {}
 
@@ -88,7 +88,7 @@ def backend() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def machine(folder: Path) -> Machine:  # noqa: F811
+def machine(folder: Path) -> Machine:
     """The sound kernels, in all variants."""
     made = Machine(folder, kernels.source(MMA))
     with ThreadPoolExecutor(2) as pool:
@@ -159,7 +159,7 @@ def test_the_variants_of_both_kinds_are_launched(machine: Machine, launches: Any
 
 
 @pytest.fixture(scope="module")
-def spoiled(folder: Path) -> dict[str, Machine]:  # noqa: F811
+def spoiled(folder: Path) -> dict[str, Machine]:
     """A machine for every fault."""
     machines = {fault.name: Machine(folder, fault.edited()) for fault in FAULTS}
     with ThreadPoolExecutor(2) as pool:

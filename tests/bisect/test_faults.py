@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from re import fullmatch
 
-import data_cases
 import numpy as np
 import pytest
-import test_batches
 
+import batch_checks
+import data_cases
 from apr import backends
 from apr.bisect.planted import catalogue
 from apr.bisect.planted.faults import DATA, FAULTS, LAYOUT, Fault
@@ -133,9 +133,9 @@ def test_every_fault_is_planted_somewhere() -> None:
 
 
 ORDER = {  # of the data: the tests that see it
-    "targets_are_the_ids": test_batches.test_windows_predict_each_token_once,
-    "a_token_lost_between_windows": test_batches.test_windows_predict_each_token_once,
-    "half_of_the_windows_twice": test_batches.test_a_pass_reads_every_window_once,
+    "targets_are_the_ids": batch_checks.test_windows_predict_each_token_once,
+    "a_token_lost_between_windows": batch_checks.test_windows_predict_each_token_once,
+    "half_of_the_windows_twice": batch_checks.test_a_pass_reads_every_window_once,
 }
 
 

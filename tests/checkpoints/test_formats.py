@@ -18,7 +18,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from test_tokenizer import gpt2_like
 
 from apr.checkpoints.apr2 import (
     HAS_VOCAB,
@@ -40,6 +39,7 @@ from apr.common.errors import AprError, InputNotFound, IOFailure, MalformedFile,
 from apr.common.files import parse_json
 from apr.model.config import PRESETS, ModelConfig, to_hf
 from apr.model.params import Layout
+from tokenizer_cases import gpt2_like
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("APR_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from finetune_cases import our_adapter
 
 from apr import backends
 from apr.backends import reference
@@ -22,6 +21,7 @@ from apr.model.lora import Adapters
 from apr.model.params import Layout
 from apr.model.taps import Record
 from apr.model.transformer import Model
+from finetune_cases import our_adapter
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BASES = {

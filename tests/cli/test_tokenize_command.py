@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_cases import corpus, files_of, flip_byte
 
 from apr.cli.main import main
 from apr.cli.tokenize import COMMANDS
 from apr.data.shards import TokenShards
 from apr.tokenizer.tokenizer import Tokenizer
+from data_cases import corpus, files_of, flip_byte
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_cases import CODE, corpus
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from apr.data import cut
 from apr.data.cut import CannotCut, Cutter
 from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from data_cases import CODE, corpus
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_cases import CODE, Memory, corpus, edit_json, files_of
 
 from apr.common.atomic import locked
 from apr.common.errors import IOFailure, Refused
@@ -28,6 +27,7 @@ from apr.data.readers import Skipped
 from apr.data.seen import Seen
 from apr.data.shards import TokenShards
 from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from data_cases import CODE, Memory, corpus, edit_json, files_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

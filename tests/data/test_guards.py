@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_cases import Memory, corpus, edit_json, edit_shard_row, flip_byte, put, rewrite, write
 
 from apr.common.errors import MalformedFile, Refused, UsageError
 from apr.data import guards
@@ -23,6 +22,7 @@ from apr.data.repair import repair_manifest
 from apr.data.shards import ShardWriter, TokenShards
 from apr.data.show import draw_audit
 from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from data_cases import Memory, corpus, edit_json, edit_shard_row, flip_byte, put, rewrite, write
 
 
 @pytest.fixture(scope="module")

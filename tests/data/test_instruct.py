@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from finetune_cases import CONVERSATIONS, MARKED, OWN_TEMPLATE, llama_tokenizer, own_tokenizer
 
 from apr.backends import reference
 from apr.checkpoints.apr2 import read_apr
@@ -41,6 +40,7 @@ from apr.model.params import Layout
 from apr.model.transformer import Model
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.training.evaluate import evaluate
+from finetune_cases import CONVERSATIONS, MARKED, OWN_TEMPLATE, llama_tokenizer, own_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/instruct.json").read_text())["cases"]
 VOCAB = 320

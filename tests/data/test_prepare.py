@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_cases import Memory, corpus, edit_json, files_of, flip_byte, write
 
 from apr.common.errors import MalformedFile, Refused
 from apr.data.batches import Batches, Windows, sequential
@@ -25,6 +24,7 @@ from apr.data.readers import Corpus
 from apr.data.shards import TokenShards
 from apr.data.sources import find_sources
 from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from data_cases import Memory, corpus, edit_json, files_of, flip_byte, write
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_cases import corpus, edit_json, edit_shard_row, files_of, flip_byte, put, rewrite, write
 
 from apr.common.errors import InputNotFound, IOFailure, MalformedFile, Refused
 from apr.data.corpus import Document
@@ -19,6 +18,7 @@ from apr.data.manifest import FIGURES, MAX_VOCAB
 from apr.data.repair import repair_manifest
 from apr.data.shards import ShardWriter, TokenShards
 from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from data_cases import corpus, edit_json, edit_shard_row, files_of, flip_byte, put, rewrite, write
 
 
 @pytest.fixture(scope="module")

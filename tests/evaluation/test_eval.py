@@ -9,7 +9,6 @@ import random
 
 import numpy as np
 import pytest
-from data_cases import corpus, flip_byte, write
 
 from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
 from apr.checkpoints.hf import write_hf
@@ -26,6 +25,7 @@ from apr.model.transformer import Model
 from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from apr.training.evaluate import evaluate
 from checks import GOLDEN, golden, golden_config
+from data_cases import corpus, flip_byte, write
 
 WANT = json.loads((GOLDEN[0].parent / "eval.json").read_text())
 MODELS = [p for p in GOLDEN if p.stem in WANT["tiny"]["models"]]

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -23,42 +22,13 @@ from apr.evidence import judge as judging
 from apr.evidence import measure
 from apr.evidence.gates import BOUNDS, FAIL, GATES, PASS, SKIPPED, SUSPECT, Answer, Gates, parse_bounds
 from apr.evidence.judge import Judge
-from apr.model.config import PRESETS, to_hf
+from apr.model.config import PRESETS
 from apr.model.optim import AdamW
 from apr.model.params import Layout
 from apr.model.transformer import Model
 from apr.training import evaluate, inputs, loop
 from apr.training.loop import Trainer
-
-RECIPE = [
-    "--lr", "3e-3", "--warmup-steps", "3", "--num-steps", "6", "--steps-per-epoch", "3", "--batch-size", "4",
-    "--micro-batch-size", "2", "--seq-length", "16", "--val-batches", "4", "--val-fraction", "0.3",
-]  # fmt: skip
-VOCAB = 400
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A corpus of real Python, the config.json of a small Qwen2 (biases), and one of the same size as Llama."""
-    folder = tmp_path_factory.mktemp("gates")
-    (folder / "corpus").mkdir()
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    for source in sorted((stdlib / "json").glob("*.py")) + sorted((stdlib / "email").glob("*.py")):
-        shutil.copy(source, folder / "corpus" / source.name)
-    cfg = dataclasses.replace(PRESETS["qwen2-tiny"], vocab_size=VOCAB)
-    (folder / "config.json").write_text(json.dumps(to_hf(cfg)))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def cache(place, monkeypatch):
-    monkeypatch.setenv("APR_CACHE", str(place / "cache"))
-
-
-def pretrain(place, run_dir, *more, model=True):
-    args = ["--corpus", str(place / "corpus"), "--run-dir", str(run_dir)]
-    args += ["--model", str(place / "config.json")] if model else []
-    return main(["pretrain", *args, *RECIPE, *map(str, more)])
+from run_cases import RECIPE, VOCAB, cache, place, pretrain  # noqa: F401  cache and place are fixtures
 
 
 @pytest.fixture(scope="module")

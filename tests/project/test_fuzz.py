@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz_formats import FORMATS, MIB, Case, Format, put
-from fuzzing import Limits, Tally, fuzz, replay, run_chunk, store, variants
-from mutations import mutate_json, with_crcs
 
 from apr.checkpoints.apr2 import read_apr
 from apr.common.errors import MalformedFile
+from fuzz_formats import FORMATS, MIB, Case, Format, put
+from fuzzing import Limits, Tally, fuzz, replay, run_chunk, store, variants
+from mutations import mutate_json, with_crcs
 
 CASES = {"shards": 60, "tokenizer": 200, "import": 100, "hf": 200, "apr": 250}  # the others: 400
 

@@ -20,11 +20,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import data_cases
 import numpy as np
-import test_tokenizer
-from mutations import mutate_file
 
+import data_cases
+import tokenizer_cases
 from apr.bisect import against, stored
 from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
 from apr.checkpoints.hf import read_safetensors, write_hf, write_safetensors
@@ -46,6 +45,7 @@ from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.vocab_format import BYTE_CHARACTERS
 from apr.training import settings
 from apr.training.rundir import RunDir
+from mutations import mutate_file
 
 Case = dict[str, bytes]
 SPECIAL = {  # content -> what stands in the place of the file
@@ -164,7 +164,7 @@ def weights(cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 @cache
 def tokenizer_text() -> str:
-    return json.dumps(test_tokenizer.gpt2_like(), ensure_ascii=False)
+    return json.dumps(tokenizer_cases.gpt2_like(), ensure_ascii=False)
 
 
 def apr_seeds() -> list[Case]:
@@ -353,10 +353,10 @@ def tokenizer_seeds() -> list[Case]:
     ).encode()
     out: list[Case] = [
         {"tokenizer.json": json.dumps(make(), ensure_ascii=False).encode()}
-        for name, (make, _, _) in test_tokenizer.SOUND.items()
+        for name, (make, _, _) in tokenizer_cases.SOUND.items()
         if "many" not in name and "wide" not in name
     ]
-    rich = test_tokenizer.gpt2_like()
+    rich = tokenizer_cases.gpt2_like()
     begin = FAMILIES["llama3"].steps["post_processor"]
     rich |= {
         "post_processor": json.loads(
@@ -371,11 +371,11 @@ def tokenizer_seeds() -> list[Case]:
         }
     }  # fmt: skip
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    much = test_tokenizer.fallback()
-    much["decoder"] = test_tokenizer.seq("decoders", *much["decoder"]["decoders"], strip)
+    much = tokenizer_cases.fallback()
+    much["decoder"] = tokenizer_cases.seq("decoders", *much["decoder"]["decoders"], strip)
     out += [{"tokenizer.json": json.dumps(d).encode()} for d in (rich, much)]
     out.append(
-        {"tokenizer.json": json.dumps(test_tokenizer.gpt2_like()).encode(), "tokenizer_config.json": config}
+        {"tokenizer.json": json.dumps(tokenizer_cases.gpt2_like()).encode(), "tokenizer_config.json": config}
     )
     out.append(made(data_tokenizer().save))
     return out
@@ -399,7 +399,7 @@ def read_tokenizer_case(folder: Path) -> None:
 
 def import_seeds() -> list[Case]:
     """vocab.json and merges.txt of a family that is as small as the vocabulary; and a tokenizer.json with what goes with it."""
-    d = test_tokenizer.gpt2_like()
+    d = tokenizer_cases.gpt2_like()
     decoder = {"258": {"content": "<|endoftext|>", "special": True, "lstrip": False}}
     config = {"eos_token": "<|endoftext|>", "added_tokens_decoder": decoder, "chat_template": "{{ x }}"}
     merges = "#version: 0.2\n" + "\n".join(d["model"]["merges"]) + "\n"

@@ -31,10 +31,9 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from fuzz_formats import FORMATS, MIB, SPECIAL, Case, Format, clear, put, taken
-
 import apr
 from apr.common.errors import AprError
+from fuzz_formats import FORMATS, MIB, SPECIAL, Case, Format, clear, put, taken
 
 SOURCE = str(Path(apr.__file__).parent)
 CHUNK = 4000  # cases of a format that share what they found out; each chunk starts from the sound files again

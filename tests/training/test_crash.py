@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crashing import PHASES, Job, cache_of, crash, differences, quicken
 
 from apr.checkpoints.apr2 import read_apr, write_apr
 from apr.cli.main import main
 from apr.model.optim import AdamW
 from apr.training.rundir import RunDir
+from crashing import PHASES, Job, cache_of, crash, differences, quicken
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crashing import Job, differences, metrics, quicken
 
 from apr.checkpoints.apr2 import read_apr
 from apr.cli import pretrain
@@ -34,6 +33,7 @@ from apr.training import evaluate
 from apr.training.loop import Trainer
 from apr.training.rundir import RunDir
 from apr.training.show import Show
+from crashing import Job, differences, metrics, quicken
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
 BOTH = pytest.mark.parametrize("number", [TERM, INT])

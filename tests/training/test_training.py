@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_cases import put as put_documents
 
 from apr import backends
 from apr.checkpoints.apr2 import read_apr
@@ -37,6 +36,7 @@ from apr.training.inputs import _advice
 from apr.training.loop import Trainer
 from apr.training.rundir import next_free
 from apr.training.settings import DEMO, Settings, from_command_line, resolve
+from data_cases import put as put_documents
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ["--num-steps", "12", "--steps-per-epoch", "4"]

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_gates import RECIPE, cache, place, pretrain  # noqa: F401
 
 from apr.checkpoints.apr2 import read_apr, write_apr
 from apr.cli.main import main
@@ -20,10 +16,11 @@ from apr.common.errors import AprError
 from apr.evidence import seal as evidence
 from apr.evidence.seal import compare, hashes, seal
 from apr.training.rundir import RunDir, sha256
+from run_cases import RECIPE, cache, place, pretrain  # noqa: F401
 
 
 @pytest.fixture(scope="module")
-def true_run(place, tmp_path_factory):  # noqa: F811
+def true_run(place, tmp_path_factory):
     """A run as it ended."""
     with pytest.MonkeyPatch.context() as m:
         m.setenv("APR_CACHE", str(place / "cache"))
@@ -218,7 +215,7 @@ def test_a_change_is_found_even_when_all_is_sealed_again(run, capsys, what):
     assert code == 9
 
 
-def test_a_bad_verdict_cannot_be_turned_into_a_good_one(place, tmp_path, capsys):  # noqa: F811
+def test_a_bad_verdict_cannot_be_turned_into_a_good_one(place, tmp_path, capsys):
     run = tmp_path / "run"
     assert pretrain(place, run, "--target-val-loss", 0.1) == 9
     assert checks(capsys, run, "--backend", "none")[0]["verdict"] == "PASS"  # it says FAIL, and that is true
@@ -229,7 +226,7 @@ def test_a_bad_verdict_cannot_be_turned_into_a_good_one(place, tmp_path, capsys)
     assert "end.target is PASS in verdict.json, FAIL by the log" in measured["verdict"]
 
 
-def test_a_run_that_was_aborted_is_true_too(place, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_that_was_aborted_is_true_too(place, tmp_path, monkeypatch, capsys):
     from test_gates import an_unused_weight_becomes_nan
 
     with monkeypatch.context() as m:
@@ -248,7 +245,7 @@ def test_epochs_are_in_the_order_of_their_numbers(tmp_path):
     assert [p.stem for p in RunDir(tmp_path).checkpoints()] == ["epoch-002", "epoch-999", "epoch-1000"]
 
 
-def test_a_run_that_saved_nothing_has_nothing_to_check(place, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_that_saved_nothing_has_nothing_to_check(place, tmp_path, monkeypatch, capsys):
     from test_gates import the_learning_rate_is_ignored
 
     with monkeypatch.context() as m:
@@ -262,7 +259,7 @@ def test_a_run_that_saved_nothing_has_nothing_to_check(place, tmp_path, monkeypa
     assert code == 0
 
 
-def test_shards_that_changed_or_went_away(run, place, tmp_path, capsys):  # noqa: F811
+def test_shards_that_changed_or_went_away(run, place, tmp_path, capsys):
     folders = json.loads((run / "config.json").read_text())["data_folders"]
     data = tmp_path / "moved"
     for side, folder in folders.items():

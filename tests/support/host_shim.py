@@ -1,0 +1,155 @@
+"""CUDA kernels compiled by g++ for the host, with tests/support/shim/cuda_shim.h, and a machine that launches them."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import itertools
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from apr.backends import reference
+from apr.backends.cuda import kernels, ops
+from apr.backends.cuda.arguments import Arguments
+from cases import CASES, Row, overlay, rows
+
+SHIM = Path(__file__).with_name("shim")
+
+
+MODULES = ("attention", "bias", "embedding", "flat", "loss", "norm", "rope", "swiglu")
+
+
+FLAGS = (
+    "-std=c++20",
+    "-O1",
+    "-U_FORTIFY_SOURCE",  # it forbids jumps between stacks
+    "-fPIC",
+    "-shared",
+    "-w",
+    "-ffp-contract=off",
+    "-fno-gnu-unique",
+    "-fno-extern-tls-init",
+)
+
+
+NUMBERS = itertools.count()  # of libraries
+
+
+CASE = {case.name: case for case in CASES}
+
+
+def table(name: str, sizes: str) -> list[Row]:
+    """A case of cases.py at other sizes."""
+    return rows(replace(CASE[name], table=f"{CASE[name].table.split(':')[0]}: {sizes}"))
+
+
+def gpp(*args: Any) -> None:
+    """Run g++. A precompiled header is looked for in the folders of `args` first."""
+    done = subprocess.run(["g++", *FLAGS, *map(str, args), f"-I{SHIM}"], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+
+
+class Library:
+    """A kernel module compiled for the host."""
+
+    def __init__(self, text: str, names: list[str], act: str, defines: dict[str, int], folder: Path) -> None:
+        number = next(NUMBERS)
+        source, out = folder / f"{number}.cpp", folder / f"{number}.so"
+        source.write_text("\n".join([text, *(f"SHIM_KERNEL({n})" for n in names)]))
+        options = kernels.options(act, "sm_80", defines)
+        macros = [o for o in options if o.startswith("-D")]
+        gpp(*macros, f"-I{folder}", "-include", "cuda_shim.h", source, "-o", out)
+        self._loaded = ctypes.CDLL(str(out))
+
+    def __call__(self, name: str, grid: Any, block: Any, args: list[Any], shared: int, seed: int) -> None:
+        """Run a kernel. args: arrays, None, NumPy scalars."""
+        numbers = [*grid, 1, 1][:3] + [*block, 1, 1][:3] + [shared, seed]
+        held = [
+            ctypes.c_void_p(0 if a is None else a.ctypes.data)
+            if not isinstance(a, np.generic)
+            else np.array(a)
+            for a in args
+        ]
+        at = [ctypes.addressof(h) if isinstance(h, ctypes.c_void_p) else h.ctypes.data for h in held]
+        status = getattr(self._loaded, "shim_" + name)(
+            (ctypes.c_int * 8)(*numbers), (ctypes.c_void_p * len(at))(*at)
+        )
+        assert status == 0, (
+            f"{name}: " + {1: "threads wait for ever", 2: "writes beyond shared memory"}[status]
+        )
+
+
+class Host:
+    """A machine for _cuda_ops that runs kernels here. texts: of modules, in place of their files."""
+
+    def __init__(self, folder: Path, texts: dict[str, str] | None = None) -> None:
+        self.shared_bytes = ops.SHARED_STATIC + 2048  # so little that a row of logits does not fit
+        self._folder, self._texts, self._libraries = folder, texts or {}, dict[Any, Library]()
+        self.seed = 0
+
+    def library(self, module: str, act: str, **defines: int) -> Library:
+        key = module, act, *defines.values()
+        if key not in self._libraries:
+            text = self._texts.get(module) or kernels.source(module)
+            self._libraries[key] = Library(text, list(kernels.signatures(module)), act, defines, self._folder)
+        return self._libraries[key]
+
+    def kernel(self, module: str, name: str, act: str, **defines: int) -> Callable[..., None]:
+        check = Arguments(name, kernels.signatures(module)[name], act, np.ndarray)
+
+        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared: int = 0) -> None:
+            assert np.prod(block) % 32 == 0 or module == "flat"
+            self.seed += 1
+            self.library(module, act, **defines)(name, grid, block, check(args), shared, self.seed)
+
+        return launch
+
+    def scratch(self, shape: tuple[int, ...], dtype: str, slot: int) -> Any:
+        """NaN or ones, with room around it for the kernels that tests have spoiled."""
+        n, room = int(np.prod(shape)), 1 << 14
+        whole = np.full(n + 2 * room, 1 if dtype == "int32" else np.nan, dtype)
+        return whole[room : room + n].reshape(shape)
+
+    def address(self, x: Any) -> int:
+        return int(x.ctypes.data)
+
+
+def backend() -> SimpleNamespace:
+    """The reference with all ops that are our own kernels, launched on ops.machine."""
+
+    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any) -> None:
+        wide = [a.astype(np.float32) for a in (dy, x, w)]
+        reference.linear_bwd(dx, dw, None, *wide)
+        if db is not None:
+            ops.add_rows(db, dy)
+
+    def linear_fwd(y: Any, x: Any, w: Any, b: Any) -> None:
+        reference.linear_fwd(y, *(None if a is None else a.astype(np.float32) for a in (x, w, b)))
+
+    own = {n: f for n, f in vars(ops).items() if inspect.isfunction(f) and hasattr(reference, n)}
+    return overlay(reference, **own, linear_fwd=linear_fwd, linear_bwd=linear_bwd)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where libraries are put, with the precompiled header: half of the time that a kernel takes."""
+    gcc = shutil.which("g++") and subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
+    if not gcc or "Free Software Foundation" not in gcc:
+        pytest.skip("there is no g++ of GCC to compile the kernels for the host")
+    made = tmp_path_factory.mktemp("shim")
+    gpp("-x", "c++-header", SHIM / "cuda_shim.h", "-o", made / "cuda_shim.h.gch")
+    return made
+
+
+def over(some: list[Row]) -> pytest.MarkDecorator:
+    """Run a test once per row."""
+    return pytest.mark.parametrize("row", some, ids=str)

@@ -1,0 +1,66 @@
+"""Rows of cases.py in which each planted fault of a CUDA kernel must show, at the shapes of a small model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from apr.bisect.planted.kernel_faults import KernelFault
+from cases import Row, rows
+from host_shim import CASE, table
+
+MMA = "attention_mma"
+
+
+# Two sequences of 17 tokens through the sizes of the presets *-tiny; the second line of attention is llama-tiny.
+TOKENS = 2 * 17
+
+
+SHAPES: dict[str, list[Row]] = {  # module -> rows
+    "embedding": table("embedding", f"{TOKENS} 56 123"),
+    "bias": table("linear", f"{TOKENS} 72 56"),
+    "norm": [
+        *table("add_rmsnorm", f"{TOKENS} 56"),
+        *table("add_rmsnorm_first", f"{TOKENS} 40"),
+        *table("head_rmsnorm", f"{TOKENS} 4 12 0 4 8, {TOKENS} 2 12 4 6 8"),
+    ],
+    "rope": table("rope", "2 17 7 4 0 9, 2 17 4 5 0 8"),
+    "attention": [
+        *table("attention", "2 17 7 1 8, 2 17 4 2 10"),
+        *table("attention_window", "2 17 4 4 10 5"),
+    ],
+    MMA: [
+        *table("attention", "2 17 6 2 32, 2 17 3 1 64"),
+        *table("attention_window", "2 17 4 4 64 5"),
+    ],
+    "swiglu": table("swiglu", f"{TOKENS} 72, {TOKENS} 56"),
+    "loss": table("cross_entropy_rows_apart", f"{TOKENS} 123 128"),  # as pad_vocab lays them out
+    "flat": [
+        *table("add_sum", f"{TOKENS}"),
+        *table("add_sum_sq", "6888"),
+        *table("clip_factor", "1"),
+        *table("adamw", "6888"),
+        *table("adamw_master", "6888"),
+        *table("adamw_first_step", "97"),
+    ],
+}
+
+
+CLIPPED = CASE["clip_factor"].fwd.replace("max_norm=0.5", "max_norm=0.05")
+
+
+NEEDED = {  # rows of faults that those do not show
+    "kernel_attention_border_early": table("attention_documents", "2 17 4 2 10 0"),
+    "kernel_attention_queries_left_out": table("attention_documents", "2 257 2 1 10 0"),
+    "kernel_mma_border_early": table("attention_documents", "2 17 4 2 64 0"),
+    "kernel_mma_queries_left_out": table("attention_documents", "2 257 4 2 64 0"),
+    "kernel_attention_rescale_forgotten": table("attention", "1 97 4 2 10"),
+    "kernel_mma_sum_of_last_step": table("attention", "1 97 4 2 64"),
+    "kernel_embedding_carry_lost": table("embedding", "257 56 1"),
+    "kernel_clip_root_forgotten": rows(replace(CASE["clip_factor"], fwd=CLIPPED)),
+}
+
+
+def rows_of(fault: KernelFault) -> list[Row]:
+    """The rows in which a fault must show: those that call its op."""
+    some = NEEDED.get(fault.name) or SHAPES[fault.module]
+    return [row for row in some if fault.op in (op for op, _ in row.calls)]
