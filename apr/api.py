@@ -25,23 +25,13 @@ import numpy as np
 
 from .backends.select import select
 from .checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
-from .checkpoints.exchange import Bundle, open_bundle
+from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.hf import write_hf
-from .checkpoints.opening import tokenizer_of, weights_on
+from .checkpoints.registry import open_any
 from .common.atomic import write_text
 from .common.errors import Refused, UsageError
 from .inference import int8
-from .inference.chat import (
-    ChatTemplate,
-    Conversation,
-    Message,
-    answer_ends,
-    chat_ids,
-    check_messages,
-    end_ids,
-    no_template,
-    template_of,
-)
+from .inference.chat import Conversation, check_messages, no_template
 from .inference.generate import (
     PIECE,
     Continuation,
@@ -56,6 +46,7 @@ from .inference.streaming import TextStream
 from .model.cost import check_fits
 from .model.params import Layout
 from .model.transformer import Model
+from .tokenizer.chat_template import ChatTemplate, Message, answer_ends, chat_ids
 from .tokenizer.tokenizer import Tokenizer
 from .training.callbacks import Callback
 from .training.settings import Settings
@@ -88,18 +79,18 @@ class LanguageModel:
     weights        all parameters on the backend, flat (params.Layout order), or int8.Int8Weights
     """
 
-    def __init__(self, bundle: Bundle, backend: ModuleType, dtype: str) -> None:
-        self.bundle = bundle
-        self.source, self.config = bundle.loaded.source, bundle.loaded.cfg
+    def __init__(self, checkpoint: Checkpoint, backend: ModuleType, dtype: str) -> None:
+        self.checkpoint = checkpoint
+        self.source, self.config = checkpoint.source, checkpoint.cfg
         rounded = dtype == "int8"
         self.backend, self.dtype = int8.backend() if rounded else backend, "float32" if rounded else dtype
-        self.tokenizer: Tokenizer | None = tokenizer_of(bundle.loaded)
-        self.ends = end_ids(bundle, self.tokenizer)
+        self.tokenizer: Tokenizer | None = checkpoint.tokenizer
+        self.ends = checkpoint.end_ids()
         slots = min(PIECE, self.config.max_position_embeddings)
         check_fits(
             generator_memory(self.config, backend, self.dtype, 1, slots), backend, "use a smaller model"
         )
-        self.weights: Any = weights_on(backend, bundle.loaded, self.dtype)
+        self.weights: Any = checkpoint.on(backend, self.dtype)
         if rounded:
             self.weights = int8.Int8Weights(self.config, self.weights)
         self._generator: Generator | None = None
@@ -107,7 +98,7 @@ class LanguageModel:
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
         """Raises Refused when what the checkpoint has is no template."""
-        return template_of(self.bundle)
+        return self.checkpoint.template()
 
     # Numbers
 
@@ -391,11 +382,11 @@ class LanguageModel:
             )
         path, layout = Path(path), Layout(self.config)
         tensors = layout.named(self.backend.to_host(self.weights))
-        stored, texts = dtype or self.dtype, self.bundle.texts
+        stored, texts = dtype or self.dtype, self.checkpoint.texts
         if path.suffix == ".apr":
             meta = config_to_metadata(self.config)
             if self.tokenizer is not None:
-                bos = self.bundle.loaded.metadata.get("tokenizer.bos_token_id")
+                bos = self.checkpoint.metadata.get("tokenizer.bos_token_id")
                 embed_tokenizer(meta, self.tokenizer.json, self.tokenizer.eos_id, bos)
             kept = {name: text for name, text in texts.items() if name != "config.json"}
             if kept:
@@ -409,7 +400,7 @@ class LanguageModel:
         for name, text in texts.items():
             if name != "config.json":
                 write_text(path / name, text)
-        if self.chat_template is not None and self.bundle.chat_template is not None:
+        if self.chat_template is not None and self.checkpoint.chat_template is not None:
             write_text(path / "chat_template.jinja", self.chat_template.text)
 
 
@@ -426,9 +417,9 @@ def load(
             raise Refused(
                 f"--dtype int8 is for the CPU, not for {device}; use --device cpu, or bfloat16 on a GPU"
             )
-        return LanguageModel(open_bundle(os.fspath(path)), select("cpu", None, threads), dtype)
+        return LanguageModel(open_any(os.fspath(path)), select("cpu", None, threads), dtype)
     backend = select(device, dtype, threads)
-    return LanguageModel(open_bundle(os.fspath(path)), backend, dtype or backend.dtypes[0])
+    return LanguageModel(open_any(os.fspath(path)), backend, dtype or backend.dtypes[0])
 
 
 @dataclass(frozen=True)

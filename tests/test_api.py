@@ -14,8 +14,7 @@ import pytest
 
 import apr
 from apr.checkpoints.hf import write_hf
-from apr.checkpoints.opening import open_source
-from apr.checkpoints.registry import load_model
+from apr.checkpoints.registry import open_any, open_host
 from apr.cli.main import main
 from apr.common.errors import AprError, InputNotFound, Refused, UsageError
 from apr.evidence.seal import compare
@@ -31,12 +30,11 @@ from apr.training.settings import Settings
 def reference_logits(source, ids):
     """(B,T,V) in float64 from the reference backend."""
     from apr import backends
-    from apr.checkpoints.opening import put
     from apr.model.transformer import Model
 
     be = backends.get("reference")
     model = Model(
-        source.cfg, be, *ids.shape, "float64", train=False, loss_rows=ids.size, w=put(be, source, "float64")
+        source.cfg, be, *ids.shape, "float64", train=False, loss_rows=ids.size, w=source.on(be, "float64")
     )
     out = []
     model.forward(ids.astype(np.int32))
@@ -85,7 +83,7 @@ def model(folder):
 
 def test_logits_and_loss_are_those_of_the_reference(model, folder):
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (5, 40))
-    want = reference_logits(open_source(str(folder / "hf"), "float64"), ids)
+    want = reference_logits(open_host(str(folder / "hf"), "float64"), ids)
     got = model.logits(ids)
     assert got.dtype == np.float32
     assert got.shape == (5, 40, model.config.vocab_size)
@@ -186,7 +184,7 @@ def test_save_and_load_again(model, tmp_path, name, dtype):
     model.save(tmp_path / name, dtype)
     again = apr.load(tmp_path / name, device="cpu")
     if dtype is None:
-        assert load_model(str(tmp_path / name)).sha256 == load_model(model.source).sha256
+        assert open_any(str(tmp_path / name)).sha256 == open_any(model.source).sha256
     else:
         off = np.abs(again.logits([1, 2, 3]) - model.logits([1, 2, 3])).max()
         assert 0 < off < 0.1 * np.abs(model.logits([1, 2, 3])).max()

@@ -62,14 +62,14 @@ def _apr(who: str, model: str, folder: str, threads: int) -> Any:
     import numpy as np
 
     from apr import backends
-    from apr.checkpoints.opening import open_source
+    from apr.checkpoints.registry import open_host
     from apr.inference import int8
     from apr.inference.generate import Generator, Sampling
     from apr.model.config import PRESETS
     from apr.model.params import Layout
 
     if folder:
-        source = open_source(folder)
+        source = open_host(folder)
         cfg, host = source.cfg, source.host
     else:
         cfg = PRESETS[model]

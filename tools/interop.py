@@ -38,10 +38,11 @@ import gguf
 import interop_cases as cases
 from apr import backends
 from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
-from apr.checkpoints.exchange import Bundle, export_gguf, export_hf, import_model, open_bundle
+from apr.checkpoints.checkpoint import Checkpoint
+from apr.checkpoints.exporting import export_gguf, export_hf
 from apr.checkpoints.gguf import ROPE_FREQS
-from apr.checkpoints.opening import weights_on
-from apr.checkpoints.registry import load_model
+from apr.checkpoints.importing import import_model
+from apr.checkpoints.registry import open_any
 from apr.model.taps import Record
 from apr.model.transformer import Model
 
@@ -80,8 +81,8 @@ def logits_of(folder: Path, ids: np.ndarray, dtype: str = "float32") -> np.ndarr
 
 def apr_logits(source: Path, ids: np.ndarray) -> np.ndarray:
     """What apr computes on the cpu backend, float32 (T, V)."""
-    be, loaded = backends.get("cpu"), load_model(str(source))
-    model = Model(loaded.cfg, be, *ids.shape, train=False, loss_rows=ids.size, w=weights_on(be, loaded))
+    be, loaded = backends.get("cpu"), open_any(str(source))
+    model = Model(loaded.cfg, be, *ids.shape, train=False, loss_rows=ids.size, w=loaded.on(be))
     seen = Record(be)
     model.forward(ids.astype(np.int32), seen)
     model.loss(np.zeros(ids.shape, np.int32), tap=seen)
@@ -173,8 +174,8 @@ def check_case(name: str, case: cases.Case, tmp: Path, llama_cpp: Path | None) -
     cases.write(case, src)
     want = logits_of(src, cases.IDS)
     import_model(str(src), apr)
-    bundle = open_bundle(str(apr))
-    export_hf(bundle, out, max_shard_bytes=50_000)
+    checkpoint = open_any(str(apr))
+    export_hf(checkpoint, out, max_shard_bytes=50_000)
     demand(np.array_equal(logits_of(out, cases.IDS), want), f"{name}: equal logits after import and export")
     demand(
         np.array_equal(logits_of(out, cases.IDS, case.dtype), logits_of(src, cases.IDS, case.dtype)),
@@ -189,7 +190,7 @@ def check_case(name: str, case: cases.Case, tmp: Path, llama_cpp: Path | None) -
     demand(row["hf"]["apr_max_abs"] <= CLOSE * row["largest_logit"], f"{name}: apr's logits: {row}")
     for dtype in ("float32", "bfloat16", "float16"):
         cast = tmp / f"hf-{dtype}"
-        export_hf(bundle, cast, dtype)
+        export_hf(checkpoint, cast, dtype)
         demand(
             np.array_equal(logits_of(cast, cases.IDS, dtype), logits_of(src, cases.IDS, dtype)),
             f"{name}: export --dtype {dtype} is transformers' own conversion",
@@ -197,7 +198,7 @@ def check_case(name: str, case: cases.Case, tmp: Path, llama_cpp: Path | None) -
     _trained(name, case, tmp, src, want)
     dtype = "q8_0" if name == "q8" else None
     made = tmp / "m.gguf"
-    figures = export_gguf(bundle, made, dtype)
+    figures = export_gguf(checkpoint, made, dtype)
     row["gguf"] = contents(made)
     if llama_cpp is not None:
         theirs = convert(llama_cpp, src, tmp / "theirs.gguf", OUTTYPE[dtype or case.dtype])
@@ -210,13 +211,13 @@ def check_case(name: str, case: cases.Case, tmp: Path, llama_cpp: Path | None) -
             expected = figures["context_length"] if key.endswith(".context_length") else value
             demand(mine == expected, f"{name}: key {key} is {value!r}, not {mine!r}")
         row["gguf"]["converter_keys"] = sorted(theirs["keys"])
-    _llama_cpp(name, bundle, row, want, tmp, dtype, figures["context_length"])
+    _llama_cpp(name, checkpoint, row, want, tmp, dtype, figures["context_length"])
     return row
 
 
 def _llama_cpp(
     name: str,
-    bundle: Bundle,
+    checkpoint: Checkpoint,
     row: dict[str, Any],
     want: np.ndarray,
     tmp: Path,
@@ -225,7 +226,7 @@ def _llama_cpp(
 ) -> None:
     """Logits and ids of llama.cpp, from the file as stored and from one whose matrices are float32, where it rounds nothing."""
     ids = cases.IDS[:, :positions]
-    export_gguf(bundle, tmp / "wide.gguf", "float32")
+    export_gguf(checkpoint, tmp / "wide.gguf", "float32")
     for key, path, part, of in (
         ("llama_cpp_max_abs", tmp / "wide.gguf", CLOSE, "float32"),
         ("llama_cpp_stored_max_abs", tmp / "m.gguf", LOSSY, dtype or "stored"),
@@ -263,7 +264,7 @@ def _trained(name: str, case: cases.Case, tmp: Path, src: Path, want: np.ndarray
     tok = cases.tokenizer(tmp / "again")
     embed_tokenizer(meta, tok.json, json.loads(tok.json)["added_tokens"][-1]["id"])
     write_apr(tmp / "trained.apr", meta, cases.weights(case), case.dtype)
-    export_hf(open_bundle(str(tmp / "trained.apr")), tmp / "trained")
+    export_hf(open_any(str(tmp / "trained.apr")), tmp / "trained")
     demand(
         np.array_equal(logits_of(tmp / "trained", cases.IDS), want), f"{name}: a trained checkpoint, exported"
     )

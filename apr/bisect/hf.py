@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.registry import EMBED, HEAD, load_model, parameters
+from ..checkpoints.checkpoint import parameters
+from ..checkpoints.registry import open_any
+from ..checkpoints.tensors import EMBED, HEAD
 from ..common.errors import DeviceError, Refused
 from ..model.config import ModelConfig, to_hf
 from ..model.params import Layout
@@ -44,9 +46,9 @@ def trace_of(
 ) -> dict[str, np.ndarray]:
     """The trace of a checkpoint, whatever its format. A Hugging Face folder's config.json is read by transformers.
 
-    Other parameters as in trace_of_weights. Raises as formats.models.load_model does, DeviceError, Refused.
+    Other parameters as in trace_of_weights. Raises as registry.open_any does, DeviceError, Refused.
     """
-    loaded = load_model(path)
+    loaded = open_any(path)
     weights = parameters(Layout(loaded.cfg), loaded)
     if loaded.kind == "apr":
         return trace_of_weights(loaded.cfg, weights, ids, targets, dtype, gradients)

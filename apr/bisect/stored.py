@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.registry import EMBED, HEAD, INV_FREQ
+from ..checkpoints.tensors import EMBED, HEAD, INV_FREQ
 from ..model.config import SIZES, ModelConfig
 from ..model.params import Layout
 from .report import EXACT, Row

@@ -20,8 +20,8 @@ from ..common.files import parse_json, read_text
 from ..model.config import ModelConfig
 from ..model.lora import LINEAR, PREFIX, AdapterLayout, LoraConfig
 from ..model.params import Layout, Slot
+from .checkpoint import Checkpoint, parameters
 from .hf import read_safetensors, write_safetensors
-from .registry import LoadedModel, parameters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Keys that change what an adapter computes, with the one value that is computed here (an empty one is always good).
@@ -267,7 +267,7 @@ def adapter_start(layout: AdapterLayout, adapter: LoadedAdapter) -> np.ndarray:
 
 
 def merge_error(
-    base: LoadedModel, adapter: LoadedAdapter, merged: LoadedModel, dtype: str
+    base: Checkpoint, adapter: LoadedAdapter, merged: Checkpoint, dtype: str
 ) -> tuple[float, str]:
     """How far a checkpoint is from a base with an adapter, as a share of what rounding in a run of this dtype allows, and the
     tensor where it is worst; infinite where a tensor without adapter differs."""

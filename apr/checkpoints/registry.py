@@ -1,57 +1,75 @@
-"""What a user names as MODEL, whatever its format, and how its tensors become a flat buffer."""
+"""Open whatever format a path is: one table of formats, and what a run's folder is answered with.
+
+| format       | path                                                              | tensors | model |
+|--------------|-------------------------------------------------------------------|---------|-------|
+| Hugging Face | folder with config.json and safetensors, or a .safetensors beside | yes     | yes   |
+| safetensors  | .safetensors file without config.json: a trace                    | yes     | no    |
+| APR v2       | file that begins with "APR\\0"                                     | yes     | yes   |
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from ..common.errors import InputNotFound, Refused
 from ..model.config import PRESETS, ModelConfig
 from ..model.params import Layout
+from ..tokenizer.tokenizer import Tokenizer
 from .apr2 import extract_tokenizer, metadata_to_config, read_apr
+from .checkpoint import Checkpoint, fill, parameters, upload
 from .hf import read_hf
-from .tensors import CHUNK, is_float, mismatch, require_finite
-
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-INV_FREQ = ".rotary_emb.inv_freq"  # old Llama files store this table, which the config determines
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A checkpoint: what it computes, its tensors (mapped, by name as stored) and its tokenizer."""
+class Format:
+    """One way to store a model.
 
-    cfg: ModelConfig
-    tensors: Mapping[str, np.ndarray]
-    tokenizer_json: str | None  # the text of tokenizer.json
-    metadata: dict[str, Any]  # of the .apr file, or the config.json as it stands
-    source: str
-    kind: Literal["apr", "hf"]
-
-    @cached_property
-    def sha256(self) -> str:
-        """SHA-256 of all parameters as float32 in table order: equal weights, whatever the format."""
-        digest = hashlib.sha256()
-        for tensor in parameters(Layout(self.cfg), self).values():
-            flat = tensor.reshape(-1)
-            for start in range(0, flat.size, CHUNK):
-                digest.update(flat[start : start + CHUNK].astype("<f4").view(np.uint8).data)
-        return digest.hexdigest()
-
-
-def load_model(source: str) -> LoadedModel:
-    """Open an .apr file, a Hugging Face folder, or a .safetensors file with config.json beside it.
-
-    Files, config, names and shapes are checked, so that memory may be allocated for the sizes that
-    the config names; the weights stay on disk. Raises InputNotFound listing what was looked for,
-    MalformedFile, Refused.
+    kind    for code: Checkpoint.kind
+    title   for people
+    detect  True for a path of this format, by its kind and first bytes
+    read    a path and its name for messages -> Checkpoint, checked but for tensors against configuration
     """
+
+    kind: str
+    title: str
+    detect: Callable[[Path], bool]
+    read: Callable[[Path, str], Checkpoint]
+
+
+def _read_apr(path: Path, source: str) -> Checkpoint:
+    file = read_apr(path)
+    meta = file.metadata
+    cfg = metadata_to_config(meta, source, file.tensors)
+    eos = meta.get("tokenizer.eos_token_id")
+    return Checkpoint(cfg, file.tensors, extract_tokenizer(meta, source), meta, source, "apr", eos)
+
+
+def _read_hf(path: Path, source: str) -> Checkpoint:
+    hf = read_hf(path)
+    eos = hf.config.get("eos_token_id")
+    if isinstance(eos, list):  # transformers: any of several ends a text
+        eos = eos[0] if eos else None
+    return Checkpoint(hf.cfg, hf.tensors, hf.tokenizer_json, hf.config, source, "hf", eos)
+
+
+FORMATS = (
+    Format("hf", "Hugging Face safetensors", lambda p: p.is_dir() or p.suffix == ".safetensors", _read_hf),
+    Format("apr", "APR v2", lambda p: True, _read_apr),
+)
+
+
+TITLES = {f.kind: f.title for f in FORMATS}
+
+
+def format_of(source: str) -> Format:
+    """Find the format of a path. Raises InputNotFound listing what was looked for, or naming a run's checkpoint."""
     path = Path(source)
     if not os.path.exists(path):
         hint = f"; {source!r} is a preset: a preset has sizes but no weights" if source in PRESETS else ""
@@ -59,76 +77,64 @@ def load_model(source: str) -> LoadedModel:
             f"{source}: not found. Looked for an .apr file, a folder with config.json and model.safetensors "
             f"(or model.safetensors.index.json), and a .safetensors file with config.json beside it{hint}"
         )
-    if os.path.isdir(path) or path.suffix == ".safetensors":
-        hf = read_hf(path)
-        loaded = LoadedModel(hf.cfg, hf.tensors, hf.tokenizer_json, hf.config, source, "hf")
-    else:
-        apr = read_apr(path)
-        cfg = metadata_to_config(apr.metadata, source, apr.tensors)
-        loaded = LoadedModel(
-            cfg, apr.tensors, extract_tokenizer(apr.metadata, source), apr.metadata, source, "apr"
-        )
-    layers = loaded.cfg.num_layers
-    if layers > len(loaded.tensors):  # before a table of a billion layers is made
-        raise Refused(f"{source}: {layers} layers in the config, but only {len(loaded.tensors)} tensors")
-    parameters(Layout(loaded.cfg), loaded)
-    return loaded
+    _check_run_folder(path)
+    return next(f for f in FORMATS if f.detect(path))
 
 
-def parameters(layout: Layout, loaded: LoadedModel) -> dict[str, np.ndarray]:
-    """Every parameter of a layout by its Hugging Face name, mapped, after comparing both ways.
-
-    Every parameter is there, every stored tensor is one, shapes are equal. With tied embeddings a
-    checkpoint may store the matrix under the head's name, or twice if the copies are bit-equal.
-    Raises Refused naming what is missing, unexpected or of the wrong shape.
-    """
-    tensors = {name: loaded.tensors[name] for name in loaded.tensors if not name.endswith(INV_FREQ)}
-    tied = layout.cfg.tie_word_embeddings
-    if tied and HEAD in tensors:
-        head = tensors.pop(HEAD)
-        if not _same_bits(tensors.setdefault(EMBED, head), head):
-            raise Refused(
-                f"{loaded.source}: tie_word_embeddings is true, but {HEAD} differs from {EMBED}; if the head "
-                "was trained apart, set tie_word_embeddings to false in its config"
+def _check_run_folder(path: Path) -> None:
+    """Raise InputNotFound, naming the latest checkpoint, for the folder of a run or of its checkpoints."""
+    if path.is_dir() and not any(path.glob("*.safetensors*")):
+        epochs = sorted([*path.glob("epoch-*.apr"), *path.glob("ckpt/epoch-*.apr")])
+        if epochs:
+            raise InputNotFound(
+                f"{path}: is the folder of a run; give a checkpoint in it, such as {epochs[-1]}"
             )
-    problem = mismatch(layout, {name: t.shape for name, t in tensors.items()})
-    whole = [f"{name} ({t.dtype})" for name, t in tensors.items() if not is_float(t.dtype)]
-    if whole and not problem:
-        problem = f"{len(whole)} not floating point: {', '.join(whole[:5])}"
-    if problem:
-        headless = not tied and HEAD not in tensors
-        hint = f" (without {HEAD} the config must say tie_word_embeddings: true)" if headless else ""
-        raise Refused(f"{loaded.source}: its tensors do not fit its config: {problem}{hint}")
-    return {s.hf: tensors[s.hf] for s in layout.in_order()}
 
 
-def fill(layout: Layout, flat: np.ndarray, loaded: LoadedModel) -> None:
-    """Copy every tensor of a checkpoint to its place in a host buffer; the padding becomes 0.
+def open_any(source: str) -> Checkpoint:
+    """Open a checkpoint of any format.
 
-    flat (layout.size,) float32 or float64. bfloat16, float16 and float32 keep their values; float64
-    is rounded to the buffer's dtype, to nearest even. Raises Refused as `parameters` does, and
-    naming the tensor for NaN and infinity; the buffer is then undefined.
+    Files, config, names and shapes are checked, so that memory may be allocated for the sizes that
+    the config names; the weights stay on disk. Raises InputNotFound listing what was looked for,
+    MalformedFile, Refused.
     """
-    if flat.shape != (layout.size,) or flat.dtype not in (np.float32, np.float64):
-        raise Refused(
-            f"buffer of {flat.dtype} {flat.shape}; weights need float32 or float64 ({layout.size},)"
-        )
-    tensors = parameters(layout, loaded)
-    flat[...] = 0
-    for slot in layout.slots:
-        stored = tensors[slot.hf].reshape(-1)
-        for start in range(0, slot.size, CHUNK):
-            part = stored[start : start + CHUNK]
-            place = flat[slot.offset + start : slot.offset + start + part.size]
-            with np.errstate(over="ignore"):
-                place[...] = part
-            require_finite(place, start, f"{loaded.source}: {slot.hf}")
+    checkpoint = format_of(source).read(Path(source), source)
+    layers = checkpoint.cfg.num_layers
+    if layers > len(checkpoint.tensors):  # before a table of a billion layers is made
+        raise Refused(f"{source}: {layers} layers in the config, but only {len(checkpoint.tensors)} tensors")
+    parameters(Layout(checkpoint.cfg), checkpoint)
+    return checkpoint
 
 
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    if a is b:
-        return True
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    x, y = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
-    return all(np.array_equal(x[i : i + CHUNK], y[i : i + CHUNK]) for i in range(0, x.size, CHUNK))
+@dataclass(frozen=True)
+class HostModel:
+    """A model in host memory: configuration, flat parameters (Layout order), tokenizer.
+
+    sha256: of the weights, or the preset and seed that they were drawn from."""
+
+    cfg: ModelConfig
+    layout: Layout
+    host: np.ndarray
+    tokenizer: Tokenizer | None
+    sha256: str
+
+    def on(self, backend: ModuleType, dtype: str = "float32") -> Any:
+        """Copy the parameters to a backend: a new flat buffer."""
+        return upload(backend, self.host, dtype)
+
+
+def open_host(name: str, dtype: str = "float32", seed: int | None = None) -> HostModel:
+    """Read a checkpoint into host memory; or, given a seed, draw every parameter of a preset at random.
+
+    Raises as open_any does."""
+    if name in PRESETS and seed is not None:
+        cfg = PRESETS[name]
+        layout = Layout(cfg)
+        host = np.zeros(layout.size, dtype if dtype == "float64" else "float32")
+        layout.randomise(host, seed)
+        return HostModel(cfg, layout, host, None, f"preset {name}, random weights of seed {seed}")
+    checkpoint = open_any(name)
+    layout = Layout(checkpoint.cfg)
+    host = np.zeros(layout.size, dtype if dtype == "float64" else "float32")
+    fill(layout, host, checkpoint)
+    return HostModel(checkpoint.cfg, layout, host, checkpoint.tokenizer, checkpoint.sha256)

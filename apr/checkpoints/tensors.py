@@ -1,14 +1,7 @@
-"""Checkpoints on disk.
+"""Share what the formats have in common: dtypes, mapped tensors, conversion by chunks, the check against a layout.
 
-| module | what                                                       |
-|--------|------------------------------------------------------------|
-| atomic | files appear whole or not at all                           |
-| apr2   | APR v2: one file with metadata, tokenizer and tensors      |
-| hf     | Hugging Face: config.json and safetensors                  |
-| models | whatever the user names as MODEL, and filling a buffer     |
-
-Here stands what they share. Files are hostile (see apr/common/files.py): sizes and offsets are checked against the length of
-the file before anything is allocated or mapped.
+Files are hostile (see apr/common/files.py): sizes and offsets are checked against the length of the file before anything
+is allocated or mapped.
 """
 
 from __future__ import annotations
@@ -31,6 +24,8 @@ SAVED = {  # what we write floating point tensors as
     "bfloat16": BF16,
     "float16": np.dtype(np.float16),
 }
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+INV_FREQ = ".rotary_emb.inv_freq"  # old Llama files store this table, which the config determines
 CHUNK = 1 << 20  # elements converted or compared at a time: bounds the memory of a conversion
 
 
@@ -72,6 +67,19 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+def spec_of(tensors: Mapping[str, np.ndarray], name: str) -> Stored | np.ndarray:
+    """The dtype and shape of a tensor, without reading or converting it."""
+    return tensors.entries[name] if isinstance(tensors, TensorFile) else tensors[name]
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """True for arrays of equal dtype, shape and bits; compares CHUNK bytes at a time."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    x, y = (np.ascontiguousarray(t).reshape(-1).view(np.uint8) for t in (a, b))
+    return all(np.array_equal(x[i : i + CHUNK], y[i : i + CHUNK]) for i in range(0, x.size, CHUNK))
 
 
 def saved_dtype(array: np.ndarray, dtype: str | None) -> np.dtype[Any]:

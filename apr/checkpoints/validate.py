@@ -27,8 +27,7 @@ from ..model.params import Layout
 from ..tokenizer.import_hf import PROBE
 from ..tokenizer.tokenizer import Tokenizer
 from . import apr2, hf
-from .registry import EMBED, HEAD, INV_FREQ
-from .tensors import BF16, CHUNK, TensorFile, is_float
+from .tensors import BF16, CHUNK, EMBED, HEAD, INV_FREQ, TensorFile, is_float
 
 SEVERAL = 3  # names in a figure
 LEAST = 256  # elements of a matrix whose distribution says something

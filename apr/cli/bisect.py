@@ -21,7 +21,7 @@ from ..bisect import against, hf, show, stored
 from ..bisect import batch as batches
 from ..bisect.report import Report, Row
 from ..bisect.stages import Batch, Plan, Side, configuration, host_bytes, run, upload
-from ..checkpoints.opening import Source, open_source
+from ..checkpoints.registry import HostModel, open_host
 from ..common.errors import IOFailure, Refused, UsageError
 from ..common.host import available_memory
 from ..common.options import given, option
@@ -111,7 +111,7 @@ def main(args: Sequence[str]) -> int:
 
 def _beside_reference(f: Flags, console: Console) -> list[Report]:
     """Each side in lockstep with the reference."""
-    source = open_source(f.model, "float32", f.seed)
+    source = open_host(f.model, "float32", f.seed)
     batch, checked = _batch(f, source)
     check_positions(source.cfg, batch.shape[1])
     as_stored = stored.rows(f.model, source.cfg, source.host)
@@ -139,7 +139,7 @@ def _beside_reference(f: Flags, console: Console) -> list[Report]:
 def _against(f: Flags, console: Console) -> list[Report]:
     """Each side after a trace: a file, or what transformers computes now."""
     made_here, believed = f.against == "hf", None
-    source = open_source(f.model, "float64" if made_here else "float32", f.seed)
+    source = open_host(f.model, "float64" if made_here else "float32", f.seed)
     if made_here:
         batch, _ = _batch(f, source)
         check_positions(source.cfg, batch.shape[1])
@@ -155,7 +155,7 @@ def _against(f: Flags, console: Console) -> list[Report]:
         targets = read_ids(f.targets, source.cfg, "--targets", lowest=IGNORED) if f.targets else None
         trace = against.read_trace(f.against, tokens, targets)
         dtype, backward = trace.dtype, trace.gradients
-        source = open_source(f.model, "float64" if dtype == "float64" else "float32", f.seed)
+        source = open_host(f.model, "float64" if dtype == "float64" else "float32", f.seed)
         against.same_model(f.against, trace, source.sha256)
         want = trace.tensors
         batch = Batch(trace.ids, trace.targets, f"what went into {f.against}")
@@ -181,7 +181,7 @@ def _against(f: Flags, console: Console) -> list[Report]:
     return reports
 
 
-def _batch(f: Flags, source: Source) -> tuple[Batch, list[Row]]:
+def _batch(f: Flags, source: HostModel) -> tuple[Batch, list[Row]]:
     batch, rows = _given(f, source)
     if not f.mask_documents:
         return batch, rows
@@ -199,7 +199,7 @@ def _batch(f: Flags, source: Source) -> tuple[Batch, list[Row]]:
     ), rows
 
 
-def _given(f: Flags, source: Source) -> tuple[Batch, list[Row]]:
+def _given(f: Flags, source: HostModel) -> tuple[Batch, list[Row]]:
     shape = (f.batch_size, f.seq_length)
     if f.tokens:
         ids = read_ids(f.tokens, source.cfg, "--tokens", lowest=0)
@@ -214,7 +214,7 @@ def _given(f: Flags, source: Source) -> tuple[Batch, list[Row]]:
     return batches.from_text(text, source.tokenizer, shape, f.text or "a passage of prose and code")
 
 
-def _sides(f: Flags, source: Source) -> list[Side]:
+def _sides(f: Flags, source: HostModel) -> list[Side]:
     sides: list[Side] = []
     for text in f.sides.split(","):
         asked = re.fullmatch(r"(auto|cpu|reference|cuda(?::\d+)?)(?:/(\w+))?", text.strip())

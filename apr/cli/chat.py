@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..api import LanguageModel
 from ..common.atomic import write_json
 from ..common.errors import AprError, UsageError
-from ..common.files import read_text
-from ..inference.chat import ChatTemplate, Conversation, named_tokens
+from ..inference.chat import Conversation
 from ..inference.generate import Sampling
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def chat(model: LanguageModel, f: Flags, sampling: Sampling) -> int:
     """Talk until the input ends; returns the exit code. Raises Refused: no chat template."""
     template = None
     if f.chat_template is not None:
-        template = ChatTemplate(read_text(Path(f.chat_template)), f.chat_template, named_tokens(model.bundle))
+        template = model.checkpoint.template(f.chat_template)
     conversation = model.conversation(sampling, f.stop, template)
     conversation.set_system(f.system or "")
     session = Session(conversation, quiet=f.json)

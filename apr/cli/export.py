@@ -13,8 +13,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoints.exchange import export_gguf, export_hf, open_bundle, parse_size
+from ..checkpoints.exporting import export_gguf, export_hf, parse_size
 from ..checkpoints.gguf import TYPES
+from ..checkpoints.registry import open_any
 from ..common.errors import UsageError
 from ..common.options import option, parse
 from ..training.show import Show
@@ -42,9 +43,13 @@ def main(args: Sequence[str]) -> int:
         raise UsageError("--force replaces a GGUF file; a folder that holds a model is never overwritten")
     dtype = None if f.dtype == "stored" else f.dtype
     size = parse_size(f.max_shard_size)
-    bundle = open_bundle(f.model)
+    checkpoint = open_any(f.model)
     gguf = f.format == "gguf"
-    done = export_gguf(bundle, f.output, dtype, f.force) if gguf else export_hf(bundle, f.output, dtype, size)
+    done = (
+        export_gguf(checkpoint, f.output, dtype, f.force)
+        if gguf
+        else export_hf(checkpoint, f.output, dtype, size)
+    )
     if f.json:
         print(json.dumps(done, indent=2))
         return 0

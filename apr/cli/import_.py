@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoints.exchange import import_model
+from ..checkpoints.importing import import_model
 from ..common.errors import UsageError
 from ..common.options import option, parse
 from ..training.show import Show

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoints.checkpoint import HF_FILES, Checkpoint
 from ..checkpoints.compare import GGUF_MAGIC, open_side
-from ..checkpoints.exchange import HF_FILES, PROVENANCE, Bundle, open_bundle
-from ..checkpoints.opening import tokenizer_of
+from ..checkpoints.importing import PROVENANCE
+from ..checkpoints.registry import TITLES, open_any
 from ..checkpoints.validate import figures_of
 from ..common.options import option, parse
 from ..model.config import ModelConfig
@@ -77,8 +78,7 @@ def _tensors(tensors: Mapping[str, np.ndarray], figures: bool) -> dict[str, dict
 
 
 def _model(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    bundle = open_bundle(f.model)
-    loaded = bundle.loaded
+    loaded = open_any(f.model)
     layout = Layout(loaded.cfg)
     tensors = _tensors(loaded.tensors, f.tensors)
     size = sum(t["bytes"] for t in tensors.values())
@@ -89,16 +89,16 @@ def _model(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     }
     result: dict[str, Any] = {
         "valid": True,
-        "format": "APR v2" if loaded.kind == "apr" else "Hugging Face safetensors",
+        "format": TITLES[loaded.kind],
         "parameters": layout.num_parameters,
         "tensor_count": len(tensors),
         "tensor_bytes": size,
         "dtypes": sorted({t["dtype"] for t in tensors.values()}),
         "config": asdict(loaded.cfg),
         "weights_sha256": loaded.sha256,
-        "tokenizer": _tokenizer(bundle),
-        "chat_template": bundle.chat_template,
-        "files": sorted(bundle.texts),
+        "tokenizer": _tokenizer(loaded),
+        "chat_template": loaded.chat_template,
+        "files": sorted(loaded.texts),
         "provenance": loaded.metadata.get(PROVENANCE),
         "metadata": known,
         "tensors": tensors,
@@ -112,10 +112,10 @@ def _model(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     ]  # fmt: skip
     if t and t["added_tokens"]:
         rows.append(("added tokens", _few([f"{i} {c!r}" for i, c in t["added_tokens"].items()])))
-    template = bundle.chat_template
+    template = loaded.chat_template
     rows.append(("chat template", f"{len(template):,} characters" if template is not None else "none"))
-    if loaded.kind == "apr" and loaded.metadata.get(HF_FILES):
-        rows.append(("kept files", ", ".join(sorted(bundle.texts))))
+    if loaded.metadata.get(HF_FILES):
+        rows.append(("kept files", ", ".join(sorted(loaded.texts))))
     if p := result["provenance"]:
         at = f" at {p['revision']}" if p.get("revision") else ""
         rows.append(("from", f"{p.get('source')}{at}, {len(p.get('files') or [])} files, by {p.get('by')}"))
@@ -123,8 +123,8 @@ def _model(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     return result, rows
 
 
-def _tokenizer(bundle: Bundle) -> dict[str, Any] | None:
-    tok = tokenizer_of(bundle.loaded)
+def _tokenizer(loaded: Checkpoint) -> dict[str, Any] | None:
+    tok = loaded.tokenizer
     if tok is None:
         return None
     added = json.loads(tok.json).get("added_tokens") or []
@@ -135,9 +135,7 @@ def _tokenizer(bundle: Bundle) -> dict[str, Any] | None:
         "merges": tok.merges,
         "eos_token": tok.eos_token,
         "eos_id": tok.eos_id,
-        "bos_id": bundle.loaded.metadata.get(
-            "tokenizer.bos_token_id" if bundle.loaded.kind == "apr" else "bos_token_id"
-        ),
+        "bos_id": loaded.metadata.get("tokenizer.bos_token_id", loaded.metadata.get("bos_token_id")),
         "added_tokens": {t["id"]: t["content"] for t in added},
         "sha256": tok.sha256,
     }

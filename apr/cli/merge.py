@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
-from ..checkpoints.exchange import HF_FILES, open_bundle
-from ..checkpoints.opening import tokenizer_of
+from ..checkpoints.checkpoint import HF_FILES, fill, parameters
 from ..checkpoints.peft import add_adapter, read_adapter
-from ..checkpoints.registry import fill, load_model, parameters
+from ..checkpoints.registry import open_any
 from ..checkpoints.tensors import BF16
 from ..common.errors import Refused, UsageError
 from ..common.options import option, parse
@@ -51,8 +50,7 @@ def main(args: Sequence[str]) -> int:
         raise UsageError(f"--out {f.out or 'is missing'}: give the file to write, such as -o merged.apr")
     if out.exists() and not f.force:
         raise Refused(f"{out}: is there already; choose another name, or --force")
-    bundle = open_bundle(f.base)
-    base = bundle.loaded
+    base = open_any(f.base)
     layout = Layout(base.cfg)
     adapter = read_adapter(f.adapter, base.cfg)
     host = np.zeros(layout.size, np.float32)
@@ -61,9 +59,9 @@ def main(args: Sequence[str]) -> int:
     stored = {t.dtype for t in parameters(layout, base).values()}
     dtype = f.dtype or ("bfloat16" if stored == {BF16} else "float32")
     meta: dict[str, Any] = config_to_metadata(base.cfg)
-    meta |= {HF_FILES: bundle.texts} if bundle.texts else {}
+    meta |= {HF_FILES: base.texts} if base.texts else {}
     meta["merged"] = {"base_sha256": base.sha256, "adapter_sha256": adapter.sha256, "adapter": adapter.config}
-    tokenizer = tokenizer_of(base)
+    tokenizer = base.tokenizer
     if tokenizer:
         embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id)
     write_apr(out, meta, layout.named(host), dtype)
@@ -74,7 +72,7 @@ def main(args: Sequence[str]) -> int:
         "ranks": sorted({int(d.a.shape[0]) for d in adapter.deltas.values()}),
         "base_sha256": base.sha256,
         "adapter_sha256": adapter.sha256,
-        "sha256": load_model(str(out)).sha256,
+        "sha256": open_any(str(out)).sha256,
     }
     if f.json:
         print(json.dumps(result, indent=2))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends.select import select
-from ..checkpoints.registry import load_model
+from ..checkpoints.registry import open_any
 from ..common.errors import UsageError
 from ..common.options import option, parse
 from ..model.config import load_config
@@ -60,7 +60,7 @@ def main(args: Sequence[str]) -> int:
     lora = lora_config(f.lora_rank, None, f.lora_targets)
     if lora and not f.train:
         raise UsageError("--lora-rank is about training, --no-train has none; give one of them")
-    cfg = load_model(f.init).cfg if f.init else load_config(str(f.model))
+    cfg = open_any(f.init).cfg if f.init else load_config(str(f.model))
     check_positions(cfg, f.seq_length)
     backend = select(f.device, f.dtype, f.threads)
     dtype = f.dtype or backend.dtypes[0]

@@ -19,7 +19,7 @@ from numpy.lib.format import open_memmap
 from .. import backends
 from ..backends.select import select
 from ..checkpoints.hf import write_safetensors
-from ..checkpoints.opening import open_source, put
+from ..checkpoints.registry import open_host
 from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..common.files import opened, read_json
 from ..common.options import option, parse
@@ -82,13 +82,13 @@ def main(args: Sequence[str]) -> int:
     dtype = f.dtype or backend.dtypes[0]
     if dtype not in backend.dtypes:
         raise Refused(f"--dtype {dtype}: the {backend.name} backend computes in {', '.join(backend.dtypes)}")
-    source = open_source(f.model, dtype, f.seed)
+    source = open_host(f.model, dtype, f.seed)
     ids = read_ids(f.tokens, source.cfg, "--tokens", lowest=0)
     targets = read_targets(f.targets, ids, source.cfg)
     batch, seq = ids.shape
     need = memory(source.cfg, backend, batch, seq, dtype, f.backward, ids.size, optimizer=False)
     check_fits(need, backend, "trace fewer tokens or a smaller model")
-    weights = put(backend, source, dtype)
+    weights = source.on(backend, dtype)
     model = Model(source.cfg, backend, batch, seq, dtype, f.backward, ids.size, w=weights)
     tensors = record(model, ids, targets) | {"ids": ids, "targets": targets}
     facts = {

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.exchange import Bundle, export_hf, open_bundle
-from ..checkpoints.opening import tokenizer_of, weights_on
-from ..checkpoints.registry import LoadedModel, load_model
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.exporting import export_hf
+from ..checkpoints.registry import open_any
 from ..checkpoints.validate import validate
 from ..common.errors import AprError
 from ..common.finding import FAIL, Checklist, Fault, Skip
@@ -140,13 +140,13 @@ class Subject:
         self.source, self.backend, self.dtype, self.texts, self.tell = source, backend, dtype, texts, tell
 
     @cached_property
-    def bundle(self) -> Bundle:
-        return open_bundle(self.source)
+    def checkpoint(self) -> Checkpoint:
+        return open_any(self.source)
 
     @property
-    def loaded(self) -> LoadedModel:
+    def loaded(self) -> Checkpoint:
         try:
-            return self.bundle.loaded
+            return self.checkpoint
         except AprError as e:
             raise Skip(f"it does not load: {e}") from None
 
@@ -157,7 +157,7 @@ class Subject:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         try:
-            tokenizer = tokenizer_of(self.loaded)
+            tokenizer = self.loaded.tokenizer
         except AprError as e:
             raise Skip(f"its tokenizer cannot be used: {e}") from None
         if tokenizer is None:
@@ -179,7 +179,7 @@ class Subject:
     @cached_property
     def weights(self) -> Any:
         self.tell("loading the weights")
-        return weights_on(self.backend, self.loaded, self.dtype)
+        return self.loaded.on(self.backend, self.dtype)
 
     @cached_property
     def readings(self) -> dict[str, Reading]:
@@ -281,13 +281,13 @@ def qa(
         return valid.counts()
 
     def loads() -> str:
-        loaded = s.bundle.loaded
+        loaded = s.checkpoint
         return f"{loaded.cfg.family}, weights {loaded.sha256[:12]}"
 
     def tokenizer() -> str:
         if s.loaded.tokenizer_json is None:
             raise Fault("none in it: nobody could give it text; import or train with one")
-        if tokenizer_of(s.loaded).eos_id is None:  # type: ignore[union-attr]
+        if s.loaded.tokenizer.eos_id is None:  # type: ignore[union-attr]
             raise Fault("it names no end of text, so no answer would end")
         return f"{s.tokenizer.vocab_size:,} ids, end of text {s.tokenizer.eos_token!r} ({s.tokenizer.eos_id})"
 
@@ -343,10 +343,10 @@ def qa(
         want = s.readings[s.best.name].sha256
         tell("exporting and reading back")
         with TemporaryDirectory(prefix="apr-qa-") as folder:
-            export_hf(s.bundle, Path(folder) / "hf")
-            again = load_model(str(Path(folder) / "hf"))
-            got = s.read(s.best, weights_on(backend, again, dtype))
-            tok = tokenizer_of(again)
+            export_hf(s.checkpoint, Path(folder) / "hf")
+            again = open_any(str(Path(folder) / "hf"))
+            got = s.read(s.best, again.on(backend, dtype))
+            tok = again.tokenizer
         if got.sha256 != want:
             raise Fault(
                 f"other logits after export and reload: loss {got.loss:.6f}, before {s.readings[s.best.name].loss:.6f}"

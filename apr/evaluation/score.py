@@ -13,8 +13,8 @@ import numpy as np
 
 from .. import backends
 from ..backends.select import select
-from ..checkpoints.opening import tokenizer_of, weights_on
-from ..checkpoints.registry import LoadedModel, load_model
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.registry import open_any
 from ..common.errors import Aborted, MalformedFile, Refused, UsageError
 from ..model.config import ModelConfig
 from ..model.cost import check_fits, check_positions, memory
@@ -47,7 +47,7 @@ class Scored(NamedTuple):
 class Opened:
     """A checkpoint with its weights on a backend."""
 
-    loaded: LoadedModel
+    loaded: Checkpoint
     backend: ModuleType
     dtype: str
     tokenizer: Tokenizer | None
@@ -60,7 +60,7 @@ class Opened:
     @cached_property
     def weights(self) -> Any:
         """The parameters on the backend, a flat buffer (Layout order); loaded when first asked for."""
-        return weights_on(self.backend, self.loaded, self.dtype)
+        return self.loaded.on(self.backend, self.dtype)
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises Refused: there is none."""
@@ -91,8 +91,8 @@ def open_model(
     kind = dtype or module.dtypes[0]
     if kind not in module.dtypes:
         raise Refused(f"--dtype {kind}: the {module.name} backend computes in {', '.join(module.dtypes)}")
-    loaded = load_model(source)
-    own = tokenizer_of(loaded)
+    loaded = open_any(source)
+    own = loaded.tokenizer
     if tokenizer is not None:
         given = Tokenizer.from_file(tokenizer)
         if own is not None and own.sha256 != given.sha256:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.registry import LoadedModel, parameters
+from ..checkpoints.checkpoint import Checkpoint, parameters
 from ..checkpoints.tensors import CHUNK
 from ..common.errors import AprError
 from ..model.config import ModelConfig, from_hf, to_hf
@@ -60,7 +60,7 @@ def architecture(cfg: ModelConfig, source: str) -> Answer:
     return Answer(same, f"{len(written)} keys of {source}", "the same configuration")
 
 
-def loaded_weights(model: Model, opt: AdamW, init: LoadedModel) -> Answer:
+def loaded_weights(model: Model, opt: AdamW, init: Checkpoint) -> Answer:
     """Whether the device holds a checkpoint's weights bit for bit, element by element."""
     be, count = model.be, 0
     tensors = parameters(model.layout, init)

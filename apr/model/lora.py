@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoints.registry import LoadedModel, fill, parameters
+from ..checkpoints.checkpoint import Checkpoint, fill, parameters
 from ..checkpoints.tensors import CHUNK
 from ..common.errors import Refused, UsageError
 from ..evidence.gates import Answer
@@ -235,7 +235,7 @@ class Adapters:
             self.be.copy(base, _cut(model.w, p.base))
         self.base_sha256 = self.base_hash()
 
-    def load_base(self, init: LoadedModel) -> None:
+    def load_base(self, init: Checkpoint) -> None:
         """set_base with the weights of a checkpoint."""
         host = np.zeros(self.base_model.layout.size, np.float32)
         fill(self.base_model.layout, host, init)
@@ -309,7 +309,7 @@ class Adapters:
         leaked = [name for name in waiting if name not in zero]
         return partial(_gradient_answer, missing, leaked, len(waiting), norm)
 
-    def loaded(self, init: LoadedModel) -> Answer:
+    def loaded(self, init: Checkpoint) -> Answer:
         """For the gate before.weights: whether the device holds a checkpoint's weights, rounded to the run's dtype."""
         count, tensors = 0, parameters(self.base_model.layout, init)
         adapted = {p.base.offset: base for p, base in zip(self.layout.pairs, self.base, strict=True)}
@@ -384,7 +384,7 @@ def check_adapter_facts(opt: AdamW, metadata: Mapping[str, Any], source: str) ->
         )
 
 
-def adapt(model: Model, config: LoraConfig | None, init: LoadedModel | None) -> Adapters | None:
+def adapt(model: Model, config: LoraConfig | None, init: Checkpoint | None) -> Adapters | None:
     """Adapters of a model with a checkpoint's weights; None where there is no configuration of any."""
     if config is None or init is None:  # settings.resolve refuses adapters of random weights
         return None

@@ -14,10 +14,9 @@ from types import ModuleType
 from typing import Any
 
 from ..backends.select import choose
-from ..checkpoints.exchange import HF_FILES, TEMPLATE, Bundle, open_bundle
-from ..checkpoints.opening import tokenizer_of
+from ..checkpoints.checkpoint import HF_FILES, TEMPLATE, Checkpoint
 from ..checkpoints.peft import LoadedAdapter, read_adapter
-from ..checkpoints.registry import LoadedModel
+from ..checkpoints.registry import open_any
 from ..common.errors import InputNotFound, Refused
 from ..common.files import read_text
 from ..data.audit import Side, audit, enforce_all, sides_of, tokenizer_beside
@@ -35,7 +34,6 @@ from ..data.readers import Corpus
 from ..data.sources import Source, find_sources
 from ..evidence import measure
 from ..evidence.gates import Answer, Gates
-from ..inference.chat import template_of
 from ..model.config import ModelConfig, load_config
 from ..model.cost import Memory, check_fits, check_positions, memory
 from ..model.lora import LoraConfig, lora_config, lora_to_json
@@ -65,7 +63,7 @@ class Inputs:
     tokenizer: Tokenizer
     train: Windows | InstructWindows
     val: Windows | InstructWindows
-    init: LoadedModel | None
+    init: Checkpoint | None
     corpus_name: str
     left_out: str  # which documents of a corpus cannot be used, or ""
     document_end: int | None  # the id at which attention stops, None where it does not
@@ -91,11 +89,10 @@ def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
     """Open device, data, tokenizer and model description. Raises AprError for what does not fit together."""
     chosen = choose(s.device, s.dtype, s.threads)
     backend, dtype = chosen.backend, s.dtype or chosen.backend.dtypes[0]
-    bundle = open_bundle(s.init) if s.init else None
-    init = bundle.loaded if bundle else None
+    init = open_any(s.init) if s.init else None
     cfg = init.cfg if init else load_config(str(s.model))
     check_positions(cfg, s.seq_length)
-    tokenizer, sides, name, left_out = _open_data(s, cfg, init, progress, bundle)
+    tokenizer, sides, name, left_out = _open_data(s, cfg, init, progress)
     train, val = windows_of(s, sides)
     end = _document_end(tokenizer, train, val) if s.mask_documents else _packed_end(train)
     s = dataclasses.replace(s, dtype=dtype)
@@ -104,7 +101,7 @@ def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
     note = chosen.note if chosen.avoidable else ""
     return Inputs(
         s, backend, cfg, tokenizer, train, val, init, name, left_out, end, sides, note, lora, adapter,
-        _carried(s, bundle),
+        _carried(s, init),
     )  # fmt: skip
 
 
@@ -116,26 +113,26 @@ def _adapters(s: Settings, cfg: ModelConfig) -> tuple[LoadedAdapter | None, Lora
     return adapter, adapter.lora_config(cfg)
 
 
-def _carried(s: Settings, bundle: Bundle | None) -> dict[str, Any]:
+def _carried(s: Settings, init: Checkpoint | None) -> dict[str, Any]:
     """What belongs to a checkpoint beside its weights and stays true of them: the small files of its Hugging Face folder, the
     chat template that it was fine-tuned with among them."""
-    texts = dict(bundle.texts) if bundle and not s.tokenizer else {}
+    texts = dict(init.texts) if init and not s.tokenizer else {}
     if s.chat_template:
         texts[TEMPLATE] = read_text(Path(s.chat_template))
     return {HF_FILES: texts} if texts else {}
 
 
 def _open_data(
-    s: Settings, cfg: ModelConfig, init: LoadedModel | None, progress: Progress | None, bundle: Bundle | None
+    s: Settings, cfg: ModelConfig, init: Checkpoint | None, progress: Progress | None
 ) -> tuple[Tokenizer, list[Side], str, str]:
     """Tokenizer and shards, every guard asked; name of the corpus, and what of it cannot be used."""
     bounds = Bounds.parse(s.widen)
     tokenizer = Tokenizer.from_file(s.tokenizer) if s.tokenizer else None
     if s.instruct or (s.dataset and is_instruct(sides_of(Path(s.dataset))["train"])):
-        return _open_instruct(s, cfg, bundle, tokenizer, progress)
+        return _open_instruct(s, cfg, init, tokenizer, progress)
     if s.corpus:
         if tokenizer is None and init is not None:
-            tokenizer = tokenizer_of(init)
+            tokenizer = init.tokenizer
             if tokenizer is None:
                 raise Refused(f"{s.init}: no tokenizer in the checkpoint; give --tokenizer")
         if tokenizer:
@@ -173,14 +170,14 @@ def _open_data(
 def _open_instruct(
     s: Settings,
     cfg: ModelConfig,
-    bundle: Bundle | None,
+    init: Checkpoint | None,
     tokenizer: Tokenizer | None,
     progress: Progress | None,
 ) -> tuple[Tokenizer, list[Side], str, str]:
     """As _open_data, of --instruct, or of a --dataset that such a run has made."""
-    if bundle is None:
+    if init is None:
         raise Refused(f"{s.dataset}: instruction data fine-tunes a checkpoint: give it with --init")
-    tokenizer = tokenizer or tokenizer_of(bundle.loaded)
+    tokenizer = tokenizer or init.tokenizer
     if tokenizer is None:
         raise Refused(f"{s.init}: no tokenizer in the checkpoint; give --tokenizer")
     folders, left_out = sides_of(Path(str(s.dataset))) if s.dataset else {}, ""
@@ -190,7 +187,7 @@ def _open_instruct(
             s.instruct,
             cache_dir() / "instruct",
             tokenizer,
-            template_of(bundle, s.chat_template),
+            init.template(s.chat_template),
             s.seq_length,
             s.val_fraction,
             progress,

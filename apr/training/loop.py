@@ -21,7 +21,7 @@ import numpy as np
 
 from ..bisect.show import print_report
 from ..bisect.spot import spot_check
-from ..checkpoints.registry import fill
+from ..checkpoints.checkpoint import fill
 from ..common.errors import Interrupted, MalformedFile
 from ..data.batches import Batches, Exhausted
 from ..data.conversations.instruct import checked_piece, trained_targets

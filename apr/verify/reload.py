@@ -13,8 +13,7 @@ from typing import Any
 
 from .. import backends
 from ..backends.select import choose
-from ..checkpoints.opening import tokenizer_of, weights_on
-from ..checkpoints.registry import load_model
+from ..checkpoints.registry import open_any
 from ..common.errors import AprError, MalformedFile, Refused
 from ..data.audit import Side, sides_of
 from ..data.conversations.instruct import open_side
@@ -65,8 +64,8 @@ def checkpoint_loss(r: Recorded, backend: ModuleType, dtype: str, dataset: str |
     """The validation loss of a checkpoint on a backend; `dataset`: where its shards are now, if not where they were.
 
     Raises Refused when the shards are not those of the run, InputNotFound when they are gone."""
-    init = load_model(str(r.checkpoint))
-    tokenizer = tokenizer_of(init)
+    init = open_any(str(r.checkpoint))
+    tokenizer = init.tokenizer
     if tokenizer is None:
         raise MalformedFile(f"{r.checkpoint}: no tokenizer in it, so the shards cannot be read")
     folders = {k: Path(v) for k, v in r.config["data_folders"].items()}
@@ -84,7 +83,7 @@ def checkpoint_loss(r: Recorded, backend: ModuleType, dtype: str, dataset: str |
     micro = s.micro_batch_size or s.batch_size
     model = Model(
         init.cfg, backend, micro, s.seq_length, dtype,
-        train=False, w=weights_on(backend, init, dtype), document_end=evaluation.get("document_end"),
+        train=False, w=init.on(backend, dtype), document_end=evaluation.get("document_end"),
     )  # fmt: skip
     return evaluate(model, val, micro, s.val_batches and s.val_batches * s.batch_size)
 

@@ -18,9 +18,8 @@ import numpy as np
 from .. import backends
 from ..backends.select import choose
 from ..checkpoints.apr2 import read_apr
-from ..checkpoints.opening import tokenizer_of
 from ..checkpoints.peft import merge_error, read_adapter
-from ..checkpoints.registry import load_model
+from ..checkpoints.registry import open_any
 from ..common.errors import AprError, Refused, UsageError
 from ..common.files import read_json
 from ..data.batches import Batches
@@ -294,7 +293,7 @@ class Verifier:
             return Answer(False, f"{len(found)} checkpoints, {len(ends)} with metadata", "the same epochs")
         for path in found:
             r = recorded(self.run.path, path)
-            loaded = load_model(str(path))
+            loaded = open_any(str(path))
             names = [s.hf for s in Layout(loaded.cfg).in_order()]
             sha = sha256(*(np.asarray(loaded.tensors[n]) for n in names))
             if sha != r.metadata["weights_sha"]:
@@ -334,7 +333,7 @@ class Verifier:
         folder, init = path.with_name(f"{path.stem}-adapter"), str(self.settings.init)
         if not Path(init).exists():
             return Answer(None, "", bound, f"the base {init} is not there")
-        base, merged = load_model(init), load_model(str(path))
+        base, merged = open_any(init), open_any(str(path))
         if base.sha256 != self.config["data"]["init_sha256"]:
             return Answer(
                 False, f"{init}: weights {base.sha256[:12]}", f"{self.config['data']['init_sha256'][:12]}"
@@ -352,7 +351,7 @@ class Verifier:
         checkpoint = self._last()
         if checkpoint is None:
             return Answer(None, "", bound, NONE_SAVED)
-        tokenizer = tokenizer_of(load_model(str(checkpoint)))
+        tokenizer = open_any(str(checkpoint)).tokenizer
         if tokenizer is None or tokenizer.sha256 != want["tokenizer_sha256"]:
             return Answer(False, "the tokenizer in the checkpoint is not the run's", bound)
         tokens = 0
@@ -466,7 +465,7 @@ class Verifier:
                     "tokenizer": folder,
                     "val_dataset": None,
                 }
-                text = load_model(str(self.run.checkpoints()[-1])).tokenizer_json
+                text = open_any(str(self.run.checkpoints()[-1])).tokenizer_json
                 Path(folder, "tokenizer.json").write_text(text or "", encoding="utf-8")
             inputs = open_inputs(dataclasses.replace(self.settings, **changes))
         for key in ("train_sha256", "val_sha256", "tokenizer_sha256"):

@@ -12,7 +12,7 @@ import pytest
 from apr.bisect import stored
 from apr.bisect.rule import BF16
 from apr.checkpoints.hf import write_hf, write_safetensors
-from apr.checkpoints.opening import open_source
+from apr.checkpoints.registry import open_host
 from apr.model.config import PRESETS, to_hf
 from apr.model.params import Layout
 
@@ -34,7 +34,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def bad(folder: Path, host: np.ndarray | None = None, **changes: object) -> list[tuple[str, str]]:
-    source = open_source(str(folder))
+    source = open_host(str(folder))
     cfg = replace(source.cfg, **changes)  # type: ignore[arg-type]
     rows = stored.rows(str(folder), cfg, source.host if host is None else host)
     assert {r.stage for r in rows} == {"configuration", "upload"}
@@ -43,7 +43,7 @@ def bad(folder: Path, host: np.ndarray | None = None, **changes: object) -> list
 
 def test_what_is_read_right_agrees(folder: Path) -> None:
     assert bad(folder) == []
-    source = open_source(str(folder))
+    source = open_host(str(folder))
     tensors = [r for r in stored.rows(str(folder), source.cfg, source.host) if r.op == "read_file"]
     assert len(tensors) == len(source.layout.slots)
     assert stored.rows(str(folder / "model.safetensors"), source.cfg, source.host) != []
@@ -55,7 +55,7 @@ def test_files_that_hold_no_weights_of_the_model_are_left_alone(folder: Path) ->
 
 
 def test_a_folder_of_several_files(folder: Path) -> None:
-    source = open_source(str(folder))
+    source = open_host(str(folder))
     named = source.layout.named(source.host)
     write_hf(folder / "parts", source.cfg, named, max_shard_bytes=40_000)
     assert len(list((folder / "parts").glob("*.safetensors"))) > 1
@@ -63,7 +63,7 @@ def test_a_folder_of_several_files(folder: Path) -> None:
 
 
 def test_a_dtype_that_is_taken_for_another_is_seen(folder: Path) -> None:
-    source = open_source(str(folder))
+    source = open_host(str(folder))
     at = source.layout.by_hf[NORM]
     x = source.host[at.offset : at.offset + at.size]
     x[...] = x.astype(BF16).view(np.float16)
@@ -72,14 +72,14 @@ def test_a_dtype_that_is_taken_for_another_is_seen(folder: Path) -> None:
 
 def test_what_no_model_has_is_not_read(folder: Path) -> None:
     """Old Llama files hold a table that the configuration determines, in any dtype."""
-    source = open_source(str(folder))
+    source = open_host(str(folder))
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.int64)}
     write_safetensors(folder / "model.safetensors", {**source.layout.named(source.host), **table})
     assert bad(folder) == []
 
 
 def test_one_bit_is_seen(folder: Path) -> None:
-    source = open_source(str(folder))
+    source = open_host(str(folder))
     source.host.view(np.uint32)[source.layout.by_hf[NORM].offset + 2] ^= 1
     assert bad(folder, source.host) == [("read_file", NORM)]
 
@@ -90,7 +90,7 @@ def test_a_configuration_that_is_not_the_file_s_is_seen(folder: Path) -> None:
 
 
 def test_missing_and_unexpected_tensors_are_seen(folder: Path) -> None:
-    source = open_source(str(folder))
+    source = open_host(str(folder))
     named = {n: x for n, x in source.layout.named(source.host).items() if n != NORM}
     write_safetensors(folder / "model.safetensors", {**named, "extra": np.ones(3, np.float32)})
     rows = stored.rows(str(folder), source.cfg, source.host)

@@ -24,8 +24,10 @@ from apr.checkpoints.compare import (
     compare,
     open_side,
 )
-from apr.checkpoints.exchange import export_hf, import_model, open_bundle
+from apr.checkpoints.exporting import export_hf
 from apr.checkpoints.hf import read_safetensors, write_safetensors
+from apr.checkpoints.importing import import_model
+from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile
 
@@ -54,7 +56,7 @@ def changed(files: Path, out: Path, **tensors: np.ndarray | None) -> Path:
 
 
 def test_equal_whatever_the_format(files: Path, tmp_path: Path) -> None:
-    export_hf(open_bundle(str(files / "m.apr")), tmp_path / "one")
+    export_hf(open_any(str(files / "m.apr")), tmp_path / "one")
     for a, b in (("m.apr", "m.apr"), ("hf", "m.apr"), ("m.apr", "hf")):
         found = diff(files / a, files / b)
         assert found.equal
@@ -65,11 +67,11 @@ def test_equal_whatever_the_format(files: Path, tmp_path: Path) -> None:
 
 def test_gguf_is_mapped_back(files: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="needs the package gguf: pip install 'apr[gguf]'")
-    from apr.checkpoints.exchange import export_gguf
+    from apr.checkpoints.exporting import export_gguf
 
-    export_gguf(open_bundle(str(files / "m.apr")), tmp_path / "m.gguf")
+    export_gguf(open_any(str(files / "m.apr")), tmp_path / "m.gguf")
     assert diff(files / "m.apr", tmp_path / "m.gguf").equal
-    export_gguf(open_bundle(str(files / "m.apr")), tmp_path / "h.gguf", "bfloat16")
+    export_gguf(open_any(str(files / "m.apr")), tmp_path / "h.gguf", "bfloat16")
     found = diff(files / "m.apr", tmp_path / "h.gguf")
     assert not found.equal
     assert diff(files / "m.apr", tmp_path / "h.gguf", 2**-8).equal

@@ -29,9 +29,9 @@ from apr.checkpoints.apr2 import (
     read_apr,
     write_apr,
 )
+from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.hf import read_hf, read_safetensors, write_hf, write_safetensors
-from apr.checkpoints.opening import tokenizer_of
-from apr.checkpoints.registry import fill, load_model
+from apr.checkpoints.registry import open_any
 from apr.checkpoints.tensors import encode
 from apr.common import atomic
 from apr.common.atomic import atomic_write, write_json, write_text
@@ -437,7 +437,7 @@ def test_apr_round_trip(tmp_path: Path, name: str, dtype: str | None) -> None:
     first = path.read_bytes()
     write_apr(path, meta, tensors, dtype)
     assert path.read_bytes() == first
-    loaded = load_model(str(path))
+    loaded = open_any(str(path))
     assert (loaded.cfg, loaded.kind, loaded.source, loaded.tokenizer_json) == (cfg, "apr", str(path), None)
     want = {n: t.astype(BF16) if dtype == "bfloat16" else t for n, t in tensors.items()}
     assert all(same(loaded.tensors[n], t) for n, t in want.items())
@@ -856,19 +856,19 @@ def test_hf_round_trip(tmp_path: Path, name: str, limit: int, dtype: str) -> Non
     if limit == 12_000:
         big = [p for p in folder.glob("*.safetensors") if len(header_of(p.read_bytes())[1]) > limit]
         assert all(len(header_of(p.read_bytes())[0]) == 2 for p in big)  # one tensor that is too large alone
-    loaded = load_model(str(folder))
+    loaded = open_any(str(folder))
     assert (loaded.cfg, loaded.kind, loaded.tokenizer_json) == (cfg, "hf", tokenizer_json())
     assert loaded.metadata["torch_dtype"] == dtype
     want = {n: t.astype(BF16) if dtype == "bfloat16" else t for n, t in tensors.items()}
     assert set(loaded.tensors) == set(want)
     assert all(same(loaded.tensors[n], t) for n, t in want.items())
     write_apr(tmp_path / "m.apr", config_to_metadata(cfg), loaded.tensors)  # import
-    assert load_model(str(tmp_path / "m.apr")).sha256 == loaded.sha256
+    assert open_any(str(tmp_path / "m.apr")).sha256 == loaded.sha256
     flat = np.empty(layout.size, np.float32)
     fill(layout, flat, loaded)
     flat[layout.by_hf["model.norm.weight"].offset] += 1
     write_apr(tmp_path / "m.apr", config_to_metadata(cfg), layout.named(flat))
-    assert load_model(str(tmp_path / "m.apr")).sha256 != loaded.sha256
+    assert open_any(str(tmp_path / "m.apr")).sha256 != loaded.sha256
 
 
 def test_write_hf_refuses(tmp_path: Path) -> None:
@@ -892,7 +892,7 @@ def sharded(tmp_path: Path) -> Path:
     """A good folder of several shards, for a test to damage."""
     cfg, _, _, tensors = weights()
     write_hf(tmp_path / "hf", cfg, tensors, max_shard_bytes=12_000)
-    load_model(str(tmp_path / "hf"))
+    open_any(str(tmp_path / "hf"))
     return tmp_path / "hf"
 
 
@@ -957,26 +957,26 @@ def test_index_and_shards_must_agree(sharded: Path) -> None:
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputNotFound, match=r"\.apr file.*model\.safetensors.*index.*beside"):
-        load_model(str(tmp_path / "nothing"))
+        open_any(str(tmp_path / "nothing"))
     with pytest.raises(InputNotFound, match="preset has sizes but no weights"):
-        load_model("llama-tiny")
+        open_any("llama-tiny")
     with pytest.raises(InputNotFound, match=r"no config\.json"):
-        load_model(str(tmp_path))
+        open_any(str(tmp_path))
     write_json(tmp_path / "config.json", to_hf(PRESETS["llama-tiny"]))
     with pytest.raises(InputNotFound, match=r"neither model\.safetensors nor"):
-        load_model(str(tmp_path))
+        open_any(str(tmp_path))
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(InputNotFound, match=r"pytorch_model\.bin is a pickle"):
-        load_model(str(tmp_path))
+        open_any(str(tmp_path))
     with pytest.raises(MalformedFile, match=r"pytorch_model\.bin: starts with b''"):
-        load_model(str(tmp_path / "pytorch_model.bin"))
+        open_any(str(tmp_path / "pytorch_model.bin"))
 
 
 def test_single_safetensors_file(tmp_path: Path) -> None:
     cfg, _, _, tensors = weights()
     write_hf(tmp_path / "hf", cfg, tensors)
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "other.safetensors")
-    loaded = load_model(str(tmp_path / "hf" / "other.safetensors"))
+    loaded = open_any(str(tmp_path / "hf" / "other.safetensors"))
     assert loaded.cfg == cfg
     assert same(loaded.tensors["model.norm.weight"], tensors["model.norm.weight"])
 
@@ -1011,7 +1011,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, name: str) -> None:
         bad = {n: t for n, t in {**tensors, **change}.items() if t is not None}
         for source in stored(tmp_path, cfg, bad):
             with pytest.raises(Refused) as e:
-                load_model(source)
+                open_any(source)
             assert all(word in str(e.value) for word in [source, *words]), str(e.value)
             assert str(e.value).count("model.layers.") <= 5
 
@@ -1020,7 +1020,7 @@ def test_lost_biases_are_missed(tmp_path: Path) -> None:
     cfg, _, _, tensors = weights("qwen2-tiny")
     for source in stored(tmp_path, cfg, {n: t for n, t in tensors.items() if not n.endswith("bias")}):
         with pytest.raises(Refused, match=r"6 missing: model\.layers\.0\.self_attn\.q_proj\.bias"):
-            load_model(source)
+            open_any(source)
 
 
 def test_tied_head(tmp_path: Path) -> None:
@@ -1030,17 +1030,17 @@ def test_tied_head(tmp_path: Path) -> None:
     for variant in (only_head, {**tensors, head: tensors[embed].copy()}):
         for source in stored(tmp_path, cfg, variant):
             back = np.empty(layout.size, np.float32)
-            fill(layout, back, load_model(source))
+            fill(layout, back, open_any(source))
             assert same(back, flat)
     other = tensors[embed].copy()
     other[-1, -1] = np.nextafter(other[-1, -1], np.float32(9))
     for bad in (other, tensors[embed].astype(BF16), tensors[embed].view(np.int32), tensors[embed][:-1]):
         for source in stored(tmp_path, cfg, {**tensors, head: bad}):
             with pytest.raises(Refused, match=r"lm_head\.weight differs"):
-                load_model(source)
+                open_any(source)
     for source in stored(tmp_path, replace(cfg, tie_word_embeddings=False), tensors):
         with pytest.raises(Refused, match=r"1 missing: lm_head\.weight \(without"):
-            load_model(source)
+            open_any(source)
 
 
 def test_old_rotary_tables_are_ignored(tmp_path: Path) -> None:
@@ -1048,7 +1048,7 @@ def test_old_rotary_tables_are_ignored(tmp_path: Path) -> None:
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(5, np.float32) for i in range(2)}
     for source in stored(tmp_path, cfg, {**tensors, **extra}):
         back = np.empty(layout.size, np.float32)
-        fill(layout, back, load_model(source))
+        fill(layout, back, open_any(source))
         assert same(back, flat)
 
 
@@ -1063,7 +1063,7 @@ def test_weights_that_are_not_finite(tmp_path: Path, value: float, dtype: Any) -
         (tmp_path / "hf" / "model.safetensors").unlink()
         write_safetensors(tmp_path / "hf" / "model.safetensors", good)
     path = tmp_path / "hf" / "model.safetensors"
-    loaded = load_model(str(path))
+    loaded = open_any(str(path))
     fill(layout, np.empty(layout.size, np.float32), loaded)
     entry_ = loaded.tensors.entries[name]  # type: ignore[attr-defined]
     raw = bytearray(path.read_bytes())
@@ -1071,7 +1071,7 @@ def test_weights_that_are_not_finite(tmp_path: Path, value: float, dtype: Any) -
     raw[last : last + entry_.dtype.itemsize] = np.array([value], dtype).tobytes()
     path.write_bytes(raw)
     with pytest.raises(Refused, match=rf"{name}: element 2239 is {value}"):
-        fill(layout, np.empty(layout.size, np.float32), load_model(str(path)))
+        fill(layout, np.empty(layout.size, np.float32), open_any(str(path)))
 
 
 def test_float64_that_overflows_float32(tmp_path: Path) -> None:
@@ -1079,7 +1079,7 @@ def test_float64_that_overflows_float32(tmp_path: Path) -> None:
     wide = {n: t.astype(np.float64) for n, t in tensors.items()}
     wide["model.norm.weight"][3] = 1e300
     for source in stored(tmp_path, cfg, wide):
-        loaded = load_model(source)
+        loaded = open_any(source)
         with pytest.raises(Refused, match=r"model\.norm\.weight: element 3 is inf"):
             fill(layout, np.empty(layout.size, np.float32), loaded)
         back = np.empty(layout.size, np.float64)
@@ -1090,7 +1090,7 @@ def test_float64_that_overflows_float32(tmp_path: Path) -> None:
 def test_fill_wants_a_buffer_of_the_layout(tmp_path: Path) -> None:
     cfg, layout, _, tensors = weights()
     write_apr(tmp_path / "m.apr", config_to_metadata(cfg), tensors)
-    loaded = load_model(str(tmp_path / "m.apr"))
+    loaded = open_any(str(tmp_path / "m.apr"))
     for flat in (
         np.empty(layout.size - 1, np.float32),
         np.empty(layout.size, np.float16),
@@ -1111,11 +1111,11 @@ def test_config_of_absurd_size(tmp_path: Path, change: dict[str, int]) -> None:
     write_hf(tmp_path, cfg, tensors)
     write_json(tmp_path / "config.json", {**to_hf(cfg), **change})
     with pytest.raises(Refused, match=r"at most 4096|of wrong shape"):
-        load_model(str(tmp_path))
+        open_any(str(tmp_path))
 
 
 def test_stories260k_loads() -> None:
-    loaded = load_model(str(data("stories260K") / "hf"))
+    loaded = open_any(str(data("stories260K") / "hf"))
     layout = Layout(loaded.cfg)
     assert layout.num_parameters == 260_032
     assert loaded.tokenizer_json is not None
@@ -1148,7 +1148,7 @@ def test_what_is_no_file_is_an_error_and_no_hang(
     plant(whole / name)
     source = whole / name if name == "m.apr" else whole
     with pytest.raises(InputNotFound, match=name):
-        load_model(str(source))
+        open_any(str(source))
 
 
 def test_links_of_a_cache_are_followed(whole: Path, sharded: Path, tmp_path: Path) -> None:
@@ -1160,9 +1160,9 @@ def test_links_of_a_cache_are_followed(whole: Path, sharded: Path, tmp_path: Pat
         for i, path in enumerate(sorted(folder.iterdir())):
             path.rename(cache / "blobs" / str(i))
             (cache / "snapshot" / path.name).symlink_to(f"../blobs/{i}")
-        assert load_model(str(cache / "snapshot")).sha256
+        assert open_any(str(cache / "snapshot")).sha256
     with pytest.raises(InputNotFound):
-        load_model(str(folder))
+        open_any(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -1178,7 +1178,7 @@ def test_links_of_a_cache_are_followed(whole: Path, sharded: Path, tmp_path: Pat
 def test_names_in_an_index_stay_in_the_folder(sharded: Path, file: str, error: type[AprError]) -> None:
     edit_index(sharded, lambda m: m.update({next(iter(m)): file}))
     with pytest.raises(error) as e:
-        load_model(str(sharded))
+        open_any(str(sharded))
     assert str(e.value).isprintable()
 
 
@@ -1193,7 +1193,7 @@ def test_an_index_of_many_names_is_read_once(sharded: Path) -> None:
     )
     start = time.process_time()
     with pytest.raises(AprError):
-        load_model(str(sharded))
+        open_any(str(sharded))
     assert time.process_time() - start < 3
 
 
@@ -1201,7 +1201,7 @@ def test_a_tokenizer_that_is_no_text_names_its_file(tmp_path: Path) -> None:
     cfg, _, _, tensors = weights()
     write_apr(tmp_path / "m.apr", {**config_to_metadata(cfg), "tokenizer.json": [5]}, tensors)
     with pytest.raises(MalformedFile, match=r"m\.apr: 'tokenizer\.json' is not text but a list of 1"):
-        load_model(str(tmp_path / "m.apr"))
+        open_any(str(tmp_path / "m.apr"))
 
 
 @pytest.mark.parametrize("eos", [{"a": 1}, 1.5, True, [[1]], [None, 1.5], "no token", 10**30, -1])
@@ -1212,10 +1212,10 @@ def test_the_end_of_text_is_the_id_of_a_token(tmp_path: Path, eos: Any) -> None:
     write_hf(tmp_path, cfg, tensors, tokenizer_json=json.dumps(gpt2_like()))
     write_json(tmp_path / "config.json", {**to_hf(cfg), "eos_token_id": eos})
     if eos == [None, 1.5]:
-        assert tokenizer_of(load_model(str(tmp_path))) is not None
+        assert open_any(str(tmp_path)).tokenizer is not None
         return
     with pytest.raises(MalformedFile, match=r"eos"):
-        tokenizer_of(load_model(str(tmp_path)))
+        _ = open_any(str(tmp_path)).tokenizer
 
 
 def test_sizes_that_only_a_message_would_show(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ import pytest
 import interop_cases
 from apr import backends
 from apr.checkpoints import gguf
-from apr.checkpoints.exchange import export_gguf, open_bundle
+from apr.checkpoints.exporting import export_gguf
 from apr.checkpoints.gguf_vocab import is_qwen2, vocabulary_keys
 from apr.checkpoints.hf import read_hf, write_hf
-from apr.checkpoints.registry import load_model
+from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, IOFailure, MalformedFile, Refused
 from apr.model.config import PRESETS
@@ -55,7 +55,7 @@ def test_tensors_and_keys_are_those_of_the_converter_of_llama_cpp(
 ) -> None:
     """tools/interop.py compared them with convert_hf_to_gguf.py, and had llama.cpp compute with them."""
     want = GOLDEN[name]["gguf"]
-    export_gguf(open_bundle(str(sources / name)), tmp_path / "m.gguf", "q8_0" if name == "q8" else None)
+    export_gguf(open_any(str(sources / name)), tmp_path / "m.gguf", "q8_0" if name == "q8" else None)
     tensors, keys = contents(tmp_path / "m.gguf")
     scaling = tensors.pop(gguf.ROPE_FREQS, None)
     assert tensors == want["tensors"]
@@ -71,10 +71,10 @@ def test_tensors_and_keys_are_those_of_the_converter_of_llama_cpp(
 @pytest.mark.parametrize("name", interop_cases.CASES)
 @pytest.mark.parametrize("dtype", [None, "float32", "float16", "bfloat16", "q8_0"])
 def test_read_back_and_mapped_back(name: str, dtype: str | None, sources: Path, tmp_path: Path) -> None:
-    bundle = open_bundle(str(sources / name))
-    export_gguf(bundle, tmp_path / "m.gguf", dtype)
+    checkpoint = open_any(str(sources / name))
+    export_gguf(checkpoint, tmp_path / "m.gguf", dtype)
     file = gguf.read_gguf(tmp_path / "m.gguf")
-    assert file.cfg == bundle.loaded.cfg
+    assert file.cfg == checkpoint.cfg
     hf = read_hf(sources / name).tensors
     assert set(file.tensors) - {gguf.ROPE_FREQS} == set(hf)
     for n, x in hf.items():
@@ -100,15 +100,15 @@ def test_read_back_and_mapped_back(name: str, dtype: str | None, sources: Path, 
 def test_q_and_k_are_turned_for_llama_only(sources: Path, tmp_path: Path) -> None:
     """Row d of a head's first half and row d of its second become neighbours 2d and 2d + 1."""
     for name, turned in (("llama", True), ("mistral", True), ("qwen2", False), ("qwen3", False)):
-        bundle = open_bundle(str(sources / name))
-        export_gguf(bundle, tmp_path / f"{name}.gguf")
+        checkpoint = open_any(str(sources / name))
+        export_gguf(checkpoint, tmp_path / f"{name}.gguf")
         raw = {t.name: t.data for t in package.GGUFReader(tmp_path / f"{name}.gguf").tensors}
-        cfg = bundle.loaded.cfg
+        cfg = checkpoint.cfg
         for ours, theirs, heads in (
             ("q_proj", "attn_q", cfg.num_heads),
             ("k_proj", "attn_k", cfg.num_kv_heads),
         ):
-            x = np.asarray(bundle.loaded.tensors[f"model.layers.1.self_attn.{ours}.weight"])
+            x = np.asarray(checkpoint.tensors[f"model.layers.1.self_attn.{ours}.weight"])
             y = raw[f"blk.1.{theirs}.weight"].view(x.dtype).reshape(x.shape)
             want = x.copy()
             if turned:
@@ -124,12 +124,12 @@ def test_q_and_k_are_turned_for_llama_only(sources: Path, tmp_path: Path) -> Non
 
 def test_divisors_of_scaled_frequencies(sources: Path, tmp_path: Path) -> None:
     """llama.cpp turns by position * theta^(-2i/D) / divisor: the very angles of apr's tables, in all three ranges."""
-    bundle = open_bundle(str(sources / "llama3"))
-    export_gguf(bundle, tmp_path / "m.gguf")
+    checkpoint = open_any(str(sources / "llama3"))
+    export_gguf(checkpoint, tmp_path / "m.gguf")
     (divisors,) = (
         t.data for t in package.GGUFReader(tmp_path / "m.gguf").tensors if t.name == gguf.ROPE_FREQS
     )
-    cfg = bundle.loaded.cfg
+    cfg = checkpoint.cfg
     assert divisors.dtype == np.float32
     assert divisors.min() == 1
     assert divisors.max() == cfg.rope_scaling.factor  # type: ignore[union-attr]
@@ -146,8 +146,8 @@ def test_logits_from_a_file_that_was_read_back(sources: Path, tmp_path: Path) ->
     """Through GGUF and back: the same logits, bit for bit."""
     be = backends.get("cpu")
     for name in ("llama3", "mistral", "qwen2", "qwen3-untied"):
-        loaded = load_model(str(sources / name))
-        export_gguf(open_bundle(str(sources / name)), tmp_path / f"{name}.gguf")
+        loaded = open_any(str(sources / name))
+        export_gguf(open_any(str(sources / name)), tmp_path / f"{name}.gguf")
         file = gguf.read_gguf(tmp_path / f"{name}.gguf")
         seen = []
         for cfg, tensors in ((loaded.cfg, loaded.tensors), (file.cfg, file.tensors)):
@@ -165,7 +165,7 @@ def test_logits_from_a_file_that_was_read_back(sources: Path, tmp_path: Path) ->
 
 def test_a_window_limits_the_positions(sources: Path, tmp_path: Path) -> None:
     """llama.cpp's llama has no window: within as many positions as it has the two compute the same."""
-    done = export_gguf(open_bundle(str(sources / "mistral")), tmp_path / "m.gguf")
+    done = export_gguf(open_any(str(sources / "mistral")), tmp_path / "m.gguf")
     assert done["context_length"] == 5
     assert contents(tmp_path / "m.gguf")[1]["llama.context_length"] == 5
 
@@ -173,11 +173,11 @@ def test_a_window_limits_the_positions(sources: Path, tmp_path: Path) -> None:
 def test_a_bit_that_changes_while_it_is_written_is_seen(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = open_bundle(str(sources / "llama"))
+    checkpoint = open_any(str(sources / "llama"))
     real = gguf.to_adjacent
     monkeypatch.setattr(gguf, "to_adjacent", lambda x, heads: x)  # the classic: rows not reordered
     with pytest.raises(IOFailure, match="q_proj"):
-        export_gguf(bundle, tmp_path / "a.gguf")
+        export_gguf(checkpoint, tmp_path / "a.gguf")
     monkeypatch.setattr(gguf, "to_adjacent", real)
     quantize = package.quants.quantize
 
@@ -188,14 +188,14 @@ def test_a_bit_that_changes_while_it_is_written_is_seen(
 
     monkeypatch.setattr(package.quants, "quantize", spoil)
     with pytest.raises(IOFailure, match="differs from the checkpoint"):
-        export_gguf(open_bundle(str(sources / "q8")), tmp_path / "b.gguf", "q8_0")
+        export_gguf(open_any(str(sources / "q8")), tmp_path / "b.gguf", "q8_0")
 
 
 # --- tokenizers
 
 
 def test_tokens_types_and_padding(sources: Path, tmp_path: Path) -> None:
-    export_gguf(open_bundle(str(sources / "llama")), tmp_path / "m.gguf")
+    export_gguf(open_any(str(sources / "llama")), tmp_path / "m.gguf")
     keys = contents(tmp_path / "m.gguf")[1]
     tokens, kinds = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     assert len(tokens) == len(kinds) == len(set(tokens)) == interop_cases.VOCAB
@@ -264,7 +264,7 @@ def test_no_end_of_text_is_refused(sources: Path) -> None:
 def test_sentencepiece_scores_follow_the_merges(data: Callable[[str], Path], tmp_path: Path) -> None:
     """llama.cpp merges by score. tools/interop.py's llama.cpp gave all of TinyStories the ids of the tokenizers library."""
     source = data("stories260K/hf")
-    export_gguf(open_bundle(str(source)), tmp_path / "m.gguf")
+    export_gguf(open_any(str(source)), tmp_path / "m.gguf")
     keys = contents(tmp_path / "m.gguf")[1]
     assert keys["tokenizer.ggml.model"] == "llama"
     assert keys["tokenizer.ggml.add_space_prefix"] is True
@@ -285,7 +285,7 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     host = np.zeros(layout.size, np.float32)
     layout.randomise(host, 1)
     write_hf(tmp_path / "src", cfg, layout.named(host))
-    assert export_gguf(open_bundle(str(tmp_path / "src")), tmp_path / "m.gguf")["tokenizer"] is None
+    assert export_gguf(open_any(str(tmp_path / "src")), tmp_path / "m.gguf")["tokenizer"] is None
     keys = contents(tmp_path / "m.gguf")[1]
     assert keys["tokenizer.ggml.model"] == "none"
     assert keys["llama.vocab_size"] == cfg.vocab_size
@@ -318,18 +318,18 @@ def test_values_that_do_not_fit(value: float, sources: Path, tmp_path: Path) -> 
 def test_nothing_that_exists_is_overwritten(sources: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
     out.write_text("mine")
-    bundle = open_bundle(str(sources / "llama"))
+    checkpoint = open_any(str(sources / "llama"))
     with pytest.raises(Refused, match="--force"):
-        export_gguf(bundle, out)
+        export_gguf(checkpoint, out)
     assert out.read_text() == "mine"
-    export_gguf(bundle, out, force=True)
-    assert gguf.read_gguf(out).cfg == bundle.loaded.cfg
+    export_gguf(checkpoint, out, force=True)
+    assert gguf.read_gguf(out).cfg == checkpoint.cfg
     with pytest.raises(Refused, match="is a folder"):
-        export_gguf(bundle, tmp_path, force=True)
+        export_gguf(checkpoint, tmp_path, force=True)
 
 
 def test_files_that_are_no_gguf(sources: Path, tmp_path: Path) -> None:
-    export_gguf(open_bundle(str(sources / "qwen3")), tmp_path / "m.gguf")
+    export_gguf(open_any(str(sources / "qwen3")), tmp_path / "m.gguf")
     raw = (tmp_path / "m.gguf").read_bytes()
     bad = tmp_path / "bad.gguf"
     for content in (b"", b"GGUF", raw[:100], raw[: len(raw) // 3], raw[:-1000], b"GGML" + raw[4:]):

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 import interop_cases
-from apr.checkpoints import exchange
+from apr.checkpoints import exporting, importing
 from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
-from apr.checkpoints.exchange import export_hf, import_model, open_bundle, parse_size
+from apr.checkpoints.exporting import export_hf, parse_size
 from apr.checkpoints.hf import read_hf, read_safetensors, write_hf
-from apr.checkpoints.opening import tokenizer_of
-from apr.checkpoints.registry import load_model
+from apr.checkpoints.importing import import_model
+from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, IOFailure, MalformedFile, Refused, UsageError
 from apr.model.config import PRESETS
@@ -57,7 +57,7 @@ def test_exported_files_are_those_that_transformers_loaded(name: str, tmp_path: 
     case, want = interop_cases.CASES[name], GOLDEN[name]["hf"]
     interop_cases.write(case, tmp_path / "src")
     import_model(str(tmp_path / "src"), tmp_path / "m.apr")
-    export_hf(open_bundle(str(tmp_path / "m.apr")), tmp_path / "hf", max_shard_bytes=50_000)
+    export_hf(open_any(str(tmp_path / "m.apr")), tmp_path / "hf", max_shard_bytes=50_000)
     got = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "hf").iterdir()}
     # The library may spell a tokenizer otherwise in another version; that it comes back is tested below.
     assert {n: h for n, h in got.items() if n != "tokenizer.json"} == {
@@ -72,7 +72,7 @@ def test_exported_files_are_those_that_transformers_loaded(name: str, tmp_path: 
 
 def test_hugging_face_to_apr_and_back_is_equal_in_every_byte(source: Path, tmp_path: Path) -> None:
     import_model(str(source), tmp_path / "a.apr")
-    export_hf(open_bundle(str(tmp_path / "a.apr")), tmp_path / "hf", max_shard_bytes=50_000)
+    export_hf(open_any(str(tmp_path / "a.apr")), tmp_path / "hf", max_shard_bytes=50_000)
     for path in source.iterdir():
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
     assert len(list((tmp_path / "hf").iterdir())) == len(list(source.iterdir()))
@@ -100,7 +100,7 @@ def test_every_family_and_dtype_keeps_its_bits(preset: str, dtype: str, tmp_path
         write_hf(folder, cfg, layout.named(host), dtype)
         figures = import_model(str(folder), tmp_path / f"{tied}.apr")
         assert figures["compared_elements"] == layout.num_parameters
-        export_hf(open_bundle(str(tmp_path / f"{tied}.apr")), tmp_path / f"out{tied}")
+        export_hf(open_any(str(tmp_path / f"{tied}.apr")), tmp_path / f"out{tied}")
         a, b = read_hf(folder), read_hf(tmp_path / f"out{tied}")
         assert a.cfg == b.cfg == cfg
         assert a.config == b.config
@@ -126,7 +126,7 @@ def test_import_keeps_everything_and_says_where_it_is_from(source: Path, tmp_pat
         assert named[path.name]["sha256"] == hashlib.sha256(data).hexdigest()
         assert named[path.name]["bytes"] == len(data)
     assert (figures["eos_token"], figures["chat_template"]) == ("<|im_end|>", True)
-    tok = tokenizer_of(load_model(str(tmp_path / "m.apr")))
+    tok = open_any(str(tmp_path / "m.apr")).tokenizer
     assert tok is not None
     assert (tok.eos_token, tok.eos_id) == ("<|im_end|>", meta["tokenizer.eos_token_id"])
     assert meta["tokenizer.bos_token_id"] == config["bos_token_id"]
@@ -134,20 +134,20 @@ def test_import_keeps_everything_and_says_where_it_is_from(source: Path, tmp_pat
 
 def test_import_of_one_safetensors_file(tmp_path: Path) -> None:
     interop_cases.write(interop_cases.CASES["llama"], tmp_path / "src")
-    loaded = load_model(str(tmp_path / "src"))
+    loaded = open_any(str(tmp_path / "src"))
     shutil.copytree(tmp_path / "src", tmp_path / "one", ignore=shutil.ignore_patterns("*.safetensors*"))
     write_hf(tmp_path / "w", loaded.cfg, dict(loaded.tensors), None)
     shutil.move(tmp_path / "w/model.safetensors", tmp_path / "one/weights.safetensors")
     import_model(str(tmp_path / "one/weights.safetensors"), tmp_path / "m.apr")
     meta = read_apr(tmp_path / "m.apr").metadata
     assert "weights.safetensors" in {f["name"] for f in meta["provenance"]["files"]}
-    assert load_model(str(tmp_path / "m.apr")).sha256 == loaded.sha256
+    assert open_any(str(tmp_path / "m.apr")).sha256 == loaded.sha256
 
 
 def test_a_tied_head_that_is_stored_twice_or_under_the_heads_name(tmp_path: Path) -> None:
     """Both are compared with the one matrix that an .apr file holds."""
     interop_cases.write(interop_cases.CASES["llama"], tmp_path / "src")
-    loaded = load_model(str(tmp_path / "src"))
+    loaded = open_any(str(tmp_path / "src"))
     for name, change in (("twice", {"lm_head.weight"}), ("head", {"lm_head.weight", "-"})):
         tensors = dict(loaded.tensors) | {"lm_head.weight": loaded.tensors["model.embed_tokens.weight"]}
         if "-" in change:
@@ -161,14 +161,14 @@ def test_a_tied_head_that_is_stored_twice_or_under_the_heads_name(tmp_path: Path
         done = import_model(str(folder), tmp_path / f"{name}.apr")
         extra = loaded.tensors["model.embed_tokens.weight"].size if name == "twice" else 0
         assert done["compared_elements"] == done["parameters"] + extra
-        assert load_model(str(tmp_path / f"{name}.apr")).sha256 == loaded.sha256
+        assert open_any(str(tmp_path / f"{name}.apr")).sha256 == loaded.sha256
 
 
 def test_a_tokenizer_from_elsewhere_and_none(source: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(source, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     assert import_model(str(bare), tmp_path / "none.apr")["tokenizer_ids"] is None
-    export_hf(open_bundle(str(tmp_path / "none.apr")), tmp_path / "none")
+    export_hf(open_any(str(tmp_path / "none.apr")), tmp_path / "none")
     assert not (tmp_path / "none/tokenizer.json").exists()
     done = import_model(str(bare), tmp_path / "given.apr", tokenizer=str(source))
     assert done["eos_token"] == "<|im_end|>"
@@ -195,7 +195,7 @@ def test_chat_template_in_a_file_of_its_own_comes_first(source: Path, tmp_path: 
     (folder / "chat_template.jinja").write_text("{{ messages }}\n")
     import_model(str(folder), tmp_path / "m.apr")
     assert read_apr(tmp_path / "m.apr").metadata["chat_template"] == "{{ messages }}\n"
-    export_hf(open_bundle(str(tmp_path / "m.apr")), tmp_path / "hf")
+    export_hf(open_any(str(tmp_path / "m.apr")), tmp_path / "hf")
     assert (tmp_path / "hf/chat_template.jinja").read_text() == "{{ messages }}\n"
 
 
@@ -251,19 +251,19 @@ def test_nothing_that_exists_is_overwritten(source: Path, tmp_path: Path) -> Non
         import_model(str(source), out)
     assert out.read_text() == "mine"
     import_model(str(source), out, force=True)
-    bundle = open_bundle(str(out))
+    checkpoint = open_any(str(out))
     for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "pytorch_model.bin"):
         folder = tmp_path / name.split(".")[0]
         folder.mkdir()
         (folder / name).write_text("mine")
         with pytest.raises(Refused, match=f"already holds {name}"):
-            export_hf(bundle, folder)
+            export_hf(checkpoint, folder)
         assert [p.name for p in folder.iterdir()] == [name]
     with pytest.raises(Refused, match="is a file"):
-        export_hf(bundle, out)
+        export_hf(checkpoint, out)
     (tmp_path / "readme").mkdir()
     (tmp_path / "readme/README.md").write_text("mine")
-    export_hf(bundle, tmp_path / "readme")
+    export_hf(checkpoint, tmp_path / "readme")
     assert (tmp_path / "readme/README.md").read_text() == "mine"
 
 
@@ -277,35 +277,35 @@ def test_a_bit_that_changes_while_it_is_written_is_seen(
         out[name].reshape(-1).view(np.uint16)[-1] ^= 1
         return out
 
-    real = exchange.write_apr
-    monkeypatch.setattr(exchange, "write_apr", lambda path, meta, tensors: real(path, meta, spoil(tensors)))
+    real = importing.write_apr
+    monkeypatch.setattr(importing, "write_apr", lambda path, meta, tensors: real(path, meta, spoil(tensors)))
     with pytest.raises(IOFailure, match=f"{name}.*differ from the source"):
         import_model(str(source), tmp_path / "m.apr")
     monkeypatch.undo()
     import_model(str(source), tmp_path / "m.apr", force=True)
-    real_hf = exchange.write_hf
+    real_hf = exporting.write_hf
     monkeypatch.setattr(
-        exchange, "write_hf", lambda folder, cfg, tensors, *rest: real_hf(folder, cfg, spoil(tensors), *rest)
+        exporting, "write_hf", lambda folder, cfg, tensors, *rest: real_hf(folder, cfg, spoil(tensors), *rest)
     )
     with pytest.raises(IOFailure, match=name):
-        export_hf(open_bundle(str(tmp_path / "m.apr")), tmp_path / "hf")
+        export_hf(open_any(str(tmp_path / "m.apr")), tmp_path / "hf")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_export_as_another_dtype(dtype: str, source: Path, tmp_path: Path) -> None:
-    bundle = open_bundle(str(source))
-    done = export_hf(bundle, tmp_path / "hf", dtype)
+    checkpoint = open_any(str(source))
+    done = export_hf(checkpoint, tmp_path / "hf", dtype)
     assert done["dtypes"] == [dtype]
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert config == {**json.loads((source / "config.json").read_text()), "torch_dtype": dtype}
     for n, t in read_hf(tmp_path / "hf").tensors.items():
-        assert same(t, bundle.loaded.tensors[n].astype(t.dtype))
+        assert same(t, checkpoint.tensors[n].astype(t.dtype))
     with pytest.raises(UsageError, match="q8_0"):
-        export_hf(bundle, tmp_path / "x", "q8_0")
+        export_hf(checkpoint, tmp_path / "x", "q8_0")
 
 
 def test_shards_keep_to_their_size(source: Path, tmp_path: Path) -> None:
-    export_hf(open_bundle(str(source)), tmp_path / "hf", max_shard_bytes=30_000)
+    export_hf(open_any(str(source)), tmp_path / "hf", max_shard_bytes=30_000)
     shards = sorted((tmp_path / "hf").glob("*.safetensors"))
     assert len(shards) > 2
     for path in shards:
@@ -340,9 +340,9 @@ def trained(folder: Path, preset: str = "llama-tiny") -> Path:
 
 def test_export_of_a_trained_checkpoint_says_where_a_text_ends(tmp_path: Path) -> None:
     path = trained(tmp_path)
-    bundle = open_bundle(str(path))
-    eos = bundle.loaded.metadata["tokenizer.eos_token_id"]
-    export_hf(bundle, tmp_path / "hf")
+    checkpoint = open_any(str(path))
+    eos = checkpoint.metadata["tokenizer.eos_token_id"]
+    export_hf(checkpoint, tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     # Without the keys transformers would take its defaults: id 1 to begin and id 2 to end.
     assert (config["eos_token_id"], config["bos_token_id"], config["pad_token_id"]) == (eos, None, None)
@@ -352,9 +352,9 @@ def test_export_of_a_trained_checkpoint_says_where_a_text_ends(tmp_path: Path) -
         "<|endoftext|>",
         "PreTrainedTokenizerFast",
     )
-    again = load_model(str(tmp_path / "hf"))
-    assert (again.cfg, again.sha256) == (bundle.loaded.cfg, bundle.loaded.sha256)
-    a, b = tokenizer_of(bundle.loaded), tokenizer_of(again)
+    again = open_any(str(tmp_path / "hf"))
+    assert (again.cfg, again.sha256) == (checkpoint.cfg, checkpoint.sha256)
+    a, b = checkpoint.tokenizer, again.tokenizer
     assert a is not None
     assert b is not None
     assert (a.json, a.eos_id) == (b.json, b.eos_id)
@@ -366,7 +366,7 @@ def test_export_of_a_trained_checkpoint_says_where_a_text_ends(tmp_path: Path) -
 def test_a_tokenizer_that_transformers_would_replace_is_noted(
     preset: str, noted: bool, tmp_path: Path
 ) -> None:
-    done = export_hf(open_bundle(str(trained(tmp_path, preset))), tmp_path / "hf")
+    done = export_hf(open_any(str(trained(tmp_path, preset))), tmp_path / "hf")
     assert ("PreTrainedTokenizerFast" in (done["note"] or "")) is noted
 
 
@@ -376,7 +376,7 @@ def test_a_config_that_was_changed_is_not_given_back(source: Path, tmp_path: Pat
     apr = read_apr(tmp_path / "m.apr")
     meta = {**apr.metadata, "rope_theta": 5e5, "hf_config": {**apr.metadata["hf_config"], "rope_theta": 5e5}}
     write_apr(tmp_path / "n.apr", meta, dict(apr.tensors))
-    export_hf(open_bundle(str(tmp_path / "n.apr")), tmp_path / "hf")
+    export_hf(open_any(str(tmp_path / "n.apr")), tmp_path / "hf")
     assert read_hf(tmp_path / "hf").cfg.rope_theta == 5e5
 
 
@@ -385,10 +385,10 @@ def test_kept_files_that_are_no_texts(source: Path, tmp_path: Path) -> None:
     apr = read_apr(tmp_path / "m.apr")
     write_apr(tmp_path / "n.apr", {**apr.metadata, "hf_files": {"config.json": 1}}, dict(apr.tensors))
     with pytest.raises(MalformedFile, match="hf_files"):
-        open_bundle(str(tmp_path / "n.apr"))
+        _ = open_any(str(tmp_path / "n.apr")).texts
     more = {**apr.metadata["hf_files"], "../evil.json": "{}"}
     write_apr(tmp_path / "e.apr", {**apr.metadata, "hf_files": more}, dict(apr.tensors))
-    export_hf(open_bundle(str(tmp_path / "e.apr")), tmp_path / "out/hf")
+    export_hf(open_any(str(tmp_path / "e.apr")), tmp_path / "out/hf")
     assert not (tmp_path / "out/evil.json").exists()
 
 
@@ -399,10 +399,10 @@ def test_stories_round_trip(data: Callable[[str], Path], tmp_path: Path) -> None
     source = data("stories260K/hf")
     done = import_model(str(source), tmp_path / "m.apr")
     assert done["compared_elements"] == 260_032
-    export_hf(open_bundle(str(tmp_path / "m.apr")), tmp_path / "hf")
+    export_hf(open_any(str(tmp_path / "m.apr")), tmp_path / "hf")
     for path in (source / "config.json", source / "tokenizer.json", source / "tokenizer_config.json"):
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes()
-    a, b = load_model(str(source)), load_model(str(tmp_path / "hf"))
+    a, b = open_any(str(source)), open_any(str(tmp_path / "hf"))
     assert all(same(a.tensors[n], b.tensors[n]) for n in a.tensors)
 
 
@@ -421,7 +421,7 @@ def test_qwen2s_own_tokenizer_and_chat_template(data: Callable[[str], Path], tmp
         shutil.copy(folder / name, src)
     done = import_model(str(src), tmp_path / "m.apr")
     assert done["tokenizer_ids"] >= 151_646
-    export = export_hf(open_bundle(str(tmp_path / "m.apr")), tmp_path / "hf")
+    export = export_hf(open_any(str(tmp_path / "m.apr")), tmp_path / "hf")
     assert export["note"] is None
     assert (tmp_path / "hf/tokenizer_config.json").read_bytes() == (
         folder / "tokenizer_config.json"
@@ -494,7 +494,7 @@ def test_inspect_shows_tokenizer_template_and_provenance(
     assert set(said["tokenizer"]["added_tokens"].values()) == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
     assert said["tokenizer"]["eos_token"] == "<|im_end|>"
     assert said["tensor_bytes"] == sum(t["bytes"] for t in said["tensors"].values())
-    x = load_model(str(source)).tensors["model.norm.weight"].astype(np.float64)
+    x = open_any(str(source)).tensors["model.norm.weight"].astype(np.float64)
     shown = said["tensors"]["model.norm.weight"]
     assert (shown["max"], shown["not_finite"]) == (np.abs(x).max(), 0)
     assert shown["rms"] == pytest.approx(np.sqrt((x**2).mean()))

@@ -11,9 +11,10 @@ import pytest
 
 from apr import backends
 from apr.backends import reference
+from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.hf import read_safetensors, write_hf, write_safetensors
 from apr.checkpoints.peft import CONFIG, WEIGHTS, adapter_start, add_adapter, merge_error, read_adapter
-from apr.checkpoints.registry import fill, load_model
+from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile, Refused
 from apr.model.config import from_hf
@@ -92,14 +93,14 @@ def test_merged_is_what_peft_computes(golden, bases, tmp_path, case):
     base, ids, _ = bases(BASES[case])
     adapter, out = put_adapter(golden, case, tmp_path / "adapter"), tmp_path / "merged.apr"
     assert main(["merge", str(base), str(adapter), "-o", str(out)]) == 0
-    merged = load_model(str(out))
+    merged = open_any(str(out))
     host = np.zeros(Layout(merged.cfg).size, np.float32)
     fill(Layout(merged.cfg), host, merged)
     ids = ids[:1]
     got, want = logits(merged.cfg, host, ids), np.asarray(golden[f"{case}.logits"])
     assert np.abs(got - want).max() <= 2e-6 * np.abs(want).max()  # the merged weights are rounded to float32
     untouched = np.zeros_like(host)
-    fill(Layout(merged.cfg), untouched, load_model(str(base)))
+    fill(Layout(merged.cfg), untouched, open_any(str(base)))
     assert np.abs(logits(merged.cfg, untouched, ids) - want).max() > 1e-3 * np.abs(want).max()
 
 
@@ -109,7 +110,7 @@ def test_an_adapter_of_ours_is_what_peft_opened(golden, bases, tmp_path):
     files = [tmp_path / "adapter" / name for name in (CONFIG, WEIGHTS)]
     assert " ".join(hashlib.sha256(p.read_bytes()).hexdigest() for p in files) == METADATA["ours.sha256"]
     host = np.zeros(Layout(layout.cfg).size, np.float64)
-    fill(Layout(layout.cfg), host, load_model(str(base)))
+    fill(Layout(layout.cfg), host, open_any(str(base)))
     add_adapter(Layout(layout.cfg), host, read_adapter(str(tmp_path / "adapter"), layout.cfg))
     want = np.asarray(golden["ours.logits"])
     assert np.abs(logits(layout.cfg, host, ids[:1]) - want).max() <= 1e-9 * np.abs(want).max()
@@ -118,7 +119,7 @@ def test_an_adapter_of_ours_is_what_peft_opened(golden, bases, tmp_path):
 def start_of(golden, bases, tmp_path, be, dtype):
     """The adapters of the case "train" on a model, ids and targets."""
     base, ids, targets = bases("qwen2")
-    loaded = load_model(str(base))
+    loaded = open_any(str(base))
     adapter = read_adapter(str(put_adapter(golden, "train", tmp_path / "adapter")), loaded.cfg)
     model = Model(loaded.cfg, be, *ids.shape, dtype)
     adapters = Adapters(model, adapter.lora_config(loaded.cfg))
@@ -189,7 +190,7 @@ def change(folder, **keys):
 )
 def test_what_is_not_honoured_is_refused_by_name(golden, bases, tmp_path, keys, kind, said):
     folder = put_adapter(golden, "plain", tmp_path / "adapter")
-    cfg = load_model(str(bases("llama")[0])).cfg
+    cfg = open_any(str(bases("llama")[0])).cfg
     read_adapter(str(folder), cfg)
     change(folder, **keys)
     with pytest.raises(kind, match="(?s)" + ".*") as e:
@@ -198,7 +199,7 @@ def test_what_is_not_honoured_is_refused_by_name(golden, bases, tmp_path, keys, 
 
 
 def test_folders_that_are_no_adapter(golden, bases, tmp_path):
-    cfg = load_model(str(bases("llama")[0])).cfg
+    cfg = open_any(str(bases("llama")[0])).cfg
     with pytest.raises(InputNotFound, match=CONFIG):
         read_adapter(str(tmp_path), cfg)
     folder = put_adapter(golden, "plain", tmp_path / "adapter")
@@ -219,7 +220,7 @@ def test_folders_that_are_no_adapter(golden, bases, tmp_path):
         with pytest.raises(kind) as e:
             read_adapter(str(folder), cfg)
         assert said in str(e.value)
-    other = load_model(str(bases("qwen3")[0])).cfg
+    other = open_any(str(bases("qwen3")[0])).cfg
     write_safetensors(folder / WEIGHTS, whole)
     with pytest.raises(Refused, match="another model"):
         read_adapter(str(folder), other)
@@ -227,7 +228,7 @@ def test_folders_that_are_no_adapter(golden, bases, tmp_path):
 
 def test_an_adapter_that_differs_between_layers_is_merged_but_not_gone_on_with(golden, bases, tmp_path):
     for case in ("patterns", "some-layers", "head"):
-        cfg = load_model(str(bases(BASES[case])[0])).cfg
+        cfg = open_any(str(bases(BASES[case])[0])).cfg
         adapter = read_adapter(str(put_adapter(golden, case, tmp_path / case)), cfg)
         with pytest.raises(Refused, match="apr merge"):
             adapter.lora_config(cfg)
@@ -239,7 +240,7 @@ def test_merge_says_what_it_did_and_writes_over_nothing(golden, bases, tmp_path,
     assert main(["merge", str(base), str(adapter), "-o", str(out), "--json", "--dtype", "bfloat16"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["matrices"], said["ranks"], said["dtype"]) == (14, [4], "bfloat16")
-    assert said["sha256"] == load_model(str(out)).sha256
+    assert said["sha256"] == open_any(str(out)).sha256
     assert main(["merge", str(base), str(adapter), "-o", str(out)]) == 5
     assert "--force" in capsys.readouterr().err
     assert main(["merge", str(base), str(adapter), "-o", str(out), "--force"]) == 0
@@ -251,7 +252,7 @@ def test_the_error_of_a_merge_is_seen(golden, bases, tmp_path):
     base, _, _ = bases("llama")
     folder, out = put_adapter(golden, "plain", tmp_path / "adapter"), tmp_path / "m.apr"
     main(["merge", str(base), str(folder), "-o", str(out)])
-    loaded, merged = load_model(str(base)), load_model(str(out))
+    loaded, merged = open_any(str(base)), open_any(str(out))
     adapter = read_adapter(str(folder), loaded.cfg)
     assert merge_error(loaded, adapter, merged, "float32")[0] <= 1
     change(folder, lora_alpha=9)

@@ -14,9 +14,9 @@ import zstandard
 
 from apr.backends import reference
 from apr.checkpoints.apr2 import read_apr
-from apr.checkpoints.exchange import open_bundle
+from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.hf import write_hf
-from apr.checkpoints.registry import fill, load_model
+from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import MalformedFile, Refused
 from apr.data.batches import Batches
@@ -34,10 +34,10 @@ from apr.data.conversations.instruct import (
     pack,
     prepare_instruct,
 )
-from apr.inference.chat import ChatTemplate
 from apr.model.config import PRESETS
 from apr.model.params import Layout
 from apr.model.transformer import Model
+from apr.tokenizer.chat_template import ChatTemplate
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.training.evaluate import evaluate
 from finetune_cases import CONVERSATIONS, MARKED, OWN_TEMPLATE, llama_tokenizer, own_tokenizer
@@ -517,9 +517,9 @@ def test_a_merged_adapter_carries_the_template_too(place, tmp_path):
     assert pretrain(place, run, "--lora-rank", "3", "--num-steps", "3", "--spot-check", "-1") in (0, 9)
     out = tmp_path / "merged.apr"
     assert main(["merge", str(place / "hf"), str(run / "ckpt/epoch-001-adapter"), "-o", str(out)]) == 0
-    merged, checkpoint = open_bundle(str(out)), open_bundle(str(run / "ckpt/epoch-001.apr"))
+    merged, checkpoint = open_any(str(out)), open_any(str(run / "ckpt/epoch-001.apr"))
     assert merged.chat_template == checkpoint.chat_template == OWN_TEMPLATE
-    a, b = (fill_of(x.loaded) for x in (merged, checkpoint))
+    a, b = (fill_of(x) for x in (merged, checkpoint))
     np.testing.assert_allclose(a, b, rtol=0, atol=4e-7)
 
 
@@ -537,7 +537,7 @@ def test_a_template_that_is_given_is_the_one_that_is_carried(place, tmp_path):
     run = tmp_path / "run"
     more = ["--num-steps", "3", "--spot-check", "-1", "--chat-template", tmp_path / "other.jinja"]
     assert pretrain(place, run, *more) in (0, 9)
-    assert open_bundle(str(run / "ckpt/epoch-001.apr")).chat_template == other
+    assert open_any(str(run / "ckpt/epoch-001.apr")).chat_template == other
 
 
 def test_apr_verify_passes_and_sees_a_changed_count(run, tmp_path, capsys):
@@ -577,7 +577,7 @@ def test_resumed_is_bit_equal(place, run, tmp_path, more):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert main(["pretrain", "--resume", "--run-dir", str(half)]) in (0, 9)
     assert steps(half) == steps(whole)
-    a, b = (load_model(str(r / "ckpt/epoch-002.apr")).sha256 for r in (half, whole))
+    a, b = (open_any(str(r / "ckpt/epoch-002.apr")).sha256 for r in (half, whole))
     assert a == b
 
 

@@ -14,7 +14,7 @@ import pytest
 from apr.backends import reference
 from apr.backends.cpu import ops as cpu
 from apr.checkpoints.apr2 import read_apr
-from apr.checkpoints.registry import load_model
+from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import UsageError
 from apr.evidence.gates import GATES
@@ -394,7 +394,7 @@ def test_a_state_of_another_base_is_refused(place, run, tmp_path, capsys):
     shutil.copytree(run, other)
     config = json.loads((other / "config.json").read_text())
     config["settings"]["init"] = str(place / "base/ckpt/epoch-001.apr")
-    config["data"]["init_sha256"] = load_model(config["settings"]["init"]).sha256
+    config["data"]["init_sha256"] = open_any(config["settings"]["init"]).sha256
     (other / "config.json").write_text(json.dumps(config))
     assert main(["pretrain", "--resume", "--run-dir", str(other)]) == 5
     assert "resume with the --init" in capsys.readouterr().err
@@ -421,7 +421,7 @@ def test_base_and_adapter_are_the_checkpoint(place, run, tmp_path):
         else:
             np.testing.assert_array_equal(want, start[name])
             np.testing.assert_array_equal(merged[name], want)
-    assert load_model(str(out)).tokenizer_json == load_model(base).tokenizer_json
+    assert open_any(str(out)).tokenizer_json == open_any(base).tokenizer_json
 
 
 def test_an_adapter_goes_on(place, run, tmp_path):

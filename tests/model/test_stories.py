@@ -9,7 +9,7 @@ import pytest
 
 from apr import backends
 from apr.bisect.planted.faults import FAULTS
-from apr.checkpoints.opening import open_source, put
+from apr.checkpoints.registry import open_host
 from apr.inference.generate import generate
 from apr.model.taps import Record
 from apr.model.transformer import Model
@@ -32,11 +32,11 @@ def stories(data):
 
 
 def logits_and_loss(stories, backend, dtype, patch=lambda cfg: cfg):
-    source = open_source(stories[0], dtype)
+    source = open_host(stories[0], dtype)
     be = backends.get(backend) if isinstance(backend, str) else backend
     ids = np.array([stories[1]["ids"]], np.int32)
     model = Model(
-        patch(source.cfg), be, *ids.shape, dtype, train=False, loss_rows=ids.size, w=put(be, source, dtype)
+        patch(source.cfg), be, *ids.shape, dtype, train=False, loss_rows=ids.size, w=source.on(be, dtype)
     )
     tap = Record(be)
     model.forward(ids)
@@ -95,9 +95,9 @@ def test_faults_are_seen_in_bfloat16(stories):
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
 def test_greedy_text_is_the_reference_text(stories, backend, dtype):
-    source = open_source(stories[0], dtype)
+    source = open_host(stories[0], dtype)
     be = backends.get(backend)
     bos = stories[1]["ids"][:1]
-    new = list(generate(source.cfg, be, put(be, source, dtype), bos, 200, temperature=0, dtype=dtype))
+    new = list(generate(source.cfg, be, source.on(be, dtype), bos, 200, temperature=0, dtype=dtype))
     assert bos + new == stories[1]["ids"]
     assert source.tokenizer.decode(new, skip_special=True).lstrip() == stories[1]["text"].lstrip()

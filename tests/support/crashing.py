@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 
 from apr.checkpoints.apr2 import read_apr
-from apr.checkpoints.registry import load_model
+from apr.checkpoints.registry import open_any
 from apr.cli import pretrain
 from apr.evidence import judge as judging
 from apr.evidence.seal import compare as changed_since_the_end
@@ -406,7 +406,7 @@ def facts(run: Path) -> dict[str, Any]:
     for path in sorted((run / "ckpt").glob("epoch-*.metadata.json")):
         out[path.name] = _without(json.loads(path.read_text()), "metadata")
         model = path.with_name(path.name.replace(".metadata.json", ".apr"))
-        out[f"weights of {model.name}"] = load_model(str(model)).sha256
+        out[f"weights of {model.name}"] = open_any(str(model)).sha256
     for path in sorted((run / "ckpt" / "state").glob("step-*.apr")):
         file = read_apr(path)
         out[f"position of {path.name}"] = _without(file.metadata["training"], "training")

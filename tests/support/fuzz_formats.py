@@ -26,9 +26,9 @@ import data_cases
 import tokenizer_cases
 from apr.bisect import against, stored
 from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
+from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.hf import read_safetensors, write_hf, write_safetensors
-from apr.checkpoints.opening import tokenizer_of
-from apr.checkpoints.registry import fill, load_model
+from apr.checkpoints.registry import open_any
 from apr.checkpoints.tensors import TensorFile
 from apr.cli.trace import read_ids
 from apr.common.errors import UsageError
@@ -189,14 +189,14 @@ def apr_seeds() -> list[Case]:
 
 def use_model(source: str) -> None:
     """All that a command does with a checkpoint before it computes."""
-    loaded = load_model(source)
+    loaded = open_any(source)
     layout = Layout(loaded.cfg)
     flat = np.zeros(layout.size, np.float32)
     fill(layout, flat, loaded)
     assert loaded.sha256
     if loaded.kind == "hf":
         assert all(row.err <= row.tol for row in stored.rows(source, loaded.cfg, flat))
-    tokenizer = tokenizer_of(loaded)
+    tokenizer = loaded.tokenizer
     if tokenizer:
         tokenizer.decode(tokenizer.encode(LINE))
 

@@ -22,10 +22,10 @@ from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
 from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
 from apr.common.errors import Refused, UsageError
-from apr.inference.chat import ChatTemplate, answer_ends, chat_ids
 from apr.inference.generate import Sampling
 from apr.model.config import PRESETS
 from apr.model.params import Layout
+from apr.tokenizer.chat_template import ChatTemplate, answer_ends, chat_ids
 from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "chat-templates.json").read_text())

@@ -19,8 +19,7 @@ import pytest
 
 from apr import backends
 from apr.checkpoints.apr2 import read_apr
-from apr.checkpoints.opening import open_source, put
-from apr.checkpoints.registry import load_model
+from apr.checkpoints.registry import open_any, open_host
 from apr.cli.main import main
 from apr.common import atomic
 from apr.common.atomic import locked
@@ -176,13 +175,13 @@ def test_run_directory_is_complete(run):
         assert facts["val_ppl"] == pytest.approx(math.exp(facts["val_loss"]))
         assert facts["tokens_seen"] == 256 * epoch
         assert len(facts["optimizer_state_sha"]) == len(facts["weights_sha"]) == 64
-        assert facts["weights_sha"] == load_model(str(run / "ckpt" / f"epoch-{epoch:03d}.apr")).sha256
+        assert facts["weights_sha"] == open_any(str(run / "ckpt" / f"epoch-{epoch:03d}.apr")).sha256
 
 
 def test_checkpoint_gives_the_recorded_validation_loss(run, place):
-    source = open_source(str(run / "ckpt" / "epoch-003.apr"))
+    source = open_host(str(run / "ckpt" / "epoch-003.apr"))
     be = backends.get("cpu")
-    model = Model(source.cfg, be, 2, 16, train=False, w=put(be, source))
+    model = Model(source.cfg, be, 2, 16, train=False, w=source.on(be))
     val = Windows(TokenShards(prepared(run, place) / "val", source.tokenizer), 16)
     tokens = 0
     for ids, targets in sequential(val, 2, 16):
@@ -375,7 +374,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(place, tmp_path, monke
     assert "epoch-002.apr" in err
     assert "Traceback" not in err
     assert [p.name for p in (tmp_path / "a" / "ckpt").glob("*.apr*")] == ["epoch-001.apr"]
-    assert load_model(str(tmp_path / "a" / "ckpt" / "epoch-001.apr")).cfg.vocab_size == 400
+    assert open_any(str(tmp_path / "a" / "ckpt" / "epoch-001.apr")).cfg.vocab_size == 400
     monkeypatch.undo()
     monkeypatch.setenv("APR_CACHE", str(place / "cache"))
     assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "a")]) == 0
@@ -495,12 +494,12 @@ def test_documents_are_masked_in_training_and_evaluation(place, tmp_path, capsys
     assert len(plain) == len(masked)
     assert all(a != b for a, b in zip(plain, masked, strict=True))
     assert {m["spot_check"] for m in metrics if "spot_check" in m} == {"agree"}
-    source = open_source(str(sorted((tmp_path / "m" / "ckpt").glob("epoch-*.apr"))[-1]))
+    source = open_host(str(sorted((tmp_path / "m" / "ckpt").glob("epoch-*.apr"))[-1]))
     val = Windows(TokenShards(prepared(tmp_path / "m", place) / "val"), 16)
     be = backends.get("cpu")
     losses = []
     for end in (source.tokenizer.eos_id, None):
-        model = Model(source.cfg, be, 2, 16, train=False, w=put(be, source), document_end=end)
+        model = Model(source.cfg, be, 2, 16, train=False, w=source.on(be), document_end=end)
         be.fill(model.total, 0)
         for ids, targets in sequential(val, 2, 16):
             model.forward(ids)

@@ -144,11 +144,11 @@ def weights_changed(run):
 
 
 def weights_and_their_hash_changed(run):
-    from apr.checkpoints.registry import load_model
+    from apr.checkpoints.registry import open_any
     from apr.model.params import Layout
 
     tensors = weights_changed(run)
-    layout = Layout(load_model(str(run / "ckpt" / "epoch-002.apr")).cfg)
+    layout = Layout(open_any(str(run / "ckpt" / "epoch-002.apr")).cfg)
     sha = sha256(*(tensors[s.hf] for s in layout.in_order()))
     rewrite(run / "ckpt" / "epoch-002.metadata.json", lambda d: d.update(weights_sha=sha))
 

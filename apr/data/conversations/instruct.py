@@ -37,7 +37,7 @@ from ..shards import TokenShards
 from ..sources import Skipped, Source, find_sources
 
 if TYPE_CHECKING:
-    from ...inference.chat import ChatTemplate
+    from ...tokenizer.chat_template import ChatTemplate
 
 FORMAT = "apr-instruct-1"
 RECORD = "instruct.json"
@@ -244,7 +244,7 @@ class Renderer:
 
 def _marking(template: ChatTemplate) -> ChatTemplate:
     """The same template, writing OPEN and CLOSE around what stands in {% generation %} blocks, and no date of today."""
-    from ...inference.chat import ChatTemplate
+    from ...tokenizer.chat_template import ChatTemplate
 
     own = ChatTemplate(template.text, template.source, template.tokens)
     environment = own._compiled.environment

@@ -1,0 +1,280 @@
+"""A checked model at rest: configuration, tensors by name, tokenizer and side files, the same for every format."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..common.errors import MalformedFile, Refused
+from ..common.files import parse_json, read_text, short
+from ..model.config import ModelConfig, from_hf, to_hf
+from ..model.params import Layout
+from ..tokenizer.chat_template import ChatTemplate, named_tokens
+from ..tokenizer.tokenizer import Tokenizer
+from .tensors import CHUNK, EMBED, HEAD, INV_FREQ, is_float, mismatch, require_finite, same_bits, spec_of
+
+CONFIG, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+SIDE_FILES = (  # small files of a Hugging Face folder that an APR file keeps as they are
+    CONFIG,
+    "generation_config.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    TEMPLATE,
+)
+HF_FILES = "hf_files"  # metadata key of an APR file: side files by name
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that can be computed: made by `registry.open_any`.
+
+    cfg             configuration
+    tensors         by Hugging Face name, read-only; mapped, or converted when asked for
+    tokenizer_json  text of tokenizer.json, or None
+    metadata        of an APR file; config.json of a Hugging Face folder; of a GGUF file what an APR file would say
+    source          path, for messages
+    kind            "apr", "hf" or "gguf"
+    eos             end-of-text token as the files name it: an id, a text, or None
+    """
+
+    cfg: ModelConfig
+    tensors: Mapping[str, np.ndarray]
+    tokenizer_json: str | None
+    metadata: dict[str, Any]
+    source: str
+    kind: str
+    eos: Any = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of all parameters as float32 in table order: equal weights, whatever the format."""
+        digest = hashlib.sha256()
+        for tensor in parameters(Layout(self.cfg), self).values():
+            flat = tensor.reshape(-1)
+            for start in range(0, flat.size, CHUNK):
+                digest.update(flat[start : start + CHUNK].astype("<f4").view(np.uint8).data)
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer with its end-of-text id. Raises MalformedFile, Refused: more ids than the model."""
+        if self.tokenizer_json is None:
+            return None
+        if self.eos is not None and (not isinstance(self.eos, int | str) or isinstance(self.eos, bool)):
+            raise MalformedFile(
+                f"{self.source}: eos_token_id = {short(self.eos)} is not the id of a token; correct it in the model's config"
+            )
+        tokenizer = Tokenizer.from_json(self.tokenizer_json, self.source, self.eos)
+        if tokenizer.vocab_size > self.cfg.vocab_size:
+            raise Refused(
+                f"{self.source}: its tokenizer has {tokenizer.vocab_size} ids, the model {self.cfg.vocab_size}"
+            )
+        return tokenizer
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """Side files by name, of SIDE_FILES; empty for a checkpoint that apr trained. Raises MalformedFile."""
+        if self.kind == "hf":
+            folder = Path(self.source)
+            return read_side_files(folder if os.path.isdir(folder) else folder.parent)
+        kept = self.metadata.get(HF_FILES) or {}
+        if not isinstance(kept, dict) or not all(isinstance(t, str) for t in kept.values()):
+            raise MalformedFile(
+                f"{self.source}: metadata {HF_FILES!r} is not an object of texts; import the model again"
+            )
+        return {name: text for name, text in kept.items() if name in SIDE_FILES}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json of the model: the original, if there is one that still describes the model."""
+        if CONFIG in self.texts:
+            config = parse_json(self.texts[CONFIG], f"{self.source}: {CONFIG}")
+            if from_hf(config, self.source) == self.cfg:
+                return config
+        return to_hf(self.cfg)
+
+    @property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """The object in tokenizer_config.json, {} without that file."""
+        text = self.texts.get(TOKENIZER_CONFIG)
+        return parse_json(text, f"{self.source}: {TOKENIZER_CONFIG}") if text is not None else {}
+
+    @property
+    def chat_template(self) -> str | None:
+        """Text of the chat template: chat_template.jinja, else tokenizer_config.json's, else the metadata's."""
+        if TEMPLATE in self.texts:
+            return self.texts[TEMPLATE]
+        template = self.tokenizer_config.get("chat_template", self.metadata.get("chat_template"))
+        if isinstance(template, list):  # several by name
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Texts of bos_token, eos_token and such, as the side files or the metadata spell them."""
+        special = self.texts.get("special_tokens_map.json")
+        maps = [parse_json(special, f"{self.source}: special_tokens_map.json")] if special else []
+        tokens = named_tokens([*maps, self.tokenizer_config])
+        vocabulary = self.metadata.get("tokenizer.vocabulary") or []
+        for name in ("bos_token", "eos_token"):
+            i = self.metadata.get(f"tokenizer.{name}_id")
+            if isinstance(i, int) and 0 <= i < len(vocabulary):
+                tokens.setdefault(name, vocabulary[i])
+        return tokens
+
+    def template(self, file: str | None = None) -> ChatTemplate | None:
+        """Compile the chat template, or the one in `file`; None without one.
+
+        Raises InputNotFound and MalformedFile (the file), Refused (see ChatTemplate)."""
+        text = self.chat_template if file is None else read_text(Path(file))
+        return None if text is None else ChatTemplate(text, file or self.source, self.named_tokens)
+
+    def end_ids(self) -> frozenset[int]:
+        """Collect the ids that end a text: the tokenizer's, and those of generation_config.json and config.json, which
+        may list several."""
+        text = self.texts.get("generation_config.json")
+        where = f"{self.source}: generation_config.json"
+        ids: list[Any] = (
+            [] if self.tokenizer is None or self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        )
+        for value in (
+            parse_json(text, where).get("eos_token_id") if text else None,
+            self.metadata.get("eos_token_id"),
+        ):
+            ids += value if isinstance(value, list) else [value]
+        size = self.cfg.vocab_size
+        return frozenset(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < size)
+
+    def on(self, backend: ModuleType, dtype: str = "float32") -> Any:
+        """Copy the parameters to a backend: a new flat buffer (Layout order)."""
+        layout = Layout(self.cfg)
+        host = np.zeros(layout.size, np.float32)
+        fill(layout, host, self)
+        return upload(backend, host, dtype)
+
+
+def read_side_files(folder: Path) -> dict[str, str]:
+    """Read the side files of a Hugging Face folder; those that are JSON are parsed as a check. Raises MalformedFile."""
+    texts = {name: read_text(folder / name) for name in SIDE_FILES if os.path.lexists(folder / name)}
+    for name, text in texts.items():
+        if name.endswith(".json"):
+            parse_json(text, str(folder / name))
+    return texts
+
+
+def upload(backend: ModuleType, host: np.ndarray, dtype: str) -> Any:
+    """Copy a host buffer to a backend, as `dtype`."""
+    w = backend.empty(host.size, dtype)
+    backend.from_host(w, host)
+    return w
+
+
+class Parameters(Mapping[str, np.ndarray]):
+    """Parameters by Hugging Face name in table order; a tensor is mapped or converted when asked for."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], stored: dict[str, str]) -> None:
+        """stored: the name in `tensors` of each parameter."""
+        self._tensors, self._stored = tensors, stored
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[self._stored[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def parameters(layout: Layout, checkpoint: Checkpoint) -> Parameters:
+    """Match a checkpoint's tensors with the parameters of a layout, both ways.
+
+    Every parameter is there, every stored tensor is one, shapes are equal. With tied embeddings a
+    checkpoint may store the matrix under the head's name, or twice if the copies are bit-equal.
+    Raises Refused naming what is missing, unexpected or of the wrong shape.
+    """
+    tensors, source = checkpoint.tensors, checkpoint.source
+    stored = {name: name for name in tensors if not name.endswith(INV_FREQ)}
+    tied = layout.cfg.tie_word_embeddings
+    if tied and HEAD in stored:
+        del stored[HEAD]
+        if EMBED not in stored:
+            stored[EMBED] = HEAD
+        elif not same_bits(tensors[EMBED], tensors[HEAD]):
+            raise Refused(
+                f"{source}: tie_word_embeddings is true, but {HEAD} differs from {EMBED}; if the head "
+                "was trained apart, set tie_word_embeddings to false in its config"
+            )
+    specs = {name: spec_of(tensors, at) for name, at in stored.items()}
+    problem = mismatch(layout, {name: s.shape for name, s in specs.items()})
+    whole = [f"{name} ({s.dtype})" for name, s in specs.items() if not is_float(s.dtype)]
+    if whole and not problem:
+        problem = f"{len(whole)} not floating point: {', '.join(whole[:5])}"
+    if problem:
+        headless = not tied and HEAD not in stored
+        hint = f" (without {HEAD} the config must say tie_word_embeddings: true)" if headless else ""
+        raise Refused(f"{source}: its tensors do not fit its config: {problem}{hint}")
+    return Parameters(tensors, {s.hf: stored[s.hf] for s in layout.in_order()})
+
+
+def fill(layout: Layout, flat: np.ndarray, checkpoint: Checkpoint) -> None:
+    """Copy every tensor of a checkpoint to its place in a host buffer; the padding becomes 0.
+
+    flat (layout.size,) float32 or float64. bfloat16, float16 and float32 keep their values; float64
+    is rounded to the buffer's dtype, to nearest even. Raises Refused as `parameters` does, and
+    naming the tensor for NaN and infinity; the buffer is then undefined.
+    """
+    if flat.shape != (layout.size,) or flat.dtype not in (np.float32, np.float64):
+        raise Refused(
+            f"buffer of {flat.dtype} {flat.shape}; weights need float32 or float64 ({layout.size},)"
+        )
+    tensors = parameters(layout, checkpoint)
+    flat[...] = 0
+    for slot in layout.slots:
+        stored = tensors[slot.hf].reshape(-1)
+        for start in range(0, slot.size, CHUNK):
+            part = stored[start : start + CHUNK]
+            place = flat[slot.offset + start : slot.offset + start + part.size]
+            with np.errstate(over="ignore"):
+                place[...] = part
+            require_finite(place, start, f"{checkpoint.source}: {slot.hf}")
+
+
+def special_id(
+    text: str, tokenizer_config: Mapping[str, Any], config: Mapping[str, Any], name: str
+) -> int | None:
+    """Find the id of the token that tokenizer_config.json, or else config.json, names bos, pad or unk; None unless it is
+    an added token."""
+    added = {t["content"]: t["id"] for t in parse_json(text, TOKENIZER).get("added_tokens") or []}
+    said = token_text(tokenizer_config.get(f"{name}_token"))
+    if said is not None:
+        return added.get(said)
+    i = first_id(config.get(f"{name}_token_id"))
+    return i if i in added.values() else None
+
+
+def token_text(token: Any) -> str | None:
+    """Take the text of a token, which tokenizer_config.json spells as a string or as {"content": ...}."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def first_id(ids: Any) -> int | None:
+    """Take an id, or the first of a list of them."""
+    ids = ids[0] if isinstance(ids, list) and ids else ids
+    return ids if isinstance(ids, int) and not isinstance(ids, bool) else None

@@ -1,0 +1,140 @@
+"""Import: a checkpoint of another program as one APR file, bit for bit, with its side files and where it came from.
+
+After writing, the file is read back and compared with the source, element by element.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import InputNotFound, Refused, UsageError
+from ..common.hub import download, is_hub
+from ..common.version import __version__
+from ..model.params import Layout
+from ..tokenizer.import_hf import read_tokenizer
+from ..tokenizer.tokenizer import Tokenizer
+from .apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
+from .checkpoint import (
+    HF_FILES,
+    SIDE_FILES,
+    TOKENIZER,
+    Checkpoint,
+    first_id,
+    parameters,
+    special_id,
+    token_text,
+)
+from .hf import INDEX, SINGLE
+from .readback import compare_written
+from .registry import open_any
+from .tensors import TensorFile
+
+PATTERNS = (*SIDE_FILES, TOKENIZER, SINGLE, INDEX, "model-*-of-*.safetensors")
+PROVENANCE = "provenance"  # metadata key
+
+
+def import_model(
+    source: str,
+    output: str | Path,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write an APR file of a checkpoint; returns figures for the user.
+
+    source: a folder, a .safetensors file with config.json beside it, or hf://org/name[@revision]. tokenizer: a folder with
+    tokenizer.json, where the source has none. Weights keep their dtype and bits, and are compared with the source after
+    writing. Raises Refused for an output that exists (unless force), and as load_model does."""
+    output = Path(output)
+    if os.path.lexists(output) and not force:
+        raise Refused(f"{output}: exists already; name another file, or --force to replace it")
+    if is_hub(source):
+        folder, revision = download(source, PATTERNS, revision)
+        place = str(folder)
+    elif revision is not None:
+        raise UsageError(f"--revision {revision} makes sense for hf://org/name only, not for {source}")
+    else:
+        place = source
+        folder = Path(place) if os.path.isdir(place) else Path(place).parent
+    if os.path.isfile(place) and Path(place).suffix != ".safetensors":
+        raise UsageError(f"{source}: import reads Hugging Face folders and .safetensors files")
+    checkpoint = open_any(place)
+    tensors = parameters(Layout(checkpoint.cfg), checkpoint)
+    meta = {**config_to_metadata(checkpoint.cfg), "hf_config": checkpoint.metadata}
+    meta |= {"source": source, "original_format": "safetensors"}
+    meta[PROVENANCE] = {
+        "by": f"apr {__version__} import",
+        "source": source,
+        "revision": revision,
+        "files": [_fingerprint(p) for p in _files(checkpoint, folder)],
+    }
+    meta[HF_FILES] = checkpoint.texts
+    if checkpoint.chat_template is not None:
+        meta["chat_template"] = checkpoint.chat_template
+    tok = _embed(meta, checkpoint, folder, tokenizer)
+    write_apr(output, meta, tensors)
+    compared = compare_written(
+        read_apr(output).tensors, checkpoint.tensors, checkpoint.cfg.tie_word_embeddings, output
+    )
+    return {
+        "output": str(output),
+        "source": source,
+        "revision": revision,
+        "parameters": Layout(checkpoint.cfg).num_parameters,
+        "tensors": len(tensors),
+        "dtypes": sorted({t.dtype.name for t in tensors.values()}),
+        "compared_elements": compared,
+        "tokenizer_ids": tok and tok.vocab_size,
+        "eos_token": tok and tok.eos_token,
+        "eos_token_id": tok and tok.eos_id,
+        "chat_template": checkpoint.chat_template is not None,
+        "files": meta[PROVENANCE]["files"],
+    }
+
+
+def _files(checkpoint: Checkpoint, folder: Path) -> list[Path]:
+    """List the files that a checkpoint was read from."""
+    weights = (
+        [checkpoint.tensors.path]
+        if isinstance(checkpoint.tensors, TensorFile)
+        else sorted(folder.glob("*.safetensors"))
+    )
+    more = [folder / n for n in (INDEX, TOKENIZER) if os.path.lexists(folder / n)]
+    return [
+        *weights,
+        *(folder / name for name in checkpoint.texts),
+        *(p for p in more if len(weights) > 1 or p.name != INDEX),
+    ]
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+        size = f.tell()
+    return {"name": path.name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def _embed(meta: dict[str, Any], checkpoint: Checkpoint, folder: Path, other: str | None) -> Tokenizer | None:
+    """Put the tokenizer of a folder, or of `other`, into metadata."""
+    place = Path(other) if other else folder
+    found = read_tokenizer(place)
+    if found is None:
+        if other:
+            raise InputNotFound(f"--tokenizer {other}: holds no {TOKENIZER}")
+        return None
+    text, config = found
+    eos: str | int | None = token_text(config.get("eos_token"))
+    if eos is None:
+        eos = first_id(checkpoint.metadata.get("eos_token_id"))
+    tok = Tokenizer.from_json(text, str(place / TOKENIZER), eos)
+    if tok.vocab_size > checkpoint.cfg.vocab_size:
+        raise Refused(
+            f"{place}: its tokenizer has {tok.vocab_size} ids, the model {checkpoint.cfg.vocab_size}"
+        )
+    embed_tokenizer(meta, text, tok.eos_id, special_id(text, config, checkpoint.metadata, "bos"))
+    return tok
