@@ -19,8 +19,8 @@ from apr.cli.main import main
 from apr.common.errors import AprError, InputNotFound, Refused, UsageError
 from apr.evidence.seal import compare
 from apr.inference.generate import Sampling
-from apr.model.config import PRESETS
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.tokenizer.tokenizer import train_tokenizer
 from apr.training import loggers
 from apr.training.callbacks import CallbackFailed

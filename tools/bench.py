@@ -39,9 +39,9 @@ from rich.table import Table
 
 from apr import backends
 from apr.common.host import cores, cpu_name
-from apr.model.config import PRESETS
 from apr.model.cost import flops_per_token, matmul_rate
 from apr.model.optim import AdamW
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from apr.training.rundir import git_commit, versions
 

@@ -26,9 +26,9 @@ from rich.table import Table
 from apr import backends
 from apr.backends.select import choose
 from apr.common.errors import AprError, UsageError
-from apr.model.config import PRESETS
 from apr.model.cost import attended, flops_per_token, matmul_rate, memory
 from apr.model.optim import AdamW
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from apr.training.rundir import git_commit, versions
 

@@ -65,8 +65,8 @@ def _apr(who: str, model: str, folder: str, threads: int) -> Any:
     from apr.checkpoints.registry import open_host
     from apr.inference import int8
     from apr.inference.generate import Generator, Sampling
-    from apr.model.config import PRESETS
     from apr.model.params import Layout
+    from apr.model.presets import PRESETS
 
     if folder:
         source = open_host(folder)
@@ -137,7 +137,8 @@ def in_process(python: str, args: list[str]) -> dict[str, float]:
 
 def compare(a: argparse.Namespace, model: str) -> dict[str, Any]:
     """All of them in turn, a.rounds times; medians."""
-    from apr.model.config import PRESETS, to_hf
+    from apr.model.hf_config import to_hf
+    from apr.model.presets import PRESETS
 
     own = a.stories if model == "stories260k" else ""
     with tempfile.TemporaryDirectory() as made:

@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 from apr.cli.main import COMMANDS, MODULES
 from apr.common import errors
 from apr.common.options import field_types
-from apr.model.config import PRESETS
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 
 PAGES = ROOT / "docs" / "commands"
 TABLE = ROOT / "apr" / "commands" / "completion.json"

@@ -64,7 +64,9 @@ from safetensors.numpy import save
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from apr.model.config import PRESETS, ModelConfig, from_hf, to_hf
+from apr.model.config import ModelConfig
+from apr.model.hf_config import from_hf, to_hf
+from apr.model.presets import PRESETS
 
 Tensors = dict[str, np.ndarray]
 

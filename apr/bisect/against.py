@@ -17,7 +17,8 @@ from ..checkpoints.hf import read_safetensors
 from ..checkpoints.tensors import is_float
 from ..common.errors import MalformedFile, Refused
 from ..common.files import parse_json
-from ..model.config import ModelConfig, from_hf
+from ..model.config import ModelConfig
+from ..model.hf_config import from_hf
 from ..model.params import Slot
 from ..model.taps import key
 from ..model.transformer import Model

@@ -16,7 +16,8 @@ from ..checkpoints.checkpoint import parameters
 from ..checkpoints.registry import open_any
 from ..checkpoints.tensors import EMBED, HEAD
 from ..common.errors import DeviceError, Refused
-from ..model.config import ModelConfig, to_hf
+from ..model.config import ModelConfig
+from ..model.hf_config import to_hf
 from ..model.params import Layout
 from ..model.transformer import IGNORED
 

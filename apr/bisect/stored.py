@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.tensors import EMBED, HEAD, INV_FREQ
-from ..model.config import SIZES, ModelConfig
+from ..model.config import ModelConfig
+from ..model.hf_config import SIZES
 from ..model.params import Layout
 from .report import EXACT, Row
 from .stages import exact, holds, measured, unequal

@@ -31,7 +31,9 @@ import numpy as np
 from ..common.atomic import atomic_write
 from ..common.errors import MalformedFile, Refused
 from ..common.files import opened, parse_json, short
-from ..model.config import FAMILIES, MUST_BE, SIZES, ModelConfig, from_hf, to_hf
+from ..model.config import ModelConfig
+from ..model.families import FAMILIES
+from ..model.hf_config import MUST_BE, SIZES, from_hf, to_hf
 from .tensors import BF16, Stored, TensorFile, encode, saved_dtype
 
 MAGIC = b"APR\0"

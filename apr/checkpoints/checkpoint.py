@@ -15,7 +15,8 @@ import numpy as np
 
 from ..common.errors import MalformedFile, Refused
 from ..common.files import parse_json, read_text, short
-from ..model.config import ModelConfig, from_hf, to_hf
+from ..model.config import ModelConfig
+from ..model.hf_config import from_hf, to_hf
 from ..model.params import Layout
 from ..tokenizer.chat_template import ChatTemplate, named_tokens
 from ..tokenizer.tokenizer import Tokenizer

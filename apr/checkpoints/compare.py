@@ -14,7 +14,8 @@ import numpy as np
 
 from ..common.errors import AprError, InputNotFound, MalformedFile
 from ..common.files import parse_json, read_text
-from ..model.config import ModelConfig, from_hf
+from ..model.config import ModelConfig
+from ..model.hf_config import from_hf
 from .apr2 import MAGIC, metadata_to_config, read_apr
 from .hf import read_folder, read_safetensors
 from .tensors import CHUNK, TensorFile

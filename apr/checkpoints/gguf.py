@@ -28,9 +28,10 @@ import numpy as np
 
 from ..common.atomic import atomic_write
 from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused, UsageError
-from ..model.config import FAMILIES, ModelConfig, RopeScaling
+from ..model.config import ModelConfig, RopeScaling
+from ..model.families import FAMILIES
 from ..model.params import Layout, Slot
-from ..model.transformer import rope_tables
+from ..model.rope import rope_tables
 from .tensors import BF16, require_finite
 
 ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}

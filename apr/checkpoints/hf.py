@@ -22,7 +22,8 @@ import numpy as np
 from ..common.atomic import atomic_write, write_json, write_text
 from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused
 from ..common.files import MAX_TEXT, opened, parse_json, read_text
-from ..model.config import ModelConfig, from_hf, to_hf
+from ..model.config import ModelConfig
+from ..model.hf_config import from_hf, to_hf
 from ..model.params import Layout
 from .tensors import BF16, Stored, TensorFile, encode, mismatch, saved_dtype
 

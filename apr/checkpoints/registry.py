@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputNotFound, Refused
-from ..model.config import PRESETS, ModelConfig
+from ..model.config import ModelConfig
 from ..model.params import Layout
+from ..model.presets import PRESETS
 from ..tokenizer.tokenizer import Tokenizer
 from .apr2 import extract_tokenizer, metadata_to_config, read_apr
 from .checkpoint import Checkpoint, fill, parameters, upload

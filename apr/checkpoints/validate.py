@@ -22,7 +22,8 @@ import numpy as np
 from ..common.errors import AprError, InputNotFound, MalformedFile, Refused
 from ..common.files import opened, parse_json, read_text
 from ..common.finding import Checklist, Fault, Skip
-from ..model.config import ModelConfig, from_hf
+from ..model.config import ModelConfig
+from ..model.hf_config import from_hf
 from ..model.params import Layout
 from ..tokenizer.import_hf import PROBE
 from ..tokenizer.tokenizer import Tokenizer

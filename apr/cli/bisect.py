@@ -25,8 +25,8 @@ from ..checkpoints.registry import HostModel, open_host
 from ..common.errors import IOFailure, Refused, UsageError
 from ..common.host import available_memory
 from ..common.options import given, option
-from ..model.config import PRESETS
 from ..model.cost import check_fits, check_positions, memory
+from ..model.presets import PRESETS
 from ..model.transformer import IGNORED
 from .trace import read_ids, read_targets
 

@@ -13,10 +13,10 @@ from ..backends.select import select
 from ..checkpoints.registry import open_any
 from ..common.errors import UsageError
 from ..common.options import option, parse
-from ..model.config import load_config
 from ..model.cost import check_positions, flops_per_token, matmul_rate, memory
 from ..model.lora import AdapterLayout, lora_config
 from ..model.params import Layout
+from ..model.presets import load_config
 from ..training.show import Show
 
 

@@ -29,9 +29,10 @@ from ..common.host import cores
 from ..data.conversations.instruct import InstructShards
 from ..evidence.gates import PASS, Gates, parse_bounds
 from ..evidence.seal import seal
-from ..model.config import PRESETS, to_hf
+from ..model.hf_config import to_hf
 from ..model.lora import AdapterLayout
 from ..model.params import Layout
+from ..model.presets import PRESETS
 from ..training import loggers
 from ..training.callbacks import Callback, CallbackFailed, tell
 from ..training.inputs import Inputs, describe, guards, open_inputs

@@ -23,8 +23,9 @@ from ..checkpoints.registry import open_host
 from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..common.files import opened, read_json
 from ..common.options import option, parse
-from ..model.config import ModelConfig, to_hf
+from ..model.config import ModelConfig
 from ..model.cost import check_fits, memory
+from ..model.hf_config import to_hf
 from ..model.taps import Record
 from ..model.transformer import IGNORED, Model
 from ..training.rundir import versions

@@ -12,7 +12,8 @@ import numpy as np
 from ..checkpoints.checkpoint import Checkpoint, parameters
 from ..checkpoints.tensors import CHUNK
 from ..common.errors import AprError
-from ..model.config import ModelConfig, from_hf, to_hf
+from ..model.config import ModelConfig
+from ..model.hf_config import from_hf, to_hf
 from ..model.optim import AdamW
 from ..model.transformer import Model
 from .gates import Answer

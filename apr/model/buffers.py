@@ -10,13 +10,24 @@ from typing import Any
 import ml_dtypes  # noqa: F401 - gives NumPy the name "bfloat16"
 import numpy as np
 
-ALIGN = 256  # bytes: every buffer starts where a GPU's widest access and every cuBLAS kernel may start
-WIDE = {"float64": "float64", "float32": "float32", "bfloat16": "float32"}  # of sums and statistics
+from .config import ModelConfig
+from .params import Layout, padded_vocab
+
+# bytes: every buffer starts where a GPU's widest access and every cuBLAS kernel may start
+ALIGN = 256
+# dtype of sums and statistics
+WIDE = {"float64": "float64", "float32": "float32", "bfloat16": "float32"}
+# buffers in the wide dtype
+STATISTICS = {"rstd", "rstd1", "rstd2", "qk_rstd", "lse", "loss"}
+# buffers of a block that stay when the block is computed again in backward
+KEPT_UNDER_RECOMPUTE = {"res1"}
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Want:
-    """A buffer that is needed: what for (a field of plan.Memory), its shape and dtype."""
+class BufferSpec:
+    """A buffer to allocate: its purpose (a field of cost.Memory), shape and dtype."""
 
     purpose: str
     shape: tuple[int, ...]
@@ -33,19 +44,155 @@ class Want:
         return -(-self.size // ALIGN) * ALIGN
 
 
-Wants = dict[str, Want]
+BufferSpecs = dict[str, BufferSpec]
 
 
-class Arena:
-    """One allocation on a backend, cut into named buffers: arena["3.qkv"]."""
+class Buffers:
+    """One allocation on a backend, cut into named buffers: buffers["3.qkv"]."""
 
-    def __init__(self, backend: ModuleType, wants: Wants) -> None:
-        whole = backend.empty(sum(w.nbytes for w in wants.values()), "uint8")
+    def __init__(self, backend: ModuleType, specs: BufferSpecs) -> None:
+        whole = backend.empty(sum(s.nbytes for s in specs.values()), "uint8")
         self.arrays: dict[str, Any] = {}
         start = 0
-        for name, w in wants.items():
-            self.arrays[name] = whole[start : start + w.size].view(np.dtype(w.dtype)).reshape(w.shape)
-            start += w.nbytes
+        for name, s in specs.items():
+            self.arrays[name] = whole[start : start + s.size].view(np.dtype(s.dtype)).reshape(s.shape)
+            start += s.nbytes
 
     def __getitem__(self, name: str) -> Any:
         return self.arrays[name]
+
+
+def block_buffers(c: ModelConfig, batch: int, seq: int) -> Shapes:
+    """Shapes of the buffers that a block keeps for its backward pass."""
+    n, heads = batch * seq, c.num_heads + c.num_kv_heads
+    shapes: Shapes = {
+        # the residual stream entering the block: tap hidden.LAYER
+        "res1": (n, c.hidden_size),
+        "norm1": (n, c.hidden_size),
+        "rstd1": (n,),
+        "qkv": (n, (heads + c.num_kv_heads) * c.head_dim),
+        "lse": (batch, c.num_heads, seq),
+        "att": (n, c.num_heads * c.head_dim),
+        "res2": (n, c.hidden_size),
+        "norm2": (n, c.hidden_size),
+        "rstd2": (n,),
+        "gu": (n, 2 * c.intermediate_size),
+        "act": (n, c.intermediate_size),
+    }
+    if c.qk_norm:
+        shapes |= {"qk": (n, heads, c.head_dim), "qk_rstd": (n, heads)}
+    return shapes
+
+
+def scratch_buffers(c: ModelConfig, batch: int, seq: int, train: bool) -> Shapes:
+    """Shapes of the buffers that all layers share."""
+    n, heads = batch * seq, c.num_heads + c.num_kv_heads
+    shapes: Shapes = {
+        "delta": (n, c.hidden_size),
+        # tap hidden.L
+        "res": (n, c.hidden_size),
+        "final_norm": (n, c.hidden_size),
+        "rstd": (n,),
+        "loss": (n,),
+    }
+    if train:
+        shapes |= {
+            "dres": (n, c.hidden_size),
+            "dnorm": (n, c.hidden_size),
+            "dqkv": (n, (heads + c.num_kv_heads) * c.head_dim),
+            "datt": (n, c.num_heads * c.head_dim),
+            "dgu": (n, 2 * c.intermediate_size),
+            "dact": (n, c.intermediate_size),
+        }
+        if c.qk_norm:
+            shapes["dqk"] = (n, heads, c.head_dim)
+    return shapes
+
+
+@dataclass(frozen=True)
+class BufferPlan:
+    """Buffers of a model for batches of up to batch x seq tokens.
+
+    train         keep the activations that backward needs, and gradients
+    recompute     keep only the residual stream entering each block (activation checkpointing)
+    loss_rows     rows of logits held at once
+    cache         positions of the KV cache, 0 for none
+    own_weights   allocate the parameters; otherwise they are given
+    pad_vocab     logits have as many columns as the head has rows in a flat buffer
+    documents     attention stops at document borders
+    """
+
+    batch: int
+    seq: int
+    dtype: str = "float32"
+    train: bool = True
+    recompute: bool = False
+    loss_rows: int = 1
+    cache: int = 0
+    own_weights: bool = True
+    pad_vocab: bool = False
+    documents: bool = False
+
+    def specs(self, c: ModelConfig) -> BufferSpecs:
+        """Every buffer by name: block buffers as LAYER.NAME, or NAME where blocks share one."""
+        n, size, wide = self.batch * self.seq, Layout(c).size, WIDE[self.dtype]
+
+        def kind(name: str) -> str:
+            return wide if name in STATISTICS else self.dtype
+
+        out: BufferSpecs = {}
+        if self.own_weights:
+            out["w"] = BufferSpec("weights", (size,), self.dtype)
+        if self.train:
+            out["g"] = BufferSpec("gradients", (size,), wide)
+        for name, shape in block_buffers(c, self.batch, self.seq).items():
+            shared = not self.train or (self.recompute and name not in KEPT_UNDER_RECOMPUTE)
+            for prefix in [""] if shared else [f"{i}." for i in range(c.num_layers)]:
+                out[prefix + name] = BufferSpec("scratch" if shared else "saved", shape, kind(name))
+        for name, shape in scratch_buffers(c, self.batch, self.seq, self.train).items():
+            out[name] = BufferSpec("scratch", shape, kind(name))
+        columns = logit_columns(c, self.pad_vocab)
+        out["logits"] = BufferSpec("logits", (self.loss_rows, columns), self.dtype)
+        for name in ("ids", "targets"):
+            out[name] = BufferSpec("scratch", (n,), "int32")
+        if self.documents:
+            out["first"] = BufferSpec("scratch", (n,), "int32")
+        out["total"] = BufferSpec("scratch", (1,), "float64")
+        for name in ("cos", "sin"):
+            out[name] = BufferSpec("scratch", (max(self.seq, self.cache), c.head_dim // 2), wide)
+        return out | self._cache_specs(c)
+
+    def _cache_specs(self, c: ModelConfig) -> BufferSpecs:
+        """Buffers of the KV cache, and of a step of sequences of different lengths."""
+        out: BufferSpecs = {}
+        if self.cache and self.batch > 1:
+            out["first"] = BufferSpec("scratch", (self.batch,), "int32")
+            for name in ("step_cos", "step_sin"):
+                out[name] = BufferSpec("scratch", (self.batch, c.head_dim // 2), WIDE[self.dtype])
+        shape = (self.batch, self.cache, c.num_kv_heads, c.head_dim)
+        for i in range(c.num_layers if self.cache else 0):
+            for name in ("keys", "values"):
+                out[f"{i}.{name}"] = BufferSpec("cache", shape, self.dtype)
+        return out
+
+
+def plan_buffers(
+    c: ModelConfig, backend: ModuleType, batch: int, seq: int, loss_rows: int | None = None, **options: Any
+) -> BufferPlan:
+    """BufferPlan with the backend's choice of loss_rows, where none is given, and of pad_vocab."""
+    tokens = batch * seq
+    rows = min(loss_rows or default_loss_rows(c, tokens, backend.loss_elements), tokens)
+    return BufferPlan(batch, seq, loss_rows=rows, pad_vocab=backend.pad_vocab, **options)
+
+
+def logit_columns(c: ModelConfig, padded: bool) -> int:
+    """Columns of the logits: V, or as many as the head has rows in a flat buffer."""
+    return padded_vocab(c.vocab_size) if padded else c.vocab_size
+
+
+def default_loss_rows(c: ModelConfig, tokens: int, elements: int = 1 << 23) -> int:
+    """Rows of logits held at once, so that all logits never exist together: `elements` in all, at least
+    64 rows, and as many parts as that takes, of equal size."""
+    most = max(64, elements // c.vocab_size // 64 * 64)
+    parts = -(-tokens // most)
+    return min(tokens, -(-tokens // parts // 64) * 64)

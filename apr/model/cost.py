@@ -9,12 +9,12 @@ from types import ModuleType
 import numpy as np
 
 from ..common.errors import Refused
+from .buffers import plan_buffers
 from .config import ModelConfig
 from .lora import LoraConfig
 from .lora import wants as adapter_wants
 from .optim import wants as optimizer_wants
 from .params import Layout
-from .transformer import job_of
 
 
 def check_positions(c: ModelConfig, seq_length: int) -> None:
@@ -86,11 +86,11 @@ def memory(
 ) -> Memory:
     """What Model (and AdamW, when train and optimizer, of all weights or of adapters) will take for batches of batch x seq
     tokens."""
-    job = job_of(
+    plan = plan_buffers(
         c, backend, batch, seq, loss_rows,
         dtype=dtype, train=train, recompute=recompute, cache=cache, documents=documents,
     )  # fmt: skip
-    wants = list(job.wants(c).values())
+    wants = list(plan.specs(c).values())
     if train and optimizer:
         wants += (adapter_wants(c, dtype, lora) if lora else optimizer_wants(c, dtype)).values()
     sums: dict[str, int] = {}

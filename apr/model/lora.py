@@ -28,7 +28,7 @@ from ..checkpoints.tensors import CHUNK
 from ..common.errors import Refused, UsageError
 from ..evidence.gates import Answer
 from ..evidence.measure import gradient_norm, gradients
-from .buffers import WIDE, Arena, Want, Wants
+from .buffers import WIDE, Buffers, BufferSpec, BufferSpecs
 from .config import ModelConfig
 from .optim import AdamW
 from .params import ALIGN, LAYER, Layout, Param, Slot
@@ -163,25 +163,25 @@ def _cut(flat: Any, s: Slot) -> Any:
     return flat[s.offset : s.offset + s.size].reshape(s.shape)
 
 
-def wants(cfg: ModelConfig, dtype: str, config: LoraConfig) -> Wants:
+def wants(cfg: ModelConfig, dtype: str, config: LoraConfig) -> BufferSpecs:
     """Buffers of adapters and their optimizer, in the place of those of `optim.wants`."""
     layout, wide, r = AdapterLayout(cfg, config), WIDE[dtype], config.rank
     most_in = max((p.base.shape[1] for p in layout.pairs), default=1)
     most_out = max((p.base.shape[0] for p in layout.pairs), default=1)
     out = {
-        "adapters": Want("weights", (layout.size,), wide),
-        "adapter_gradients": Want("gradients", (layout.size,), wide),
-        "m": Want("moments", (layout.size,), wide),
-        "v": Want("moments", (layout.size,), wide),
-        "base": Want("base", (_base_size(layout),), dtype),
-        "scaled_identity": Want("scratch", (r, r), wide),
-        "scaled_a": Want("scratch", (r * most_in,), wide),
-        "scaled_b": Want("scratch", (r * most_out,), wide),
-        "unused": Want("scratch", (r * most_in,), wide),
+        "adapters": BufferSpec("weights", (layout.size,), wide),
+        "adapter_gradients": BufferSpec("gradients", (layout.size,), wide),
+        "m": BufferSpec("moments", (layout.size,), wide),
+        "v": BufferSpec("moments", (layout.size,), wide),
+        "base": BufferSpec("base", (_base_size(layout),), dtype),
+        "scaled_identity": BufferSpec("scratch", (r, r), wide),
+        "scaled_a": BufferSpec("scratch", (r * most_in,), wide),
+        "scaled_b": BufferSpec("scratch", (r * most_out,), wide),
+        "unused": BufferSpec("scratch", (r * most_in,), wide),
     }
     if wide != dtype:
-        out["merged"] = Want("scratch", (max(p.base.size for p in layout.pairs),), wide)
-    return out | {name: Want("scratch", (1,), "float64") for name in ("sum_sq", "factor")}
+        out["merged"] = BufferSpec("scratch", (max(p.base.size for p in layout.pairs),), wide)
+    return out | {name: BufferSpec("scratch", (1,), "float64") for name in ("sum_sq", "factor")}
 
 
 def _base_size(layout: AdapterLayout) -> int:
@@ -197,7 +197,7 @@ class Adapters:
         self.base_model, self.config = model, config
         self.be, self.cfg, self.dtype = model.be, model.cfg, WIDE[model.dtype]
         self.layout = AdapterLayout(model.cfg, config)
-        self.buffers = Arena(self.be, wants(model.cfg, model.dtype, config))
+        self.buffers = Buffers(self.be, wants(model.cfg, model.dtype, config))
         self.w, self.g = self.buffers["adapters"], self.buffers["adapter_gradients"]
         self.base: list[Any] = []
         at = 0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import UsageError
-from .buffers import WIDE, Arena, Want, Wants
+from .buffers import WIDE, Buffers, BufferSpec, BufferSpecs
 from .config import ModelConfig
 from .params import Layout
 from .transformer import Model
@@ -50,13 +50,13 @@ class Schedule:
         return self.lr_min + (self.lr - self.lr_min) * fall
 
 
-def wants(cfg: ModelConfig, dtype: str) -> Wants:
+def wants(cfg: ModelConfig, dtype: str) -> BufferSpecs:
     """Buffers of the optimizer of a model: moments, and a float32 copy of weights that are kept in less."""
     size, wide = Layout(cfg).size, WIDE[dtype]
-    out = {name: Want("moments", (size,), wide) for name in ("m", "v")}
+    out = {name: BufferSpec("moments", (size,), wide) for name in ("m", "v")}
     if wide != dtype:
-        out["master"] = Want("master", (size,), wide)
-    return out | {name: Want("scratch", (1,), "float64") for name in ("sum_sq", "factor")}
+        out["master"] = BufferSpec("master", (size,), wide)
+    return out | {name: BufferSpec("scratch", (1,), "float64") for name in ("sum_sq", "factor")}
 
 
 class AdamW:
@@ -78,7 +78,7 @@ class AdamW:
         self.model = model
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.weight_decay, self.grad_clip = weight_decay, grad_clip
-        self.buffers = Arena(be, wants(model.cfg, model.dtype))
+        self.buffers = Buffers(be, wants(model.cfg, model.dtype))
         self.m, self.v = self.buffers["m"], self.buffers["v"]
         self.sum_sq: Any = self.buffers["sum_sq"]
         self.factor: Any = self.buffers["factor"]

@@ -1,7 +1,7 @@
 """The transformer, forward and backward, over whichever backend it is given.
 
 No array arithmetic happens here: this file says which op reads and writes which buffer. Buffers are
-declared by `Job.wants`, which `apr plan` reads too, and are named like the taps that show them.
+declared by `BufferPlan.specs`, which `apr plan` reads too, and are named like the taps that show them.
 """
 
 from __future__ import annotations
@@ -15,25 +15,24 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import Refused
-from .buffers import WIDE, Arena, Want, Wants
-from .config import ModelConfig, RopeScaling
-from .params import Layout, padded_vocab
+from .buffers import Buffers, Shapes, block_buffers, plan_buffers, scratch_buffers
+from .config import ModelConfig
+from .params import Layout
+from .rope import rope_tables
 from .taps import Tap, no_tap
 
-Shapes = dict[str, tuple[int, ...]]
-STATISTICS = {"rstd", "rstd1", "rstd2", "qk_rstd", "lse", "loss"}  # kept in the wide dtype
-MOST_GRAPHS = 8
-IGNORED = -100  # a target that no loss is computed for, as any below 0
-KEPT = {"res1"}  # what a block that is computed again in backward still needs
+MAX_GRAPHS = 8
+# a target that no loss is computed for, as any below 0
+IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a batch stands: position `past` of its sequences, which lie in rows `row`.. of the key/value cache with
-    their position 0 in slot `slot`.
+class CachePosition:
+    """Location of a batch in the KV cache: sequence b is cache row `row + b`, its token 0 is at slot `slot`, `past`
+    tokens are cached already.
 
-    A step of sequences of different lengths has angles of its own, (B,D/2), and `first` (B,1), the slot of each one's
-    position 0; then past counts slots.
+    A step of sequences of different lengths has angles of its own, (B,D/2), and `first` (B,1), the slot of each
+    sequence's token 0; then `past` counts slots.
     """
 
     past: int = 0
@@ -44,130 +43,6 @@ class Place:
     first: Any = None
 
 
-def block_buffers(c: ModelConfig, batch: int, seq: int) -> Shapes:
-    """What a block keeps for its backward pass."""
-    n, heads = batch * seq, c.num_heads + c.num_kv_heads
-    shapes: Shapes = {
-        "res1": (n, c.hidden_size),  # the residual stream entering the block: tap hidden.LAYER
-        "norm1": (n, c.hidden_size),
-        "rstd1": (n,),
-        "qkv": (n, (heads + c.num_kv_heads) * c.head_dim),
-        "lse": (batch, c.num_heads, seq),
-        "att": (n, c.num_heads * c.head_dim),
-        "res2": (n, c.hidden_size),
-        "norm2": (n, c.hidden_size),
-        "rstd2": (n,),
-        "gu": (n, 2 * c.intermediate_size),
-        "act": (n, c.intermediate_size),
-    }
-    if c.qk_norm:
-        shapes |= {"qk": (n, heads, c.head_dim), "qk_rstd": (n, heads)}
-    return shapes
-
-
-def scratch_buffers(c: ModelConfig, batch: int, seq: int, train: bool) -> Shapes:
-    """What all layers share."""
-    n, heads = batch * seq, c.num_heads + c.num_kv_heads
-    shapes: Shapes = {
-        "delta": (n, c.hidden_size),
-        "res": (n, c.hidden_size),  # tap hidden.L
-        "final_norm": (n, c.hidden_size),
-        "rstd": (n,),
-        "loss": (n,),
-    }
-    if train:
-        shapes |= {
-            "dres": (n, c.hidden_size),
-            "dnorm": (n, c.hidden_size),
-            "dqkv": (n, (heads + c.num_kv_heads) * c.head_dim),
-            "datt": (n, c.num_heads * c.head_dim),
-            "dgu": (n, 2 * c.intermediate_size),
-            "dact": (n, c.intermediate_size),
-        }
-        if c.qk_norm:
-            shapes["dqk"] = (n, heads, c.head_dim)
-    return shapes
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a model is made for: batches of up to batch x seq tokens, in a dtype of the backend.
-
-    train: keep what backward needs, and gradients. recompute: keep only what enters each block and
-    compute the block again in backward. loss_rows: rows of logits held at once. cache: positions of a
-    key/value cache, 0 for none. own_weights: the parameters are not given. documents: attention ends at borders.
-    """
-
-    batch: int
-    seq: int
-    dtype: str = "float32"
-    train: bool = True
-    recompute: bool = False
-    loss_rows: int = 1
-    cache: int = 0
-    own_weights: bool = True
-    pad_vocab: bool = False  # whether the backend wants logits of a padded vocabulary
-    documents: bool = False
-
-    def wants(self, c: ModelConfig) -> Wants:
-        """Every buffer of the model, by name: block buffers as LAYER.NAME, or NAME where blocks share."""
-        n, size, wide = self.batch * self.seq, Layout(c).size, WIDE[self.dtype]
-
-        def kind(name: str) -> str:
-            return wide if name in STATISTICS else self.dtype
-
-        out: Wants = {}
-        if self.own_weights:
-            out["w"] = Want("weights", (size,), self.dtype)
-        if self.train:
-            out["g"] = Want("gradients", (size,), wide)
-        for name, shape in block_buffers(c, self.batch, self.seq).items():
-            shared = not self.train or (self.recompute and name not in KEPT)
-            for prefix in [""] if shared else [f"{i}." for i in range(c.num_layers)]:
-                out[prefix + name] = Want("scratch" if shared else "saved", shape, kind(name))
-        for name, shape in scratch_buffers(c, self.batch, self.seq, self.train).items():
-            out[name] = Want("scratch", shape, kind(name))
-        out["logits"] = Want("logits", (self.loss_rows, logit_columns(c, self.pad_vocab)), self.dtype)
-        for name in ("ids", "targets"):
-            out[name] = Want("scratch", (n,), "int32")
-        if self.documents:
-            out["first"] = Want("scratch", (n,), "int32")
-        out["total"] = Want("scratch", (1,), "float64")
-        for name in ("cos", "sin"):
-            out[name] = Want("scratch", (max(self.seq, self.cache), c.head_dim // 2), wide)
-        if self.cache and self.batch > 1:  # of a step of sequences of different lengths
-            out["first"] = Want("scratch", (self.batch,), "int32")
-            for name in ("step_cos", "step_sin"):
-                out[name] = Want("scratch", (self.batch, c.head_dim // 2), wide)
-        for i in range(c.num_layers if self.cache else 0):
-            for name in ("keys", "values"):
-                shape = (self.batch, self.cache, c.num_kv_heads, c.head_dim)
-                out[f"{i}.{name}"] = Want("cache", shape, self.dtype)
-        return out
-
-
-def job_of(
-    c: ModelConfig, backend: ModuleType, batch: int, seq: int, loss_rows: int | None = None, **options: Any
-) -> Job:
-    """The job of a model on a backend, with options of Job, and the backend's own choice of what is not given."""
-    tokens = batch * seq
-    rows = min(loss_rows or default_loss_rows(c, tokens, backend.loss_elements), tokens)
-    return Job(batch, seq, loss_rows=rows, pad_vocab=backend.pad_vocab, **options)
-
-
-def logit_columns(c: ModelConfig, padded: bool) -> int:
-    """Columns of the logits: V, or as many as the head has rows in a flat buffer."""
-    return padded_vocab(c.vocab_size) if padded else c.vocab_size
-
-
-def default_loss_rows(c: ModelConfig, tokens: int, elements: int = 1 << 23) -> int:
-    """Rows of logits held at once, so that all logits never exist together: `elements` in all, at least
-    64 rows, and as many pieces as that takes, of equal size."""
-    most = max(64, elements // c.vocab_size // 64 * 64)
-    pieces = -(-tokens // most)
-    return min(tokens, -(-tokens // pieces // 64) * 64)
-
-
 def document_starts(ids: np.ndarray, end: int) -> np.ndarray:
     """Where the document of each position begins: after the last `end` before it, or at 0.  (B,T) int32 of ids (B,T)"""
     starts = np.zeros(ids.shape, np.int32)
@@ -175,32 +50,11 @@ def document_starts(ids: np.ndarray, end: int) -> np.ndarray:
     return np.maximum.accumulate(starts, axis=1)
 
 
-def rope_tables(c: ModelConfig, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of every position's angles, float64 (positions, D/2), computed once on the host.
-
-    angle[t, i] = t * theta^(-2i/D) (Su et al. 2021), with frequencies scaled as Llama 3.1 does.
-    """
-    freq = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
-    if c.rope_scaling:
-        freq = _llama3(freq, c.rope_scaling)
-    angle = np.outer(np.arange(positions), freq)
-    return np.cos(angle), np.sin(angle)
-
-
-def _llama3(freq: np.ndarray, s: RopeScaling) -> np.ndarray:
-    """Llama 3.1: wavelengths above original/low are divided by factor, below original/high kept,
-    between them interpolated linearly in original/wavelength."""
-    turns = s.original_max_position_embeddings * freq / (2 * np.pi)  # original / wavelength
-    keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-    keep = np.clip(keep, 0, 1)
-    return freq * (keep + (1 - keep) / s.factor)
-
-
 class Model:
     """Weights, buffers and the two passes for batches of up to (batch, seq) tokens.
 
     w, g: flat parameters and gradients (Layout order); p, d: their named views. The other options are
-    those of Job. Give w to share another model's parameters. z_loss times the squared log-sum-exp of the
+    those of BufferPlan. Give w to share another model's parameters. z_loss times the squared log-sum-exp of the
     logits joins what is minimised, not what is reported.
 
     document_end: the id that ends a document, of which a sequence may hold several; then no token sees one of another
@@ -240,13 +94,13 @@ class Model:
         self.cfg, self.be, self.dtype, self.train, self.recompute = cfg, backend, dtype, train, recompute
         self.batch, self.seq, self.z_loss, self.document_end = batch, seq, z_loss, document_end
         self.layout = Layout(cfg)
-        job = job_of(
+        plan = plan_buffers(
             cfg, backend, batch, seq, loss_rows,
             dtype=dtype, train=train, recompute=recompute, cache=cache, own_weights=w is None,
             documents=document_end is not None,
         )  # fmt: skip
-        self.loss_rows = job.loss_rows
-        self.buffers = Arena(backend, job.wants(cfg))
+        self.loss_rows = plan.loss_rows
+        self.buffers = Buffers(backend, plan.specs(cfg))
         self.w = self.buffers["w"] if w is None else w
         held = (
             self.layout if w is None or hasattr(w, "dtype") else w
@@ -321,7 +175,7 @@ class Model:
         kernels do not check where they read.
         """
         self._put_ids(ids)
-        self._forward(tap, Place(past, row, slot))
+        self._forward(tap, CachePosition(past, row, slot))
 
     def step(self, ids: np.ndarray, positions: np.ndarray, slots: int) -> None:
         """One more token of each of B sequences whose lengths differ: ids (B,), positions (B,) each token's own.
@@ -338,7 +192,7 @@ class Model:
         for buffer, table in zip((cos, sin), self._angles, strict=True):
             be.from_host(buffer, table[positions])
         be.from_host(first, (slots - positions).astype(np.int32))
-        self._forward(no_tap, Place(slots, cos=cos, sin=sin, first=first.reshape(n, 1)))
+        self._forward(no_tap, CachePosition(slots, cos=cos, sin=sin, first=first.reshape(n, 1)))
 
     def move_row(self, to: int, source: int, slots: int) -> None:
         """Copy the first `slots` slots of a row of the key/value cache to another row."""
@@ -354,7 +208,7 @@ class Model:
         if self.document_end is not None:
             self.be.from_host(s.first, document_starts(ids, self.document_end))
 
-    def _forward(self, tap: Tap, at: Place = Place()) -> None:
+    def _forward(self, tap: Tap, at: CachePosition = CachePosition()) -> None:
         be, c, p = self.be, self.cfg, self.p
         blocks, s = self._at(self.b, self.t)
         be.embedding_fwd(blocks[0].res1, s.ids, p.embed)
@@ -365,7 +219,9 @@ class Model:
         tap(None, f"hidden.{c.num_layers}", s.res)
         tap(None, "final_norm", s.final_norm)
 
-    def _block(self, i: int, res: Any, delta: Any, tap: Tap, at: Place = Place()) -> tuple[Any, Any]:
+    def _block(
+        self, i: int, res: Any, delta: Any, tap: Tap, at: CachePosition = CachePosition()
+    ) -> tuple[Any, Any]:
         """Block i on the residual stream res + delta; returns the two parts of the next one."""
         be, c, w = self.be, self.cfg, self.p.layer[i]
         blocks, s = self._at(self.b, self.t)
@@ -405,7 +261,7 @@ class Model:
         tap(i, "mlp_out", s.delta)
         return a.res2, s.delta
 
-    def _rope(self, x: Any, at: Place, sign: int) -> None:
+    def _rope(self, x: Any, at: CachePosition, sign: int) -> None:
         """Turn the query and key heads that rows of heads begin with."""
         c, steps = self.cfg, slice(at.past, at.past + self.t)
         cos, sin, shape = self.cos[steps], self.sin[steps], (self.b, self.t, -1, c.head_dim)
@@ -413,7 +269,7 @@ class Model:
             cos, sin, shape = at.cos, at.sin, (1, self.b, -1, c.head_dim)
         self.be.rope(x.reshape(shape)[:, :, : c.num_heads + c.num_kv_heads], cos, sin, sign)
 
-    def _remember(self, layer: int, k: Any, v: Any, at: Place) -> tuple[Any, Any]:
+    def _remember(self, layer: int, k: Any, v: Any, at: CachePosition) -> tuple[Any, Any]:
         """Put keys and values of the new positions into the cache; all positions so far."""
         rows, new = slice(at.row, at.row + self.b), at.slot + at.past
         for cache, x in zip(self._cache[layer], (k, v), strict=True):
@@ -479,7 +335,7 @@ class Model:
         elif key in self._passes:
             self._passes[key]()
         elif key in self._warm:
-            if len(self._passes) >= MOST_GRAPHS:  # scales that never come back would fill the memory
+            if len(self._passes) >= MAX_GRAPHS:  # scales that never come back would fill the memory
                 self._passes.clear()
             self._passes[key] = self.be.capture(op_by_op)
             self._passes[key]()
@@ -533,7 +389,7 @@ class Model:
             tap(i, "d_q_rope", dq)
             tap(i, "d_k_rope", dk)
             tap(i, "d_v", dv)
-            self._rope(s.dqk if c.qk_norm else s.dqkv, Place(), -1)
+            self._rope(s.dqk if c.qk_norm else s.dqkv, CachePosition(), -1)
             if c.qk_norm:
                 tap(i, "d_qk", s.dqk)
                 norms = zip(

@@ -34,9 +34,10 @@ from ..data.readers import Corpus
 from ..data.sources import Source, find_sources
 from ..evidence import measure
 from ..evidence.gates import Answer, Gates
-from ..model.config import ModelConfig, load_config
+from ..model.config import ModelConfig
 from ..model.cost import Memory, check_fits, check_positions, memory
 from ..model.lora import LoraConfig, lora_config, lora_to_json
+from ..model.presets import load_config
 from ..tokenizer.tokenizer import Progress, Tokenizer
 from .settings import Settings
 

@@ -16,7 +16,7 @@ import pytest
 from apr import backends
 from apr.backends import reference
 from apr.common.errors import DeviceError, Refused, UsageError
-from apr.model.config import PRESETS
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from cases import CASES, overlay, rows
 
@@ -191,7 +191,7 @@ STEP = """
 import hashlib
 import numpy as np
 from apr import backends
-from apr.model.config import PRESETS
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from apr.model.optim import AdamW
 

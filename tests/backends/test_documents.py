@@ -18,8 +18,9 @@ from apr.bisect.report import Report
 from apr.bisect.spot import spot_check
 from apr.bisect.stages import Batch, Plan, Side, borders, run
 from apr.common.errors import Refused
-from apr.model.config import PRESETS, ModelConfig
+from apr.model.config import ModelConfig
 from apr.model.cost import memory
+from apr.model.presets import PRESETS
 from apr.model.taps import Record
 from apr.model.transformer import Model, document_starts
 from cases import overlay

@@ -20,8 +20,9 @@ from apr.bisect.rule import overlay
 from apr.checkpoints.hf import write_hf, write_safetensors
 from apr.cli.trace import record
 from apr.common.errors import DeviceError, InputNotFound, MalformedFile, Refused
-from apr.model.config import PRESETS, ModelConfig
+from apr.model.config import ModelConfig
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from checks import CONFIGS, batch, start
 

@@ -32,11 +32,13 @@ from apr.bisect.report import EXACT, FORCED, FREE, STAGES, Report, Row
 from apr.bisect.stages import Batch, Plan, Side
 from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
 from apr.cli.main import main
-from apr.model.config import PRESETS, ModelConfig
+from apr.model.config import ModelConfig
 from apr.model.cost import memory
 from apr.model.optim import AdamW
 from apr.model.params import Layout
-from apr.model.transformer import Model, rope_tables
+from apr.model.presets import PRESETS
+from apr.model.rope import rope_tables
+from apr.model.transformer import Model
 from apr.tokenizer.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

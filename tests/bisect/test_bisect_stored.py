@@ -13,8 +13,9 @@ from apr.bisect import stored
 from apr.bisect.rule import BF16
 from apr.checkpoints.hf import write_hf, write_safetensors
 from apr.checkpoints.registry import open_host
-from apr.model.config import PRESETS, to_hf
+from apr.model.hf_config import to_hf
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 
 NORM = "model.layers.1.input_layernorm.weight"
 

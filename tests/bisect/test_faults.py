@@ -19,7 +19,7 @@ import data_cases
 from apr import backends
 from apr.bisect.planted import catalogue
 from apr.bisect.planted.faults import DATA, FAULTS, LAYOUT, Fault
-from apr.model.config import PRESETS
+from apr.model.presets import PRESETS
 from apr.tokenizer.tokenizer import train_tokenizer
 from cases import Backend
 from checks import (

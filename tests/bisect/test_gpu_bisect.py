@@ -13,7 +13,8 @@ from apr.bisect.planted import catalogue
 from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault, planted
 from apr.bisect.report import Report
 from apr.bisect.stages import Batch, Plan, Side, run
-from apr.model.config import PRESETS, ModelConfig
+from apr.model.config import ModelConfig
+from apr.model.presets import PRESETS
 
 pytestmark = pytest.mark.gpu
 OPS_ALONE = Plan(free=False, state=False)

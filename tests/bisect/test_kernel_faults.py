@@ -22,7 +22,7 @@ from apr.backends.cuda import kernels, ops
 from apr.backends.cuda.kernels.signatures import parse
 from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault, planted
 from apr.bisect.rule import parameters
-from apr.model.config import PRESETS
+from apr.model.presets import PRESETS
 from cases import Backend
 from host_shim import Host, backend, folder  # noqa: F401  folder is a fixture
 from kernel_rows import MMA, rows_of

@@ -24,7 +24,8 @@ from apr.bisect.report import FORCED
 from apr.bisect.rule import overlay
 from apr.checkpoints.apr2 import read_apr
 from apr.cli.main import main
-from apr.model.config import PRESETS, to_hf
+from apr.model.hf_config import to_hf
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from apr.training.loop import Trainer
 from apr.training.settings import Settings

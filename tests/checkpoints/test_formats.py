@@ -37,8 +37,10 @@ from apr.common import atomic
 from apr.common.atomic import atomic_write, write_json, write_text
 from apr.common.errors import AprError, InputNotFound, IOFailure, MalformedFile, Refused, UsageError
 from apr.common.files import parse_json
-from apr.model.config import PRESETS, ModelConfig, to_hf
+from apr.model.config import ModelConfig
+from apr.model.hf_config import to_hf
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from tokenizer_cases import gpt2_like
 
 ROOT = Path(__file__).resolve().parents[2]

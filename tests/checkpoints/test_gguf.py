@@ -21,9 +21,10 @@ from apr.checkpoints.hf import read_hf, write_hf
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, IOFailure, MalformedFile, Refused
-from apr.model.config import PRESETS
 from apr.model.params import Layout
-from apr.model.transformer import Model, rope_tables
+from apr.model.presets import PRESETS
+from apr.model.rope import rope_tables
+from apr.model.transformer import Model
 
 package = pytest.importorskip("gguf", reason="needs the package gguf: pip install 'apr[gguf]'")
 

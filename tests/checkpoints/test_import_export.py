@@ -23,8 +23,8 @@ from apr.checkpoints.importing import import_model
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, IOFailure, MalformedFile, Refused, UsageError
-from apr.model.config import PRESETS
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/interop.json").read_text())["cases"]
 

@@ -17,7 +17,7 @@ from apr.checkpoints.peft import CONFIG, WEIGHTS, adapter_start, add_adapter, me
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile, Refused
-from apr.model.config import from_hf
+from apr.model.hf_config import from_hf
 from apr.model.lora import Adapters
 from apr.model.params import Layout
 from apr.model.taps import Record

@@ -29,8 +29,8 @@ from apr.checkpoints.validate import figures_of, validate
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile, Refused
 from apr.common.finding import FAIL, PASS, SKIPPED, Checklist, Fault, Skip
-from apr.model.config import PRESETS
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.training.rundir import sha256
 
 CFG = dataclasses.replace(PRESETS["qwen2-tiny"], vocab_size=interop_cases.VOCAB, tie_word_embeddings=False)

@@ -12,10 +12,10 @@ from apr import backends
 from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
 from apr.checkpoints.hf import read_safetensors, write_hf
 from apr.cli.main import COMMANDS, main
-from apr.model.config import PRESETS
 from apr.model.cost import attended, flops_per_token, memory
 from apr.model.optim import AdamW
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from apr.tokenizer.tokenizer import train_tokenizer
 

@@ -131,7 +131,8 @@ def model(tmp_path: Path) -> Path:
     """A config.json of a very small model for 400 ids."""
     from dataclasses import replace
 
-    from apr.model.config import PRESETS, to_hf
+    from apr.model.hf_config import to_hf
+    from apr.model.presets import PRESETS
 
     path = tmp_path / "config.json"
     path.write_text(

@@ -13,7 +13,7 @@ import pytest
 
 from apr.common.errors import MOST, AprError, InputNotFound, IOFailure, MalformedFile
 from apr.common.files import MAX_DEPTH, MAX_TEXT, opened, parse_json, parse_value, read_json, read_text, short
-from apr.model.config import load_config
+from apr.model.presets import load_config
 
 NO_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nothing": (lambda p: None, "no such file"),

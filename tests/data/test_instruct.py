@@ -34,8 +34,8 @@ from apr.data.conversations.instruct import (
     pack,
     prepare_instruct,
 )
-from apr.model.config import PRESETS
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from apr.tokenizer.chat_template import ChatTemplate
 from apr.tokenizer.tokenizer import Tokenizer

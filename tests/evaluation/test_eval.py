@@ -19,8 +19,8 @@ from apr.data.shards import TokenShards
 from apr.evaluation import choices
 from apr.evaluation.loss import ByteCount, Sums, measure, shard_windows, text_windows, window_at, windows_in
 from apr.evaluation.score import Scored, Scorer, Window, bos_ids, open_model
-from apr.model.config import PRESETS
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from apr.training.evaluate import evaluate

@@ -16,8 +16,8 @@ import pytest
 
 from apr.checkpoints.hf import write_hf
 from apr.common.errors import AprError, Refused, UsageError
-from apr.model.config import PRESETS
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.tokenizer.tokenizer import train_tokenizer
 from checks import GOLDEN
 

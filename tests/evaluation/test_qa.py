@@ -19,8 +19,8 @@ from apr.common.errors import InputNotFound
 from apr.common.finding import FAIL, PASS, SKIPPED, Check
 from apr.evaluation import qa as qa_module
 from apr.evaluation.qa import TEXTS, Passage, cycle, qa
-from apr.model.config import PRESETS
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.tokenizer.tokenizer import train_tokenizer
 
 ROWS = [

@@ -22,9 +22,9 @@ from apr.evidence import judge as judging
 from apr.evidence import measure
 from apr.evidence.gates import BOUNDS, FAIL, GATES, PASS, SKIPPED, SUSPECT, Answer, Gates, parse_bounds
 from apr.evidence.judge import Judge
-from apr.model.config import PRESETS
 from apr.model.optim import AdamW
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from apr.training import evaluate, inputs, loop
 from apr.training.loop import Trainer

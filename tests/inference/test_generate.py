@@ -20,8 +20,8 @@ from apr.inference.generate import (
     slots_needed,
 )
 from apr.inference.streaming import StopText, TextStream
-from apr.model.config import PRESETS
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from cases import overlay
 

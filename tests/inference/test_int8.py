@@ -14,8 +14,8 @@ from apr.checkpoints.hf import write_hf
 from apr.common.errors import Refused
 from apr.inference import int8
 from apr.inference.generate import Generator, Sampling
-from apr.model.config import PRESETS
 from apr.model.params import FUSED, Layout
+from apr.model.presets import PRESETS
 from apr.tokenizer.tokenizer import train_tokenizer
 
 

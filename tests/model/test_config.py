@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from apr.common.errors import AprError, InputNotFound, MalformedFile, Refused
-from apr.model.config import FAMILIES, PRESETS, RopeScaling, from_hf, load_config, to_hf
+from apr.model.config import RopeScaling
+from apr.model.families import FAMILIES
+from apr.model.hf_config import from_hf, to_hf
 from apr.model.params import FUSED, Layout
+from apr.model.presets import PRESETS, load_config
 
 LLAMA_32_1B = {  # the config.json of the model, as its authors publish it
     "architectures": ["LlamaForCausalLM"],

@@ -16,9 +16,10 @@ import pytest
 
 from apr.backends import reference
 from apr.bisect.planted.faults import FAULTS
-from apr.model.config import PRESETS, ModelConfig
+from apr.model.config import ModelConfig
 from apr.model.optim import AdamW
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.model.taps import Finite, Record, Stats
 from apr.model.transformer import Model
 from cases import overlay
@@ -336,7 +337,7 @@ def test_a_replayed_step_masks_the_documents_of_its_own_batch(
 MEMORY = """
 import cupy, numpy as np
 from apr import backends
-from apr.model.config import PRESETS
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from apr.model.optim import AdamW
 from apr.model.cost import memory

@@ -18,11 +18,12 @@ from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import UsageError
 from apr.evidence.gates import GATES
-from apr.model.config import PRESETS, to_hf
 from apr.model.cost import memory
+from apr.model.hf_config import to_hf
 from apr.model.lora import LINEAR, AdapterLayout, Adapters, LoraConfig, lora_config, parse_targets
 from apr.model.optim import AdamW
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from apr.training.settings import Settings, resolve
 from precision import rounded

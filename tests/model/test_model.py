@@ -16,7 +16,7 @@ from apr.model.config import ModelConfig
 from apr.model.cost import memory
 from apr.model.optim import AdamW
 from apr.model.taps import Compare, Record, Tap, no_tap
-from apr.model.transformer import MOST_GRAPHS, Model
+from apr.model.transformer import MAX_GRAPHS, Model
 from cases import overlay
 from checks import (
     CONFIGS,
@@ -301,12 +301,12 @@ def test_a_micro_step_is_recorded_once_for_a_shape_and_scale() -> None:
         model.micro_step(rows, targets[: len(rows)], scale)
         counts.append((len(made), len(played)))
     assert counts == [(0, 0), (1, 1), (1, 2), (1, 2), (2, 3), (2, 3), (2, 4)]
-    for n in range(2 * MOST_GRAPHS):  # scales that never come back
+    for n in range(2 * MAX_GRAPHS):  # scales that never come back
         for _ in range(3):
             model.micro_step(ids, targets, 2.0 + n)
-        assert len(model._passes) <= MOST_GRAPHS
+        assert len(model._passes) <= MAX_GRAPHS
     model.micro_step(ids, targets, 1.0, graph=False)
-    assert len(played) == 4 + 2 * 2 * MOST_GRAPHS
+    assert len(played) == 4 + 2 * 2 * MAX_GRAPHS
 
 
 @every_model

@@ -11,7 +11,7 @@ import pytest
 
 from apr.cli.main import COMMANDS, MODULES, main
 from apr.common.options import given
-from apr.model.config import PRESETS
+from apr.model.presets import PRESETS
 from apr.training.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,8 @@ import pytest
 
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile
-from apr.model.config import PRESETS, to_hf
+from apr.model.hf_config import to_hf
+from apr.model.presets import PRESETS
 from apr.report import page as report
 from apr.report.charts import MOST, Line, Mark, Rule, log_ticks, moving_mean, nice_ticks, plot, short, thin
 from apr.report.page import render

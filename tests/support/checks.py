@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from apr.backends import reference
-from apr.model.config import PRESETS, ModelConfig, from_hf
+from apr.model.config import ModelConfig
+from apr.model.hf_config import from_hf
 from apr.model.optim import AdamW
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.model.taps import Compare, Record, Tap, key, no_tap
 from apr.model.transformer import Model
 from cases import BF16, Arrays, Backend

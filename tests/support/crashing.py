@@ -32,7 +32,8 @@ from apr.checkpoints.registry import open_any
 from apr.cli import pretrain
 from apr.evidence import judge as judging
 from apr.evidence.seal import compare as changed_since_the_end
-from apr.model.config import PRESETS, to_hf
+from apr.model.hf_config import to_hf
+from apr.model.presets import PRESETS
 from apr.training.evaluate import Loss
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from apr.checkpoints.peft import write_adapter
-from apr.model.config import from_hf
+from apr.model.hf_config import from_hf
 from apr.model.lora import LINEAR, AdapterLayout, LoraConfig
 
 CONVERSATIONS = [

@@ -36,9 +36,11 @@ from apr.data.audit import audit
 from apr.data.batches import Windows
 from apr.data.repair import repair_manifest
 from apr.data.shards import TokenShards
-from apr.model.config import PRESETS, ModelConfig, from_hf, load_config, to_hf
+from apr.model.config import ModelConfig
+from apr.model.hf_config import from_hf, to_hf
 from apr.model.optim import AdamW  # noqa: F401 -- so that a forked worker has it already
 from apr.model.params import Layout
+from apr.model.presets import PRESETS, load_config
 from apr.tokenizer import import_hf as importing
 from apr.tokenizer.families import FAMILIES, Family
 from apr.tokenizer.tokenizer import Tokenizer

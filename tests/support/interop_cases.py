@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from apr.checkpoints.hf import write_hf
-from apr.model.config import PRESETS, ModelConfig, RopeScaling, to_hf
+from apr.model.config import ModelConfig, RopeScaling
+from apr.model.hf_config import to_hf
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 VOCAB = 320  # more than the tokenizer has ids: the rest is padded

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from apr.cli.main import main
-from apr.model.config import PRESETS, to_hf
+from apr.model.hf_config import to_hf
+from apr.model.presets import PRESETS
 
 RECIPE = [
     "--lr", "3e-3", "--warmup-steps", "3", "--num-steps", "6", "--steps-per-epoch", "3", "--batch-size", "4",

@@ -23,8 +23,8 @@ from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
 from apr.common.errors import Refused, UsageError
 from apr.inference.generate import Sampling
-from apr.model.config import PRESETS
 from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.tokenizer.chat_template import ChatTemplate, answer_ends, chat_ids
 from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
 

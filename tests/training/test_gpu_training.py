@@ -21,8 +21,10 @@ from apr.backends import reference
 from apr.bisect.planted.faults import FAULTS
 from apr.checkpoints.apr2 import read_apr
 from apr.cli.main import main
-from apr.model.config import PRESETS, ModelConfig, to_hf
+from apr.model.config import ModelConfig
+from apr.model.hf_config import to_hf
 from apr.model.optim import AdamW, Schedule
+from apr.model.presets import PRESETS
 from apr.training.loop import Trainer
 from checks import CONFIGS, Build, Error, difference, judge, largest_of, on, randomised
 from faults import planted

@@ -26,9 +26,10 @@ from apr.common.atomic import locked
 from apr.data.batches import Windows, sequential
 from apr.data.corpus import Document
 from apr.data.shards import ShardWriter, TokenShards
-from apr.model.config import PRESETS, to_hf
 from apr.model.cost import Memory
+from apr.model.hf_config import to_hf
 from apr.model.optim import Schedule
+from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.training.inputs import _advice

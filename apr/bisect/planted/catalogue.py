@@ -19,8 +19,9 @@ from rich.text import Text
 from ... import backends
 from ...data.corpus import Document
 from ...data.shards import ShardWriter
-from ...model.config import PRESETS, ModelConfig
+from ...model.config import ModelConfig
 from ...model.params import Layout
+from ...model.presets import PRESETS
 from ...tokenizer.tokenizer import train_tokenizer
 from .. import batch as batches
 from ..report import Report, Row

@@ -15,7 +15,7 @@ from ...common.options import option, parse
 from ...data.audit import Side, audit, sides_of, tokenizer_of_shards
 from ...data.guards import Bounds
 from ...data.show import draw_audit, print_verdicts
-from ...model.config import load_config
+from ...model.presets import load_config
 from ...tokenizer.tokenizer import Tokenizer
 from ...training.show import Show
 

@@ -1,0 +1,7 @@
+"""Llama (Touvron et al. 2023): RMSNorm before each branch, rotary embedding, SwiGLU."""
+
+from __future__ import annotations
+
+from .family import Family
+
+FAMILY = Family("LlamaForCausalLM")
