@@ -139,6 +139,24 @@ def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Arra
         db += dy.sum(0)
 
 
+def gemm(out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: bool, trans_b: bool) -> None:
+    """out = alpha * op(a) op(b) + beta * out, with op(x) = x^T where the flag of x is set, else x.
+
+    out (M,N), op(a) (M,K), op(b) (K,N), all float32 where activations are bfloat16. out is not read where beta is 0.
+    """
+    num = out.dtype.type
+    product = num(alpha) * ((a.T if trans_a else a) @ (b.T if trans_b else b))
+    out[...] = product + num(beta) * out if beta else product
+
+
+# The residual stream
+
+
+def add(out: Array, a: Array, b: Array) -> None:
+    """out = a + b.  out, a, b (N,C); out may be a or b. The gradient of a and of b is that of out."""
+    out[...] = a + b
+
+
 # Normalisation
 
 
@@ -168,7 +186,10 @@ def add_rmsnorm_bwd(dres: Array, dw: Array, dy: Array, res: Array, rstd: Array, 
 
 
 def head_rmsnorm_fwd(y: Array, rstd: Array, x: Array, w: Array, eps: float) -> None:
-    """RMSNorm over each head (Qwen3's q/k norm).  y, x (N,heads,D), rstd (N,heads), w (D,)"""
+    """RMSNorm over each head (Qwen3's q/k norm).  y, x (N,heads,D), rstd (N,heads), w (D,)
+
+    With one head, the norm over all heads of q or of k (OLMo 2): x (N,1,H*D), a part of wider rows.
+    """
     rstd[...] = 1 / np.sqrt((x * x).mean(-1) + eps)
     y[...] = x * rstd[..., None] * w
 

@@ -26,6 +26,8 @@ WRITES = {  # what an op writes: NAME anew, =NAME in place, +NAME is added to
     "embedding_bwd": "+dw",
     "linear_fwd": "y",
     "linear_bwd": "dx +dw +db",
+    "gemm": "=out",
+    "add": "out",
     "add_rmsnorm_fwd": "res y rstd",
     "add_rmsnorm_bwd": "+dres +dw",
     "head_rmsnorm_fwd": "y rstd",

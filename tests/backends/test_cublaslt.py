@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
+from apr.backends import reference
 from apr.backends.cuda import cublaslt as _cublaslt
 from apr.backends.cuda import matmul as cublaslt
 from apr.common.errors import DeviceError
@@ -252,3 +253,32 @@ def test_statuses_have_names() -> None:
 def test_workspace_must_be_aligned(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="0x210"):
         cublaslt.Products(_cublaslt.Lt(Library()), None, 528, 1 << 20, 77, cache=SimpleNamespace())
+
+
+# gemm
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("flags", [(a, b) for a in (False, True) for b in (False, True)], ids=str)
+def test_gemm_equals_reference(tmp_path: Path, flags: tuple[bool, bool], act: str) -> None:
+    """alpha and beta are those of each call, through one plan; beta = 0 does not read out."""
+    rng, lt = np.random.default_rng(0), products(tmp_path)
+    m, n, k = 59, 97, 123
+    a = matrix(rng, *((k, m) if flags[0] else (m, k)), act, 3)
+    b = matrix(rng, *((n, k) if flags[1] else (k, n)), act)
+    for alpha, beta in ((0.7, 0.3), (-1.5, 1.0), (1.0, 0.0)):
+        out = matrix(rng, m, n, np.float32, 5)
+        if beta == 0:
+            out.host[...] = np.nan
+        want = out.host.astype(np.float64)
+        reference.gemm(want, *(x.host.astype(np.float64) for x in (a, b)), alpha, beta, *flags)
+        lt.gemm(out, a, b, alpha, beta, *flags)
+        assert not wrong(out, want, "float32"), (alpha, beta)
+    assert len(lt._plans) == 1
+
+
+def test_gemm_refuses_arrays_that_do_not_fit(tmp_path: Path) -> None:
+    rng, lt = np.random.default_rng(0), products(tmp_path)
+    out, a, b = (matrix(rng, *s, np.float32) for s in ((5, 16), (5, 8), (8, 16)))
+    with pytest.raises(ValueError, match="gemm_tn: shapes"):
+        lt.gemm(out, a, b, 1.0, 0.0, True, False)

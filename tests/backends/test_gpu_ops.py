@@ -94,6 +94,14 @@ GPU_ROWS = [
     ),
     *table("linear_no_bias", "97 9728 896, 256 256 1024, 5 2048 2048"),
     *table("linear_rows_apart", "3 4001 896"),
+    *table("gemm_nn", "896 4864 8, 4864 896 16"),
+    *table("gemm_tn", "8 896 4864, 16 128 257"),
+    *table("gemm_nt", "896 8 4864"),
+    *table("add", "257 896, 70001 5"),
+    *table(
+        "rmsnorm_of_all_heads",
+        "257 2048 0 4096 6144 0, 97 5120 0 6144 7168 0, 33 1024 5120 6144 7168 1, 5 4001 0 4001 4097 0",
+    ),
     *table("add_rmsnorm", "257 896, 97 1024, 59 4096, 70001 5, 5 4097, 1025 64, 3 16384"),
     *table("add_rmsnorm_first", "257 896, 59 4096, 70001 8"),
     *table(
@@ -126,7 +134,9 @@ APART = [
     for name, sizes in {
         "attention": "1 128 4 2 64, 1 64 2 1 128",
         "attention_documents": "2 128 4 2 64 0",
+        "add": "59 896",
         "add_rmsnorm": "59 896",
+        "rmsnorm_of_all_heads": "59 2048 0 4096 6144 0",
         "add_rmsnorm_first": "5 1024",
         "head_rmsnorm": "59 4 64 0 6 8",
         "rope": "1 59 4 32 0 6",

@@ -22,6 +22,11 @@ every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 WIDE = [
     *table("embedding", "5 64 97, 257 8 5, 33 1032 3, 1025 16 2, 70 24 1, 1500 3 50"),
     *table("linear", "123 64 5, 257 1032 3"),
+    *table("add", "5 64, 123 97"),
+    *table(
+        "rmsnorm_of_all_heads",
+        "5 128 0 256 384 0, 3 640 128 768 1024 1, 2 4096 0 4096 4104 0, 2 4096 0 4097 4097 1",
+    ),
     *table("add_rmsnorm", "5 64, 97 128, 3 2056, 1100 8"),
     *table("add_rmsnorm_first", "5 896"),
     *table("head_rmsnorm", "5 7 64 0 8 9, 97 1 16 7 8 9, 5 2 128 4 6 8, 3 2 256 0 2 3, 7 1 512 0 1 1"),
@@ -39,7 +44,9 @@ WIDE = [
 APART = {
     "embedding": "59 64 97",
     "linear": "33 64 5",
+    "add": "5 64",
     "add_rmsnorm": "5 128",
+    "rmsnorm_of_all_heads": "5 640 128 768 1024 1",
     "add_rmsnorm_first": "5 64",
     "head_rmsnorm": "59 4 64 0 6 8",
     "rope": "1 59 4 32 0 6",
@@ -118,9 +125,13 @@ SMALL = {  # module -> rows that use all of it
     ],
     "bias": table("linear", "123 64 5, 70 5 3"),
     "embedding": table("embedding", "257 8 5, 70 24 1, 1500 3 50"),
-    "flat": [*table("add_sum", "4097"), *table("adamw_master", "1025, 64")],
+    "flat": [*table("add_sum", "4097"), *table("add", "5 59"), *table("adamw_master", "1025, 64")],
     "loss": [*table("cross_entropy", "3 800, 5 59"), *table("cross_entropy_loss_only", "5 1025")],
-    "norm": [*table("add_rmsnorm", "97 128, 5 2056, 9 59"), *table("head_rmsnorm", "97 1 16 7 8 9")],
+    "norm": [
+        *table("add_rmsnorm", "97 128, 5 2056, 9 59"),
+        *table("head_rmsnorm", "97 1 16 7 8 9"),
+        *table("rmsnorm_of_all_heads", "5 640 0 768 1024 1"),
+    ],
     "rope": table("rope", "2 59 4 8 0 8, 2 59 4 5 0 8"),
     "swiglu": table("swiglu", "5 64, 5 59"),
 }
@@ -143,6 +154,7 @@ OFF_BY_ONE = [
     ("attention", "key >= from", "key + 1 >= from"),
     ("embedding", "sorted[tile * TILE - 1] == id", "sorted[tile * TILE] == id"),
     ("flat", "rest < n", "rest < n - 1"),
+    ("flat", "long long j = i; j < n;", "long long j = i; j < n - 1;"),
     ("loss", "j == target % N", "j == target % N - 1"),
     ("norm", "y + 1 < blockDim.y", "y + 2 < blockDim.y"),
     ("rope", "first + h * groups < heads", "first + h * groups < heads - 1"),

@@ -80,6 +80,31 @@ CASES = [
         "",
         "N O I: 1 123 59, 5 97 59",
     ),
+    *[
+        Case(
+            f"gemm_{a[0]}{b[0]}",
+            f"gemm: out inplace32 M N, a in32 {a[2:]}, b in32 {b[2:]}, alpha=0.7, beta=0.3, "
+            f"trans_a={a[0] == 't'}, trans_b={b[0] == 't'}",
+            "",
+            "M N K: 1 1 1, 5 59 97, 123 97 5, 59 5 257",
+        )
+        for a in ("n M K", "t K M")
+        for b in ("n K N", "t N K")
+    ],
+    Case(
+        "gemm_fresh",
+        "gemm: out out32 M N, a in32 M K, b in32 K N, alpha=-1.5, beta=0.0, trans_a=False, trans_b=False",
+        "",
+        "M N K: 97 5 59",
+    ),
+    Case(
+        "gemm_rows_apart",
+        "gemm: out inplace32 M N@0/P, a in32 M K@0/P, b in32 N K@1/P, alpha=1.0, beta=1.0, trans_a=False, trans_b=True",
+        "",
+        "M N K P: 59 97 5 123",
+    ),
+    Case("add", "add: out out N C, a in N C, b in N C", "", "N C: 1 1, 5 59, 97 123, 123 5"),
+    Case("add_in_place", "add: a inplace N C, a, b in N C", "", "N C: 5 59, 123 97"),
     Case(
         "add_rmsnorm",
         "add_rmsnorm_fwd: res out N C, y out N C, rstd save32 N, res_in in N C, delta in N C, w in C, eps=1e-5",
@@ -97,6 +122,12 @@ CASES = [
         "head_rmsnorm_fwd: y out N H@S/P D, rstd save32 N H@S/P, x in N H@S/Q D, w in D, eps=1e-6",
         "head_rmsnorm_bwd: dx out N H@S/Q D, dw acc32 D, dy in N H@S/P D, x, rstd, w",
         "N H D S P Q: 1 1 2 0 1 1, 5 7 59 0 8 9, 97 1 10 7 8 9, 123 4 12 0 6 8, 59 2 97 4 6 8",
+    ),
+    Case(
+        "rmsnorm_of_all_heads",  # D elements from S of rows of P in y, of Q in x; rstd of q and of k side by side
+        "head_rmsnorm_fwd: y out N 1 D@S/P, rstd save32 N 1@R/2, x in N 1 D@S/Q, w in D, eps=1e-6",
+        "head_rmsnorm_bwd: dx out N 1 D@S/Q, dw acc32 D, dy in N 1 D@S/P, x, rstd, w",
+        "N D S P Q R: 5 59 0 97 123 0, 97 123 59 257 258 1, 5 1025 7 1100 1148 1, 3 2049 0 2049 4100 0",
     ),
     Case(
         "rope",

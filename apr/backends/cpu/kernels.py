@@ -163,9 +163,9 @@ def _cut(n, parts, p):
     return min(n, (n * p // parts + 15) // 16 * 16) if p < parts else n
 
 
-@_kernel("void(float32[:,:], float32[:,:], float32[:,:], int64, int64, float32, int64, int64)")
-def gemm(c, a, b, ta, tb, beta, rows, cols):
-    """c = op(a) op(b) + beta c on a grid of rows x cols threads; ta, tb: transpose or not."""
+@_kernel("void(float32[:,:], float32[:,:], float32[:,:], int64, int64, float32, float32, int64, int64)")
+def gemm(c, a, b, ta, tb, alpha, beta, rows, cols):
+    """c = alpha op(a) op(b) + beta c on a grid of rows x cols threads; ta, tb: transpose or not."""
     m, n = c.shape
     k = a.shape[0] if ta else a.shape[1]
     sa, sb, sc = a.strides[0], b.strides[0], c.strides[0]
@@ -181,7 +181,7 @@ def gemm(c, a, b, ta, tb, beta, rows, cols):
                 i1 - i0,
                 j1 - j0,
                 k,
-                1.0,
+                alpha,
                 pa + (i0 * 4 if ta else i0 * sa),
                 sa // 4,
                 pb + (j0 * sb if tb else j0 * 4),
@@ -294,6 +294,14 @@ def embedding_bwd(dw, dy, ids):
             to, part = dw[ids[i], p * 64 : min(c, p * 64 + 64)], dy[i, p * 64 : min(c, p * 64 + 64)]
             for j in range(part.size):
                 to[j] += part[j]
+
+
+@_kernel("void(float32[:,::1], float32[:,::1], float32[:,::1])")
+def add(out, a, b):
+    n, c = out.shape
+    for i in prange(n):
+        for j in range(c):
+            out[i, j] = a[i, j] + b[i, j]
 
 
 @_kernel(

@@ -89,9 +89,10 @@ def _grid(parts: int, m: int, n: int) -> tuple[int, int]:
     return min(pairs, key=lambda rc: (rc[1] * m + rc[0] * n, rc))
 
 
-def _gemm(c: Array, a: Array, b: Array, ta: bool, tb: bool, beta: float) -> None:
-    rows, cols = _grid(numba.get_num_threads(), *c.shape)
-    kernels.gemm(c, a, b, ta, tb, beta, rows, cols)
+def gemm(out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: bool, trans_b: bool) -> None:
+    """See reference.py."""
+    rows, cols = _grid(numba.get_num_threads(), *out.shape)
+    kernels.gemm(out, a, b, trans_a, trans_b, alpha, beta, rows, cols)
 
 
 def linear_fwd(y: Array, x: Array, w: Array, b: Array | None) -> None:
@@ -101,14 +102,14 @@ def linear_fwd(y: Array, x: Array, w: Array, b: Array | None) -> None:
     if len(x) <= FEW_ROWS:
         kernels.linear_few(y, x, w, b is not None)
     else:
-        _gemm(y, x, w, False, True, 0.0 if b is None else 1.0)
+        gemm(y, x, w, 1.0, 0.0 if b is None else 1.0, False, True)
 
 
 def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Array, w: Array) -> None:
     """See reference.py."""
-    _gemm(dx, dy, w, False, False, 0.0)
+    gemm(dx, dy, w, 1.0, 0.0, False, False)
     if dw is not None:
-        _gemm(dw, dy, x, True, False, 1.0)
+        gemm(dw, dy, x, 1.0, 1.0, True, False)
     if db is not None:
         kernels.add_columns(db, dy)
 
@@ -121,6 +122,11 @@ def embedding_fwd(y: Array, ids: Array, w: Array) -> None:
 def embedding_bwd(dw: Array, dy: Array, ids: Array) -> None:
     """See reference.py."""
     kernels.embedding_bwd(dw, dy, ids)
+
+
+def add(out: Array, a: Array, b: Array) -> None:
+    """See reference.py."""
+    kernels.add(out, a, b)
 
 
 def add_rmsnorm_fwd(

@@ -49,17 +49,24 @@ _SIGNATURES = {
 
 @dataclass(frozen=True, eq=False)  # equal only to itself: hashing it is free
 class Op:
-    """One of the three products: which operands are transposed, and whether D is added to."""
+    """One product: which operands are transposed, whether D is added to, whether alpha and beta differ by call."""
 
     name: str
     trans_a: int
     trans_b: int
     adds: bool
+    scaled: bool = False
 
 
 FORWARD = Op("forward", 1, 0, False)
 GRAD_INPUT = Op("grad_input", 0, 0, False)
 GRAD_WEIGHT = Op("grad_weight", 0, 1, True)
+# by the flags of a and of b, of which b is A and a is B
+GEMM = {
+    (a, b): Op("gemm_" + "nt"[a] + "nt"[b], int(b), int(a), True, True)
+    for a in (False, True)
+    for b in (False, True)
+}
 
 
 class Key(NamedTuple):

@@ -25,6 +25,7 @@ from ..reference import set_threads
 from . import attention, launch, matmul, ops
 from .ops import (
     adamw,
+    add,
     add_rmsnorm_bwd,
     add_rmsnorm_fwd,
     add_sum,
@@ -42,6 +43,7 @@ from .ops import (
 
 __all__ = [
     "adamw",
+    "add",
     "add_rmsnorm_bwd",
     "add_rmsnorm_fwd",
     "add_sum",
@@ -256,6 +258,11 @@ def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Arra
         products.grad_weight(dw, dy, x)
     if db is not None:
         ops.add_rows(db, dy)
+
+
+def gemm(out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: bool, trans_b: bool) -> None:
+    """See reference.py."""
+    _devices[0].products.gemm(out, a, b, alpha, beta, trans_a, trans_b)
 
 
 def attention_fwd(

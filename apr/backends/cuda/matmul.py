@@ -8,6 +8,7 @@ C rows and R columns with leading dimension ld, so each product is asked for tra
 | forward     | y = x w^T + b    | w | T  | x  | N  | O | N | I |
 | grad_input  | dx = dy w        | w | N  | dy | N  | I | N | O |
 | grad_weight | dw += dy^T x     | x | N  | dy | T  | I | O | N |
+| gemm        | out = alpha op(a) op(b) + beta out | b | its flag | a | its flag | N | M | K |
 
 Sums are in float32 (CUBLAS_COMPUTE_32F: no TF32), alpha and beta are float32. A bfloat16 result is rounded
 once: a sum that is split over k is put together in float32.
@@ -37,6 +38,7 @@ from .cublaslt import (
     DESC_TRANSB,
     EPILOGUE_BIAS,
     FORWARD,
+    GEMM,
     GRAD_INPUT,
     GRAD_WEIGHT,
     MAX_ALIGNMENT,
@@ -74,7 +76,8 @@ class Plan:
     a: c_void_p
     b: c_void_p
     d: c_void_p
-    beta: int  # address of its value
+    alpha: int  # addresses of their values
+    beta: int
     bias: int = 0  # address that desc holds
     algorithm: Algorithm | None = None
     chosen: bytes = b""  # the algorithm as cuBLASLt reads it
@@ -86,7 +89,7 @@ class Plan:
 
 
 class Products:
-    """The three matrix products on one GPU and one stream. open() makes it."""
+    """The matrix products on one GPU and one stream. open() makes it."""
 
     def __init__(self, lt: Lt, gpu: Any, workspace: int, nbytes: int, stream: int, cache: Cache) -> None:
         if workspace % MAX_ALIGNMENT:
@@ -97,6 +100,7 @@ class Products:
         self._matmul = lt.library.cublasLtMatmul
         self._plans: dict[Key, Plan] = {}
         self._ready: dict[tuple[Any, ...], Plan] = {}
+        self._alpha, self._beta = c_float(), c_float()  # of gemm
         self._tuning = False
         self._progress: Callable[[str], None] | None = None
 
@@ -111,6 +115,13 @@ class Products:
     def grad_weight(self, dw: Array, dy: Array, x: Array) -> None:
         """dw += dy^T x.  dw (O,I) float32, dy (N,O), x (N,I) of one dtype"""
         self._multiply(GRAD_WEIGHT, dw, x, dy, None)
+
+    def gemm(
+        self, out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: bool, trans_b: bool
+    ) -> None:
+        """out = alpha op(a) op(b) + beta out.  out (M,N) float32, op(a) (M,K), op(b) (K,N) of one dtype"""
+        self._alpha.value, self._beta.value = alpha, beta
+        self._multiply(GEMM[trans_a, trans_b], out, b, a, None)
 
     @contextmanager
     def tuning(self, progress: Callable[[str], None] | None = None) -> Iterator[None]:
@@ -162,7 +173,7 @@ class Products:
     def _run(self, p: Plan, d: int, a: int, b: int) -> int:
         lt, ws, nbytes, to = self._context
         return self._matmul(
-            lt, p.desc, _ONE_AT, a, p.a, b, p.b, p.beta, d, p.d, d, p.d, p.chosen, ws, nbytes, to
+            lt, p.desc, p.alpha, a, p.a, b, p.b, p.beta, d, p.d, d, p.d, p.chosen, ws, nbytes, to
         )
 
     def _plan(self, op: Op, d: Array, a: Array, b: Array, bias: Array | None) -> Plan:
@@ -192,7 +203,10 @@ class Products:
             self._lt.create("cublasLtMatrixLayoutCreate", TYPES[x.dtype.name], x.shape[1], x.shape[0], ld)
             for x, ld in zip((a, b, d), key.lds, strict=True)
         )
-        plan = Plan(key, d.dtype.name, desc, la, lb, ld, _ONE_AT if op.adds else _ZERO_AT)
+        alpha, beta = _ONE_AT, _ONE_AT if op.adds else _ZERO_AT
+        if op.scaled:
+            alpha, beta = ctypes.addressof(self._alpha), ctypes.addressof(self._beta)
+        plan = Plan(key, d.dtype.name, desc, la, lb, ld, alpha, beta)
         self._lt.put("MatmulDesc", desc, DESC_TRANSA, c_int(op.trans_a))
         self._lt.put("MatmulDesc", desc, DESC_TRANSB, c_int(op.trans_b))
         if key.bias:
@@ -239,7 +253,7 @@ class Products:
 
         def result(algorithm: Algorithm) -> np.ndarray:
             self._gpu.zero(d)  # an algorithm that leaves parts of d unwritten must not look right
-            for _ in range(2 if p.beta == _ONE_AT else 1):  # twice: beta = 1 must show
+            for _ in range(1 if p.beta == _ZERO_AT else 2):  # twice: beta = 1 must show
                 run(algorithm)
             return self._gpu.sample(d)
 

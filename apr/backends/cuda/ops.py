@@ -145,6 +145,16 @@ def add_rows(db: Array, dy: Array) -> None:
     _run("bias", "bias_add", dy, (_parts(o, 32),), (32, 32), db, partial, parts, o)
 
 
+# The residual stream
+
+
+def add(out: Array, a: Array, b: Array) -> None:
+    """See reference.py."""
+    v = _vector((), out, a, b)
+    each = 256 * (16 // out.itemsize if v else 1)
+    _run("flat", "add_v" if v else "add_1", out, (_parts(out.size, each),), (256,), out, a, b, out.size)
+
+
 # Normalisation
 
 
@@ -194,10 +204,10 @@ def add_rmsnorm_bwd(dres: Array, dw: Array, dy: Array, res: Array, rstd: Array, 
 
 def _head_norm(d: int, w: Array, *others: Array) -> tuple[str, int]:
     """(suffix, threads of a head) of head_rmsnorm."""
-    each = _constant("norm", "EACH_HEAD")
-    if d > 32 * each:
-        raise ValueError(f"heads of {d} elements; at most {32 * each} are possible")
     v = _vector((d * w.itemsize, *(_row(x) * x.itemsize for x in others)), w, *others)
+    each, most = _constant("norm", "EACH_HEAD"), _constant("norm", "MOST_THREADS" if v else "FEW_THREADS")
+    if d > most * each:
+        raise ValueError(f"heads of {d} elements; at most {most * each} are possible")
     threads = 1
     while threads * each < d:
         threads *= 2
@@ -208,7 +218,7 @@ def head_rmsnorm_fwd(y: Array, rstd: Array, x: Array, w: Array, eps: float) -> N
     """See reference.py."""
     n, heads, d = x.shape
     suffix, threads = _head_norm(d, w, y, x)
-    rows = 128 // threads
+    rows = 128 // threads if threads <= 32 else 1
     _run(
         "norm",
         "head_rmsnorm_fwd" + suffix,
@@ -223,7 +233,7 @@ def head_rmsnorm_bwd(dx: Array, dw: Array, dy: Array, x: Array, rstd: Array, w: 
     """See reference.py."""
     n, heads, d = x.shape
     suffix, threads = _head_norm(d, w, dx, dy, x)
-    rows = 256 // threads
+    rows = 256 // threads if threads <= 32 else 1
     blocks = min(_parts(n * heads, rows), 2 * BLOCKS)
     partial = machine.scratch((blocks, d), "float32", 0)
     _run(

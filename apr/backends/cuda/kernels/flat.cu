@@ -1,9 +1,9 @@
-// Sums over flat arrays, the factor that clips gradients, and AdamW (Loshchilov and Hutter 2019, algorithm 2).
+// Sums over flat arrays, the sum of two, the factor that clips gradients, and AdamW (Loshchilov and Hutter 2019, algorithm 2).
 //
-//   total[0] += sum x, or sum x^2;  factor[0] = min(1, max_norm / (sqrt(sum_sq[0]) + 1e-6))
+//   total[0] += sum x, or sum x^2;  out = round(a + b);  factor[0] = min(1, max_norm / (sqrt(sum_sq[0]) + 1e-6))
 //   g' = factor[0] * g;  m += (1 - beta1) (g' - m);  v += (1 - beta2) (g'^2 - v)
 //   master -= lr * (m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps) + decay * master);  w = round(master)
-//   x, master, m, v, g (n,) float, w (n,); total, factor, sum_sq (1,) double. master may be w itself
+//   x, master, m, v, g (n,) float, w, out, a, b (n,); total, factor, sum_sq (1,) double. master may be w itself, out a or b
 //
 // Sums are in double: every thread over its elements, every block, then sum_add over the blocks, in order. The
 // elements after the last whole piece of VEC or 4 are taken one by one.
@@ -39,6 +39,27 @@ extern "C" __global__ void __launch_bounds__(1024) sum_add(double* total, const 
   for (int i = threadIdx.x; i < parts; i += blockDim.x) sum += partial[i];
   sum = block_sum(sum);
   if (threadIdx.x == 0) total[0] += sum;
+}
+
+template <int N>
+__device__ __forceinline__ void add(act* out, const act* a, const act* b, long long n) {
+  const long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * N;
+  if (i + N <= n) {
+    const Pack<N> x = load<N>(a + i), y = load<N>(b + i);
+    float sum[N];
+#pragma unroll
+    for (int j = 0; j < N; j++) sum[j] = x[j] + y[j];
+    store(out + i, rounded(sum));
+    return;
+  }
+  for (long long j = i; j < n; j++) put(out[j], to_float(a[j]) + to_float(b[j]));
+}
+
+extern "C" __global__ void __launch_bounds__(256) add_v(act* out, const act* a, const act* b, long long n) {
+  add<VEC>(out, a, b, n);
+}
+extern "C" __global__ void __launch_bounds__(256) add_1(act* out, const act* a, const act* b, long long n) {
+  add<1>(out, a, b, n);
 }
 
 // max_norm is the sum of two floats, which is a double to 48 bits. Not finite when sum_sq is not.

@@ -9,10 +9,11 @@
 // The norm is computed from the rounded res, so that backward sees what forward saw. The weights' gradients are summed
 // per block over its rows into partial (gridDim.x, C), and then over blocks by norm_add. In add_rmsnorm_v and
 // head_rmsnorm a row belongs to blockDim.x threads, a power of two up to 32 or the whole block, each of which holds up
-// to EACH (EACH_HEAD) of its elements in registers; in add_rmsnorm_1 a block has one row of any length.
+// to EACH (EACH_HEAD) of its elements in registers; in add_rmsnorm_1 a block has one row of any length. A norm over all
+// heads is head_rmsnorm of one head.
 #include "common.cuh"
 
-constexpr int PACKS = 4, EACH = PACKS * VEC, EACH_HEAD = 16, MOST_THREADS = 512;
+constexpr int PACKS = 4, EACH = PACKS * VEC, EACH_HEAD = 16, MOST_THREADS = 512, FEW_THREADS = 256;
 
 __device__ __forceinline__ float inverse_rms(float sum, int n, float eps) { return 1.f / sqrtf(sum / n + eps); }
 
@@ -213,20 +214,20 @@ add_rmsnorm_bwd_1(act* dres, float* partial, const act* dy, const act* res, cons
   }
 }
 
-#define HEAD(SUFFIX, N)                                                                                               \
-  extern "C" __global__ void __launch_bounds__(256, 1)                                                                \
-  head_rmsnorm_fwd##SUFFIX(act* y, float* rstd, const act* x, const act* w, float eps, long long y_row,                \
+#define HEAD(SUFFIX, N, THREADS)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                            \
+  head_rmsnorm_fwd##SUFFIX(act* y, float* rstd, const act* x, const act* w, float eps, long long y_row,               \
                            long long rstd_row, long long x_row, int rows, int heads, int D) {                         \
     head_fwd<N>(y, rstd, x, w, eps, y_row, rstd_row, x_row, rows, heads, D);                                          \
   }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256, 1)                                                                \
-  head_rmsnorm_bwd##SUFFIX(act* dx, float* partial, const act* dy, const act* x, const float* rstd, const act* w,      \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                            \
+  head_rmsnorm_bwd##SUFFIX(act* dx, float* partial, const act* dy, const act* x, const float* rstd, const act* w,     \
                            long long dx_row, long long dy_row, long long x_row, long long rstd_row, int rows,         \
                            int heads, int D) {                                                                        \
     head_bwd<N>(dx, partial, dy, x, rstd, w, dx_row, dy_row, x_row, rstd_row, rows, heads, D);                        \
   }
-HEAD(_v, VEC)
-HEAD(_1, 1)
+HEAD(_v, VEC, MOST_THREADS)
+HEAD(_1, 1, FEW_THREADS)
 
 // dw += sum over blocks. dw (n,), partial (parts,n)
 extern "C" __global__ void __launch_bounds__(1024) norm_add(float* dw, const float* partial, int parts, int n) {
