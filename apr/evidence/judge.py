@@ -14,7 +14,7 @@ from ..data.batches import sequential
 from ..model.cost import matmul_rate, memory
 from ..training.rundir import bits_per_byte
 from ..verify.reload import in_fresh_process
-from . import measure
+from . import adapters, measure
 from .gates import Answer
 from .measure import LAST_STEPS
 
@@ -40,7 +40,7 @@ class Judge:
     def weights(self) -> None:
         """The weights of a run that begins in this process. Raises Refused."""
         if self.lora and self.inputs.init:
-            answer = self.lora.loaded(self.inputs.init)
+            answer = adapters.base_loaded(self.lora, self.inputs.init)
         elif self.inputs.init:
             answer = measure.loaded_weights(self.model, self.opt, self.inputs.init)
         else:
@@ -213,7 +213,7 @@ class Judge:
         if p.best_flops:
             gates.judge("end.speed", self._speed(gates.bound("speed")))
         if self.lora:
-            gates.judge("end.base", self.lora.unchanged(), p.step)
+            gates.judge("end.base", adapters.base_unchanged(self.lora), p.step)
         else:
             gates.skip("end.base", "no adapters: every weight is trained")
         self._reload()

@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoints.checkpoint import Checkpoint, fill, parameters
+from ..checkpoints.checkpoint import Checkpoint, fill
 from ..checkpoints.tensors import CHUNK
 from ..common.errors import Refused, UsageError
-from ..evidence.gates import Answer
-from ..evidence.measure import gradient_norm, gradients
 from .buffers import WIDE, Buffers, BufferSpec, BufferSpecs
 from .config import ModelConfig
 from .optim import AdamW
@@ -241,17 +238,18 @@ class Adapters:
         fill(self.base_model.layout, host, init)
         self.set_base(host)
 
-    def base_hash(self) -> str:
-        """SHA-256 of every weight that must not change, as it is on the device: the matrices without their adapters, and the
-        tensors that have none."""
-        digest = hashlib.sha256()
+    def base_values(self) -> Iterator[tuple[Slot, Any]]:
+        """(slot, flat values on the device) of every weight that must not change: the matrices without their adapters, and
+        the tensors that have none."""
         adapted = {p.base.offset: base for p, base in zip(self.layout.pairs, self.base, strict=True)}
         for s in self.base_model.layout.in_order():
-            flat = (
-                adapted[s.offset].reshape(-1)
-                if s.offset in adapted
-                else _cut(self.base_model.w, s).reshape(-1)
-            )
+            found = adapted[s.offset] if s.offset in adapted else _cut(self.base_model.w, s)
+            yield s, found.reshape(-1)
+
+    def base_hash(self) -> str:
+        """SHA-256 of every weight that must not change, as it is on the device."""
+        digest = hashlib.sha256()
+        for s, flat in self.base_values():
             for start in range(0, s.size, CHUNK):
                 part = np.ascontiguousarray(self.be.to_host(flat[start : start + CHUNK]))
                 digest.update(part.view(np.uint8).data)
@@ -292,79 +290,6 @@ class Adapters:
             sb = self.buffers["scaled_b"][: b.size].reshape(r, p.base.shape[0])
             self.be.linear_fwd(sb, self.buffers["scaled_identity"], b, None)
             yield p, base, (a, b), sb
-
-    # What a run measures
-
-    def apart(self, scratch: Any) -> Callable[[float], Answer]:
-        """For the gate run.gradients, before a step: what judges the norm in the log. While a B is all zeros, as at the start,
-        the gradient of its A must be zero too, and every other must not."""
-        zero, norm = gradients(self, scratch)  # type: ignore[arg-type]
-        waiting = []
-        for p, (_, b) in zip(self.layout.pairs, self.layout.views(self.w), strict=True):
-            self.be.fill(scratch, 0)
-            self.be.add_sum_sq(scratch, b.reshape(-1))
-            if float(self.be.to_host(scratch)[0]) == 0:
-                waiting.append(p.a.hf)
-        missing = [name for name in zero if name not in waiting]
-        leaked = [name for name in waiting if name not in zero]
-        return partial(_gradient_answer, missing, leaked, len(waiting), norm)
-
-    def loaded(self, init: Checkpoint) -> Answer:
-        """For the gate before.weights: whether the device holds a checkpoint's weights, rounded to the run's dtype."""
-        count, tensors = 0, parameters(self.base_model.layout, init)
-        adapted = {p.base.offset: base for p, base in zip(self.layout.pairs, self.base, strict=True)}
-        for s in self.base_model.layout.slots:
-            flat = (
-                adapted[s.offset].reshape(-1)
-                if s.offset in adapted
-                else _cut(self.base_model.w, s).reshape(-1)
-            )
-            stored = tensors[s.hf].reshape(-1)
-            for start in range(0, s.size, CHUNK):
-                there = self.be.to_host(flat[start : start + CHUNK])
-                want = stored[start : start + CHUNK].astype(np.float32).astype(there.dtype)
-                if there.tobytes() != want.tobytes():
-                    return Answer(False, f"{s.hf} is not that of the file on the device", "equal bits")
-                count += there.size
-        return Answer(
-            True,
-            f"{len(tensors)} tensors, {count:,} values of the base read back from the device",
-            "equal bits",
-        )
-
-    def unchanged(self) -> Answer:
-        """For the gate end.base: whether the base has the bits that it had, and the model computes with W + s B A."""
-        found, bound = (
-            self.base_hash(),
-            f"{self.base_sha256[:12]} as loaded, merged weights within their rounding",
-        )
-        worst, where = self.merge_error()
-        measured = f"base {found[:12]}, merged weights off by {worst:.2f} of their rounding"
-        why = ""
-        if found != self.base_sha256:
-            why = "weights that are not trained have changed"
-        elif not worst <= 1:
-            why = f"{where} is not its base plus its adapters"
-        return Answer(not why, measured, bound, why, worst)
-
-    def merge_error(self) -> tuple[float, str]:
-        """How far W_eff is from W + s B A in float64, as a share of what rounding allows, of the first and last layer; where."""
-        eps = float(np.finfo(np.float32).eps) if self.dtype == "float32" else float(np.finfo(np.float64).eps)
-        last = 0.0 if self.dtype == self.base_model.dtype else 2.0**-8
-        worst, where, s = 0.0, "", self.config.scale
-        for p, base, (a, b) in zip(self.layout.pairs, self.base, self.layout.views(self.w), strict=True):
-            if p.base.layer not in (0, self.cfg.num_layers - 1):
-                continue
-            w, base_, a_, b_ = (
-                np.asarray(self.be.to_host(x)).astype(np.float64)
-                for x in (_cut(self.base_model.w, p.base), base, a, b)
-            )
-            want = base_ + s * (b_ @ a_)
-            size = np.abs(base_) + s * (np.abs(b_) @ np.abs(a_))
-            off = np.abs(w - want) / ((self.config.rank + 4) * eps * size + last * np.abs(want) + 1e-30)
-            if not float(off.max()) <= worst:
-                worst, where = float(off.max()), p.base.hf
-        return worst, where
 
 
 def adapter_facts(opt: AdamW) -> dict[str, Any]:
@@ -407,19 +332,6 @@ def state_layout(metadata: Mapping[str, Any], cfg: ModelConfig) -> Layout | Adap
     """What the tensors of a saved state are laid out as."""
     lora = metadata.get("lora")
     return AdapterLayout(cfg, lora_of_json(lora)) if lora else Layout(cfg)
-
-
-def _gradient_answer(
-    missing: list[str], leaked: list[str], waiting: int, norm: float, logged: float
-) -> Answer:
-    answer = gradient_norm(missing, norm, logged)
-    if leaked:
-        why = f"a gradient reaches {leaked[0]}, whose lora_B is zero"
-        return answer._replace(good=False, why=why)
-    if waiting:
-        said = f"{answer.measured}; none for {waiting} lora_A, whose lora_B is zero"
-        return answer._replace(measured=said)
-    return answer
 
 
 class AdapterAdamW(AdamW):

@@ -26,6 +26,7 @@ from ..common.errors import Interrupted, MalformedFile
 from ..data.batches import Batches, Exhausted
 from ..data.conversations.instruct import checked_piece, trained_targets
 from ..evidence import measure
+from ..evidence.adapters import adapter_gradients
 from ..evidence.gates import Answer, Gates, parse_bounds
 from ..evidence.judge import Judge
 from ..model.cost import flops_per_token
@@ -223,7 +224,7 @@ class Trainer:
     def _gradients_apart(self) -> Callable[[float], Answer]:
         """What judges a step's gradient norm, from every tensor's own."""
         if self.lora:
-            return self.lora.apart(self._scratch)
+            return adapter_gradients(self.lora, self._scratch)
         return partial(measure.gradient_norm, *measure.gradients(self.model, self._scratch))
 
     def _follow_due(self) -> bool:

@@ -17,6 +17,7 @@ from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import UsageError
+from apr.evidence.adapters import adapter_gradients, base_unchanged, merge_error
 from apr.evidence.gates import GATES
 from apr.model.cost import memory
 from apr.model.hf_config import to_hf
@@ -115,8 +116,8 @@ def test_merged_weights_and_gradients_on_the_cpu_are_those_of_the_formula(preset
         loss(m, ids)
         m.backward()
         a.gradients()
-    assert adapters.merge_error()[0] <= 1
-    assert reference_.merge_error()[0] <= 1
+    assert merge_error(adapters)[0] <= 1
+    assert merge_error(reference_)[0] <= 1
     for s in adapters.layout.slots:
         place = slice(s.offset, s.offset + s.size)
         got, want = adapters.g[place].astype(np.float64), reference_.g[place]
@@ -150,7 +151,7 @@ def test_steps_are_those_of_adamw_on_the_factors():
         touched[p.base.offset : p.base.offset + p.base.size] = True
     np.testing.assert_array_equal(model.w[~touched], base[~touched])
     assert (model.w[touched] != base[touched]).mean() > 0.99
-    assert adapters.unchanged().good
+    assert base_unchanged(adapters).good
 
 
 def test_nothing_adds_up_over_merges():
@@ -190,20 +191,20 @@ def test_a_start_is_that_of_peft():
 
 def test_the_gate_of_the_base_sees_a_changed_weight_and_a_wrong_merge():
     model, adapters, _, _ = adapted("llama-tiny", cpu, "float32", LoraConfig(4, 8.0, ("wq",)))
-    assert adapters.unchanged().good
+    assert base_unchanged(adapters).good
     slot = model.layout.by_hf["model.norm.weight"]
     model.w[slot.offset] += 1e-3  # a weight that has no adapter
-    assert not adapters.unchanged().good
+    assert not base_unchanged(adapters).good
     model.w[slot.offset] -= 1e-3
     before = adapters.base[0][0, 0]
     adapters.base[0][0, 0] = np.nextafter(before, 9)  # a matrix under an adapter, by one bit
-    answer = adapters.unchanged()
+    answer = base_unchanged(adapters)
     assert answer.good is False
     assert "changed" in answer.why
     adapters.base[0][0, 0] = before
     slot = adapters.layout.pairs[0].base
     model.w[slot.offset] += 1e-3  # what is computed with, alone
-    answer = adapters.unchanged()
+    answer = base_unchanged(adapters)
     assert answer.good is False
     assert "its base plus its adapters" in answer.why
 
@@ -219,7 +220,7 @@ def test_gradients_that_must_be_zero_and_those_that_must_not():
         model.backward()
         adapters.gradients()
         change()
-        found = adapters.apart(scratch)
+        found = adapter_gradients(adapters, scratch)
         norm = float(np.sqrt(np.square(adapters.g, dtype=np.float64).sum()))
         cpu.fill(model.g, 0)
         return found(norm)
@@ -505,7 +506,7 @@ def test_in_bfloat16_the_merged_weights_are_rounded_once():
         got = model.w[p.base.offset : p.base.offset + p.base.size].reshape(p.base.shape)
         nearest = want.astype(np.float32).astype(got.dtype)
         assert (got != nearest).mean() < 0.002  # where the sum in float32 lies beside a tie
-    assert adapters.merge_error()[0] <= 1
+    assert merge_error(adapters)[0] <= 1
     loss(model, ids)
     model.backward()
     adapters.gradients()
@@ -517,7 +518,7 @@ def test_in_bfloat16_the_merged_weights_are_rounded_once():
     base = adapters.base_hash()
     opt.step(1e-2)
     assert adapters.base_hash() == base == adapters.base_sha256
-    assert adapters.unchanged().good
+    assert base_unchanged(adapters).good
 
 
 def test_adapters_have_a_learning_rate_of_their_own():
