@@ -30,6 +30,7 @@ from .checkpoints.hf import write_hf
 from .checkpoints.registry import open_any
 from .common.atomic import write_text
 from .common.errors import Refused, UsageError
+from .evidence.gates import PASS, Gates
 from .inference import int8
 from .inference.chat import Conversation, check_messages, no_template
 from .inference.generate import (
@@ -48,8 +49,11 @@ from .model.params import Layout
 from .model.transformer import Model
 from .tokenizer.chat_template import ChatTemplate, Message, answer_ends, chat_ids
 from .tokenizer.tokenizer import Tokenizer
+from .training import run
 from .training.callbacks import Callback
-from .training.settings import Settings
+from .training.display import Display
+from .training.rundir import RunDir
+from .training.settings import Settings, check, read_config
 
 Ids = Sequence[int] | np.ndarray
 TOKENS_AT_ONCE = 4096  # of a batch whose logits or losses are asked for
@@ -422,6 +426,30 @@ def load(
     return LanguageModel(open_any(os.fspath(path)), backend, dtype or backend.dtypes[0])
 
 
+class Printed(Display):
+    """Print a run as plain lines."""
+
+    def note(self, text: str) -> None:
+        """Print a line of text."""
+        print(text, flush=True)
+
+    def evaluation(self, step: int, val_loss: float, bits: float, train_losses: list[float]) -> None:
+        """Print an evaluation."""
+        train = f"train {np.mean(train_losses):.4f}  " if train_losses else "before training: "
+        self.note(f"step {step:>5}  {train}val {val_loss:.4f} nats/token  {bits:.3f} bits/byte")
+
+    def verdict(self, gates: Gates) -> None:
+        """Print every gate with its figure."""
+        for o in gates.in_order():
+            self.note(
+                f"  {o.verdict:<8} {o.gate:<20} {o.measured if o.verdict == PASS else o.why or o.measured}"
+            )
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Print names and texts."""
+        self.note("\n".join([title, *(f"  {name:<18} {text}" for name, text in rows)]))
+
+
 @dataclass(frozen=True)
 class RunResult:
     """A run that came to its end. val_loss in nats/token; checkpoint: the latest .apr; details: all of `--json`."""
@@ -443,14 +471,9 @@ def train(
 ) -> RunResult:
     """What `apr pretrain` does: settings as a mapping, a Settings, or the path of a JSON file with them.
 
-    callbacks hear of every step, evaluation and checkpoint. show: print what the command prints. Raises the errors of
+    callbacks hear of every step, evaluation and checkpoint. show: print data, evaluations, gates and result. Raises the errors of
     the command: UsageError and Refused before it starts, Aborted when a gate stops it, Interrupted after Ctrl-C (state
     saved), CallbackFailed after an exception in a callback (state saved; the exception is its cause)."""
-    from .cli import pretrain
-    from .training.rundir import RunDir
-    from .training.settings import check, read_config
-    from .training.show import Show
-
     explicit: dict[str, Any] | None = None
     if isinstance(config, Settings):
         settings = config
@@ -461,16 +484,16 @@ def train(
         else:
             explicit = read_config(Path(config))
         settings = Settings(**explicit)
-    result = pretrain.train(settings, Show(quiet=not show), callbacks, explicit)
-    run = Path(result["run_dir"])
+    result = run.train(settings, Printed() if show else Display(), callbacks, explicit)
+    folder = Path(result["run_dir"])
     return RunResult(
         result["status"],
         result["verdict"],
         result["steps"],
         result["val_loss"],
         result["best_val_loss"],
-        run,
-        RunDir(run).checkpoints()[-1],
+        folder,
+        RunDir(folder).checkpoints()[-1],
         result,
     )
 

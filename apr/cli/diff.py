@@ -20,7 +20,7 @@ from rich.text import Text
 from ..checkpoints.compare import Difference, Row, compare, open_side
 from ..common.errors import UsageError
 from ..common.options import option, parse
-from ..training.show import Show
+from .show import Show
 
 DIFFERS = 9  # exit code
 

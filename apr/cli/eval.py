@@ -35,7 +35,7 @@ from ..evaluation.score import Opened, Scorer, fitting, open_model, prefix_ids
 from ..model.cost import check_positions
 from ..tokenizer.tokenizer import Tokenizer
 from ..training.rundir import versions
-from ..training.show import Show
+from .show import Show
 
 MODES = ("dataset", "text", "choices", "humaneval")
 SEQ_LENGTH = 1024

@@ -18,7 +18,7 @@ from ..checkpoints.gguf import TYPES
 from ..checkpoints.registry import open_any
 from ..common.errors import UsageError
 from ..common.options import option, parse
-from ..training.show import Show
+from .show import Show
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ..checkpoints.importing import import_model
 from ..common.errors import UsageError
 from ..common.options import option, parse
-from ..training.show import Show
+from .show import Show
 
 
 @dataclass(frozen=True)

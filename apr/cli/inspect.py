@@ -24,7 +24,7 @@ from ..checkpoints.validate import figures_of
 from ..common.options import option, parse
 from ..model.config import ModelConfig
 from ..model.params import Layout
-from ..training.show import Show
+from .show import Show
 
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
 

@@ -17,7 +17,7 @@ from ..model.cost import check_positions, flops_per_token, matmul_rate, memory
 from ..model.lora import AdapterLayout, lora_config
 from ..model.params import Layout
 from ..model.presets import load_config
-from ..training.show import Show
+from .show import Show
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..common.files import read_text
 from ..common.finding import PASS
 from ..common.options import option, parse
 from ..evaluation.qa import document, qa
-from ..training.show import Show
+from .show import Show
 from .validate import report
 
 UNFIT = 9  # exit code

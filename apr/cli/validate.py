@@ -19,7 +19,7 @@ from ..checkpoints.validate import validate
 from ..common.errors import MalformedFile
 from ..common.finding import FAIL, Checklist
 from ..common.options import option, parse
-from ..training.show import COLOURS, Show
+from .show import COLOURS, Show
 
 WRONG = 9  # exit code
 

@@ -21,8 +21,8 @@ from ..common.atomic import locked
 from ..common.errors import UsageError
 from ..common.options import option, parse
 from ..evidence.gates import FAIL, PASS
-from ..training.show import COLOURS, Show
 from ..verify.verifier import Options, Row, Verifier
+from .show import COLOURS, Show
 
 DIFFERS = 9  # exit code
 

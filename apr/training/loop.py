@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from ..bisect.show import print_report
 from ..bisect.spot import spot_check
 from ..checkpoints.checkpoint import fill
 from ..common.errors import Interrupted, MalformedFile
@@ -34,11 +33,11 @@ from ..model.lora import AdapterAdamW, adapt
 from ..model.optim import AdamW, Schedule
 from ..model.transformer import Model
 from .callbacks import Callback, CallbackFailed, tell
+from .display import Display
 from .evaluate import Loss, Stopped, evaluate
 from .inputs import Inputs, judge_inputs
 from .rundir import RunDir, bits_per_byte, state_sha
 from .sample import sample_text
-from .show import Show
 
 LAST_STEPS = measure.LAST_STEPS  # the mean of so many is reported beside the mean of the epoch
 FOLLOWED = 20  # first steps of a process in which the learning rate is measured; then every FOLLOW_EVERY
@@ -73,7 +72,7 @@ class Trainer:
         self,
         inputs: Inputs,
         run: RunDir,
-        show: Show,
+        show: Display,
         resume: bool,
         gates: Gates | None = None,
         callbacks: Sequence[Callback] = (),
@@ -283,7 +282,7 @@ class Trainer:
             )
             self.gates.judge("start.ops", Answer(True, measured, bound, score=worst), step)
         else:
-            print_report(report, self.show.console)
+            self.show.difference(report)
             first = report.first
             assert first is not None
             cause = f": {first.cause}" if first.cause else ""

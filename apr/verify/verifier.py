@@ -30,11 +30,11 @@ from ..evidence.gates import FAIL, FORMAT, GATES, PASS, SKIPPED, WORSE, Answer, 
 from ..model.lora import AdapterLayout, state_layout
 from ..model.optim import Schedule
 from ..model.params import Layout
+from ..training.display import Display
 from ..training.inputs import open_inputs
 from ..training.loop import LAST_STEPS, Trainer
 from ..training.rundir import RunDir, bits_per_byte, code_sha256, sha256
 from ..training.settings import Settings, check
-from ..training.show import Show
 from .reload import checkpoint_loss, recorded
 
 OTHER_BACKEND = {"float32": 1e-4, "bfloat16": 5e-3}  # of a loss: two backends round in other places
@@ -476,9 +476,7 @@ class Verifier:
             }[key]
             if found != self.config["data"][key]:
                 raise Refused(f"replay: {key} is {found[:12]}, the run's {self.config['data'][key][:12]}")
-        trainer = Trainer(
-            inputs, self.run, Show(quiet=True), False, Gates(parse_bounds(self.settings.bounds))
-        )
+        trainer = Trainer(inputs, self.run, Display(), False, Gates(parse_bounds(self.settings.bounds)))
         was, now = self.config["device"], inputs.backend.describe()
         same = all(
             was.get(k) == now.get(k)

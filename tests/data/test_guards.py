@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from apr.cli.tokenize.show import draw_audit
 from apr.common.errors import MalformedFile, Refused, UsageError
 from apr.data import guards
 from apr.data.audit import Side, audit, enforce_all, sides_of, tokenizer_beside
@@ -20,7 +21,6 @@ from apr.data.encode import encode_corpus
 from apr.data.guards import Bounds, Verdict, enforce, fits_model, plausible, round_trip
 from apr.data.repair import repair_manifest
 from apr.data.shards import ShardWriter, TokenShards
-from apr.data.show import draw_audit
 from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from data_cases import Memory, corpus, edit_json, edit_shard_row, flip_byte, put, rewrite, write
 

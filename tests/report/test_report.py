@@ -502,5 +502,5 @@ def test_a_constant_series_and_an_empty_one_can_be_drawn():
 
 
 def test_the_template_ships_with_the_package():
-    text = (report.resources.files("apr.training") / "report_template.html").read_text(encoding="utf-8")
+    text = (report.resources.files("apr.report") / "report_template.html").read_text(encoding="utf-8")
     assert "</html>" in text

@@ -29,11 +29,11 @@ import pytest
 
 from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.registry import open_any
-from apr.cli import pretrain
 from apr.evidence import judge as judging
 from apr.evidence.seal import compare as changed_since_the_end
 from apr.model.hf_config import to_hf
 from apr.model.presets import PRESETS
+from apr.training import run as running
 from apr.training.evaluate import Loss
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -380,8 +380,8 @@ def quicken(m: pytest.MonkeyPatch, cache: Path) -> None:
     m.setenv("APR_CACHE", str(cache))
     m.setattr(judging, "in_fresh_process", reload)
     m.setattr(judging, "matmul_rate", lambda be, dtype: 1e15)
-    m.setattr(pretrain, "loss_curve", lambda *args: None)
-    m.setattr(pretrain, "_close", lambda run, show: pretrain.seal(run.path))
+    m.setattr(running, "loss_curve", lambda *args: None)
+    m.setattr(running, "_close", lambda run, show: running.seal(run.path))
 
 
 # Are two runs equal?

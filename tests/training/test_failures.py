@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from apr.checkpoints.apr2 import read_apr
-from apr.cli import pretrain
 from apr.cli.main import main
+from apr.cli.show import Show
 from apr.common import atomic
 from apr.common.atomic import locked
 from apr.common.errors import MalformedFile, Refused
@@ -30,9 +30,9 @@ from apr.evidence import judge as judging
 from apr.evidence.judge import Judge
 from apr.model.optim import AdamW
 from apr.training import evaluate
+from apr.training import run as running
 from apr.training.loop import Trainer
 from apr.training.rundir import RunDir
-from apr.training.show import Show
 from crashing import Job, differences, metrics, quicken
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
@@ -305,7 +305,7 @@ def test_a_dataset_that_is_removed_while_it_is_read(
         m.setattr(
             judging,
             "in_fresh_process",
-            lambda run, *args: str(pretrain.RunDir(run).read_config()["data_folders"]),
+            lambda run, *args: str(RunDir(run).read_config()["data_folders"]),
         )
         assert on_dataset(job, run, dataset) == 9
     assert verdict(run)["verdict"] == "FAIL"
@@ -504,7 +504,7 @@ def test_a_signal_in_training(job, undisturbed, run, monkeypatch, capsys, number
 )
 def test_a_signal_in_the_closing_phase(job, undisturbed, run, monkeypatch, capsys, number, where):
     """All is saved; the next start closes the run."""
-    module = {"sample_text": pretrain, "in_fresh_process": judging, "save_verdict": RunDir, "seal": pretrain}[
+    module = {"sample_text": running, "in_fresh_process": judging, "save_verdict": RunDir, "seal": running}[
         where
     ]
     with monkeypatch.context() as m:
@@ -627,7 +627,7 @@ def test_a_damaged_state(job, undisturbed, stopped, run, capsys, how):
     assert f"{path.name}.damaged" in out
     assert path.with_name(path.name + ".damaged").read_bytes() == damaged
     path.with_name(path.name + ".damaged").unlink()
-    pretrain.seal(run)
+    running.seal(run)
     assert differences(undisturbed, run) == []
 
 
@@ -688,7 +688,7 @@ def test_what_a_run_does_not_need_may_be_damaged(job, undisturbed, stopped, run,
     assert verdict(run)["status"] == "DONE"
     for name in ("loss.png", "report.html"):
         (run / name).unlink()
-    pretrain.seal(run)
+    running.seal(run)
     assert differences(undisturbed, run) == []
 
 

@@ -14,10 +14,10 @@ from ...common.errors import IOFailure
 from ...common.options import option, parse
 from ...data.audit import Side, audit, sides_of, tokenizer_of_shards
 from ...data.guards import Bounds
-from ...data.show import draw_audit, print_verdicts
 from ...model.presets import load_config
 from ...tokenizer.tokenizer import Tokenizer
-from ...training.show import Show
+from ..show import Show
+from .show import draw_audit, print_verdicts
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from ...data.estimate import Estimate, estimate
 from ...data.guards import Bounds
 from ...data.manifest import EOS_POLICIES
 from ...data.readers import Corpus
-from ...data.show import EncodeProgress, clock, plural
 from ...data.sources import Sources, find_sources
 from ...tokenizer.tokenizer import Tokenizer
-from ...training.show import Show
+from ..show import Show
+from .show import EncodeProgress, clock, plural
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ...common.files import read_json
 from ...common.options import option, parse
 from ...tokenizer.families import FAMILIES
 from ...tokenizer.import_hf import import_hf
-from ...training.show import Show
+from ..show import Show
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ...data.manifest import MANIFEST
 from ...data.repair import repair_manifest
 from ...data.shards import TokenShards
 from ...tokenizer.tokenizer import Tokenizer
-from ...training.show import Show
+from ..show import Show
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ...data.corpus import is_held_out
 from ...data.readers import Corpus, LongDocument, Skipped
 from ...data.sources import find_sources
 from ...tokenizer.tokenizer import train_tokenizer
-from ...training.show import Show
+from ..show import Show
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
-"""What a person sees of a run: a header, a progress bar, a line per evaluation, the end, a picture."""
+"""Show a run on a terminal: a header, a progress bar, a line per evaluation, the end."""
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ..bisect.report import Report
+from ..bisect.show import print_report
 from ..evidence.gates import FAIL, GATES, PASS, SKIPPED, SUSPECT, Gates
+from ..training.display import Display
 
 COLOURS = {PASS: "", SKIPPED: "dim", SUSPECT: "bold yellow", FAIL: "bold red"}
 
@@ -33,7 +34,7 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Show:
+class Show(Display):
     """Progress on a terminal: a bar. Elsewhere (a pipe, a log file): a line every tenth of the run."""
 
     def __init__(self, quiet: bool = False) -> None:
@@ -93,6 +94,10 @@ class Show:
         train = f"train {np.mean(train_losses):.4f}  " if train_losses else "before training: "
         self.note(f"step {step:>5}  {train}val {val_loss:.4f} nats/token  {bits:.3f} bits/byte")
 
+    def difference(self, report: Report) -> None:
+        """A spot check that disagrees with the reference."""
+        print_report(report, self.console)
+
     def verdict(self, gates: Gates) -> None:
         """Every gate with its figure; what did not pass is spelled out."""
         self.console.print("gates")
@@ -121,44 +126,3 @@ class Show:
         for name, value in rows:
             table.add_row(name, Text(value))
         self.console.print(table)
-
-
-def loss_curve(metrics: list[dict[str, Any]], unigram_entropy: float, vocab_size: int, path: Path) -> None:
-    """Draw train_loss, its moving mean, val_loss and two yardsticks against tokens seen, as a PNG."""
-    from matplotlib.figure import Figure
-
-    steps = [m for m in metrics if "train_loss" in m]
-    evals = [m for m in metrics if "val_loss" in m]
-    tokens = {m["step"]: m["tokens_seen"] for m in steps} | {0: 0}
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    x, y = np.array([m["tokens_seen"] for m in steps]) / 1e6, np.array([m["train_loss"] for m in steps])
-    axes.plot(x, y, color="tab:blue", alpha=0.25, linewidth=0.8, label="train, each step")
-    width = max(1, len(y) // 50)
-    if len(y) >= width > 1:
-        axes.plot(
-            x[width - 1 :],
-            np.convolve(y, np.ones(width) / width, "valid"),
-            color="tab:blue",
-            label=f"train, mean of {width}",
-        )
-    points = [(tokens[m["step"]] / 1e6, m["val_loss"]) for m in evals]
-    axes.plot(*zip(*points, strict=True), "o-", color="tab:red", markersize=4, label="validation")
-    for value, text in (
-        (math.log(vocab_size), "uniform guess, ln V"),
-        (unigram_entropy, "entropy of token frequencies"),
-    ):
-        axes.axhline(value, color="grey", linewidth=0.8, linestyle="--")
-        axes.annotate(
-            text,
-            (1, value),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color="grey",
-        )
-    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats/token)", title=f"{path.parent.name}: loss")
-    axes.grid(alpha=0.2)
-    axes.legend(loc="lower left")
-    figure.savefig(path)

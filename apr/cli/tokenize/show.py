@@ -9,10 +9,10 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from ..training.show import Show
-from .audit import Side
-from .encode import Counts
-from .scan import LENGTH_BINS
+from ...data.audit import Side
+from ...data.encode import Counts
+from ...data.scan import LENGTH_BINS
+from ..show import Show
 
 LINE_SECONDS = 10.0  # between lines where the output is no terminal
 COLOURS = {"PASS": "green", "FAIL": "bold red", "SKIPPED": "yellow"}

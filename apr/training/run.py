@@ -1,0 +1,311 @@
+"""Orchestrate a run: inputs, run directory, gates, training, verdict, picture, page and hashes."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..common.atomic import explain, locked, write_text
+from ..common.errors import (
+    AprError,
+    InputNotFound,
+    Interrupted,
+    IOFailure,
+    MalformedFile,
+    Refused,
+    UsageError,
+)
+from ..common.files import make_folder
+from ..common.host import cores
+from ..evidence.gates import Gates, parse_bounds
+from ..evidence.seal import seal
+from ..model.hf_config import to_hf
+from ..model.params import Layout
+from ..model.presets import PRESETS
+from ..report.curve import loss_curve
+from ..report.page import render
+from . import loggers, summary
+from .callbacks import Callback, CallbackFailed, tell
+from .display import Display
+from .inputs import Inputs, describe, guards, open_inputs
+from .loop import Trainer
+from .rundir import RunDir, code_sha256, git_commit, next_free, versions
+from .sample import sample_text
+from .settings import DEMO, MAY_CHANGE, Settings, check, resolve
+
+SAMPLE_TOKENS = 160  # of the continuation of --sample at the end
+
+
+def train(
+    settings: Settings,
+    show: Display,
+    callbacks: Sequence[Callback] = (),
+    explicit: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A whole run, or the rest of one (settings.resume); what --json prints. Errors are raised.
+
+    explicit: the settings that were asked for, which a resumed run is compared with."""
+    start = time.perf_counter()
+    run = None
+    try:
+        with _stoppable():
+            if settings.resume:
+                settings = _continued(settings, explicit or {})
+            settings = resolve(settings)
+            loggers.check(settings.log)
+            gates = Gates(parse_bounds(settings.bounds))
+            inputs = open_inputs(settings, show.preparing)
+            run = _run_dir(inputs)
+            with locked(run.path, "training in it"):
+                if settings.resume:
+                    _check_same_data(inputs, run)
+                else:
+                    run.create(_config(inputs, run))
+                run.clean()
+                show.table("apr pretrain", summary.opening(inputs, run))
+                for note in (
+                    inputs.left_out,
+                    inputs.device_note and f"about the device: {inputs.device_note}",
+                ):
+                    if note:
+                        show.note(note)
+                result, failed = _train(inputs, run, show, gates, start, callbacks)
+    except KeyboardInterrupt:
+        raise _stopped(run) from None
+    finally:
+        show.stop()
+    if failed is not None:  # a callback's on_end: the run itself is whole
+        raise failed
+    return result
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and SIGINT raise KeyboardInterrupt, also where a shell ignores SIGINT for what it runs in the background; the
+    training loop puts its own handlers in their place. Outside the main thread, where none can be set, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for n, handler in old.items():
+            signal.signal(n, handler)
+
+
+def _stopped(run: RunDir | None) -> Interrupted:
+    """What a run says that was stopped at once: outside the training loop, or by a second signal."""
+    if run is None or not (run.path / "config.json").exists():
+        return Interrupted("stopped before training began; the same command goes on")
+    states = run.states()
+    saved = f"the last saved state is {states[-1].stem}" if states else "there is no saved state yet"
+    again = f"apr pretrain --resume --run-dir {shlex.quote(str(run.path))}"
+    return Interrupted(f"stopped at once; {saved}. Go on with: {again}")
+
+
+def _train(
+    inputs: Inputs, run: RunDir, show: Display, gates: Gates, start: float, callbacks: Sequence[Callback]
+) -> tuple[dict[str, Any], CallbackFailed | None]:
+    """The run in its locked folder, from the first gate to the last; what --json prints, and a callback's last error."""
+    trainer, heard = None, list(callbacks)
+    try:
+        heard = [*callbacks, *loggers.open_all(inputs.settings.log, run.path)]
+        trainer = Trainer(inputs, run, show, inputs.settings.resume, gates, heard)
+        _record_device(show, inputs, run)
+        if trainer.resumed and trainer.progress.step >= inputs.settings.num_steps:
+            show.note("all steps of this run are done: nothing is trained, its last gates are asked again")
+        show.start(trainer.progress.step, inputs.settings.num_steps)
+        status = trainer.train()
+        show.stop()
+        return _finish(trainer, show, status, time.perf_counter() - start), trainer.failed
+    except AprError as e:
+        _record_end(run, show, gates, trainer, e, heard)
+        raise
+    except OSError as e:
+        error = IOFailure(f"{e.filename or run.path}: {e.strerror or e}")
+        _record_end(run, show, gates, trainer, error, heard)
+        raise error from None
+    except KeyboardInterrupt:
+        stopped = _stopped(run)
+        if trainer is not None:
+            _record_end(run, show, gates, trainer, stopped, heard, at_once=True)
+        raise stopped from None
+
+
+def _record_end(
+    run: RunDir,
+    show: Display,
+    gates: Gates,
+    trainer: Trainer | None,
+    e: AprError,
+    heard: Sequence[Callback],
+    at_once: bool = False,
+) -> None:
+    """What a run that did not finish leaves: its verdict with the gate that ended it, and if there is time, its page
+    and its hashes."""
+    p = trainer.progress if trainer else None
+    gates.close(f"the run ended before it: {e.status}")
+    with suppress(AprError, OSError):  # the error that ended the run is the one to show
+        val = p.val_losses[-1] if p and p.val_losses else None
+        verdict = run.save_verdict(gates, e.status, p.step if p else 0, val, str(e))["verdict"]
+        with suppress(CallbackFailed):
+            end = {"status": e.status, "verdict": verdict, "steps": p.step if p else 0, "val_loss": val}
+            tell(heard, "on_end", {**end, "run_dir": str(run.path), "error": str(e)})
+        if not at_once:
+            _close(run, show)
+
+
+def _close(run: RunDir, show: Display) -> None:
+    """The page of the run, and the hashes of all its files."""
+    try:
+        write_text(run.path / "report.html", render(run.path))
+    except Exception as e:  # whatever is wrong with the page, the run has ended and its files are whole
+        show.note(f"no report.html: {e}; `apr report {shlex.quote(str(run.path))}` tries again")
+    seal(run.path)
+
+
+def _continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
+    """The settings of the run that is resumed; only what cannot change its numbers may differ."""
+    if settings.run_dir is None:
+        raise UsageError("--resume needs --run-dir: the folder of the run to go on with")
+    path = Path(settings.run_dir)
+    saved = check(RunDir(path).read_config()["settings"], str(path / "config.json"))
+    for key in ("dataset", "val_dataset", "tokenizer"):
+        if saved.get(key) and not Path(saved[key]).exists():
+            raise InputNotFound(f"{saved[key]}: gone; the run in {path} reads it as its {key}: put it back")
+    for key, value in _absolute(explicit).items():
+        if key not in MAY_CHANGE and saved.get(key) != value:
+            flag = key.replace("_", "-")
+            raise Refused(
+                f"--{flag} {value} differs from {saved.get(key)!r} of the run in {path}; a resumed run keeps its "
+                f"settings. Start a new run with --init {path}/ckpt/epoch-NNN.apr to change them"
+            )
+    kept = {key: explicit[key] for key in MAY_CHANGE if key in explicit}
+    return Settings(**{**saved, **kept, "resume": True, "run_dir": settings.run_dir})
+
+
+def _run_dir(i: Inputs) -> RunDir:
+    """The folder of the run, made where it is missing, and nothing written in it: another run may be in there."""
+    s = i.settings
+    if s.resume:
+        assert s.run_dir is not None
+        return RunDir(Path(s.run_dir))
+    name = "demo" if all(getattr(s, k) == v for k, v in DEMO.items()) else Path(str(s.model or s.init)).stem
+    return RunDir(make_folder(Path(s.run_dir) if s.run_dir else next_free(name)))
+
+
+def _config(i: Inputs, run: RunDir) -> dict[str, Any]:
+    """The first config.json of a run."""
+    s = i.settings
+    return {
+        "settings": {
+            **_absolute(dataclasses.asdict(s)),
+            "resume": False,
+            "run_dir": str(run.path),
+            "threads": s.threads or cores(),
+        },
+        "model": to_hf(i.cfg),
+        "num_parameters": Layout(i.cfg).num_parameters,
+        "data": describe(i),
+        "data_guards": guards(i),
+        "data_folders": {side.name: str(side.folder.resolve()) for side in i.audit},
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "code_sha256": code_sha256(),
+    }
+
+
+def _record_device(show: Display, i: Inputs, run: RunDir) -> None:
+    """What computes and the memory it took, into config.json; a run that goes on elsewhere says so."""
+    facts = {**i.backend.describe(), "memory_bytes": str(i.backend.memory())}
+    was = run.read_config().get("device")
+    if i.settings.resume and isinstance(was, dict):
+        for key in ("backend", "gpu", "cpu", "cuda", "cublaslt", "matmul_algorithms"):
+            if was.get(key) != facts.get(key):
+                show.note(
+                    f"{key} was {was.get(key)} when the run began and is {facts.get(key)} now: its numbers may differ "
+                    "in the last bits from here on"
+                )
+        facts = {**was, "went_on_with": [*was.get("went_on_with", []), facts]}
+    run.record_device(facts)
+
+
+def _check_same_data(i: Inputs, run: RunDir) -> None:
+    """A resumed run reads what it began with, or its losses could not be compared. Raises Refused."""
+    saved = run.read_config().get("data")
+    for key, value in describe(i).items():
+        if key == "corpus":  # a name, which may be written in several ways; the hashes tell
+            continue
+        was = saved.get(key) if isinstance(saved, dict) else None
+        if was != value:
+            raise Refused(
+                f"{run.path}/config.json: {key} was {was!r} when the run began and is {value!r} now; resume with the "
+                "data of then, or start a new run with --init"
+            )
+
+
+def _absolute(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings with whole paths, so that a run can be resumed from another folder."""
+    whole = dict(values)
+    paths = (
+        "corpus",
+        "dataset",
+        "instruct",
+        "chat_template",
+        "tokenizer",
+        "init",
+        "lora_init",
+        "val_dataset",
+        "model",
+    )
+    for key in paths:
+        value = values.get(key)
+        if value and value != "stdlib" and value not in PRESETS and Path(value).exists():
+            whole[key] = str(Path(value).resolve())
+    return whole
+
+
+def _finish(trainer: Trainer, show: Display, status: str, seconds: float) -> dict[str, Any]:
+    """The last gates, the verdict, the picture and the page of a run that came to its end; what --json prints."""
+    i, p, run, gates = trainer.inputs, trainer.progress, trainer.run, trainer.gates
+    metrics, val = run.metrics(), i.val.shards
+    picture = run.path / "loss.png"
+    evaluations = [m for m in metrics if "val_loss" in m]
+    if not evaluations:
+        raise MalformedFile(f"{run.path / 'metrics.jsonl'}: no evaluation in it; the checkpoints are whole")
+    last = evaluations[-1]
+    result = {
+        "status": status,
+        "steps": p.step,
+        "val_loss": last["val_loss"],
+        "best_val_loss": p.best_val,
+        "val_bits_per_byte": last["val_bits_per_byte"],
+        "unigram_entropy": val.unigram_entropy,
+        "tokens_seen": p.tokens_seen,
+        "seconds": seconds,
+        "run_dir": str(run.path),
+    }
+    if i.settings.sample is not None:
+        result["sample"] = sample_text(i, trainer.model, i.settings.sample, SAMPLE_TOKENS)
+        show.note(f"\n{' sample ':-^68}\n{result['sample']}\n{'':-^68}\n")
+    trainer.judge.end()
+    try:
+        loss_curve(metrics, val.unigram_entropy, i.cfg.vocab_size, picture)
+    except OSError as e:
+        raise IOFailure(explain(picture, e)) from None
+    result["verdict"] = run.save_verdict(gates, status, p.step, last["val_loss"])["verdict"]
+    trainer.tell("on_end", result)
+    _close(run, show)
+    rows = summary.closing(i, run, p, last, result["verdict"], time.perf_counter() - trainer.began)
+    show.verdict(gates)
+    show.table("result", rows)
+    show.note(status)
+    return result

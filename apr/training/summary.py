@@ -1,0 +1,122 @@
+"""Describe a run in words: rows of (name, text) for the table at its start and the one at its end."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from ..data.conversations.instruct import InstructShards
+from ..model.lora import AdapterLayout
+from ..model.params import Layout
+from .inputs import Inputs
+from .loop import LAST_STEPS, Progress
+from .rundir import RunDir
+
+Rows = list[tuple[str, str]]
+
+
+def opening(i: Inputs, run: RunDir) -> Rows:
+    """Describe data, model, job and device before the first step."""
+    s, c, train = i.settings, i.cfg, i.train.shards
+    tokens, what = s.num_steps * s.batch_size * s.seq_length, i.backend.describe()
+    chosen = " (chosen by auto)" if s.device == "auto" else ""
+    return [
+        ("corpus", i.corpus_name),
+        ("", _split(i)),
+        ("tokenizer", f"{i.tokenizer.vocab_size:,} ids, {train.total_bytes / train.total_tokens:.2f} bytes/token"),
+        ("data", _guarded(i)),
+        ("model", f"{c.family}, {Layout(c).num_parameters:,} parameters: {c.num_layers} layers of {c.hidden_size},"),
+        ("", f"heads {c.num_heads}/{c.num_kv_heads} of {c.head_dim}, MLP {c.intermediate_size}"),
+        *_adapters(i),
+        ("job", f"{s.num_steps:,} steps of {s.batch_size} x {s.seq_length} tokens = {_millions(tokens)} tokens"),
+        ("", f"{s.schedule} learning rate up to {s.lr:g}, {s.warmup_steps} warm-up steps, seed {s.seed}"),
+        ("device", f"{i.backend.name}{chosen}: {what.get('gpu') or what['cpu']}"),
+        ("", f"{s.dtype}, {s.micro_batch_size} sequences at once{', recomputing blocks' if s.recompute else ''}"),
+        ("run directory", str(run.path)),
+    ]  # fmt: skip
+
+
+def _adapters(i: Inputs) -> Rows:
+    """Describe the adapters, where they are trained."""
+    if i.lora is None:
+        return []
+    n, c = AdapterLayout(i.cfg, i.lora).num_parameters, i.lora
+    share = 100 * n / Layout(i.cfg).num_parameters
+    text = f"{n:,} parameters ({share:.2g} %), rank {c.rank}, alpha {c.alpha:g}: {', '.join(c.modules)}"
+    return [("adapters", text + (f", going on with {i.settings.lora_init}" if i.lora_init else ""))]
+
+
+def _millions(n: int) -> str:
+    """Format 1.79 M, or 12,800 where that says more."""
+    return f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n:,}"
+
+
+def _split(i: Inputs) -> str:
+    """Count the tokens to train on and those held out."""
+    train, val = i.train.shards, i.val.shards
+    if isinstance(train, InstructShards):
+        return _examples(train, val)
+    if val is not train:
+        documents = f"{val.total_documents:,} document{'s' if val.total_documents != 1 else ''}"
+        return f"{train.total_tokens:,} tokens to train on, {val.total_tokens:,} held out ({documents})"
+    held = len(i.val) * i.val.seq_length
+    return f"{train.total_tokens - held:,} tokens to train on, the last {held:,} of the shards held out"
+
+
+def _examples(train: Any, val: Any) -> str:
+    """Describe instruction data in three lines: examples, the share of them that is trained on, the packing."""
+    m, held = train.manifest, val.manifest
+    row = m.seq_length + 1
+    packed = "examples share windows" if m.separator is not None else "an example to a window"
+    return (
+        f"{m.examples:,} examples, {held.examples:,} held out; {m.duplicates:,} copies dropped\n"
+        f"{m.trained:,} of {m.tokens:,} tokens are answers ({100 * m.trained / m.tokens:.1f} %), which are trained on; "
+        f"{held.trained:,} held out\n"
+        f"{packed}: {m.rows:,} of {m.seq_length} tokens, {100 * m.tokens / (m.rows * row):.0f} % full"
+    )
+
+
+def _guarded(i: Inputs) -> str:
+    """Describe the guards of the data: the number that passed, the most telling figures, what was skipped or widened."""
+    verdicts = [v for side in i.audit for v in side.verdicts]
+    figures = i.train.shards.manifest.audit
+    odd: dict[tuple[str, bool, str], list[str]] = {}
+    for side in i.audit:
+        for v in side.verdicts:
+            if v.note:
+                odd.setdefault((side.name, v.passed is None, v.note), []).append(v.guard)
+    passed = sum(v.passed is True for v in verdicts)
+    text = (
+        f"{passed} of {len(verdicts)} guards passed: {figures['distinct_ids']:,} distinct ids, the commonest "
+        f"{100 * figures['top_id_share']:.1f} %, entropy {figures['unigram_entropy_nats']:.2f} nats/token"
+    )
+    for (side_name, skipped, note), guards in odd.items():
+        which = guards[0] if len(guards) == 1 else f"{len(guards)} guards"
+        text += f"\n{side_name}: {which}{' not asked' if skipped else ''}: {note}"
+    return text
+
+
+def closing(
+    i: Inputs, run: RunDir, p: Progress, evaluation: dict[str, Any], verdict: str, seconds: float
+) -> Rows:
+    """Describe what a run reached: losses beside their yardsticks, speed, files. evaluation: its last line of the log."""
+    loss, entropy = evaluation["val_loss"], i.val.shards.unigram_entropy
+    gain = entropy - loss
+    relation = f"{gain:.2f} below" if gain >= 0 else f"{-gain:.2f} above, not yet better than that"
+    speed = p.tokens_seen / max(p.seconds, 1e-9)
+    checkpoint = run.checkpoints()[-1]
+    facts = json.loads(checkpoint.with_suffix(".metadata.json").read_text(encoding="utf-8"))
+    return [
+        ("validation loss", f"{loss:.4f} nats/token = {evaluation['val_bits_per_byte']:.3f} bits/byte"),
+        ("", f"on {evaluation['val_tokens']:,} tokens that training never saw"),
+        ("training loss", f"{facts['train_loss_last']:.4f} nats/token in the last {LAST_STEPS} steps, "
+         f"{facts['train_loss']:.4f} over the last epoch"),
+        ("token frequencies", f"{entropy:.4f} nats/token, their entropy: the model is {relation}"),
+        ("uniform guess", f"{math.log(i.cfg.vocab_size):.4f} nats/token, ln of the vocabulary"),
+        ("trained on", f"{p.tokens_seen:,} tokens in {p.step:,} steps, {speed:,.0f} tokens/s with evaluations"),
+        ("checkpoint", str(checkpoint)),
+        ("report", str(run.path / "report.html")),
+        ("time", f"{seconds:.0f} s in all"),
+        ("verdict", f"{verdict}{'' if verdict == 'PASS' else ': see the gates above'}"),
+    ]  # fmt: skip
