@@ -32,7 +32,7 @@ from apr.model.params import Layout
 from apr.model.presets import PRESETS
 
 PAGES = ROOT / "docs" / "commands"
-TABLE = ROOT / "apr" / "commands" / "completion.json"
+TABLE = ROOT / "apr" / "cli" / "completion.json"
 BLOCK = re.compile(r"(<!-- (options: [a-z -]+|commands|exit codes|presets) -->\n).*?(<!-- end -->)", re.S)
 OTHER_CODES = {
     0: ("done", ""),

@@ -573,7 +573,7 @@ def test_the_page_has_every_gate_as_the_table_has_it():
 
 
 def test_the_tests_that_the_page_names_exist():
-    named = re.findall(r"`tests/(test_\w+\.py)::(\w+)`", PAGE.read_text())
+    named = re.findall(r"`tests/([\w/]+\.py)::(\w+)`", PAGE.read_text())
     assert len(named) > 30
     for file, name in named:
         source = (PAGE.parents[1] / "tests" / file).read_text()

@@ -568,7 +568,7 @@ def test_a_kill_while_a_state_is_written(job, undisturbed, run):
     code = """
 import os, signal, sys
 from apr.cli.main import main
-from apr.checkpoints.tensors import atomic
+from apr.common import atomic
 replace = os.replace
 def killed(a, b):
     if b.name == "step-000008.apr":
