@@ -307,7 +307,9 @@ def test_bisect_counts_the_borders_itself(monkeypatch: pytest.MonkeyPatch) -> No
 
     assert bisected().agree
     sound = document_starts
-    monkeypatch.setattr(apr.model.transformer, "document_starts", lambda ids, end: np.maximum(sound(ids, end) - 1, 0))
+    monkeypatch.setattr(
+        apr.model.transformer, "document_starts", lambda ids, end: np.maximum(sound(ids, end) - 1, 0)
+    )
     first = bisected().first
     assert first is not None
     assert (first.stage, first.tap, first.cause) == (
