@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from apr.cli.main import COMMANDS, MODULES
 from apr.common import errors
-from apr.common.options import field_types
+from apr.common.options import field_types, flag, groups
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 
@@ -49,7 +49,6 @@ CODES = {  # exit code -> what it is called
     8: "device",
     130: "interrupted",
 }
-KINDS = {int: "number", float: "number", bool: "switch", str: "file", tuple: "file"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +70,17 @@ def commands() -> dict[str, Command]:
                 flags, main = module.flags_and_main(sub)
                 out[f"{name} {sub}"] = Command(words, inspect.getmodule(main).__doc__ or "", flags)
         else:
-            flags = module.Settings if name == "pretrain" else module.Flags
-            out[name] = Command(text, module.__doc__ or "", flags)
+            out[name] = Command(text, module.__doc__ or "", module.Flags)
     return out
 
 
 def option_names(f: dataclasses.Field[Any], kind: type) -> list[str]:
-    """The words by which an option is given: its metavar where it is positional."""
+    """List the words by which an option is given: its metavar where it is positional."""
     if f.metadata["positional"]:
         return [f.name.upper()]
-    long = f.name.replace("_", "-")
-    if kind is bool:  # the one that changes something; the other is the default
-        return [f"--no-{long}" if f.default else f"--{long}"]
-    return [f"--{long}", "-" + f.metadata["short"]] if f.metadata["short"] else [f"--{long}"]
+    # Of a switch the word that changes something; the other word is the default.
+    long = flag(f"no_{f.name}" if kind is bool and f.default else f.name)
+    return [long, "-" + f.metadata["short"]] if f.metadata["short"] else [long]
 
 
 def _cell(text: str) -> str:
@@ -94,23 +91,24 @@ def _cell(text: str) -> str:
 
 
 def options_table(flags: type) -> str:
-    """A Markdown table of a dataclass of options."""
-    rows, plain = ["| option | value | default | what |", "|---|---|---|---|"], field_types(flags)
-    for f in dataclasses.fields(flags):
-        kind, names = plain[f.name], option_names(f, plain[f.name])
-        if f.metadata["choices"]:
-            value = ", ".join(f"`{c}`" for c in f.metadata["choices"])
-        else:
-            value = {int: "whole number", float: "number", bool: "", tuple: "text, several", str: "text"}[
-                kind
-            ]
-        given = f.default
-        default = "needed" if f.metadata["positional"] and given is None else ""
-        if given not in (None, "", (), False):
-            default = "on" if given is True else f"`{given}`"
-        shown = ", ".join(f"`{n}`" for n in names)
-        rows.append(f"| {shown} | {value} | {default} | {_cell(f.metadata['help'])} |")
-    return "\n".join(rows) + "\n"
+    """Make Markdown tables of a dataclass of options, a table for each heading."""
+    plain, parts = field_types(flags), []
+    for heading, fields in groups(flags):
+        rows = [f"**{heading}**", ""] if heading else []
+        rows += ["| option | value | default | what |", "|---|---|---|---|"]
+        parts.append("\n".join(rows + [_options_row(f, plain[f.name]) for f in fields]) + "\n")
+    return "\n".join(parts)
+
+
+def _options_row(f: dataclasses.Field[Any], kind: type) -> str:
+    text = "path" if f.metadata["path"] else "text"
+    kinds = {int: "whole number", float: "number", bool: "", tuple: f"{text}, several", str: text}
+    value = ", ".join(f"`{c}`" for c in f.metadata["choices"]) or kinds[kind]
+    default = "needed" if f.metadata["positional"] and f.default is None else ""
+    if f.default not in (None, "", (), False):
+        default = "on" if f.default is True else f"`{f.default}`"
+    names = ", ".join(f"`{n}`" for n in option_names(f, kind))
+    return f"| {names} | {value} | {default} | {_cell(f.metadata['help'])} |"
 
 
 def commands_table() -> str:
@@ -171,23 +169,23 @@ def brief(text: str, most: int = 72) -> str:
 
 
 def completion_option(f: dataclasses.Field[Any], kind: type) -> dict[str, Any]:
-    """names, kind (switch, number, word, preset, file), values, text and whether it is positional or may be repeated.
+    """Describe an option for the shells: names, kind, values, text, and whether it is positional or may be repeated.
 
-    word: one of values and nothing else; preset: one of values (the presets) or a file."""
-    values: list[str] = list(f.metadata["choices"])
-    what = KINDS[kind]
+    Kinds: switch; number; text (nothing to complete); file; word (one of values); name (one of values, or a file)."""
+    meta = f.metadata
+    values = list(meta["choices"] or meta["names"])
     if values:
-        what = "word"
-    elif f.name in ("device",) and kind is str:
-        what, values = "word", ["auto", "cpu", "cuda"]
-    elif kind is str and re.search(r"\bpreset\b", f.metadata["help"]):
-        what, values = "preset", list(PRESETS)
+        shown = "name" if meta["path"] else "word"
+    elif kind is bool:
+        shown = "switch"
+    else:
+        shown = "number" if kind in (int, float) else "file" if meta["path"] else "text"
     return {
         "names": option_names(f, kind),
-        "kind": what,
+        "kind": shown,
         "values": values,
-        "text": brief(f.metadata["help"]),
-        "positional": f.metadata["positional"],
+        "text": brief(meta["help"]),
+        "positional": meta["positional"],
         "repeated": kind is tuple,
     }
 

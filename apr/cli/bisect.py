@@ -24,7 +24,7 @@ from ..bisect.stages import Batch, Plan, Side, configuration, host_bytes, run, u
 from ..checkpoints.registry import HostModel, open_host
 from ..common.errors import IOFailure, Refused, UsageError
 from ..common.host import available_memory
-from ..common.options import given, option
+from ..common.options import given, json_option, option, threads_option
 from ..model.cost import check_fits, check_positions, memory
 from ..model.presets import PRESETS
 from ..model.transformer import IGNORED
@@ -38,36 +38,54 @@ class Flags:
     """Options of `apr bisect`."""
 
     model: str = option(
-        "an .apr file, a Hugging Face folder, or a preset (random weights)", "", positional=True
+        "an .apr file, a Hugging Face folder, or a preset (random weights)",
+        "",
+        positional=True,
+        path=True,
+        names=tuple(PRESETS),
     )
     sides: str = option(
-        "what is judged: DEVICE[/DTYPE], several with commas: cpu, cuda/bfloat16, cuda:1/float32, reference/float32",
+        "sides to judge: DEVICE[/DTYPE], several with commas: cpu, cuda/bfloat16, cuda:1/float32, reference/float32",
         "auto",
     )
     against: str = option(
         "judge by a file of `apr trace`, or by `hf`: Hugging Face transformers (default: the reference in float64)",
         "",
+        metavar="TRACE",
+        path=True,
+        names=("hf",),
     )
-    tokens: str = option('ids: "1,2,3", or a .json or .npy file of one row or (B,T)', "")
-    targets: str = option("file of targets (B,T), -100 ignored (default: the next tokens)", "")
-    text: str = option("a text file (default: a passage of prose and code)", "")
-    dataset: str = option("a folder of token shards: the first batch that training draws of it", "")
+    tokens: str = option(
+        'ids: "1,2,3", or a .json or .npy file of one row or (B,T)', "", metavar="IDS", path=True
+    )
+    targets: str = option(
+        "file of targets (B,T), -100 ignored (default: the next tokens)", "", metavar="FILE", path=True
+    )
+    text: str = option("a text file (default: a passage of prose and code)", "", metavar="FILE", path=True)
+    dataset: str = option(
+        "a folder of token shards: the first batch that training draws of it", "", metavar="FOLDER", path=True
+    )
     mask_documents: bool = option(
         "attention stops where a document ends, as `apr pretrain --mask-documents`", False
     )
-    batch_size: int = option("sequences", 2)
-    seq_length: int = option("tokens per sequence", 32)
+    batch_size: int = option("sequences", 2, at_least=1, metavar="SEQUENCES")
+    seq_length: int = option(
+        "tokens per sequence; one position would show no fault of attention",
+        32,
+        at_least=2,
+        metavar="TOKENS",
+    )
     first: bool = option("stop at the first stage that finds a fault", False)
     backward: bool = option("also backward, optimizer and state; --no-backward: forward and loss", True)
     free: bool = option("also errors as they accumulate; --no-free: each op alone", True)
-    picture: str = option('the picture to write; "" for none', "bisect.png")
-    rows: int = option("rows of faults to list", 8)
+    picture: str = option('the picture to write; "" for none', "bisect.png", metavar="FILE", path=True)
+    rows: int = option("rows of faults to list", 8, at_least=0)
     catalogue: bool = option(
-        "plant every fault of the catalogue in a small model and list what is found", False
+        "plant every fault of the catalogue in a small model and list the ops that are named", False
     )
-    threads: int | None = option("CPU threads (default: all cores)")
-    seed: int = option("of a preset's random weights and of ids drawn at random", 42)
-    json: bool = option("print one JSON document and nothing else", False)
+    threads: int | None = threads_option()
+    seed: int = option("seed of a preset's random weights and of ids drawn at random", 42, at_least=0)
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:
@@ -82,11 +100,6 @@ def main(args: Sequence[str]) -> int:
     if not f.model:
         raise UsageError(
             "say which model: an .apr file, a Hugging Face folder or a preset such as qwen2-tiny"
-        )
-    if f.batch_size < 1 or f.seq_length < 2 or f.rows < 0 or f.seed < 0:
-        raise UsageError(
-            "--batch-size must be at least 1, --seq-length at least 2 (one position shows no fault of attention), --rows and "
-            "--seed at least 0"
         )
     if sum(map(bool, (f.tokens, f.text, f.dataset))) > 1:
         raise UsageError(

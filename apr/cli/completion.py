@@ -1,4 +1,4 @@
-"""`apr completion SHELL`: the script that lets TAB complete commands, options and their values in bash, zsh or fish.
+"""`apr completion SHELL`: print the script that lets TAB complete commands, options and their values in bash, zsh or fish.
 
   bash  source <(apr completion bash)                                        in ~/.bashrc
   zsh   source <(apr completion zsh)                                         in ~/.zshrc, behind compinit
@@ -18,24 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import UsageError
-from ..common.options import option, parse
+from ..common.options import json_option, option, parse
 
 Table = dict[str, dict[str, Any]]
-TABLE = Path(__file__).with_name("completion.json")  # made of the commands' options by tools/docs.py
+# Made of the commands' options by tools/docs.py, which says what the kinds of options are.
+TABLE = Path(__file__).with_name("completion.json")
 SHELLS = ("bash", "zsh", "fish")
-NOT_VALUES = ("switch",)  # kinds of options that take no value
 
 
 @dataclass(frozen=True)
 class Flags:
     """Options of `apr completion`."""
 
-    shell: str = option("whose script to print", choices=SHELLS, positional=True)
-    json: bool = option("print one JSON document and nothing else", False)
+    shell: str = option("shell whose script to print", positional=True, choices=SHELLS)
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; return the exit code, raise errors."""
     f = parse(Flags, args, "apr completion", __doc__ or "")
     if f.shell not in SHELLS:
         raise UsageError(f"{f.shell}: no such shell; choose one of {', '.join(SHELLS)}")
@@ -45,14 +45,14 @@ def main(args: Sequence[str]) -> int:
 
 
 def script(shell: str) -> str:
-    """The completion script for one of SHELLS."""
+    """Make the completion script for one of SHELLS."""
     table: Table = json.loads(TABLE.read_text(encoding="utf-8"))
     makers: dict[str, Callable[[Table], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
     return makers[shell](table)
 
 
 def groups(table: Table) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """What stands behind `apr`, with its text; and of a command with sub-commands, what stands behind that."""
+    """Map first words to their help texts, and each command with sub-commands to the help texts of those."""
     first: dict[str, str] = {}
     inner: dict[str, dict[str, str]] = {}
     for name, entry in table.items():
@@ -79,7 +79,6 @@ BASH = """# bash completion of apr, made by `apr completion bash`
 _apr() {
   local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} command=${COMP_WORDS[1]} from=2
   local options= takes= words= kind=option place=0 i
-  local presets=@PRESETS@
   COMPREPLY=()
   compopt +o default 2>/dev/null
   if [[ $cur == = ]]; then cur=  # bash cuts --device=cpu into three words
@@ -116,8 +115,8 @@ _apr() {
   fi
   case $kind in
     word) COMPREPLY=($(compgen -W "$words" -- "$cur")) ;;
-    preset)
-      COMPREPLY=($(compgen -W "$presets" -- "$cur"))
+    name)
+      COMPREPLY=($(compgen -W "$words" -- "$cur"))
       local IFS=$'\\n'
       COMPREPLY+=($(compgen -f -- "$cur"))
       compopt -o filenames 2>/dev/null ;;
@@ -129,7 +128,7 @@ complete -o default -F _apr apr
 
 
 def bash(table: Table) -> str:
-    """A function that `complete` calls; it works from the words typed and starts nothing."""
+    """Make a function for `complete` that works from the typed words and starts no program."""
     first, inner = groups(table)
     nested = []
     for head, subs in inner.items():
@@ -145,7 +144,7 @@ def bash(table: Table) -> str:
     for name, entry in table.items():
         options = _flags(entry)
         names = [n for o in options for n in o["names"]] + ["--help"]
-        takes = [n for o in options if o["kind"] not in NOT_VALUES for n in o["names"]]
+        takes = [n for o in options if o["kind"] != "switch" for n in o["names"]]
         cases += [
             f"    {_word(name)})",
             f"      options={_quote(names)}",
@@ -153,15 +152,12 @@ def bash(table: Table) -> str:
         ]
         cases += ["      case $prev in"]
         for kind, values, of in _by_value(options):
-            said = f" words={_quote(values)}" if kind == "word" else ""
-            cases.append(f"        {'|'.join(of)}) kind={kind}{said} ;;")
+            cases.append(f"        {'|'.join(of)}) kind={kind}{_words(values)} ;;")
         cases += ["      esac ;;"]
         for i, o in enumerate(_positional(entry)):
-            if o["kind"] in ("word", "preset"):
-                said = f" words={_quote(o['values'])}" if o["kind"] == "word" else ""
-                places.append(f"      {_word(f'{name}:{i}')}) kind={o['kind']}{said} ;;")
+            if o["kind"] != "file":
+                places.append(f"      {_word(f'{name}:{i}')}) kind={o['kind']}{_words(o['values'])} ;;")
     parts = {
-        "PRESETS": _quote(_presets(table)),
         "FIRST": _quote([*first, "--help", "--version"]),
         "INNER": "\n".join(nested),
         "COMMANDS": "\n".join(cases),
@@ -171,27 +167,22 @@ def bash(table: Table) -> str:
 
 
 def _by_value(options: Iterable[dict[str, Any]]) -> list[tuple[str, list[str], list[str]]]:
-    """(kind, values, names of the options) for options that take a value, those with the same one together."""
+    """Group options that take a value by (kind, values); (kind, values, names of the options) of each group."""
     out: list[tuple[str, list[str], list[str]]] = []
     for o in options:
-        if o["kind"] in NOT_VALUES:
+        if o["kind"] == "switch":
             continue
-        values = o["values"] if o["kind"] == "word" else []
-        for kind, same, names in out:
-            if (kind, same) == (o["kind"], values):
+        for kind, values, names in out:
+            if (kind, values) == (o["kind"], o["values"]):
                 names += o["names"]
                 break
         else:
-            out.append((o["kind"], values, list(o["names"])))
+            out.append((o["kind"], o["values"], list(o["names"])))
     return out
 
 
-def _presets(table: Table) -> list[str]:
-    for entry in table.values():
-        for o in entry["options"]:
-            if o["kind"] == "preset":
-                return list(o["values"])
-    return []
+def _words(values: list[str]) -> str:
+    return f" words={_quote(values)}" if values else ""
 
 
 def _word(text: str) -> str:
@@ -199,7 +190,7 @@ def _word(text: str) -> str:
 
 
 def _quote(words: Iterable[str]) -> str:
-    """Words as one shell word."""
+    """Join words to one shell word."""
     return "'" + " ".join(words).replace("'", r"'\''") + "'"
 
 
@@ -207,14 +198,14 @@ def _quote(words: Iterable[str]) -> str:
 
 
 def zsh(table: Table) -> str:
-    """A completion function for compinit, to be sourced or to lie in $fpath as _apr."""
+    """Make a completion function for compinit, to be sourced or to lie in $fpath as _apr."""
     first, inner = groups(table)
     out = [
         "#compdef apr",
         "# zsh completion of apr, made by `apr completion zsh`",
-        "_apr_presets() {",
-        f"  local -a names=({' '.join(_presets(table))})",
-        "  _alternative 'presets:preset:compadd -a names' 'files:file:_files'",
+        "_apr_names() {",
+        '  local -a names=("$@")',
+        "  _alternative 'names:name:compadd -a names' 'files:file:_files'",
         "}",
         "_apr() {",
         "  local curcontext=$curcontext",
@@ -265,12 +256,14 @@ def _zsh_text(text: str, colon: bool = False) -> str:
 
 
 def _zsh_action(o: dict[str, Any]) -> str:
+    """Choose the action of `_arguments` for a value; a leading space keeps arguments of compadd away."""
     values = " ".join(o["values"])
-    return {"word": f"({values})", "preset": "_apr_presets", "file": "_files", "number": " "}[o["kind"]]
+    actions = {"word": f"({values})", "name": f" _apr_names {values}", "file": "_files"}
+    return actions.get(o["kind"], " ")
 
 
 def _zsh_option(o: dict[str, Any]) -> list[str]:
-    """Words of `_arguments`; the names of one option exclude each other."""
+    """List the words of `_arguments` for an option, whose names exclude each other."""
     text, names = _zsh_text(o["text"]), o["names"]
     star = "*" if o["repeated"] else ""
     others = "" if star or len(names) == 1 else f"({' '.join(names)})"
@@ -308,7 +301,7 @@ complete -c apr -n __apr_first -l version -d 'its version'
 
 
 def fish(table: Table) -> str:
-    """`complete` lines, each with the command before it as its condition."""
+    """Make `complete` lines, each with the command before it as its condition."""
     first, inner = groups(table)
     out = []
     for name, text in first.items():
@@ -321,32 +314,22 @@ def fish(table: Table) -> str:
         for o in _flags(entry):
             short = [n[1:] for n in o["names"] if not n.startswith("--")]
             for long in (n[2:] for n in o["names"] if n.startswith("--")):
-                said = [
-                    at,
-                    f"-l {long}",
-                    *(f"-s {s}" for s in short),
-                    _fish_values(o),
-                    f"-d {_fish(o['text'])}",
-                ]
-                out.append(" ".join(part for part in said if part))
+                letters = [f"-s {s}" for s in short]
+                parts = [at, f"-l {long}", *letters, _fish_values(o), f"-d {_fish(o['text'])}"]
+                out.append(" ".join(part for part in parts if part))
         out.append(f"{at} -l help -d 'list the options'")
         for o in _positional(entry):
             if o["values"]:
                 out.append(f"{at} -a {_fish(' '.join(o['values']))}")
-            if o["kind"] in ("file", "preset"):
+            if o["kind"] in ("file", "name"):
                 out.append(f"{at} -F")
     return FISH + "\n".join(out) + "\n"
 
 
 def _fish_values(o: dict[str, Any]) -> str:
     values = _fish(" ".join(o["values"]))
-    return {
-        "switch": "",
-        "number": "-x",
-        "word": f"-x -a {values}",
-        "preset": f"-r -F -a {values}",
-        "file": "-r -F",
-    }[o["kind"]]
+    kinds = {"switch": "", "word": f"-x -a {values}", "name": f"-r -F -a {values}", "file": "-r -F"}
+    return kinds.get(o["kind"], "-x")
 
 
 def _fish(text: str) -> str:

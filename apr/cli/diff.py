@@ -19,7 +19,7 @@ from rich.text import Text
 
 from ..checkpoints.compare import Difference, Row, compare, open_side
 from ..common.errors import UsageError
-from ..common.options import option, parse
+from ..common.options import json_option, option, parse
 from .show import Show
 
 DIFFERS = 9  # exit code
@@ -29,23 +29,22 @@ DIFFERS = 9  # exit code
 class Flags:
     """Options of `apr diff`."""
 
-    a: str = option("an .apr file, a Hugging Face folder, a .safetensors or a GGUF file", positional=True)
-    b: str = option("another", positional=True)
-    tolerance: float | None = option(
-        "largest relative root mean square of a tensor's difference that counts as equal (default: equal bits)"
+    a: str = option(
+        "an .apr file, a Hugging Face folder, a .safetensors or a GGUF file", positional=True, path=True
     )
-    prefix: str = option("only tensors whose names start with this", "")
-    top: int = option("rows to show; 0: all", 20)
-    json: bool = option("print one JSON document and nothing else", False)
+    b: str = option("the file or folder to compare A with", positional=True, path=True)
+    tolerance: float | None = option(
+        "largest relative root mean square of a tensor's difference that counts as equal (default: equal bits)",
+        at_least=0,
+    )
+    prefix: str = option("compare only tensors whose names start with PREFIX", "")
+    top: int = option("rows to show; 0: all", 20, at_least=0, metavar="ROWS")
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:
     """Returns the exit code: 9 when the sides differ; errors are raised."""
     f = parse(Flags, args, "apr diff", __doc__ or "")
-    if f.tolerance is not None and not 0 <= f.tolerance < math.inf:
-        raise UsageError(f"--tolerance {f.tolerance}: must be at least 0")
-    if f.top < 0:
-        raise UsageError(f"--top {f.top}: must be at least 0")
     a, b = open_side(f.a), open_side(f.b)
     found = compare(a, b, f.tolerance, f.prefix)
     if f.prefix and not found.rows:

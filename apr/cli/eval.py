@@ -26,7 +26,7 @@ from typing import Any
 from .. import backends
 from ..common.atomic import write_text
 from ..common.errors import InputNotFound, Refused, UsageError
-from ..common.options import given, option
+from ..common.options import device_option, given, json_option, option, threads_option
 from ..data.audit import sides_of, tokenizer_beside
 from ..data.guards import enforce, fits_model
 from ..data.manifest import MANIFEST
@@ -45,52 +45,64 @@ SEQ_LENGTH = 1024
 class Flags:
     """Options of `apr eval`."""
 
-    model: str = option("an .apr file or a Hugging Face folder", positional=True)
+    model: str = option("an .apr file or a Hugging Face folder", positional=True, path=True)
     dataset: str | None = option(
-        "folder of token shards, or one that holds val/ (made by the model's tokenizer)"
+        "folder of token shards, or one that holds val/ (made by the model's tokenizer)",
+        metavar="FOLDER",
+        path=True,
     )
-    text: str | None = option("file or folder of text, JSONL or Parquet; every document is scored by itself")
-    choices: str | None = option("JSONL of multiple-choice questions: ARC, PIQA or plain")
-    humaneval: str | None = option("HumanEval.jsonl or HumanEval.jsonl.gz")
+    text: str | None = option(
+        "file or folder of text, JSONL or Parquet; every document is scored by itself", path=True
+    )
+    choices: str | None = option(
+        "JSONL of multiple-choice questions: ARC, PIQA or plain", metavar="FILE", path=True
+    )
+    humaneval: str | None = option("HumanEval.jsonl or HumanEval.jsonl.gz", metavar="FILE", path=True)
     seq_length: int | None = option(
-        f"tokens that the model reads at once (default: {SEQ_LENGTH}, or as many as the model can)"
+        f"tokens that the model reads at once (default: {SEQ_LENGTH}, or as many as the model can)",
+        at_least=1,
+        metavar="TOKENS",
     )
     stride: int | None = option(
         "tokens between the beginnings of windows; below --seq-length only the last STRIDE tokens of a window are scored, "
         "each with more context (default: --seq-length)"
     )
-    max_tokens: int | None = option("score about so many tokens (default: all)")
-    batch_size: int | None = option("windows at once (default: by memory)")
+    max_tokens: int | None = option("score about so many tokens (default: all)", at_least=1)
+    batch_size: int | None = option("windows at once (default: by memory)", at_least=1, metavar="WINDOWS")
     bos: str = option(
-        "what stands before each text: auto, what the tokenizer itself puts there; eos, the end-of-text id; none",
+        "ids before each text: auto, those that the tokenizer itself puts there; eos, the end-of-text id; none",
         "auto",
         choices=("auto", "eos", "none"),
     )
-    content_field: str = option("key or column of the text in JSONL and Parquet", "text")
+    content_field: str = option("key or column of the text in JSONL and Parquet", "text", metavar="KEY")
     mask_documents: bool = option("attention ends at the end-of-text ids of the shards", False)
-    limit: int | None = option("only the first so many questions or problems (default: all)")
-    samples: int = option("programs for each problem", 1)
+    limit: int | None = option("only the first so many questions or problems (default: all)", at_least=1)
+    samples: int = option("programs for each problem", 1, at_least=1)
     temperature: float | None = option(
-        "of the draws (default: 0 for one sample, which takes the most likely tokens, else 0.8)"
+        "temperature of the draws (default: 0 for one sample, which takes the most likely tokens, else 0.8)"
     )
     top_k: int = option("draw from the k most likely tokens only; 0: from all", 0)
     top_p: float = option("draw from the fewest tokens that together have this probability", 1.0)
-    max_new_tokens: int = option("most tokens of a program", 512)
-    timeout: float = option("seconds that a program may run", 5.0)
-    seed: int = option("of the draws", 42)
-    picture: str | None = option("PNG of the loss by position in the window")
-    output: str | None = option("JSONL with a line for each question or program", short="o")
-    tokenizer: str | None = option("tokenizer.json or its folder, for a checkpoint that holds none")
-    device: str = option("auto, cpu, cuda or cuda:N", "auto")
+    max_new_tokens: int = option("most tokens of a program", 512, at_least=1)
+    timeout: float = option("seconds that a program may run", 5.0, above=0, metavar="SECONDS")
+    seed: int = option("seed of the draws", 42)
+    picture: str | None = option("PNG of the loss by position in the window", metavar="FILE", path=True)
+    output: str | None = option(
+        "JSONL with a line for each question or program", short="o", metavar="FILE", path=True
+    )
+    tokenizer: str | None = option(
+        "tokenizer.json or its folder, for a checkpoint that holds none", path=True
+    )
+    device: str = device_option()
     backend: str | None = option(
-        "reference, cpu or cuda; says the backend when --device does not", choices=backends.NAMES
+        "reference, cpu or cuda; chooses the backend where --device does not", choices=backends.NAMES
     )
     dtype: str | None = option(
-        "of weights and activations (default: bfloat16 on cuda, float32 on cpu, float64 on reference)",
+        "dtype of weights and activations (default: bfloat16 on cuda, float32 on cpu, float64 on reference)",
         choices=("float64", "float32", "bfloat16"),
     )
-    threads: int | None = option("CPU threads (default: all cores)")
-    json: bool = option("print one JSON document and nothing else", False)
+    threads: int | None = threads_option()
+    json: bool = json_option()
 
 
 # Which flags a measure honours, beside those of every one.
@@ -119,10 +131,6 @@ def main(args: Sequence[str]) -> int:
     named = given(Flags, args, "apr eval", __doc__ or "")
     f = Flags(**named)
     mode = _mode(named)
-    for name in ("max_tokens", "limit", "batch_size", "seq_length", "max_new_tokens"):
-        value = getattr(f, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if f.backend == "reference" and mode == "humaneval" and f.dtype is None:
         f = replace(f, dtype="float32")  # a program needs thousands of tokens
     opened = open_model(f.model, f.device, f.dtype, f.threads, f.backend, f.tokenizer)

@@ -17,7 +17,7 @@ from ..checkpoints.exporting import export_gguf, export_hf, parse_size
 from ..checkpoints.gguf import TYPES
 from ..checkpoints.registry import open_any
 from ..common.errors import UsageError
-from ..common.options import option, parse
+from ..common.options import json_option, option, parse
 from .show import Show
 
 
@@ -25,13 +25,13 @@ from .show import Show
 class Flags:
     """Options of `apr export`."""
 
-    model: str = option("an .apr file or a Hugging Face folder", positional=True)
-    format: str = option("what to write", "hf", choices=("hf", "gguf"))
-    output: str = option("the folder (hf) or file (gguf) to write", "", short="o")
-    dtype: str = option("of the matrices; q8_0 in GGUF only", "stored", choices=("stored", *TYPES))
+    model: str = option("an .apr file or a Hugging Face folder", positional=True, path=True)
+    format: str = option("format to write", "hf", choices=("hf", "gguf"))
+    output: str = option("the folder (hf) or file (gguf) to write", "", short="o", path=True)
+    dtype: str = option("dtype of the matrices; q8_0 in GGUF only", "stored", choices=("stored", *TYPES))
     max_shard_size: str = option("most bytes of one safetensors file, such as 500MB", "5GB")
     force: bool = option("replace a GGUF file that exists", False)
-    json: bool = option("print one JSON document and nothing else", False)
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:

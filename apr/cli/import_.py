@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ..checkpoints.importing import import_model
 from ..common.errors import UsageError
-from ..common.options import option, parse
+from ..common.options import json_option, option, parse
 from .show import Show
 
 
@@ -25,12 +25,15 @@ class Flags:
     source: str = option(
         "a folder, a .safetensors file with config.json beside it, or hf://org/name[@revision]",
         positional=True,
+        path=True,
     )
-    output: str = option("the .apr file to write", "", short="o")
+    output: str = option("the .apr file to write", "", short="o", metavar="FILE", path=True)
     revision: str | None = option("branch, tag or commit of hf://org/name")
-    tokenizer: str | None = option("folder with the tokenizer.json to embed (default: the source's)")
+    tokenizer: str | None = option(
+        "folder with the tokenizer.json to embed (default: the source's)", metavar="FOLDER", path=True
+    )
     force: bool = option("replace the output where it exists", False)
-    json: bool = option("print one JSON document and nothing else", False)
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from ..checkpoints.compare import GGUF_MAGIC, open_side
 from ..checkpoints.importing import PROVENANCE
 from ..checkpoints.registry import TITLES, open_any
 from ..checkpoints.validate import figures_of
-from ..common.options import option, parse
+from ..common.options import json_option, option, parse
 from ..model.config import ModelConfig
 from ..model.params import Layout
 from .show import Show
@@ -33,9 +33,11 @@ UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
 class Flags:
     """Options of `apr inspect`."""
 
-    model: str = option("an .apr file, a Hugging Face folder, a .safetensors or a GGUF file", positional=True)
+    model: str = option(
+        "an .apr file, a Hugging Face folder, a .safetensors or a GGUF file", positional=True, path=True
+    )
     tensors: bool = option("list every tensor with its root mean square and largest magnitude", False)
-    json: bool = option("print one JSON document and nothing else", False)
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from ..checkpoints.peft import add_adapter, read_adapter
 from ..checkpoints.registry import open_any
 from ..checkpoints.tensors import BF16
 from ..common.errors import Refused, UsageError
-from ..common.options import option, parse
+from ..common.options import json_option, option, parse
 from ..model.params import Layout
 
 
@@ -31,15 +31,17 @@ class Flags:
     """Options of `apr merge`."""
 
     base: str = option(
-        "checkpoint that the adapter was trained on: an .apr file or a Hugging Face folder", positional=True
+        "checkpoint that the adapter was trained on: an .apr file or a Hugging Face folder",
+        positional=True,
+        path=True,
     )
-    adapter: str = option("folder of the adapter", positional=True)
-    out: str = option("file to write, .apr", "", short="o")
+    adapter: str = option("folder of the adapter", positional=True, path=True)
+    out: str = option("file to write, .apr", "", short="o", metavar="FILE", path=True)
     dtype: str | None = option(
-        "of the weights in the file (default: as in the base)", choices=("float32", "bfloat16")
+        "dtype of the weights in the file (default: as in the base)", choices=("float32", "bfloat16")
     )
-    force: bool = option("write over a file that is there", False)
-    json: bool = option("print one JSON document and nothing else", False)
+    force: bool = option("replace a file that exists", False)
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:

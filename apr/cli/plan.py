@@ -12,11 +12,11 @@ from typing import Any
 from ..backends.select import select
 from ..checkpoints.registry import open_any
 from ..common.errors import UsageError
-from ..common.options import option, parse
+from ..common.options import device_option, dtype_option, json_option, option, parse, threads_option
 from ..model.cost import check_positions, flops_per_token, matmul_rate, memory
 from ..model.lora import AdapterLayout, lora_config
 from ..model.params import Layout
-from ..model.presets import load_config
+from ..model.presets import PRESETS, load_config
 from .show import Show
 
 
@@ -24,26 +24,27 @@ from .show import Show
 class Flags:
     """Options of `apr plan`."""
 
-    model: str | None = option("preset name or config.json")
-    init: str | None = option("checkpoint: an .apr file or a Hugging Face folder")
-    batch_size: int = option("sequences per optimizer step", 16)
-    micro_batch_size: int | None = option("sequences computed at once (default: the batch size)")
-    seq_length: int = option("tokens per sequence", 1024)
-    num_steps: int | None = option("optimizer steps, for the FLOPs of the whole job")
+    model: str | None = option("preset name or config.json", path=True, names=tuple(PRESETS))
+    init: str | None = option(
+        "checkpoint: an .apr file or a Hugging Face folder", metavar="CHECKPOINT", path=True
+    )
+    batch_size: int = option("sequences per optimizer step", 16, at_least=1, metavar="SEQUENCES")
+    micro_batch_size: int | None = option(
+        "sequences computed at once (default: the batch size)", at_least=1, metavar="SEQUENCES"
+    )
+    seq_length: int = option("tokens per sequence", 1024, at_least=1, metavar="TOKENS")
+    num_steps: int | None = option("optimizer steps, for the FLOPs of the whole job", at_least=1)
     train: bool = option("training; --no-train: one forward pass", True)
-    recompute: bool = option("keep only what enters each block, compute the rest again in backward", False)
+    recompute: bool = option("keep only the input of each block, compute the rest again in backward", False)
     mask_documents: bool = option("attention stops where a document ends", False)
-    lora_rank: int | None = option("train adapters of this rank instead of the weights")
+    lora_rank: int | None = option("train adapters of this rank instead of the weights", at_least=1)
     lora_targets: str | None = option(
-        "matrices that get adapters, of q,k,v,o,gate,up,down (default: all of them)"
+        "matrices that get adapters, of q,k,v,o,gate,up,down (default: all of them)", metavar="MATRICES"
     )
-    dtype: str | None = option(
-        "of weights and activations (default: bfloat16 on cuda, float32 on cpu)",
-        choices=("float32", "bfloat16"),
-    )
-    device: str = option("auto, cpu, cuda or cuda:N", "auto")
-    threads: int | None = option("CPU threads (default: all cores)")
-    json: bool = option("print one JSON document and nothing else", False)
+    dtype: str | None = dtype_option()
+    device: str = device_option()
+    threads: int | None = threads_option()
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:
@@ -51,10 +52,6 @@ def main(args: Sequence[str]) -> int:
     f = parse(Flags, args, "apr plan", __doc__ or "")
     if (f.model is None) == (f.init is None):
         raise UsageError("say which model: give --model or --init, one of them")
-    if f.batch_size < 1 or f.seq_length < 1 or (f.micro_batch_size or 1) < 1:
-        raise UsageError("--batch-size, --micro-batch-size and --seq-length must be at least 1")
-    if f.num_steps is not None and f.num_steps < 1:
-        raise UsageError(f"--num-steps {f.num_steps}: must be at least 1")
     if f.recompute and not f.train:
         raise UsageError("--recompute is about backward, --no-train has none; give one of them")
     lora = lora_config(f.lora_rank, None, f.lora_targets)

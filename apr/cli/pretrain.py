@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from ..evidence.gates import PASS
 from ..training.run import train
-from ..training.settings import from_command_line
+from ..training.settings import Settings, from_command_line
 from .show import Show
 
-FINISHED_BUT = 9  # exit code: the run came to its end, its verdict is FAIL or SUSPECT
+Flags = Settings
+# Exit code of a run that came to its end with the verdict FAIL or SUSPECT.
+FINISHED_BUT = 9
 
 
 def main(args: Sequence[str]) -> int:

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..backends.select import select
-from ..common.errors import UsageError
 from ..common.files import read_text
 from ..common.finding import PASS
-from ..common.options import option, parse
+from ..common.options import device_option, dtype_option, json_option, option, parse, threads_option
 from ..evaluation.qa import document, qa
 from .show import Show
 from .validate import report
@@ -29,25 +28,24 @@ UNFIT = 9  # exit code
 class Flags:
     """Options of `apr qa`."""
 
-    model: str = option("an .apr file or a Hugging Face folder", positional=True)
+    model: str = option("an .apr file or a Hugging Face folder", positional=True, path=True)
     text: str | None = option(
-        "file of text that the model must know (default: short texts of three kinds, one must do)"
+        "file of text that the model must know (default: short texts of three kinds, one must do)",
+        metavar="FILE",
+        path=True,
     )
-    min_tokens_per_sec: float = option("least speed of writing; 0: do not judge it", 1.0)
-    device: str = option("auto, cpu, cuda or cuda:N", "auto")
-    dtype: str | None = option(
-        "of weights and activations (default: bfloat16 on cuda, float32 on cpu)",
-        choices=("float32", "bfloat16"),
+    min_tokens_per_sec: float = option(
+        "lowest speed of generation, tokens/s; 0: not judged", 1.0, at_least=0, below=1e9, metavar="SPEED"
     )
-    threads: int | None = option("CPU threads (default: all cores)")
-    json: bool = option("print one JSON document and nothing else", False)
+    device: str = device_option()
+    dtype: str | None = dtype_option()
+    threads: int | None = threads_option()
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:
     """Returns the exit code: 9 unless the verdict is PASS; errors are raised."""
     f = parse(Flags, args, "apr qa", __doc__ or "")
-    if not 0 <= f.min_tokens_per_sec < 1e9:
-        raise UsageError(f"--min-tokens-per-sec {f.min_tokens_per_sec}: must be at least 0")
     text = None if f.text is None else read_text(Path(f.text))
     backend = select(f.device, f.dtype, f.threads)
     show = Show(quiet=f.json)

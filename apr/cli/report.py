@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.atomic import write_text
-from ..common.options import option, parse
+from ..common.options import json_option, option, parse
 from ..evidence.seal import resealed
 from ..report.page import render
 from ..training.rundir import EVIDENCE
@@ -20,9 +20,11 @@ from ..training.rundir import EVIDENCE
 class Flags:
     """Options of `apr report`."""
 
-    run_dir: str = option("run directory that `apr pretrain` writes or wrote", positional=True)
-    output: str | None = option("HTML file to write (default: RUN_DIR/report.html)", short="o")
-    json: bool = option("print one JSON document and nothing else", False)
+    run_dir: str = option("run directory that `apr pretrain` writes or wrote", positional=True, path=True)
+    output: str | None = option(
+        "HTML file to write (default: RUN_DIR/report.html)", short="o", metavar="FILE", path=True
+    )
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 from ..api import LanguageModel, Text, load
 from ..common.errors import MalformedFile, Refused, UsageError
 from ..common.files import parse_json, read_text
-from ..common.options import option, parse
+from ..common.options import device_option, dtype_option, json_option, option, parse, threads_option
 from ..inference.generate import Continuation, Sampling
 
 
@@ -27,14 +27,18 @@ from ..inference.generate import Continuation, Sampling
 class Flags:
     """Options of `apr run`."""
 
-    model: str = option("an .apr file or a Hugging Face folder", positional=True)
+    model: str = option("an .apr file or a Hugging Face folder", positional=True, path=True)
     prompt: str = option("text to continue; with --chat, a message to answer", "", positional=True)
     prompts: str | None = option(
         'file of prompts to continue, several at once: one a line, or .jsonl with a "prompt" in each line; prompt number '
-        "i, from 0, is drawn with --seed + i and gets what it gets alone"
+        "i, from 0, is drawn with --seed + i and gets the text that it gets alone",
+        metavar="FILE",
+        path=True,
     )
     batch_size: int = option(
-        "with --prompts, most prompts at once; on the CPU more than 8 may differ in last bits", 8
+        "with --prompts, most prompts at once; on the CPU more than 8 may differ in last bits",
+        8,
+        metavar="PROMPTS",
     )
     max_tokens: int = option("most new tokens", 128)
     temperature: float = option("0 always takes the most likely token", 0.8)
@@ -45,24 +49,23 @@ class Flags:
     )
     repetition_penalty: float = option("above 1: tokens that occurred become less likely", 1.0)
     stop: tuple[str, ...] = option(
-        "text that ends the output and is no part of it; may be given several times", ()
+        "text that ends the output and is no part of it; may be given several times", (), metavar="TEXT"
     )
-    seed: int = option("of the draws", 42)
+    seed: int = option("seed of the draws", 42)
     chat: bool = option(
         "a conversation, by the checkpoint's chat template; /help there lists its commands", False
     )
-    system: str | None = option("with --chat, what the system's message says")
+    system: str | None = option("with --chat, text of the system message", metavar="TEXT")
     chat_template: str | None = option(
-        "with --chat, file of a template to use instead of the checkpoint's own"
+        "with --chat, file of a template to use instead of the checkpoint's own", metavar="FILE", path=True
     )
-    device: str = option("auto, cpu, cuda or cuda:N", "auto")
-    dtype: str | None = option(
-        "of weights and activations (default: bfloat16 on cuda, float32 on cpu); int8: matrices rounded to 8 bits, on the "
-        "CPU, faster and less exact",
-        choices=("float32", "bfloat16", "int8"),
+    device: str = device_option()
+    dtype: str | None = dtype_option(
+        "; int8: matrices rounded to 8 bits, on the CPU, faster and less exact",
+        ("float32", "bfloat16", "int8"),
     )
-    threads: int | None = option("CPU threads (default: all cores)")
-    json: bool = option("print one JSON document and nothing else", False)
+    threads: int | None = threads_option()
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:

@@ -22,10 +22,11 @@ from ..checkpoints.hf import write_safetensors
 from ..checkpoints.registry import open_host
 from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..common.files import opened, read_json
-from ..common.options import option, parse
+from ..common.options import device_option, json_option, option, parse, threads_option
 from ..model.config import ModelConfig
 from ..model.cost import check_fits, memory
 from ..model.hf_config import to_hf
+from ..model.presets import PRESETS
 from ..model.taps import Record
 from ..model.transformer import IGNORED, Model
 from ..training.rundir import versions
@@ -49,29 +50,35 @@ NO_ARRAY = (
 class Flags:
     """Options of `apr trace`."""
 
-    model: str = option("an .apr file, a Hugging Face folder, or a preset (random weights)", positional=True)
-    tokens: str = option('ids: "1,2,3", or a .json or .npy file of one row or (B,T)', "")
-    output: str = option("the safetensors file to write; -o for short", "")
+    model: str = option(
+        "an .apr file, a Hugging Face folder, or a preset (random weights)",
+        positional=True,
+        path=True,
+        names=tuple(PRESETS),
+    )
+    tokens: str = option(
+        'ids: "1,2,3", or a .json or .npy file of one row or (B,T)', "", metavar="IDS", path=True
+    )
+    output: str = option("the safetensors file to write", "", short="o", metavar="FILE", path=True)
     backend: str = option("reference, cpu or cuda", "", choices=backends.NAMES)
-    device: str = option("auto, cpu, cuda or cuda:N; says the backend when --backend does not", "auto")
+    device: str = device_option("auto, cpu, cuda or cuda:N; chooses the backend where --backend does not")
     dtype: str = option(
         "default: float64 on reference, float32 on cpu, bfloat16 on cuda",
         "",
         choices=("float64", "float32", "bfloat16"),
     )
     backward: bool = option("also all gradients, of the mean loss", False)
-    targets: str = option("file of targets (B,T), -100 ignored (default: the next tokens)", "")
-    threads: int | None = option("CPU threads (default: all cores)")
-    seed: int = option("of a preset's random weights", 42)
-    json: bool = option("print one JSON document and nothing else", False)
+    targets: str = option(
+        "file of targets (B,T), -100 ignored (default: the next tokens)", "", metavar="FILE", path=True
+    )
+    threads: int | None = threads_option()
+    seed: int = option("seed of a preset's random weights", 42, at_least=0)
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:
     """Returns the exit code; errors are raised."""
-    args = ["--output" if a == "-o" else a for a in args]
     f = parse(Flags, args, "apr trace", __doc__ or "")
-    if f.seed < 0:
-        raise UsageError(f"--seed {f.seed}: must be at least 0")
     if not f.tokens or not f.output:
         raise UsageError("--tokens and --output (or -o) are needed: what goes in, and where the trace goes")
     if f.backend and f.device != "auto" and not f.device.startswith(f.backend):

@@ -18,7 +18,7 @@ from rich.text import Text
 from ..checkpoints.validate import validate
 from ..common.errors import MalformedFile
 from ..common.finding import FAIL, Checklist
-from ..common.options import option, parse
+from ..common.options import json_option, option, parse
 from .show import COLOURS, Show
 
 WRONG = 9  # exit code
@@ -28,8 +28,10 @@ WRONG = 9  # exit code
 class Flags:
     """Options of `apr validate`."""
 
-    model: str = option("an .apr file, a Hugging Face folder or a .safetensors file", positional=True)
-    json: bool = option("print one JSON document and nothing else", False)
+    model: str = option(
+        "an .apr file, a Hugging Face folder or a .safetensors file", positional=True, path=True
+    )
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:

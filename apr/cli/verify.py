@@ -18,8 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..common.atomic import locked
-from ..common.errors import UsageError
-from ..common.options import option, parse
+from ..common.options import device_option, json_option, option, parse
 from ..evidence.gates import FAIL, PASS
 from ..verify.verifier import Options, Row, Verifier
 from .show import COLOURS, Show
@@ -31,25 +30,34 @@ DIFFERS = 9  # exit code
 class Flags:
     """Options of `apr verify`."""
 
-    run_dir: str = option("folder of the run", positional=True)
-    replay: int = option("recorded steps to compute again", 0)
-    within: int = option("with --replay, how far after a saved state, or the start, a step may be", 20)
-    seed: int | None = option("of the choice of steps (default: another one each time)")
+    run_dir: str = option("folder of the run", positional=True, path=True)
+    replay: int = option("recorded steps to compute again", 0, at_least=0, metavar="STEPS")
+    within: int = option(
+        "with --replay, how far after a saved state, or the start, a step may be",
+        20,
+        at_least=1,
+        metavar="STEPS",
+    )
+    seed: int | None = option("seed of the choice of steps (default: another one each time)")
     backend: str = option(
         "backend that computes the validation loss again; auto: another one than the run's; none: leave it out",
         "auto",
         choices=("auto", "reference", "cpu", "cuda", "none"),
     )
-    device: str | None = option("device for --replay: auto, cpu, cuda or cuda:N (default: the run's)")
-    dataset: str | None = option("where the token shards are now, when they are not where the run read them")
-    json: bool = option("print one JSON document and nothing else", False)
+    device: str | None = device_option(
+        "device for --replay: auto, cpu, cuda or cuda:N (default: the run's)", None
+    )
+    dataset: str | None = option(
+        "folder of the token shards, when they are no longer where the run read them",
+        metavar="FOLDER",
+        path=True,
+    )
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:
     """Returns the exit code: 9 when a check fails; errors are raised."""
     f = parse(Flags, args, "apr verify", __doc__ or "")
-    if f.replay < 0 or f.within < 1:
-        raise UsageError(f"--replay {f.replay} --within {f.within}: must be at least 0 and at least 1")
     show = Show(quiet=f.json)
     seed = secrets.randbelow(1 << 32) if f.seed is None else f.seed
     options = Options(f.replay, f.within, seed, f.backend, f.device, f.dataset)

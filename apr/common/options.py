@@ -1,13 +1,16 @@
-"""Command-line flags from a dataclass: --field-name for every field, typed, with its help text."""
+"""Command-line options as fields of a dataclass: flags, types, ranges and help texts are declared once, by `option`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
+import itertools
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UsageError
@@ -16,13 +19,67 @@ T = TypeVar("T")
 
 
 def option(
-    help: str, default: Any = None, choices: Sequence[str] = (), positional: bool = False, short: str = ""
+    help: str,
+    default: Any = None,
+    *,
+    choices: Sequence[str] = (),
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    positional: bool = False,
+    short: str = "",
+    metavar: str = "",
+    path: bool = False,
+    names: Sequence[str] = (),
+    may_change: bool = False,
 ) -> Any:
-    """A dataclass field with a help text. choices limits the values; positional takes no flag; short is a second,
-    one-letter flag. A field of type tuple[str, ...] takes one value or more when it is positional, and else a value each
-    time its flag is given."""
-    meta = {"help": help, "choices": tuple(choices), "positional": positional, "short": short}
-    return dataclasses.field(default=default, metadata=meta)
+    """Declare a dataclass field that is an option.
+
+    choices                 the only values allowed
+    above, at_least, below  range of a number; every float must be finite as well
+    positional, short       an argument without a flag; a second flag of one letter
+    metavar                 placeholder of the value in --help (default: the last word of the name)
+    path, names             the value is a file or folder; values with a meaning of their own
+    may_change              a resumed run may set it anew
+
+    A tuple[str, ...] takes one or more values if positional, otherwise one value each time its flag is given."""
+    metadata = dict(locals())
+    del metadata["default"]
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def device_option(help: str = "auto, cpu, cuda or cuda:N", default: str | None = "auto") -> Any:
+    """Declare --device."""
+    return option(help, default, names=("auto", "cpu", "cuda"), may_change=True)
+
+
+def dtype_option(more: str = "", choices: Sequence[str] = ("float32", "bfloat16")) -> Any:
+    """Declare --dtype; more: a sentence behind its help text."""
+    text = "dtype of weights and activations (default: bfloat16 on cuda, float32 on cpu)"
+    return option(text + more, choices=choices)
+
+
+def threads_option() -> Any:
+    """Declare --threads."""
+    return option("CPU threads (default: all cores)", may_change=True)
+
+
+def json_option() -> Any:
+    """Declare --json."""
+    return option("print one JSON document and nothing else", False, may_change=True)
+
+
+def flag(name: str) -> str:
+    """Spell the flag of a field: "--num-steps" for "num_steps"."""
+    return "--" + name.replace("_", "-")
+
+
+def placeholder(f: dataclasses.Field[Any]) -> str:
+    """Choose the word that stands for an option's value in --help."""
+    meta = f.metadata
+    if meta["metavar"] or meta["positional"]:
+        return meta["metavar"] or f.name.upper()
+    return "PATH" if meta["path"] and not meta["names"] else f.name.split("_")[-1].upper()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,23 +88,31 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _plain(annotation: Any) -> Any:
-    """int for `int | None`."""
+    """Reduce `int | None` to int."""
     if isinstance(annotation, types.UnionType):
         return next(a for a in typing.get_args(annotation) if a is not type(None))
     return typing.get_origin(annotation) or annotation
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """The plain type (int, float, str, bool) of every field."""
+    """Map every field to its plain type (int, float, str, bool, tuple)."""
     hints = typing.get_type_hints(cls)
     return {f.name: _plain(hints[f.name]) for f in dataclasses.fields(cls)}
 
 
-def given(cls: type, args: Sequence[str], prog: str, description: str) -> dict[str, Any]:
-    """Only those fields of cls that the command line names, converted to their types.
+def groups(cls: type) -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
+    """Yield (heading, fields) for each class that declares options of cls.
 
-    Booleans take --name and --no-name. Raises UsageError for an unknown flag or a bad value.
-    """
+    The heading of a base class is the first line of its docstring; fields of cls itself have the heading ""."""
+    owner = {name: c for c in reversed(cls.__mro__) for name in inspect.get_annotations(c)}
+    for c, fields in itertools.groupby(dataclasses.fields(cls), lambda f: owner[f.name]):
+        yield "" if c is cls else (c.__doc__ or "").splitlines()[0].rstrip("."), list(fields)
+
+
+def given(cls: type, args: Sequence[str], prog: str, description: str) -> dict[str, Any]:
+    """Parse a command line into {name: value} of the options that it names.
+
+    Booleans take --name and --no-name. Raises UsageError for an unknown flag or a bad value."""
     parser = _Parser(
         prog=prog,
         description=description,
@@ -56,42 +121,93 @@ def given(cls: type, args: Sequence[str], prog: str, description: str) -> dict[s
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     plain = field_types(cls)
-    for f in dataclasses.fields(cls):
-        kind, meta = plain[f.name], f.metadata
-        text = meta["help"].replace("%", "%%")
-        if f.default not in (None, "", False, ()) and not meta["positional"]:
-            text += f" (default {f.default})"
-        name = f.name if meta["positional"] else "--" + f.name.replace("_", "-")
-        names = [name, "-" + meta["short"]] if meta["short"] else [name]
-        if kind is tuple and meta["positional"]:
-            parser.add_argument(*names, help=text, metavar=f.name.upper(), nargs="+")
-        elif kind is tuple:  # not several values to one flag: it would swallow what follows
-            parser.add_argument(*names, help=text, metavar=f.name.split("_")[-1].upper(), action="append")
-        elif kind is bool:
-            parser.add_argument(name, help=text, action=argparse.BooleanOptionalAction)
-        elif meta["positional"]:
-            parser.add_argument(
-                name, help=text, metavar=f.name.upper(), nargs="?" if f.default is not None else None
-            )
-        else:
-            parser.add_argument(
-                *names,
-                help=text,
-                type=kind,
-                choices=meta["choices"] or None,
-                metavar=None if meta["choices"] else f.name.split("_")[-1].upper(),
-            )
-    return vars(parser.parse_intermixed_args(list(args)))  # options may stand between MODEL and PROMPT
+    for heading, fields in groups(cls):
+        title, _, text = heading.partition(": ")
+        group = parser.add_argument_group(title.lower(), text) if heading else parser
+        for f in fields:
+            _add(group, f, plain[f.name])
+    # Intermixed: options may stand between MODEL and PROMPT.
+    values = vars(parser.parse_intermixed_args(list(args)))
+    check_ranges(cls, values)
+    return values
+
+
+def _add(parser: Any, f: dataclasses.Field[Any], kind: type) -> None:
+    """Add one option to an argparse parser or group."""
+    meta = f.metadata
+    text = meta["help"].replace("%", "%%")
+    if f.default not in (None, "", False, ()) and not meta["positional"]:
+        text += f" (default {f.default})"
+    if kind is bool:
+        parser.add_argument(flag(f.name), help=text, action=argparse.BooleanOptionalAction)
+        return
+    names = [f.name] if meta["positional"] else [flag(f.name)]
+    names += ["-" + meta["short"]] if meta["short"] else []
+    how: dict[str, Any] = {"help": text, "metavar": placeholder(f)}
+    if kind is tuple:
+        # Not several values to one flag: the flag would swallow the arguments that follow.
+        how |= {"nargs": "+"} if meta["positional"] else {"action": "append"}
+    elif meta["positional"]:
+        how |= {"nargs": None if f.default is None else "?"}
+    else:
+        how |= {"type": kind}
+        if meta["choices"]:
+            how |= {"choices": meta["choices"], "metavar": None}
+    parser.add_argument(*names, **how)
 
 
 def parse(cls: type[T], args: Sequence[str], prog: str, description: str) -> T:
-    """An instance of a dataclass from a command line."""
+    """Make an instance of a dataclass of options from a command line. Raises UsageError."""
     return cls(**given(cls, args, prog, description))
 
 
+def check_ranges(cls: type, values: Mapping[str, Any]) -> None:
+    """Raise UsageError for a number that is outside the range of its option, or not finite."""
+    for f in dataclasses.fields(cls):
+        value = values.get(f.name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if bound := _violated(f.metadata, value):
+            raise UsageError(f"{flag(f.name)} = {value}: must be {bound}")
+
+
+def _violated(meta: Mapping[str, Any], value: float) -> str:
+    """Put the range that a number leaves into words; "" for a number within its range."""
+    above, least, below = meta["above"], meta["at_least"], meta["below"]
+    # A negated comparison, so that NaN violates every range.
+    inside = [
+        above is None or value > above,
+        least is None or value >= least,
+        below is None or value < below,
+    ]
+    if not all(inside):
+        words = {"above": above, "at least": least, "below": below}
+        return " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
+    return "" if isinstance(value, int) or math.isfinite(value) else "a finite number"
+
+
+def exactly_one(options: Any, names: Sequence[str], purpose: str) -> None:
+    """Raise UsageError unless exactly one of the named options is given."""
+    flags = [flag(name) for name in names if getattr(options, name) is not None]
+    if len(flags) != 1:
+        both = f"; {' and '.join(flags)} were given" if flags else ""
+        raise UsageError(f"say {purpose}: give {' or '.join(map(flag, names))}, one of them{both}")
+
+
+def absolute_paths(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the paths of files and folders that exist absolute, among the options that a resumed run keeps."""
+    kept = {f.name: f.metadata for f in dataclasses.fields(cls) if not f.metadata["may_change"]}
+    out = dict(values)
+    for name, value in values.items():
+        is_path = name in kept and kept[name]["path"] and value not in (None, "", *kept[name]["names"])
+        if is_path and Path(value).exists():
+            out[name] = str(Path(value).resolve())
+    return out
+
+
 def numbers(text: str | None, flag: str, names: Sequence[str]) -> dict[str, float]:
-    """From "speed=2,first_epoch=1.5": numbers of at least 0 by name, each of `names`. Raises UsageError."""
-    found: dict[str, float] = {}
+    """Parse "speed=2,first_epoch=1.5": numbers of at least 0, each with one of `names`. Raises UsageError."""
+    values: dict[str, float] = {}
     for part in (text or "").replace(",", " ").split():
         name, _, number = part.partition("=")
         try:
@@ -100,5 +216,5 @@ def numbers(text: str | None, flag: str, names: Sequence[str]) -> dict[str, floa
             value = math.nan
         if name not in names or not 0 <= value < math.inf:
             raise UsageError(f"{flag} {part!r}: write NAME=NUMBER with a name of {', '.join(names)}")
-        found[name] = value
-    return found
+        values[name] = value
+    return values

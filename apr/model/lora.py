@@ -66,10 +66,6 @@ def lora_config(rank: int | None, alpha: float | None, targets: str | None) -> L
         if alpha is not None or targets is not None:
             raise UsageError("--lora-alpha and --lora-targets are about adapters: give --lora-rank too")
         return None
-    if rank < 1:
-        raise UsageError(f"--lora-rank {rank}: must be at least 1")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise UsageError(f"--lora-alpha {alpha}: must be above 0")
     return LoraConfig(rank, ALPHA_PER_RANK * rank if alpha is None else alpha, parse_targets(targets))
 
 

@@ -24,11 +24,11 @@ from ..common.errors import (
 )
 from ..common.files import make_folder
 from ..common.host import cores
+from ..common.options import absolute_paths, flag
 from ..evidence.gates import Gates, parse_bounds
 from ..evidence.seal import seal
 from ..model.hf_config import to_hf
 from ..model.params import Layout
-from ..model.presets import PRESETS
 from ..report.curve import loss_curve
 from ..report.page import render
 from . import loggers, summary
@@ -38,7 +38,7 @@ from .inputs import Inputs, describe, guards, open_inputs
 from .loop import Trainer
 from .rundir import RunDir, code_sha256, git_commit, next_free, versions
 from .sample import sample_text
-from .settings import DEMO, MAY_CHANGE, Settings, check, resolve
+from .settings import DEMO, Settings, check, resolve
 
 SAMPLE_TOKENS = 160  # of the continuation of --sample at the end
 
@@ -181,14 +181,14 @@ def _continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
     for key in ("dataset", "val_dataset", "tokenizer"):
         if saved.get(key) and not Path(saved[key]).exists():
             raise InputNotFound(f"{saved[key]}: gone; the run in {path} reads it as its {key}: put it back")
-    for key, value in _absolute(explicit).items():
-        if key not in MAY_CHANGE and saved.get(key) != value:
-            flag = key.replace("_", "-")
+    may_change = {f.name for f in dataclasses.fields(Settings) if f.metadata["may_change"]}
+    for key, value in absolute_paths(Settings, explicit).items():
+        if key not in may_change and saved.get(key) != value:
             raise Refused(
-                f"--{flag} {value} differs from {saved.get(key)!r} of the run in {path}; a resumed run keeps its "
+                f"{flag(key)} {value} differs from {saved.get(key)!r} of the run in {path}; a resumed run keeps its "
                 f"settings. Start a new run with --init {path}/ckpt/epoch-NNN.apr to change them"
             )
-    kept = {key: explicit[key] for key in MAY_CHANGE if key in explicit}
+    kept = {key: explicit[key] for key in may_change if key in explicit}
     return Settings(**{**saved, **kept, "resume": True, "run_dir": settings.run_dir})
 
 
@@ -207,7 +207,7 @@ def _config(i: Inputs, run: RunDir) -> dict[str, Any]:
     s = i.settings
     return {
         "settings": {
-            **_absolute(dataclasses.asdict(s)),
+            **absolute_paths(Settings, dataclasses.asdict(s)),
             "resume": False,
             "run_dir": str(run.path),
             "threads": s.threads or cores(),
@@ -250,27 +250,6 @@ def _check_same_data(i: Inputs, run: RunDir) -> None:
                 f"{run.path}/config.json: {key} was {was!r} when the run began and is {value!r} now; resume with the "
                 "data of then, or start a new run with --init"
             )
-
-
-def _absolute(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings with whole paths, so that a run can be resumed from another folder."""
-    whole = dict(values)
-    paths = (
-        "corpus",
-        "dataset",
-        "instruct",
-        "chat_template",
-        "tokenizer",
-        "init",
-        "lora_init",
-        "val_dataset",
-        "model",
-    )
-    for key in paths:
-        value = values.get(key)
-        if value and value != "stdlib" and value not in PRESETS and Path(value).exists():
-            whole[key] = str(Path(value).resolve())
-    return whole
 
 
 def _finish(trainer: Trainer, show: Display, status: str, seconds: float) -> dict[str, Any]:

@@ -327,7 +327,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["encode-corpus", "TEXT", "--tokenizer", "TOK"], 2, "-o DIR is missing"),
     (["encode-corpus", "TEXT", "--tokenizer", "nowhere", "-o", "OUT"], 3, "nowhere"),
     (["encode-corpus", "TEXT", "--tokenizer", "TOK", "-o", "OUT", "--val-fraction", "1"], 2, "--val-fraction"),
-    (["encode-corpus", "TEXT", "--tokenizer", "TOK", "-o", "OUT", "--workers", "0"], 2, "--workers 0"),
+    (["encode-corpus", "TEXT", "--tokenizer", "TOK", "-o", "OUT", "--workers", "0"], 2, "--workers = 0"),
     (["encode-corpus", "TEXT", "--tokenizer", "TOK", "-o", "OUT", "--widen", "x=1"], 2, "NAME=NUMBER"),
     (["encode-corpus", "TEXT/a.jsonl", "--tokenizer", "TOK", "-o", "OUT", "--content-field", "body"], 5, "body"),
     (["audit", "nowhere"], 3, "nowhere"),

@@ -17,6 +17,7 @@ from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import UsageError
+from apr.common.options import check_ranges
 from apr.evidence.adapters import adapter_gradients, base_unchanged, merge_error
 from apr.evidence.gates import GATES
 from apr.model.cost import memory
@@ -25,6 +26,7 @@ from apr.model.lora import LINEAR, AdapterLayout, Adapters, LoraConfig, lora_con
 from apr.model.optim import AdamW
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
+from apr.model.settings import ModelSettings
 from apr.model.transformer import Model
 from apr.training.settings import Settings, resolve
 from precision import rounded
@@ -254,9 +256,12 @@ def test_targets_and_numbers_of_the_command_line():
     assert LoraConfig(4, 8.0, ALL).scale == 2.0
     assert LoraConfig(4, 8.0, ALL, rslora=True).scale == 4.0
     assert lora_config(None, None, None) is None
-    for bad in ((0, None, None), (4, -1.0, None), (4, None, "embed"), (4, None, " "), (None, 8.0, None)):
+    for bad in ((4, None, "embed"), (4, None, " "), (None, 8.0, None)):
         with pytest.raises(UsageError):
             lora_config(*bad)
+    for outside in ({"lora_rank": 0}, {"lora_alpha": -1.0}, {"lora_alpha": 0.0}):
+        with pytest.raises(UsageError):
+            check_ranges(ModelSettings, outside)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

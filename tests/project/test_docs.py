@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from apr.cli.main import COMMANDS, MODULES, main
-from apr.common.options import given
+from apr.common.options import given, option
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -82,9 +82,7 @@ def test_every_command_has_its_page_and_its_table(tool):
 def test_a_changed_option_is_seen(tool):
     @dataclasses.dataclass
     class Flags:
-        steps: int = dataclasses.field(
-            default=3, metadata={"help": "a | b <c>", "choices": (), "positional": False, "short": "s"}
-        )
+        steps: int = option("a | b <c>", 3, short="s")
 
     table = tool.options_table(Flags)
     assert table.splitlines()[2] == r"| `--steps`, `-s` | whole number | `3` | a \| b &lt;c&gt; |"
@@ -111,8 +109,7 @@ def parsed(words: list[str]) -> dict[str, object]:
     module = importlib.import_module(f"apr.cli.{MODULES.get(name, name)}")
     if hasattr(module, "flags_and_main"):
         return given(module.flags_and_main(args[0])[0], args[1:], name, "")
-    args = ["--output" if a == "-o" and name == "trace" else a for a in args]
-    return given(module.Settings if name == "pretrain" else module.Flags, args, name, "")
+    return given(module.Flags, args, name, "")
 
 
 def help_of(words: list[str], capsys) -> str:

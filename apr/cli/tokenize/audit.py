@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import IOFailure
-from ...common.options import option, parse
+from ...common.options import json_option, option, parse
 from ...data.audit import Side, audit, sides_of, tokenizer_of_shards
 from ...data.guards import Bounds
-from ...model.presets import load_config
+from ...data.settings import widen_option
+from ...model.presets import PRESETS, load_config
 from ...tokenizer.tokenizer import Tokenizer
 from ..show import Show
 from .show import draw_audit, print_verdicts
@@ -24,15 +25,29 @@ from .show import draw_audit, print_verdicts
 class Flags:
     """Options of `apr tokenize audit`."""
 
-    dataset: str = option("folder of token shards, or one with train/ and val/ inside", positional=True)
-    tokenizer: str | None = option(
-        "tokenizer folder (default: the tokenizer/ that encode-corpus wrote beside the shards)"
+    dataset: str = option(
+        "folder of token shards, or one with train/ and val/ inside", positional=True, path=True
     )
-    val_dataset: str | None = option("folder of validation shards, when it is not DIR/val")
-    model: str | None = option("preset or config.json whose vocabulary the ids must fit")
-    widen: str | None = option("bounds of plausibility to widen, such as max_top_share=0.6,min_distinct=12")
-    picture: str = option("PNG to draw (default: DIR/audit.png; none: no picture)", "")
-    json: bool = option("print one JSON document and nothing else", False)
+    tokenizer: str | None = option(
+        "tokenizer folder (default: the tokenizer/ that encode-corpus wrote beside the shards)",
+        metavar="FOLDER",
+        path=True,
+    )
+    val_dataset: str | None = option(
+        "folder of validation shards, when it is not DATASET/val", metavar="FOLDER", path=True
+    )
+    model: str | None = option(
+        "preset or config.json whose vocabulary the ids must fit", path=True, names=tuple(PRESETS)
+    )
+    widen: str | None = widen_option()
+    picture: str = option(
+        "PNG to draw (default: DATASET/audit.png; none: no picture)",
+        "",
+        metavar="FILE",
+        path=True,
+        names=("none",),
+    )
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:

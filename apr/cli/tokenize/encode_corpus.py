@@ -14,12 +14,13 @@ from types import FrameType
 from typing import Any
 
 from ...common.errors import Interrupted, UsageError
-from ...common.options import option, parse
+from ...common.options import json_option, option, parse
 from ...data.encode import RECORD, SKIPPED, Counts, Encoded, encode_corpus
 from ...data.estimate import Estimate, estimate
 from ...data.guards import Bounds
 from ...data.manifest import EOS_POLICIES
 from ...data.readers import Corpus
+from ...data.settings import widen_option
 from ...data.sources import Sources, find_sources
 from ...tokenizer.tokenizer import Tokenizer
 from ..show import Show
@@ -33,28 +34,39 @@ class Flags:
     inputs: tuple[str, ...] = option(
         "files and folders: text, source code, .jsonl and text also as .gz .zst .xz .bz2, .parquet",
         positional=True,
+        path=True,
     )
-    tokenizer: str = option("tokenizer folder or tokenizer.json", "")
-    output: str = option("folder to write train/, val/ and tokenizer/ to", "", short="o")
+    tokenizer: str = option("tokenizer folder or tokenizer.json", "", path=True)
+    output: str = option(
+        "folder to write train/, val/ and tokenizer/ to", "", short="o", metavar="FOLDER", path=True
+    )
     val_fraction: float = option(
-        "share of the documents, by content hash, that goes to val/; 0: no val/", 0.01
+        "share of the documents, by content hash, that goes to val/; 0: no val/", 0.01, at_least=0, below=1
     )
     eos_policy: str = option(
         "an end-of-text id after each document, between two, or none", "after", choices=EOS_POLICIES
     )
     content_field: str = option(
-        "key of the text in JSONL records (a.b for one inside another) and Parquet files", "text"
+        "key of the text in JSONL records (a.b for one inside another) and Parquet files",
+        "text",
+        metavar="KEY",
     )
-    separator: str | None = option("line that stands between the documents of a text file")
-    piece_bytes: int | None = option("cut text files into documents of about this size, at blank lines")
-    shard_tokens: int = option("ids per shard", 10_000_000)
+    separator: str | None = option("line that stands between the documents of a text file", metavar="LINE")
+    piece_bytes: int | None = option(
+        "cut text files into documents of about this size, at blank lines", at_least=1
+    )
+    shard_tokens: int = option("ids per shard", 10_000_000, at_least=1)
     workers: int | None = option(
-        "threads that encode (default: all cores); the output is the same for any number"
+        "threads that encode (default: all cores); the output is the same for any number",
+        at_least=1,
+        metavar="THREADS",
     )
     resume: bool = option("go on with an encoding that was stopped, to the same bytes", False)
-    estimate_only: bool = option("read a sample and say what the whole would give; writes nothing", False)
-    widen: str | None = option("bounds of plausibility to widen, such as max_top_share=0.6,min_distinct=12")
-    json: bool = option("print one JSON document and nothing else", False)
+    estimate_only: bool = option(
+        "read a sample and estimate documents, tokens, bytes and time of the whole; write nothing", False
+    )
+    widen: str | None = widen_option()
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:
@@ -145,12 +157,6 @@ def _check(f: Flags) -> None:
     for value, flag in ((f.tokenizer, "--tokenizer DIR"), (f.output or f.estimate_only, "-o DIR")):
         if not value:
             raise UsageError(f"{flag} is missing; `apr tokenize encode-corpus --help` has an example")
-    for name in ("shard_tokens", "workers", "piece_bytes"):
-        value = getattr(f, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if not 0 <= f.val_fraction < 1:
-        raise UsageError(f"--val-fraction {f.val_fraction}: must be at least 0 and below 1")
 
 
 def _apart(f: Flags) -> None:

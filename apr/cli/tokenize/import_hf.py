@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ...common.errors import UsageError
 from ...common.files import read_json
-from ...common.options import option, parse
+from ...common.options import json_option, option, parse
 from ...tokenizer.families import FAMILIES
 from ...tokenizer.import_hf import import_hf
 from ..show import Show
@@ -24,14 +24,17 @@ class Flags:
     source: str = option(
         "tokenizer.json, a folder, vocab.json (with merges.txt beside it), or hf://org/name[@revision]",
         positional=True,
+        path=True,
     )
-    output: str = option("folder to write the tokenizer to", "", short="o")
+    output: str = option("folder to write the tokenizer to", "", short="o", metavar="FOLDER", path=True)
     family: str | None = option(
-        "whose tokenizer it is; needed for vocab.json and merges.txt, which do not say it",
+        "family of the tokenizer; needed for vocab.json and merges.txt, which do not name it",
         choices=tuple(FAMILIES),
     )
-    eos: str | None = option("the token that ends a document (default: what the source or the family says)")
-    json: bool = option("print one JSON document and nothing else", False)
+    eos: str | None = option(
+        "the token that ends a document (default: as the source or the family has it)", metavar="TOKEN"
+    )
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...common.errors import AprError, Refused
-from ...common.options import option, parse
+from ...common.options import json_option, option, parse
 from ...data.audit import tokenizer_of_shards
 from ...data.manifest import MANIFEST
 from ...data.repair import repair_manifest
@@ -23,12 +23,14 @@ from ..show import Show
 class Flags:
     """Options of `apr tokenize repair-manifest`."""
 
-    dataset: str = option("folder of shards: shard-00000.bin, ...", positional=True)
+    dataset: str = option("folder of shards: shard-00000.bin, ...", positional=True, path=True)
     tokenizer: str | None = option(
-        "tokenizer folder (default: the tokenizer/ that encode-corpus wrote beside the shards)"
+        "tokenizer folder (default: the tokenizer/ that encode-corpus wrote beside the shards)",
+        metavar="FOLDER",
+        path=True,
     )
     replace: bool = option("replace a manifest that agrees with the shards, too", False)
-    json: bool = option("print one JSON document and nothing else", False)
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...common.errors import Refused, UsageError
-from ...common.options import option, parse
+from ...common.options import json_option, option, parse
 from ...data.corpus import is_held_out
 from ...data.readers import Corpus, LongDocument, Skipped
 from ...data.sources import find_sources
@@ -23,25 +23,29 @@ from ..show import Show
 class Flags:
     """Options of `apr tokenize train`."""
 
-    inputs: tuple[str, ...] = option("files and folders: text, source code, JSONL, Parquet", positional=True)
-    output: str = option("folder to write the tokenizer to", "", short="o")
+    inputs: tuple[str, ...] = option(
+        "files and folders: text, source code, JSONL, Parquet", positional=True, path=True
+    )
+    output: str = option("folder to write the tokenizer to", "", short="o", metavar="FOLDER", path=True)
     vocab_size: int = option(
-        "ids in all, special tokens included; 256 bytes and those tokens to 200000", 32_000
+        "ids in all, special tokens included; 256 bytes and those tokens to 200000", 32_000, metavar="IDS"
     )
     eos_token: str = option("the token that ends a document; '' for none", "<|endoftext|>")
     special_tokens: tuple[str, ...] = option(
-        "one more special token, after the end of text; may be given again", ()
+        "one more special token, after the end of text; may be given again", (), metavar="TOKEN"
     )
-    min_frequency: int = option("how often a pair must occur to be merged", 2)
+    min_frequency: int = option("how often a pair must occur to be merged", 2, metavar="TIMES")
     normalization: str = option("applied to all text first", "none", choices=("none", "nfc"))
     val_fraction: float = option(
         "leave out the documents that encode-corpus holds out with this fraction, so that validation text is new to the "
         "tokenizer too",
         0.0,
+        at_least=0,
+        below=1,
     )
-    content_field: str = option("key of the text in JSONL records and Parquet files", "text")
-    separator: str | None = option("line that stands between the documents of a text file")
-    json: bool = option("print one JSON document and nothing else", False)
+    content_field: str = option("key of the text in JSONL records and Parquet files", "text", metavar="KEY")
+    separator: str | None = option("line that stands between the documents of a text file", metavar="LINE")
+    json: bool = json_option()
 
 
 def main(args: Sequence[str]) -> int:
@@ -49,8 +53,6 @@ def main(args: Sequence[str]) -> int:
     f = parse(Flags, args, "apr tokenize train", __doc__ or "")
     if not f.output:
         raise UsageError("say where to write the tokenizer: -o DIR")
-    if not 0 <= f.val_fraction < 1:
-        raise UsageError(f"--val-fraction {f.val_fraction}: must be at least 0 and below 1")
     if (Path(f.output) / "tokenizer.json").exists():
         raise Refused(f"{f.output}: holds a tokenizer; remove it, or choose another folder")
     show = Show(quiet=f.json)

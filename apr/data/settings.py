@@ -1,0 +1,76 @@
+"""Settings of a run that the data room reads: text or shards to train on, validation data, windows and batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..common.errors import UsageError
+from ..common.options import exactly_one, option
+
+
+def widen_option() -> Any:
+    """Declare --widen."""
+    return option(
+        "bounds of plausibility of the data to widen, such as max_top_share=0.6,min_distinct=12",
+        metavar="NAME=NUMBER",
+    )
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Data: text or token shards, validation data, windows, batches."""
+
+    corpus: str | None = option(
+        "raw text to train on: a file or folder of text, source code, JSONL or Parquet, or 'stdlib' for this "
+        "Python's own standard library; tokenised once into a cache; a single text file is cut into about 100 documents",
+        path=True,
+        names=("stdlib",),
+    )
+    dataset: str | None = option(
+        "folder of token shards (or one with train/ and val/ inside)", metavar="FOLDER", path=True
+    )
+    instruct: str | None = option(
+        "conversations or prompts with responses to fine-tune on, JSON Lines (also .gz, .zst) or a folder of those, with a loss "
+        "on the answers only; see docs/fine-tuning.md",
+        path=True,
+    )
+    chat_template: str | None = option(
+        "with --instruct, file of the chat template (default: the checkpoint's own)",
+        metavar="FILE",
+        path=True,
+    )
+    content_field: str = option(
+        "with --corpus, key of the text in JSONL records and Parquet files", "text", metavar="KEY"
+    )
+    tokenizer: str | None = option(
+        "tokenizer folder; with --corpus and none given, one is trained", metavar="FOLDER", path=True
+    )
+    val_dataset: str | None = option(
+        "folder of token shards that training never sees", metavar="FOLDER", path=True
+    )
+    val_fraction: float = option("share of a corpus's documents that is held out", 0.05, at_least=0, below=1)
+    val_batches: int | None = option(
+        "evaluate on this many batches only; with --dataset alone, hold out that many (default there: 16)",
+        at_least=1,
+    )
+    widen: str | None = widen_option()
+    seq_length: int = option("tokens per sequence", 1024, above=0, metavar="TOKENS")
+    batch_size: int = option("sequences per optimizer step", 16, above=0, metavar="SEQUENCES")
+    shuffle: bool = option("windows in random order", True)
+    mask_documents: bool = option(
+        "attention stops where a document ends; without it, tokens see other documents of their window", False
+    )
+    on_exhausted: str = option("at the end of the data", "cycle", choices=("cycle", "stop"))
+    seed: int = option("seed of initial weights and data order", 42, at_least=0)
+
+
+def check_data(s: DataSettings) -> None:
+    """Raise UsageError for settings of the data that contradict each other."""
+    exactly_one(s, ("corpus", "dataset", "instruct"), "what to train on")
+    if s.chat_template and not s.instruct:
+        raise UsageError("--chat-template goes with --instruct; give both or none")
+    if s.instruct and s.val_dataset:
+        raise UsageError("--val-dataset goes with --dataset; with --instruct, give --val-fraction")
+    if (s.corpus or s.instruct) and not s.val_fraction:
+        raise UsageError("--val-fraction 0 leaves nothing to validate with; give a share above 0")

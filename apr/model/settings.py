@@ -1,0 +1,98 @@
+"""Settings of a run that the model room reads: architecture, precision, adapters; optimizer and learning rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..common.errors import UsageError
+from ..common.options import dtype_option, exactly_one, option
+from .lora import lora_config
+from .optim import SCHEDULES
+from .presets import PRESETS
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Model: architecture or checkpoint, precision, memory, adapters."""
+
+    model: str | None = option(
+        "preset name or config.json of the model to train from random weights",
+        path=True,
+        names=tuple(PRESETS),
+    )
+    init: str | None = option(
+        "checkpoint to start from: an .apr file or a Hugging Face folder", metavar="CHECKPOINT", path=True
+    )
+    dtype: str | None = dtype_option(
+        "; sums, moments and the copy of the weights that AdamW updates are float32 always"
+    )
+    micro_batch_size: int | None = option(
+        "sequences computed at once (default: as many as fit in memory)", above=0, metavar="SEQUENCES"
+    )
+    recompute: bool = option("keep only the input of each block, compute the rest again in backward", False)
+    graph: bool = option(
+        "on cuda, record a micro-step once and replay it; --no-graph: op by op", True, may_change=True
+    )
+    initializer_range: float = option(
+        "standard deviation of random initial matrices", 0.02, above=0, metavar="STD"
+    )
+    z_loss: float = option(
+        "weight in the training loss of the squared log-sum-exp of the logits",
+        0.0,
+        at_least=0,
+        metavar="WEIGHT",
+    )
+    lora_rank: int | None = option(
+        "train adapters of this rank instead of the weights (LoRA), with --init; see docs/fine-tuning.md",
+        at_least=1,
+    )
+    lora_alpha: float | None = option(
+        "scale of the adapters is alpha / rank (default: twice the rank)", above=0
+    )
+    lora_targets: str | None = option(
+        "matrices that get adapters, of q,k,v,o,gate,up,down or PEFT's names (default: all of them)",
+        metavar="MATRICES",
+    )
+    lora_init: str | None = option(
+        "folder of an adapter (PEFT's format) of the --init checkpoint to go on with; its rank, alpha and targets hold",
+        metavar="FOLDER",
+        path=True,
+    )
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """Optimizer: AdamW, schedule of the learning rate."""
+
+    num_steps: int = option("optimizer steps", 1000, above=0)
+    lr: float | None = option(
+        "peak learning rate (default: 3e-4 from scratch, 5e-5 fine-tuning, 2e-4 fine-tuning adapters)",
+        above=0,
+        metavar="RATE",
+    )
+    lr_min: float | None = option(
+        "learning rate at the end (default: 1 % of the peak)", at_least=0, metavar="RATE"
+    )
+    warmup_steps: int | None = option(
+        "steps of linear warm-up (default: 1000 from scratch, 100 fine-tuning, at most 10 % of all steps)",
+        at_least=0,
+    )
+    schedule: str = option("decay of the learning rate", "cosine", choices=SCHEDULES)
+    weight_decay: float = option("AdamW decay of matrices; norms and biases have none", 0.1, at_least=0)
+    beta1: float = option("AdamW decay rate of the first moment", 0.9, at_least=0, below=1, metavar="RATE")
+    beta2: float = option("AdamW decay rate of the second moment", 0.95, at_least=0, below=1, metavar="RATE")
+    eps: float = option("AdamW term added to the root of the second moment", 1e-8, above=0)
+    grad_clip: float = option(
+        "largest global gradient norm; 0 does not clip", 1.0, at_least=0, metavar="NORM"
+    )
+
+
+def check_model(s: ModelSettings) -> None:
+    """Raise UsageError for settings of the model that contradict each other."""
+    exactly_one(s, ("model", "init"), "which model")
+    if s.lora_init and (s.lora_rank, s.lora_alpha, s.lora_targets) != (None, None, None):
+        raise UsageError(
+            "--lora-init goes on with an adapter as it is; leave --lora-rank, --lora-alpha and --lora-targets out"
+        )
+    if (lora_config(s.lora_rank, s.lora_alpha, s.lora_targets) or s.lora_init) and not s.init:
+        raise UsageError("adapters belong to a checkpoint: give it with --init")

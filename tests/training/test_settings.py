@@ -1,0 +1,61 @@
+"""Settings of a run: each is declared by one room, and read."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import apr
+from apr.training.settings import DEMO, RunSettings, Settings
+
+APR = Path(apr.__file__).parent
+# Variables and attributes that hold the settings of a run.
+HOLDERS = {"s", "settings"}
+
+
+def read_settings(source: str) -> set[str]:
+    """Collect the attributes of settings that a module reads, and the keys that it takes out of a dict of settings."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            holder = node.value
+            name = holder.id if isinstance(holder, ast.Name) else getattr(holder, "attr", "")
+            if name in HOLDERS:
+                found.add(node.attr)
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            found.add(str(node.slice.value))
+    return found
+
+
+def test_every_setting_is_read():
+    read = set().union(*(read_settings(p.read_text()) for p in APR.rglob("*.py")))
+    assert {f.name for f in dataclasses.fields(Settings)} <= read
+
+
+def test_a_dead_setting_is_seen():
+    assert read_settings(
+        "def f(s):\n    s.alive = 1\n    return s.lr, i.settings.seed, d['config'], x.dead"
+    ) == {
+        "lr",
+        "seed",
+        "config",
+    }
+
+
+def test_a_setting_is_declared_once_by_the_room_that_reads_it():
+    declared = [name for base in Settings.__bases__ for name in inspect.get_annotations(base)]
+    assert len(declared) == len(set(declared)) == len(dataclasses.fields(Settings))
+    rooms = [base.__module__.split(".")[1] for base in Settings.__bases__]
+    assert set(rooms) == {"data", "model", "evidence", "training"}
+
+
+def test_a_resumed_run_keeps_what_decides_its_numbers():
+    may_change = {f.name for f in dataclasses.fields(Settings) if f.metadata["may_change"]}
+    assert may_change == {
+        "device", "run_dir", "resume", "save_every", "keep_states", "json", "config", "threads", "graph", "spot_check",
+        "bounds", "log",
+    }  # fmt: skip
+    assert not may_change & set(DEMO)
+    assert {f.name for f in dataclasses.fields(RunSettings)} - may_change == {"mode"}
