@@ -14,14 +14,21 @@ TYPE_CHECKING = False  # true for type checkers; to import typing takes longer t
 if TYPE_CHECKING:
     from typing import Any
 
-    from .api import LanguageModel, RunResult, load, train
+    from .api import RunResult, load, train
     from .common.errors import AprError
     from .inference.generate import Sampling
+    from .inference.language_model import LanguageModel
     from .training.callbacks import Callback
 
 __all__ = ["AprError", "Callback", "LanguageModel", "RunResult", "Sampling", "load", "train"]
 
-_PLACES = {"AprError": "common.errors", "Callback": "training.callbacks"}  # the others are in api
+# Modules of the names that are not in api.
+_PLACES = {
+    "AprError": "common.errors",
+    "Callback": "training.callbacks",
+    "LanguageModel": "inference.language_model",
+    "Sampling": "inference.generate",
+}
 
 
 def __getattr__(name: str) -> Any:

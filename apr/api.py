@@ -12,406 +12,30 @@ apr.train({"corpus": "notes.txt", "model": "llama-demo", "run_dir": "runs/mine",
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 
 from .backends.select import select
-from .checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
-from .checkpoints.checkpoint import Checkpoint
-from .checkpoints.hf import write_hf
 from .checkpoints.registry import open_any
-from .common.atomic import write_text
-from .common.errors import Refused, UsageError
+from .common.errors import Refused
 from .evidence.gates import PASS, Gates
-from .inference import int8
-from .inference.chat import Conversation, check_messages, no_template
-from .inference.generate import (
-    PIECE,
-    Continuation,
-    Generator,
-    Sampling,
-    check_prompt,
-    generator_memory,
-    grouped,
-    slots_needed,
-)
-from .inference.streaming import TextStream
-from .model.cost import check_fits
-from .model.params import Layout
-from .model.transformer import Model
-from .tokenizer.chat_template import ChatTemplate, Message, answer_ends, chat_ids
-from .tokenizer.tokenizer import Tokenizer
+from .inference.language_model import LanguageModel
 from .training import run
 from .training.callbacks import Callback
 from .training.display import Display
 from .training.rundir import RunDir
 from .training.settings import Settings, check, read_config
 
-Ids = Sequence[int] | np.ndarray
-TOKENS_AT_ONCE = 4096  # of a batch whose logits or losses are asked for
-ROWS = 8  # prompts computed together: as many as the cpu backend computes each as if it were alone
-
-
-@dataclass(frozen=True)
-class Text:
-    """What followed a prompt: its text, its ids, and why it ended: "end" (an end-of-text id, the last of the ids),
-    "stop" (a stop string, not part of the text), "length" (max_tokens) or "positions" (the model has no more)."""
-
-    prompt_ids: list[int]
-    text: str
-    ids: list[int]
-    ended: str
-
-
-class LanguageModel:
-    """A checkpoint on a device. Made by `load`.
-
-    config         sizes and switches of the model
-    tokenizer      its tokenizer, or None
-    chat_template  its chat template, or None
-    ends           ids that end a text
-    backend        the module that computes
-    dtype          "float32" or "bfloat16", of activations
-    weights        all parameters on the backend, flat (params.Layout order), or int8.Int8Weights
-    """
-
-    def __init__(self, checkpoint: Checkpoint, backend: ModuleType, dtype: str) -> None:
-        self.checkpoint = checkpoint
-        self.source, self.config = checkpoint.source, checkpoint.cfg
-        rounded = dtype == "int8"
-        self.backend, self.dtype = int8.backend() if rounded else backend, "float32" if rounded else dtype
-        self.tokenizer: Tokenizer | None = checkpoint.tokenizer
-        self.ends = checkpoint.end_ids()
-        slots = min(PIECE, self.config.max_position_embeddings)
-        check_fits(
-            generator_memory(self.config, backend, self.dtype, 1, slots), backend, "use a smaller model"
-        )
-        self.weights: Any = checkpoint.on(backend, self.dtype)
-        if rounded:
-            self.weights = int8.Int8Weights(self.config, self.weights)
-        self._generator: Generator | None = None
-
-    @cached_property
-    def chat_template(self) -> ChatTemplate | None:
-        """Raises Refused when what the checkpoint has is no template."""
-        return self.checkpoint.template()
-
-    # Numbers
-
-    def logits(self, ids: Ids) -> np.ndarray:
-        """Logits of the token after each position, float32 (B,T,V); ids (B,T), or (T,) for B = 1.
-
-        Raises UsageError for another shape, Refused for ids outside the vocabulary and more than the positions."""
-        batch = self._batch(ids)
-        out = np.empty((*batch.shape, self.config.vocab_size), np.float32)
-        flat = out.reshape(-1, self.config.vocab_size)
-        for rows, model in self._pieces(batch):
-            done = rows.start * batch.shape[1]
-
-            def keep(layer: int | None, name: str, array: Any) -> None:
-                nonlocal done
-                if name == "logits" or name.startswith("logits."):
-                    part = self.backend.to_host(array)
-                    flat[done : done + len(part)] = part
-                    done += len(part)
-
-            model.loss(np.full(batch[rows].shape, -100, np.int32), tap=keep)
-        return out
-
-    def loss(self, ids: Ids, targets: Ids | None = None) -> float:
-        """Mean cross-entropy in nats/token of targets (B,T), or (T,), given the ids before; negative targets are left out.
-
-        Without targets: of every token of ids (B,T+1) given those before it. Raises as `logits` does."""
-        batch = self._batch(ids, least=1 if targets is not None else 2)
-        if targets is None:
-            batch, wanted = batch[:, :-1], batch[:, 1:]
-        else:
-            wanted = np.asarray(targets)
-            wanted = wanted[None] if wanted.ndim == 1 else wanted
-            if wanted.shape != batch.shape or not np.issubdtype(wanted.dtype, np.integer):
-                raise UsageError(
-                    f"targets are {wanted.dtype} {wanted.shape}, not integers {batch.shape} as the ids"
-                )
-            if wanted.max() >= self.config.vocab_size:
-                raise Refused(
-                    f"target {wanted.max()} is outside the model's vocabulary of {self.config.vocab_size}"
-                )
-        count = int((wanted >= 0).sum())
-        if not count:
-            raise UsageError("no target is at least 0, so there is no loss to take the mean of")
-        total = 0.0
-        for rows, model in self._pieces(batch):
-            self.backend.fill(model.total, 0)
-            model.loss(np.ascontiguousarray(wanted[rows], np.int32))
-            total += float(self.backend.to_host(model.total)[0])
-        return total / count
-
-    def _batch(self, ids: Ids, least: int = 1) -> np.ndarray:
-        """ids as int32 (B,T), checked."""
-        try:
-            batch = np.asarray(ids)
-        except ValueError:
-            raise UsageError("ids are rows of different lengths; give integers (T,) or (B,T)") from None
-        batch = batch[None] if batch.ndim == 1 else batch
-        if (
-            batch.ndim != 2
-            or batch.shape[0] < 1
-            or batch.shape[1] < least
-            or not np.issubdtype(batch.dtype, np.integer)
-        ):
-            raise UsageError(
-                f"ids are {batch.dtype} {batch.shape}; give integers (T,) or (B,T), T at least {least}"
-            )
-        size, most = self.config.vocab_size, self.config.max_position_embeddings
-        if batch.min() < 0 or batch.max() >= size:
-            bad = batch.min() if batch.min() < 0 else batch.max()
-            raise Refused(f"token id {bad} is outside the model's vocabulary of {size}")
-        if batch.shape[1] > most + (least == 2):
-            raise Refused(f"{batch.shape[1]} tokens, the model reads {most}")
-        return np.ascontiguousarray(batch, np.int32)
-
-    def _pieces(self, batch: np.ndarray) -> Iterator[tuple[slice, Model]]:
-        """Rows of a batch, and a model in which they went forward."""
-        n, seq = batch.shape
-        rows = min(n, max(1, TOKENS_AT_ONCE // seq))
-        model = Model(
-            self.config, self.backend, rows, seq, self.dtype, train=False, loss_rows=None, w=self.weights
-        )
-        for start in range(0, n, rows):
-            part = slice(start, min(n, start + rows))
-            model.forward(np.ascontiguousarray(batch[part]))
-            yield part, model
-
-    # Text
-
-    @overload
-    def generate(
-        self, prompt: str, *, stream: Literal[True], stop: Sequence[str] = (), **options: Any
-    ) -> Iterator[str]: ...
-    @overload
-    def generate(
-        self, prompt: Ids, *, stream: Literal[True], stop: Sequence[str] = (), **options: Any
-    ) -> Iterator[int]: ...
-    @overload
-    def generate(
-        self, prompt: str, *, stream: Literal[False] = False, stop: Sequence[str] = (), **options: Any
-    ) -> str: ...
-    @overload
-    def generate(
-        self, prompt: Ids, *, stream: Literal[False] = False, stop: Sequence[str] = (), **options: Any
-    ) -> list[int]: ...
-    def generate(self, prompt: Any, *, stream: bool = False, stop: Sequence[str] = (), **options: Any) -> Any:
-        """What follows a prompt: text for a text, ids for ids (the end-of-text id included where it came to one).
-
-        stream: an iterator over pieces of text, or over ids, as they come. stop: strings that end the text and are not
-        part of it. options: those of generate.Sampling (max_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
-        seed). Raises UsageError for an option, Refused for a prompt that does not fit."""
-        words = isinstance(prompt, str)
-        ids = self.encode_prompt(prompt) if words else prompt
-        pieces = self.stream(ids, Sampling(**_known(options)), stop)
-        if stream:
-            return (
-                (piece for piece, _ in pieces if piece)
-                if words
-                else (token for _, token in pieces if token is not None)
-            )
-        parts = list(pieces)
-        if words:
-            return "".join(piece for piece, _ in parts)
-        return [token for _, token in parts if token is not None]
-
-    def generate_batch(
-        self,
-        prompts: Sequence[str | Ids],
-        sampling: Sampling | Sequence[Sampling] | None = None,
-        stop: Sequence[str] = (),
-        rows: int = ROWS,
-    ) -> list[Text]:
-        """What follows each of several prompts, up to `rows` of them computed together.
-
-        Every one gets what it gets alone; with one Sampling for all, prompt i is drawn with its seed + i."""
-        return [t for _, t in sorted(self.each(prompts, sampling, stop, rows), key=lambda pair: pair[0])]
-
-    def each(
-        self,
-        prompts: Sequence[str | Ids],
-        sampling: Sampling | Sequence[Sampling] | None = None,
-        stop: Sequence[str] = (),
-        rows: int = ROWS,
-    ) -> Iterator[tuple[int, Text]]:
-        """(number of a prompt, what follows it) in the order in which they end; see generate_batch."""
-        ids = [check_prompt(self.config, self.encode_prompt(p) if isinstance(p, str) else p) for p in prompts]
-        if sampling is None or isinstance(sampling, Sampling):
-            one = sampling or Sampling()
-            sampling = [dataclasses.replace(one, seed=one.seed + i) for i in range(len(ids))]
-        if rows < 1:
-            raise UsageError(f"rows must be at least 1, not {rows}")
-        jobs = [(len(p), s.max_tokens) for p, s in zip(ids, sampling, strict=True)]
-        for group in grouped(self.config, jobs, rows):
-            generator = self._room(slots_needed(self.config, [jobs[i] for i in group]), len(group))
-            streams = {i: self._text_stream(ids[i], stop) for i in group}
-            for c, token in generator.run([ids[i] for i in group], [sampling[i] for i in group], self.ends):
-                i = group[c.number]
-                text = streams[i]
-                if text is not None and token not in self.ends:
-                    text.feed(token)
-                    if text.stopped:
-                        c.ended = "stop"
-                if c.ended:
-                    if text is not None:
-                        text.end()
-                    yield i, Text(c.prompt, "" if text is None else text.text, c.new, c.ended)
-
-    def stream(
-        self,
-        ids: Ids,
-        sampling: Sampling,
-        stop: Sequence[str] = (),
-        report: list[Continuation] | None = None,
-        ends: Collection[int] | None = None,
-    ) -> Iterator[tuple[str, int | None]]:
-        """(piece of text, token) as they come after a prompt; the last piece has no token. report gets the continuation,
-        which says why it ended. ends: in the place of the model's own. Without a tokenizer the pieces are "" and there can
-        be no stop strings."""
-        ends = self.ends if ends is None else ends
-        prompt = check_prompt(self.config, ids)
-        text = self._text_stream(prompt, stop)
-        generator = self._room(slots_needed(self.config, [(len(prompt), sampling.max_tokens)]), 1)
-        for c, token in generator.run([prompt], sampling, ends):
-            if report is not None and not report:
-                report.append(c)
-            piece = "" if text is None or token in ends else text.feed(token)
-            if text is not None and text.stopped:
-                c.ended = "stop"
-            yield piece, token
-        if text is not None:
-            yield text.end(), None
-
-    def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        stream: bool = False,
-        stop: Sequence[str] = (),
-        template_options: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> Any:
-        """The answer to a conversation, a list of {"role": "system" | "user" | "assistant", "content": TEXT}.
-
-        stream: pieces of it as they come. template_options: what the template asks for besides, such as
-        enable_thinking. Raises Refused where the checkpoint has no chat template or no tokenizer."""
-        template, tokenizer = self._chatting()
-        ids = chat_ids(template, tokenizer, check_messages(messages), **(template_options or {}))
-        ends = self.ends | answer_ends(template, tokenizer)
-        pieces = (
-            piece for piece, _ in self.stream(ids, Sampling(**_known(options)), stop, ends=ends) if piece
-        )
-        return pieces if stream else "".join(pieces)
-
-    def conversation(
-        self, sampling: Sampling | None = None, stop: Sequence[str] = (), template: ChatTemplate | None = None
-    ) -> Conversation:
-        """A conversation to go on with; see chat.Conversation."""
-        template, tokenizer = self._chatting(template)
-        return Conversation(
-            template,
-            tokenizer,
-            self._growing,
-            self.config.max_position_embeddings,
-            self.ends,
-            sampling or Sampling(),
-            stop,
-        )
-
-    def _chatting(self, template: ChatTemplate | None = None) -> tuple[ChatTemplate, Tokenizer]:
-        template = template or self.chat_template
-        if template is None:
-            raise no_template(self.source)
-        if self.tokenizer is None:
-            raise _no_tokenizer(self.source)
-        return template, self.tokenizer
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, with the special tokens that the tokenizer puts before a text. An empty one is the end-of-text
-        token, which stands before every document. Raises Refused: no tokenizer; UsageError: nothing to begin with."""
-        if self.tokenizer is None:
-            raise _no_tokenizer(self.source)
-        ids = [int(t) for t in self.tokenizer.encode(text, add_special_tokens=True)]
-        if not ids and self.tokenizer.eos_id is None:
-            raise UsageError("an empty prompt needs a tokenizer with an end-of-text token; give some text")
-        return ids or [int(self.tokenizer.eos_id or 0)]
-
-    def _text_stream(self, ids: Sequence[int], stop: Sequence[str]) -> TextStream | None:
-        if self.tokenizer is None and stop:
-            raise _no_tokenizer(self.source)
-        return None if self.tokenizer is None else TextStream(self.tokenizer, ids, stop)
-
-    def _room(self, slots: int, rows: int) -> Generator:
-        """A generator of so many slots and rows: the one before where it is large enough."""
-        old = self._generator
-        if old is None or old.slots < slots or old.rows < rows:
-            self._generator = None  # its memory is free before the new one takes its own
-            del old
-            need = generator_memory(self.config, self.backend, self.dtype, rows, slots)
-            held = dataclasses.replace(need, weights=0)
-            check_fits(held, self.backend, "give fewer max_tokens or prompts at once")
-            self._generator = Generator(self.config, self.backend, self.weights, slots, self.dtype, rows)
-        assert self._generator is not None
-        return self._generator
-
-    def _growing(self, slots: int) -> Generator:
-        """As _room for one conversation that will go on: twice as large each time, so that it is seldom read again."""
-        if self._generator is None or self._generator.slots < slots:
-            slots = min(self.config.max_position_embeddings, max(1024, 1 << (slots - 1).bit_length()))
-        return self._room(slots, 1)
-
-    # Files
-
-    def save(self, path: str | Path, dtype: str | None = None) -> None:
-        """Write an .apr file, or a Hugging Face folder where the path has no such suffix, with tokenizer and chat template.
-
-        dtype: of the stored weights, "float32" or "bfloat16" (default: that of the model in memory). Raises Refused,
-        IOFailure."""
-        if isinstance(self.weights, int8.Int8Weights):
-            raise Refused(
-                f"{path}: weights rounded to int8 are not saved; load the model with dtype='float32' to save it"
-            )
-        path, layout = Path(path), Layout(self.config)
-        tensors = layout.named(self.backend.to_host(self.weights))
-        stored, texts = dtype or self.dtype, self.checkpoint.texts
-        if path.suffix == ".apr":
-            meta = config_to_metadata(self.config)
-            if self.tokenizer is not None:
-                bos = self.checkpoint.metadata.get("tokenizer.bos_token_id")
-                embed_tokenizer(meta, self.tokenizer.json, self.tokenizer.eos_id, bos)
-            kept = {name: text for name, text in texts.items() if name != "config.json"}
-            if kept:
-                meta["hf_files"] = kept
-            if self.chat_template is not None:
-                meta["chat_template"] = self.chat_template.text
-            write_apr(path, meta, tensors, stored)
-            return
-        tokenizer = None if self.tokenizer is None else self.tokenizer.json
-        write_hf(path, self.config, tensors, stored, tokenizer_json=tokenizer)
-        for name, text in texts.items():
-            if name != "config.json":
-                write_text(path / name, text)
-        if self.chat_template is not None and self.checkpoint.chat_template is not None:
-            write_text(path / "chat_template.jinja", self.chat_template.text)
-
 
 def load(
     path: str | os.PathLike[str], device: str = "auto", dtype: str | None = None, threads: int | None = None
 ) -> LanguageModel:
-    """A checkpoint, ready to be asked: an .apr file or a Hugging Face folder.
+    """Load a checkpoint on a device: an .apr file or a Hugging Face folder.
 
     device: "auto", "cpu", "cuda" or "cuda:N". dtype: "float32" or "bfloat16" (default: the backend's first, bfloat16 on
     a GPU), or "int8": matrices rounded to 8 bits, for faster generation on the CPU, where auto then stays. threads: CPU
@@ -452,7 +76,7 @@ class Printed(Display):
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run that came to its end. val_loss in nats/token; checkpoint: the latest .apr; details: all of `--json`."""
+    """Result of a run that came to its end. val_loss in nats/token; checkpoint: the latest .apr; details: all of `--json`."""
 
     status: str
     verdict: str
@@ -469,10 +93,10 @@ def train(
     callbacks: Sequence[Callback] = (),
     show: bool = False,
 ) -> RunResult:
-    """What `apr pretrain` does: settings as a mapping, a Settings, or the path of a JSON file with them.
+    """Run `apr pretrain`: settings as a mapping, a Settings, or the path of a JSON file with them.
 
-    callbacks hear of every step, evaluation and checkpoint. show: print data, evaluations, gates and result. Raises the errors of
-    the command: UsageError and Refused before it starts, Aborted when a gate stops it, Interrupted after Ctrl-C (state
+    callbacks hear of every step, evaluation and checkpoint. show: print data, evaluations, gates and result. Raises the
+    errors of the command: UsageError and Refused before it starts, Aborted when a gate stops it, Interrupted after Ctrl-C (state
     saved), CallbackFailed after an exception in a callback (state saved; the exception is its cause)."""
     explicit: dict[str, Any] | None = None
     if isinstance(config, Settings):
@@ -496,16 +120,3 @@ def train(
         RunDir(folder).checkpoints()[-1],
         result,
     )
-
-
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of Sampling. Raises UsageError for one that it has not."""
-    names = [f.name for f in dataclasses.fields(Sampling)]
-    for name in options:
-        if name not in names:
-            raise UsageError(f"{name} is no option of generation; there are {', '.join(names)} and stop")
-    return options
-
-
-def _no_tokenizer(source: str) -> Refused:
-    return Refused(f"{source}: no tokenizer in it; put tokenizer.json beside the weights")

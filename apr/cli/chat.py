@@ -12,11 +12,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ..api import LanguageModel
 from ..common.atomic import write_json
 from ..common.errors import AprError, UsageError
 from ..inference.chat import Conversation
 from ..inference.generate import Sampling
+from ..inference.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from .run import Flags

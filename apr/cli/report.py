@@ -14,6 +14,7 @@ from ..common.options import json_option, option, parse
 from ..evidence.seal import resealed
 from ..report.page import render
 from ..training.rundir import EVIDENCE
+from ..training.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def main(args: Sequence[str]) -> int:
     f = parse(Flags, args, "apr report", __doc__ or "")
     folder = Path(f.run_dir)
     path = Path(f.output) if f.output else folder / "report.html"
-    page = render(folder)
+    page = render(folder, Settings)
     if path.resolve().is_relative_to(folder.resolve()) and (folder / EVIDENCE).is_file():
         resealed(folder, path, page)  # a page of a newer apr is no tampering
     else:

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..api import LanguageModel, Text, load
+from ..api import load
 from ..common.errors import MalformedFile, Refused, UsageError
 from ..common.files import parse_json, read_text
 from ..common.options import device_option, dtype_option, json_option, option, parse, threads_option
 from ..inference.generate import Continuation, Sampling
+from ..inference.language_model import LanguageModel
+from ..inference.streaming import Text
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..tokenizer.tokenizer import Tokenizer
 
@@ -10,6 +11,17 @@ BROKEN = "\ufffd"  # what half a character decodes to
 CONTEXT = (
     6  # tokens of the prompt that are decoded with the first new one: some decoders treat a first token apart
 )
+
+
+@dataclass(frozen=True)
+class Text:
+    """Continuation of a prompt: its text, its ids, and the reason of its end: "end" (an end-of-text id, the last of the ids),
+    "stop" (a stop string, not part of the text), "length" (max_tokens) or "positions" (the model has no more)."""
+
+    prompt_ids: list[int]
+    text: str
+    ids: list[int]
+    ended: str
 
 
 class StopText:

@@ -166,7 +166,7 @@ def _record_end(
 def _close(run: RunDir, show: Display) -> None:
     """The page of the run, and the hashes of all its files."""
     try:
-        write_text(run.path / "report.html", render(run.path))
+        write_text(run.path / "report.html", render(run.path, Settings))
     except Exception as e:  # whatever is wrong with the page, the run has ended and its files are whole
         show.note(f"no report.html: {e}; `apr report {shlex.quote(str(run.path))}` tries again")
     seal(run.path)

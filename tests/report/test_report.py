@@ -8,6 +8,7 @@ import html
 import json
 import math
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
@@ -19,9 +20,10 @@ from apr.model.hf_config import to_hf
 from apr.model.presets import PRESETS
 from apr.report import page as report
 from apr.report.charts import MOST, Line, Mark, Rule, log_ticks, moving_mean, nice_ticks, plot, short, thin
-from apr.report.page import render
+from apr.training.settings import Settings
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "circle", "rect"}
+render = partial(report.render, options=Settings)
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}]]></style>\x00"
 
 

@@ -1,0 +1,147 @@
+"""Read the files of a run directory, finished or not, as a Run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.errors import InputNotFound, MalformedFile
+from ..common.files import read_json
+from ..evidence.gates import FORMAT
+from .charts import DRAWABLE
+
+SERIES = ("train_loss", "grad_norm", "weight_norm", "lr", "tokens_per_sec", "tokens_seen", "wall_ms")
+CHUNK_BYTES = 1 << 20  # of metrics.jsonl that are parsed at once
+
+
+@dataclass
+class Run:
+    """Contents of a run directory."""
+
+    config: dict[str, Any]
+    verdict: dict[str, Any] | None
+    step: np.ndarray  # of every training step that is logged
+    series: dict[str, np.ndarray]  # the columns SERIES at those steps, nan where a line has no figure
+    evaluations: list[dict[str, Any]]
+    spot_checks: list[dict[str, Any]]
+    passes: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    ckpt: Path
+
+    def tokens_at(self, step: float) -> float:
+        """Return the tokens seen when a step was done; between logged steps in proportion."""
+        return float(np.interp(step, np.append(0, self.step), np.append(0, self.series["tokens_seen"])))
+
+    def setting(self, name: str) -> Any:
+        """Return a setting of config.json, None where it has none."""
+        return self.part("settings").get(name)
+
+    def part(self, name: str) -> dict[str, Any]:
+        """Return an object of config.json, {} where it has none."""
+        found = self.config.get(name)
+        return found if isinstance(found, dict) else {}
+
+
+def load(run_dir: Path) -> Run:
+    """Read a run directory, finished or not. Raises InputNotFound, MalformedFile."""
+    path = run_dir / "config.json"
+    if not run_dir.is_dir():
+        raise InputNotFound(f"{run_dir}: no such folder; give the --run-dir of `apr pretrain`")
+    if not path.is_file():
+        raise InputNotFound(f"{path}: no such file; give a folder that `apr pretrain` wrote")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise MalformedFile(f"{path}: expected a JSON object")
+    flat = array("d")  # 8 bytes a figure: a run may have a million steps
+    other: list[dict[str, Any]] = []
+    for line in _lines(run_dir / "metrics.jsonl", "step"):
+        if "train_loss" not in line:
+            other.append(line)
+            continue
+        try:
+            flat.append(line["step"])
+            flat.extend(map(line.get, SERIES, itertools.repeat(math.nan)))
+        except (TypeError, OverflowError):
+            raise MalformedFile(
+                f"{run_dir / 'metrics.jsonl'}: a figure of step {line['step']} is not a number"
+            ) from None
+    table = np.frombuffer(flat, np.float64).reshape(-1, 1 + len(SERIES)).copy()
+    series = dict(zip(SERIES, table[:, 1:].T, strict=True))
+    seen = series["tokens_seen"]
+    np.copyto(seen, 0.0, where=~np.isfinite(seen))
+    evaluations = [e for e in other if "val_loss" in e]
+    for e in evaluations:
+        value = e["val_loss"]
+        if not isinstance(value, int | float) or DRAWABLE < abs(value) < math.inf:
+            raise MalformedFile(f"{run_dir / 'metrics.jsonl'}: val_loss of step {e['step']} is not a number")
+    return Run(
+        config,
+        _verdict(run_dir / "verdict.json"),
+        table[:, 0],
+        series,
+        evaluations,
+        [e for e in other if "spot_check" in e],
+        [e for e in other if "passes" in e],
+        [s for s in _lines(run_dir / "samples.jsonl", "step") if isinstance(s.get("text"), str)],
+        run_dir / "ckpt",
+    )
+
+
+def _lines(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON lines file, each with a whole number `key`; nothing where there is no file.
+
+    A last line cut short, by a crash or because it is being written, is left out."""
+    if not path.is_file():
+        return
+    number = 0
+    with path.open("rb") as f:
+        lines = f.readlines(CHUNK_BYTES)
+        while lines:
+            following = f.readlines(CHUNK_BYTES)
+            try:  # one call for many lines is faster
+                found = json.loads(b"[" + b",".join(lines) + b"]")
+            except (ValueError, RecursionError):
+                found = [_parsed(line) for line in lines]
+                if found[-1] is None and not following:
+                    found.pop()
+            for d in found:
+                number += 1
+                if not isinstance(d, dict) or type(d.get(key)) is not int or not 0 <= d[key] < 2**53:
+                    raise MalformedFile(f"{path}: line {number} is not a JSON object with a {key}")
+                yield d
+            lines = following
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _verdict(path: Path) -> dict[str, Any] | None:
+    """Read verdict.json; None where there is none."""
+    if not path.is_file():
+        return None
+    v = read_json(path)
+    if not isinstance(v, dict) or v.get("format") != FORMAT:
+        raise MalformedFile(f"{path}: expected a JSON object with format = {FORMAT!r}")
+    if not isinstance(v.get("status"), str) or not isinstance(v.get("verdict"), str):
+        raise MalformedFile(f"{path}: no status or no verdict in it")
+    v = {"message": "", "bounds_changed": {}} | v
+    if not isinstance(v["bounds_changed"], dict):
+        raise MalformedFile(f"{path}: bounds_changed must be an object of numbers")
+    gates = v.get("gates")
+    if not isinstance(gates, list) or not all(
+        isinstance(g, dict) and isinstance(g.get("id"), str) for g in gates
+    ):
+        raise MalformedFile(f"{path}: gates must be a list of objects with an id")
+    return v
