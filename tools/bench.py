@@ -84,7 +84,7 @@ def measure_step(preset: str, batch: int, seq: int, steps: int, threads: int, op
     rate = matmul_rate(backend)
     cfg, times = PRESETS[preset], dict[str, float]()
     model = Model(cfg, timed(backend, times) if ops else backend, batch, seq)
-    opt = AdamW(model, weight_decay=0.01)
+    opt = AdamW.of(model, weight_decay=0.01)
     host = np.zeros(model.layout.size, np.float32)
     model.layout.init(host, 0)
     backend.from_host(model.w, host)

@@ -134,7 +134,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     cfg = PRESETS[a.one]
     batch, seq = a.batch, a.seq
     model = Model(cfg, backend, batch, seq, a.dtype, recompute=a.recompute)
-    opt = AdamW(model)
+    opt = AdamW.of(model)
     host = np.zeros(model.layout.size, np.float32)
     model.layout.init(host, 0)
     opt.set_weights(host)

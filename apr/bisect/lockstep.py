@@ -1,6 +1,6 @@
 """Several models as one: every op runs on each side in turn, and is compared before the next one.
 
-A Twin is the same buffer on every side. Model and AdamW only slice and reshape buffers and hand them to a backend, so
+A Twin is the same buffer on every side. Model and Optimizer only slice and reshape buffers and hand them to a backend, so
 they run unchanged over Twins and a Lockstep, which calls the op on each side. Nothing but the models themselves is kept:
 memory does not grow with the number of ops.
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..backends import PLUMBING
 from ..model.config import ModelConfig
-from ..model.optim import AdamW
+from ..model.optim import Optimizer
 from ..model.transformer import Model
 from .rule import WRITES, Backend, parameters
 
@@ -146,12 +146,13 @@ def join(models: Sequence[Model], watch: Watch = run_both) -> Model:
     return both
 
 
-def join_optimizers(both: Model, optimizers: Sequence[AdamW]) -> AdamW:
-    """One AdamW that runs those of the models of join() in lockstep."""
+def join_optimizers(both: Model, optimizers: Sequence[Optimizer]) -> Optimizer:
+    """Build one optimizer that runs those of the models of join() in lockstep."""
     out = copy.copy(optimizers[-1])
-    out.model = both
-    for name in ("m", "v", "master", "sum_sq", "factor"):
+    out.be, out.w, out.g = both.be, both.w, both.g
+    for name in ("master", "sum_sq", "factor"):
         setattr(out, name, Twin(name, [getattr(o, name) for o in optimizers]))
+    out.state = {name: Twin(name, [o.state[name] for o in optimizers]) for name in out.state}
     return out
 
 

@@ -50,6 +50,11 @@ def outputs(op: str) -> dict[str, str]:
     return {x.lstrip("=+"): x[: len(x) - len(x.lstrip("=+"))] for x in WRITES[op].split()}
 
 
+def is_update(op: str) -> bool:
+    """Tell an optimizer's op, whose arrays are parts of flat buffers of all parameters, from the others."""
+    return "master" in outputs(op)
+
+
 def parameters(op: str) -> tuple[str, ...]:
     """The parameters of an op, in order."""
     return tuple(signature(getattr(reference, op)).parameters)

@@ -69,5 +69,5 @@ def _shaken(model: Model) -> Iterator[None]:
 
 def _bytes(model: Model, batch: Batch) -> int:
     """Of main memory, with what comparing the largest array takes."""
-    job = memory(model.cfg, reference, *batch.shape, dtype="float64", optimizer=False).total
+    job = memory(model.cfg, reference, *batch.shape, dtype="float64", optimizer=None).total
     return job + 4 * 8 * model.cfg.vocab_size * model.cfg.hidden_size

@@ -19,17 +19,17 @@ from ..backends import reference
 from ..model.buffers import WIDE
 from ..model.config import ModelConfig
 from ..model.cost import memory
-from ..model.optim import AdamW
+from ..model.optim import OPTIMIZERS, Optimizer
 from ..model.params import FUSED, Layout
 from ..model.transformer import Model
 from . import causes, rule
 from .difference import Difference, difference
-from .lockstep import join, join_optimizers
+from .lockstep import Twin, join, join_optimizers
 from .pieces import in_parallel, in_pieces
 from .report import EXACT, Report, Row
 from .watch import Forced, Free
 
-LR, CLIP, DECAY, STEPS = 0.003, 0.5, 0.1, 2  # of the AdamW step: CLIP is a share of the gradients' norm
+LR, CLIP, DECAY, STEPS = 0.003, 0.5, 0.1, 2  # of an optimizer step: CLIP is a share of the gradients' norm
 PERIOD = (1 << 16) - 15  # random numbers that are used again and again: no tensor is so small or so regular
 FUSED_IN = {part: name for name, parts in FUSED.items() for part in parts}
 Progress = Callable[[str], None]
@@ -312,33 +312,45 @@ def forced(truth: ModelConfig, judged: Model, batch: Batch, optimizer: bool) -> 
     watch.begin(both)
     passes(both, watch, batch)
     if optimizer:
-        watch.stage = "optimizer"
-        _one_step(both, [model, judged], watch)
+        watch.stage, norm = "optimizer", _norm(model.g)
+        for number, kind in enumerate(OPTIMIZERS.values()):
+            _one_step(kind, both, [model, judged], norm, own_gradients=number == 0)
     return watch
 
 
-def _one_step(both: Model, models: list[Model], watch: Forced) -> None:
-    """The third step of AdamW, with moments that are not zero, and clipping that bites."""
-    opts = [AdamW(m, weight_decay=DECAY, grad_clip=CLIP) for m in models]
+def _one_step(
+    kind: type[Optimizer], both: Model, models: list[Model], norm: float, own_gradients: bool
+) -> None:
+    """Run the third step of an optimizer, with state that is not zero and clipping that bites.
+
+    own_gradients: of the pass before; otherwise another optimizer's step has cleared them, and noise takes their place.
+    """
+    opts = [kind.of(m, weight_decay=DECAY, grad_clip=CLIP) for m in models]
     joined = join_optimizers(both, opts)
-    block = np.random.default_rng(0).standard_normal(PERIOD)
-    norm = _norm(models[0].g)
     joined.grad_clip, joined.steps = CLIP * norm, STEPS
-    for x, size in ((joined.m, 0.1 * norm), (joined.v, (0.1 * norm) ** 2)):
-        truth, judged = x.sides
-        low = np.empty(truth.shape, judged.dtype)
-        values = (np.abs(block) if x is joined.v else block) * size / np.sqrt(truth.size)
-
-        def fill(at: slice, low: Any = low, truth: Any = truth, values: Any = values) -> None:
-            low[at] = np.resize(values, low[at].size)
-            truth[at] = low[at]
-
-        in_pieces(fill, truth.size)
-        models[1].be.from_host(judged, low)
+    for name, power in joined.moments.items():
+        _fill_with_noise(joined.state[name], models[1].be, 0.1 * norm, power)
+    if not own_gradients:
+        _fill_with_noise(joined.g, models[1].be, norm, 1)
     joined.master.sides[0][...] = models[0].w
     if joined.master.sides[1] is not models[1].w:
         models[1].be.from_host(joined.master.sides[1], models[0].w.astype(joined.master.sides[1].dtype))
     joined.step(LR)
+
+
+def _fill_with_noise(x: Twin, be: rule.Backend, norm: float, power: int) -> None:
+    """x = block norm^power / sqrt(size) on both sides, block of N(0, 1), without its sign for an even power."""
+    block = np.random.default_rng(0).standard_normal(PERIOD)
+    truth, judged = x.sides
+    low = np.empty(truth.shape, judged.dtype)
+    values = (block if power % 2 else np.abs(block)) * norm**power / np.sqrt(truth.size)
+
+    def fill(at: slice) -> None:
+        low[at] = np.resize(values, low[at].size)
+        truth[at] = low[at]
+
+    in_pieces(fill, truth.size)
+    be.from_host(judged, low)
 
 
 def free(truth: ModelConfig, judged: Model, weights: np.ndarray, batch: Batch) -> Free:
@@ -371,25 +383,32 @@ def free(truth: ModelConfig, judged: Model, weights: np.ndarray, batch: Batch) -
 # The optimizer as a whole
 
 
-def optimizer_step(judged: Model) -> list[Row]:
-    """One whole AdamW step on the side's own gradients, against the formula on the host, parameter by parameter:
-    Loshchilov and Hutter 2019, algorithm 2, matrices alone decayed. Leaves the model with the new weights."""
-    be, layout = judged.be, judged.layout
-    g = be.to_host(judged.g)
-    norm = _norm(g)
-    opt = AdamW(judged, weight_decay=DECAY, grad_clip=CLIP * norm)
+def optimizer_steps(judged: Model) -> list[Row]:
+    """Compare one whole step of each optimizer, on the side's own gradients, with its formula on the host.
+
+    Leaves the model with the new weights."""
+    g = judged.be.to_host(judged.g)
+    rows = []
+    for kind in OPTIMIZERS.values():
+        judged.be.from_host(judged.g, g)
+        rows += _optimizer_step(kind, judged, g)
+    return rows
+
+
+def _optimizer_step(kind: type[Optimizer], judged: Model, g: np.ndarray) -> list[Row]:
+    """Compare the weights after a first step with the formula, parameter by parameter; matrices alone decay."""
+    be, layout, norm, op = judged.be, judged.layout, _norm(g), f"{kind.__name__}.step"
+    opt = kind.of(judged, weight_decay=DECAY, grad_clip=CLIP * norm)
     before = be.to_host(opt.master)
     opt.step(LR)
     after = be.to_host(opt.master)
     factor = min(1.0, CLIP * norm / (norm + 1e-6))
     rows = []
 
-    def formula(w: np.ndarray, grad: np.ndarray, decay: float, kind: Any) -> np.ndarray:
-        num = np.dtype(kind).type
-        w, grad = w.astype(kind), grad.astype(kind) * num(factor)
-        m, v = grad * num(1 - opt.beta1), grad * grad * num(1 - opt.beta2)
-        mhat, vhat = m / num(1 - opt.beta1), v / num(1 - opt.beta2)
-        out: np.ndarray = w - num(LR) * (mhat / (np.sqrt(vhat) + num(opt.eps)) + num(decay) * w)
+    def formula(w: np.ndarray, grad: np.ndarray, decay: float, dtype: Any) -> np.ndarray:
+        w, grad = w.astype(dtype), grad.astype(dtype) * factor
+        state = opt.next_state({name: np.zeros_like(grad) for name in opt.state}, grad)
+        out: np.ndarray = w - LR * opt.direction(w, state, decay)
         return out
 
     eps = rule.EPS[WIDE[judged.dtype]]
@@ -406,11 +425,11 @@ def optimizer_step(judged: Model) -> list[Row]:
             return tol, dataclasses.replace(d, flat=at.start + d.flat), cause
 
         tol, d, cause = max(in_pieces(judge, s.size), key=lambda f: (not f[1].err <= f[0], f[1].err - f[0]))
-        rows.append(measured("optimizer", "AdamW.step", f"w.{s.hf}", d, tol, s.layer, s.shape, cause))
+        rows.append(measured("optimizer", op, f"w.{s.hf}", d, tol, s.layer, s.shape, cause))
     rows.append(
         holds(
             "optimizer",
-            "AdamW.step",
+            op,
             "g",
             not be.to_host(judged.g).any(),
             "the gradients were not set to zero",
@@ -582,10 +601,16 @@ class Plan:
 
 def host_bytes(side: Side, shape: tuple[int, int], plan: Plan) -> int:
     """Bytes of main memory that run() takes at the most, beside the side's own."""
+    largest = max(OPTIMIZERS.values(), key=lambda kind: len(kind.moments))
 
     def of(dtype: str, optimizer: bool) -> int:
         return memory(
-            side.cfg, reference, *shape, dtype=dtype, train=plan.backward, optimizer=optimizer
+            side.cfg,
+            reference,
+            *shape,
+            dtype=dtype,
+            train=plan.backward,
+            optimizer=largest if optimizer else None,
         ).total
 
     one = of("float64", plan.optimizer and plan.backward)
@@ -643,7 +668,7 @@ def run(
         del watch
         if plan.backward and plan.optimizer:
             with stage("optimizer"):
-                report.add(optimizer_step(judged))
+                report.add(optimizer_steps(judged))
                 judged.be.from_host(judged.w, weights)
     progress("forward to optimizer, each op alone")
     with kernel_arguments(given):

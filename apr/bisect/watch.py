@@ -100,7 +100,7 @@ class _Watch:
 
     def _place(self, call: Call, name: str, index: int) -> tuple[str, int | None]:
         """(tap, layer) of an output; in a flat buffer, of the parameter that its worst element belongs to."""
-        if call.op == "adamw":
+        if rule.is_update(call.op):
             x = call.args[name]
             slot = next(
                 (s for s in self.layout.slots if s.offset <= x.start + index < s.offset + s.size), None
@@ -149,7 +149,7 @@ class Forced(_Watch):
     def _look(self, call: Call, run: Callable[[], None]) -> None:
         names = self._enter(call)
         self._poison(call, names)
-        if call.op == "adamw":
+        if rule.is_update(call.op):
             self._run(1, call)
             self._in_pieces(
                 call, names, call.args["w"].shape[0], lambda at: _elements(call, at), settle=False

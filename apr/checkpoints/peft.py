@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from ..backends import reference
 from ..common.atomic import write_json
 from ..common.errors import InputNotFound, MalformedFile, Refused
 from ..common.files import parse_json, read_text
@@ -249,8 +248,7 @@ def add_adapter(layout: Layout, flat: np.ndarray, adapter: LoadedAdapter) -> Non
         s = layout.by_hf[hf]
         view = flat[s.offset : s.offset + s.size].reshape(s.shape)
         a, b = np.asarray(delta.a, np.float64), np.asarray(delta.b, np.float64)
-        total, unused = view.astype(np.float64), np.empty_like(a)
-        reference.linear_bwd(unused, total, None, np.ascontiguousarray(b.T) * delta.scale, a, total)
+        total = view.astype(np.float64) + (delta.scale * b) @ a
         if not np.isfinite(total).all():
             raise Refused(f"{adapter.source}: {hf} with its adapter is not finite")
         view[...] = total

@@ -94,7 +94,7 @@ def main(args: Sequence[str]) -> int:
     ids = read_ids(f.tokens, source.cfg, "--tokens", lowest=0)
     targets = read_targets(f.targets, ids, source.cfg)
     batch, seq = ids.shape
-    need = memory(source.cfg, backend, batch, seq, dtype, f.backward, ids.size, optimizer=False)
+    need = memory(source.cfg, backend, batch, seq, dtype, f.backward, ids.size, optimizer=None)
     check_fits(need, backend, "trace fewer tokens or a smaller model")
     weights = source.on(backend, dtype)
     model = Model(source.cfg, backend, batch, seq, dtype, f.backward, ids.size, w=weights)

@@ -190,7 +190,7 @@ class Subject:
         self.tell(f"reading the {passage.name}")
         window = min(WINDOW, self.cfg.max_position_embeddings, len(passage.ids))
         need = memory(
-            self.cfg, self.backend, 1, window, self.dtype, train=False, loss_rows=window, optimizer=False
+            self.cfg, self.backend, 1, window, self.dtype, train=False, loss_rows=window, optimizer=None
         )
         check_fits(need, self.backend, "check a smaller model")
         model = Model(self.cfg, self.backend, 1, window, self.dtype, train=False, loss_rows=window, w=weights)

@@ -47,7 +47,7 @@ def _gradient_answer(
 
 def base_loaded(adapters: Adapters, init: Checkpoint) -> Answer:
     """Compare the base on the device with a checkpoint's weights, rounded to the run's dtype (gate before.weights)."""
-    count, tensors = 0, parameters(adapters.base_model.layout, init)
+    count, tensors = 0, parameters(adapters.model.layout, init)
     for s, flat in adapters.base_values():
         stored = tensors[s.hf].reshape(-1)
         for start in range(0, s.size, CHUNK):
@@ -77,7 +77,7 @@ def base_unchanged(adapters: Adapters) -> Answer:
 def merge_error(adapters: Adapters) -> tuple[float, str]:
     """|W_eff - (W + s B A)| in float64, as a share of what rounding allows: the largest of the first and last layer, and
     the matrix that has it."""
-    model, config = adapters.base_model, adapters.config
+    model, config = adapters.model, adapters.config
     eps = float(np.finfo(np.float32 if adapters.dtype == "float32" else np.float64).eps)
     last = 0.0 if adapters.dtype == model.dtype else 2.0**-8
     effective, s = model.layout.named(model.w), config.scale

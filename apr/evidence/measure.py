@@ -14,7 +14,7 @@ from ..checkpoints.tensors import CHUNK
 from ..common.errors import AprError
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, to_hf
-from ..model.optim import AdamW
+from ..model.optim import Optimizer, State
 from ..model.transformer import Model
 from .gates import Answer
 
@@ -61,7 +61,7 @@ def architecture(cfg: ModelConfig, source: str) -> Answer:
     return Answer(same, f"{len(written)} keys of {source}", "the same configuration")
 
 
-def loaded_weights(model: Model, opt: AdamW, init: Checkpoint) -> Answer:
+def loaded_weights(model: Model, opt: Optimizer, init: Checkpoint) -> Answer:
     """Whether the device holds a checkpoint's weights bit for bit, element by element."""
     be, count = model.be, 0
     tensors = parameters(model.layout, init)
@@ -87,7 +87,7 @@ def _bits(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
 
 
-def random_weights(model: Model, opt: AdamW, std: float) -> Answer:
+def random_weights(model: Model, opt: Optimizer, std: float) -> Answer:
     """Whether random matrices have the spread that was asked for, vectors their constants."""
     worst, where = 0.0, ""
     for s in model.layout.slots:
@@ -177,29 +177,30 @@ def _heads_view(model: Model, ids: np.ndarray) -> np.ndarray:
 
 
 class Follow:
-    """Some elements of all parameters, followed through an optimizer step: gradients into moments, moments into weights."""
+    """Follow some elements of all parameters through an optimizer step: gradients into state, state into weights."""
 
-    def __init__(self, opt: AdamW) -> None:
-        size = opt.model.layout.size
+    def __init__(self, opt: Optimizer) -> None:
+        size = opt.w.size
         self.opt, self.part = opt, slice(None, None, max(1, size // SAMPLE) | 1)
         places = np.arange(0, size, self.part.step)
-        self._decay = np.where(places < opt.model.layout.decayed, opt.weight_decay, 0.0)
-        self._before: list[np.ndarray] = []
+        self._decay = np.where(places < opt.decayed, opt.weight_decay, 0.0)
 
     def before(self) -> None:
-        """Keep weights, moments and gradients as they are before a step."""
-        opt = self.opt
-        self._before = [self._read(x) for x in (opt.master, opt.m, opt.v, opt.model.g)]
+        """Keep weights, state and gradients as they are before a step."""
+        self._old, self._old_state, self._g = (
+            self._read(self.opt.master),
+            self._state(),
+            self._read(self.opt.g),
+        )
 
     def after(self, lr: float, grad_norm: float, tolerance: float) -> Answer:
-        """Compare with where AdamW's formula takes them, clipping included.
+        """Compare with the optimizer's formula, clipping included.
 
         lr fitted: sum(moved * direction) / sum(direction^2); rounding of the weights to float32 adds eps / 2 of each
         to its move, at random, and so to the fit the root of the sum of its squares."""
-        opt, (old, m_old, v_old, g) = self.opt, self._before
-        new, m, v = (self._read(x) for x in (opt.master, opt.m, opt.v))
-        mhat, vhat = m / (1 - opt.beta1**opt.steps), v / (1 - opt.beta2**opt.steps)
-        direction = mhat / (np.sqrt(vhat) + opt.eps) + self._decay * old
+        opt, old = self.opt, self._old
+        new, state = self._read(opt.master), self._state()
+        direction = opt.direction(old, state, self._decay)
         moved = old - new
         rounding = EPS32 * np.maximum(np.abs(old), np.abs(new))
         weight = float(direction @ direction)
@@ -213,35 +214,36 @@ class Follow:
         if not abs(fitted - lr) <= tolerance * lr + noise:
             why = f"the log says a learning rate of {lr:.4e}, the weights moved by one of {fitted:.4e}"
         elif off[worst] > 0:
-            why = (
-                f"an element moved by {moved[worst]:.3e} where AdamW moves it by {lr * direction[worst]:.3e}"
-            )
-        elif not np.array_equal(_bits(self._read_raw(opt.model.w)), _bits(self._rounded(new))):
+            name, asked = type(opt).__name__, lr * direction[worst]
+            why = f"an element moved by {moved[worst]:.3e} where {name} moves it by {asked:.3e}"
+        elif not np.array_equal(_bits(self._read_raw(opt.w)), _bits(self._rounded(new))):
             why = "the weights that compute are not those that the optimizer moved"
-        elif not self._moments_follow(g, grad_norm, (m_old, v_old), (m, v)):
+        elif not self._state_follows(grad_norm, state):
             why = "the moments are not those of the gradients, clipped to the norm that was asked for"
         return Answer(not why, measured, bound, why, score=abs(fitted - lr) / lr if lr else 0.0)
 
-    def _moments_follow(
-        self, g: np.ndarray, grad_norm: float, old: tuple[np.ndarray, ...], new: tuple[np.ndarray, ...]
-    ) -> bool:
-        """m += (1 - beta1) (g' - m), v += (1 - beta2) (g'^2 - v), g' = g min(1, grad_clip / (norm + 1e-6))."""
-        opt = self.opt
+    def _state_follows(self, grad_norm: float, state: State) -> bool:
+        """Compare the state with the optimizer's formula for g' = g min(1, grad_clip / (norm + 1e-6))."""
+        opt, g = self.opt, self._g
         clipped = g * min(1.0, opt.grad_clip / (grad_norm + 1e-6)) if opt.grad_clip else g
-        for a, b, beta, term in zip(old, new, (opt.beta1, opt.beta2), (clipped, clipped**2), strict=True):
-            slack = 1e-5 * (np.abs(a) + np.abs(term)) + 1e-37  # float32, and where it loses its last bits
-            if not (np.abs(b - (a + (1 - beta) * (term - a))) <= slack).all():
+        for name, want in opt.next_state(self._old_state, clipped).items():
+            size = np.abs(self._old_state[name]) + np.abs(clipped) ** opt.moments[name]
+            slack = 1e-5 * size + 1e-37  # float32, and where it loses its last bits
+            if not (np.abs(state[name] - want) <= slack).all():
                 return False
         return True
 
+    def _state(self) -> State:
+        return {name: self._read(flat) for name, flat in self.opt.state.items()}
+
     def _read_raw(self, flat: Any) -> np.ndarray:
-        return np.ascontiguousarray(self.opt.model.be.to_host(flat[self.part]))
+        return np.ascontiguousarray(self.opt.be.to_host(flat[self.part]))
 
     def _read(self, flat: Any) -> np.ndarray:
         return self._read_raw(flat).astype(np.float64)
 
     def _rounded(self, new: np.ndarray) -> np.ndarray:
-        return new.astype(np.float32).astype(self._read_raw(self.opt.model.w[:1]).dtype)
+        return new.astype(np.float32).astype(self._read_raw(self.opt.w[:1]).dtype)
 
 
 def gradients(model: Model, scratch: Any) -> tuple[list[str], float]:

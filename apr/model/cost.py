@@ -9,11 +9,10 @@ from types import ModuleType
 import numpy as np
 
 from ..common.errors import Refused
-from .buffers import plan_buffers
+from .buffers import WIDE, plan_buffers
 from .config import ModelConfig
-from .lora import LoraConfig
-from .lora import wants as adapter_wants
-from .optim import wants as optimizer_wants
+from .lora import AdapterLayout, LoraConfig, adapter_specs
+from .optim import AdamW, Optimizer
 from .params import Layout
 
 
@@ -80,22 +79,23 @@ def memory(
     loss_rows: int | None = None,
     cache: int = 0,
     recompute: bool = False,
-    optimizer: bool = True,
+    optimizer: type[Optimizer] | None = AdamW,
     documents: bool = False,
     lora: LoraConfig | None = None,
 ) -> Memory:
-    """What Model (and AdamW, when train and optimizer, of all weights or of adapters) will take for batches of batch x seq
-    tokens."""
+    """Bytes of a Model for batches of batch x seq tokens and, when it trains, of the optimizer of its weights or adapters."""
     plan = plan_buffers(
         c, backend, batch, seq, loss_rows,
         dtype=dtype, train=train, recompute=recompute, cache=cache, documents=documents,
     )  # fmt: skip
-    wants = list(plan.specs(c).values())
+    specs = list(plan.specs(c).values())
     if train and optimizer:
-        wants += (adapter_wants(c, dtype, lora) if lora else optimizer_wants(c, dtype)).values()
+        size, kind = (AdapterLayout(c, lora).size, WIDE[dtype]) if lora else (Layout(c).size, dtype)
+        specs += optimizer.specs(size, kind).values()
+        specs += adapter_specs(c, dtype, lora).values() if lora else ()
     sums: dict[str, int] = {}
-    for w in wants:
-        sums[w.purpose] = sums.get(w.purpose, 0) + w.nbytes
+    for spec in specs:
+        sums[spec.purpose] = sums.get(spec.purpose, 0) + spec.nbytes
     return Memory(**sums, backend=backend.overhead())
 
 

@@ -17,27 +17,21 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ..checkpoints.checkpoint import Checkpoint, fill
-from ..checkpoints.tensors import CHUNK
-from ..common.errors import Refused, UsageError
+from ..common.errors import UsageError
 from .buffers import WIDE, Buffers, BufferSpec, BufferSpecs
 from .config import ModelConfig
-from .optim import AdamW
 from .params import ALIGN, LAYER, Layout, Param, Slot
 from .transformer import Model
-
-if TYPE_CHECKING:
-    from ..checkpoints.peft import LoadedAdapter
 
 SHORT = {"q": "wq", "k": "wk", "v": "wv", "o": "wo", "gate": "wgate", "up": "wup", "down": "wdown"}
 PREFIX = "base_model.model."  # PEFT's names are those of its two wrappers and the model
 LINEAR = {p.name: p.hf.split(".")[-2] for p in LAYER if p.name in SHORT.values()}  # wq: q_proj
 ALPHA_PER_RANK = 2.0  # default of alpha / rank
+HASH_ELEMENTS = 1 << 20  # copied to the host at a time
 
 
 @dataclass(frozen=True)
@@ -156,16 +150,14 @@ def _cut(flat: Any, s: Slot) -> Any:
     return flat[s.offset : s.offset + s.size].reshape(s.shape)
 
 
-def wants(cfg: ModelConfig, dtype: str, config: LoraConfig) -> BufferSpecs:
-    """Buffers of adapters and their optimizer, in the place of those of `optim.wants`."""
+def adapter_specs(cfg: ModelConfig, dtype: str, config: LoraConfig) -> BufferSpecs:
+    """List the buffers of adapters; those of their optimizer are Optimizer.specs of an AdapterLayout's size."""
     layout, wide, r = AdapterLayout(cfg, config), WIDE[dtype], config.rank
     most_in = max((p.base.shape[1] for p in layout.pairs), default=1)
     most_out = max((p.base.shape[0] for p in layout.pairs), default=1)
     out = {
         "adapters": BufferSpec("weights", (layout.size,), wide),
         "adapter_gradients": BufferSpec("gradients", (layout.size,), wide),
-        "m": BufferSpec("moments", (layout.size,), wide),
-        "v": BufferSpec("moments", (layout.size,), wide),
         "base": BufferSpec("base", (_base_size(layout),), dtype),
         "scaled_identity": BufferSpec("scratch", (r, r), wide),
         "scaled_a": BufferSpec("scratch", (r * most_in,), wide),
@@ -174,7 +166,7 @@ def wants(cfg: ModelConfig, dtype: str, config: LoraConfig) -> BufferSpecs:
     }
     if wide != dtype:
         out["merged"] = BufferSpec("scratch", (max(p.base.size for p in layout.pairs),), wide)
-    return out | {name: BufferSpec("scratch", (1,), "float64") for name in ("sum_sq", "factor")}
+    return out
 
 
 def _base_size(layout: AdapterLayout) -> int:
@@ -182,15 +174,17 @@ def _base_size(layout: AdapterLayout) -> int:
 
 
 class Adapters:
-    """The adapters of a model, and what AdamW moves in place of its weights: layout, w, g, be, dtype and cfg as a Model has.
+    """Adapters of a model: the flat arrays that an optimizer updates in place of the model's own.
 
-    base_model.w holds W_eff; `base` the matrices without adapters. Raises Refused: no matrix is adapted."""
+    w, g     (layout.size,) wide    A and B of every pair, and their gradients
+    base     [(O, I)]               W of every pair, as loaded; model.w holds W_eff
+    """
 
     def __init__(self, model: Model, config: LoraConfig) -> None:
-        self.base_model, self.config = model, config
+        self.model, self.config = model, config
         self.be, self.cfg, self.dtype = model.be, model.cfg, WIDE[model.dtype]
         self.layout = AdapterLayout(model.cfg, config)
-        self.buffers = Buffers(self.be, wants(model.cfg, model.dtype, config))
+        self.buffers = Buffers(self.be, adapter_specs(model.cfg, model.dtype, config))
         self.w, self.g = self.buffers["adapters"], self.buffers["adapter_gradients"]
         self.base: list[Any] = []
         at = 0
@@ -201,53 +195,28 @@ class Adapters:
         self.be.from_host(self.buffers["scaled_identity"], identity.astype(self.dtype))
         self.base_sha256 = ""
 
-    def optimizer(self, **options: Any) -> AdapterAdamW:
-        """AdamW over the adapters."""
-        return AdapterAdamW(self, **options)
-
-    def begin(self, host: np.ndarray, seed: int, adapter: LoadedAdapter | None) -> None:
-        """Fill a float32 buffer in the layout's order with starting values: random ones, or those of an adapter."""
-        from ..checkpoints.peft import adapter_start
-
-        if adapter:
-            host[...] = adapter_start(self.layout, adapter)
-        else:
-            self.layout.init(host, seed)
-
-    def save(self, folder: Path, base: str) -> None:
-        """The adapters as they are in PEFT's format."""
-        from ..checkpoints.peft import write_adapter
-
-        write_adapter(folder, self.layout, self.be.to_host(self.w), base)
-
     def set_base(self, host: np.ndarray) -> None:
         """The weights that stay as they are: a host buffer in the model's Layout order, rounded to the model's dtype."""
-        model = self.base_model
+        model = self.model
         self.be.from_host(model.w, host)
         for p, base in zip(self.layout.pairs, self.base, strict=True):
             self.be.copy(base, _cut(model.w, p.base))
         self.base_sha256 = self.base_hash()
 
-    def load_base(self, init: Checkpoint) -> None:
-        """set_base with the weights of a checkpoint."""
-        host = np.zeros(self.base_model.layout.size, np.float32)
-        fill(self.base_model.layout, host, init)
-        self.set_base(host)
-
     def base_values(self) -> Iterator[tuple[Slot, Any]]:
         """(slot, flat values on the device) of every weight that must not change: the matrices without their adapters, and
         the tensors that have none."""
         adapted = {p.base.offset: base for p, base in zip(self.layout.pairs, self.base, strict=True)}
-        for s in self.base_model.layout.in_order():
-            found = adapted[s.offset] if s.offset in adapted else _cut(self.base_model.w, s)
+        for s in self.model.layout.in_order():
+            found = adapted[s.offset] if s.offset in adapted else _cut(self.model.w, s)
             yield s, found.reshape(-1)
 
     def base_hash(self) -> str:
         """SHA-256 of every weight that must not change, as it is on the device."""
         digest = hashlib.sha256()
         for s, flat in self.base_values():
-            for start in range(0, s.size, CHUNK):
-                part = np.ascontiguousarray(self.be.to_host(flat[start : start + CHUNK]))
+            for start in range(0, s.size, HASH_ELEMENTS):
+                part = np.ascontiguousarray(self.be.to_host(flat[start : start + HASH_ELEMENTS]))
                 digest.update(part.view(np.uint8).data)
         return digest.hexdigest()
 
@@ -255,10 +224,10 @@ class Adapters:
         """W_eff = W + s B A for every adapted matrix: what the model computes with from here on."""
         be, r = self.be, self.config.rank
         for p, base, (a, _), sb in self._each():
-            w, d = _cut(self.base_model.w, p.base), _cut(self.base_model.g, p.base)
+            w, d = _cut(self.model.w, p.base), _cut(self.model.g, p.base)
             sum_ = (
                 w
-                if self.dtype == self.base_model.dtype
+                if self.dtype == self.model.dtype
                 else self.buffers["merged"][: p.base.size].reshape(w.shape)
             )
             be.copy(sum_, base)
@@ -269,15 +238,16 @@ class Adapters:
             if sum_ is not w:
                 be.copy(w, sum_)
 
-    def gradients(self) -> None:
-        """g = gradients of all A and B, from those of the matrices that the model has."""
+    def collect_gradients(self) -> None:
+        """g = gradients of all A and B, from those of the model's matrices; sets the model's gradients to zero."""
         be, identity = self.be, self.buffers["scaled_identity"]
         for (p, _, (a, _), sb), (da, db) in zip(self._each(), self.layout.views(self.g), strict=True):
-            d = _cut(self.base_model.g, p.base)
+            d = _cut(self.model.g, p.base)
             be.linear_bwd(da, None, None, sb, a, d)  # s B^T d
             sa = self.buffers["scaled_a"][: a.size].reshape(a.shape)
             be.linear_bwd(sa, None, None, identity, a, a)  # s A
             be.linear_fwd(db, d, sa, None)  # d (s A)^T
+        be.fill(self.model.g, 0)
 
     def _each(self) -> Any:
         """(pair, base, (A, B), s B^T) of every adapted matrix."""
@@ -288,32 +258,6 @@ class Adapters:
             yield p, base, (a, b), sb
 
 
-def adapter_facts(opt: AdamW) -> dict[str, Any]:
-    """What a state says of the adapters beside their values: how they count, and what they belong to. {} without adapters."""
-    adapters: Any = opt.model
-    if not isinstance(adapters, Adapters):
-        return {}
-    return {"lora": {**lora_to_json(adapters.config), "base_sha256": adapters.base_sha256}}
-
-
-def check_adapter_facts(opt: AdamW, metadata: Mapping[str, Any], source: str) -> None:
-    """Raises Refused where a state belongs to another base, to other adapters, or to none."""
-    found, ours = metadata.get("lora"), adapter_facts(opt).get("lora")
-    if found != ours:
-        raise Refused(
-            f"{source}: adapters {found}, this run has {ours}; resume with the --init and settings of then"
-        )
-
-
-def adapt(model: Model, config: LoraConfig | None, init: Checkpoint | None) -> Adapters | None:
-    """Adapters of a model with a checkpoint's weights; None where there is no configuration of any."""
-    if config is None or init is None:  # settings.resolve refuses adapters of random weights
-        return None
-    adapters = Adapters(model, config)
-    adapters.load_base(init)
-    return adapters
-
-
 def lora_to_json(c: LoraConfig) -> dict[str, Any]:
     """A configuration for JSON."""
     return {"rank": c.rank, "alpha": c.alpha, "targets": list(c.targets), "rslora": c.rslora}
@@ -322,42 +266,3 @@ def lora_to_json(c: LoraConfig) -> dict[str, Any]:
 def lora_of_json(d: Mapping[str, Any]) -> LoraConfig:
     """What lora_to_json wrote."""
     return LoraConfig(d["rank"], d["alpha"], tuple(d["targets"]), d["rslora"])
-
-
-def state_layout(metadata: Mapping[str, Any], cfg: ModelConfig) -> Layout | AdapterLayout:
-    """What the tensors of a saved state are laid out as."""
-    lora = metadata.get("lora")
-    return AdapterLayout(cfg, lora_of_json(lora)) if lora else Layout(cfg)
-
-
-class AdapterAdamW(AdamW):
-    """AdamW over adapters: after each step the model computes with the weights that follow from them."""
-
-    def __init__(
-        self,
-        adapters: Adapters,
-        beta1: float = 0.9,
-        beta2: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-        grad_clip: float = 1.0,
-    ) -> None:
-        self.model: Any = adapters  # not a Model, but all that AdamW and what follows it needs of one
-        self.beta1, self.beta2, self.eps = beta1, beta2, eps
-        self.weight_decay, self.grad_clip = weight_decay, grad_clip
-        self.buffers = adapters.buffers
-        self.m, self.v = self.buffers["m"], self.buffers["v"]
-        self.sum_sq, self.factor = self.buffers["sum_sq"], self.buffers["factor"]
-        self.master = adapters.w
-        self.steps = 0
-
-    def set_weights(self, host: np.ndarray) -> None:
-        """Adapters to go on from: a float32 buffer in their layout's order."""
-        super().set_weights(host)
-        self.model.merge()
-
-    def step(self, lr: float) -> None:
-        """A step of the adapters from g, which Adapters.gradients has filled; all gradients are zero afterwards."""
-        super().step(lr)
-        self.model.merge()
-        self.model.be.fill(self.model.base_model.g, 0)

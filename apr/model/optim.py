@@ -1,127 +1,171 @@
-"""AdamW over the two regions of the flat buffer, clipping by global norm, learning-rate schedules."""
+"""Optimizers: named state over flat arrays, clipping by the global norm, an update of every element.
+
+A new optimizer is a subclass of Optimizer and a row of OPTIMIZERS. What it keeps between steps is named in `moments`;
+states on disk, hashes, --resume, `apr verify` and `apr bisect` follow from that.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from types import ModuleType
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from ..common.errors import UsageError
 from .buffers import WIDE, Buffers, BufferSpec, BufferSpecs
-from .config import ModelConfig
-from .params import Layout
-from .transformer import Model
 
-SCHEDULES = ("cosine", "wsd", "linear", "constant")
-WSD_DECAY = 0.2  # share of all steps in which "wsd" falls (Hu et al. 2024 use 0.1; Haegele et al. 0.2)
+State = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate of step 1, 2, ... num_steps: linear warm-up to lr, then down to lr_min.
+class Trained(Protocol):
+    """Flat weights with their gradients and layout: a Model, or the Adapters of one."""
 
-    cosine: half a cosine; linear: a line; wsd: constant, then a line over the last WSD_DECAY of
-    num_steps; constant: stays at lr.
+    be: ModuleType
+    w: Any
+    g: Any
+    layout: Any
+
+
+@dataclass(eq=False, repr=False)
+class Optimizer:
+    """Update flat weights from flat gradients; own the state, the step count and the hyper-parameters.
+
+    w, g     (n,)          weights and gradients; elements [0, decayed) take weight decay
+    master   (n,) wide     the weights that are updated: w itself, or its float32 copy where w is bfloat16
+    state    {name: (n,)}  wide, zero before the first step
+    sum_sq   (1,) float64  squared global norm of the gradients of the latest step, before clipping
+
+    A subclass gives `moments`, `update` (the op of the backend), and the same formula for the host in `next_state` and
+    `direction`. Its keyword-only fields are its hyper-parameters, read from the settings of a run by name.
+    grad_clip 0 means no clipping. after_update is called whenever w has changed.
     """
 
-    kind: str
-    lr: float
-    lr_min: float
-    warmup_steps: int
-    num_steps: int
+    be: ModuleType
+    w: Any
+    g: Any
+    decayed: int
+    after_update: Callable[[], None] = lambda: None
+    weight_decay: float = field(default=0.1, kw_only=True)
+    grad_clip: float = field(default=1.0, kw_only=True)
+    # {name of a state: power of the gradient that it averages}
+    moments: ClassVar[dict[str, int]] = {}
 
     def __post_init__(self) -> None:
-        if self.kind not in SCHEDULES:
-            raise UsageError(f"--schedule {self.kind}: choose one of {', '.join(SCHEDULES)}")
-
-    def __call__(self, step: int) -> float:
-        """Learning rate of a step, counted from 1."""
-        if step <= self.warmup_steps:
-            return self.lr * step / self.warmup_steps
-        start = self.warmup_steps
-        if self.kind == "wsd":
-            start = max(start, self.num_steps - round(WSD_DECAY * self.num_steps))
-        if self.kind == "constant" or step <= start:
-            return self.lr
-        done = min(1.0, (step - start) / max(1, self.num_steps - start))
-        fall = 0.5 * (1 + math.cos(math.pi * done)) if self.kind == "cosine" else 1 - done
-        return self.lr_min + (self.lr - self.lr_min) * fall
-
-
-def wants(cfg: ModelConfig, dtype: str) -> BufferSpecs:
-    """Buffers of the optimizer of a model: moments, and a float32 copy of weights that are kept in less."""
-    size, wide = Layout(cfg).size, WIDE[dtype]
-    out = {name: BufferSpec("moments", (size,), wide) for name in ("m", "v")}
-    if wide != dtype:
-        out["master"] = BufferSpec("master", (size,), wide)
-    return out | {name: BufferSpec("scratch", (1,), "float64") for name in ("sum_sq", "factor")}
-
-
-class AdamW:
-    """Moments of a model's parameters and the step that uses them.
-
-    Decay applies to matrices only. grad_clip 0 means no clipping.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        beta1: float = 0.9,
-        beta2: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-        grad_clip: float = 1.0,
-    ) -> None:
-        be = model.be
-        self.model = model
-        self.beta1, self.beta2, self.eps = beta1, beta2, eps
-        self.weight_decay, self.grad_clip = weight_decay, grad_clip
-        self.buffers = Buffers(be, wants(model.cfg, model.dtype))
-        self.m, self.v = self.buffers["m"], self.buffers["v"]
+        self.buffers = Buffers(self.be, self.specs(self.w.size, self.w.dtype.name))
+        self.state: dict[str, Any] = {name: self.buffers[name] for name in self.moments}
         self.sum_sq: Any = self.buffers["sum_sq"]
         self.factor: Any = self.buffers["factor"]
-        self.master = model.w
+        self.master = self.w
         if "master" in self.buffers.arrays:
             self.master = self.buffers["master"]
-            be.copy(self.master, model.w)
+            self.be.copy(self.master, self.w)
         self.steps = 0
 
+    @classmethod
+    def of(cls, trained: Trained, **options: Any) -> Self:
+        """Build an optimizer of a model's weights, or of adapters."""
+        return cls(trained.be, trained.w, trained.g, trained.layout.decayed, **options)
+
+    @classmethod
+    def specs(cls, size: int, dtype: str) -> BufferSpecs:
+        """List the buffers for `size` weights of a dtype."""
+        wide = WIDE[dtype]
+        specs = {name: BufferSpec("moments", (size,), wide) for name in cls.moments}
+        if wide != dtype:
+            specs["master"] = BufferSpec("master", (size,), wide)
+        return specs | {name: BufferSpec("scratch", (1,), "float64") for name in ("sum_sq", "factor")}
+
     def set_weights(self, host: np.ndarray) -> None:
-        """Weights to go on from: a float32 buffer in Layout order. The model gets them rounded to its dtype."""
-        self.model.be.from_host(self.model.w, host)
-        if self.master is not self.model.w:
-            self.model.be.from_host(self.master, host)
+        """Set the weights to a float32 buffer; w gets them rounded to its dtype."""
+        self.be.from_host(self.w, host)
+        if self.master is not self.w:
+            self.be.from_host(self.master, host)
+        self.after_update()
+
+    def reset(self) -> None:
+        """Set the state and the step count to those before the first step."""
+        for x in self.state.values():
+            self.be.fill(x, 0)
+        self.steps = 0
 
     def step(self, lr: float) -> None:
-        """Update the parameters from the gradients, then set the gradients to zero.
-
-        Leaves the squared global norm of the gradients, before clipping, in sum_sq.
-        """
-        model, be = self.model, self.model.be
+        """Update the weights and the state, then set the gradients to zero."""
+        be = self.be
         self.steps += 1
         be.fill(self.sum_sq, 0)
-        be.add_sum_sq(self.sum_sq, model.g)
+        be.add_sum_sq(self.sum_sq, self.g)
         be.clip_factor(self.factor, self.sum_sq, self.grad_clip or math.inf)
-        cut = model.layout.decayed
-        for part, decay in ((slice(0, cut), self.weight_decay), (slice(cut, model.layout.size), 0.0)):
-            be.adamw(
-                model.w[part],
-                self.master[part],
-                self.m[part],
-                self.v[part],
-                model.g[part],
-                self.factor,
-                lr,
-                self.beta1,
-                self.beta2,
-                self.eps,
-                decay,
-                self.steps,
-            )
-        be.fill(model.g, 0)
+        for part, decay in ((slice(0, self.decayed), self.weight_decay), (slice(self.decayed, None), 0.0)):
+            self.update(part, lr, decay)
+        be.fill(self.g, 0)
+        self.after_update()
 
     def grad_norm(self) -> float:
-        """Global L2 norm of the gradients of the latest step, before clipping; waits for the device."""
-        return math.sqrt(float(self.model.be.to_host(self.sum_sq)[0]))
+        """Read the global L2 norm of the gradients of the latest step, before clipping; waits for the device."""
+        return math.sqrt(float(self.be.to_host(self.sum_sq)[0]))
+
+    def update(self, part: slice, lr: float, decay: float) -> None:
+        """Run the update op on one part of all arrays; self.steps counts this step already."""
+        raise NotImplementedError
+
+    def next_state(self, state: State, g: np.ndarray) -> State:
+        """Compute the state after a step from the state before it and the clipped gradient, in NumPy."""
+        raise NotImplementedError
+
+    def direction(self, w: np.ndarray, state: State, decay: Any) -> np.ndarray:
+        """Compute d of w_new = w - lr d from the weights before step self.steps and the state after it, in NumPy."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class AdamW(Optimizer):
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2).  m, v: averages of the gradient and of its square."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    moments: ClassVar[dict[str, int]] = {"m": 1, "v": 2}
+
+    def update(self, part: slice, lr: float, decay: float) -> None:
+        """m, v, master, w = those after one step, where `part` is."""
+        self.be.adamw(
+            self.w[part],
+            self.master[part],
+            self.state["m"][part],
+            self.state["v"][part],
+            self.g[part],
+            self.factor,
+            lr,
+            self.beta1,
+            self.beta2,
+            self.eps,
+            decay,
+            self.steps,
+        )
+
+    def next_state(self, state: State, g: np.ndarray) -> State:
+        """m + (1 - beta1) (g - m);  v + (1 - beta2) (g^2 - v)"""
+        m, v = state["m"], state["v"]
+        return {"m": m + (1 - self.beta1) * (g - m), "v": v + (1 - self.beta2) * (g * g - v)}
+
+    def direction(self, w: np.ndarray, state: State, decay: Any) -> np.ndarray:
+        """m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps) + decay w"""
+        mhat = state["m"] / (1 - self.beta1**self.steps)
+        vhat = state["v"] / (1 - self.beta2**self.steps)
+        d: np.ndarray = mhat / (np.sqrt(vhat) + self.eps) + decay * w
+        return d
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW}
+
+
+def optimizer_class(settings: Any) -> type[Optimizer]:
+    """Look up the optimizer that the settings of a run name; AdamW where they name none."""
+    return OPTIMIZERS[getattr(settings, "optimizer", "adamw")]
+
+
+def hyper_parameters(kind: type[Optimizer], settings: Any) -> dict[str, Any]:
+    """Read the keyword-only fields of an optimizer from the settings of a run."""
+    return {f.name: getattr(settings, f.name) for f in fields(kind) if f.kw_only}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ..common.errors import UsageError
 from ..common.options import dtype_option, exactly_one, option
 from .lora import lora_config
-from .optim import SCHEDULES
 from .presets import PRESETS
+from .schedule import SCHEDULES
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ import numpy as np
 
 from ..bisect.spot import spot_check
 from ..checkpoints.checkpoint import fill
+from ..checkpoints.peft import adapter_start, write_adapter
+from ..checkpoints.state import TrainingState
 from ..common.errors import Interrupted, MalformedFile
 from ..data.batches import Batches, Exhausted
 from ..data.conversations.instruct import checked_piece, trained_targets
@@ -29,14 +31,15 @@ from ..evidence.adapters import adapter_gradients
 from ..evidence.gates import Answer, Gates, parse_bounds
 from ..evidence.judge import Judge
 from ..model.cost import flops_per_token
-from ..model.lora import AdapterAdamW, adapt
-from ..model.optim import AdamW, Schedule
+from ..model.lora import Adapters
+from ..model.optim import hyper_parameters, optimizer_class
+from ..model.schedule import Schedule
 from ..model.transformer import Model
 from .callbacks import Callback, CallbackFailed, tell
 from .display import Display
 from .evaluate import Loss, Stopped, evaluate
 from .inputs import Inputs, judge_inputs
-from .rundir import RunDir, bits_per_byte, state_sha
+from .rundir import RunDir, bits_per_byte
 from .sample import sample_text
 
 LAST_STEPS = measure.LAST_STEPS  # the mean of so many is reported beside the mean of the epoch
@@ -97,9 +100,12 @@ class Trainer:
             z_loss=s.z_loss,
             document_end=inputs.document_end,
         )
-        rates = (s.beta1, s.beta2, s.eps, s.weight_decay, s.grad_clip)
-        self.lora = adapt(self.model, inputs.lora, inputs.init)
-        self.opt = AdapterAdamW(self.lora, *rates) if self.lora else AdamW(self.model, *rates)
+        self.lora = self._adapters()
+        trained: Model | Adapters = self.lora or self.model
+        kind = optimizer_class(s)
+        merge = {"after_update": self.lora.merge} if self.lora else {}
+        self.opt = kind.of(trained, **merge, **hyper_parameters(kind, s))
+        self.state = TrainingState(inputs.cfg, trained.layout, self.opt, self.lora)
         self.schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)
         self.batches = Batches(inputs.train, s.batch_size, s.seed, s.shuffle, s.on_exhausted)
         self.began = time.perf_counter()
@@ -122,27 +128,37 @@ class Trainer:
             self.begin_anew()
         self.model.tune(s.batch_size * s.seq_length)
 
+    def _adapters(self) -> Adapters | None:
+        """Adapters around the weights of --init. None where the weights themselves are trained."""
+        if self.inputs.lora is None or self.inputs.init is None:
+            return None
+        adapters = Adapters(self.model, self.inputs.lora)
+        host = np.zeros(self.model.layout.size, np.float32)
+        fill(self.model.layout, host, self.inputs.init)
+        adapters.set_base(host)
+        return adapters
+
     def begin_anew(self) -> None:
-        """Weights, moments and data position as before the first step. Raises Refused."""
-        model, opt, be = self.model, self.opt, self.inputs.backend
-        host = np.zeros(opt.model.layout.size, np.float32)
-        if self.lora:
-            self.lora.begin(host, self.s.seed, self.inputs.lora_init)
-        elif self.inputs.init:
-            fill(model.layout, host, self.inputs.init)
+        """Set weights, optimizer state and data position to those before the first step. Raises Refused."""
+        model, i = self.model, self.inputs
+        host = np.zeros(self.state.layout.size, np.float32)
+        if self.lora and i.lora_init:
+            host = adapter_start(self.lora.layout, i.lora_init)
+        elif self.lora:
+            self.lora.layout.init(host, self.s.seed)
+        elif i.init:
+            fill(model.layout, host, i.init)
         else:
             model.layout.init(host, self.s.seed, self.s.initializer_range)
-        opt.set_weights(host)
-        for moment in (opt.m, opt.v):
-            be.fill(moment, 0)
-        opt.steps = 0
+        self.opt.set_weights(host)
+        self.opt.reset()
         self.progress = Progress()
         self.batches.rewind()
         self.judge.weights()
 
     def load(self, state: Path | None) -> None:
         """Go on from a saved state, the latest one if none is given."""
-        saved, sha, damaged = self.run.load_state(self.model, self.opt, state)
+        saved, sha, damaged = self.run.load_state(self.state, state)
         for note in damaged:
             self.show.note(note)
         try:
@@ -155,7 +171,7 @@ class Trainer:
         self._saved = self.progress.step
         self.batches.restore(self.progress.data)
         self._sampled = self.progress.val_step
-        found = state_sha(self.model, self.opt)
+        found = self.state.sha256()
         self.gates.judge(
             "before.resumed",
             Answer(
@@ -186,7 +202,7 @@ class Trainer:
         trained = model.tokens_trained - trained
         lr = self.schedule(p.step + 1)
         if self.lora:
-            self.lora.gradients()
+            self.lora.collect_gradients()
         apart = self._gradients_apart() if first else None
         if follow:
             self.follow.before()
@@ -348,9 +364,10 @@ class Trainer:
         evaluation = {"val_loss": val, **self.judge.evaluated_on()}
         epoch = len(p.val_losses) - 1
         i = self.inputs
-        path = self.run.save_epoch(epoch, self.model, self.opt, i.tokenizer, facts, evaluation, i.carried)
+        path = self.run.save_epoch(epoch, self.model, self.state, i.tokenizer, facts, evaluation, i.carried)
         if self.lora:
-            self.lora.save(self.run.ckpt / f"epoch-{epoch:03d}-adapter", str(self.s.init))
+            folder, flat = self.run.ckpt / f"epoch-{epoch:03d}-adapter", i.backend.to_host(self.lora.w)
+            write_adapter(folder, self.lora.layout, flat, str(self.s.init))
         p.epoch_losses, p.grad_norm_max = [], 0.0
         self.run.save_verdict(self.gates, "RUNNING", p.step, val)
         self.tell("on_checkpoint", path, facts)
@@ -365,7 +382,7 @@ class Trainer:
     def _save_state(self) -> None:
         self.progress.data = self.batches.state()
         self.progress.gates = self.gates.state()
-        self.run.save_state(self.model, self.opt, dataclasses.asdict(self.progress), self.s.keep_states)
+        self.run.save_state(self.state, dataclasses.asdict(self.progress), self.s.keep_states)
         self._saved = self.progress.step
 
     def _finished(self) -> str | None:

@@ -15,16 +15,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
-from ..checkpoints.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
+from ..checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
+from ..checkpoints.state import TrainingState, sha256
 from ..common.atomic import explain, write_json, write_text
 from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused
 from ..common.files import opened, read_json
 from ..common.version import __version__
 from ..evidence.gates import FORMAT, Gates
-from ..model.lora import adapter_facts, check_adapter_facts
-from ..model.optim import AdamW
 from ..model.transformer import Model
 from ..tokenizer.tokenizer import Tokenizer
 
@@ -63,14 +60,6 @@ def code_sha256() -> str:
     root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cu", ".cuh", ".html")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def sha256(*arrays: np.ndarray) -> str:
-    """SHA-256 of the bytes of arrays, one after the other."""
-    digest = hashlib.sha256()
-    for a in arrays:
-        digest.update(np.ascontiguousarray(a).view(np.uint8).reshape(-1).data)
     return digest.hexdigest()
 
 
@@ -198,7 +187,7 @@ class RunDir:
         self,
         epoch: int,
         model: Model,
-        opt: AdamW,
+        state: TrainingState,
         tokenizer: Tokenizer,
         facts: dict[str, Any],
         evaluation: dict[str, Any],
@@ -212,29 +201,18 @@ class RunDir:
         embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id)
         tensors = model.layout.named(w)
         write_apr(path, meta, tensors, model.dtype)
-        facts = {
-            "epoch": epoch,
-            **facts,
-            "optimizer_state_sha": sha256(model.be.to_host(opt.m), model.be.to_host(opt.v)),
-            "weights_sha": sha256(*tensors.values()),
-        }
+        hashes = {"optimizer_state_sha": state.optimizer_sha256(), "weights_sha": sha256(tensors.values())}
+        facts = {"epoch": epoch, **facts, **hashes}
         write_json(path.with_name(f"epoch-{epoch:03d}.metadata.json"), facts)
         return path
 
-    def save_state(self, model: Model, opt: AdamW, progress: dict[str, Any], keep: int) -> Path:
-        """ckpt/state/step-NNNNNN.apr: weights, both moments and where the run stands; older ones go."""
+    def save_state(self, state: TrainingState, progress: dict[str, Any], keep: int) -> Path:
+        """Write ckpt/state/step-NNNNNN.apr; remove all states but the latest `keep`."""
         path = self.state / f"step-{progress['step']:06d}.apr"
-        tensors: dict[str, np.ndarray] = {}
-        for prefix, flat in _parts(opt).items():
-            host = model.be.to_host(flat)
-            tensors |= {prefix + name: x for name, x in opt.model.layout.named(host).items()}
-        sha = sha256(*tensors.values())
-        meta = {**config_to_metadata(model.cfg), "training": progress, "state_sha256": sha}
-        meta |= adapter_facts(opt)
         if self._metrics is not None:  # what a state continues must be there after a power failure too
             with suppress(OSError):
                 os.fsync(self._metrics.fileno())
-        write_apr(path, meta, tensors, "float32")
+        state.save(path, progress)
         for old in self.states()[:-keep]:
             old.unlink(missing_ok=True)
         return path
@@ -261,12 +239,12 @@ class RunDir:
         return bool(found)
 
     def load_state(
-        self, model: Model, opt: AdamW, only: Path | None = None
+        self, state: TrainingState, only: Path | None = None
     ) -> tuple[dict[str, Any], str | None, list[str]]:
-        """Put the latest saved state that is whole, or `only` that one, into model and optimizer.
+        """Load the latest saved state that is whole, or `only` that one.
 
-        Returns where the run stood, the SHA-256 that was saved of weights and moments (None in old states), and what to
-        say of states that are damaged: they are renamed, not deleted. Raises InputNotFound, MalformedFile."""
+        Returns its progress, its recorded SHA-256 (None in old states), and notes about damaged states, which are
+        renamed, not deleted. Raises InputNotFound, MalformedFile, Refused."""
         states = self.states() if only is None else [only]
         if not states:
             raise InputNotFound(
@@ -275,7 +253,7 @@ class RunDir:
         notes: list[str] = []
         for path in reversed(states):
             try:
-                return *self._load_state(path, model, opt), notes
+                return *state.load(path), notes
             except MalformedFile as e:
                 if only is not None:
                     raise
@@ -283,48 +261,6 @@ class RunDir:
                 last = e
                 path.replace(path.with_name(path.name + ".damaged"))
         raise MalformedFile(f"{last}; no other saved state is left in {self.state}")
-
-    def _load_state(self, path: Path, model: Model, opt: AdamW) -> tuple[dict[str, Any], str | None]:
-        file = read_apr(path)
-        progress = file.metadata.get("training")
-        if not isinstance(progress, dict):
-            raise MalformedFile(f"{path}: no 'training' entry; this is a checkpoint, not a state")
-        check_adapter_facts(opt, file.metadata, str(path))
-        for prefix, flat in _parts(opt).items():
-            host = np.zeros(opt.model.layout.size, np.float32)
-            for name, view in opt.model.layout.named(host).items():
-                saved = file.tensors.get(prefix + name)
-                if saved is None or saved.shape != view.shape or saved.dtype != np.float32:
-                    raise MalformedFile(
-                        f"{path}: tensor {prefix + name!r} is missing or of the wrong shape or dtype"
-                    )
-                view[...] = saved
-            if prefix:
-                model.be.from_host(flat, host)
-            else:
-                opt.set_weights(host)
-        if (
-            not isinstance(progress.get("step"), int)
-            or isinstance(progress["step"], bool)
-            or progress["step"] < 0
-        ):
-            raise MalformedFile(f"{path}: training.step = {progress.get('step')!r}; no run was ever there")
-        opt.steps = progress["step"]
-        return progress, file.metadata.get("state_sha256")
-
-
-def _parts(opt: AdamW) -> dict[str, Any]:
-    """What a state holds, by the prefix of its tensors' names."""
-    return {"": opt.master, "optimizer.m.": opt.m, "optimizer.v.": opt.v}
-
-
-def state_sha(model: Model, opt: AdamW) -> str:
-    """SHA-256 of weights and moments as they are on the device, in the order of the table of parameters."""
-    digest = hashlib.sha256()
-    for flat in _parts(opt).values():
-        for x in opt.model.layout.named(model.be.to_host(flat)).values():
-            digest.update(np.ascontiguousarray(x).view(np.uint8).reshape(-1).data)
-    return digest.hexdigest()
 
 
 def next_free(name: str, root: Path = Path("runs")) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from ..backends.select import choose
 from ..checkpoints.apr2 import read_apr
 from ..checkpoints.peft import merge_error, read_adapter
 from ..checkpoints.registry import open_any
+from ..checkpoints.state import saved_hashes, sha256
 from ..common.errors import AprError, Refused, UsageError
 from ..common.files import read_json
 from ..data.batches import Batches
@@ -27,13 +27,12 @@ from ..data.conversations.instruct import InstructShards, InstructWindows, open_
 from ..evidence import measure
 from ..evidence import seal as evidence
 from ..evidence.gates import FAIL, FORMAT, GATES, PASS, SKIPPED, WORSE, Answer, Gates, parse_bounds
-from ..model.lora import AdapterLayout, state_layout
-from ..model.optim import Schedule
 from ..model.params import Layout
+from ..model.schedule import Schedule
 from ..training.display import Display
 from ..training.inputs import open_inputs
 from ..training.loop import LAST_STEPS, Trainer
-from ..training.rundir import RunDir, bits_per_byte, code_sha256, sha256
+from ..training.rundir import RunDir, bits_per_byte, code_sha256
 from ..training.settings import Settings, check
 from .reload import checkpoint_loss, recorded
 
@@ -295,7 +294,7 @@ class Verifier:
             r = recorded(self.run.path, path)
             loaded = open_any(str(path))
             names = [s.hf for s in Layout(loaded.cfg).in_order()]
-            sha = sha256(*(np.asarray(loaded.tensors[n]) for n in names))
+            sha = sha256(np.asarray(loaded.tensors[n]) for n in names)
             if sha != r.metadata["weights_sha"]:
                 return Answer(
                     False, f"{path.name}: weights {sha[:12]}", f"recorded {r.metadata['weights_sha'][:12]}"
@@ -312,16 +311,11 @@ class Verifier:
         ends = {m["step"]: m for m in (read_json(p) for p in self.run.ckpt.glob("epoch-*.metadata.json"))}
         for path in self.run.states():
             file = read_apr(path)
-            loaded = state_layout(file.metadata, load_config_of(file.metadata, str(path), file.tensors))
-            names = [s.hf for s in loaded.in_order()]
-            parts = [
-                [np.asarray(file.tensors[p + n]) for n in names] for p in ("", "optimizer.m.", "optimizer.v.")
-            ]
-            sha = sha256(*(x for part in parts for x in part))
+            sha, optimizer_sha = saved_hashes(file.metadata, file.tensors, str(path))
             if sha != file.metadata["state_sha256"]:
                 return Answer(False, f"{path.name}: {sha[:12]}", bound)
             end = ends.get(file.metadata["training"]["step"])
-            if end and end["optimizer_state_sha"] != _moments_sha(loaded, parts[1], parts[2]):
+            if end and end["optimizer_state_sha"] != optimizer_sha:
                 return Answer(False, f"{path.name}: its moments are not those of epoch {end['epoch']}", bound)
         return Answer(bool(self.run.states()), f"{len(self.run.states())} states", bound)
 
@@ -485,27 +479,9 @@ class Verifier:
         return trainer, same and self.config.get("code_sha256") == code_sha256()
 
 
-def load_config_of(metadata: dict[str, Any], source: str, tensors: Any) -> Any:
-    """The model's configuration in the metadata of a state."""
-    from ..checkpoints.apr2 import metadata_to_config
-
-    return metadata_to_config(metadata, source, [n for n in tensors if not n.startswith("optimizer.")])
-
-
 def epoch_tokens(steps: list[dict[str, Any]]) -> int:
     """Tokens seen at the end of some steps."""
     return int(steps[-1]["tokens_seen"])
-
-
-def _moments_sha(layout: Layout | AdapterLayout, m: list[np.ndarray], v: list[np.ndarray]) -> str:
-    """The SHA-256 of both moments as flat buffers, padding included, as an epoch's metadata has it."""
-    digest = hashlib.sha256()
-    for part in (m, v):
-        flat = np.zeros(layout.size, np.float32)
-        for view, x in zip(layout.named(flat).values(), part, strict=True):
-            view[...] = x
-        digest.update(flat.view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _near(a: Any, b: float) -> bool:

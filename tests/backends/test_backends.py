@@ -202,7 +202,7 @@ host = np.zeros(model.layout.size, np.float32)
 model.layout.randomise(host, 1, 0.2)
 be.from_host(model.w, host)
 ids = np.random.default_rng(0).integers(0, 123, (3, 38)).astype(np.int32)
-opt = AdamW(model)
+opt = AdamW.of(model)
 for _ in range(3):
     model.forward(ids[:, :-1])
     model.loss(ids[:, 1:], 1 / 111)

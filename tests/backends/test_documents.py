@@ -254,7 +254,7 @@ def test_only_a_model_that_masks_has_a_buffer_for_it() -> None:
         whole = sum(x.nbytes for x in m.buffers.arrays.values())
         assert (
             0
-            <= memory(cfg, cpu, m.batch, m.seq, optimizer=False, documents=documents).total - whole
+            <= memory(cfg, cpu, m.batch, m.seq, optimizer=None, documents=documents).total - whole
             < 256 * len(m.buffers.arrays)
         )
     need = [memory(cfg, cpu, 3, 130, documents=d).total for d in (False, True)]

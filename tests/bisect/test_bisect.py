@@ -595,7 +595,7 @@ def one_step(model: Model, opt: AdamW, given: Batch) -> None:
 
 
 def all_bits(model: Model, opt: AdamW) -> dict[str, bytes]:
-    out = {"total": model.total, "w": model.w, "m": opt.m, "v": opt.v, "sum_sq": opt.sum_sq}
+    out = {"total": model.total, "w": model.w, "sum_sq": opt.sum_sq, **opt.state}
     names = ("logits", "final_norm", "dres")
     return {n: model.be.to_host(x).tobytes() for n, x in out.items()} | {
         n: model.be.to_host(model.buffers[n]).tobytes() for n in names
@@ -624,7 +624,7 @@ def test_models_in_lockstep_compute_what_they_compute_alone(name: str) -> None:
         models = [Model(c, be, *SHAPE, dtype, **options) for be, c, dtype in kinds]
         for m in models:
             m.be.from_host(m.w, catalogue.weights_of(cfg))
-        return [(m, AdamW(m, grad_clip=0.1)) for m in models]
+        return [(m, AdamW.of(m, grad_clip=0.1)) for m in models]
 
     alone = make()
     for model, opt in alone:
@@ -668,7 +668,7 @@ def test_a_watch_is_given_every_op_once_and_decides_whether_it_runs() -> None:
                 run()
 
         both = join(models, look)
-        opts = [AdamW(m) for m in models]
+        opts = [AdamW.of(m) for m in models]
         one_step(both, join_optimizers(both, opts), given)
         return seen, all_bits(models[1], opts[1])
 
@@ -1129,7 +1129,7 @@ def optimizer_rows(be: Any) -> list[Row]:
     model.forward(given.ids)
     model.loss(given.targets, 1 / given.count)
     model.backward()
-    return stages.optimizer_step(model)
+    return stages.optimizer_steps(model)
 
 
 def adamw(position: int, change: Callable[[Any], Any]) -> Any:

@@ -20,6 +20,7 @@ from apr.common.errors import InputNotFound, MalformedFile, Refused
 from apr.evidence.adapters import base_unchanged
 from apr.model.hf_config import from_hf
 from apr.model.lora import Adapters
+from apr.model.optim import AdamW
 from apr.model.params import Layout
 from apr.model.taps import Record
 from apr.model.transformer import Model
@@ -127,7 +128,15 @@ def start_of(golden, bases, tmp_path, be, dtype):
     host = np.zeros(model.layout.size, dtype)
     fill(model.layout, host, loaded)
     adapters.set_base(host)
-    opt = adapters.optimizer(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0)
+    opt = AdamW.of(
+        adapters,
+        after_update=adapters.merge,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        weight_decay=0.1,
+        grad_clip=1.0,
+    )
     opt.set_weights(adapter_start(adapters.layout, adapter).astype(dtype))
     return model, adapters, opt, ids, targets
 
@@ -143,7 +152,7 @@ def test_gradients_and_steps_are_those_of_torch_through_peft(golden, bases, tmp_
         be.fill(model.total, 0)
         model.micro_step(ids, targets, 1 / count)
         assert abs(float(be.to_host(model.total)[0]) / count - want) <= near * want
-        adapters.gradients()
+        adapters.collect_gradients()
         if step == 0:
             for name, got in adapters.layout.named(be.to_host(adapters.g)).items():
                 grad = np.asarray(golden[f"train.grad.{name}"])

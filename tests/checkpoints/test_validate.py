@@ -25,13 +25,13 @@ from apr.checkpoints.apr2 import (
     write_apr,
 )
 from apr.checkpoints.hf import write_hf, write_safetensors
+from apr.checkpoints.state import sha256
 from apr.checkpoints.validate import figures_of, validate
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile, Refused
 from apr.common.finding import FAIL, PASS, SKIPPED, Checklist, Fault, Skip
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
-from apr.training.rundir import sha256
 
 CFG = dataclasses.replace(PRESETS["qwen2-tiny"], vocab_size=interop_cases.VOCAB, tie_word_embeddings=False)
 MATRIX, NORM, HEAD = "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"
@@ -347,7 +347,7 @@ def test_the_recorded_hash_of_a_run(meta: dict[str, Any], tmp_path: Path) -> Non
     tensors = weights()
     write_apr(path, meta, tensors)
     names = [s.hf for s in Layout(CFG).in_order()]
-    facts = {"weights_sha": sha256(*(tensors[n] for n in names))}
+    facts = {"weights_sha": sha256(tensors[n] for n in names)}
     (tmp_path / "epoch-001.metadata.json").write_text(json.dumps(facts))
     assert verdicts(path)["recorded hash"] == PASS
     tensors[MATRIX][0, 0] += 1

@@ -180,7 +180,7 @@ def test_plan_counts_every_byte(name, train):
     before = be.memory()
     model = Model(cfg, be, 3, 7, train=train, loss_rows=4, cache=cache)
     if train:
-        AdamW(model)
+        AdamW.of(model)
     assert be.memory() - before == memory(cfg, be, 3, 7, train=train, loss_rows=4, cache=cache).total
 
 

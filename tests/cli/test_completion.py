@@ -16,8 +16,8 @@ import pytest
 
 from apr.cli.completion import SHELLS, TABLE, script
 from apr.cli.main import COMMANDS, main
-from apr.model.optim import SCHEDULES
 from apr.model.presets import PRESETS
+from apr.model.schedule import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
 

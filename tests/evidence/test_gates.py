@@ -543,7 +543,7 @@ def test_the_followed_elements_see(fault):
     cfg = PRESETS["qwen2-tiny"]
     model = Model(cfg, cpu, 1, 8)
     model.layout.randomise(model.w, 1)
-    opt = AdamW(model)
+    opt = AdamW.of(model)
     follow = measure.Follow(opt)
     model.g[...] = np.random.default_rng(0).standard_normal(model.g.size, np.float32)
     follow.before()

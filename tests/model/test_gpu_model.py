@@ -134,7 +134,7 @@ def trained(
     """Losses, gradients and weights of six steps of two micro-batches of one size and one of another; `before` is
     called before each."""
     model = randomised(on(cuda)(cfg, dtype, recompute=recompute))
-    opt, (ids, targets), log = AdamW(model), batch(cfg), {}
+    opt, (ids, targets), log = AdamW.of(model), batch(cfg), {}
     for n in range(6):
         before(model, opt)
         cuda.fill(model.total, 0)
@@ -192,7 +192,7 @@ def test_check_of_what_is_left_over_can_fail(cuda: Any) -> None:
 
     cfg = CONFIGS["llama"]
     model = randomised(on(overlay(cuda, fill=fill))(cfg, "float32"))
-    opt = AdamW(model)
+    opt = AdamW.of(model)
     for x in opt.buffers.arrays.values():
         if x.size == 1:
             cuda.fill(x, np.nan)
@@ -230,7 +230,7 @@ def test_evaluation_and_training_do_not_disturb_each_other(cuda: Any, cfg: Model
     assert differing(trained(cuda, cfg, dtype), trained(cuda, cfg, dtype, before=evaluate)) == []
     assert len(set(values)) == 6
     model = randomised(on(cuda)(cfg, dtype))
-    opt = AdamW(model)
+    opt = AdamW.of(model)
     first, other = loss(model, ids, targets), loss(model, ids[:2], targets[:2])
     for _ in range(3):
         model.micro_step(ids, targets, 0.01)
@@ -346,7 +346,7 @@ cuda, cfg, recompute = backends.get("cuda"), PRESETS["qwen2.5-0.5b"], RECOMPUTE
 cuda.set_device(0)
 planned = memory(cfg, cuda, 4, 1024, "bfloat16", recompute=recompute)
 model = Model(cfg, cuda, 4, 1024, "bfloat16", recompute=recompute)
-opt = AdamW(model)
+opt = AdamW.of(model)
 ids = np.zeros((4, 1024), np.int32)
 for _ in range(3):
     model.micro_step(ids, ids, 1e-3)
@@ -402,7 +402,7 @@ def test_a_small_training_step(cuda: Any, name: str, dtype: str) -> None:
     before = cuda.to_host(model.w)
     for _ in range(3):
         model.micro_step(*batch(cfg), 0.1)
-    AdamW(model).step(1e-2)
+    AdamW.of(model).step(1e-2)
     assert not np.array_equal(cuda.to_host(model.w), before)
 
 

@@ -49,7 +49,7 @@ def adapted(preset, be, dtype, config, seed=3, b=True):
     for s in adapters.layout.slots:
         if s.param.init == "zeros" and b:
             start[s.offset : s.offset + s.size] = 0.1 * rng.standard_normal(s.size)
-    opt = adapters.optimizer(grad_clip=0.0)
+    opt = AdamW.of(adapters, after_update=adapters.merge, grad_clip=0.0)
     opt.set_weights(start)
     ids = rng.integers(0, cfg.vocab_size, (2, 9)).astype(np.int32)
     return model, adapters, opt, ids
@@ -68,8 +68,7 @@ def slopes(preset, config):
     model, adapters, _, ids = adapted(preset, reference, "float64", config)
     loss(model, ids)
     model.backward()
-    adapters.gradients()
-    model.be.fill(model.g, 0)
+    adapters.collect_gradients()
     rng, step = np.random.default_rng(0), 1e-5
     for s in adapters.layout.slots:
         place = slice(s.offset, s.offset + s.size)
@@ -96,14 +95,14 @@ def test_gradients_are_the_slopes_of_the_loss(preset, rslora):
 
 
 def test_a_gradient_without_its_scale_is_seen(monkeypatch):
-    right = Adapters.gradients
+    right = Adapters.collect_gradients
 
     def unscaled(self):
         right(self)
         for _, db in self.layout.views(self.g):
             db /= self.config.scale
 
-    monkeypatch.setattr(Adapters, "gradients", unscaled)
+    monkeypatch.setattr(Adapters, "collect_gradients", unscaled)
     found = off(slopes("llama-tiny", LoraConfig(2, 6.0, ("wq",))))
     assert len(found) == PRESETS["llama-tiny"].num_layers
     assert all("lora_B" in name for name in found)
@@ -117,7 +116,7 @@ def test_merged_weights_and_gradients_on_the_cpu_are_those_of_the_formula(preset
     for m, a in ((model, adapters), (exact, reference_)):
         loss(m, ids)
         m.backward()
-        a.gradients()
+        a.collect_gradients()
     assert merge_error(adapters)[0] <= 1
     assert merge_error(reference_)[0] <= 1
     for s in adapters.layout.slots:
@@ -136,7 +135,7 @@ def test_steps_are_those_of_adamw_on_the_factors():
     for step in range(1, 11):
         loss(model, ids)
         model.backward()
-        adapters.gradients()
+        adapters.collect_gradients()
         g = adapters.g.copy()
         g *= min(1.0, 1.0 / (np.sqrt((g * g).sum()) + 1e-6))
         opt.step(1e-2)
@@ -220,11 +219,10 @@ def test_gradients_that_must_be_zero_and_those_that_must_not():
     def answer(change=lambda: None):
         loss(model, ids)
         model.backward()
-        adapters.gradients()
+        adapters.collect_gradients()
         change()
         found = adapter_gradients(adapters, scratch)
         norm = float(np.sqrt(np.square(adapters.g, dtype=np.float64).sum()))
-        cpu.fill(model.g, 0)
         return found(norm)
 
     first = answer()
@@ -242,7 +240,7 @@ def test_gradients_that_must_be_zero_and_those_that_must_not():
     assert answer(lose).good is False
     loss(model, ids)
     model.backward()
-    adapters.gradients()
+    adapters.collect_gradients()
     opt.step(1e-2)
     later = answer()
     assert later.good
@@ -269,7 +267,7 @@ def test_the_plan_is_what_is_taken(dtype):
     config = LoraConfig(4, 8.0, ALL)
     before = reference.memory()
     model = Model(PRESETS["qwen2-tiny"], reference, 2, 16, dtype)
-    Adapters(model, config).optimizer()
+    AdamW.of(Adapters(model, config))
     taken = reference.memory() - before
     assert memory(PRESETS["qwen2-tiny"], reference, 2, 16, dtype, lora=config).total == taken
 
@@ -502,7 +500,7 @@ def test_in_bfloat16_the_merged_weights_are_rounded_once():
     config = LoraConfig(4, 8.0, ALL)
     model, adapters, opt, ids = adapted("qwen2-tiny", rounded(), "bfloat16", config)
     _, exact, _, _ = adapted("qwen2-tiny", reference, "float64", config)
-    assert adapters.w.dtype == adapters.g.dtype == opt.m.dtype == np.float32
+    assert adapters.w.dtype == adapters.g.dtype == opt.state["m"].dtype == np.float32
     assert adapters.base[0].dtype == model.w.dtype
     for p, base, (a, b) in zip(
         adapters.layout.pairs, adapters.base, adapters.layout.views(adapters.w), strict=True
@@ -514,10 +512,10 @@ def test_in_bfloat16_the_merged_weights_are_rounded_once():
     assert merge_error(adapters)[0] <= 1
     loss(model, ids)
     model.backward()
-    adapters.gradients()
-    loss(exact.base_model, ids)
-    exact.base_model.backward()
-    exact.gradients()
+    adapters.collect_gradients()
+    loss(exact.model, ids)
+    exact.model.backward()
+    exact.collect_gradients()
     got, want = adapters.g.astype(np.float64), exact.g
     assert np.linalg.norm(got - want) <= 0.03 * np.linalg.norm(want)
     base = adapters.base_hash()

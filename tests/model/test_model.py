@@ -327,7 +327,7 @@ def test_computing_blocks_again_takes_less_memory_as_planned(cfg: ModelConfig, b
     for recompute in (False, True):
         plans.append(memory(cfg, be, B, T, dtype, recompute=recompute))
         before = be.memory()
-        AdamW(on(be)(cfg, dtype, recompute=recompute))
+        AdamW.of(on(be)(cfg, dtype, recompute=recompute))
         assert be.memory() - before == plans[-1].total - plans[-1].backend
     kept, again = plans
     wide = 2 if dtype == "bfloat16" else 4 if dtype == "float32" else 8
@@ -524,7 +524,7 @@ def test_a_padded_vocabulary_computes_the_same_and_stays_zero(cfg: ModelConfig) 
     assert off_truth(padded, cfg, dtype="float64") == []
     model = randomised(padded(cfg, "float64"))
     assert model.buffers["logits"].shape[1] == 128
-    opt, embed = AdamW(model), next(s for s in model.layout.slots if s.param.name == "embed")
+    opt, embed = AdamW.of(model), next(s for s in model.layout.slots if s.param.name == "embed")
     used = np.concatenate([np.arange(s.offset, s.offset + s.size) for s in model.layout.slots])
     rest = np.setdiff1d(np.arange(embed.offset, embed.offset + 128 * cfg.hidden_size), used)
     assert len(rest) == 5 * cfg.hidden_size

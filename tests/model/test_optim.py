@@ -1,16 +1,13 @@
-"""AdamW, clipping and schedules. That ten steps equal torch's is in test_golden.py."""
+"""AdamW and clipping. That ten steps equal torch's is in test_golden.py."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from apr import backends
-from apr.common.errors import UsageError
 from apr.model.config import ModelConfig
-from apr.model.optim import SCHEDULES, AdamW, Schedule
+from apr.model.optim import AdamW
 from apr.model.transformer import Model
 from checks import CONFIGS, batch, on, randomised, step
 
@@ -30,7 +27,7 @@ def prepared(cfg: ModelConfig, backend: str) -> Model:
 def test_a_step_moves_every_parameter_and_clears_the_gradients(cfg: ModelConfig, backend: str) -> None:
     model = prepared(cfg, backend)
     before = model.w.copy()
-    AdamW(model).step(1e-2)
+    AdamW.of(model).step(1e-2)
     moved = model.layout.named(model.w != before)
     assert [name for name, where in moved.items() if not where.all()] == []
     assert int((model.w != before).sum()) == model.layout.num_parameters  # and no padding
@@ -45,10 +42,10 @@ def test_clipping_gives_the_norm_asked_for(cfg: ModelConfig, backend: str) -> No
         model = prepared(cfg, backend)
         g = model.g.astype(np.float64)
         norm = np.linalg.norm(g)
-        adamw = AdamW(model, grad_clip=share * norm)
+        adamw = AdamW.of(model, grad_clip=share * norm)
         adamw.step(1e-3)
         assert np.isclose(adamw.grad_norm(), norm, rtol=1e-6)
-        used = adamw.m.astype(np.float64) / (1 - adamw.beta1)
+        used = adamw.state["m"].astype(np.float64) / (1 - adamw.beta1)
         assert np.isclose(np.linalg.norm(used), min(1, share) * norm, rtol=1e-5)
         assert np.allclose(used, min(1, share) * g, rtol=1e-4, atol=1e-9)
 
@@ -58,9 +55,9 @@ def test_no_clipping_when_it_is_off(backend: str) -> None:
     model = prepared(CONFIGS["llama"], backend)
     g = model.g.copy() * np.float32(1e6)
     model.g[...] = g
-    adamw = AdamW(model, grad_clip=0)
+    adamw = AdamW.of(model, grad_clip=0)
     adamw.step(1e-3)
-    assert np.allclose(adamw.m / np.float32(0.1), g, rtol=1e-5)
+    assert np.allclose(adamw.state["m"] / np.float32(0.1), g, rtol=1e-5)
 
 
 @both
@@ -69,7 +66,7 @@ def test_a_gradient_that_is_not_finite_is_not_hidden(backend: str, clip: float) 
     for value in (np.nan, np.inf):
         model = prepared(CONFIGS["llama"], backend)
         model.g[5] = value
-        adamw = AdamW(model, grad_clip=clip)
+        adamw = AdamW.of(model, grad_clip=clip)
         with np.errstate(all="ignore"):
             adamw.step(1e-3)
         assert not np.isfinite(adamw.grad_norm())
@@ -83,7 +80,7 @@ def test_matrices_decay_and_norms_and_biases_do_not(cfg: ModelConfig, backend: s
     model = prepared(cfg, backend)
     model.g[...] = 0
     before = {name: w.copy() for name, w in model.layout.named(model.w).items()}
-    AdamW(model, weight_decay=0.1).step(0.5)
+    AdamW.of(model, weight_decay=0.1).step(0.5)
     for name, w in model.layout.named(model.w).items():
         if w.ndim == 2:
             assert np.allclose(w, before[name] * (1 - 0.5 * 0.1), rtol=1e-6), name
@@ -96,47 +93,10 @@ def test_matrices_decay_and_norms_and_biases_do_not(cfg: ModelConfig, backend: s
 def test_steps_are_counted(backend: str) -> None:
     """With a constant gradient every bias-corrected step has the size of the learning rate."""
     model = prepared(CONFIGS["llama"], backend)
-    adamw = AdamW(model, weight_decay=0.0, grad_clip=0.0, eps=0.0)
+    adamw = AdamW.of(model, weight_decay=0.0, grad_clip=0.0, eps=0.0)
     for n in range(1, 6):
         before = model.w.copy()
         model.g[...] = 1
         adamw.step(1e-2)
         assert adamw.steps == n
         assert np.allclose(before - model.w, 1e-2, rtol=1e-3)
-
-
-LR, MIN = 1e-3, 1e-4
-EDGES: list[tuple[str, int, dict[int, float]]] = [  # kind, warm-up steps of 100, learning rate of some steps
-    ("cosine", 10, {1: LR / 10, 5: LR / 2, 10: LR, 55: (LR + MIN) / 2, 100: MIN, 101: MIN, 1000: MIN}),
-    ("cosine", 0, {50: (LR + MIN) / 2, 100: MIN}),
-    ("linear", 10, {1: LR / 10, 10: LR, 55: (LR + MIN) / 2, 100: MIN, 101: MIN}),
-    ("linear", 0, {1: LR - (LR - MIN) / 100, 100: MIN}),
-    ("wsd", 10, {1: LR / 10, 10: LR, 11: LR, 80: LR, 90: (LR + MIN) / 2, 100: MIN, 101: MIN}),
-    ("wsd", 90, {89: LR * 89 / 90, 90: LR, 95: (LR + MIN) / 2, 100: MIN}),
-    ("constant", 10, {1: LR / 10, 10: LR, 11: LR, 100: LR, 1000: LR}),
-    ("constant", 0, {1: LR, 100: LR}),
-    ("cosine", 100, {50: LR / 2, 100: LR, 101: MIN}),
-    ("cosine", 200, {100: LR / 2, 200: LR}),
-]
-
-
-@pytest.mark.parametrize(
-    ("kind", "warmup", "want"), EDGES, ids=lambda x: str(x) if not isinstance(x, dict) else ""
-)
-def test_schedule_at_its_edges(kind: str, warmup: int, want: dict[int, float]) -> None:
-    schedule = Schedule(kind, LR, MIN, warmup, 100)
-    assert {n: schedule(n) for n in want} == pytest.approx(want, rel=1e-12)
-
-
-@pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("warmup", [0, 1, 10, 99, 100])
-def test_schedule_rises_then_falls_and_stays_in_range(kind: str, warmup: int) -> None:
-    rates = [Schedule(kind, LR, MIN, warmup, 100)(n) for n in range(1, 131)]
-    assert all(0 < r <= LR for r in rates)
-    assert all(a < b for a, b in pairwise(rates[:warmup]))
-    assert all(a >= b >= MIN for a, b in pairwise(rates[max(warmup, 1) - 1 :]))
-
-
-def test_unknown_schedule_names_the_choices() -> None:
-    with pytest.raises(UsageError, match="--schedule step: choose one of cosine, wsd, linear, constant"):
-        Schedule("step", LR, MIN, 0, 1)

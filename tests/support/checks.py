@@ -299,12 +299,14 @@ def trained(build: Build, path: Path, dtype: str) -> Errors:
     """Errors of the losses, gradient norms and last parameter norms of ten steps of our optimizer."""
     (want, meta), model = golden(path), golden_model(build, path, dtype)
     a = meta["adamw"]
-    adamw = AdamW(model, *a["betas"], a["eps"], a["weight_decay"], a["max_norm"])
+    hyper = dict(zip(("beta1", "beta2"), a["betas"], strict=True))
+    hyper |= dict(eps=a["eps"], weight_decay=a["weight_decay"], grad_clip=a["max_norm"])
+    opt = AdamW.of(model, **hyper)
     log = []
     for ids, targets, lr in zip(want["adamw.ids"], want["adamw.targets"], want["adamw.lrs"], strict=True):
         mean = step(model, ids, targets)
-        adamw.step(float(lr))
-        log.append((mean, adamw.grad_norm()))
+        opt.step(float(lr))
+        log.append((mean, opt.grad_norm()))
     losses, norms = np.array(log).T
     last = {
         name: np.linalg.norm(model.be.to_host(w).astype(float))

@@ -23,8 +23,9 @@ from apr.checkpoints.apr2 import read_apr
 from apr.cli.main import main
 from apr.model.config import ModelConfig
 from apr.model.hf_config import to_hf
-from apr.model.optim import AdamW, Schedule
+from apr.model.optim import AdamW
 from apr.model.presets import PRESETS
+from apr.model.schedule import Schedule
 from apr.training.loop import Trainer
 from checks import CONFIGS, Build, Error, difference, judge, largest_of, on, randomised
 from faults import planted
@@ -54,7 +55,7 @@ def text() -> np.ndarray:
 def losses(build: Build, cfg: ModelConfig, dtype: str) -> np.ndarray:
     """Mean loss of each of fifty steps of one seed, one text and one schedule."""
     model = randomised(build(cfg, dtype, batch=SIZE[0], seq=SIZE[1]))
-    opt, schedule, be, out = AdamW(model), Schedule("cosine", 3e-3, 3e-4, 5, STEPS), model.be, []
+    opt, schedule, be, out = AdamW.of(model), Schedule("cosine", 3e-3, 3e-4, 5, STEPS), model.be, []
     tokens = SIZE[0] * SIZE[1]
     for n, ids in enumerate(text(), 1):
         be.fill(model.total, 0)

@@ -28,8 +28,8 @@ from apr.data.corpus import Document
 from apr.data.shards import ShardWriter, TokenShards
 from apr.model.cost import Memory
 from apr.model.hf_config import to_hf
-from apr.model.optim import Schedule
 from apr.model.presets import PRESETS
+from apr.model.schedule import Schedule
 from apr.model.transformer import Model
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.training.inputs import _advice

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from apr.checkpoints.apr2 import read_apr, write_apr
+from apr.checkpoints.state import sha256
 from apr.cli.main import main
 from apr.common.atomic import locked
 from apr.common.errors import AprError
 from apr.evidence import seal as evidence
 from apr.evidence.seal import compare, hashes, seal
-from apr.training.rundir import RunDir, sha256
+from apr.training.rundir import RunDir
 from run_cases import RECIPE, cache, place, pretrain  # noqa: F401
 
 
@@ -149,7 +150,7 @@ def weights_and_their_hash_changed(run):
 
     tensors = weights_changed(run)
     layout = Layout(open_any(str(run / "ckpt" / "epoch-002.apr")).cfg)
-    sha = sha256(*(tensors[s.hf] for s in layout.in_order()))
+    sha = sha256(tensors[s.hf] for s in layout.in_order())
     rewrite(run / "ckpt" / "epoch-002.metadata.json", lambda d: d.update(weights_sha=sha))
 
 

@@ -1,0 +1,154 @@
+"""Saved states of a run in APR v2 files: trained weights, the optimizer's state, and their hashes.
+
+| tensor                 | content, float32                                        |
+|------------------------|---------------------------------------------------------|
+| NAME                   | the weights that the optimizer updates                  |
+| optimizer.STATE.NAME   | its state of that name: optimizer.m.NAME of AdamW       |
+
+NAME is the Hugging Face name of a parameter, or PEFT's of an adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.errors import MalformedFile, Refused
+from ..model.config import ModelConfig
+from ..model.lora import AdapterLayout, Adapters, lora_of_json, lora_to_json
+from ..model.optim import Optimizer
+from ..model.params import Layout
+from .apr2 import config_to_metadata, metadata_to_config, read_apr, write_apr
+
+OPTIMIZER = "optimizer."
+
+
+def sha256(arrays: Iterable[np.ndarray]) -> str:
+    """SHA-256 of the bytes of arrays, one after the other."""
+    digest = hashlib.sha256()
+    for a in arrays:
+        digest.update(np.ascontiguousarray(a).view(np.uint8).reshape(-1).data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything of a run that training changes: the flat arrays of an optimizer, named by a layout.
+
+    adapters: whose A and B are trained, None where the weights themselves are.
+    """
+
+    cfg: ModelConfig
+    layout: Layout | AdapterLayout
+    optimizer: Optimizer
+    adapters: Adapters | None = None
+
+    def buffers(self) -> dict[str, Any]:
+        """List the flat arrays on the device by the prefix of their tensors' names."""
+        opt = self.optimizer
+        return {"": opt.master} | {f"{OPTIMIZER}{name}.": flat for name, flat in sorted(opt.state.items())}
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Read (name, tensor) of all weights and states, in the order of a file."""
+        for prefix, flat in self.buffers().items():
+            for name, x in self.layout.named(self.optimizer.be.to_host(flat)).items():
+                yield prefix + name, x
+
+    def sha256(self) -> str:
+        """SHA-256 of weights and optimizer state as they are on the device."""
+        return sha256(x for _, x in self.tensors())
+
+    def optimizer_sha256(self) -> str:
+        """SHA-256 of the optimizer's flat arrays, padding included."""
+        flats = [flat for prefix, flat in self.buffers().items() if prefix]
+        return sha256(self.optimizer.be.to_host(flat) for flat in flats)
+
+    def save(self, path: Path, progress: dict[str, Any]) -> None:
+        """Write an APR file. Raises IOFailure."""
+        tensors = dict(self.tensors())
+        meta = {
+            **config_to_metadata(self.cfg),
+            "training": progress,
+            "state_sha256": sha256(tensors.values()),
+        }
+        write_apr(path, meta | self._adapter_facts(), tensors, "float32")
+
+    def load(self, path: Path) -> tuple[dict[str, Any], str | None]:
+        """Put a saved state into the optimizer; return its progress and recorded SHA-256 (None in old states).
+
+        Raises MalformedFile, Refused: another base, other adapters, another optimizer.
+        """
+        file, opt = read_apr(path), self.optimizer
+        progress = file.metadata.get("training")
+        if not isinstance(progress, dict):
+            raise MalformedFile(f"{path}: no 'training' entry; this is a checkpoint, not a state")
+        self._check(file.metadata, file.tensors, path)
+        for prefix, flat in self.buffers().items():
+            host = self._read(file.tensors, prefix, path)
+            if prefix:
+                opt.be.from_host(flat, host)
+            else:
+                opt.set_weights(host)
+        step = progress.get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise MalformedFile(f"{path}: training.step = {step!r}; no run was ever there")
+        opt.steps = step
+        return progress, file.metadata.get("state_sha256")
+
+    def _read(self, tensors: Mapping[str, Any], prefix: str, path: Path) -> np.ndarray:
+        host = np.zeros(self.layout.size, np.float32)
+        for name, view in self.layout.named(host).items():
+            saved = tensors.get(prefix + name)
+            if saved is None or saved.shape != view.shape or saved.dtype != np.float32:
+                raise MalformedFile(
+                    f"{path}: tensor {prefix + name!r} is missing or of the wrong shape or dtype"
+                )
+            view[...] = saved
+        return host
+
+    def _adapter_facts(self) -> dict[str, Any]:
+        a = self.adapters
+        return {"lora": {**lora_to_json(a.config), "base_sha256": a.base_sha256}} if a else {}
+
+    def _check(self, metadata: Mapping[str, Any], tensors: Iterable[str], path: Path) -> None:
+        saved, ours = metadata.get("lora"), self._adapter_facts().get("lora")
+        if saved != ours:
+            raise Refused(
+                f"{path}: adapters {saved}, this run has {ours}; resume with the --init and settings of then"
+            )
+        other = [prefix for prefix in prefixes(tensors) if prefix not in self.buffers()]
+        if other:
+            raise Refused(
+                f"{path}: holds {other[0]}*, which {type(self.optimizer).__name__} does not keep; resume with the "
+                "optimizer of then"
+            )
+
+
+def prefixes(names: Iterable[str]) -> list[str]:
+    """List the prefixes of a state's tensors, in order: "" for weights, "optimizer.m." for the state m."""
+    return sorted({n[: n.find(".", len(OPTIMIZER)) + 1] if n.startswith(OPTIMIZER) else "" for n in names})
+
+
+def saved_hashes(metadata: dict[str, Any], tensors: Mapping[str, Any], source: str) -> tuple[str, str]:
+    """Compute (sha256, optimizer_sha256) of a saved state from its file."""
+    cfg = metadata_to_config(metadata, source, [n for n in tensors if not n.startswith(OPTIMIZER)])
+    lora = metadata.get("lora")
+    layout = AdapterLayout(cfg, lora_of_json(lora)) if lora else Layout(cfg)
+    names = [s.hf for s in layout.in_order()]
+    parts = {p: [np.asarray(tensors[p + n]) for n in names] for p in prefixes(tensors)}
+
+    def flat(part: list[np.ndarray]) -> np.ndarray:
+        host = np.zeros(layout.size, np.float32)
+        for view, x in zip(layout.named(host).values(), part, strict=True):
+            view[...] = x
+        return host
+
+    return (
+        sha256(x for part in parts.values() for x in part),
+        sha256(flat(part) for prefix, part in parts.items() if prefix),
+    )
