@@ -51,7 +51,7 @@ def trace_of(
     """
     loaded = open_any(path)
     weights = parameters(Layout(loaded.cfg), loaded)
-    if loaded.kind == "apr":
+    if loaded.kind != "hf":
         return trace_of_weights(loaded.cfg, weights, ids, targets, dtype, gradients)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     transformers = _modules()[1]

@@ -110,7 +110,7 @@ def open_side(source: str) -> Side:
     with open(path, "rb") as f:
         magic = f.read(4)
     if magic == GGUF_MAGIC:
-        from .gguf import read_gguf
+        from .gguf_reader import read_gguf
 
         file = read_gguf(path)
         facts = {f"config.{k}": v for k, v in asdict(file.cfg).items()}

@@ -1,4 +1,4 @@
-"""GGUF, the format of llama.cpp, through the package gguf: writing a checkpoint and reading one back.
+"""Write GGUF, the format of llama.cpp, through the package gguf.
 
 What llama.cpp wants other than a Hugging Face folder:
 
@@ -18,8 +18,7 @@ positions as the window has: within them the two compute the same.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,9 +26,8 @@ from typing import Any
 import numpy as np
 
 from ..common.atomic import atomic_write
-from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused, UsageError
-from ..model.config import ModelConfig, RopeScaling
-from ..model.families import FAMILIES
+from ..common.errors import InputNotFound, Refused, UsageError
+from ..model.config import ModelConfig
 from ..model.params import Layout, Slot
 from ..model.rope import rope_tables
 from .tensors import BF16, require_finite
@@ -62,7 +60,7 @@ BLOCK = 32  # values that share a scale in Q8_0
 
 
 def package() -> ModuleType:
-    """The package gguf. Raises InputNotFound where it is not installed."""
+    """Import the package gguf. Raises InputNotFound where it is not installed."""
     try:
         import gguf
     except ImportError:
@@ -71,24 +69,24 @@ def package() -> ModuleType:
 
 
 def tensor_name(slot: Slot) -> str:
-    """The name of a parameter in a GGUF file."""
+    """Name a parameter as GGUF does."""
     return NAMES[slot.param.name].format(slot.layer)
 
 
 def to_adjacent(x: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (heads * D, ...) of q or k from halves to neighbours: row i of the first half goes to 2i of its head."""
+    """Reorder rows (heads * D, ...) of q or k from halves to neighbours: row i of the first half goes to 2i of its head."""
     halves = x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(x.shape)
 
 
 def to_halves(x: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of to_adjacent."""
+    """Invert to_adjacent."""
     pairs = x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(x.shape)
 
 
 def turned_heads(cfg: ModelConfig, slot: Slot) -> int:
-    """Heads whose rows change places between the two formats; 0 for a parameter that stays as it is."""
+    """Count the heads whose rows change places between the two formats; 0 for a parameter that stays as it is."""
     if ARCHITECTURE[cfg.family] not in ADJACENT:
         return 0
     return {"wq": cfg.num_heads, "bq": cfg.num_heads, "wk": cfg.num_kv_heads, "bk": cfg.num_kv_heads}.get(
@@ -97,7 +95,7 @@ def turned_heads(cfg: ModelConfig, slot: Slot) -> int:
 
 
 def frequency_divisors(cfg: ModelConfig) -> np.ndarray | None:
-    """What llama.cpp divides the rotary frequencies by, float32 (D/2,); None without scaling."""
+    """Compute what llama.cpp divides the rotary frequencies by, float32 (D/2,); None without scaling."""
     if cfg.rope_scaling is None:
         return None
     plain, scaled = (_frequencies(c) for c in (dataclasses.replace(cfg, rope_scaling=None), cfg))
@@ -105,14 +103,14 @@ def frequency_divisors(cfg: ModelConfig) -> np.ndarray | None:
 
 
 def _frequencies(cfg: ModelConfig) -> np.ndarray:
-    """Radians per position, float64 (D/2,), of the very tables that the model turns by."""
+    """Read radians per position, float64 (D/2,), off the tables that the model turns by."""
     cos, sin = rope_tables(cfg, 2)
     angles: np.ndarray = np.arctan2(sin[1], cos[1])
     return angles
 
 
 def type_of(array: np.ndarray, dtype: str | None) -> str:
-    """Name of the GGUF type that a parameter is written as."""
+    """Choose the GGUF type that a parameter is written as."""
     if array.ndim < 2:
         return "F32"
     if dtype is None:
@@ -123,7 +121,7 @@ def type_of(array: np.ndarray, dtype: str | None) -> str:
 
 
 def convert(name: str, array: np.ndarray, kind: str) -> np.ndarray:
-    """The values of a parameter as they stand in the file: of its own type, or bytes (..., row bytes) for Q8_0.
+    """Convert a parameter to what stands in the file: its own type, or bytes (..., row bytes) for Q8_0.
 
     Rounding is to nearest. Raises Refused for a value that is not finite, before or after."""
     if kind == "Q8_0":
@@ -150,8 +148,8 @@ def write_gguf(
     """Write a GGUF file, one tensor in memory at a time, in the place of `path`; returns tensors by type.
 
     tensors: the parameters of cfg by Hugging Face name. dtype: of the matrices, one of TYPES; None keeps theirs (float64
-    becomes float32). Norms and biases are float32. vocabulary: keys "tokenizer...." and their values, as `vocab.keys_of`
-    gives them; None: the file has no tokenizer. Raises Refused for what llama.cpp computes otherwise, IOFailure."""
+    becomes float32). Norms and biases are float32. vocabulary: keys "tokenizer...." and their values, as `gguf_vocab`
+    makes them; None: the file has no tokenizer. Raises Refused for what llama.cpp computes otherwise, IOFailure."""
     if dtype is not None and dtype not in TYPES:
         raise UsageError(f"dtype = {dtype!r}: the matrices of a GGUF file are {', '.join(TYPES)}")
     gguf = package()
@@ -192,7 +190,7 @@ def write_gguf(
 
 
 def _model_keys(writer: Any, cfg: ModelConfig, arch: str, name: str, kinds: list[str]) -> None:
-    """What llama.cpp's loader reads of a model: sizes, rotary embedding, epsilon."""
+    """Write the keys that llama.cpp's loader reads of a model: sizes, rotary embedding, epsilon."""
     positions = cfg.max_position_embeddings
     if cfg.sliding_window:
         positions = min(positions, cfg.sliding_window)
@@ -231,146 +229,3 @@ def _put_key(writer: Any, key: str, value: Any) -> None:
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)
-
-
-# --- reading -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GgufFile:
-    """A GGUF file of one of our architectures.
-
-    keys: of the header, by name. tensors: by Hugging Face name in our order of rows (converted when asked for), and
-    rope_freqs.weight as it is. kinds: GGUF types by the same names."""
-
-    path: Path
-    cfg: ModelConfig
-    keys: dict[str, Any]
-    tensors: Mapping[str, np.ndarray]
-    kinds: dict[str, str]
-
-
-class _Tensors(Mapping[str, np.ndarray]):
-    def __init__(self, load: dict[str, Callable[[], np.ndarray]]) -> None:
-        self._load = load
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._load[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._load)
-
-    def __len__(self) -> int:
-        return len(self._load)
-
-
-def read_gguf(path: str | Path) -> GgufFile:
-    """Open a GGUF file and map its names, types and rows back.
-
-    float32, float16 and bfloat16 are the bits of the file; Q8_0 is float32, value times scale. Raises InputNotFound,
-    MalformedFile, Refused for an architecture or type apr does not know."""
-    path = Path(path)
-    gguf = package()
-    if not path.is_file():
-        raise InputNotFound(f"{path}: no such file")
-    try:
-        reader = gguf.GGUFReader(path)
-        keys = {name: f.contents() for name, f in reader.fields.items() if not name.startswith("GGUF.")}
-    except OSError as e:
-        raise IOFailure(f"{path}: cannot read: {e}") from e
-    except Exception as e:  # whatever the package trips over
-        raise MalformedFile(
-            f"{path}: not a readable GGUF file ({type(e).__name__}: {e}); fetch or write it again"
-        ) from None
-    found = {t.name: t for t in reader.tensors}
-    cfg = _config(keys, set(found), path)
-    by_name = {tensor_name(s): s for s in Layout(cfg).in_order()}
-    load: dict[str, Callable[[], np.ndarray]] = {}
-    kinds: dict[str, str] = {}
-    for name, t in found.items():
-        slot = by_name.get(name)
-        hf = slot.hf if slot else name
-        kinds[hf] = t.tensor_type.name
-        if t.tensor_type.name not in FILE_TYPE:
-            raise Refused(f"{path}: tensor {name} is {t.tensor_type.name}; apr reads {', '.join(FILE_TYPE)}")
-        load[hf] = _loader(gguf, t, turned_heads(cfg, slot) if slot else 0)
-    return GgufFile(path, cfg, keys, _Tensors(load), kinds)
-
-
-def _loader(gguf: ModuleType, tensor: Any, heads: int) -> Callable[[], np.ndarray]:
-    shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
-
-    def load() -> np.ndarray:
-        kind = tensor.tensor_type.name
-        data = tensor.data
-        if kind == "Q8_0":
-            data = gguf.quants.dequantize(data, tensor.tensor_type)
-        elif kind == "BF16":
-            data = np.ascontiguousarray(data).view(BF16)
-        data = np.asarray(data).reshape(shape)
-        return to_halves(data, heads) if heads else data
-
-    return load
-
-
-def _config(keys: dict[str, Any], names: set[str], path: Path) -> ModelConfig:
-    """The ModelConfig of a header. Raises MalformedFile for a missing key, Refused for what we do not compute."""
-    arch = keys.get("general.architecture")
-    family = keys.get("apr.family", arch)
-    if family not in FAMILIES or ARCHITECTURE[family] != arch:
-        raise Refused(
-            f"{path}: architecture {arch!r}; apr knows {', '.join(sorted(set(ARCHITECTURE.values())))}"
-        )
-
-    def number(key: str, kind: type = int) -> Any:
-        value = keys.get(f"{arch}.{key}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**40:
-            raise MalformedFile(f"{path}: {arch}.{key} = {value!r}; a positive number is needed")
-        return kind(value)
-
-    heads, hidden = number("attention.head_count"), number("embedding_length")
-    tokens = keys.get("tokenizer.ggml.tokens")
-    scaling = {
-        k.removeprefix("apr.rope_scaling."): v for k, v in keys.items() if k.startswith("apr.rope_scaling.")
-    }
-    if ROPE_FREQS in names and not scaling:
-        raise Refused(f"{path}: scaled rotary frequencies ({ROPE_FREQS}) whose factors it does not say")
-    vocab = number("vocab_size") if f"{arch}.vocab_size" in keys else len(tokens or [])
-    layers = number("block_count")
-    if layers > len(names) or not vocab:
-        raise MalformedFile(f"{path}: {layers} layers, {len(names)} tensors, a vocabulary of {vocab}")
-    row = FAMILIES[family]
-    return ModelConfig(
-        family=family,
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=number("feed_forward_length"),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=number("attention.head_count_kv")
-        if f"{arch}.attention.head_count_kv" in keys
-        else heads,
-        head_dim=number("attention.key_length")
-        if f"{arch}.attention.key_length" in keys
-        else hidden // heads,
-        max_position_embeddings=int(keys.get("apr.max_position_embeddings", number("context_length"))),
-        rms_norm_eps=_float32(number("attention.layer_norm_rms_epsilon", float)),
-        rope_theta=_float32(number("rope.freq_base", float)) if f"{arch}.rope.freq_base" in keys else 10000.0,
-        tie_word_embeddings=NAMES["head"] not in names,
-        rope_scaling=RopeScaling(
-            scaling["factor"],
-            scaling["low_freq_factor"],
-            scaling["high_freq_factor"],
-            int(scaling["original_max_position_embeddings"]),
-        )
-        if scaling
-        else None,
-        qkv_bias=row.qkv_bias,
-        qk_norm=row.qk_norm,
-        sliding_window=int(keys.get("apr.sliding_window", 0)),
-    )
-
-
-def _float32(x: float) -> float:
-    """The shortest decimal that is this float32: 1e-06 is stored as 9.999999974752427e-07."""
-    return float(str(np.float32(x)))

@@ -1,4 +1,4 @@
-"""The keys of a GGUF header that hold a tokenizer, from a tokenizer.json.
+"""Translate a tokenizer.json to the keys of a GGUF header, and back.
 
 llama.cpp has two encoders for the vocabularies that apr reads: `gpt2`, byte-level BPE with merges and a named rule for
 cutting text, and `llama`, SentencePiece BPE, where the better of two neighbours' merges is the one with the higher score.
@@ -6,13 +6,14 @@ cutting text, and `llama`, SentencePiece BPE, where the better of two neighbours
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from ..common.errors import Refused
-from ..common.files import parse_json
-from ..tokenizer.families import SPLIT, SPLIT_QWEN
+from ..common.errors import MalformedFile, Refused
+from ..common.files import parse_json, short
+from ..tokenizer.families import FAMILIES, SPLIT, SPLIT_QWEN
 from ..tokenizer.tokenizer import Tokenizer
-from ..tokenizer.vocab_format import BYTE_LEVEL, SENTENCEPIECE
+from ..tokenizer.vocab_format import BYTE_LEVEL, FALLBACK_BYTES, SENTENCEPIECE, SPACE_MARK
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 
@@ -26,7 +27,7 @@ def vocabulary_keys(
     pad_id: int | None = None,
     chat_template: str | None = None,
 ) -> dict[str, Any]:
-    """Header keys and values for a tokenizer.json, padded to vocab_size tokens.
+    """Translate a tokenizer.json to header keys and values, padded to vocab_size tokens.
 
     Raises Refused, naming the rule, for a tokenizer that llama.cpp would run otherwise: its encoder has no such
     pre-tokenizer or normalizer, or there is no end of text (it would take id 11 for one)."""
@@ -83,7 +84,7 @@ def vocabulary_keys(
 
 
 def _tokens(fields: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Text and type of each id below vocab_size; ids without a token get names that no token has."""
+    """List text and type of each id below vocab_size; ids without a token get names that no token has."""
     by_id = {i: (t, NORMAL) for t, i in fields["model"]["vocab"].items()}
     for added in fields.get("added_tokens") or []:
         by_id[added["id"]] = (added["content"], CONTROL if added.get("special") else USER_DEFINED)
@@ -103,7 +104,7 @@ def _merges(model: dict[str, Any]) -> list[list[str]]:
 
 
 def _pre(fields: dict[str, Any], source: str) -> str:
-    """llama.cpp's name for the rule that cuts text."""
+    """Find llama.cpp's name for the rule that cuts text."""
     for step in _steps(fields.get("normalizer"), "normalizers"):
         if step.get("type") != "NFC":  # llama.cpp normalizes nothing; text is nearly always in NFC already
             raise Refused(
@@ -129,7 +130,7 @@ def _pre(fields: dict[str, Any], source: str) -> str:
 
 
 def is_qwen2(text: str) -> bool:
-    """Whether a tokenizer.json normalizes and cuts text as Qwen2's does."""
+    """True for a tokenizer.json that normalizes and cuts text as Qwen2's does."""
     fields = parse_json(text, "tokenizer.json")
     normal = [s.get("type") for s in _steps(fields.get("normalizer"), "normalizers")]
     try:
@@ -144,7 +145,7 @@ def _pattern(step: dict[str, Any]) -> str | None:
 
 
 def _steps(node: Any, key: str) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as a flat list."""
+    """Flatten a normalizer or pre-tokenizer to a list."""
     if not isinstance(node, dict):
         return []
     if node.get("type") == "Sequence":
@@ -153,7 +154,7 @@ def _steps(node: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
-    """Minus the rank of the first merge that makes a token: llama.cpp merges the neighbours of the highest score first."""
+    """score = -rank of the first merge that makes a token: llama.cpp merges the neighbours of the highest score first."""
     rank: dict[str, int] = {}
     for i, (a, b) in enumerate(_merges(model)):
         rank.setdefault(a + b, i)
@@ -174,7 +175,7 @@ def _adds_space(tokenizer: Tokenizer, tokens: list[str]) -> bool:
 
 
 def _added_around(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
-    """The ids that encoding puts before and after a text."""
+    """Find the ids that encoding puts before and after a text."""
     bare, full = (tokenizer.encode("a", add_special_tokens=s).tolist() for s in (False, True))
     extra = len(full) - len(bare)
     if extra == 0:
@@ -186,3 +187,162 @@ def _added_around(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
         else None
     )
     return before, after
+
+
+# --- back to a tokenizer.json --------------------------------------------------------------------------------------
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+RULES: dict[
+    str, dict[str, Any]
+] = {  # llama.cpp's name of the rule -> the steps of tokenizer.json that follow it
+    "qwen2": FAMILIES["qwen2"].steps,
+    "llama-bpe": FAMILIES["llama3"].steps,
+    "dbrx": FAMILIES["llama3"].steps,
+    "gpt-2": FAMILIES["gpt2"].steps,
+    "smollm": {
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES],
+        },
+        "decoder": BYTES,
+    },
+}
+
+
+def tokenizer_json(keys: dict[str, Any], source: str) -> str | None:
+    """Translate the keys of a header to a tokenizer.json whose encoder gives the same ids; None without a vocabulary.
+
+    Raises MalformedFile, and Refused naming a vocabulary or rule that apr does not write itself."""
+    kind = keys.get("tokenizer.ggml.model", "none")
+    if kind in ("none", "no_vocab"):
+        return None
+    pre = keys.get("tokenizer.ggml.pre", "default")
+    if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre not in RULES):
+        raise Refused(
+            f"{source}: tokenizer {short(kind)}, cut by {short(pre)}; apr reads llama (SentencePiece BPE) and gpt2 "
+            f"(byte-level BPE) cut by {', '.join(RULES)}: take the model's Hugging Face folder instead"
+        )
+    tokens, kinds = _rows(keys, source)
+    control = {i for i, k in enumerate(kinds) if k in (CONTROL, UNKNOWN)}
+    added = control | {i for i, k in enumerate(kinds) if k == USER_DEFINED}
+    ordinary = [i for i, k in enumerate(kinds) if k not in (UNUSED, CONTROL, UNKNOWN, USER_DEFINED)]
+    # The library numbers added tokens that are not in the vocabulary from its length on.
+    behind = sorted(i for i in added if i > max(ordinary, default=-1))
+    within = sorted({*ordinary, *added} - set(behind))
+    if behind != list(range(len(within), len(within) + len(behind))):
+        within = sorted({*ordinary, *added})
+    vocab = {tokens[i]: i for i in within}
+    model: dict[str, Any] = {"type": "BPE", "unk_token": None, "fuse_unk": False, "byte_fallback": False}
+    if kind == "gpt2":
+        steps = RULES[pre]
+        model |= {
+            "ignore_merges": pre == "llama-bpe",
+            "vocab": vocab,
+            "merges": _list_of(keys, "merges", str, source),
+        }
+    else:
+        prefix = bool(keys.get("tokenizer.ggml.add_space_prefix", True))
+        steps = _sentencepiece_steps(prefix)
+        unknown = next((t for t, k in zip(tokens, kinds, strict=True) if k == UNKNOWN), None)
+        scores = _list_of(keys, "scores", float, source)
+        if len(scores) != len(tokens):
+            raise MalformedFile(f"{source}: {len(tokens)} tokens, {len(scores)} scores; fetch the file again")
+        fallback = all(b in vocab for b in FALLBACK_BYTES)
+        model |= {"unk_token": unknown, "fuse_unk": True, "byte_fallback": fallback, "vocab": vocab}
+        model["merges"] = _merges_of(vocab, scores)
+    first = kind == "llama" or pre == "llama-bpe"  # llama.cpp's default
+    around = [
+        tokens[i] if keys.get(f"tokenizer.ggml.add_{name}_token", default) and i is not None else None
+        for name, default, i in (
+            ("bos", first, special_of(keys, "bos", source)),
+            ("eos", False, special_of(keys, "eos", source)),
+        )
+    ]
+    d = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": i not in control, "special": i in control} for i in sorted(added)
+        ],
+        **{key: steps[key] for key in ("normalizer", "pre_tokenizer", "decoder")},
+        "post_processor": _post_processor(around, vocab | {tokens[i]: i for i in added}),
+        "model": model,
+    }  # fmt: skip
+    return json.dumps(d, ensure_ascii=False)
+
+
+def special_of(keys: dict[str, Any], name: str, source: str) -> int | None:
+    """Read the id of bos or eos. Raises MalformedFile for one that is no token."""
+    i = keys.get(f"tokenizer.ggml.{name}_token_id")
+    tokens = keys.get("tokenizer.ggml.tokens") or []
+    if i is not None and (type(i) is not int or not 0 <= i < len(tokens)):
+        raise MalformedFile(f"{source}: {name}_token_id = {short(i)} is no id of its {len(tokens)} tokens")
+    return i
+
+
+def _list_of(keys: dict[str, Any], name: str, kind: type, source: str) -> list[Any]:
+    value = keys.get(f"tokenizer.ggml.{name}")
+    if not isinstance(value, list) or not all(isinstance(x, kind) for x in value):
+        raise MalformedFile(
+            f"{source}: tokenizer.ggml.{name} is no list of {kind.__name__}; fetch the file again"
+        )
+    return value
+
+
+def _rows(keys: dict[str, Any], source: str) -> tuple[list[str], list[int]]:
+    """Read text and type of every token."""
+    tokens = _list_of(keys, "tokens", str, source)
+    kinds = (
+        _list_of(keys, "token_type", int, source)
+        if "tokenizer.ggml.token_type" in keys
+        else [NORMAL] * len(tokens)
+    )
+    if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise MalformedFile(
+            f"{source}: {len(tokens)} tokens, {len(set(tokens))} of them distinct, {len(kinds)} types; fetch the file again"
+        )
+    return tokens, kinds
+
+
+def _sentencepiece_steps(prefix: bool) -> dict[str, Any]:
+    """Make the steps that put U+2581 for spaces, one before a text if `prefix`, and undo that."""
+    marks = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
+    spaces = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    before = [{"type": "Prepend", "prepend": SPACE_MARK}] if prefix else []
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*before, marks]},
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
+        },
+    }
+
+
+def _merges_of(vocab: dict[str, int], scores: list[float]) -> list[list[str]]:
+    """List every split of a token into two tokens, those of the highest score first."""
+    merges: list[tuple[float, int, int, list[str]]] = []
+    for token, i in vocab.items():
+        for at in range(1, len(token)):
+            a, b = token[:at], token[at:]
+            if a in vocab and b in vocab:
+                merges.append((-scores[i], vocab[a], vocab[b], [a, b]))
+    return [pair for *_, pair in sorted(merges)]
+
+
+def _post_processor(around: list[str | None], ids: dict[str, int]) -> dict[str, Any] | None:
+    """Make the step that puts tokens before and after a text."""
+    if around == [None, None]:
+        return None
+    before, after = ([{"SpecialToken": {"id": t, "type_id": 0}}] if t is not None else [] for t in around)
+    single = [*before, {"Sequence": {"id": "A", "type_id": 0}}, *after]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in around if t is not None},
+    }

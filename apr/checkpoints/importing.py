@@ -29,7 +29,7 @@ from .checkpoint import (
 )
 from .hf import INDEX, SINGLE
 from .readback import compare_written
-from .registry import open_any
+from .registry import format_of, open_any
 from .tensors import TensorFile
 
 PATTERNS = (*SIDE_FILES, TOKENIZER, SINGLE, INDEX, "model-*-of-*.safetensors")
@@ -45,9 +45,9 @@ def import_model(
 ) -> dict[str, Any]:
     """Write an APR file of a checkpoint; returns figures for the user.
 
-    source: a folder, a .safetensors file with config.json beside it, or hf://org/name[@revision]. tokenizer: a folder with
-    tokenizer.json, where the source has none. Weights keep their dtype and bits, and are compared with the source after
-    writing. Raises Refused for an output that exists (unless force), and as load_model does."""
+    source: a folder, a .safetensors file with config.json beside it, a GGUF file, or hf://org/name[@revision]. tokenizer: a
+    folder with tokenizer.json, for a source without one. Weights keep their dtype and bits (Q8_0 becomes float32) and are
+    compared with the source after writing. Raises Refused for an output that exists (unless force), and as open_any does."""
     output = Path(output)
     if os.path.lexists(output) and not force:
         raise Refused(f"{output}: exists already; name another file, or --force to replace it")
@@ -59,12 +59,13 @@ def import_model(
     else:
         place = source
         folder = Path(place) if os.path.isdir(place) else Path(place).parent
-    if os.path.isfile(place) and Path(place).suffix != ".safetensors":
-        raise UsageError(f"{source}: import reads Hugging Face folders and .safetensors files")
+    if (form := format_of(place)).kind == "apr":
+        raise UsageError(f"{source}: import reads Hugging Face folders, .safetensors files and GGUF files")
     checkpoint = open_any(place)
     tensors = parameters(Layout(checkpoint.cfg), checkpoint)
-    meta = {**config_to_metadata(checkpoint.cfg), "hf_config": checkpoint.metadata}
-    meta |= {"source": source, "original_format": "safetensors"}
+    meta = config_to_metadata(checkpoint.cfg)
+    meta |= {"hf_config": checkpoint.metadata} if checkpoint.kind == "hf" else {}
+    meta |= {"source": source, "original_format": "safetensors" if checkpoint.kind == "hf" else form.title}
     meta[PROVENANCE] = {
         "by": f"apr {__version__} import",
         "source": source,
@@ -102,6 +103,8 @@ def _files(checkpoint: Checkpoint, folder: Path) -> list[Path]:
         if isinstance(checkpoint.tensors, TensorFile)
         else sorted(folder.glob("*.safetensors"))
     )
+    if checkpoint.kind != "hf":
+        return weights
     more = [folder / n for n in (INDEX, TOKENIZER) if os.path.lexists(folder / n)]
     return [
         *weights,
@@ -121,6 +124,11 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _embed(meta: dict[str, Any], checkpoint: Checkpoint, folder: Path, other: str | None) -> Tokenizer | None:
     """Put the tokenizer of a folder, or of `other`, into metadata."""
+    if checkpoint.kind != "hf" and not other:
+        tok = checkpoint.tokenizer
+        if tok is not None:
+            embed_tokenizer(meta, tok.json, tok.eos_id, checkpoint.metadata.get("tokenizer.bos_token_id"))
+        return tok
     place = Path(other) if other else folder
     found = read_tokenizer(place)
     if found is None:

@@ -4,6 +4,7 @@
 |--------------|-------------------------------------------------------------------|---------|-------|
 | Hugging Face | folder with config.json and safetensors, or a .safetensors beside | yes     | yes   |
 | safetensors  | .safetensors file without config.json: a trace                    | yes     | no    |
+| GGUF         | file that begins with "GGUF": F32, F16, BF16 and Q8_0 tensors      | yes     | yes   |
 | APR v2       | file that begins with "APR\\0"                                     | yes     | yes   |
 """
 
@@ -19,12 +20,16 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputNotFound, Refused
+from ..common.files import opened
 from ..model.config import ModelConfig
 from ..model.params import Layout
 from ..model.presets import PRESETS
 from ..tokenizer.tokenizer import Tokenizer
 from .apr2 import extract_tokenizer, metadata_to_config, read_apr
 from .checkpoint import Checkpoint, fill, parameters, upload
+from .gguf_reader import MAGIC as GGUF_MAGIC
+from .gguf_reader import read_gguf
+from .gguf_vocab import special_of, tokenizer_json
 from .hf import read_hf
 
 
@@ -60,8 +65,37 @@ def _read_hf(path: Path, source: str) -> Checkpoint:
     return Checkpoint(hf.cfg, hf.tensors, hf.tokenizer_json, hf.config, source, "hf", eos)
 
 
+def _read_gguf(path: Path, source: str) -> Checkpoint:
+    file = read_gguf(path)
+    file.check_honoured()
+    keys = file.keys
+    eos, bos = (special_of(keys, name, source) for name in ("eos", "bos"))
+    text = tokenizer_json(keys, source)
+    meta: dict[str, Any] = {
+        k: v for k, v in keys.items() if isinstance(v, str | int | float) and not k.startswith("tokenizer.")
+    }
+    if text is not None:
+        meta |= {"tokenizer.eos_token_id": eos, "tokenizer.vocabulary": keys["tokenizer.ggml.tokens"]}
+    if bos != eos:  # a header names one always: without a bos the end of text
+        meta["tokenizer.bos_token_id"] = bos
+    if isinstance(template := keys.get("tokenizer.chat_template"), str):
+        meta["chat_template"] = template
+    return Checkpoint(file.cfg, file.tensors, text, meta, source, "gguf", eos)
+
+
+def is_bare(path: Path) -> bool:
+    """True for a .safetensors file without config.json beside it: tensors, but no model."""
+    return path.suffix == ".safetensors" and not os.path.lexists(path.with_name("config.json"))
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    with opened(path) as (f, _):
+        return f.read(len(magic)) == magic
+
+
 FORMATS = (
     Format("hf", "Hugging Face safetensors", lambda p: p.is_dir() or p.suffix == ".safetensors", _read_hf),
+    Format("gguf", "GGUF", lambda p: _begins(p, GGUF_MAGIC), _read_gguf),
     Format("apr", "APR v2", lambda p: True, _read_apr),
 )
 
@@ -75,7 +109,7 @@ def format_of(source: str) -> Format:
     if not os.path.exists(path):
         hint = f"; {source!r} is a preset: a preset has sizes but no weights" if source in PRESETS else ""
         raise InputNotFound(
-            f"{source}: not found. Looked for an .apr file, a folder with config.json and model.safetensors "
+            f"{source}: not found. Looked for an .apr file, a GGUF file, a folder with config.json and model.safetensors "
             f"(or model.safetensors.index.json), and a .safetensors file with config.json beside it{hint}"
         )
     _check_run_folder(path)

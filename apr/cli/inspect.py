@@ -1,14 +1,13 @@
-"""`apr inspect MODEL`: what is in a checkpoint, and is it whole.
+"""`apr inspect MODEL`: show what a checkpoint holds, after checking that it is whole.
 
-MODEL is an .apr file, a Hugging Face folder, a .safetensors file with config.json beside it; also a GGUF file, or a
-.safetensors file without config.json (a trace, say), of which the tensors are shown.
+MODEL is an .apr file, a GGUF file, a Hugging Face folder, a .safetensors file with config.json beside it; of a
+.safetensors file without config.json (a trace, say) the tensors are shown.
 
 Example: apr inspect model.apr --tensors"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.checkpoint import HF_FILES, Checkpoint
-from ..checkpoints.compare import GGUF_MAGIC, open_side
+from ..checkpoints.compare import open_side
 from ..checkpoints.importing import PROVENANCE
-from ..checkpoints.registry import TITLES, open_any
+from ..checkpoints.registry import TITLES, is_bare, open_any
 from ..checkpoints.validate import figures_of
 from ..common.options import json_option, option, parse
 from ..model.config import ModelConfig
@@ -43,9 +42,7 @@ class Flags:
 def main(args: Sequence[str]) -> int:
     """Returns the exit code; errors are raised."""
     f = parse(Flags, args, "apr inspect", __doc__ or "")
-    path = Path(f.model)
-    bare = path.suffix == ".safetensors" and not os.path.lexists(path.with_name("config.json"))
-    result, rows = _loose(f) if bare or _is_gguf(path) else _model(f)
+    result, rows = _loose(f) if is_bare(Path(f.model)) else _model(f)
     if f.json:
         print(json.dumps(result, indent=2))
         return 0
@@ -58,13 +55,6 @@ def main(args: Sequence[str]) -> int:
         ]
         show.table("tensors", table)
     return 0
-
-
-def _is_gguf(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as f:
-        return f.read(4) == GGUF_MAGIC
 
 
 def _tensors(tensors: Mapping[str, np.ndarray], figures: bool) -> dict[str, dict[str, Any]]:

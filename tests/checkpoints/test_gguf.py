@@ -15,8 +15,10 @@ import pytest
 import interop_cases
 from apr import backends
 from apr.checkpoints import gguf
+from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.exporting import export_gguf
-from apr.checkpoints.gguf_vocab import is_qwen2, vocabulary_keys
+from apr.checkpoints.gguf_reader import read_gguf
+from apr.checkpoints.gguf_vocab import is_qwen2, tokenizer_json, vocabulary_keys
 from apr.checkpoints.hf import read_hf, write_hf
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
@@ -25,6 +27,7 @@ from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.rope import rope_tables
 from apr.model.transformer import Model
+from apr.tokenizer.tokenizer import Tokenizer
 
 package = pytest.importorskip("gguf", reason="needs the package gguf: pip install 'apr[gguf]'")
 
@@ -74,7 +77,7 @@ def test_tensors_and_keys_are_those_of_the_converter_of_llama_cpp(
 def test_read_back_and_mapped_back(name: str, dtype: str | None, sources: Path, tmp_path: Path) -> None:
     checkpoint = open_any(str(sources / name))
     export_gguf(checkpoint, tmp_path / "m.gguf", dtype)
-    file = gguf.read_gguf(tmp_path / "m.gguf")
+    file = read_gguf(tmp_path / "m.gguf")
     assert file.cfg == checkpoint.cfg
     hf = read_hf(sources / name).tensors
     assert set(file.tensors) - {gguf.ROPE_FREQS} == set(hf)
@@ -149,7 +152,7 @@ def test_logits_from_a_file_that_was_read_back(sources: Path, tmp_path: Path) ->
     for name in ("llama3", "mistral", "qwen2", "qwen3-untied"):
         loaded = open_any(str(sources / name))
         export_gguf(open_any(str(sources / name)), tmp_path / f"{name}.gguf")
-        file = gguf.read_gguf(tmp_path / f"{name}.gguf")
+        file = read_gguf(tmp_path / f"{name}.gguf")
         seen = []
         for cfg, tensors in ((loaded.cfg, loaded.tensors), (file.cfg, file.tensors)):
             layout = Layout(cfg)
@@ -324,7 +327,7 @@ def test_nothing_that_exists_is_overwritten(sources: Path, tmp_path: Path) -> No
         export_gguf(checkpoint, out)
     assert out.read_text() == "mine"
     export_gguf(checkpoint, out, force=True)
-    assert gguf.read_gguf(out).cfg == checkpoint.cfg
+    assert read_gguf(out).cfg == checkpoint.cfg
     with pytest.raises(Refused, match="is a folder"):
         export_gguf(checkpoint, tmp_path, force=True)
 
@@ -336,12 +339,12 @@ def test_files_that_are_no_gguf(sources: Path, tmp_path: Path) -> None:
     for content in (b"", b"GGUF", raw[:100], raw[: len(raw) // 3], raw[:-1000], b"GGML" + raw[4:]):
         bad.write_bytes(content)
         with pytest.raises(MalformedFile, match=r"bad\.gguf"):
-            gguf.read_gguf(bad)
+            read_gguf(bad)
     bad.write_bytes(raw.replace(b"qwen3", b"gemma"))
     with pytest.raises(Refused, match="gemma"):
-        gguf.read_gguf(bad)
+        read_gguf(bad)
     with pytest.raises(InputNotFound):
-        gguf.read_gguf(tmp_path / "none.gguf")
+        read_gguf(tmp_path / "none.gguf")
 
 
 def test_command(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -352,3 +355,183 @@ def test_command(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--force" in capsys.readouterr().err
     assert main(["export", str(sources / "q8"), "--format", "gguf", "-o", str(out), "--force", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["types"] == {"F32": 20}
+
+
+# --- read as a checkpoint
+
+
+@pytest.fixture(scope="module")
+def files(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """name.dtype.gguf of every case."""
+    folder = tmp_path_factory.mktemp("files")
+    for name in interop_cases.CASES:
+        for dtype in gguf.TYPES:
+            export_gguf(open_any(str(sources / name)), folder / f"{name}.{dtype}.gguf", dtype)
+    return folder
+
+
+@pytest.mark.parametrize("name", interop_cases.CASES)
+def test_a_checkpoint_like_any_other(name: str, sources: Path, files: Path) -> None:
+    """float32 bit for bit; narrower types the values that they hold; the same ids for the same text."""
+    want = open_any(str(sources / name))
+    layout = Layout(want.cfg)
+    host = np.zeros(layout.size, np.float32)
+    fill(layout, host, want)
+    for dtype in gguf.TYPES:
+        path = str(files / f"{name}.{dtype}.gguf")
+        got = open_any(path)
+        assert (got.kind, got.cfg) == ("gguf", want.cfg)
+        back = np.zeros(layout.size, np.float32)
+        fill(layout, back, got)
+        if dtype == "float32":
+            assert back.tobytes() == host.tobytes()
+            assert got.sha256 == want.sha256
+        for t in package.GGUFReader(path).tensors:  # the package's own reader, values as it dequantizes them
+            slot = next((s for s in layout.in_order() if gguf.tensor_name(s) == t.name), None)
+            if slot is None:
+                assert t.name == gguf.ROPE_FREQS
+                continue
+            data = package.quants.dequantize(t.data, t.tensor_type).reshape(slot.shape)
+            if heads := gguf.turned_heads(want.cfg, slot):
+                data = gguf.to_halves(data, heads)
+            mine = back[slot.offset : slot.offset + slot.size].reshape(slot.shape)
+            assert mine.tobytes() == np.ascontiguousarray(data, np.float32).tobytes(), (dtype, t.name)
+        a, b = want.tokenizer, got.tokenizer
+        assert a
+        assert b
+        assert (b.eos_token, b.eos_id) == (a.eos_token, a.eos_id)
+        for text in (*interop_cases.TEXT, "<|im_end|> \u00e9 e\u0301\t  x"):
+            for special in (False, True):
+                assert b.encode(text, special).tolist() == a.encode(text, special).tolist()
+            assert b.encode_marked(text).tolist() == a.encode_marked(text).tolist()
+            assert b.decode(a.encode(text)) == text
+        assert got.chat_template == interop_cases.TEMPLATE
+        assert got.template().render([{"role": "user", "content": "x"}])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("changes", [
+    {"normalizer": {"type": "NFC"}, "qwen": True}, {"ignore_merges": True}, {"pre_tokenizer": BYTES},
+    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]}},
+    {"post_processor": {"type": "TemplateProcessing", "single": [
+        {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}], "pair": [], "special_tokens": {
+            t: {"id": t, "ids": [i], "tokens": [t]} for t, i in (("<|im_start|>", 298), ("<|endoftext|>", 299))}}},
+])  # fmt: skip
+def test_tokenizers_there_and_back(changes: dict[str, Any], sources: Path) -> None:
+    text = (sources / "llama/tokenizer.json").read_text()
+    changes = dict(changes)
+    if changes.pop("qwen", False):
+        split = json.loads(text)["pre_tokenizer"]
+        split["pretokenizers"][0]["pattern"]["Regex"] = split["pretokenizers"][0]["pattern"]["Regex"].replace(
+            "{1,3}", ""
+        )
+        changes["pre_tokenizer"] = split
+    if "post_processor" in changes:
+        ids = {t["content"]: t["id"] for t in json.loads(text)["added_tokens"]}
+        for t, row in changes["post_processor"]["special_tokens"].items():
+            row["ids"] = [ids[t]]
+    a = Tokenizer.from_json(change(text, **changes), "a")
+    keys = vocabulary_keys(a.json, "a", interop_cases.VOCAB, a.eos_id)
+    made = tokenizer_json(keys, "b")
+    assert made is not None
+    b = Tokenizer.from_json(made, "b", a.eos_id)
+    assert vocabulary_keys(made, "b", interop_cases.VOCAB, a.eos_id) == keys
+    for text in (*interop_cases.TEXT, "1234567 don't <|im_end|> \u00e9  \n\n x", ""):
+        for special in (False, True):
+            assert b.encode(text, special).tolist() == a.encode(text, special).tolist()
+
+
+def test_a_sentencepiece_tokenizer_there_and_back(data: Callable[[str], Path], tmp_path: Path) -> None:
+    source = open_any(str(data("stories260K/hf")))
+    export_gguf(source, tmp_path / "m.gguf", "float32")
+    got = open_any(str(tmp_path / "m.gguf"))
+    a, b = source.tokenizer, got.tokenizer
+    assert a
+    assert b
+    assert (b.eos_id, b.vocab_size, got.sha256) == (a.eos_id, a.vocab_size, source.sha256)
+    for text in (*interop_cases.TEXT, " two  spaces", "Lily ran. \u4e2d</s>"):
+        for special in (False, True):
+            assert b.encode(text, special).tolist() == a.encode(text, special).tolist()
+        assert b.decode(b.encode(text)) == a.decode(a.encode(text))
+
+
+def test_tokenizers_that_are_refused_by_name(sources: Path, tmp_path: Path) -> None:
+    text = (sources / "llama/tokenizer.json").read_text()
+    keys = vocabulary_keys(text, "t", interop_cases.VOCAB, None)
+    for change_, match in (
+        ({"tokenizer.ggml.model": "bert"}, "bert"),
+        ({"tokenizer.ggml.pre": "tekken"}, "tekken"),
+    ):
+        with pytest.raises(Refused, match=match):
+            tokenizer_json({**keys, **change_}, "t")
+    for name, wrong in (
+        ("tokens", ["a", "a"]),
+        ("merges", [1]),
+        ("token_type", [1]),
+        ("bos_token_id", 10**6),
+    ):
+        with pytest.raises(MalformedFile):
+            tokenizer_json({**keys, f"tokenizer.ggml.{name}": wrong}, "t")
+    assert tokenizer_json({"tokenizer.ggml.model": "none"}, "t") is None
+
+
+def test_keys_that_would_not_be_honoured(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = gguf._model_keys
+
+    def more(writer: Any, *rest: Any) -> None:
+        real(writer, *rest)
+        writer.add_string("llama.rope.scaling.type", "yarn")
+
+    monkeypatch.setattr(gguf, "_model_keys", more)
+    export_gguf(open_any(str(sources / "llama")), tmp_path / "m.gguf")
+    with pytest.raises(Refused, match=r"rope\.scaling\.type = 'yarn'"):
+        open_any(str(tmp_path / "m.gguf"))
+
+
+def test_scaled_frequencies_that_contradict_the_keys(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = gguf.frequency_divisors
+    monkeypatch.setattr(gguf, "frequency_divisors", lambda cfg: 2 * real(cfg))  # type: ignore[operator]
+    with pytest.raises(Refused, match="rope_freqs"):
+        export_gguf(open_any(str(sources / "llama3")), tmp_path / "m.gguf")
+
+
+def test_types_that_are_not_read(files: Path, tmp_path: Path) -> None:
+    raw = (files / "q8.q8_0.gguf").read_bytes()
+    name = b"blk.0.attn_q.weight"
+    at = raw.index(name) + len(name) + 4 + 16  # dimensions, then the type
+    assert raw[at] == 8
+    (tmp_path / "m.gguf").write_bytes(raw[:at] + bytes([12]) + raw[at + 1 :])
+    with pytest.raises(Refused, match="Q4_K"):
+        open_any(str(tmp_path / "m.gguf"))
+
+
+def test_commands(files: Path, sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What can be compared can be inspected, imported, run, evaluated, traced and looked into."""
+
+    def ask(*args: str) -> dict[str, Any]:
+        assert main([*args, "--json"]) == 0, capsys.readouterr()
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    wide, narrow = str(files / "llama.float32.gguf"), str(files / "q8.q8_0.gguf")
+    source = str(sources / "llama")
+    assert ask("inspect", wide)["weights_sha256"] == ask("inspect", source)["weights_sha256"]
+    assert ask("diff", source, wide)["equal"]
+    done = ask("import", narrow, "-o", str(tmp_path / "m.apr"))
+    assert (done["dtypes"], done["eos_token"]) == (["float32"], "<|im_end|>")
+    assert ask("diff", narrow, str(tmp_path / "m.apr"))["equal"]
+    few = ["--max-tokens", "4", "--temperature", "0", "--device", "cpu"]
+    assert ask("run", wide, "def", *few)["ids"] == ask("run", source, "def", *few)["ids"]
+    (tmp_path / "t.txt").write_text(interop_cases.TEXT[0])
+    on = ["--text", str(tmp_path / "t.txt"), "--device", "cpu", "--seq-length", "16"]
+    assert ask("eval", wide, *on)["loss"] == ask("eval", source, *on)["loss"]
+    traces = [str(tmp_path / f"{i}.safetensors") for i in range(2)]
+    for model, out in zip((wide, source), traces, strict=True):
+        ask("trace", model, "--tokens", "1,2,3", "-o", out, "--device", "cpu")
+    assert ask("diff", *traces)["equal"]
+    assert ask("plan", "--init", wide, "--seq-length", "16")["fits"]
+    assert main(["bisect", wide, "--tokens", "1,2,3,4", "--json"]) == 0

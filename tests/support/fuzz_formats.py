@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ import tokenizer_cases
 from apr.bisect import against, stored
 from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
 from apr.checkpoints.checkpoint import fill
+from apr.checkpoints.gguf import write_gguf
+from apr.checkpoints.gguf_reader import read_gguf
+from apr.checkpoints.gguf_vocab import vocabulary_keys
 from apr.checkpoints.hf import read_safetensors, write_hf, write_safetensors
 from apr.checkpoints.registry import open_any
 from apr.checkpoints.tensors import TensorFile
@@ -225,6 +229,24 @@ def safetensors_seeds() -> list[Case]:
 
 def read_safetensors_case(folder: Path) -> None:
     touch(read_safetensors(folder / "t.safetensors"))
+
+
+def gguf_seeds() -> list[Case]:
+    cfg, scaled = small("mistral-tiny", vocab_size=300), small("llama3-tiny")
+    wide = small("llama-tiny", vocab_size=300, hidden_size=32, intermediate_size=32)
+    keys = vocabulary_keys(tokenizer_text(), "seed", 300, 258)
+    models: list[tuple[Any, Any, Any, Any]] = [
+        (cfg, weights(cfg), "float32", keys),
+        (wide, weights(wide), "q8_0", keys),
+        (scaled, weights(scaled), "bfloat16", None),
+        (small("qwen3-tiny"), weights(small("qwen3-tiny")), "float16", None),
+    ]
+    return [made(lambda f, m=m: write_gguf(f / "m.gguf", *m)) for m in models]
+
+
+def read_gguf_case(folder: Path) -> None:
+    touch(read_gguf(folder / "m.gguf").tensors)
+    use_model(str(folder / "m.gguf"))
 
 
 def hf_seeds() -> list[Case]:
@@ -478,6 +500,9 @@ FORMATS = {
         Format("apr", apr_seeds, read_apr_case, 10),
         Format("safetensors", safetensors_seeds, read_safetensors_case, 10),
         Format("hf", hf_seeds, read_hf_case, 6),
+        *(
+            [Format("gguf", gguf_seeds, read_gguf_case, 10)] if find_spec("gguf") else []
+        ),  # written by the package gguf
         Format("config", config_seeds, read_config_case, 12),
         Format("trace", trace_seeds, read_trace_case, 6),
         Format("ids", ids_seeds, read_ids_case, 6),
