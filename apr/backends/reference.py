@@ -218,18 +218,18 @@ def rope(x: Array, cos: Array, sin: Array, sign: int) -> None:
 
 
 def attention_fwd(
-    y: Array, lse: Array, q: Array, k: Array, v: Array, first: Array | None, window: int
+    y: Array, lse: Array, q: Array, k: Array, v: Array, doc_start: Array | None, window: int
 ) -> None:
     """Causal softmax attention; query head h reads key/value head h // (H/K).
 
     y[t] = sum_j p[t,j] v[j],  p[t] = softmax_j(q[t] . k[j] / sqrt(D)) over the keys j that t sees:
-    j <= t + S - T, with window > 0 also j > t + S - T - window, and with first also j >= first[b,t].
+    j <= t + S - T, with window > 0 also j > t + S - T - window, and with doc_start also j >= doc_start[b,t].
     lse[t] = log sum_j exp(q[t] . k[j] / sqrt(D))
     y, q (B,T,H,D), k, v (B,S,K,D) with S >= T (the last T of S positions ask), lse (B,H,T).
-    first (B,T) int32, where the document of query t begins, or None: 0 <= first[b,t] <= t + S - T, so that
-    every query sees itself, and first[b,t] <= first[b,t+1]
+    doc_start (B,T) int32, where the document of query t begins, or None: 0 <= doc_start[b,t] <= t + S - T, so that
+    every query sees itself, and doc_start[b,t] <= doc_start[b,t+1]
     """
-    p, lse[...] = _probabilities(q, k, first, window)
+    p, lse[...] = _probabilities(q, k, doc_start, window)
     y[...] = np.einsum("bhts,bshd->bthd", p, _per_query_head(v, q))
 
 
@@ -243,7 +243,7 @@ def attention_bwd(
     q: Array,
     k: Array,
     v: Array,
-    first: Array | None,
+    doc_start: Array | None,
     window: int,
 ) -> None:
     """Gradients of attention_fwd (Dao et al. 2022, appendix B.2): with p recomputed from q, k, lse,
@@ -251,7 +251,7 @@ def attention_bwd(
     dp = dy v^T;  ds = p * (dp - sum_d dy*y) / sqrt(D);  dq = ds k;  dk = ds^T q;  dv = p^T dy,
     summed over the query heads that share a key/value head.
     """
-    p, _ = _probabilities(q, k, first, window)
+    p, _ = _probabilities(q, k, doc_start, window)
     kq, vq, scale = _per_query_head(k, q), _per_query_head(v, q), q.dtype.type(q.shape[-1]) ** -0.5
     dp = np.einsum("bthd,bshd->bhts", dy, vq)
     ds = p * (dp - np.einsum("bthd,bthd->bht", dy, y)[..., None]) * scale
@@ -265,13 +265,13 @@ def _per_query_head(x: Array, q: Array) -> Array:
     return np.repeat(x, q.shape[2] // x.shape[2], axis=2)
 
 
-def _probabilities(q: Array, k: Array, first: Array | None, window: int) -> tuple[Array, Array]:
+def _probabilities(q: Array, k: Array, doc_start: Array | None, window: int) -> tuple[Array, Array]:
     s = np.einsum("bthd,bshd->bhts", q, _per_query_head(k, q)) * q.dtype.type(q.shape[-1]) ** -0.5
     t = np.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
     j = np.arange(k.shape[1])[None]
     seen = (j <= t) & ((j > t - window) if window else True)
-    if first is not None:
-        seen = seen & (j >= first[:, None, :, None])
+    if doc_start is not None:
+        seen = seen & (j >= doc_start[:, None, :, None])
     s = np.where(seen, s, -np.inf)
     m = s.max(-1, keepdims=True)
     lse = m + np.log(np.exp(s - m).sum(-1, keepdims=True))

@@ -34,8 +34,8 @@ CROPS = {
     "head_rmsnorm_fwd *": "y0 rstd0 x0",
     "head_rmsnorm_bwd dx": "dx0 dy0 x0 rstd0",
     "rope x": "x0",
-    "attention_fwd *": "y0 lse0 q0 k0 v0 first0",
-    "attention_bwd *": "dq0 dk0 dv0 dy0 y0 lse0 q0 k0 v0 first0",
+    "attention_fwd *": "y0 lse0 q0 k0 v0 doc_start0",
+    "attention_bwd *": "dq0 dk0 dv0 dy0 y0 lse0 q0 k0 v0 doc_start0",
     "swiglu_fwd y": "y0 gu0",
     "swiglu_bwd dgu": "dgu0 dy0 gu0",
     "cross_entropy *": "loss0 logits0 targets0",
@@ -281,7 +281,7 @@ def _attention(
 
     sees: how often query position i sees key position j, NaN: unknown. scale: of the scores, for H and D. ds: of ds,
     for D. heads: key/value head of query head h of n. shared: which query heads, counted within their group, add to
-    dk and dv. saved: p from the saved lse, as kernels take it. borders: what first is taken for, given the positions of
+    dk and dv. saved: p from the saved lse, as kernels take it. borders: what doc_start is taken for, given the positions of
     the queries.
     """
     (_, t, n, d), (_, s, kv, _) = a.q.shape, a.k.shape
@@ -292,10 +292,10 @@ def _attention(
         return None  # no fault at this window and these positions
     if not forward:
         count = np.where(np.isnan(count), _sees(i, j, a.window), count)
-    if a.first is not None:
-        first = borders(a.first, i[:, 0]) if borders else a.first
-        count = np.where(j >= first[:, None, :, None], count, 0)
-    if borders and (a.first is None or np.array_equal(first, a.first)):
+    if a.doc_start is not None:
+        doc_start = borders(a.doc_start, i[:, 0]) if borders else a.doc_start
+        count = np.where(j >= doc_start[:, None, :, None], count, 0)
+    if borders and (a.doc_start is None or np.array_equal(doc_start, a.doc_start)):
         return None
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (a.q, a.k[:, :, at], a.v[:, :, at]))
     z = q @ k.swapaxes(2, 3) * scale(n, d) + np.log(count)
@@ -423,12 +423,15 @@ HEADS: list[tuple[str, Callable[[Array, int, int], Array]]] = [
     ("every query head reads key/value head 0", lambda h, n, kv: 0 * h),
 ]
 BORDERS: list[tuple[str, Callable[[Array, Array], Array]]] = [
-    ("document mask missing: tokens of other documents are seen", lambda first, i: 0 * first),
+    ("document mask missing: tokens of other documents are seen", lambda doc_start, i: 0 * doc_start),
     (
         "document border off by one: the token before the document is seen",
-        lambda first, i: np.maximum(first - 1, 0),
+        lambda doc_start, i: np.maximum(doc_start - 1, 0),
     ),
-    ("document border off by one: its first token is hidden", lambda first, i: np.minimum(first + 1, i)),
+    (
+        "document border off by one: its first token is hidden",
+        lambda doc_start, i: np.minimum(doc_start + 1, i),
+    ),
 ]
 SCALES: list[tuple[str, Callable[[int, int], float]]] = [
     ("scores not scaled by 1/sqrt(D)", lambda h, d: 1.0),

@@ -148,15 +148,17 @@ def flash(be: Backend = reference, low: Callable[[Any], Any] = lambda x: x) -> S
     def heads(x: Any, q: Any) -> Any:  # (B,S,K,D) -> (B,H,S,D)
         return np.repeat(x, q.shape[2] // x.shape[2], axis=2).transpose(0, 2, 1, 3)
 
-    def scores(q: Any, k: Any, first: Any, window: int) -> Any:
+    def scores(q: Any, k: Any, doc_start: Any, window: int) -> Any:
         t = np.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
         j = np.arange(k.shape[1])[None]
         s = heads(q, q) @ heads(k, q).swapaxes(2, 3) * q.dtype.type(q.shape[-1] ** -0.5)
         s[..., (j > t) | ((j <= t - window) if window else False)] = -np.inf
-        return s if first is None else np.where(j < first[:, None, :, None], -np.inf, s).astype(s.dtype)
+        return (
+            s if doc_start is None else np.where(j < doc_start[:, None, :, None], -np.inf, s).astype(s.dtype)
+        )
 
-    def attention_fwd(y: Any, lse: Any, q: Any, k: Any, v: Any, first: Any, window: int) -> None:
-        s = scores(q, k, first, window)
+    def attention_fwd(y: Any, lse: Any, q: Any, k: Any, v: Any, doc_start: Any, window: int) -> None:
+        s = scores(q, k, doc_start, window)
         largest = s.max(-1, keepdims=True)
         p = np.exp(s - largest)
         total = p.sum(-1, keepdims=True)
@@ -164,9 +166,19 @@ def flash(be: Backend = reference, low: Callable[[Any], Any] = lambda x: x) -> S
         y[...] = (low(p) @ heads(v, q) / total).transpose(0, 2, 1, 3)
 
     def attention_bwd(
-        dq: Any, dk: Any, dv: Any, dy: Any, y: Any, lse: Any, q: Any, k: Any, v: Any, first: Any, window: int
+        dq: Any,
+        dk: Any,
+        dv: Any,
+        dy: Any,
+        y: Any,
+        lse: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        doc_start: Any,
+        window: int,
     ) -> None:
-        p = np.exp(scores(q, k, first, window) - lse[..., None])
+        p = np.exp(scores(q, k, doc_start, window) - lse[..., None])
         dp = heads(dy, q) @ heads(v, q).swapaxes(2, 3)
         ds = low(p * (dp - heads((dy * y).sum(-1, keepdims=True), q)))
         scale, (b, n, kv, d) = q.dtype.type(q.shape[-1] ** -0.5), k.shape

@@ -184,9 +184,9 @@ def borders(model: Model, batch: Batch) -> list[Row]:
         for t, i in enumerate(ids):
             row[t] = begin
             begin = t + 1 if i == batch.document_end else begin
-    d = difference(model.be.to_host(model._at(*batch.shape)[1].first), want)
+    d = difference(model.be.to_host(model._at(*batch.shape)[1].doc_start), want)
     cause = "" if d.err == 0 else "attention does not stop where a document ends"
-    return [measured("upload", "from_host", "first", d, 0.0, cause=cause)]
+    return [measured("upload", "from_host", "doc_start", d, 0.0, cause=cause)]
 
 
 def _frequency(c: ModelConfig, i: int) -> float:
@@ -517,7 +517,7 @@ def state(side: Side, weights: np.ndarray, batch: Batch, tolerances: dict[str, f
     )
     for name, x in model.buffers.arrays.items():
         scratch = name.rsplit(".", 1)[-1] not in (
-            *("w", "g", "cos", "sin", "total", "ids", "targets", "first"),
+            *("w", "g", "cos", "sin", "total", "ids", "targets", "doc_start"),
         )
         if scratch:
             be.fill(x, np.nan)

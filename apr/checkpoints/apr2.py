@@ -31,6 +31,7 @@ import numpy as np
 from ..common.atomic import atomic_write
 from ..common.errors import MalformedFile, Refused
 from ..common.files import opened, parse_json, short
+from ..common.rounding import round_up
 from ..model.config import ModelConfig
 from ..model.families import FAMILIES
 from ..model.hf_config import MUST_BE, SIZES, from_hf, to_hf
@@ -117,7 +118,7 @@ def read_apr(path: str | Path) -> AprFile:
 
 
 def _up(n: int) -> int:
-    return -(-n // ALIGN) * ALIGN
+    return round_up(n, ALIGN)
 
 
 def _bad(path: Path, what: str) -> MalformedFile:

@@ -22,6 +22,7 @@ import numpy as np
 from ..common.atomic import atomic_write, write_json, write_text
 from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused
 from ..common.files import MAX_TEXT, opened, parse_json, read_text
+from ..common.rounding import round_up
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, to_hf
 from ..model.params import Layout
@@ -212,7 +213,7 @@ def write_safetensors(
         header[name] = {"dtype": TAGS[to], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text = text.ljust(-(-len(text) // 8) * 8)
+    text = text.ljust(round_up(len(text), 8))
     with atomic_write(path) as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for name, to in plan:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..common.rounding import ceil_div
 from ..tokenizer.tokenizer import Tokenizer
 from .cut import Cutter
 from .readers import Corpus, LongDocument, Skipped
@@ -48,7 +49,7 @@ def estimate(
     cutter = Cutter(tokenizer)
     for kind in sorted({(s.kind, s.compression) for s in sources}):
         of_kind = [s for s in sources if (s.kind, s.compression) == kind]
-        step = max(1, -(-len(of_kind) // FILES))
+        step = max(1, ceil_div(len(of_kind), FILES))
         read = documents = size = 0
         tokens = 0.0
         for source in of_kind[step // 2 :: step] or of_kind:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import Refused, UsageError
+from ..common.rounding import ceil_div
 from ..data.corpus import Document
 from ..data.cut import Cutter
 from ..data.readers import Corpus, LongDocument
@@ -29,7 +30,7 @@ def windows_in(length: int, seq: int, stride: int) -> int:
     """How many windows a stream of `length` tokens has; none where nothing can be predicted."""
     if length < 2:
         return 0
-    return 1 + max(0, -(-(length - 1 - seq) // stride))
+    return 1 + max(0, ceil_div(length - 1 - seq, stride))
 
 
 def window_at(k: int, length: int, seq: int, stride: int) -> tuple[int, int, int]:
@@ -192,7 +193,7 @@ def shard_windows(shards: TokenShards, seq: int, stride: int, max_tokens: int | 
     every = int(ends[-1])
     if not every:
         raise Refused(f"{shards.folder}: no shard has two tokens")
-    take = every if max_tokens is None else min(every, -(-max_tokens // stride))
+    take = every if max_tokens is None else min(every, ceil_div(max_tokens, stride))
 
     def windows() -> Iterator[tuple[Window, int]]:
         for number in range(take):

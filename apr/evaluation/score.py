@@ -16,6 +16,7 @@ from ..backends.select import select
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.registry import open_any
 from ..common.errors import Aborted, MalformedFile, Refused, UsageError
+from ..common.rounding import round_up
 from ..model.config import ModelConfig
 from ..model.cost import check_fits, check_positions, memory
 from ..model.transformer import IGNORED, Model
@@ -149,7 +150,7 @@ class Scorer:
 
     def _batch(self, windows: list[Window], greedy: bool) -> list[Scored]:
         longest = max(len(w.ids) for w in windows) - 1
-        t = min(self.seq, -(-longest // ROUND) * ROUND)
+        t = min(self.seq, round_up(longest, ROUND))
         ids = np.zeros((len(windows), t), np.int32)
         targets = np.full((len(windows), t), IGNORED, np.int32)
         for row, w in enumerate(windows):

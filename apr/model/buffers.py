@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401 - gives NumPy the name "bfloat16"
 import numpy as np
 
+from ..common.rounding import ceil_div, round_up
 from .config import ModelConfig
 from .params import Layout, padded_vocab
 
@@ -41,7 +42,7 @@ class BufferSpec:
     @property
     def nbytes(self) -> int:
         """Bytes, rounded up to where the next buffer may start."""
-        return -(-self.size // ALIGN) * ALIGN
+        return round_up(self.size, ALIGN)
 
 
 BufferSpecs = dict[str, BufferSpec]
@@ -156,7 +157,7 @@ class BufferPlan:
         for name in ("ids", "targets"):
             out[name] = BufferSpec("scratch", (n,), "int32")
         if self.documents:
-            out["first"] = BufferSpec("scratch", (n,), "int32")
+            out["doc_start"] = BufferSpec("scratch", (n,), "int32")
         out["total"] = BufferSpec("scratch", (1,), "float64")
         for name in ("cos", "sin"):
             out[name] = BufferSpec("scratch", (max(self.seq, self.cache), c.head_dim // 2), wide)
@@ -166,7 +167,7 @@ class BufferPlan:
         """Buffers of the KV cache, and of a step of sequences of different lengths."""
         out: BufferSpecs = {}
         if self.cache and self.batch > 1:
-            out["first"] = BufferSpec("scratch", (self.batch,), "int32")
+            out["doc_start"] = BufferSpec("scratch", (self.batch,), "int32")
             for name in ("step_cos", "step_sin"):
                 out[name] = BufferSpec("scratch", (self.batch, c.head_dim // 2), WIDE[self.dtype])
         shape = (self.batch, self.cache, c.num_kv_heads, c.head_dim)
@@ -194,5 +195,5 @@ def default_loss_rows(c: ModelConfig, tokens: int, elements: int = 1 << 23) -> i
     """Rows of logits held at once, so that all logits never exist together: `elements` in all, at least
     64 rows, and as many parts as that takes, of equal size."""
     most = max(64, elements // c.vocab_size // 64 * 64)
-    parts = -(-tokens // most)
-    return min(tokens, -(-tokens // parts // 64) * 64)
+    parts = ceil_div(tokens, most)
+    return min(tokens, round_up(ceil_div(tokens, parts), 64))

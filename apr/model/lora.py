@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import UsageError
+from ..common.rounding import round_up
 from .buffers import WIDE, Buffers, BufferSpec, BufferSpecs
 from .config import ModelConfig
 from .params import ALIGN, LAYER, Layout, Param, Slot
@@ -109,7 +110,7 @@ class AdapterLayout:
                 hf = f"{PREFIX}{s.param.hf.removesuffix('.weight')}.lora_{letter}.weight"
                 param = Param(f"{s.param.name}.{letter}", "", init, True, hf)
                 pair.append(Slot(s.layer, param, n, shape))
-                n = -(-(n + prod(shape)) // ALIGN) * ALIGN
+                n = round_up(n + prod(shape), ALIGN)
             self.slots += pair
             self.pairs.append(Pair(s, *pair))
         self.decayed = n
@@ -170,7 +171,7 @@ def adapter_specs(cfg: ModelConfig, dtype: str, config: LoraConfig) -> BufferSpe
 
 
 def _base_size(layout: AdapterLayout) -> int:
-    return sum(-(-p.base.size // ALIGN) * ALIGN for p in layout.pairs)
+    return sum(round_up(p.base.size, ALIGN) for p in layout.pairs)
 
 
 class Adapters:
@@ -190,7 +191,7 @@ class Adapters:
         at = 0
         for p in self.layout.pairs:
             self.base.append(self.buffers["base"][at : at + p.base.size].reshape(p.base.shape))
-            at += -(-p.base.size // ALIGN) * ALIGN
+            at += round_up(p.base.size, ALIGN)
         identity = config.scale * np.eye(config.rank)
         self.be.from_host(self.buffers["scaled_identity"], identity.astype(self.dtype))
         self.base_sha256 = ""

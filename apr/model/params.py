@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.rounding import round_up
 from .config import ModelConfig
 
 ALIGN = 64  # elements: every tensor starts on a 128-byte line in bf16, 256 in float32
@@ -107,11 +108,11 @@ class Layout:
             for layer, p in rows:
                 if p.decay is decay and has(cfg, p.name):
                     shape = tuple(prod(cfg.letters[c] for c in s.split("*")) for s in p.shape.split())
-                    n = n if p.name in _PACKED else _up(n)
+                    n = n if p.name in _PACKED else round_up(n, ALIGN)
                     self.slots.append(Slot(layer, p, n, shape))
                     high = padded_vocab(shape[0]) if p.shape.startswith("V") else shape[0]
                     n += high * prod(shape[1:])
-            n = _up(n)
+            n = round_up(n, ALIGN)
             if decay:
                 self.decayed = n  # elements [0, decayed) take weight decay, the rest do not
         self.size = n
@@ -207,8 +208,4 @@ class Layout:
 
 def padded_vocab(n: int) -> int:
     """Rows that the embedding or head of a vocabulary of n takes in a flat buffer."""
-    return -(-n // VOCAB_ALIGN) * VOCAB_ALIGN
-
-
-def _up(n: int) -> int:
-    return -(-n // ALIGN) * ALIGN
+    return round_up(n, VOCAB_ALIGN)

@@ -31,7 +31,7 @@ class CachePosition:
     """Location of a batch in the KV cache: sequence b is cache row `row + b`, its token 0 is at slot `slot`, `past`
     tokens are cached already.
 
-    A step of sequences of different lengths has angles of its own, (B,D/2), and `first` (B,1), the slot of each
+    A step of sequences of different lengths has angles of its own, (B,D/2), and `doc_start` (B,1), the slot of each
     sequence's token 0; then `past` counts slots.
     """
 
@@ -40,7 +40,7 @@ class CachePosition:
     slot: int = 0
     cos: Any = None
     sin: Any = None
-    first: Any = None
+    doc_start: Any = None
 
 
 def document_starts(ids: np.ndarray, end: int) -> np.ndarray:
@@ -143,9 +143,9 @@ class Model:
             blocks = [view(inner, f"{i}.") for i in range(self.cfg.num_layers)]
             scratch = view(scratch_buffers(self.cfg, batch, seq, self.train))
             scratch.ids, scratch.targets = (have[k][: batch * seq] for k in ("ids", "targets"))
-            scratch.first = None
+            scratch.doc_start = None
             if self.document_end is not None:
-                scratch.first = have["first"][: batch * seq].reshape(batch, seq)
+                scratch.doc_start = have["doc_start"][: batch * seq].reshape(batch, seq)
             self._views[batch, seq] = blocks, scratch
         return self._views[batch, seq]
 
@@ -188,11 +188,11 @@ class Model:
             self.forward(ids.reshape(1, 1), past=int(positions[0]), slot=slots - int(positions[0]))
             return
         self._put_ids(ids.reshape(n, 1))
-        cos, sin, first = (self.buffers[name][:n] for name in ("step_cos", "step_sin", "first"))
+        cos, sin, doc_start = (self.buffers[name][:n] for name in ("step_cos", "step_sin", "doc_start"))
         for buffer, table in zip((cos, sin), self._angles, strict=True):
             be.from_host(buffer, table[positions])
-        be.from_host(first, (slots - positions).astype(np.int32))
-        self._forward(no_tap, CachePosition(slots, cos=cos, sin=sin, first=first.reshape(n, 1)))
+        be.from_host(doc_start, (slots - positions).astype(np.int32))
+        self._forward(no_tap, CachePosition(slots, cos=cos, sin=sin, doc_start=doc_start.reshape(n, 1)))
 
     def move_row(self, to: int, source: int, slots: int) -> None:
         """Copy the first `slots` slots of a row of the key/value cache to another row."""
@@ -206,7 +206,7 @@ class Model:
         s = self._at(self.b, self.t)[1]
         self.be.from_host(s.ids, ids.reshape(-1))
         if self.document_end is not None:
-            self.be.from_host(s.first, document_starts(ids, self.document_end))
+            self.be.from_host(s.doc_start, document_starts(ids, self.document_end))
 
     def _forward(self, tap: Tap, at: CachePosition = CachePosition()) -> None:
         be, c, p = self.be, self.cfg, self.p
@@ -244,8 +244,8 @@ class Model:
         v = self._heads(a.qkv)[2]
         if self._cache:
             k, v = self._remember(i, k, v, at)
-        first = s.first if at.first is None else at.first
-        be.attention_fwd(a.att.reshape(q.shape), a.lse, q, k, v, first, c.sliding_window)
+        doc_start = s.doc_start if at.doc_start is None else at.doc_start
+        be.attention_fwd(a.att.reshape(q.shape), a.lse, q, k, v, doc_start, c.sliding_window)
         tap(i, "lse", a.lse)
         tap(i, "att", a.att)
         be.linear_fwd(s.delta, a.att, w.wo, None)
@@ -385,7 +385,7 @@ class Model:
                 q, k, _ = self._heads(a.qk)
                 dq, dk, _ = self._heads(s.dqk)
             y, dy = a.att.reshape(q.shape), s.datt.reshape(q.shape)
-            be.attention_bwd(dq, dk, dv, dy, y, a.lse, q, k, v, s.first, c.sliding_window)
+            be.attention_bwd(dq, dk, dv, dy, y, a.lse, q, k, v, s.doc_start, c.sliding_window)
             tap(i, "d_q_rope", dq)
             tap(i, "d_k_rope", dk)
             tap(i, "d_v", dv)

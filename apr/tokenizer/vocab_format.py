@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 
 from ..common.errors import MalformedFile, Refused
 from ..common.files import short
+from ..common.rounding import ceil_div
 
 BYTE_LEVEL, HEX_BYTES, SENTENCEPIECE, WORDPIECE, OTHER = FORMATS = (
     "byte-level",
@@ -375,7 +376,7 @@ def _factor(step: dict[str, Any]) -> int:
         return 1
     literal = pattern.get("String") if isinstance(pattern, dict) else pattern
     if isinstance(literal, str) and literal:
-        return max(1, -(-len(content) // len(literal)))
+        return max(1, ceil_div(len(content), len(literal)))
     return 1 + len(content)  # an expression may match between any two characters
 
 

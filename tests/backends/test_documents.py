@@ -248,8 +248,8 @@ def test_where_documents_begin() -> None:
 def test_only_a_model_that_masks_has_a_buffer_for_it() -> None:
     cfg = CONFIGS["llama"]
     plain, model = (on(cpu)(cfg, "float32", document_end=end) for end in (None, END))
-    assert "first" not in plain.buffers.arrays
-    assert model.buffers["first"].dtype == np.int32
+    assert "doc_start" not in plain.buffers.arrays
+    assert model.buffers["doc_start"].dtype == np.int32
     for documents, m in ((False, plain), (True, model)):
         whole = sum(x.nbytes for x in m.buffers.arrays.values())
         assert (
@@ -282,7 +282,7 @@ def test_a_spot_check_masks_what_training_masks(monkeypatch: pytest.MonkeyPatch)
         randomised(masked(overlay(cpu, attention_fwd=attention_fwd))(cfg, "float32")), ids, targets, "m"
     )
     assert report.agree
-    assert {r.tap for r in report.of("upload")} == {"first"}
+    assert {r.tap for r in report.of("upload")} == {"doc_start"}
     assert all(first is not None and first.any() for first in seen)
     for fault in ("documents_see_each_other", "documents_not_masked_in_backward"):
         report = spot_check(randomised(planted(FAULTS[fault], cpu)(cfg, "float32")), ids, targets, "m")
@@ -314,7 +314,7 @@ def test_bisect_counts_the_borders_itself(monkeypatch: pytest.MonkeyPatch) -> No
     assert first is not None
     assert (first.stage, first.tap, first.cause) == (
         "upload",
-        "first",
+        "doc_start",
         "attention does not stop where a document ends",
     )
 

@@ -346,19 +346,19 @@ BORDERS = [
 @every_dtype
 @over(BORDERS)
 def test_borders_that_hide_nothing_change_nothing(cuda: Any, row: Row, dtype: str) -> None:
-    """Where first is 0 everywhere: the same bits as without it in the kernels that take both, within rounding in those of
+    """Where doc_start is 0 everywhere: the same bits as without it in the kernels that take both, within rounding in those of
     tensor cores, which are two. And the first document of a sequence has what it has without borders."""
     values = make(row, dtype)
     (plain,) = table("attention_window", " ".join(str(n) for n in row.sizes.values()))
     without = run(cuda, plain, dtype, values)
-    hidden_nothing = run(cuda, row, dtype, {**values, "first": 0 * values["first"]})
-    found = figures(row, dtype, hidden_nothing, {**values, "first": 0 * values["first"]}, FAST)
+    hidden_nothing = run(cuda, row, dtype, {**values, "doc_start": 0 * values["doc_start"]})
+    found = figures(row, dtype, hidden_nothing, {**values, "doc_start": 0 * values["doc_start"]}, FAST)
     assert off(found) == []
     if dtype == "float32" or row.sizes["D"] == 40:
         assert differing(hidden_nothing, without) == []
     masked = run(cuda, row, dtype, values)
-    for b, first in enumerate(values["first"]):
-        n = int((first == 0).sum())
+    for b, doc_start in enumerate(values["doc_start"]):
+        n = int((doc_start == 0).sum())
         assert error(masked["y"][b, :n], without["y"][b, :n]) <= found["y"][1]
         assert not np.array_equal(masked["lse"][b, :, n:], without["lse"][b, :, n:])
 
@@ -369,7 +369,7 @@ def test_a_document_does_not_see_the_others(cuda: Any, row: Row, dtype: str) -> 
     """Bit for bit: whatever goes in before a border changes nothing after it, and nothing in other sequences."""
     values = make(row, dtype)
     before = run(cuda, row, dtype, values)
-    border = int(values["first"][0][-1])  # of the last document
+    border = int(values["doc_start"][0][-1])  # of the last document
     assert 0 < border < row.sizes["T"]
     changed = {n: x.copy() for n, x in values.items()}
     for name in ("q", "k", "v", "dy"):

@@ -133,7 +133,7 @@ def test_borders_that_hide_nothing_change_nothing(machine: Machine, launches: An
     """The kernels with documents, all of them beginning at 0, and those without give the same bits in forward; in
     backward dk and dv are summed in other steps for some head widths."""
     be, values = launches(machine), make(row, "bfloat16")
-    values["first"] = 0 * values["first"]
+    values["doc_start"] = 0 * values["doc_start"]
     (plain,) = table("attention_window", " ".join(map(str, row.sizes.values())))
     got, want = run(be, row, "bfloat16", values), run(be, plain, "bfloat16", values)
     assert set(differing(got, want)) <= {"dk", "dv"}

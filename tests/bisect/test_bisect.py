@@ -337,7 +337,7 @@ def test_documents_are_masked_on_request(
         (report,) = done.reports
         assert (done.code, done.err) == (0, "")
         assert words in report["batch"]
-        assert "first" in {r["tap"] for r in report["rows"] if r["stage"] == "upload"}
+        assert "doc_start" in {r["tap"] for r in report["rows"] if r["stage"] == "upload"}
     plant(monkeypatch, "documents_see_each_other")
     for args, _ in given:
         done = apr("bisect", *args, *asked)

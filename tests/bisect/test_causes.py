@@ -105,7 +105,7 @@ def attention(
     forward = a.op == "attention_fwd"
     out = {n: np.zeros_like(a.args[n]) for n in (("y", "lse") if forward else ("dq", "dk", "dv"))}
     for b, t, h in np.ndindex(nb, nt, nh):
-        low = 0 if a.first is None else begin(int(a.first[b, t]), t + ns - nt)
+        low = 0 if a.doc_start is None else begin(int(a.doc_start[b, t]), t + ns - nt)
         js, g = [j for j in keys(t + ns - nt, ns, a.window) if low <= j < ns], head(h, nh, kv)
         if not js:
             continue

@@ -167,7 +167,7 @@ def test_bisect_finds_nothing_in_a_sound_side(name: str, dtype: str, documents: 
         if report.of(s)
     }
     assert len(report.rows) > 250
-    assert ("first" in {r.tap for r in report.of("upload")}) is documents
+    assert ("doc_start" in {r.tap for r in report.of("upload")}) is documents
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=lambda f: f.name)

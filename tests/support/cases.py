@@ -5,7 +5,7 @@ NAME=VALUE for a scalar, or NAME alone for an array that was named before. The r
 
     in        read; its gradient is the array d+NAME of the backward call
     const     read; has no gradient         ids, targets   integers below V; every fourth target is -100
-    first     int32, where the document of each position begins: borders()
+    doc_start int32, where the document of each position begins: borders()
     out       overwritten                   save           the same, and read by the backward call
     acc       added to                      inplace        read and overwritten
     none      None is passed
@@ -157,17 +157,17 @@ CASES = [
     ),
     Case(
         "attention_documents",
-        f"attention_fwd: y out B T H D, lse save32 B H T, {QKV}, first first B T, window=W",
-        f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, first, window=W",
+        f"attention_fwd: y out B T H D, lse save32 B H T, {QKV}, doc_start doc_start B T, window=W",
+        f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, doc_start, window=W",
         "B T H K D W: 2 5 2 2 4 0, 3 13 4 4 8 0, 2 59 4 2 6 0, 2 97 4 1 5 0, 1 123 7 1 6 0, 2 123 2 1 10 5, 1 257 2 2 8 59,"
         "2 257 4 1 8 0",
     ),
     Case(
         "attention_documents_cache",
         "attention_fwd: y out B T H D, lse save32 B H T, q in B T H@0/H+2*K D, k in B S@0/P K D, v in B S@0/P K D,"
-        "first first B T, window=W",
+        "doc_start doc_start B T, window=W",
         "attention_bwd: dq out B T H@0/H+2*K D, dk out B S@0/P K D, dv out B S@0/P K D, dy in B T H D, y, lse, q, k, v,"
-        "first, window=W",
+        "doc_start, window=W",
         "B T S P H K D W: 2 1 59 97 4 2 5 0, 2 13 97 98 4 1 6 7, 2 59 257 259 2 1 8 0",
     ),
     Case(
@@ -243,7 +243,7 @@ class Arg:
 
     def kind(self, dtype: Any) -> np.dtype:
         """Dtype of the array in a row of `dtype`."""
-        if self.role in ("ids", "targets", "first"):
+        if self.role in ("ids", "targets", "doc_start"):
             return np.dtype(np.int32)
         if self.bits == 32 and np.dtype(dtype) == BF16:
             return np.dtype(np.float32)
@@ -322,7 +322,7 @@ def make(row: Row, dtype: Any, seed: int = 0) -> Arrays:
         if a.role in ("ids", "targets"):
             values[a.name] = rng.integers(0, row.sizes["V"], a.shape, dtype=np.int32)
             values[a.name][3::4] = -100 if a.role == "targets" else 0
-        elif a.role == "first":
+        elif a.role == "doc_start":
             values[a.name] = borders(rng, *a.shape, row.sizes.get("S", row.sizes["T"]))
         elif a.role in ("in", "const", "acc", "inplace"):
             x = rng.normal(size=a.shape)

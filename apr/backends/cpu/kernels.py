@@ -416,8 +416,8 @@ _BLOCK = 64  # queries whose scores against all their keys are held at once
     "void(float32[:,:,:,:], float32[:,:,::1], float32[:,:,:,:], float32[:,:,:,:], float32[:,:,:,:],"
     "int32[:,::1], int64)"
 )
-def attention_fwd(y, lse, q, k, v, first, window):
-    """first has no elements where there are no borders; keys before that of a block's first query are left out."""
+def attention_fwd(y, lse, q, k, v, doc_start, window):
+    """doc_start has no elements where there are no borders; keys before that of a block's first query are left out."""
     nb, nt, nh, d = q.shape
     ns, nk = k.shape[1], k.shape[2]
     past = ns - nt
@@ -432,8 +432,8 @@ def attention_fwd(y, lse, q, k, v, first, window):
             i1 = min(nt, i0 + _BLOCK)
             hi = past + i1
             lo = max(0, past + i0 - window + 1) if window > 0 else 0
-            if first.size > 0:
-                lo = max(lo, first[b, i0])
+            if doc_start.size > 0:
+                lo = max(lo, doc_start[b, i0])
             kb = pk + b * k.strides[0] + lo * k.strides[1] + kv * k.strides[2]
             vb = pv + b * v.strides[0] + lo * v.strides[1] + kv * v.strides[2]
             qb = pq + b * q.strides[0] + i0 * q.strides[1] + h * q.strides[2]
@@ -445,8 +445,8 @@ def attention_fwd(y, lse, q, k, v, first, window):
             for i in range(i1 - i0):
                 end = past + i0 + i + 1 - lo
                 start = max(0, end - window) if window > 0 else 0
-                if first.size > 0:
-                    start = max(start, first[b, i0 + i] - lo)
+                if doc_start.size > 0:
+                    start = max(start, doc_start[b, i0 + i] - lo)
                 row = scores[i][start:end]
                 top = _largest(row)
                 total = np.float32(0)
@@ -471,7 +471,7 @@ def attention_fwd(y, lse, q, k, v, first, window):
     "void(float32[:,:,:,:], float32[:,:,:,:], float32[:,:,:,:], float32[:,:,:,:], float32[:,:,:,:],"
     "float32[:,:,::1], float32[:,:,:,:], float32[:,:,:,:], float32[:,:,:,:], int32[:,::1], int64)"
 )
-def attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, first, window):
+def attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window):
     nb, nt, nh, d = q.shape
     ns, nk = k.shape[1], k.shape[2]
     past, group = ns - nt, nh // nk
@@ -493,8 +493,8 @@ def attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, first, window):
                 i1 = min(nt, i0 + _BLOCK)
                 hi = past + i1
                 lo = max(0, past + i0 - window + 1) if window > 0 else 0
-                if first.size > 0:
-                    lo = max(lo, first[b, i0])
+                if doc_start.size > 0:
+                    lo = max(lo, doc_start[b, i0])
                 n, rows = hi - lo, i1 - i0
                 kb = pk + b * k.strides[0] + lo * k.strides[1] + kv * k.strides[2]
                 vb = pv + b * v.strides[0] + lo * v.strides[1] + kv * v.strides[2]
@@ -512,8 +512,8 @@ def attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, first, window):
                         dot += yr[e] * dyr[e]
                     end = past + i0 + i + 1 - lo
                     start = max(0, end - window) if window > 0 else 0
-                    if first.size > 0:
-                        start = max(start, first[b, i0 + i] - lo)
+                    if doc_start.size > 0:
+                        start = max(start, doc_start[b, i0 + i] - lo)
                     log_sum = lse[b, h, i0 + i]
                     pr, dr = prob[i][start:end], dprob[i][start:end]
                     for j in range(pr.size):

@@ -159,10 +159,10 @@ def rope(x: Array, cos: Array, sin: Array, sign: int) -> None:
 
 
 def attention_fwd(
-    y: Array, lse: Array, q: Array, k: Array, v: Array, first: Array | None, window: int
+    y: Array, lse: Array, q: Array, k: Array, v: Array, doc_start: Array | None, window: int
 ) -> None:
     """See reference.py."""
-    kernels.attention_fwd(y, lse, q, k, v, _NO_BORDERS if first is None else first, window)
+    kernels.attention_fwd(y, lse, q, k, v, _NO_BORDERS if doc_start is None else doc_start, window)
 
 
 def attention_bwd(
@@ -175,11 +175,11 @@ def attention_bwd(
     q: Array,
     k: Array,
     v: Array,
-    first: Array | None,
+    doc_start: Array | None,
     window: int,
 ) -> None:
     """See reference.py."""
-    borders = _NO_BORDERS if first is None else first
+    borders = _NO_BORDERS if doc_start is None else doc_start
     kernels.attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, borders, window)
 
 

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from ...common.errors import Refused
+from ...common.rounding import round_up
 from .kernels import Parameter
 
 _c_contiguous = attrgetter("_c_contiguous")  # of a CuPy array: a fifth of the time that flags take
@@ -140,7 +141,7 @@ class Regions:
         start, room = self._at.get(slot, (0, -1))
         if room >= nbytes:
             return start
-        room = -(-nbytes // ALIGN) * ALIGN
+        room = round_up(nbytes, ALIGN)
         if self.used + room > self.size:
             return None
         start, self.used = self.used, self.used + room

@@ -10,6 +10,7 @@ import re
 from functools import cache
 from typing import Any, NamedTuple
 
+from ...common.rounding import ceil_div
 from . import kernels
 
 Array = Any
@@ -48,7 +49,7 @@ def _geometry(
     t = tiles(d)
     tile, stage = 16 * t[which + "_M"] * t[which + "_WARPS"], t[which + "_STAGE"]
     group = max(1, min(pairs, L2_BYTES // (4 * others * d)))
-    grid = (group * parts, -(-rows // tile), -(-pairs // group))
+    grid = (group * parts, ceil_div(rows, tile), ceil_div(pairs, group))
     shared = (own * tile + 2 * STAGES * stage) * 2 * d + STAGES * stage * extra
     return Geometry(grid, (32 * t[which + "_WARPS"],), shared)
 
@@ -74,7 +75,7 @@ def dkv_geometry(b: int, t: int, s: int, k: int, d: int, splits: int) -> Geometr
 @cache
 def sum_geometry(b: int, s: int, k: int, d: int) -> Geometry:
     """Of attention_dkv_sum: four values of dk or dv a thread."""
-    return Geometry((-(-b * s * k * d // (2 * SUM_THREADS)),), (SUM_THREADS,), 0)
+    return Geometry((ceil_div(b * s * k * d, 2 * SUM_THREADS),), (SUM_THREADS,), 0)
 
 
 @cache
@@ -83,7 +84,7 @@ def split_count(b: int, s: int, h: int, k: int, d: int) -> int:
     tile of keys would leave multiprocessors idle; the partial sums cost memory traffic.
     """
     t = tiles(d)
-    blocks = b * k * -(-s // (16 * t["DKV_M"] * t["DKV_WARPS"]))
+    blocks = b * k * ceil_div(s, 16 * t["DKV_M"] * t["DKV_WARPS"])
     return max(1, min(h // k, BLOCKS // blocks))
 
 
@@ -119,21 +120,21 @@ def _strides(x: Array) -> tuple[int, int]:
     return x.strides[1] // 2, x.strides[0] // 2  # row, batch, in elements
 
 
-def _kernel(name: str, d: int, first: Array | None) -> Any:
+def _kernel(name: str, d: int, doc_start: Array | None) -> Any:
     """Without borders, what is compiled knows nothing of them."""
     from . import launch  # the only part that needs CuPy
 
-    return launch.kernel("attention_mma", name, "bfloat16", HEAD_DIM=d, DOCUMENTS=int(first is not None))
+    return launch.kernel("attention_mma", name, "bfloat16", HEAD_DIM=d, DOCUMENTS=int(doc_start is not None))
 
 
-def forward(y: Array, lse: Array, q: Array, k: Array, v: Array, first: Array | None, window: int) -> None:
+def forward(y: Array, lse: Array, q: Array, k: Array, v: Array, doc_start: Array | None, window: int) -> None:
     """See attention_fwd in reference.py; for arrays to which this applies()."""
     (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
     grid, block, shared = forward_geometry(b, t, s, h, kv, d)
     # A wgmma kernel for sm_90a belongs here and in backward: another module, chosen by launch.arch().
-    args = (y, lse, q, k, v, first, *_strides(q), *_strides(k), *_strides(v))
+    args = (y, lse, q, k, v, doc_start, *_strides(q), *_strides(k), *_strides(v))
     sizes = (b, t, s, h, kv, window, d**-0.5)
-    _kernel("attention_fwd_mma", d, first)(grid, block, args + sizes, shared=shared)
+    _kernel("attention_fwd_mma", d, doc_start)(grid, block, args + sizes, shared=shared)
 
 
 def backward(
@@ -146,7 +147,7 @@ def backward(
     q: Array,
     k: Array,
     v: Array,
-    first: Array | None,
+    doc_start: Array | None,
     window: int,
 ) -> None:
     """See attention_bwd in reference.py; for arrays to which this applies()."""
@@ -158,19 +159,21 @@ def backward(
     sizes = (b, t, s, h, kv, window)
 
     grid, block, shared = dq_geometry(b, t, s, h, kv, d)
-    arrays: tuple[Any, ...] = (dq, stats, dy, y, lse, q, k, v, first, *_strides(dq))
-    _kernel("attention_dq_mma", d, first)(grid, block, (*arrays, *strides, *sizes, d**-0.5), shared=shared)
+    arrays: tuple[Any, ...] = (dq, stats, dy, y, lse, q, k, v, doc_start, *_strides(dq))
+    _kernel("attention_dq_mma", d, doc_start)(
+        grid, block, (*arrays, *strides, *sizes, d**-0.5), shared=shared
+    )
 
     splits = split_count(b, s, h, kv, d)
     partial = None
     if splits > 1:
         partial = launch.scratch((splits, 2, b, s, kv, d), "float32", "attention partial")
     grid, block, shared = dkv_geometry(b, t, s, kv, d, splits)
-    arrays = (dk, dv, partial, dy, stats, q, k, v, first, *_strides(dk), *_strides(dv))
-    _kernel("attention_dkv_mma", d, first)(
+    arrays = (dk, dv, partial, dy, stats, q, k, v, doc_start, *_strides(dk), *_strides(dv))
+    _kernel("attention_dkv_mma", d, doc_start)(
         grid, block, (*arrays, *strides, *sizes, splits, d**-0.5), shared=shared
     )
     if partial is not None:
         grid, block, _ = sum_geometry(b, s, kv, d)
         arrays = (dk, dv, partial, *_strides(dk), *_strides(dv))
-        _kernel("attention_dkv_sum", d, first)(grid, block, (*arrays, b, s, kv, splits))
+        _kernel("attention_dkv_sum", d, doc_start)(grid, block, (*arrays, b, s, kv, splits))

@@ -18,6 +18,7 @@ import numpy as np
 
 from ...common.atomic import write_json
 from ...common.errors import AprError
+from ...common.rounding import ceil_div
 from .cublaslt import ALGORITHM_BYTES
 
 FORMAT = 1  # of the cache file; a higher number when the meaning of a key or of an entry changes
@@ -190,7 +191,9 @@ class Gpu:
 
     def sample(self, d: Array) -> np.ndarray:
         """Whole rows and whole columns of d, evenly spread, in one float32 array on the host."""
-        steps = [-(-d.shape[0] * d.shape[1] // SAMPLE) | 1] * 2  # odd, to fall on every place within a tile
+        steps = [
+            ceil_div(d.shape[0] * d.shape[1], SAMPLE) | 1
+        ] * 2  # odd, to fall on every place within a tile
         parts = d[:: steps[0]].get(), d[:, :: steps[1]].get()
         return np.concatenate([p.astype(np.float32).ravel() for p in parts])
 

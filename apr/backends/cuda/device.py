@@ -266,12 +266,12 @@ def gemm(out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: boo
 
 
 def attention_fwd(
-    y: Array, lse: Array, q: Array, k: Array, v: Array, first: Array | None, window: int
+    y: Array, lse: Array, q: Array, k: Array, v: Array, doc_start: Array | None, window: int
 ) -> None:
     """See reference.py."""
     own = attention.applies(q, k, v, y, ops.machine.shared_bytes)
     cores = attention.forward if own else ops.attention_fwd
-    cores(y, lse, q, k, v, first, window)
+    cores(y, lse, q, k, v, doc_start, window)
 
 
 def attention_bwd(
@@ -284,13 +284,13 @@ def attention_bwd(
     q: Array,
     k: Array,
     v: Array,
-    first: Array | None,
+    doc_start: Array | None,
     window: int,
 ) -> None:
     """See reference.py."""
     own = attention.applies(q, k, v, y, ops.machine.shared_bytes, dq, dk, dv, dy)
     cores = attention.backward if own else ops.attention_bwd
-    cores(dq, dk, dv, dy, y, lse, q, k, v, first, window)
+    cores(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window)
 
 
 def _same_shape(y: Array, x: Array) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ...common.rounding import ceil_div, round_up
 from . import kernels
 
 Array = Any
@@ -44,14 +45,6 @@ SHARED_STATIC = 1024  # bytes that a kernel may have besides its dynamic shared 
 
 def _run(module: str, name: str, act: Any, grid: Shape, block: Shape, *args: Any, shared: int = 0) -> None:
     machine.kernel(module, name, act.dtype.name)(grid, block, args, shared=shared)
-
-
-def _up(n: int, m: int) -> int:
-    return -(-n // m) * m
-
-
-def _parts(n: int, m: int) -> int:
-    return -(-n // m)
 
 
 def _vector(sizes: Shape, *arrays: Array) -> bool:
@@ -91,12 +84,12 @@ def embedding_fwd(y: Array, ids: Array, w: Array) -> None:
     """See reference.py."""
     n, c = y.shape
     v = _vector((c * y.itemsize,), y, w)
-    x = min(256, _up(c * y.itemsize // 16 if v else c, 32))
+    x = min(256, round_up(c * y.itemsize // 16 if v else c, 32))
     _run(
         "embedding",
         "embedding_fwd_v" if v else "embedding_fwd_1",
         y,
-        (_parts(n, 256 // x),),
+        (ceil_div(n, 256 // x),),
         (x, 256 // x),
         *(y, ids, w, n, c),
     )
@@ -106,28 +99,28 @@ def embedding_bwd(dw: Array, dy: Array, ids: Array) -> None:
     """See reference.py."""
     n, c = dy.shape
     threads = _constant("embedding", "RANK_THREADS")
-    blocks = _parts(n, threads * _constant("embedding", "RANK_EACH"))
-    slice_ = _up(_parts(n, max(1, 2 * BLOCKS // blocks)), threads)
-    slices, tiles = _parts(n, slice_), _parts(n, _constant("embedding", "TILE"))
+    blocks = ceil_div(n, threads * _constant("embedding", "RANK_EACH"))
+    slice_ = round_up(ceil_div(n, max(1, 2 * BLOCKS // blocks)), threads)
+    slices, tiles = ceil_div(n, slice_), ceil_div(n, _constant("embedding", "TILE"))
     part = machine.scratch((slices, n), "int32", 0)
     order, ordered = machine.scratch((n,), "int32", 1), machine.scratch((n,), "int32", 2)
     carry = machine.scratch((tiles, 2, c), "float32", 3)
     _run("embedding", "embedding_rank", dy, (blocks, slices), (threads,), part, ids, n, slice_)
-    _run("embedding", "embedding_sort", dy, (_parts(n, 256),), (256,), order, ordered, part, ids, n, slices)
+    _run("embedding", "embedding_sort", dy, (ceil_div(n, 256),), (256,), order, ordered, part, ids, n, slices)
     v = _vector((c * dy.itemsize,), dw, dy)
     pieces = c * dy.itemsize // 16 if v else c
-    x = min(256, _up(pieces, 32))
+    x = min(256, round_up(pieces, 32))
     _run(
         "embedding",
         "embedding_bwd_v" if v else "embedding_bwd_1",
         dy,
-        (tiles, _parts(pieces, x)),
+        (tiles, ceil_div(pieces, x)),
         (x,),
         *(dw, carry, dy, order, ordered, n, c),
     )
     if tiles > 1:
-        x = min(256, _up(c, 32))
-        _run("embedding", "embedding_add", dy, (tiles - 1, _parts(c, x)), (x,), dw, carry, ordered, n, c)
+        x = min(256, round_up(c, 32))
+        _run("embedding", "embedding_add", dy, (tiles - 1, ceil_div(c, x)), (x,), dw, carry, ordered, n, c)
 
 
 # Biases
@@ -138,11 +131,11 @@ def add_rows(db: Array, dy: Array) -> None:
     n, o = dy.shape
     row = _row(dy)
     v = _vector((o * dy.itemsize, row * dy.itemsize), dy)
-    columns = _parts(o * dy.itemsize // 16 if v else o, 32)
-    parts = max(1, min(_parts(n, 32), 2 * BLOCKS // columns))
+    columns = ceil_div(o * dy.itemsize // 16 if v else o, 32)
+    parts = max(1, min(ceil_div(n, 32), 2 * BLOCKS // columns))
     partial = machine.scratch((parts, o), "float32", 0)
     _run("bias", "bias_bwd_v" if v else "bias_bwd_1", dy, (columns, parts), (32, 8), partial, dy, row, n, o)
-    _run("bias", "bias_add", dy, (_parts(o, 32),), (32, 32), db, partial, parts, o)
+    _run("bias", "bias_add", dy, (ceil_div(o, 32),), (32, 32), db, partial, parts, o)
 
 
 # The residual stream
@@ -152,7 +145,7 @@ def add(out: Array, a: Array, b: Array) -> None:
     """See reference.py."""
     v = _vector((), out, a, b)
     each = 256 * (16 // out.itemsize if v else 1)
-    _run("flat", "add_v" if v else "add_1", out, (_parts(out.size, each),), (256,), out, a, b, out.size)
+    _run("flat", "add_v" if v else "add_1", out, (ceil_div(out.size, each),), (256,), out, a, b, out.size)
 
 
 # Normalisation
@@ -161,10 +154,10 @@ def add(out: Array, a: Array, b: Array) -> None:
 def _norm(c: int, x: Array, *others: Array) -> tuple[str, int]:
     """(suffix, threads of a row) of add_rmsnorm for rows of c elements."""
     held = _constant("norm", "PACKS") * 16 // x.itemsize
-    threads = max(32, _up(_parts(c, held), 32))
+    threads = max(32, round_up(ceil_div(c, held), 32))
     if threads <= _constant("norm", "MOST_THREADS") and _vector((c * x.itemsize,), x, *others):
         return "_v", threads
-    return "_1", min(1024, _up(c, 32))
+    return "_1", min(1024, round_up(c, 32))
 
 
 def add_rmsnorm_fwd(
@@ -178,7 +171,7 @@ def add_rmsnorm_fwd(
         "norm",
         "add_rmsnorm_fwd" + suffix,
         res,
-        (_parts(n, rows),),
+        (ceil_div(n, rows),),
         (threads, rows),
         *(res, y, rstd, res_in, delta, w, eps, n, c),
     )
@@ -189,7 +182,7 @@ def add_rmsnorm_bwd(dres: Array, dw: Array, dy: Array, res: Array, rstd: Array, 
     n, c = res.shape
     suffix, threads = _norm(c, res, dres, dy, w)
     rows = 8 if threads == 32 and suffix == "_v" else 1
-    blocks = min(_parts(n, rows), BLOCKS * max(1, 256 // (threads * rows)))
+    blocks = min(ceil_div(n, rows), BLOCKS * max(1, 256 // (threads * rows)))
     partial = machine.scratch((blocks, c), "float32", 0)
     _run(
         "norm",
@@ -199,7 +192,7 @@ def add_rmsnorm_bwd(dres: Array, dw: Array, dy: Array, res: Array, rstd: Array, 
         (threads, rows),
         *(dres, partial, dy, res, rstd, w, n, c),
     )
-    _run("norm", "norm_add", res, (_parts(c, 32),), (32, 32), dw, partial, blocks, c)
+    _run("norm", "norm_add", res, (ceil_div(c, 32),), (32, 32), dw, partial, blocks, c)
 
 
 def _head_norm(d: int, w: Array, *others: Array) -> tuple[str, int]:
@@ -223,7 +216,7 @@ def head_rmsnorm_fwd(y: Array, rstd: Array, x: Array, w: Array, eps: float) -> N
         "norm",
         "head_rmsnorm_fwd" + suffix,
         x,
-        (_parts(n * heads, rows),),
+        (ceil_div(n * heads, rows),),
         (threads, rows),
         *(y, rstd, x, w, eps, _row(y), _row(rstd), _row(x), n, heads, d),
     )
@@ -234,7 +227,7 @@ def head_rmsnorm_bwd(dx: Array, dw: Array, dy: Array, x: Array, rstd: Array, w: 
     n, heads, d = x.shape
     suffix, threads = _head_norm(d, w, dx, dy, x)
     rows = 256 // threads if threads <= 32 else 1
-    blocks = min(_parts(n * heads, rows), 2 * BLOCKS)
+    blocks = min(ceil_div(n * heads, rows), 2 * BLOCKS)
     partial = machine.scratch((blocks, d), "float32", 0)
     _run(
         "norm",
@@ -244,7 +237,7 @@ def head_rmsnorm_bwd(dx: Array, dw: Array, dy: Array, x: Array, rstd: Array, w: 
         (threads, rows),
         *(dx, partial, dy, x, rstd, w, _row(dx), _row(dy), _row(x), _row(rstd), n, heads, d),
     )
-    _run("norm", "norm_add", x, (_parts(d, 32),), (32, 32), dw, partial, blocks, d)
+    _run("norm", "norm_add", x, (ceil_div(d, 32),), (32, 32), dw, partial, blocks, d)
 
 
 # Attention
@@ -255,13 +248,13 @@ def rope(x: Array, cos: Array, sin: Array, sign: int) -> None:
     b, t, heads, d = x.shape
     batch, row = _batch_row(x)
     v = _vector((d // 2 * x.itemsize, batch * x.itemsize, row * x.itemsize), x, cos, sin)
-    groups = _parts(heads, _constant("rope", "HEADS"))
+    groups = ceil_div(heads, _constant("rope", "HEADS"))
     threads = b * t * groups * (d // 2 * x.itemsize // 16 if v else d // 2)
     _run(
         "rope",
         "rope_v" if v else "rope_1",
         x,
-        (_parts(threads, 256),),
+        (ceil_div(threads, 256),),
         (256,),
         *(x, cos, sin, batch, row, b, t, heads, d, sign),
     )
@@ -273,20 +266,20 @@ def _attention(d: int, tiles: int) -> tuple[int, int, int]:
     if not bound:
         raise ValueError(f"heads of {d} elements; at most 256 are possible")
     tile = 4096 // bound
-    return bound, tile, 4 * tile * (tiles * 4 * (_parts(d, 4) | 1) + 4 * (tile // 4 | 1))
+    return bound, tile, 4 * tile * (tiles * 4 * (ceil_div(d, 4) | 1) + 4 * (tile // 4 | 1))
 
 
 def attention_fwd(
-    y: Array, lse: Array, q: Array, k: Array, v: Array, first: Array | None, window: int
+    y: Array, lse: Array, q: Array, k: Array, v: Array, doc_start: Array | None, window: int
 ) -> None:
     """See reference.py; on CUDA cores, for any head width up to 256."""
     (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
     bound, tile, shared = _attention(d, 3)
     strides = [n for x in (y, q, k, v) for n in _batch_row(x)]
     machine.kernel("attention", "attention_fwd", q.dtype.name, MAX_D=bound)(
-        (_parts(t, tile) * h * b,),
+        (ceil_div(t, tile) * h * b,),
         (16, 16),
-        (y, lse, q, k, v, first, *strides, b, t, s, h, kv, d, window, d**-0.5),
+        (y, lse, q, k, v, doc_start, *strides, b, t, s, h, kv, d, window, d**-0.5),
         shared=shared,
     )
 
@@ -301,7 +294,7 @@ def attention_bwd(
     q: Array,
     k: Array,
     v: Array,
-    first: Array | None,
+    doc_start: Array | None,
     window: int,
 ) -> None:
     """See reference.py; on CUDA cores, for any head width up to 256."""
@@ -312,16 +305,16 @@ def attention_bwd(
     delta = machine.scratch((b, h, t), "float32", 0)
     strides = [n for name in ("dq", "dy", "y", "q", "k", "v") for n in at[name]]
     machine.kernel("attention", "attention_dq", q.dtype.name, MAX_D=bound)(
-        (_parts(t, tile) * h * b,),
+        (ceil_div(t, tile) * h * b,),
         (16, 16),
-        (dq, delta, dy, y, lse, q, k, v, first, *strides, *sizes),
+        (dq, delta, dy, y, lse, q, k, v, doc_start, *strides, *sizes),
         shared=shared,
     )
     strides = [n for name in ("dk", "dv", "dy", "q", "k", "v") for n in at[name]]
     machine.kernel("attention", "attention_dkv", q.dtype.name, MAX_D=bound)(
-        (_parts(s, tile) * kv * b,),
+        (ceil_div(s, tile) * kv * b,),
         (16, 16),
-        (dk, dv, dy, lse, delta, q, k, v, first, *strides, *sizes),
+        (dk, dv, dy, lse, delta, q, k, v, doc_start, *strides, *sizes),
         shared=shared,
     )
 
@@ -332,7 +325,7 @@ def attention_bwd(
 def _swiglu(name: str, n: int, f: int, y: Array, *arrays: Array) -> None:
     v = _vector((f * y.itemsize,), *arrays)
     pieces = f * y.itemsize // 16 if v else f
-    threads = _up(_parts(pieces, _parts(pieces, 512)), 32)
+    threads = round_up(ceil_div(pieces, ceil_div(pieces, 512)), 32)
     _run("swiglu", name + ("_v" if v else "_1"), y, (n,), (threads,), *arrays, f)
 
 
@@ -361,7 +354,7 @@ def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | Non
         "cross_entropy_v" if v else "cross_entropy_1",
         logits,
         (n,),
-        (min(1024, _up(pieces, 32)),),
+        (min(1024, round_up(pieces, 32)),),
         *(loss, logits, targets, _row(logits), vocab, held, int(scale is not None), scale or 0.0, z_loss),
         shared=held * pack,
     )
@@ -372,7 +365,7 @@ def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | Non
 
 def _sum(total: Array, x: Array, square: int) -> None:
     v = _vector((), x)
-    blocks = min(SUM_BLOCKS, _parts(x.size, 1024))
+    blocks = min(SUM_BLOCKS, ceil_div(x.size, 1024))
     partial = machine.scratch((blocks,), "float64", 0)
     _run("flat", "sum_v" if v else "sum_1", x, (blocks,), (256,), partial, x, x.size, square)
     _run("flat", "sum_add", x, (1,), (1024,), total, partial, blocks)
@@ -417,7 +410,7 @@ def adamw(
         "flat",
         "adamw_v" if vector else "adamw_1",
         w,
-        (_parts(w.size, each),),
+        (ceil_div(w.size, each),),
         (256,),
         *(w, master, m, v, g, factor, w.size, *numbers),
     )

@@ -858,7 +858,7 @@ def weight_gradient_a_thousandth_off(be: Any) -> Ops:
 
 
 def _other_borders(be: Any, change: Callable[[Any], Any], ops: str = "attention_fwd attention_bwd") -> Ops:
-    """Attention with change(first) in place of first, in forward, backward or both."""
+    """Attention with change(doc_start) in place of doc_start, in forward, backward or both."""
 
     def changed(op: Callable[..., None]) -> Callable[..., None]:
         def attention(*args: Any) -> None:
@@ -870,9 +870,9 @@ def _other_borders(be: Any, change: Callable[[Any], Any], ops: str = "attention_
 
 
 def _moved_borders(be: Any, by: int) -> Ops:
-    def change(first: Any) -> Any:
-        host = be.to_host(first)
-        out = be.empty(first.shape, first.dtype)
+    def change(doc_start: Any) -> Any:
+        host = be.to_host(doc_start)
+        out = be.empty(doc_start.shape, doc_start.dtype)
         be.from_host(out, np.clip(host + by, 0, np.arange(host.shape[1])).astype(host.dtype))
         return out
 
@@ -882,7 +882,7 @@ def _moved_borders(be: Any, by: int) -> Ops:
 @fault(r"forward attention_fwd 0\.att", TRUTH, documents=True)
 def documents_see_each_other(be: Any) -> Ops:
     """Attention goes on over the border of a document."""
-    return _other_borders(be, lambda first: None)
+    return _other_borders(be, lambda doc_start: None)
 
 
 @fault(r"forward attention_fwd 0\.att", TRUTH, documents=True)
@@ -900,7 +900,7 @@ def document_begins_one_late(be: Any) -> Ops:
 @fault(r"backward attention_bwd \d+\.d_q_rope", TRUTH | {"gradient"}, documents=True)
 def documents_not_masked_in_backward(be: Any) -> Ops:
     """Attention stops at the borders of documents in forward, and goes over them in backward."""
-    return _other_borders(be, lambda first: None, "attention_bwd")
+    return _other_borders(be, lambda doc_start: None, "attention_bwd")
 
 
 @fault(r"state sequence_by_sequence grad\..*", frozenset({"micro"}), documents=True)

@@ -295,7 +295,7 @@ _CATALOGUE = (
     KernelFault(
         "kernel_attention_queries_left_out",
         "dk and dv lack the tiles of queries whose first document begins inside the tile of keys",
-        *("attention", "document(first, t0) < own + TILE;", "document(first, t0) <= own;"),
+        *("attention", "document(doc_start, t0) < own + TILE;", "document(doc_start, t0) <= own;"),
         *("attention_bwd", "dk"),
         applies=_cores,
         needs="several documents in a sequence, more than 64 positions (32 with heads above 64, 16 above 128)",

@@ -15,6 +15,7 @@ from typing import Any
 
 from ...common.errors import Interrupted, UsageError
 from ...common.options import json_option, option, parse
+from ...common.rounding import ceil_div
 from ...data.encode import RECORD, SKIPPED, Counts, Encoded, encode_corpus
 from ...data.estimate import Estimate, estimate
 from ...data.guards import Bounds
@@ -177,7 +178,7 @@ def _estimate(f: Flags, found: Sources, tokenizer: Tokenizer, show: Show) -> int
     if f.json:
         print(json.dumps(asdict(e), indent=2))
         return 0
-    shards = -(-e.tokens // f.shard_tokens)
+    shards = ceil_div(e.tokens, f.shard_tokens)
     show.table(
         "estimate",
         [

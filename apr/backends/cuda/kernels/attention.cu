@@ -1,10 +1,10 @@
 // Causal softmax attention on CUDA cores, any head width up to MAX_D (Dao 2023, FlashAttention-2, algorithms 1 and 2).
 //
 //   y[t] = sum_j p[t,j] v[j],  p[t] = softmax_j(q[t] . k[j] / sqrt(D)),  lse[t] = log sum_j exp(q[t] . k[j] / sqrt(D))
-//   over the keys j <= t + S - T and, with window > 0, j > t + S - T - window and, unless first is null, j >= first[t]
+//   over the keys j <= t + S - T and, with window > 0, j > t + S - T - window and, unless doc_start is null, j >= doc_start[t]
 //   ds = p * (dy v^T - delta) / sqrt(D),  delta = sum_d dy * y;  dq = ds k;  dk = ds^T q;  dv = p^T dy
 //   y, dy, q, dq (B,T,H,D), k, v, dk, dv (B,S,K,D), lse, delta (B,H,T) float; head h reads key/value head h / (H/K)
-//   first (B,T), not decreasing with t, is where the document of a query begins
+//   doc_start (B,T), not decreasing with t, is where the document of a query begins
 //   positions are ..._row elements apart, sequences ..._batch, heads D
 //
 // grid (tiles * heads * B): the tiles that see most come first.
@@ -114,8 +114,8 @@ __device__ __forceinline__ bool sees(int t, int j, int offset, int window) {
 __device__ __forceinline__ int first_key(int t, int offset, int window, int begin) {
   return max(begin, window ? t + offset - window + 1 : 0) / TILE * TILE;
 }
-// Where the document of a query begins, first being those of its sequence.
-__device__ __forceinline__ int document(const int* first, int t) { return first ? first[t] : 0; }
+// Where the document of a query begins, doc_start being those of its sequence.
+__device__ __forceinline__ int document(const int* doc_start, int t) { return doc_start ? doc_start[t] : 0; }
 
 // Which tile, head and sequence a block has.
 struct Place {
@@ -129,7 +129,7 @@ __device__ __forceinline__ Place place(int heads, int B) {
 
 // shared: 3 tiles and the scores
 extern "C" __global__ void __launch_bounds__(256, 1)
-attention_fwd(act* y, float* lse, const act* q, const act* k, const act* v, const int* first, long long y_batch,
+attention_fwd(act* y, float* lse, const act* q, const act* k, const act* v, const int* doc_start, long long y_batch,
               long long y_row, long long q_batch, long long q_row, long long k_batch, long long k_row, long long v_batch,
               long long v_row, int B, int T, int S, int H, int K, int D, int window, float scale) {
   extern __shared__ uint4 dynamic_shared[];
@@ -142,7 +142,7 @@ attention_fwd(act* y, float* lse, const act* q, const act* k, const act* v, cons
   q += at.batch * q_batch + h * D;
   k += at.batch * k_batch + kv * D;
   v += at.batch * v_batch + kv * D;
-  if (first) first += at.batch * T;
+  if (doc_start) doc_start += at.batch * T;
   load_tile(q_tile, q, q_row, own, T, D);
 
   Result out = {};
@@ -151,9 +151,9 @@ attention_fwd(act* y, float* lse, const act* q, const act* k, const act* v, cons
 #pragma unroll
   for (int i = 0; i < R; i++) {
     top[i] = -3.402823466e38f;
-    begin[i] = document(first, min(own + (int)threadIdx.y + 16 * i, T - 1));
+    begin[i] = document(doc_start, min(own + (int)threadIdx.y + 16 * i, T - 1));
   }
-  for (int j0 = first_key(own, offset, window, document(first, own)); j0 < end; j0 += TILE) {
+  for (int j0 = first_key(own, offset, window, document(doc_start, own)); j0 < end; j0 += TILE) {
     __syncthreads();
     load_tile(k_tile, k, k_row, j0, S, D);
     load_tile(v_tile, v, v_row, j0, S, D);
@@ -199,7 +199,7 @@ attention_fwd(act* y, float* lse, const act* q, const act* k, const act* v, cons
 // dq, and delta for attention_dkv. shared: 4 tiles and the scores
 extern "C" __global__ void __launch_bounds__(256, 1)
 attention_dq(act* dq, float* delta, const act* dy, const act* y, const float* lse, const act* q, const act* k,
-             const act* v, const int* first, long long dq_batch, long long dq_row, long long dy_batch, long long dy_row,
+             const act* v, const int* doc_start, long long dq_batch, long long dq_row, long long dy_batch, long long dy_row,
              long long y_batch, long long y_row, long long q_batch, long long q_row, long long k_batch,
              long long k_row, long long v_batch, long long v_row, int B, int T, int S, int H, int K, int D, int window,
              float scale) {
@@ -214,7 +214,7 @@ attention_dq(act* dq, float* delta, const act* dy, const act* y, const float* ls
   y += at.batch * y_batch + h * D;
   k += at.batch * k_batch + kv * D;
   v += at.batch * v_batch + kv * D;
-  if (first) first += at.batch * T;
+  if (doc_start) doc_start += at.batch * T;
   load_tile(q_tile, q + at.batch * q_batch + h * D, q_row, own, T, D);
   load_tile(dy_tile, dy + at.batch * dy_batch + h * D, dy_row, own, T, D);
 
@@ -229,11 +229,11 @@ attention_dq(act* dq, float* delta, const act* dy, const act* y, const float* ls
       if (t < T) sum += dy_tile[r * row_floats(D) + d] * to_float(y[t * y_row + d]);
     row_delta[i] = lanes_sum(sum, 16);
     row_lse[i] = t < T ? lse[stats + t] : 0;
-    begin[i] = document(first, min(t, T - 1));
+    begin[i] = document(doc_start, min(t, T - 1));
     if (threadIdx.x == 0 && t < T) delta[stats + t] = row_delta[i];
     one[i] = 1;
   }
-  for (int j0 = first_key(own, offset, window, document(first, own)); j0 < end; j0 += TILE) {
+  for (int j0 = first_key(own, offset, window, document(doc_start, own)); j0 < end; j0 += TILE) {
     __syncthreads();
     load_tile(k_tile, k, k_row, j0, S, D);
     load_tile(v_tile, v, v_row, j0, S, D);
@@ -257,7 +257,7 @@ attention_dq(act* dq, float* delta, const act* dy, const act* y, const float* ls
 // dk and dv; rows are keys, columns are queries. shared: 4 tiles and the scores
 extern "C" __global__ void __launch_bounds__(256, 1)
 attention_dkv(act* dk, act* dv, const act* dy, const float* lse, const float* delta, const act* q, const act* k,
-              const act* v, const int* first, long long dk_batch, long long dk_row, long long dv_batch, long long dv_row,
+              const act* v, const int* doc_start, long long dk_batch, long long dk_row, long long dv_batch, long long dv_row,
               long long dy_batch, long long dy_row, long long q_batch, long long q_row, long long k_batch,
               long long k_row, long long v_batch, long long v_row, int B, int T, int S, int H, int K, int D, int window,
               float scale) {
@@ -269,7 +269,7 @@ attention_dkv(act* dk, act* dv, const act* dy, const float* lse, const float* de
   const int own = at.tile * TILE, kv = at.head, group = H / K, offset = S - T;
   const int begin = max(0, own - offset) / TILE * TILE;
   const int end = window ? min(T, own + TILE - 1 - offset + window) : T;
-  if (first) first += at.batch * T;
+  if (doc_start) doc_start += at.batch * T;
   load_tile(k_tile, k + at.batch * k_batch + kv * D, k_row, own, S, D);
   load_tile(v_tile, v + at.batch * v_batch + kv * D, v_row, own, S, D);
 
@@ -279,7 +279,7 @@ attention_dkv(act* dk, act* dv, const act* dy, const float* lse, const float* de
   for (int i = 0; i < R; i++) one[i] = 1;
   for (int h = kv * group; h < (kv + 1) * group; h++) {
     const long long stats = (at.batch * H + h) * T;
-    for (int t0 = begin; t0 < end && document(first, t0) < own + TILE; t0 += TILE) {
+    for (int t0 = begin; t0 < end && document(doc_start, t0) < own + TILE; t0 += TILE) {
       __syncthreads();
       load_tile(q_tile, q + at.batch * q_batch + h * D, q_row, t0, T, D);
       load_tile(dy_tile, dy + at.batch * dy_batch + h * D, dy_row, t0, T, D);
@@ -291,7 +291,7 @@ attention_dkv(act* dk, act* dv, const act* dy, const float* lse, const float* de
       for (int j = 0; j < R; j++) {
         const int t = t0 + threadIdx.x + 16 * j;
         const float column_lse = t < T ? lse[stats + t] : 0, column_delta = t < T ? delta[stats + t] : 0;
-        const int from = document(first, min(t, T - 1));
+        const int from = document(doc_start, min(t, T - 1));
 #pragma unroll
         for (int i = 0; i < R; i++) {
           const int key = own + threadIdx.y + 16 * i;

@@ -84,7 +84,7 @@ __device__ __forceinline__ void dq_step(float (&sum)[DQ_M][CELLS][4], const Q& q
 // shared: DQ_ROWS queries, DQ_ROWS dy, two stages = (2 DQ_ROWS + 4 DQ_STAGE) * 2 * HEAD_DIM bytes
 extern "C" __global__ void __launch_bounds__(DQ_THREADS, DQ_BLOCKS)
 attention_dq_mma(act* dq, float* stats, const act* dy, const act* y, const float* lse, const act* q, const act* k,
-                 const act* v, const int* first, long long dq_row, long long dq_batch, long long q_row,
+                 const act* v, const int* doc_start, long long dq_row, long long dq_batch, long long q_row,
                  long long q_batch, long long k_row, long long k_batch, long long v_row, long long v_batch, int B,
                  int T, int S, int H, int K, int window, float scale) {
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -95,7 +95,7 @@ attention_dq_mma(act* dq, float* stats, const act* dy, const act* y, const float
   const int t_warp = t_block + warp * 16 * DQ_M;
   const int end = (min(T, t_block + DQ_ROWS) + offset + DQ_STAGE - 1) / DQ_STAGE;
   int tile = window ? max(0, t_block + offset - window + 1) / DQ_STAGE : 0;
-  const Borders borders = {first, at.batch, T};
+  const Borders borders = {doc_start, at.batch, T};
   if (DOCUMENTS) tile = max(tile, borders.at(t_block) / DQ_STAGE);
   const long long y_row = (long long)H * HEAD_DIM;
   dq += at.batch * dq_batch + head * HEAD_DIM;
@@ -232,7 +232,7 @@ __device__ __forceinline__ void dkv_step(float (&dk)[DKV_M][CELLS][4], float (&d
 // shared: DKV_ROWS keys, DKV_ROWS values, two stages = (2 DKV_ROWS + 4 DKV_STAGE) * 2 * HEAD_DIM + 16 DKV_STAGE
 extern "C" __global__ void __launch_bounds__(DKV_THREADS, DKV_BLOCKS)
 attention_dkv_mma(act* dk, act* dv, float* partial /* or null */, const act* dy, const float* stats, const act* q,
-                  const act* k, const act* v, const int* first, long long dk_row, long long dk_batch,
+                  const act* k, const act* v, const int* doc_start, long long dk_row, long long dk_batch,
                   long long dv_row, long long dv_batch, long long q_row, long long q_batch, long long k_row, long long k_batch,
                   long long v_row, long long v_batch, int B, int T, int S, int H, int K, int window,
                   int splits, float scale) {
@@ -244,7 +244,7 @@ attention_dkv_mma(act* dk, act* dv, float* partial /* or null */, const act* dy,
   const int begin = max(0, j_block - offset) / DKV_STAGE;
   const int last = window ? min(T, min(S, j_block + DKV_ROWS) - 1 - offset + window) : T;
   int end = last > 0 ? (last + DKV_STAGE - 1) / DKV_STAGE : 0;
-  const Borders borders = {first, at.batch, T};
+  const Borders borders = {doc_start, at.batch, T};
   if (DOCUMENTS) {
     // Stages of queries whose documents begin after the block's keys are left out: they are the last ones.
     int seen = 0;

@@ -1,7 +1,7 @@
 // Causal softmax attention on tensor cores, bf16, forward (Dao 2023, FlashAttention-2, algorithm 1).
 //
 //   y[t] = sum_j p[t,j] v[j],  p[t] = softmax_j(q[t] . k[j] / sqrt(D)),  lse[t] = log sum_j exp(q[t] . k[j] / sqrt(D))
-//   over the keys j <= t + S - T and, with window > 0, j > t + S - T - window and, with DOCUMENTS, j >= first[t].
+//   over the keys j <= t + S - T and, with window > 0, j > t + S - T - window and, with DOCUMENTS, j >= doc_start[t].
 //   y (B,T,H,D), lse (B,H,T) float32, q (B,T,H,D), k, v (B,S,K,D); head h reads kv head h / (H/K)
 //
 // A block owns FWD_ROWS queries of one head, a warp 16 FWD_M of them; keys and values pass through shared memory
@@ -85,7 +85,7 @@ __device__ __forceinline__ bool forward_step(float (&o)[FWD_M][CELLS][4], float 
 
 // shared: FWD_ROWS queries, two stages = (FWD_ROWS + 4 FWD_STAGE) * 2 * HEAD_DIM bytes
 extern "C" __global__ void __launch_bounds__(FWD_THREADS, FWD_BLOCKS)
-attention_fwd_mma(act* y, float* lse, const act* q, const act* k, const act* v, const int* first, long long q_row,
+attention_fwd_mma(act* y, float* lse, const act* q, const act* k, const act* v, const int* doc_start, long long q_row,
                   long long q_batch, long long k_row, long long k_batch, long long v_row, long long v_batch, int B,
                   int T, int S, int H, int K, int window, float scale) {
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -96,7 +96,7 @@ attention_fwd_mma(act* y, float* lse, const act* q, const act* k, const act* v, 
   const int t_warp = t_block + warp * 16 * FWD_M;
   const int end = (min(T, t_block + FWD_ROWS) + offset + FWD_STAGE - 1) / FWD_STAGE;
   int tile = window ? max(0, t_block + offset - window + 1) / FWD_STAGE : 0;
-  const Borders borders = {first, at.batch, T};
+  const Borders borders = {doc_start, at.batch, T};
   if (DOCUMENTS) tile = max(tile, borders.at(t_block) / FWD_STAGE);
   q += at.batch * q_batch + head * HEAD_DIM;
   k += at.batch * k_batch + at.kv * HEAD_DIM;
