@@ -23,7 +23,8 @@ import numpy as np
 from .backends.select import select
 from .checkpoints.registry import open_any
 from .common.errors import Refused
-from .evidence.gates import PASS, Gates
+from .common.finding import PASS
+from .evidence.gates import Gates
 from .inference.language_model import LanguageModel
 from .training import run
 from .training.callbacks import Callback
@@ -66,7 +67,7 @@ class Printed(Display):
         """Print every gate with its figure."""
         for o in gates.in_order():
             self.note(
-                f"  {o.verdict:<8} {o.gate:<20} {o.measured if o.verdict == PASS else o.why or o.measured}"
+                f"  {o.verdict:<8} {o.name:<20} {o.measured if o.verdict == PASS else o.why or o.measured}"
             )
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:

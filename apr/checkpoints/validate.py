@@ -21,7 +21,7 @@ import numpy as np
 
 from ..common.errors import AprError, InputNotFound, MalformedFile, Refused
 from ..common.files import opened, parse_json, read_text
-from ..common.finding import Checklist, Fault, Skip
+from ..common.finding import FILE, Checklist, Fault, Skip
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf
 from ..model.params import Layout
@@ -254,7 +254,7 @@ def _apr_rows(checks: Checklist, subject: _Subject, path: Path, f: BinaryIO, siz
         ("counts", "param_count and total_size of the metadata are those of the tensors", counts),
         ("vocabulary flag", "set when there is a vocabulary", vocabulary_flag),
     ):
-        checks.ask(name, bound, check, of_file=True)
+        checks.ask(name, bound, check, FILE)
     if "entries" in state and "whole" in state:
         subject.tensors = TensorFile(path, f, state["entries"])
     elif "entries" in state:
@@ -349,9 +349,9 @@ def _hf_rows(checks: Checklist, subject: _Subject, path: Path) -> None:
         "weights files",
         "safetensors whose headers and lengths agree, shards as the index says",
         weights,
-        True,
+        FILE,
     )
-    checks.ask("json files", "readable", texts, True)
+    checks.ask("json files", "readable", texts, FILE)
     checks.ask("config complete", "every size and switch is stated, none contradicts another", config)
     tokenizer = folder / "tokenizer.json"
     if os.path.lexists(tokenizer):

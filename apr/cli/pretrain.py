@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from ..evidence.gates import PASS
+from ..common.finding import exit_code
 from ..training.run import train
 from ..training.settings import Settings, from_command_line
 from .show import Show
 
 Flags = Settings
-# Exit code of a run that came to its end with the verdict FAIL or SUSPECT.
-FINISHED_BUT = 9
 
 
 def main(args: Sequence[str]) -> int:
@@ -21,4 +19,4 @@ def main(args: Sequence[str]) -> int:
     result = train(settings, Show(quiet=settings.json), explicit=explicit)
     if settings.json:
         print(json.dumps(result, indent=2))
-    return 0 if result["verdict"] == PASS else FINISHED_BUT
+    return exit_code(result["verdict"])

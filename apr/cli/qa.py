@@ -1,4 +1,4 @@
-"""`apr qa MODEL`: is this checkpoint fit to ship?
+"""`apr qa MODEL`: decide whether a checkpoint is fit to ship.
 
 All of `apr validate`, then what the model does: the tokenizer gives text back; logits are finite and depend on the position;
 the loss on real text is far below the entropy of token frequencies; what it writes is neither repetitive nor a loop; an
@@ -9,19 +9,18 @@ Example: apr qa runs/demo/ckpt/epoch-010.apr --text held-out.txt --min-tokens-pe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..backends.select import select
 from ..common.files import read_text
-from ..common.finding import PASS
+from ..common.finding import as_json, exit_code
 from ..common.options import device_option, dtype_option, json_option, option, parse, threads_option
-from ..evaluation.qa import document, qa
+from ..evaluation.qa import qa
 from .show import Show
-from .validate import report
-
-UNFIT = 9  # exit code
+from .validate import print_checklist
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,8 @@ def main(args: Sequence[str]) -> int:
     with show.console.status("") as status:
         checks = qa(f.model, backend, f.dtype or backend.dtypes[0], text, f.min_tokens_per_sec, status.update)
     if f.json:
-        print(document(f.model, checks))
+        rows = as_json(checks.findings, check="name", verdict="verdict", figure="figure", bound="bound")
+        print(json.dumps({"model": f.model, "verdict": checks.verdict, "checks": rows}, indent=2))
     else:
-        report(f.model, checks, False)
-    return 0 if checks.verdict == PASS else UNFIT
+        print_checklist(show, f.model, checks)
+    return exit_code(checks.verdict)

@@ -21,7 +21,8 @@ from rich.text import Text
 
 from ..bisect.report import Report
 from ..bisect.show import print_report
-from ..evidence.gates import FAIL, GATES, PASS, SKIPPED, SUSPECT, Gates
+from ..common.finding import FAIL, PASS, SKIPPED, SUSPECT
+from ..evidence.gates import Gates
 from ..training.display import Display
 
 COLOURS = {PASS: "", SKIPPED: "dim", SUSPECT: "bold yellow", FAIL: "bold red"}
@@ -104,11 +105,11 @@ class Show(Display):
         table = Table(show_header=False, box=None, padding=(0, 1))
         for o in sorted(gates.in_order(), key=lambda o: o.verdict in (FAIL, SUSPECT)):
             said = o.measured if o.verdict == PASS else o.why or o.measured
-            changed = gates.changed(o.gate)
-            more = f"\nlook at: {GATES[o.gate].look_at}" if o.verdict in (FAIL, SUSPECT) else ""
+            changed = gates.changed(o.name)
+            more = f"\nlook at: {o.remedy}" if o.remedy else ""
             table.add_row(
                 f"  {o.verdict}",
-                o.gate,
+                o.name,
                 Text(said + (f" ({changed})" if changed else "") + more),
                 style=COLOURS[o.verdict],
             )

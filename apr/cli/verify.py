@@ -14,16 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-from rich.text import Text
-
 from ..common.atomic import locked
+from ..common.finding import as_json, exit_code, verdict_of
 from ..common.options import device_option, json_option, option, parse
-from ..evidence.gates import FAIL, PASS
-from ..verify.verifier import Options, Row, Verifier
-from .show import COLOURS, Show
-
-DIFFERS = 9  # exit code
+from ..verify.verifier import Options, Verifier
+from .show import Show
+from .tables import print_findings
 
 
 @dataclass(frozen=True)
@@ -61,38 +57,18 @@ def main(args: Sequence[str]) -> int:
     show = Show(quiet=f.json)
     seed = secrets.randbelow(1 << 32) if f.seed is None else f.seed
     options = Options(f.replay, f.within, seed, f.backend, f.device, f.dataset)
-    rows: list[Row] = []
     with show.console.status("") as status:
         verifier = Verifier(Path(f.run_dir), options, status.update)
         with locked(Path(f.run_dir), "training in it"):
-            rows += verifier.rows()
-    failed = [r for r in rows if r.word == FAIL]
+            findings = list(verifier.rows())
+    verdict = verdict_of(findings)
     if f.json:
-        checks = [{"check": r.check, "verdict": r.word, **asdict_of(r)} for r in rows]
-        print(
-            json.dumps(
-                {"run_dir": f.run_dir, "verdict": FAIL if failed else PASS, "checks": checks}, indent=2
-            )
-        )
+        keys = {"check": "name", "verdict": "verdict", "measured": "measured", "bound": "bound", "why": "why"}
+        checks = as_json(findings, **keys)
+        print(json.dumps({"run_dir": f.run_dir, "verdict": verdict, "checks": checks}, indent=2))
     else:
-        _print(show, f.run_dir, verifier, rows)
-        show.note(FAIL if failed else PASS)
-    return DIFFERS if failed else 0
-
-
-def asdict_of(row: Row) -> dict[str, object]:
-    """The parts of an answer that a reader of JSON needs."""
-    a = row.answer
-    return {"measured": a.measured, "bound": a.bound, "why": a.why}
-
-
-def _print(show: Show, run_dir: str, verifier: Verifier, rows: list[Row]) -> None:
-    v = verifier.verdict
-    show.note(f"apr verify {run_dir}: {v['status']} after {v['steps']:,} steps, verdict {v['verdict']}")
-    table = Table(show_header=False, box=None, padding=(0, 1))
-    for r in rows:
-        a = r.answer
-        said = a.why or a.measured if a.good is None else a.measured
-        more = f"\nmust be {a.bound}" if r.word == FAIL else ""
-        table.add_row(f"  {r.word}", r.check, Text(said + more), style=COLOURS[r.word])
-    show.console.print(table)
+        v = verifier.verdict
+        show.note(f"apr verify {f.run_dir}: {v['status']} after {v['steps']:,} steps, verdict {v['verdict']}")
+        print_findings(show.console, findings)
+        show.note(verdict)
+    return exit_code(verdict)

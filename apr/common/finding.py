@@ -1,62 +1,135 @@
-"""Rows of a checklist: what was asked, PASS, FAIL or SKIPPED, and the figure."""
+"""Findings: checked facts, each with a verdict, a figure and a bound.
+
+Guards of token data, gates of a run, and the checks of `apr validate`, `diff`, `qa`, `verify` and `bisect` all give
+Findings. They differ in when they run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from .errors import AprError
 
-PASS, FAIL, SKIPPED = "PASS", "FAIL", "SKIPPED"
+PASS, SUSPECT, FAIL, SKIPPED = "PASS", "SUSPECT", "FAIL", "SKIPPED"
+SEVERITY = (SKIPPED, PASS, SUSPECT, FAIL)  # ascending
+FILE = "file"  # `where` of a finding about the bytes of a file, not about their meaning
+WRONG_EXIT = 9  # exit code of a command that finished and found something wrong
 
 
 @dataclass(frozen=True)
-class Check:
-    """One row. of_file: it is about the bytes of the file, not about what they say. bound: what the figure must be."""
+class Finding:
+    """One checked fact.
+
+    name      the fact: "header checksum", "run.finite"
+    verdict   PASS, SUSPECT, FAIL or SKIPPED (the fact could not be checked)
+    measured  figure with its unit
+    bound     requirement on the figure, in words that follow "must be"
+    why       reason of a verdict that is not PASS, or a remark on the bound
+    where     training step (int), FILE, or the name of a side or an array
+    score     rank among findings of one name and verdict: the largest score stays
+    remedy    next thing to try
+    """
 
     name: str
     verdict: str
-    figure: str
+    measured: str = ""
     bound: str = ""
-    of_file: bool = False
+    why: str = ""
+    where: str | int | None = None
+    score: float = 0.0
+    remedy: str = ""
+
+    @classmethod
+    def of(
+        cls, name: str, passed: bool | None, measured: str, bound: str, why: str = "", **more: Any
+    ) -> Finding:
+        """PASS, FAIL, or SKIPPED where `passed` is None. more: further fields."""
+        verdict = SKIPPED if passed is None else PASS if passed else FAIL
+        return cls(name, verdict, measured, bound, why, **more)
+
+    @classmethod
+    def skipped(cls, name: str, why: str, bound: str = "") -> Finding:
+        """A fact that could not be checked, with the reason."""
+        return cls(name, SKIPPED, "", bound, why)
+
+    @property
+    def passed(self) -> bool | None:
+        """True for PASS, None for SKIPPED, False for SUSPECT and FAIL."""
+        return None if self.verdict == SKIPPED else self.verdict == PASS
+
+    @property
+    def figure(self) -> str:
+        """Measured figure; without one, the reason."""
+        return self.measured or self.why
+
+    @property
+    def severity(self) -> tuple[int, float]:
+        """(rank of the verdict, score): of two findings of one name the larger one stays."""
+        return SEVERITY.index(self.verdict), self.score
+
+    def __str__(self) -> str:
+        remark = f" ({self.why})" if self.why else ""
+        return f"{self.name}: {self.measured}, must be {self.bound}{remark}"
+
+
+def verdict_of(findings: Iterable[Finding | str], unasked: str = SKIPPED) -> str:
+    """Worst verdict of findings, or of verdicts: FAIL, SUSPECT, PASS; `unasked` where every one of them is SKIPPED."""
+    verdicts = (f if isinstance(f, str) else f.verdict for f in findings)
+    worst = max(verdicts, key=SEVERITY.index, default=SKIPPED)
+    return unasked if worst == SKIPPED else worst
+
+
+def exit_code(verdict: str) -> int:
+    """Exit code of a command that came to its end: 0 for PASS, else WRONG_EXIT."""
+    return 0 if verdict == PASS else WRONG_EXIT
+
+
+def as_json(findings: Iterable[Finding], **keys: str) -> list[dict[str, Any]]:
+    """Findings as JSON objects. keys: {key on disk: attribute of Finding}, in the order of the file."""
+    return [{key: getattr(f, attribute) for key, attribute in keys.items()} for f in findings]
 
 
 class Skip(Exception):
-    """Raised by a check that cannot be asked, with the reason."""
+    """Raised by a check that cannot be made, with the reason."""
 
 
 class Fault(Exception):
-    """Raised by a check that found something wrong, with the figure."""
+    """Raised by a check that fails, with the figure."""
 
 
 @dataclass
 class Checklist:
-    """Rows in the order in which they were asked. Nothing that a check raises keeps the next one from being asked."""
+    """Findings of independent checks, in order. An exception of one check does not keep the next from being made."""
 
-    rows: list[Check] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
-    def ask(self, name: str, bound: str, check: Callable[[], str], of_file: bool = False) -> bool:
-        """Ask one question; whether it passed. The check returns its figure, or raises Fault, Skip or an AprError."""
+    def ask(self, name: str, bound: str, check: Callable[[], str], where: str | None = None) -> bool:
+        """Make one check and keep its Finding; returns True for PASS. check: returns the figure, or raises Fault, Skip or
+        an AprError."""
+        verdict, measured, why = PASS, "", ""
         try:
-            verdict, figure = PASS, check()
+            measured = check()
         except Skip as e:
-            verdict, figure = SKIPPED, str(e)
-        except (Fault, AprError) as e:
-            verdict, figure = FAIL, str(e)
-        self.rows.append(Check(name, verdict, figure, bound, of_file))
+            verdict, why = SKIPPED, str(e)
+        except Fault as e:
+            verdict, measured = FAIL, str(e)
+        except AprError as e:
+            verdict, why = FAIL, str(e)
+        self.findings.append(Finding(name, verdict, measured, bound, why, where))
         return verdict == PASS
 
     @property
     def verdict(self) -> str:
-        """FAIL when any row is; PASS when some passed and none failed; SKIPPED when nothing could be asked."""
-        words = {r.verdict for r in self.rows}
-        return FAIL if FAIL in words else PASS if PASS in words else SKIPPED
+        """Worst verdict of all findings; SKIPPED where no check could be made."""
+        return verdict_of(self.findings)
 
     def counts(self) -> str:
-        """How many of each, in words."""
-        words = [r.verdict for r in self.rows]
+        """Number of findings by verdict: "20 passed, 1 skipped"."""
+        verdicts = [f.verdict for f in self.findings]
         return ", ".join(
-            f"{words.count(w)} {text}"
-            for w, text in ((PASS, "passed"), (FAIL, "failed"), (SKIPPED, "skipped"))
-            if w in words
+            f"{verdicts.count(verdict)} {text}"
+            for verdict, text in ((PASS, "passed"), (FAIL, "failed"), (SKIPPED, "skipped"))
+            if verdict in verdicts
         )

@@ -7,7 +7,6 @@ predict one of them far better than the frequencies of the tokens do; and what i
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections import Counter
@@ -275,7 +274,7 @@ def qa(
     s = Subject(source, backend, dtype, TEXTS if text is None else {"text": text}, tell)
 
     def whole() -> str:
-        wrong = [r.name for r in valid.rows if r.verdict == FAIL]
+        wrong = [r.name for r in valid.findings if r.verdict == FAIL]
         if wrong:
             raise Fault(f"{', '.join(wrong)}: see apr validate {source}")
         return valid.counts()
@@ -395,11 +394,3 @@ def cycle(tokens: Sequence[int]) -> int | None:
     if len(tail) < CYCLE_TOKENS:
         return None
     return next((p for p in range(1, LONGEST_CYCLE + 1) if tail[p:] == tail[:-p]), None)
-
-
-def document(source: str, checks: Checklist) -> str:
-    """The checklist as JSON."""
-    rows = [
-        {"check": r.name, "verdict": r.verdict, "figure": r.figure, "bound": r.bound} for r in checks.rows
-    ]
-    return json.dumps({"model": source, "verdict": checks.verdict, "checks": rows}, indent=2)

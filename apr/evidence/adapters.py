@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,12 @@ import numpy as np
 
 from ..checkpoints.checkpoint import Checkpoint, parameters
 from ..checkpoints.tensors import CHUNK
+from ..common.finding import FAIL, Finding
 from ..model.lora import Adapters
-from .gates import Answer
 from .measure import gradient_norm, gradients
 
 
-def adapter_gradients(adapters: Adapters, scratch: Any) -> Callable[[float], Answer]:
+def adapter_gradients(adapters: Adapters, scratch: Any) -> Callable[[float], Finding]:
     """Read all gradients before a step (gate run.gradients); returns the judge of the norm in the log.
 
     While a B is all zeros, as at the start, the gradient of its A must be zero too, and every other must not.
@@ -29,23 +30,23 @@ def adapter_gradients(adapters: Adapters, scratch: Any) -> Callable[[float], Ans
             waiting.append(p.a.hf)
     missing = [name for name in zero if name not in waiting]
     leaked = [name for name in waiting if name not in zero]
-    return partial(_gradient_answer, missing, leaked, len(waiting), norm)
+    return partial(_gradient_finding, missing, leaked, len(waiting), norm)
 
 
-def _gradient_answer(
+def _gradient_finding(
     missing: list[str], leaked: list[str], waiting: int, norm: float, logged: float
-) -> Answer:
-    answer = gradient_norm(missing, norm, logged)
+) -> Finding:
+    finding = gradient_norm(missing, norm, logged)
     if leaked:
         why = f"a gradient reaches {leaked[0]}, whose lora_B is zero"
-        return answer._replace(good=False, why=why)
+        return replace(finding, verdict=FAIL, why=why)
     if waiting:
-        measured = f"{answer.measured}; none for {waiting} lora_A, whose lora_B is zero"
-        return answer._replace(measured=measured)
-    return answer
+        measured = f"{finding.measured}; none for {waiting} lora_A, whose lora_B is zero"
+        return replace(finding, measured=measured)
+    return finding
 
 
-def base_loaded(adapters: Adapters, init: Checkpoint) -> Answer:
+def base_loaded(adapters: Adapters, init: Checkpoint) -> Finding:
     """Compare the base on the device with a checkpoint's weights, rounded to the run's dtype (gate before.weights)."""
     count, tensors = 0, parameters(adapters.model.layout, init)
     for s, flat in adapters.base_values():
@@ -54,13 +55,15 @@ def base_loaded(adapters: Adapters, init: Checkpoint) -> Answer:
             there = adapters.be.to_host(flat[start : start + CHUNK])
             want = stored[start : start + CHUNK].astype(np.float32).astype(there.dtype)
             if there.tobytes() != want.tobytes():
-                return Answer(False, f"{s.hf} is not that of the file on the device", "equal bits")
+                return Finding.of(
+                    "before.weights", False, f"{s.hf} is not that of the file on the device", "equal bits"
+                )
             count += there.size
     measured = f"{len(tensors)} tensors, {count:,} values of the base read back from the device"
-    return Answer(True, measured, "equal bits")
+    return Finding.of("before.weights", True, measured, "equal bits")
 
 
-def base_unchanged(adapters: Adapters) -> Answer:
+def base_unchanged(adapters: Adapters) -> Finding:
     """Compare the base with its hash at the start, and the weights that compute with W + s B A (gate end.base)."""
     found, want = adapters.base_hash(), adapters.base_sha256
     bound = f"{want[:12]} as loaded, merged weights within their rounding"
@@ -71,7 +74,7 @@ def base_unchanged(adapters: Adapters) -> Answer:
         why = "weights that are not trained have changed"
     elif not worst <= 1:
         why = f"{name} is not its base plus its adapters"
-    return Answer(not why, measured, bound, why, worst)
+    return Finding.of("end.base", not why, measured, bound, why, score=worst)
 
 
 def merge_error(adapters: Adapters) -> tuple[float, str]:

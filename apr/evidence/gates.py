@@ -1,30 +1,34 @@
-"""What a run must prove while it runs: one table of gates, and one place where their answers are kept.
+"""Gates of a run: their table, and the findings of one run.
 
-A gate protects against something that has gone wrong without being noticed; docs/gates.md tells what. Where the
-measurements come from is in measure.py. A gate that could not be asked is SKIPPED with the reason, never passed.
+A gate protects against a fault that a run has once had without anybody noticing; docs/gates.md tells which. measure.py
+takes the measurements. A gate that cannot be judged is SKIPPED with the reason, never passed.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..common.errors import Aborted, AprError, Refused
+from ..common.finding import FAIL, PASS, SKIPPED, SUSPECT, Finding, as_json, verdict_of
 from ..common.options import numbers
 
 FORMAT = "apr-verdict-1"
-PASS, SKIPPED, SUSPECT, FAIL = "PASS", "SKIPPED", "SUSPECT", "FAIL"
-WORSE = (SKIPPED, PASS, SUSPECT, FAIL)  # the later one stays when a gate is asked again
 BEFORE, START, RUNNING, EVALUATION, END = "before", "step 0", "running", "evaluation", "end"
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One row. then: what a bad answer does: "refuse" and "abort" end the run with FAIL, the others let it go on.
+    """One row of the table.
 
-    numbers: the bounds that --bounds may change, with their defaults."""
+    when        time of judging: BEFORE, START, RUNNING, EVALUATION or END
+    then        effect of a failure: "refuse" and "abort" end the run with FAIL; after SUSPECT and FAIL the run goes on
+    protects    fact that holds when the gate passes
+    bound_from  origin of the bound
+    look_at     remedy: the next thing to look at
+    numbers     bounds that --bounds may change, with their defaults
+    """
 
     id: str
     when: str
@@ -224,130 +228,121 @@ BOUNDS = {name: value for g in GATES.values() for name, value in g.numbers.items
 
 
 def parse_bounds(text: str | None) -> dict[str, float]:
-    """From "val_below_train=0.2,speed=2", as --bounds takes it. Raises UsageError."""
+    """Parse "val_below_train=0.2,speed=2", the form of --bounds. Raises UsageError."""
     return numbers(text, "--bounds", list(BOUNDS))
 
 
-class Answer(NamedTuple):
-    """What a gate found: good, bad, or None where it could not be asked, with `why`.
-
-    score: of equal verdicts the answer with the largest one is kept. suspect: a bad answer is SUSPECT, whatever the
-    table says."""
-
-    good: bool | None
-    measured: str
-    bound: str
-    why: str = ""
-    score: float = 0.0
-    suspect: bool = False
-
-
-@dataclass
-class Outcome:
-    """A gate's answer. step: where it was given; evaluations: how often it was asked."""
-
-    gate: str
-    verdict: str
-    measured: str
-    bound: str
-    why: str = ""
-    step: int | None = None
-    evaluations: int = 1
-    score: float = 0.0
-
-
 class Gates:
-    """The answers of one run. Of a gate that is asked again and again the worst answer stays."""
+    """Findings of one run, named by gate. Of a gate that is judged repeatedly the worst finding stays.
+
+    findings     {gate: finding}; `where` is the step
+    evaluations  {gate: number of times it was judged}
+    given        bounds that replace those of the table
+    """
 
     def __init__(self, bounds: Mapping[str, float]) -> None:
         self.given = dict(bounds)
-        self.outcomes: dict[str, Outcome] = {}
+        self.findings: dict[str, Finding] = {}
+        self.evaluations: dict[str, int] = {}
 
     def bound(self, name: str) -> float:
-        """A number of the table, or what the user put in its place."""
+        """A bound of the table, or the user's in its place."""
         return self.given.get(name, BOUNDS[name])
 
-    def judge(self, gate: str, answer: Answer, step: int | None = None) -> None:
-        """Keep an answer. Raises Aborted or Refused at a bad one where the table says so."""
-        row = GATES[gate]
-        bad = SUSPECT if answer.suspect or row.then == SUSPECT else FAIL
-        verdict = SKIPPED if answer.good is None else PASS if answer.good else bad
-        new = Outcome(gate, verdict, answer.measured, answer.bound, answer.why, step, 1, answer.score)
-        old = self.outcomes.get(gate)
-        if old is not None:
-            asked = old.evaluations + (answer.good is not None)
-            worse = WORSE.index(old.verdict) - WORSE.index(verdict)
-            new = old if worse > 0 or (worse == 0 and old.score > new.score) else new
-            new = dataclasses.replace(new, evaluations=asked)
-        self.outcomes[gate] = new
-        if verdict == FAIL and row.then in ("abort", "refuse"):
-            raise self.error(new)
+    def judge(self, finding: Finding, step: int | None = None) -> None:
+        """Keep a finding, named by its gate. Raises Aborted or Refused for a failure where the table says so."""
+        gate = GATES[finding.name]
+        finding = replace(finding, where=step)
+        if finding.verdict == FAIL and gate.then == SUSPECT:
+            finding = replace(finding, verdict=SUSPECT)
+        old = self.findings.get(gate.id)
+        is_judged = finding.verdict != SKIPPED
+        self.evaluations[gate.id] = 1 if old is None else self.evaluations[gate.id] + is_judged
+        if old is None or not old.severity > finding.severity:
+            self.findings[gate.id] = finding
+        if finding.verdict == FAIL and gate.then in ("abort", "refuse"):
+            raise self.error(self.findings[gate.id])
 
-    def error(self, o: Outcome) -> AprError:
-        """What ends the run at a bad answer."""
-        kind = Refused if GATES[o.gate].then == "refuse" else Aborted
-        place = f"step {o.step}: " if o.step is not None else ""
-        said = o.why or f"{o.measured}, must be {o.bound}"
-        return kind(f"{place}{said} [gate {o.gate}]. Look at: {GATES[o.gate].look_at}")
+    def error(self, finding: Finding) -> AprError:
+        """Error that ends the run after a failure."""
+        gate = GATES[finding.name]
+        kind = Refused if gate.then == "refuse" else Aborted
+        place = f"step {finding.where}: " if finding.where is not None else ""
+        why = finding.why or f"{finding.measured}, must be {finding.bound}"
+        return kind(f"{place}{why} [gate {gate.id}]. Look at: {gate.look_at}")
 
     def skip(self, gate: str, why: str) -> None:
-        """Keep that a gate cannot be asked, unless it has answered already."""
-        if gate not in self.outcomes:
-            self.judge(gate, Answer(None, "", "", why))
+        """Keep SKIPPED with its reason for a gate that has no finding yet."""
+        if gate not in self.findings:
+            self.judge(Finding.skipped(gate, why))
 
     def close(self, why: str) -> None:
-        """Every gate that has no answer is SKIPPED."""
+        """Keep SKIPPED for every gate that has no finding."""
         for gate in GATES:
             self.skip(gate, why)
 
     def changed(self, gate: str) -> str:
-        """Which bounds of a gate are not the table's, in words."""
-        numbers = GATES[gate].numbers
+        """Remark on the bounds of a gate that the user replaced: "speed changed from 1.25 to 2"; "" for none."""
+        defaults = GATES[gate].numbers
         return "; ".join(
-            f"{n} changed from {numbers[n]:g} to {self.given[n]:g}" for n in numbers if n in self.given
+            f"{n} changed from {defaults[n]:g} to {self.given[n]:g}" for n in defaults if n in self.given
         )
 
     @property
     def verdict(self) -> str:
-        """FAIL, SUSPECT or PASS: the worst of all answers."""
-        return max((o.verdict for o in self.outcomes.values()), key=WORSE.index, default=PASS).replace(
-            SKIPPED, PASS
-        )
+        """Worst verdict of all findings; PASS where no gate could be judged."""
+        return verdict_of(self.findings.values(), unasked=PASS)
 
-    def in_order(self) -> Iterable[Outcome]:
-        """Answers in the order of the table."""
-        return (self.outcomes[g] for g in GATES if g in self.outcomes)
+    def in_order(self) -> Iterator[Finding]:
+        """Findings in the order of the table, failures with the remedy of their gate."""
+        for gate in GATES.values():
+            if gate.id in self.findings:
+                finding = self.findings[gate.id]
+                is_wrong = finding.verdict in (SUSPECT, FAIL)
+                yield replace(finding, remedy=gate.look_at) if is_wrong else finding
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The gates of verdict.json: the answers with the rows that they belong to."""
+        """`gates` of verdict.json: each finding with its row of the table."""
         rows = []
-        for o in self.in_order():
-            g = GATES[o.gate]
+        for finding in self.in_order():
+            gate = GATES[finding.name]
             rows.append(
                 {
-                    "id": o.gate,
-                    "when": g.when,
-                    "then": g.then,
-                    "verdict": o.verdict,
-                    "measured": o.measured,
-                    "bound": o.bound,
-                    "why": o.why,
-                    "changed": self.changed(o.gate),
-                    "step": o.step,
-                    "evaluations": o.evaluations if o.verdict != SKIPPED else 0,
-                    "protects": g.protects,
-                    "bound_from": g.bound_from,
-                    "look_at": g.look_at if o.verdict in (SUSPECT, FAIL) else "",
+                    "id": gate.id,
+                    "when": gate.when,
+                    "then": gate.then,
+                    "verdict": finding.verdict,
+                    "measured": finding.measured,
+                    "bound": finding.bound,
+                    "why": finding.why,
+                    "changed": self.changed(gate.id),
+                    "step": finding.where,
+                    "evaluations": self.evaluations[gate.id] if finding.verdict != SKIPPED else 0,
+                    "protects": gate.protects,
+                    "bound_from": gate.bound_from,
+                    "look_at": finding.remedy,
                 }
             )
         return rows
 
     def state(self) -> list[dict[str, Any]]:
-        """The answers, for a saved state."""
-        return [dataclasses.asdict(o) for o in self.in_order()]
+        """Findings as a saved state holds them."""
+        rows = as_json(
+            self.in_order(),
+            gate="name", verdict="verdict", measured="measured", bound="bound", why="why", step="where",
+        )  # fmt: skip
+        return [
+            {**row, "evaluations": self.evaluations[row["gate"]], "score": self.findings[row["gate"]].score}
+            for row in rows
+        ]
 
     def restore(self, saved: Iterable[Mapping[str, Any]]) -> None:
-        """Go on with the answers of a saved state; what is asked before every start keeps its newer answer."""
-        for o in saved:
-            if o["gate"] in GATES and not (GATES[o["gate"]].when == BEFORE and o["gate"] in self.outcomes):
-                self.outcomes[o["gate"]] = Outcome(**o)
+        """Take over the findings of a saved state, except those of gates that are judged before every start."""
+        for row in saved:
+            gate = row["gate"]
+            if gate not in GATES or (GATES[gate].when == BEFORE and gate in self.findings):
+                continue
+            self.evaluations[gate] = row["evaluations"]
+            self.findings[gate] = Finding(
+                gate, row["verdict"], row["measured"], row["bound"], row["why"], row["step"], row["score"]
+            )

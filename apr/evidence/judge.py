@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..common.finding import SKIPPED, SUSPECT, Finding
 from ..common.host import cores
 from ..data.batches import sequential
 from ..model.cost import matmul_rate, memory
 from ..training.rundir import bits_per_byte
 from ..verify.reload import in_fresh_process
 from . import adapters, measure
-from .gates import Answer
 from .measure import LAST_STEPS
 
 if TYPE_CHECKING:
@@ -45,13 +46,13 @@ class Judge:
             answer = measure.loaded_weights(self.model, self.opt, self.inputs.init)
         else:
             answer = measure.random_weights(self.model, self.opt, self.s.initializer_range)
-        self.gates.judge("before.weights", answer)
+        self.gates.judge(answer)
         self.gates.skip("before.resumed", "the run began in this process")
 
     def causal(self) -> None:
         """Whether a position sees what follows it. Raises Aborted."""
         ids, _ = next(iter(sequential(self.inputs.val, min(self.micro, 2))))
-        self.gates.judge("start.causal", measure.causal(self.model, ids), self.progress.step)
+        self.gates.judge(measure.causal(self.model, ids), self.progress.step)
 
     def start(self, loss: float) -> None:
         """The gates of step 0, after the evaluation before training. Raises Aborted."""
@@ -64,7 +65,7 @@ class Judge:
             answer = measure.initial_loss(
                 cfg, loss, self.s.initializer_range, rstd, spread, repeated, bound("start_margin")
             )
-            judge("start.loss", answer, 0)
+            judge(answer, 0)
             self.gates.skip("start.pretrained", "random weights")
             self.gates.skip("start.reproduces", "random weights")
             return
@@ -73,17 +74,16 @@ class Judge:
         recorded = i.init.metadata.get("evaluation") if i.init.kind == "apr" else None
         if not isinstance(recorded, dict):
             self.gates.skip("start.reproduces", "no validation loss is recorded in the checkpoint")
-            judge("start.pretrained", answer, 0)
+            judge(answer, 0)
             return
         differs = [k for k, v in self.evaluated_on().items() if recorded.get(k) != v]
         differs += ["weights, without adapters"] if i.lora_init else []
         if differs:
             self.gates.skip("start.reproduces", f"recorded on other {', '.join(differs)}")
-            judge(
-                "start.pretrained", answer._replace(suspect=True), 0
-            )  # how far it was trained is its own affair
+            # The training of the checkpoint is its own affair.
+            judge(answer if answer.passed else replace(answer, verdict=SUSPECT), 0)
         else:
-            judge("start.reproduces", self.reproduced(loss, recorded["val_loss"]), 0)
+            judge(self.reproduced("start.reproduces", loss, recorded["val_loss"]), 0)
             self.gates.skip(
                 "start.pretrained", "its recorded loss on these very windows is the better measure"
             )
@@ -98,9 +98,9 @@ class Judge:
         ids, targets = next(iter(sequential(self.inputs.val, 64)))
         return float(1 / max(np.square(p).sum(), 1e-12)), float((ids == targets).mean())
 
-    def reproduced(self, loss: float, recorded: float) -> Answer:
+    def reproduced(self, gate: str, loss: float, recorded: float) -> Finding:
         """Whether a recorded validation loss comes out again, within the rounding of the dtype."""
-        return measure.reproduced(loss, recorded, self.gates.bound(f"reproduce_{self.model.dtype}"))
+        return measure.reproduced(gate, loss, recorded, self.gates.bound(f"reproduce_{self.model.dtype}"))
 
     def evaluated_on(self) -> dict[str, Any]:
         """What a validation loss depends on, beside the weights."""
@@ -119,7 +119,7 @@ class Judge:
         line: dict[str, Any],
         trained: int,
         tokens: int,
-        apart: Callable[[float], Answer] | None,
+        apart: Callable[[float], Finding] | None,
         left: float,
     ) -> None:
         """The gates of every step. Raises Aborted."""
@@ -129,11 +129,11 @@ class Judge:
         said = ", ".join(f"{key} = {x:.6g}" for key, x in numbers.items())
         saved = self.run.states()
         why = f"{said}: not finite. Last saved state: {saved[-1] if saved else 'none'}"
-        judge("run.finite", Answer(finite, said, "finite", "" if finite else why), p.step)
+        judge(Finding.of("run.finite", finite, said, "finite", "" if finite else why), p.step)
         read = self.batches.targets_read
         judge(
-            "run.tokens",
-            Answer(
+            Finding.of(
+                "run.tokens",
                 trained == tokens and read == p.tokens_seen,
                 f"{trained:,} of {tokens:,} in a step, {p.tokens_seen:,} in all",
                 f"equal, and {read:,} by the position in the data",
@@ -142,14 +142,14 @@ class Judge:
         )
         if left:
             said = f"gradients of norm {left:.4g} were left from the step before"
-            judge("run.gradients", Answer(False, said, "0 before the first micro-batch", said), p.step)
+            judge(Finding.of("run.gradients", False, said, "0 before the first micro-batch", said), p.step)
         if apart is not None:
             if self.s.seq_length < 2:
                 self.gates.skip(
                     "run.gradients", "attention over one token has no gradient of queries and keys"
                 )
             else:
-                judge("run.gradients", apart(line["grad_norm"]), p.step)
+                judge(apart(line["grad_norm"]), p.step)
         most, loss = int(self.gates.bound("constant_steps")), line["train_loss"]
         measured = (
             f"{p.constant + 1} equal losses in a row" if p.constant else "no two losses in a row are equal"
@@ -161,10 +161,13 @@ class Judge:
             else f"train_loss = {loss!r}: {'exactly 0' if loss == 0 else measured}, which no measurement gives"
         )
         judge(
-            "run.placeholder", Answer(real, measured, f"below {most}, and never 0", why, p.constant), p.step
+            Finding.of(
+                "run.placeholder", real, measured, f"below {most}, and never 0", why, score=p.constant
+            ),
+            p.step,
         )
 
-    def diverged(self, loss: float) -> Answer:
+    def diverged(self, loss: float) -> Finding:
         """Whether the validation loss is far above the one before, or above that of a guess."""
         p = self.progress
         if len(p.val_losses) == 1:  # the first epoch
@@ -177,14 +180,20 @@ class Judge:
             bound = self.gates.bound("next_epoch") * p.val_losses[-1]
             what = f"{self.gates.bound('next_epoch'):g} times the previous {p.val_losses[-1]:.4f}"
         why = "" if loss <= bound else f"diverged: val_loss {loss:.4f} is more than {what}. Try a lower --lr"
-        return Answer(loss <= bound, f"{loss:.4f}", f"at most {bound:.4f}, {what}", why, loss / bound)
+        return Finding.of(
+            "run.diverged",
+            loss <= bound,
+            f"{loss:.4f}",
+            f"at most {bound:.4f}, {what}",
+            why,
+            score=loss / bound,
+        )
 
     def epoch(self, val: float, error: float) -> None:
         """The gates of an evaluation at the end of an epoch: its validation loss and standard error."""
         p = self.progress
         bound, entropy = self.gates.bound, self.inputs.val.shards.unigram_entropy
         self.gates.judge(
-            "run.val-below-train",
             measure.below_train(
                 val, error, p.epoch_losses[-LAST_STEPS:], p.epoch_losses, bound("val_below_train")
             ),
@@ -195,10 +204,10 @@ class Judge:
         if self.inputs.instruct:
             self.gates.skip("end.plausible", "an answer can follow from its question, so no loss is too low")
         else:
-            self.gates.judge("end.plausible", measure.plausible(bits, bound("min_bits_per_byte")), p.step)
+            self.gates.judge(measure.plausible(bits, bound("min_bits_per_byte")), p.step)
         if self.inputs.init is None:
             answer = measure.learning(val, entropy, p.tokens_seen, bound("drop_per_decade"))
-            self.gates.judge("end.learning", answer, p.step)
+            self.gates.judge(answer, p.step)
 
     def end(self) -> None:
         """The gates of a run that came to its end."""
@@ -209,11 +218,13 @@ class Judge:
             reached = p.val_losses[-1] <= s.target_val_loss
             said = f"{p.val_losses[-1]:.4f} nats/token"
             why = "" if reached else f"the target was not reached: {said}, asked for {s.target_val_loss:g}"
-            gates.judge("end.target", Answer(reached, said, f"at most {s.target_val_loss:g}", why), p.step)
+            gates.judge(
+                Finding.of("end.target", reached, said, f"at most {s.target_val_loss:g}", why), p.step
+            )
         if p.best_flops:
-            gates.judge("end.speed", self._speed(gates.bound("speed")))
+            gates.judge(self._speed(gates.bound("speed")))
         if self.lora:
-            gates.judge("end.base", adapters.base_unchanged(self.lora), p.step)
+            gates.judge(adapters.base_unchanged(self.lora), p.step)
         else:
             gates.skip("end.base", "no adapters: every weight is trained")
         self._reload()
@@ -239,11 +250,11 @@ class Judge:
         found = in_fresh_process(self.run.path, device, self.model.dtype, s.threads)
         if isinstance(found, str):
             why = f"the last checkpoint cannot be loaded again: {found}"
-            self.gates.judge("end.reload", Answer(False, found, "the recorded loss", why), p.step)
+            self.gates.judge(Finding.of("end.reload", False, found, "the recorded loss", why), p.step)
         else:
-            self.gates.judge("end.reload", self.reproduced(found.mean, p.val_losses[-1]), p.step)
+            self.gates.judge(self.reproduced("end.reload", found.mean, p.val_losses[-1]), p.step)
 
-    def _speed(self, most: float) -> Answer:
+    def _speed(self, most: float) -> Finding:
         """The fastest step against one large product, measured again where another process may have had the device."""
         be, flops = self.inputs.backend, self.progress.best_flops
         rate, tries = 0.0, 0
@@ -251,7 +262,7 @@ class Judge:
             rate, tries = max(rate, matmul_rate(be, self.model.dtype)), tries + 1
         answer = measure.speed(flops, rate, most)
         load = os.getloadavg()[0]
-        if not answer.good and be.name == "cpu" and load > cores():
+        if not answer.passed and be.name == "cpu" and load > cores():
             why = f"a load of {load:.1f} on {cores()} cores: the rate of a product cannot be measured beside other processes"
-            return answer._replace(good=None, why=why)
+            return replace(answer, verdict=SKIPPED, why=why)
         return answer

@@ -1,9 +1,10 @@
-"""What gates measure: each function looks at a part of a run and gives the Answer for one row of gates.py."""
+"""Measurements of the gates: each function measures one part of a run and returns the Finding of one gate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -12,21 +13,21 @@ import numpy as np
 from ..checkpoints.checkpoint import Checkpoint, parameters
 from ..checkpoints.tensors import CHUNK
 from ..common.errors import AprError
+from ..common.finding import SUSPECT, Finding
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, to_hf
 from ..model.optim import Optimizer, State
 from ..model.transformer import Model
-from .gates import Answer
 
-SPREAD = 6.0  # standard errors that a random matrix's standard deviation may be off
-ENOUGH = 1 << 20  # elements of a matrix from which its standard deviation is judged
-SAMPLE = 4096  # elements of all parameters that are followed through optimizer steps
+# of the standard deviation of a random matrix, from its first elements
+MAX_STANDARD_ERRORS, MAX_ELEMENTS = 6.0, 1 << 20
+FOLLOWED_ELEMENTS = 4096  # of all parameters, through optimizer steps
 EPS32 = float(np.finfo(np.float32).eps)
-LAST_STEPS = 20  # the mean of so many training losses stands beside a validation loss
+LAST_STEPS = 20  # training losses whose mean is compared with a validation loss
 
 
-def device(backend: ModuleType, dtype: str) -> Answer:
-    """Whether a small product on the device is NumPy's."""
+def device(backend: ModuleType, dtype: str) -> Finding:
+    """Error of a small matrix product on the device against NumPy in float64, relative to |x| |w|^T."""
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 64), (48, 64)))
     arrays = [backend.empty(shape, dtype) for shape in ((32, 48), (32, 64), (48, 64))]
@@ -38,31 +39,39 @@ def device(backend: ModuleType, dtype: str) -> Answer:
     error = float(np.abs(y - xd @ wd.T).max() / (np.abs(xd) @ np.abs(wd).T).max())
     what = backend.describe()
     name = f"{backend.name}: {what.get('gpu') or what['cpu']}"
-    return Answer(
-        error <= 4 * eps, f"{name}, product off by {error:.1e}", f"at most {4 * eps:.1e}", score=error
+    return Finding.of(
+        "before.device",
+        error <= 4 * eps,
+        f"{name}, product off by {error:.1e}",
+        f"at most {4 * eps:.1e}",
+        score=error,
     )
 
 
-def memory(need: int, have: int | None) -> Answer:
-    """Whether the plan fits; `have` None where the backend cannot tell."""
+def memory(need: int, have: int | None) -> Finding:
+    """Bytes of all planned buffers against free bytes; have: None where the backend cannot tell."""
     gib = f"{need / 2**30:.2f} GiB planned"
     if have is None:
-        return Answer(None, gib, "what is free", "the backend cannot tell how much memory is free")
-    return Answer(need <= have, gib, f"at most the {have / 2**30:.2f} GiB that are free")
+        return Finding.of(
+            "before.memory", None, gib, "what is free", "the backend cannot tell how much memory is free"
+        )
+    return Finding.of("before.memory", need <= have, gib, f"at most the {have / 2**30:.2f} GiB that are free")
 
 
-def architecture(cfg: ModelConfig, source: str) -> Answer:
-    """Whether a configuration survives being written and read by the strict reader."""
+def architecture(cfg: ModelConfig, source: str) -> Finding:
+    """Compare a configuration with its config.json as the strict reader reads it."""
     written = to_hf(cfg)
     try:
         same = from_hf(written, source) == cfg
     except AprError as e:
-        return Answer(False, str(e), "the same configuration")
-    return Answer(same, f"{len(written)} keys of {source}", "the same configuration")
+        return Finding.of("before.architecture", False, str(e), "the same configuration")
+    return Finding.of(
+        "before.architecture", same, f"{len(written)} keys of {source}", "the same configuration"
+    )
 
 
-def loaded_weights(model: Model, opt: Optimizer, init: Checkpoint) -> Answer:
-    """Whether the device holds a checkpoint's weights bit for bit, element by element."""
+def loaded_weights(model: Model, opt: Optimizer, init: Checkpoint) -> Finding:
+    """Compare the weights on the device with those of a checkpoint, bit for bit."""
     be, count = model.be, 0
     tensors = parameters(model.layout, init)
     for s in model.layout.slots:
@@ -77,24 +86,33 @@ def loaded_weights(model: Model, opt: Optimizer, init: Checkpoint) -> Answer:
             equal = np.array_equal(_bits(back), _bits(wide))
             if not (exact and equal and np.array_equal(_bits(there), _bits(wide.astype(there.dtype)))):
                 at = int(np.argmax(_bits(back) != _bits(wide))) if not equal else 0
-                said = f"{s.hf}: element {start + at} is {part[at]} in the file and {back[at]} on the device"
-                return Answer(False, said, "equal bits")
+                measured = (
+                    f"{s.hf}: element {start + at} is {part[at]} in the file and {back[at]} on the device"
+                )
+                return Finding.of("before.weights", False, measured, "equal bits")
             count += part.size
-    return Answer(True, f"{len(tensors)} tensors, {count:,} values read back from the device", "equal bits")
+    return Finding.of(
+        "before.weights",
+        True,
+        f"{len(tensors)} tensors, {count:,} values read back from the device",
+        "equal bits",
+    )
 
 
 def _bits(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
 
 
-def random_weights(model: Model, opt: Optimizer, std: float) -> Answer:
-    """Whether random matrices have the spread that was asked for, vectors their constants."""
+def random_weights(model: Model, opt: Optimizer, std: float) -> Finding:
+    """Compare mean and standard deviation of random matrices with their initializer, vectors with their constants."""
     worst, where = 0.0, ""
     for s in model.layout.slots:
-        x = model.be.to_host(opt.master[s.offset : s.offset + min(s.size, ENOUGH)]).astype(np.float64)
+        x = model.be.to_host(opt.master[s.offset : s.offset + min(s.size, MAX_ELEMENTS)]).astype(np.float64)
         if s.param.init in ("ones", "zeros"):
             if not (x == (s.param.init == "ones")).all():
-                return Answer(False, f"{s.hf} is not all {s.param.init}", f"all {s.param.init}")
+                return Finding.of(
+                    "before.weights", False, f"{s.hf} is not all {s.param.init}", f"all {s.param.init}"
+                )
             continue
         want = std if s.param.init == "in" else std / math.sqrt(2 * model.cfg.num_layers)
         off = max(abs(x.std() / want - 1) * math.sqrt(2 * x.size), abs(x.mean()) / want * math.sqrt(x.size))
@@ -102,18 +120,29 @@ def random_weights(model: Model, opt: Optimizer, std: float) -> Answer:
             worst, where = float(off), s.hf
     matrices = sum(s.param.init in ("in", "out") for s in model.layout.slots)
     measured = f"{matrices} matrices, the worst {worst:.1f} standard errors off ({where})"
-    return Answer(worst <= SPREAD, measured, f"at most {SPREAD:g}", score=worst)
+    return Finding.of(
+        "before.weights",
+        worst <= MAX_STANDARD_ERRORS,
+        measured,
+        f"at most {MAX_STANDARD_ERRORS:g}",
+        score=worst,
+    )
 
 
 def initial_loss(
     cfg: ModelConfig, loss: float, std: float, rstd: float, spread: float, repeated: float, margin: float
-) -> Answer:
-    """Whether random weights give the loss of a random guess.
+) -> Finding:
+    """Compare the loss of random weights with that of a uniform guess.
 
-    Logits h . w have variance s^2 = C std^2, since the final norm gives h a length of sqrt(C); E[logsumexp] is
-    ln V + s^2 / 2. A tied head's logit for the token it stands at is C std^2 rstd, with rstd (1 / RMS of the
-    residual stream, its mean over positions): that one term may add to the sum, and helps the share `repeated` of
-    targets that are the token they follow. spread: how many ids the targets are spread over, 1 / sum of p^2."""
+    The final norm gives the hidden state h the length sqrt(C), so logits h . w have the variance s^2 = C std^2 and
+    E[logsumexp] = ln V + s^2 / 2. With a tied head the logit of the input token itself is C std^2 rstd: this term may
+    raise the sum, and it lowers the loss of targets that repeat their input token.
+
+    rstd      1 / RMS of the residual stream, mean over positions
+    spread    effective number of target ids, 1 / sum of p^2
+    repeated  share of targets that equal their input token
+    margin    slack in nats/token
+    """
     s2 = cfg.hidden_size * std**2
     uniform = math.log(cfg.vocab_size)
     low, high = uniform, uniform + s2 / 2
@@ -121,27 +150,31 @@ def initial_loss(
         high = float(np.logaddexp(high, s2 * rstd))
         low -= repeated * s2 * rstd
     slack = margin + 5 * math.sqrt(s2 / max(spread, 1.0))
-    return Answer(
+    return Finding.of(
+        "start.loss",
         low - slack <= loss <= high + slack,
         f"{loss:.4f} nats/token",
         f"{low - slack:.3f} to {high + slack:.3f}, ln V = {uniform:.4f}",
     )
 
 
-def pretrained_loss(loss: float, entropy: float, share: float) -> Answer:
-    """Whether a pretrained checkpoint is far below the entropy of token frequencies; above it: it fails."""
-    return Answer(
+def pretrained_loss(loss: float, entropy: float, share: float) -> Finding:
+    """Compare the loss of a pretrained checkpoint with the entropy of token frequencies: PASS up to `share` of the
+    entropy, SUSPECT up to the entropy, FAIL above."""
+    finding = Finding.of(
+        "start.pretrained",
         loss <= share * entropy,
         f"{loss:.4f} nats/token, {loss / max(entropy, 1e-9):.2f} of the entropy of token frequencies {entropy:.4f}",
         f"at most {share:g} of it",
-        suspect=loss < entropy,
     )
+    return finding if finding.passed or not loss < entropy else replace(finding, verdict=SUSPECT)
 
 
-def reproduced(loss: float, recorded: float, tolerance: float) -> Answer:
-    """Whether a recorded validation loss comes out again."""
+def reproduced(gate: str, loss: float, recorded: float, tolerance: float) -> Finding:
+    """Relative difference of a validation loss from the recorded one, for start.reproduces or end.reload."""
     off = abs(loss - recorded) / max(abs(recorded), 1e-9)
-    return Answer(
+    return Finding.of(
+        gate,
         off <= tolerance,
         f"{loss:.6f}, recorded {recorded:.6f}: {off:.1e} of it apart",
         f"at most {tolerance:.0e}",
@@ -149,23 +182,24 @@ def reproduced(loss: float, recorded: float, tolerance: float) -> Answer:
     )
 
 
-def causal(model: Model, ids: np.ndarray) -> Answer:
-    """Whether other tokens in the second half of sequences (B,T) change what comes before them, and what follows."""
+def causal(model: Model, ids: np.ndarray) -> Finding:
+    """Change of the final hidden states when the tokens in the second half of sequences (B,T) change: none before the
+    middle, some at every later position."""
     bound = "0 before the middle, above 0 after it"
     middle = ids.shape[1] // 2
     if not middle or model.cfg.vocab_size < 2:
-        return Answer(None, "", bound, "sequences of one token have no future")
+        return Finding.of("start.causal", None, "", bound, "sequences of one token have no future")
     other = ids.copy()
     other[:, middle:] = (other[:, middle:] + 1) % model.cfg.vocab_size
-    a, b = _heads_view(model, ids), _heads_view(model, other)
+    a, b = _final_hidden(model, ids), _final_hidden(model, other)
     change = np.abs(a - b)
     before, after = float(change[:, :middle].max()), float(change[:, middle:].max(axis=(1, 2)).min())
     measured = f"changes before the middle {before:.3g}, after it {after:.3g}, {ids.shape[0]} x {ids.shape[1]} tokens"
-    return Answer(before == 0 and after > 0, measured, bound)
+    return Finding.of("start.causal", before == 0 and after > 0, measured, bound)
 
 
-def _heads_view(model: Model, ids: np.ndarray) -> np.ndarray:
-    """What the head reads, float32 (B,T,C)."""
+def _final_hidden(model: Model, ids: np.ndarray) -> np.ndarray:
+    """Hidden states behind the final norm, the input of the head: float32 (B,T,C)."""
     seen: dict[str, np.ndarray] = {}
 
     def tap(layer: int | None, name: str, x: Any) -> None:
@@ -177,27 +211,27 @@ def _heads_view(model: Model, ids: np.ndarray) -> np.ndarray:
 
 
 class Follow:
-    """Follow some elements of all parameters through an optimizer step: gradients into state, state into weights."""
+    """Follows a sample of all parameters through an optimizer step: gradients into state, state into weights."""
 
     def __init__(self, opt: Optimizer) -> None:
         size = opt.w.size
-        self.opt, self.part = opt, slice(None, None, max(1, size // SAMPLE) | 1)
+        self.opt, self.part = opt, slice(None, None, max(1, size // FOLLOWED_ELEMENTS) | 1)
         places = np.arange(0, size, self.part.step)
         self._decay = np.where(places < opt.decayed, opt.weight_decay, 0.0)
 
     def before(self) -> None:
-        """Keep weights, state and gradients as they are before a step."""
+        """Copy weights, state and gradients before a step."""
         self._old, self._old_state, self._g = (
             self._read(self.opt.master),
             self._state(),
             self._read(self.opt.g),
         )
 
-    def after(self, lr: float, grad_norm: float, tolerance: float) -> Answer:
-        """Compare with the optimizer's formula, clipping included.
+    def after(self, lr: float, grad_norm: float, tolerance: float) -> Finding:
+        """Compare weights and state after a step with the optimizer's formula, gradient clipping included.
 
-        lr fitted: sum(moved * direction) / sum(direction^2); rounding of the weights to float32 adds eps / 2 of each
-        to its move, at random, and so to the fit the root of the sum of its squares."""
+        fitted lr = sum(moved * direction) / sum(direction^2). Rounding of the weights to float32 adds a random eps / 2
+        of each weight to its move, and the root of the sum of their squares to the fit."""
         opt, old = self.opt, self._old
         new, state = self._read(opt.master), self._state()
         direction = opt.direction(old, state, self._decay)
@@ -220,7 +254,9 @@ class Follow:
             why = "the weights that compute are not those that the optimizer moved"
         elif not self._state_follows(grad_norm, state):
             why = "the moments are not those of the gradients, clipped to the norm that was asked for"
-        return Answer(not why, measured, bound, why, score=abs(fitted - lr) / lr if lr else 0.0)
+        return Finding.of(
+            "run.learning-rate", not why, measured, bound, why, score=abs(fitted - lr) / lr if lr else 0.0
+        )
 
     def _state_follows(self, grad_norm: float, state: State) -> bool:
         """Compare the state with the optimizer's formula for g' = g min(1, grad_clip / (norm + 1e-6))."""
@@ -247,7 +283,8 @@ class Follow:
 
 
 def gradients(model: Model, scratch: Any) -> tuple[list[str], float]:
-    """Names of tensors whose gradient is all zero, and the L2 norm of all, tensor by tensor. scratch (1,) float64."""
+    """(Names of tensors with an all-zero gradient, L2 norm of all gradients summed tensor by tensor). scratch (1,)
+    float64."""
     be, zero, total = model.be, [], 0.0
     for s in model.layout.slots:
         be.fill(scratch, 0)
@@ -260,30 +297,36 @@ def gradients(model: Model, scratch: Any) -> tuple[list[str], float]:
 
 
 def gradients_left(model: Model, scratch: Any) -> float:
-    """The L2 norm of what is in the gradients before a step begins: 0, or the step before was not cleared away."""
+    """L2 norm of the gradient buffer before a step. Non-zero means that the previous step did not clear it."""
     model.be.fill(scratch, 0)
     model.be.add_sum_sq(scratch, model.g)
     return math.sqrt(max(0.0, float(model.be.to_host(scratch)[0])))
 
 
-def gradient_norm(zero: Sequence[str], apart: float, logged: float) -> Answer:
-    """Whether the norm in the log is that of all tensors, and none has no gradient."""
+def gradient_norm(zero: Sequence[str], apart: float, logged: float) -> Finding:
+    """Compare the gradient norm of the log with the norm over tensors.
+
+    zero: tensors without a gradient; apart: norm summed tensor by tensor; logged: norm in the log."""
     bound = "equal within 1e-5 of it, no tensor without a gradient"
     measured = f"log {logged:.6g}, all tensors apart {apart:.6g}"
     if zero:
         more = f" and {len(zero) - 3} more" if len(zero) > 3 else ""
-        return Answer(False, measured, bound, f"no gradient reaches {', '.join(zero[:3])}{more}")
-    return Answer(not abs(apart - logged) > 1e-5 * max(apart, logged), measured, bound)
+        return Finding.of(
+            "run.gradients", False, measured, bound, f"no gradient reaches {', '.join(zero[:3])}{more}"
+        )
+    return Finding.of("run.gradients", not abs(apart - logged) > 1e-5 * max(apart, logged), measured, bound)
 
 
 def below_train(
     val: float, stderr: float, last: Sequence[float], epoch: Sequence[float], share: float
-) -> Answer:
-    """Whether validation is far below training, like with like: the mean of the last steps, not of the epoch."""
+) -> Finding:
+    """Compare a validation loss with the training loss of the last steps; the mean over the epoch is of weights that were
+    worse."""
     end, mean = float(np.mean(last)), float(np.mean(epoch))
     noise = 5 * math.hypot(stderr, float(np.std(last)) / math.sqrt(len(last)))
     low = (1 - share) * end - noise
-    return Answer(
+    return Finding.of(
+        "run.val-below-train",
         val >= low,
         f"validation {val:.4f}, training {end:.4f} in the last {len(last)} steps ({mean:.4f} over the epoch)",
         f"at least {low:.4f}",
@@ -292,33 +335,39 @@ def below_train(
     )
 
 
-def plausible(bits: float, least: float) -> Answer:
-    """Whether bits per byte are above what any model reaches."""
-    said = f"{bits:.3f} bits/byte is below what any published model reaches on real text"
-    return Answer(
-        bits >= least, f"{bits:.3f} bits/byte", f"at least {least:g}", "" if bits >= least else said
+def plausible(bits: float, least: float) -> Finding:
+    """Compare bits per byte with the least that any published model reaches."""
+    why = f"{bits:.3f} bits/byte is below what any published model reaches on real text"
+    return Finding.of(
+        "end.plausible",
+        bits >= least,
+        f"{bits:.3f} bits/byte",
+        f"at least {least:g}",
+        "" if bits >= least else why,
     )
 
 
-def learning(loss: float, entropy: float, tokens: int, per_decade: float) -> Answer:
-    """Whether a loss after so many tokens from a random start is one that so many tokens can teach."""
+def learning(loss: float, entropy: float, tokens: int, per_decade: float) -> Finding:
+    """Compare a validation loss with the lowest that `tokens` training tokens can reach from random weights."""
     share = max(0.0, 1 - per_decade * math.log10(max(tokens, 1) / 1e4)) if tokens > 1e4 else 1.0
     low = min(1.0, share) * entropy
-    said = f"{loss:.4f} nats/token after {tokens:,} tokens fell faster than they can explain"
-    good = loss >= low - 0.05 * entropy
-    return Answer(
-        good,
+    why = f"{loss:.4f} nats/token after {tokens:,} tokens fell faster than they can explain"
+    is_possible = loss >= low - 0.05 * entropy
+    return Finding.of(
+        "end.learning",
+        is_possible,
         f"{loss / max(entropy, 1e-9):.2f} of the entropy of token frequencies after {tokens:,} tokens",
         f"at least {max(0.0, share - 0.05):.2f} of {entropy:.4f}",
-        "" if good else said,
+        "" if is_possible else why,
         score=low - loss,
     )
 
 
-def speed(flops: float, rate: float, most: float) -> Answer:
-    """FLOP/s of the fastest step against those of one large product."""
+def speed(flops: float, rate: float, most: float) -> Finding:
+    """FLOP/s of the fastest step against those of one large matrix product."""
     share = flops / rate
-    return Answer(
+    return Finding.of(
+        "end.speed",
         share <= most,
         f"{_rate(flops)}, {100 * share:.0f} % of one large product",
         f"at most {most:g} times {_rate(rate)}",

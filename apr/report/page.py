@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from ..evidence.gates import FAIL, SUSPECT
+from ..common.finding import FAIL, SUSPECT
 from .charts import Line, Mark, Plot, Rule, finite, moving_mean, plot
 from .run_files import Run, load
 from .sections import (

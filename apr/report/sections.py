@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..common.files import read_json
-from ..evidence.gates import FAIL, PASS, SKIPPED, SUSPECT
+from ..common.finding import FAIL, PASS, SKIPPED, SUSPECT
 from .run_files import Run
 from .words import as_text, clock, decimal, magnitude, or_nan, perplexity
 

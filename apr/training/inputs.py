@@ -19,6 +19,7 @@ from ..checkpoints.peft import LoadedAdapter, read_adapter
 from ..checkpoints.registry import open_any
 from ..common.errors import InputNotFound, Refused
 from ..common.files import read_text
+from ..common.finding import Finding
 from ..data.audit import Side, audit, enforce_all, sides_of, tokenizer_beside
 from ..data.batches import Windows
 from ..data.conversations.instruct import (
@@ -33,7 +34,7 @@ from ..data.prepare import prepare
 from ..data.readers import Corpus
 from ..data.sources import Source, find_sources
 from ..evidence import measure
-from ..evidence.gates import Answer, Gates
+from ..evidence.gates import Gates
 from ..model.config import ModelConfig
 from ..model.cost import Memory, check_fits, check_positions, memory
 from ..model.lora import LoraConfig, lora_config, lora_to_json
@@ -348,36 +349,42 @@ def judge_inputs(i: Inputs, gates: Gates) -> None:
     s = i.settings
     assert s.dtype is not None
     assert s.micro_batch_size is not None
-    gates.judge("before.device", measure.device(i.backend, s.dtype))
+    gates.judge(measure.device(i.backend, s.dtype))
     need = memory(
         i.cfg, i.backend, s.micro_batch_size, s.seq_length, s.dtype,
         recompute=s.recompute, documents=i.document_end is not None, lora=i.lora,
     )  # fmt: skip
-    gates.judge("before.memory", measure.memory(need.total, i.backend.free_memory()))
-    gates.judge("before.data", _data_answer(i))
-    gates.judge("before.disjoint", _disjoint_answer(i))
-    gates.judge("before.architecture", measure.architecture(i.cfg, str(s.init or s.model)))
+    gates.judge(measure.memory(need.total, i.backend.free_memory()))
+    gates.judge(_data_answer(i))
+    gates.judge(_disjoint_answer(i))
+    gates.judge(measure.architecture(i.cfg, str(s.init or s.model)))
 
 
-def _data_answer(i: Inputs) -> Answer:
+def _data_answer(i: Inputs) -> Finding:
     """All guards of the data in one answer: what they refuse has ended the run before."""
     verdicts = [(side.name, v) for side in i.audit for v in side.verdicts]
     failed = [f"{name}: {v}" for name, v in verdicts if v.passed is False]
     noted = [f"{name}: {v.guard}: {v.note}" for name, v in verdicts if v.note]
     passed = sum(v.passed is True for _, v in verdicts)
-    return Answer(
-        not failed, f"{passed} of {len(verdicts)} guards passed", "none failed", "; ".join(failed or noted)
+    return Finding.of(
+        "before.data",
+        not failed,
+        f"{passed} of {len(verdicts)} guards passed",
+        "none failed",
+        "; ".join(failed or noted),
     )
 
 
-def _disjoint_answer(i: Inputs) -> Answer:
+def _disjoint_answer(i: Inputs) -> Finding:
     bound = "none on both sides"
     if i.train.shards is i.val.shards:
         end = i.train.first + i.train.count
         measured = f"windows {i.train.first:,} to {end - 1:,} and {i.val.first:,} to {i.val.first + i.val.count - 1:,}"
-        return Answer(end <= i.val.first, measured, bound)
+        return Finding.of("before.disjoint", end <= i.val.first, measured, bound)
     found = [v for side in i.audit for v in side.verdicts if v.guard == "documents on both sides"]
     if not found:
-        return Answer(None, "", bound, "the documents of the two sides were not compared")
+        return Finding.of(
+            "before.disjoint", None, "", bound, "the documents of the two sides were not compared"
+        )
     v = found[0]
-    return Answer(v.passed, f"{v.figure} documents", bound, v.note)
+    return Finding.of("before.disjoint", v.passed, f"{v.figure} documents", bound, v.note)

@@ -24,11 +24,12 @@ from ..checkpoints.checkpoint import fill
 from ..checkpoints.peft import adapter_start, write_adapter
 from ..checkpoints.state import TrainingState
 from ..common.errors import Interrupted, MalformedFile
+from ..common.finding import Finding
 from ..data.batches import Batches, Exhausted
 from ..data.conversations.instruct import checked_piece, trained_targets
 from ..evidence import measure
 from ..evidence.adapters import adapter_gradients
-from ..evidence.gates import Answer, Gates, parse_bounds
+from ..evidence.gates import Gates, parse_bounds
 from ..evidence.judge import Judge
 from ..model.cost import flops_per_token
 from ..model.lora import Adapters
@@ -173,8 +174,8 @@ class Trainer:
         self._sampled = self.progress.val_step
         found = self.state.sha256()
         self.gates.judge(
-            "before.resumed",
-            Answer(
+            Finding.of(
+                "before.resumed",
                 sha in (found, None),
                 f"weights and moments {found[:12]} on the device",
                 f"{(sha or 'unknown')[:12]}, as saved",
@@ -231,12 +232,12 @@ class Trainer:
         self.judge.step(line, trained, tokens, apart, left)
         if follow:
             answer = self.follow.after(lr, norm, self.gates.bound("learning_rate_tolerance"))
-            self.gates.judge("run.learning-rate", answer, p.step)
+            self.gates.judge(answer, p.step)
         if not first:
             p.best_flops = max(p.best_flops, self.flops_per_token * targets.size / wall)
         return line
 
-    def _gradients_apart(self) -> Callable[[float], Answer]:
+    def _gradients_apart(self) -> Callable[[float], Finding]:
         """What judges a step's gradient norm, from every tensor's own."""
         if self.lora:
             return adapter_gradients(self.lora, self._scratch)
@@ -258,7 +259,7 @@ class Trainer:
         follows = self.progress.tokens_seen // b.windows.targets
         measured = f"{b.passes} complete passes, {b.windows_read:,} windows read"
         self.gates.judge(
-            "run.data", Answer(b.passes == follows, measured, f"{follows} by the tokens trained on")
+            Finding.of("run.data", b.passes == follows, measured, f"{follows} by the tokens trained on")
         )
         if b.passes > (b.windows_read - b.step_windows) // b.windows.count:
             self.run.log(step=self.progress.step, passes=b.passes, windows=b.windows.count)
@@ -296,7 +297,7 @@ class Trainer:
                 f"step {step:>5}  spot check: {len(report.rows)} arrays of {report.batch} agree with the float64 "
                 f"reference (worst {worst:.2f} of its tolerance, {seconds:.1f} s)"
             )
-            self.gates.judge("start.ops", Answer(True, measured, bound, score=worst), step)
+            self.gates.judge(Finding.of("start.ops", True, measured, bound, score=worst), step)
         else:
             self.show.difference(report)
             first = report.first
@@ -306,7 +307,7 @@ class Trainer:
                 f"spot check: {first.place} is {first.ratio:.3g} times its tolerance away from the float64 reference"
                 f"{cause}"
             )
-            self.gates.judge("start.ops", Answer(False, measured, bound, why), step)
+            self.gates.judge(Finding.of("start.ops", False, measured, bound, why), step)
         return time.perf_counter() - start
 
     def evaluate(self) -> Loss:
@@ -324,13 +325,13 @@ class Trainer:
         p.seconds += time.perf_counter() - start
         finite = math.isfinite(loss)
         why = "" if finite else f"val_loss = {loss} is not finite"
-        self.gates.judge("run.finite", Answer(finite, f"val_loss = {loss:.6g}", "finite", why), p.step)
+        self.gates.judge(Finding.of("run.finite", finite, f"val_loss = {loss:.6g}", "finite", why), p.step)
         line = dict(
             step=p.step, val_loss=loss, val_tokens=tokens, val_bits_per_byte=bits, val_loss_stderr=error
         )
         self.run.log(**line)
         if p.val_losses:
-            self.gates.judge("run.diverged", self.judge.diverged(loss), p.step)
+            self.gates.judge(self.judge.diverged(loss), p.step)
         p.val_losses.append(loss)
         p.val_step = p.step
         if loss < p.best_val:
@@ -445,8 +446,8 @@ class Trainer:
         elif self.resumed:
             self.judge.causal()
             if p.val_step == p.step:
-                answer = self.judge.reproduced(self.evaluate()[0], p.val_losses[-1])
-                self.gates.judge("start.reproduces", answer, p.step)
+                answer = self.judge.reproduced("start.reproduces", self.evaluate()[0], p.val_losses[-1])
+                self.gates.judge(answer, p.step)
 
     def _step_and_save(self) -> str | None:
         """A step, what follows it, and the state where one is due; the status word when it ends the run."""

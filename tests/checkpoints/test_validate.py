@@ -51,7 +51,7 @@ def meta(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def verdicts(path: Path) -> dict[str, str]:
-    return {r.name: r.verdict for r in validate(str(path)).rows}
+    return {r.name: r.verdict for r in validate(str(path)).findings}
 
 
 def red(path: Path) -> list[str]:
@@ -376,7 +376,7 @@ def test_files_of_the_original(meta: dict[str, Any], tmp_path: Path) -> None:
     old |= {"num_hidden_layers": CFG.num_layers, "num_attention_heads": CFG.num_heads}
     path = tmp_path / "m.apr"
     write_apr(path, old, weights(), "bfloat16")
-    got = {r.name: r for r in validate(str(path)).rows}
+    got = {r.name: r for r in validate(str(path)).findings}
     assert {n for n, r in got.items() if r.verdict == SKIPPED} == {
         "recorded hash",
         "tokenizer",
@@ -405,7 +405,7 @@ def test_files_of_the_original(meta: dict[str, Any], tmp_path: Path) -> None:
 def test_magic_of_version_1_is_refused_with_the_reason(meta: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "m.apr"
     path.write_bytes(b"APRN" + bytes(200))
-    (row, *_) = validate(str(path)).rows
+    (row, *_) = validate(str(path)).findings
     assert row.verdict == FAIL
     assert "v1" in row.figure
     with pytest.raises(MalformedFile, match="APRN"):
@@ -517,7 +517,7 @@ def test_nothing_keeps_the_next_check_from_being_asked() -> None:
         False,
         False,
     ]
-    assert [r.verdict for r in checks.rows] == [SKIPPED, PASS, FAIL, FAIL]
+    assert [r.verdict for r in checks.findings] == [SKIPPED, PASS, FAIL, FAIL]
     assert checks.verdict == FAIL
     assert checks.counts() == "1 passed, 2 failed, 1 skipped"
 

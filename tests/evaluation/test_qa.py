@@ -16,7 +16,7 @@ from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, read_apr, 
 from apr.checkpoints.importing import import_model
 from apr.cli.main import main
 from apr.common.errors import InputNotFound
-from apr.common.finding import FAIL, PASS, SKIPPED, Check
+from apr.common.finding import FAIL, PASS, SKIPPED, Finding
 from apr.evaluation import qa as qa_module
 from apr.evaluation.qa import TEXTS, Passage, cycle, qa
 from apr.model.params import Layout
@@ -61,11 +61,11 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "m.apr"
 
 
-def ask(path: Path, **options: Any) -> dict[str, Check]:
-    return {r.name: r for r in qa(str(path), backends.get("cpu"), "float32", **options).rows}
+def ask(path: Path, **options: Any) -> dict[str, Finding]:
+    return {r.name: r for r in qa(str(path), backends.get("cpu"), "float32", **options).findings}
 
 
-def red(rows: dict[str, Check]) -> list[str]:
+def red(rows: dict[str, Finding]) -> list[str]:
     return [n for n, r in rows.items() if r.verdict == FAIL]
 
 

@@ -17,10 +17,11 @@ from apr.checkpoints.apr2 import read_apr, write_apr
 from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
 from apr.common.errors import Aborted, Refused, UsageError
+from apr.common.finding import FAIL, PASS, SKIPPED, SUSPECT, Finding
 from apr.data.batches import Batches
 from apr.evidence import judge as judging
 from apr.evidence import measure
-from apr.evidence.gates import BOUNDS, FAIL, GATES, PASS, SKIPPED, SUSPECT, Answer, Gates, parse_bounds
+from apr.evidence.gates import BOUNDS, GATES, Gates, parse_bounds
 from apr.evidence.judge import Judge
 from apr.model.optim import AdamW
 from apr.model.params import Layout
@@ -119,7 +120,7 @@ def weights_are_rounded_on_resume(m, place, folder):
 
 
 def initial_logits_too_large(m, place, folder):
-    m.setattr(measure, "SPREAD", math.inf)
+    m.setattr(measure, "MAX_STANDARD_ERRORS", math.inf)
     right = Layout.init
     m.setattr(Layout, "init", lambda self, flat, seed, std=0.02: right(self, flat, seed, 20 * std))
 
@@ -436,11 +437,11 @@ def test_a_resumed_run_keeps_what_its_gates_said(place, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_falls_faster_than_tokens_teach():
-    assert measure.learning(5.0, 6.6, 10_000, 0.3).good is False
-    assert measure.learning(5.446, 6.63, 179_200, 0.3).good  # the demo job after its first epoch
-    assert measure.learning(3.848, 6.63, 1_792_000, 0.3).good  # and after its last
-    assert measure.learning(0.5, 6.63, 1_792_000, 0.3).good is False
-    assert measure.learning(0.5, 6.63, 10**9, 0.3).good  # then only what nobody reaches is in doubt
+    assert measure.learning(5.0, 6.6, 10_000, 0.3).passed is False
+    assert measure.learning(5.446, 6.63, 179_200, 0.3).passed  # the demo job after its first epoch
+    assert measure.learning(3.848, 6.63, 1_792_000, 0.3).passed  # and after its last
+    assert measure.learning(0.5, 6.63, 1_792_000, 0.3).passed is False
+    assert measure.learning(0.5, 6.63, 10**9, 0.3).passed  # then only what nobody reaches is in doubt
 
 
 def test_speed_is_not_judged_beside_other_processes(place, tmp_path, monkeypatch):
@@ -480,13 +481,14 @@ def test_bounds_are_those_of_the_table():
 
 def test_the_worst_answer_stays():
     gates = Gates({})
-    gates.judge("run.val-below-train", Answer(True, "a", "", score=2), 1)
-    gates.judge("run.val-below-train", Answer(True, "b", "", score=1), 2)
-    assert gates.outcomes["run.val-below-train"].measured == "a"
-    gates.judge("run.val-below-train", Answer(False, "c", ""), 3)
-    gates.judge("run.val-below-train", Answer(True, "d", "", score=9), 4)
-    kept = gates.outcomes["run.val-below-train"]
-    assert (kept.measured, kept.verdict, kept.step, kept.evaluations) == ("c", SUSPECT, 3, 4)
+    gates.judge(Finding.of("run.val-below-train", True, "a", "", score=2), 1)
+    gates.judge(Finding.of("run.val-below-train", True, "b", "", score=1), 2)
+    assert gates.findings["run.val-below-train"].measured == "a"
+    gates.judge(Finding.of("run.val-below-train", False, "c", ""), 3)
+    gates.judge(Finding.of("run.val-below-train", True, "d", "", score=9), 4)
+    kept = gates.findings["run.val-below-train"]
+    assert (kept.measured, kept.verdict, kept.where) == ("c", SUSPECT, 3)
+    assert gates.evaluations["run.val-below-train"] == 4
     assert gates.verdict == SUSPECT
 
 
@@ -495,17 +497,17 @@ def test_what_could_not_be_asked_is_never_passed():
     gates.close("planted")
     assert {o.verdict for o in gates.in_order()} == {SKIPPED}
     assert all(g["why"] == "planted" and g["evaluations"] == 0 for g in gates.to_json())
-    gates.judge("run.tokens", Answer(True, "now", ""))
-    assert gates.outcomes["run.tokens"].verdict == PASS
+    gates.judge(Finding.of("run.tokens", True, "now", ""))
+    assert gates.findings["run.tokens"].verdict == PASS
 
 
 def test_bad_answers_end_the_run_as_the_table_says():
     with pytest.raises(Refused, match=r"before\.device"):
-        Gates({}).judge("before.device", Answer(False, "x", "y"))
+        Gates({}).judge(Finding.of("before.device", False, "x", "y"))
     with pytest.raises(Aborted, match="step 7: x, must be y"):
-        Gates({}).judge("run.finite", Answer(False, "x", "y"), 7)
-    Gates({}).judge("start.pretrained", Answer(False, "x", "y", suspect=True))
-    Gates({}).judge("end.reload", Answer(False, "x", "y"))
+        Gates({}).judge(Finding.of("run.finite", False, "x", "y"), 7)
+    Gates({}).judge(Finding("start.pretrained", SUSPECT, "x", "y"))
+    Gates({}).judge(Finding.of("end.reload", False, "x", "y"))
 
 
 @pytest.mark.parametrize(
@@ -513,7 +515,7 @@ def test_bad_answers_end_the_run_as_the_table_says():
 )
 def test_a_random_guess_has_a_band(loss, good):
     cfg = dataclasses.replace(PRESETS["llama-tiny"], vocab_size=VOCAB, tie_word_embeddings=False)
-    assert measure.initial_loss(cfg, loss, 0.02, 1.0, 390, 0.0, 0.05).good is good
+    assert measure.initial_loss(cfg, loss, 0.02, 1.0, 390, 0.0, 0.05).passed is good
 
 
 @pytest.mark.parametrize(
@@ -529,13 +531,13 @@ def test_the_band_holds_for_real_random_models(name, std):
     model.loss(ids[:, 1:])
     rstd = float(model.buffers["rstd"][:128].mean())
     answer = measure.initial_loss(cfg, float(model.total[0]) / 128, std, rstd, 100, 0.01, 0.05)
-    assert answer.good, answer
+    assert answer.passed, answer
 
 
 def test_pretrained_means_far_below_token_frequencies():
-    assert measure.pretrained_loss(1.5, 5.1, 0.75).good
-    assert measure.pretrained_loss(4.5, 5.1, 0.75)[0::5] == (False, True)  # in doubt
-    assert measure.pretrained_loss(6.5, 5.1, 0.75)[0::5] == (False, False)  # wrong
+    assert measure.pretrained_loss(1.5, 5.1, 0.75).passed
+    assert measure.pretrained_loss(4.5, 5.1, 0.75).verdict == SUSPECT
+    assert measure.pretrained_loss(6.5, 5.1, 0.75).verdict == FAIL
 
 
 @pytest.mark.parametrize("fault", ["decay of vectors", "stale copy", "one element"])
@@ -548,7 +550,7 @@ def test_the_followed_elements_see(fault):
     model.g[...] = np.random.default_rng(0).standard_normal(model.g.size, np.float32)
     follow.before()
     opt.step(1e-3)
-    assert follow.after(1e-3, opt.grad_norm(), 1e-3).good
+    assert follow.after(1e-3, opt.grad_norm(), 1e-3).passed
     old = model.w.copy()
     if fault == "decay of vectors":
         model.w[model.layout.decayed :] *= 1 - 1e-3 * opt.weight_decay
@@ -557,7 +559,7 @@ def test_the_followed_elements_see(fault):
     else:
         opt.master = model.w.copy()
         model.w[...] = old + 1e-3
-    assert follow.after(1e-3, opt.grad_norm(), 1e-3).good is False
+    assert follow.after(1e-3, opt.grad_norm(), 1e-3).passed is False
 
 
 # The page about them
@@ -578,5 +580,5 @@ def test_the_tests_that_the_page_names_exist():
     for file, name in named:
         source = (PAGE.parents[1] / "tests" / file).read_text()
         assert re.search(rf"^(def {name}\(|{name} = )", source, re.MULTILINE), f"{file}::{name}"
-        if file == "test_gates.py" and not name.startswith("test_"):
+        if file == "evidence/test_gates.py" and not name.startswith("test_"):
             assert globals()[name] in FAULTS, name

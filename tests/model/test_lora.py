@@ -152,7 +152,7 @@ def test_steps_are_those_of_adamw_on_the_factors():
         touched[p.base.offset : p.base.offset + p.base.size] = True
     np.testing.assert_array_equal(model.w[~touched], base[~touched])
     assert (model.w[touched] != base[touched]).mean() > 0.99
-    assert base_unchanged(adapters).good
+    assert base_unchanged(adapters).passed
 
 
 def test_nothing_adds_up_over_merges():
@@ -192,21 +192,21 @@ def test_a_start_is_that_of_peft():
 
 def test_the_gate_of_the_base_sees_a_changed_weight_and_a_wrong_merge():
     model, adapters, _, _ = adapted("llama-tiny", cpu, "float32", LoraConfig(4, 8.0, ("wq",)))
-    assert base_unchanged(adapters).good
+    assert base_unchanged(adapters).passed
     slot = model.layout.by_hf["model.norm.weight"]
     model.w[slot.offset] += 1e-3  # a weight that has no adapter
-    assert not base_unchanged(adapters).good
+    assert not base_unchanged(adapters).passed
     model.w[slot.offset] -= 1e-3
     before = adapters.base[0][0, 0]
     adapters.base[0][0, 0] = np.nextafter(before, 9)  # a matrix under an adapter, by one bit
     answer = base_unchanged(adapters)
-    assert answer.good is False
+    assert answer.passed is False
     assert "changed" in answer.why
     adapters.base[0][0, 0] = before
     slot = adapters.layout.pairs[0].base
     model.w[slot.offset] += 1e-3  # what is computed with, alone
     answer = base_unchanged(adapters)
-    assert answer.good is False
+    assert answer.passed is False
     assert "its base plus its adapters" in answer.why
 
 
@@ -226,7 +226,7 @@ def test_gradients_that_must_be_zero_and_those_that_must_not():
         return found(norm)
 
     first = answer()
-    assert first.good
+    assert first.passed
     assert "none for 4 lora_A, whose lora_B is zero" in first.measured
     a, b = adapters.layout.pairs[0].a, adapters.layout.pairs[0].b
 
@@ -236,14 +236,14 @@ def test_gradients_that_must_be_zero_and_those_that_must_not():
     def lose():
         adapters.g[b.offset : b.offset + b.size] = 0
 
-    assert answer(leak).good is False
-    assert answer(lose).good is False
+    assert answer(leak).passed is False
+    assert answer(lose).passed is False
     loss(model, ids)
     model.backward()
     adapters.collect_gradients()
     opt.step(1e-2)
     later = answer()
-    assert later.good
+    assert later.passed
     assert "none for" not in later.measured
 
 
@@ -521,7 +521,7 @@ def test_in_bfloat16_the_merged_weights_are_rounded_once():
     base = adapters.base_hash()
     opt.step(1e-2)
     assert adapters.base_hash() == base == adapters.base_sha256
-    assert base_unchanged(adapters).good
+    assert base_unchanged(adapters).passed
 
 
 def test_adapters_have_a_learning_rate_of_their_own():

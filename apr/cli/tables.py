@@ -1,0 +1,52 @@
+"""Tables on a terminal: findings, and any other rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..common.finding import FAIL, PASS, SKIPPED, SUSPECT, Finding
+
+STYLES = {PASS: "", SKIPPED: "dim", SUSPECT: "bold yellow", FAIL: "bold red"}
+
+
+def plain_table(*columns: str, title: str | None = None) -> Table:
+    """Table without lines. Columns that end in "|" are numbers, those that end in "_" stay in one line."""
+    table = Table(
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        header_style="underline",
+        title=title,
+        title_justify="left",
+    )
+    for name in columns:
+        right, one_line = name.endswith("|"), name.endswith(("|", "_"))
+        table.add_column(
+            name.rstrip("|_"), justify="right" if right else "left", no_wrap=one_line, overflow="fold"
+        )
+    return table
+
+
+def print_findings(
+    console: Console, findings: Iterable[Finding], title: str | None = None, bounds: bool = False
+) -> None:
+    """Print one row per finding: verdict, name and figure; under FAIL and SUSPECT also the bound and the remedy.
+
+    bounds: print every bound, in a column of its own."""
+    table = Table(box=None, padding=(0, 1), show_header=False, title=title, title_justify="left")
+    for f in findings:
+        wrong = f.verdict in (FAIL, SUSPECT)
+        lines = [f.why or f.measured]
+        if f.measured and (f.verdict == PASS or bounds):
+            lines = [f.measured + (f" ({f.why})" if f.why else "")]
+        if wrong and f.bound and not bounds:
+            lines.append(f"must be: {f.bound}")
+        if wrong and f.remedy:
+            lines.append(f"look at: {f.remedy}")
+        cells = ["\n".join(lines)] + ([f.bound] if bounds else [])
+        table.add_row(f"  {f.verdict}", f.name, *map(Text, cells), style=STYLES[f.verdict])
+    console.print(table)
