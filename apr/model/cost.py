@@ -90,9 +90,10 @@ def memory(
     )  # fmt: skip
     specs = list(plan.specs(c).values())
     if train and optimizer:
-        size, kind = (AdapterLayout(c, lora).size, WIDE[dtype]) if lora else (Layout(c).size, dtype)
-        specs += optimizer.specs(size, kind).values()
-        specs += adapter_specs(c, dtype, lora).values() if lora else ()
+        layout = AdapterLayout(c, lora) if lora else Layout(c)
+        specs += optimizer.specs(layout.size, WIDE[dtype] if lora else dtype).values()
+        if isinstance(layout, AdapterLayout):
+            specs += adapter_specs(layout, dtype).values()
     sums: dict[str, int] = {}
     for spec in specs:
         sums[spec.purpose] = sums.get(spec.purpose, 0) + spec.nbytes

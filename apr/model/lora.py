@@ -1,13 +1,11 @@
 """Low-rank adapters (Hu et al. 2022): of some matrices W only B and A are trained, W_eff = W + s B A.
 
-A (r,I), B (O,r), s = alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023, "rslora"). The model computes with W_eff itself: it is
-made anew after every step from a copy of W that nothing writes to, so that no rounding adds up, and the gradients of A and B
-follow from that of W_eff, which backward gives anyway:
-
+    A (r,I), B (O,r), s = alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023, "rslora")
     dA = s B^T dW_eff,  dB = s dW_eff A^T
 
-No dropout, so this is LoRA exactly, and the ops of any backend do. It takes the gradients of all weights; moments, and a
-float32 copy, are needed for A and B only. Where weights are bfloat16, W_eff is W + s B A, summed in float32 and rounded once.
+The model computes with W_eff. After every step W_eff is computed anew from a copy of W that nothing writes to, so that
+rounding does not accumulate; dW_eff is what backward gives. Sums are float32 (float64), W_eff is rounded once to the dtype
+of the model. No dropout. All weights have gradients; optimizer state, and a float32 copy, are needed for A and B only.
 """
 
 from __future__ import annotations
@@ -29,15 +27,19 @@ from .params import ALIGN, LAYER, Layout, Param, Slot
 from .transformer import Model
 
 SHORT = {"q": "wq", "k": "wk", "v": "wv", "o": "wo", "gate": "wgate", "up": "wup", "down": "wdown"}
-PREFIX = "base_model.model."  # PEFT's names are those of its two wrappers and the model
-LINEAR = {p.name: p.hf.split(".")[-2] for p in LAYER if p.name in SHORT.values()}  # wq: q_proj
-ALPHA_PER_RANK = 2.0  # default of alpha / rank
-HASH_ELEMENTS = 1 << 20  # copied to the host at a time
+# PEFT's names begin with those of its two wrappers
+PREFIX = "base_model.model."
+# {wq: q_proj}
+LINEAR = {p.name: p.hf.split(".")[-2] for p in LAYER if p.name in SHORT.values()}
+# default of alpha / rank
+ALPHA_PER_RANK = 2.0
+# copied to the host at a time
+HASH_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """rank r; targets: names of the parameter table, in its order."""
+    """Hyper-parameters of adapters: rank r, alpha of the scale, names of the adapted parameters in the table's order."""
 
     rank: int
     alpha: float
@@ -46,17 +48,17 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """s in W + s B A."""
+        """Compute s in W + s B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def modules(self) -> list[str]:
-        """Hugging Face names of the targets: q_proj."""
+        """List the Hugging Face names of the targets: q_proj."""
         return [LINEAR[t] for t in self.targets]
 
 
 def lora_config(rank: int | None, alpha: float | None, targets: str | None) -> LoraConfig | None:
-    """From the flags of a command; None without a rank. Raises UsageError."""
+    """Build a LoraConfig from flags; None without a rank. Raises UsageError."""
     if rank is None:
         if alpha is not None or targets is not None:
             raise UsageError("--lora-alpha and --lora-targets are about adapters: give --lora-rank too")
@@ -65,7 +67,7 @@ def lora_config(rank: int | None, alpha: float | None, targets: str | None) -> L
 
 
 def parse_targets(text: str | None) -> tuple[str, ...]:
-    """Names of the parameter table from "q,v", "q_proj,v_proj" or "all-linear"; None: all. Raises UsageError."""
+    """Parse "q,v", "q_proj,v_proj" or "all-linear" (None) into names of the parameter table. Raises UsageError."""
     if text is None or text == "all-linear":
         return tuple(LINEAR)
     known = {**SHORT, **{peft: name for name, peft in LINEAR.items()}}
@@ -82,7 +84,7 @@ def parse_targets(text: str | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Pair:
-    """An adapted matrix: where it, its A and its B lie, the first in a model's buffer, the others in that of the adapters."""
+    """Slots of an adapted matrix: of W in the model's buffer, of A and B in the adapters' buffer."""
 
     base: Slot
     a: Slot
@@ -90,9 +92,11 @@ class Pair:
 
 
 class AdapterLayout:
-    """Where A and B of every adapted matrix lie in a flat buffer; what AdamW and the run directory need of a Layout.
+    """Slots of A and B of every adapted matrix in a flat buffer, as Layout has them of a model's parameters.
 
-    All are matrices, so all are decayed; behind them lie ALIGN elements of nothing, so that both regions of AdamW have some."""
+    All are matrices, so all decay. ALIGN elements of padding follow, so that the optimizer's region without decay is not
+    empty; saved hashes of optimizer state include the padding.
+    """
 
     def __init__(self, cfg: ModelConfig, config: LoraConfig) -> None:
         self.cfg, self.config = cfg, config
@@ -119,26 +123,27 @@ class AdapterLayout:
 
     @property
     def num_parameters(self) -> int:
-        """Trained parameters, padding not counted."""
+        """Count the trained parameters, without padding."""
         return sum(s.size for s in self.slots)
 
     def views(self, flat: Any) -> list[tuple[Any, Any]]:
-        """(A, B) of every pair in a flat buffer."""
+        """View (A, B) of every pair in a flat buffer."""
         return [(_cut(flat, p.a), _cut(flat, p.b)) for p in self.pairs]
 
     def in_order(self) -> list[Slot]:
-        """Slots by layer, in the order of the parameter table, A before B."""
+        """Sort the slots by layer, then in the order of the parameter table, A before B."""
         inner = {name: i for i, name in enumerate(LINEAR)}
         return sorted(self.slots, key=lambda s: (s.layer, inner[s.param.name[:-2]], s.param.name))
 
     def named(self, flat: Any) -> dict[str, Any]:
-        """Views of all A and B in a flat buffer by PEFT's names, in order."""
+        """View all A and B in a flat buffer by PEFT's names, in order."""
         return {s.hf: _cut(flat, s) for s in self.in_order()}
 
     def init(self, flat: np.ndarray, seed: int) -> None:
-        """Starting values on a host buffer, as PEFT's: A uniform in +-1/sqrt(I) (kaiming_uniform with a = sqrt(5)), B zeros.
+        """Fill a host buffer as PEFT does: A uniform in +-1/sqrt(I) (kaiming_uniform with a = sqrt(5)), B zeros.
 
-        Each tensor has a random stream of its own, named by seed and position."""
+        Each tensor has its own random stream, named by seed and position.
+        """
         flat[...] = 0
         for number, s in enumerate(self.in_order()):
             if s.param.init == "uniform":
@@ -151,69 +156,51 @@ def _cut(flat: Any, s: Slot) -> Any:
     return flat[s.offset : s.offset + s.size].reshape(s.shape)
 
 
-def adapter_specs(cfg: ModelConfig, dtype: str, config: LoraConfig) -> BufferSpecs:
-    """List the buffers of adapters; those of their optimizer are Optimizer.specs of an AdapterLayout's size."""
-    layout, wide, r = AdapterLayout(cfg, config), WIDE[dtype], config.rank
-    most_in = max((p.base.shape[1] for p in layout.pairs), default=1)
-    most_out = max((p.base.shape[0] for p in layout.pairs), default=1)
-    out = {
+def adapter_specs(layout: AdapterLayout, dtype: str) -> BufferSpecs:
+    """List the buffers of adapters of a model of a dtype; those of the optimizer are its own."""
+    wide = WIDE[dtype]
+    specs = {
         "adapters": BufferSpec("weights", (layout.size,), wide),
         "adapter_gradients": BufferSpec("gradients", (layout.size,), wide),
-        "base": BufferSpec("base", (_base_size(layout),), dtype),
-        "scaled_identity": BufferSpec("scratch", (r, r), wide),
-        "scaled_a": BufferSpec("scratch", (r * most_in,), wide),
-        "scaled_b": BufferSpec("scratch", (r * most_out,), wide),
-        "unused": BufferSpec("scratch", (r * most_in,), wide),
+        **{f"base.{p.base.hf}": BufferSpec("base", p.base.shape, dtype) for p in layout.pairs},
     }
     if wide != dtype:
-        out["merged"] = BufferSpec("scratch", (max(p.base.size for p in layout.pairs),), wide)
-    return out
-
-
-def _base_size(layout: AdapterLayout) -> int:
-    return sum(round_up(p.base.size, ALIGN) for p in layout.pairs)
+        specs["merged"] = BufferSpec("scratch", (max(p.base.size for p in layout.pairs),), wide)
+    return specs
 
 
 class Adapters:
     """Adapters of a model: the flat arrays that an optimizer updates in place of the model's own.
 
-    w, g     (layout.size,) wide    A and B of every pair, and their gradients
-    base     [(O, I)]               W of every pair, as loaded; model.w holds W_eff
+    w, g     (layout.size,) wide  A and B of every pair, and their gradients
+    base     [(O,I)]              W of every pair, as loaded; model.w holds W_eff
     """
 
     def __init__(self, model: Model, config: LoraConfig) -> None:
         self.model, self.config = model, config
         self.be, self.cfg, self.dtype = model.be, model.cfg, WIDE[model.dtype]
         self.layout = AdapterLayout(model.cfg, config)
-        self.buffers = Buffers(self.be, adapter_specs(model.cfg, model.dtype, config))
+        self.buffers = Buffers(self.be, adapter_specs(self.layout, model.dtype))
         self.w, self.g = self.buffers["adapters"], self.buffers["adapter_gradients"]
-        self.base: list[Any] = []
-        at = 0
-        for p in self.layout.pairs:
-            self.base.append(self.buffers["base"][at : at + p.base.size].reshape(p.base.shape))
-            at += round_up(p.base.size, ALIGN)
-        identity = config.scale * np.eye(config.rank)
-        self.be.from_host(self.buffers["scaled_identity"], identity.astype(self.dtype))
+        self.base = [self.buffers[f"base.{p.base.hf}"] for p in self.layout.pairs]
         self.base_sha256 = ""
 
     def set_base(self, host: np.ndarray) -> None:
-        """The weights that stay as they are: a host buffer in the model's Layout order, rounded to the model's dtype."""
-        model = self.model
-        self.be.from_host(model.w, host)
+        """Load W: a host buffer in the model's Layout order, rounded to the model's dtype."""
+        self.be.from_host(self.model.w, host)
         for p, base in zip(self.layout.pairs, self.base, strict=True):
-            self.be.copy(base, _cut(model.w, p.base))
+            self.be.copy(base, _cut(self.model.w, p.base))
         self.base_sha256 = self.base_hash()
 
     def base_values(self) -> Iterator[tuple[Slot, Any]]:
-        """(slot, flat values on the device) of every weight that must not change: the matrices without their adapters, and
-        the tensors that have none."""
+        """List (slot, flat values on the device) of every weight that must not change: W, and tensors without adapters."""
         adapted = {p.base.offset: base for p, base in zip(self.layout.pairs, self.base, strict=True)}
         for s in self.model.layout.in_order():
-            found = adapted[s.offset] if s.offset in adapted else _cut(self.model.w, s)
-            yield s, found.reshape(-1)
+            values = adapted[s.offset] if s.offset in adapted else _cut(self.model.w, s)
+            yield s, values.reshape(-1)
 
     def base_hash(self) -> str:
-        """SHA-256 of every weight that must not change, as it is on the device."""
+        """SHA-256 of every weight that must not change, as read back from the device."""
         digest = hashlib.sha256()
         for s, flat in self.base_values():
             for start in range(0, s.size, HASH_ELEMENTS):
@@ -222,48 +209,33 @@ class Adapters:
         return digest.hexdigest()
 
     def merge(self) -> None:
-        """W_eff = W + s B A for every adapted matrix: what the model computes with from here on."""
-        be, r = self.be, self.config.rank
-        for p, base, (a, _), sb in self._each():
-            w, d = _cut(self.model.w, p.base), _cut(self.model.g, p.base)
-            sum_ = (
-                w
-                if self.dtype == self.model.dtype
-                else self.buffers["merged"][: p.base.size].reshape(w.shape)
-            )
-            be.copy(sum_, base)
-            dx = self.buffers["unused"][: r * p.base.shape[1]].reshape(a.shape)
-            be.linear_bwd(
-                dx, sum_, None, sb, a, d
-            )  # sum_ += (s B^T)^T A; what it also gives, s B^T d, is not used
-            if sum_ is not w:
-                be.copy(w, sum_)
+        """W_eff = W + s B A for every pair, in the model's weights."""
+        be, s = self.be, self.config.scale
+        for p, base, (a, b) in zip(self.layout.pairs, self.base, self.layout.views(self.w), strict=True):
+            w = wide = _cut(self.model.w, p.base)
+            if self.dtype != self.model.dtype:
+                wide = self.buffers["merged"][: p.base.size].reshape(w.shape)
+            be.copy(wide, base)
+            be.gemm(wide, b, a, s, 1.0, False, False)
+            if wide is not w:
+                be.copy(w, wide)
 
     def collect_gradients(self) -> None:
-        """g = gradients of all A and B, from those of the model's matrices; sets the model's gradients to zero."""
-        be, identity = self.be, self.buffers["scaled_identity"]
-        for (p, _, (a, _), sb), (da, db) in zip(self._each(), self.layout.views(self.g), strict=True):
+        """dA = s B^T dW_eff, dB = s dW_eff A^T for every pair; sets the model's gradients to zero."""
+        be, s = self.be, self.config.scale
+        views = zip(self.layout.views(self.w), self.layout.views(self.g), strict=True)
+        for p, ((a, b), (da, db)) in zip(self.layout.pairs, views, strict=True):
             d = _cut(self.model.g, p.base)
-            be.linear_bwd(da, None, None, sb, a, d)  # s B^T d
-            sa = self.buffers["scaled_a"][: a.size].reshape(a.shape)
-            be.linear_bwd(sa, None, None, identity, a, a)  # s A
-            be.linear_fwd(db, d, sa, None)  # d (s A)^T
+            be.gemm(da, b, d, s, 0.0, True, False)
+            be.gemm(db, d, a, s, 0.0, False, True)
         be.fill(self.model.g, 0)
-
-    def _each(self) -> Any:
-        """(pair, base, (A, B), s B^T) of every adapted matrix."""
-        r = self.config.rank
-        for p, base, (a, b) in zip(self.layout.pairs, self.base, self.layout.views(self.w), strict=True):
-            sb = self.buffers["scaled_b"][: b.size].reshape(r, p.base.shape[0])
-            self.be.linear_fwd(sb, self.buffers["scaled_identity"], b, None)
-            yield p, base, (a, b), sb
 
 
 def lora_to_json(c: LoraConfig) -> dict[str, Any]:
-    """A configuration for JSON."""
+    """Convert to JSON."""
     return {"rank": c.rank, "alpha": c.alpha, "targets": list(c.targets), "rslora": c.rslora}
 
 
 def lora_of_json(d: Mapping[str, Any]) -> LoraConfig:
-    """What lora_to_json wrote."""
+    """Read the JSON of lora_to_json."""
     return LoraConfig(d["rank"], d["alpha"], tuple(d["targets"]), d["rslora"])

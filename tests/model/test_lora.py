@@ -13,6 +13,7 @@ import pytest
 
 from apr.backends import reference
 from apr.backends.cpu import ops as cpu
+from apr.bisect import rule
 from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
@@ -123,6 +124,38 @@ def test_merged_weights_and_gradients_on_the_cpu_are_those_of_the_formula(preset
         place = slice(s.offset, s.offset + s.size)
         got, want = adapters.g[place].astype(np.float64), reference_.g[place]
         assert np.abs(got - want).max() <= 2e-4 * np.abs(want).max(), s.hf
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16])
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_products_are_as_exact_as_those_of_plain_numpy(preset, rank):
+    """W + s B A, s B^T dW and s dW A^T of the same float32 inputs, against float64, by the rule of the tolerances."""
+    config = LoraConfig(rank, 3.0 * rank, ALL, rslora=True)
+    model, adapters, _, _ = adapted(preset, cpu, "float32", config)
+    rng = np.random.default_rng(rank)
+    gradient = rng.standard_normal(model.g.size, np.float32)
+    model.g[...] = gradient
+    adapters.collect_gradients()
+    assert not model.g.any()
+
+    def formulas(dtype, base, a, b, d):
+        base, a, b, d = (x.astype(dtype) for x in (base, a, b, d))
+        s = dtype(config.scale)
+        return base + s * (b @ a), s * (b.T @ d), s * (d @ a.T)
+
+    views = zip(adapters.layout.views(adapters.w), adapters.layout.views(adapters.g), strict=True)
+    for p, base, ((a, b), gradients) in zip(adapters.layout.pairs, adapters.base, views, strict=True):
+        place = slice(p.base.offset, p.base.offset + p.base.size)
+        inputs = base, a, b, gradient[place].reshape(p.base.shape)
+        got = model.w[place].reshape(p.base.shape), *gradients
+        for x, plain, exact, factor in zip(
+            got, formulas(np.float32, *inputs), formulas(np.float64, *inputs), (2, 3, 3), strict=True
+        ):
+            largest = float(np.abs(exact).max())
+            tolerance = rule.tolerance(
+                float(np.abs(plain - exact).max()), largest, rule.EPS["float32"], factor
+            )
+            assert np.abs(x - exact).max() <= tolerance, p.base.hf
 
 
 def test_steps_are_those_of_adamw_on_the_factors():
