@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,10 @@ from rich.text import Text
 
 from ..bisect.report import Report
 from ..bisect.show import print_report
-from ..common.finding import FAIL, PASS, SKIPPED, SUSPECT
+from ..common.finding import PASS, Finding
 from ..evidence.gates import Gates
 from ..training.display import Display
-
-COLOURS = {PASS: "", SKIPPED: "dim", SUSPECT: "bold yellow", FAIL: "bold red"}
+from .tables import print_findings
 
 
 class _Console(Console):
@@ -100,20 +100,10 @@ class Show(Display):
         print_report(report, self.console)
 
     def verdict(self, gates: Gates) -> None:
-        """Every gate with its figure; what did not pass is spelled out."""
+        """Print the finding of every gate, those that are wrong last."""
         self.console.print("gates")
-        table = Table(show_header=False, box=None, padding=(0, 1))
-        for o in sorted(gates.in_order(), key=lambda o: o.verdict in (FAIL, SUSPECT)):
-            said = o.measured if o.verdict == PASS else o.why or o.measured
-            changed = gates.changed(o.name)
-            more = f"\nlook at: {o.remedy}" if o.remedy else ""
-            table.add_row(
-                f"  {o.verdict}",
-                o.name,
-                Text(said + (f" ({changed})" if changed else "") + more),
-                style=COLOURS[o.verdict],
-            )
-        self.console.print(table)
+        findings = sorted(gates.in_order(), key=lambda f: f.passed is False)
+        print_findings(self.console, [_remarked(f, gates.changed(f.name)) for f in findings])
 
     def stop(self) -> None:
         """Take the bar away."""
@@ -127,3 +117,10 @@ class Show(Display):
         for name, value in rows:
             table.add_row(name, Text(value))
         self.console.print(table)
+
+
+def _remarked(f: Finding, changed: str) -> Finding:
+    """Add the remark on changed bounds to a finding; a PASS keeps no other remark."""
+    if f.verdict == PASS:
+        return replace(f, why=changed)
+    return replace(f, why=(f.why or f.measured) + (f" ({changed})" if changed else ""))

@@ -36,8 +36,10 @@ def print_findings(
 ) -> None:
     """Print one row per finding: verdict, name and figure; under FAIL and SUSPECT also the bound and the remedy.
 
-    bounds: print every bound, in a column of its own."""
-    table = Table(box=None, padding=(0, 1), show_header=False, title=title, title_justify="left")
+    bounds: print the bounds of all findings, in a column of their own, and no remedies."""
+    table = Table(box=None, padding=(0, 1), show_header=bounds, title=title, title_justify="left")
+    for header in ("", "", "measured", *(["must be"] if bounds else [])):
+        table.add_column(header, header_style="", overflow="fold")
     for f in findings:
         wrong = f.verdict in (FAIL, SUSPECT)
         lines = [f.why or f.measured]
@@ -45,7 +47,7 @@ def print_findings(
             lines = [f.measured + (f" ({f.why})" if f.why else "")]
         if wrong and f.bound and not bounds:
             lines.append(f"must be: {f.bound}")
-        if wrong and f.remedy:
+        if wrong and f.remedy and not bounds:
             lines.append(f"look at: {f.remedy}")
         cells = ["\n".join(lines)] + ([f.bound] if bounds else [])
         table.add_row(f"  {f.verdict}", f.name, *map(Text, cells), style=STYLES[f.verdict])

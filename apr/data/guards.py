@@ -1,7 +1,8 @@
-"""What token data must be before anything is trained on it: each guard with its figure and its bound.
+"""Guards of token data, checked before training: each gives a Finding.
 
-A corpus that was 99.99 % unknown tokens once gave a validation loss of 0.0008. Guards that protect correctness cannot
-be switched off; the bounds of plausibility can be widened by a number, and the verdict says so.
+A corpus that was 99.99 % unknown tokens once gave a validation loss of 0.0008. Guards of correctness cannot be switched
+off. Bounds of plausibility can be widened by a number: the Finding then says so in `why`, and a failure has the number
+that would let it pass as its `remedy`.
 """
 
 from __future__ import annotations
@@ -15,38 +16,18 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import Refused
+from ..common.finding import FAIL, Finding
 from ..common.options import numbers
 from ..tokenizer.tokenizer import Tokenizer
 from .shards import TokenShards
 
-ENOUGH = 10_000  # tokens from which on frequencies are judged
-SAMPLES = 24  # documents that are decoded and encoded again
-SAMPLE_TOKENS = 1 << 16  # longest document of those
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One guard's answer. passed is None where it could not be asked; `note` says why, or that a bound was widened."""
-
-    guard: str
-    passed: bool | None
-    figure: str
-    bound: str
-    note: str = ""
-    widen: str = ""  # the number that would let it pass, where the bound can be widened
-
-    @property
-    def word(self) -> str:
-        return "SKIPPED" if self.passed is None else "PASS" if self.passed else "FAIL"
-
-    def __str__(self) -> str:
-        note = f" ({self.note})" if self.note else ""
-        return f"{self.guard}: {self.figure}, must be {self.bound}{note}"
+MIN_TOKENS = 10_000  # fewest tokens whose frequencies are judged
+SAMPLED_DOCUMENTS, MAX_SAMPLED_TOKENS = 24, 1 << 16  # for round_trip; tokens of a document
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds of plausibility; None: what follows from the vocabulary (see `for_vocabulary`).
+    """Bounds of plausibility; None: the bound that follows from the vocabulary (see `for_vocabulary`).
 
     Entropies in nats per token, shares of all tokens, bytes of UTF-8."""
 
@@ -60,12 +41,12 @@ class Bounds:
 
     @classmethod
     def parse(cls, text: str | None) -> Bounds:
-        """From "max_top_share=0.6,min_distinct=12", as --widen takes it. Raises UsageError."""
+        """Parse "max_top_share=0.6,min_distinct=12", the form of --widen. Raises UsageError."""
         return cls(**numbers(text, "--widen", [f.name for f in dataclasses.fields(cls)]))
 
     @classmethod
     def for_vocabulary(cls, vocab_size: int, tokens: int) -> Bounds:
-        """Bounds for so many tokens of a vocabulary; docs/data.md has the measurements that they come from."""
+        """Compute the bounds for `tokens` tokens of a vocabulary; docs/data.md has the measurements behind them."""
         merges = math.log2(max(vocab_size, 256) / 256)  # doublings of the vocabulary over the 256 bytes
         most = math.log(max(2, min(vocab_size, tokens)))
         return cls(
@@ -84,88 +65,96 @@ USUAL = Bounds()  # nothing widened
 
 def plausible(
     counts: np.ndarray, total_bytes: int, tokenizer: Tokenizer, given: Bounds = USUAL
-) -> list[Verdict]:
-    """Frequencies against bounds: counts int64 (V,) of each id, total_bytes of UTF-8 text."""
+) -> list[Finding]:
+    """Compare statistics of token counts with their bounds.
+
+    counts       (V,) int64  occurrences of each id
+    total_bytes  bytes of UTF-8 text
+    """
     tokens = int(counts.sum())
     usual = Bounds.for_vocabulary(tokenizer.vocab_size, tokens)
     p = counts[counts > 0] / max(tokens, 1)
     entropy = float(max(0.0, -(p * np.log(p)).sum()))
     top = int(counts.argmax())
+    share, rate = float(counts[top] / max(tokens, 1)), total_bytes / max(tokens, 1)
     unknown = 0 if tokenizer.unknown_id is None else int(counts[tokenizer.unknown_id])
-    out = [_unknown(unknown, tokens, tokenizer, usual, given)]
+    findings = [_unknown(unknown, tokens, tokenizer, usual, given)]
+    for name, value, measured, low, high in (
+        ("entropy of token frequencies", entropy, f"{entropy:.4f} nats/token", "min_entropy", "max_entropy"),
+        ("distinct ids", p.size, f"{p.size:,} of {tokenizer.vocab_size:,}", "min_distinct", ""),
+        (
+            "commonest id",
+            share,
+            f"{share:.4f} of all tokens, id {top} {tokenizer.decode([top])!r}",
+            "",
+            "max_top_share",
+        ),
+        ("bytes per token", rate, f"{rate:.3f}", "min_bytes_per_token", "max_bytes_per_token"),
+    ):
+        if tokens < MIN_TOKENS:
+            why = f"{tokens} tokens are too few to judge, {MIN_TOKENS} are not"
+            findings.append(Finding.of(name, None, measured, "plausible", why))
+        else:
+            findings.append(_between(name, value, measured, low, high, usual, given))
+    return findings
 
-    def judge(guard: str, value: float, figure: str, low: str, high: str) -> None:
-        if tokens < ENOUGH:
-            out.append(
-                Verdict(
-                    guard,
-                    None,
-                    figure,
-                    "plausible",
-                    f"{tokens} tokens are too few to judge, {ENOUGH} are not",
-                )
-            )
-            return
-        a, b, notes = 0.0, math.inf, []
-        for name in filter(None, (low, high)):
-            bound, number = getattr(usual, name), getattr(given, name)
-            if number is not None:
-                bound_now = min(bound, number) if name == low else max(bound, number)
-                if bound_now != bound:
-                    notes.append(f"{name} widened from {bound:.4g} to {bound_now:.4g}")
-                elif number != bound:
-                    notes.append(f"{name}={number:g} is narrower than {bound:.4g} and counts for nothing")
-                bound = bound_now
-            a, b = (bound, b) if name == low else (a, bound)
-        text = f"{a:.4g} to {b:.4g}" if low and high else f"at least {a:.4g}" if low else f"at most {b:.4g}"
-        enough = f"{low}={_down(value)}" if value < a else f"{high}={_up(value)}" if value > b else ""
-        out.append(Verdict(guard, a <= value <= b, figure, text, "; ".join(notes), enough))
 
-    judge("entropy of token frequencies", entropy, f"{entropy:.4f} nats/token", "min_entropy", "max_entropy")
-    judge("distinct ids", p.size, f"{p.size:,} of {tokenizer.vocab_size:,}", "min_distinct", "")
-    share = float(counts[top] / max(tokens, 1))
-    judge(
-        "commonest id",
-        share,
-        f"{share:.4f} of all tokens, id {top} {tokenizer.decode([top])!r}",
-        "",
-        "max_top_share",
+def _between(
+    name: str, value: float, measured: str, low: str, high: str, usual: Bounds, given: Bounds
+) -> Finding:
+    """Compare a value with the bounds named low and high ("": none), each the wider one of usual and given."""
+    least, most, remarks = 0.0, math.inf, []
+    for key in filter(None, (low, high)):
+        bound, number = getattr(usual, key), getattr(given, key)
+        if number is not None:
+            wider = min(bound, number) if key == low else max(bound, number)
+            if wider != bound:
+                remarks.append(f"{key} widened from {bound:.4g} to {wider:.4g}")
+            elif number != bound:
+                remarks.append(f"{key}={number:g} is narrower than {bound:.4g} and counts for nothing")
+            bound = wider
+        least, most = (bound, most) if key == low else (least, bound)
+    text = (
+        f"{least:.4g} to {most:.4g}"
+        if low and high
+        else f"at least {least:.4g}"
+        if low
+        else f"at most {most:.4g}"
     )
-    rate = total_bytes / max(tokens, 1)
-    judge("bytes per token", rate, f"{rate:.3f}", "min_bytes_per_token", "max_bytes_per_token")
-    return out
+    remedy = f"{low}={_down(value)}" if value < least else f"{high}={_up(value)}" if value > most else ""
+    return Finding.of(name, least <= value <= most, measured, text, "; ".join(remarks), remedy=remedy)
 
 
-def _unknown(count: int, tokens: int, tokenizer: Tokenizer, usual: Bounds, given: Bounds) -> Verdict:
-    share = count / max(tokens, 1)
-    figure = f"{count:,} of {tokens:,} ({100 * share:.4g} %)"
+def _unknown(count: int, tokens: int, tokenizer: Tokenizer, usual: Bounds, given: Bounds) -> Finding:
+    name, share = "unknown tokens", count / max(tokens, 1)
+    measured = f"{count:,} of {tokens:,} ({100 * share:.4g} %)"
     if tokenizer.unknown_id is None:
-        return Verdict("unknown tokens", True, "0: the tokenizer has none", "0")
+        return Finding.of(name, True, "0: the tokenizer has none", "0")
     if tokenizer.byte_level:
-        return Verdict("unknown tokens", count == 0, figure, "0: every byte has a token")
-    bound, note = usual.max_unknown_share or 0.0, ""
-    if given.max_unknown_share is not None and given.max_unknown_share > bound:
-        note = f"max_unknown_share widened from {bound:g} to {given.max_unknown_share:g}"
-        bound = given.max_unknown_share
-    enough = f"max_unknown_share={_up(share)}" if share > bound else ""
-    return Verdict("unknown tokens", share <= bound, figure, f"at most {100 * bound:g} %", note, enough)
+        return Finding.of(name, count == 0, measured, "0: every byte has a token")
+    most, why = usual.max_unknown_share or 0.0, ""
+    if given.max_unknown_share is not None and given.max_unknown_share > most:
+        why = f"max_unknown_share widened from {most:g} to {given.max_unknown_share:g}"
+        most = given.max_unknown_share
+    remedy = f"max_unknown_share={_up(share)}" if share > most else ""
+    return Finding.of(name, share <= most, measured, f"at most {100 * most:g} %", why, remedy=remedy)
 
 
 def _down(value: float) -> str:
-    """The value with three digits, rounded down."""
+    """Round down to three digits."""
     digits = 10.0 ** (2 - math.floor(math.log10(value))) if value > 0 else 1.0
     return f"{math.floor(value * digits) / digits:g}"
 
 
 def _up(value: float) -> str:
-    """The value with three digits, rounded up."""
+    """Round up to three digits."""
     digits = 10.0 ** (2 - math.floor(math.log10(value))) if value > 0 else 1.0
     return f"{math.ceil(value * digits) / digits:g}"
 
 
-def fits_model(tokenizer: Tokenizer, vocab_size: int) -> Verdict:
-    """Whether every id has a row in an embedding of vocab_size rows."""
-    return Verdict(
+def fits_model(tokenizer: Tokenizer, vocab_size: int) -> Finding:
+    """Compare the number of ids with the rows of the model's embedding."""
+    return Finding.of(
         "vocabulary",
         tokenizer.vocab_size <= vocab_size,
         f"{tokenizer.vocab_size:,} ids",
@@ -173,37 +162,33 @@ def fits_model(tokenizer: Tokenizer, vocab_size: int) -> Verdict:
     )
 
 
-def round_trip(shards: TokenShards, tokenizer: Tokenizer) -> Verdict:
-    """Whether whole documents, spread over the shards, give their own ids when their text is encoded again."""
-    guard, bound = "encode(decode(ids)) = ids", "the same ids"
+def round_trip(shards: TokenShards, tokenizer: Tokenizer) -> Finding:
+    """Decode whole documents, spread over the shards, encode their text and compare the ids."""
+    name, bound = "encode(decode(ids)) = ids", "the same ids"
     if shards.border_id is None:
-        return Verdict(
-            guard, None, "0 documents", bound, "eos_policy none: no document can be told from the next"
-        )
-    found = list(sample_documents(shards))
-    if not found:
-        return Verdict(
-            guard, None, "0 documents", bound, f"none of those sampled is below {SAMPLE_TOKENS} tokens"
-        )
-    texts = [tokenizer.decode(ids) for _, ids in found]
-    for (where, ids), again in zip(found, tokenizer.encode_batch(texts), strict=True):
+        why = "eos_policy none: no document can be told from the next"
+        return Finding.of(name, None, "0 documents", bound, why)
+    documents = list(sample_documents(shards))
+    if not documents:
+        why = f"none of those sampled is below {MAX_SAMPLED_TOKENS} tokens"
+        return Finding.of(name, None, "0 documents", bound, why)
+    texts = [tokenizer.decode(ids) for _, ids in documents]
+    for (place, ids), again in zip(documents, tokenizer.encode_batch(texts), strict=True):
         if not np.array_equal(ids, again):
             same = min(ids.size, again.size)
             differing = np.flatnonzero(ids[:same] != again[:same])
             at = int(differing[0]) if differing.size else same
-            return Verdict(
-                guard,
-                False,
-                f"differs at token {at} of the document at {where}: {ids[at : at + 4].tolist()} in the shard, "
-                f"{again[at : at + 4].tolist()} from its text {tokenizer.decode(ids[max(0, at - 4) : at + 4])!r}",
-                bound,
-                "the shards are not what this tokenizer makes of their text",
+            measured = (
+                f"differs at token {at} of the document at {place}: {ids[at : at + 4].tolist()} in the shard, "
+                f"{again[at : at + 4].tolist()} from its text {tokenizer.decode(ids[max(0, at - 4) : at + 4])!r}"
             )
-    return Verdict(guard, True, f"{len(found)} documents", bound)
+            why = "the shards are not what this tokenizer makes of their text"
+            return Finding.of(name, False, measured, bound, why)
+    return Finding.of(name, True, f"{len(documents)} documents", bound)
 
 
-def sample_documents(shards: TokenShards, count: int = SAMPLES) -> Iterable[tuple[str, np.ndarray]]:
-    """Up to count whole documents from evenly spaced places: (shard and position, ids uint32 without the EOS)."""
+def sample_documents(shards: TokenShards, count: int = SAMPLED_DOCUMENTS) -> Iterable[tuple[str, np.ndarray]]:
+    """Yield up to `count` whole documents from evenly spaced places: (shard and position, ids uint32 without the EOS)."""
     border = shards.border_id
     seen: set[tuple[int, int]] = set()
     for k in range(count):
@@ -213,48 +198,45 @@ def sample_documents(shards: TokenShards, count: int = SAMPLES) -> Iterable[tupl
             place -= shards.arrays[index].size
             index += 1
         array = shards.arrays[index]
-        window = array[place : place + 2 * SAMPLE_TOKENS]
+        window = array[place : place + 2 * MAX_SAMPLED_TOKENS]
         ends = np.flatnonzero(window == border)
         start = 0 if k == 0 else int(ends[0]) + 1 if ends.size else -1
         if start < 0 or (stops := ends[ends >= start]).size == 0:
             continue
         ids = window[start : int(stops[0])]
-        if 0 < ids.size <= SAMPLE_TOKENS and (index, start + place) not in seen:
+        if 0 < ids.size <= MAX_SAMPLED_TOKENS and (index, start + place) not in seen:
             seen.add((index, start + place))
             yield f"{shards.manifest.shards[index]['name']}:{place + start}", ids
 
 
-def disjoint(shared: int, train: TokenShards, val: TokenShards) -> Verdict:
-    """Whether no document stands on both sides; `shared` is what scanning one against the other counted."""
-    guard, bound = "documents on both sides", "0"
+def disjoint(shared: int, train: TokenShards, val: TokenShards) -> Finding:
+    """Require that no document stands in both splits; shared: documents of train that the scan met again in val."""
+    name, bound = "documents on both sides", "0"
     if train.border_id is None or val.border_id is None:
-        return Verdict(
-            guard, None, "unknown", bound, "eos_policy none: no document can be told from the next"
-        )
-    return Verdict(
-        guard, shared == 0, f"{shared:,} of {train.total_documents:,}", bound,
-        "" if not shared else f"{train.folder} and {val.folder} hold the same documents; validation would measure memory",
-    )  # fmt: skip
+        why = "eos_policy none: no document can be told from the next"
+        return Finding.of(name, None, "unknown", bound, why)
+    why = f"{train.folder} and {val.folder} hold the same documents; validation would measure memory"
+    measured = f"{shared:,} of {train.total_documents:,}"
+    return Finding.of(name, shared == 0, measured, bound, why if shared else "")
 
 
-def enforce(sides: Mapping[Any, Sequence[Verdict]], wide: str = "go on with {widen}") -> None:
-    """Raises Refused at the first verdict that failed, naming its side; `wide` says how to use wider bounds."""
-    for where, verdicts in sides.items():
-        for v in verdicts:
-            if v.passed is False:
-                enough = wide.format(widen=f"--widen {_enough(sides)}")
-                raise Refused(
-                    f"{where}: {v}" + (f"; if the text is really like that, {enough}" if v.widen else "")
-                )
+def enforce(findings: Mapping[Any, Sequence[Finding]], wide: str = "go on with {widen}") -> None:
+    """Raise Refused for the first failed finding. findings: {place: findings}; wide: instruction for wider bounds."""
+    for place, of_place in findings.items():
+        for f in of_place:
+            if f.verdict == FAIL:
+                instruction = wide.format(widen=f"--widen {_widened(findings)}")
+                advice = f"; if the text is really like that, {instruction}" if f.remedy else ""
+                raise Refused(f"{place}: {f}{advice}")
 
 
-def _enough(sides: Mapping[Any, Sequence[Verdict]]) -> str:
-    """Numbers that would let all sides pass, as --widen takes them."""
-    found: dict[str, str] = {}
-    for verdicts in sides.values():
-        for v in verdicts:
-            name, _, number = v.widen.partition("=")
+def _widened(findings: Mapping[Any, Sequence[Finding]]) -> str:
+    """Join the bounds that would let all findings pass, in the form of --widen."""
+    widest: dict[str, str] = {}
+    for of_place in findings.values():
+        for f in of_place:
+            name, _, number = f.remedy.partition("=")
             wider = min if name.startswith("min") else max
             if name:
-                found[name] = wider(found.get(name, number), number, key=float)
-    return ",".join(f"{name}={number}" for name, number in found.items())
+                widest[name] = wider(widest.get(name, number), number, key=float)
+    return ",".join(f"{name}={number}" for name, number in widest.items())

@@ -19,8 +19,8 @@ from ..checkpoints.peft import LoadedAdapter, read_adapter
 from ..checkpoints.registry import open_any
 from ..common.errors import InputNotFound, Refused
 from ..common.files import read_text
-from ..common.finding import Finding
-from ..data.audit import Side, audit, enforce_all, sides_of, tokenizer_beside
+from ..common.finding import FAIL, PASS, Finding, as_json
+from ..data.audit import Split, audit, enforce_all, sides_of, tokenizer_beside
 from ..data.batches import Windows
 from ..data.conversations.instruct import (
     InstructWindows,
@@ -69,7 +69,7 @@ class Inputs:
     corpus_name: str
     left_out: str  # which documents of a corpus cannot be used, or ""
     document_end: int | None  # the id at which attention stops, None where it does not
-    audit: list[Side]  # what the guards said of the training and validation data
+    audit: list[Split]  # what the guards said of the training and validation data
     device_note: str  # what a user should know about the choice of the device, or ""
     lora: LoraConfig | None = None  # adapters to train, None where the weights are trained
     lora_init: LoadedAdapter | None = None  # an adapter to go on with
@@ -126,7 +126,7 @@ def _carried(s: Settings, init: Checkpoint | None) -> dict[str, Any]:
 
 def _open_data(
     s: Settings, cfg: ModelConfig, init: Checkpoint | None, progress: Progress | None
-) -> tuple[Tokenizer, list[Side], str, str]:
+) -> tuple[Tokenizer, list[Split], str, str]:
     """Tokenizer and shards, every guard asked; name of the corpus, and what of it cannot be used."""
     bounds = Bounds.parse(s.widen)
     tokenizer = Tokenizer.from_file(s.tokenizer) if s.tokenizer else None
@@ -175,7 +175,7 @@ def _open_instruct(
     init: Checkpoint | None,
     tokenizer: Tokenizer | None,
     progress: Progress | None,
-) -> tuple[Tokenizer, list[Side], str, str]:
+) -> tuple[Tokenizer, list[Split], str, str]:
     """As _open_data, of --instruct, or of a --dataset that such a run has made."""
     if init is None:
         raise Refused(f"{s.dataset}: instruction data fine-tunes a checkpoint: give it with --init")
@@ -252,7 +252,9 @@ def _stdlib() -> list[Source]:
     return found
 
 
-def windows_of(s: Settings, sides: list[Side]) -> tuple[Windows | InstructWindows, Windows | InstructWindows]:
+def windows_of(
+    s: Settings, sides: list[Split]
+) -> tuple[Windows | InstructWindows, Windows | InstructWindows]:
     """Windows to train on and to validate with; without validation shards the last ones of the training data."""
     packed = packed_windows(sides, s.seq_length)
     if packed:
@@ -333,15 +335,10 @@ def _packed(shards: Any) -> dict[str, Any]:
     return {key: getattr(m, key) for key in keys}
 
 
-def guards(i: Inputs) -> dict[str, list[dict[str, str]]]:
-    """What the guards said of each side, for the run's config.json."""
-    return {
-        side.name: [
-            dict(guard=v.guard, verdict=v.word, figure=v.figure, bound=v.bound, note=v.note)
-            for v in side.verdicts
-        ]
-        for side in i.audit
-    }
+def guards(i: Inputs) -> dict[str, list[dict[str, Any]]]:
+    """Findings of the guards of each split, for the run's config.json."""
+    keys = {"guard": "name", "verdict": "verdict", "figure": "measured", "bound": "bound", "note": "why"}
+    return {split.name: as_json(split.findings, **keys) for split in i.audit}
 
 
 def judge_inputs(i: Inputs, gates: Gates) -> None:
@@ -355,36 +352,30 @@ def judge_inputs(i: Inputs, gates: Gates) -> None:
         recompute=s.recompute, documents=i.document_end is not None, lora=i.lora,
     )  # fmt: skip
     gates.judge(measure.memory(need.total, i.backend.free_memory()))
-    gates.judge(_data_answer(i))
-    gates.judge(_disjoint_answer(i))
+    gates.judge(_guarded(i))
+    gates.judge(_disjoint(i))
     gates.judge(measure.architecture(i.cfg, str(s.init or s.model)))
 
 
-def _data_answer(i: Inputs) -> Finding:
-    """All guards of the data in one answer: what they refuse has ended the run before."""
-    verdicts = [(side.name, v) for side in i.audit for v in side.verdicts]
-    failed = [f"{name}: {v}" for name, v in verdicts if v.passed is False]
-    noted = [f"{name}: {v.guard}: {v.note}" for name, v in verdicts if v.note]
-    passed = sum(v.passed is True for _, v in verdicts)
-    return Finding.of(
-        "before.data",
-        not failed,
-        f"{passed} of {len(verdicts)} guards passed",
-        "none failed",
-        "; ".join(failed or noted),
-    )
+def _guarded(i: Inputs) -> Finding:
+    """Sum up the guards of the data; a failed one has ended the run before."""
+    of_guards = [(split.name, f) for split in i.audit for f in split.findings]
+    failed = [f"{name}: {f}" for name, f in of_guards if f.verdict == FAIL]
+    remarks = [f"{name}: {f.name}: {f.why}" for name, f in of_guards if f.why]
+    passed = sum(f.verdict == PASS for _, f in of_guards)
+    measured = f"{passed} of {len(of_guards)} guards passed"
+    return Finding.of("before.data", not failed, measured, "none failed", "; ".join(failed or remarks))
 
 
-def _disjoint_answer(i: Inputs) -> Finding:
-    bound = "none on both sides"
+def _disjoint(i: Inputs) -> Finding:
+    """Require that validation windows, or documents, are not trained on."""
+    gate, bound = "before.disjoint", "none on both sides"
     if i.train.shards is i.val.shards:
         end = i.train.first + i.train.count
         measured = f"windows {i.train.first:,} to {end - 1:,} and {i.val.first:,} to {i.val.first + i.val.count - 1:,}"
-        return Finding.of("before.disjoint", end <= i.val.first, measured, bound)
-    found = [v for side in i.audit for v in side.verdicts if v.guard == "documents on both sides"]
-    if not found:
-        return Finding.of(
-            "before.disjoint", None, "", bound, "the documents of the two sides were not compared"
-        )
-    v = found[0]
-    return Finding.of("before.disjoint", v.passed, f"{v.figure} documents", bound, v.note)
+        return Finding.of(gate, end <= i.val.first, measured, bound)
+    for split in i.audit:
+        for f in split.findings:
+            if f.name == "documents on both sides":
+                return Finding(gate, f.verdict, f"{f.measured} documents", bound, f.why)
+    return Finding.skipped(gate, "the documents of the two sides were not compared", bound)

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+from ..common.finding import PASS
 from ..data.conversations.instruct import InstructShards
 from ..model.lora import AdapterLayout
 from ..model.params import Layout
@@ -79,21 +80,21 @@ def _examples(train: Any, val: Any) -> str:
 
 def _guarded(i: Inputs) -> str:
     """Describe the guards of the data: the number that passed, the most telling figures, what was skipped or widened."""
-    verdicts = [v for side in i.audit for v in side.verdicts]
+    findings = [f for split in i.audit for f in split.findings]
     figures = i.train.shards.manifest.audit
     odd: dict[tuple[str, bool, str], list[str]] = {}
-    for side in i.audit:
-        for v in side.verdicts:
-            if v.note:
-                odd.setdefault((side.name, v.passed is None, v.note), []).append(v.guard)
-    passed = sum(v.passed is True for v in verdicts)
+    for split in i.audit:
+        for f in split.findings:
+            if f.why:
+                odd.setdefault((split.name, f.passed is None, f.why), []).append(f.name)
+    passed = sum(f.verdict == PASS for f in findings)
     text = (
-        f"{passed} of {len(verdicts)} guards passed: {figures['distinct_ids']:,} distinct ids, the commonest "
+        f"{passed} of {len(findings)} guards passed: {figures['distinct_ids']:,} distinct ids, the commonest "
         f"{100 * figures['top_id_share']:.1f} %, entropy {figures['unigram_entropy_nats']:.2f} nats/token"
     )
-    for (side_name, skipped, note), guards in odd.items():
+    for (split_name, skipped, why), guards in odd.items():
         which = guards[0] if len(guards) == 1 else f"{len(guards)} guards"
-        text += f"\n{side_name}: {which}{' not asked' if skipped else ''}: {note}"
+        text += f"\n{split_name}: {which}{' not asked' if skipped else ''}: {why}"
     return text
 
 

@@ -15,7 +15,7 @@ from .. import backends
 from ..backends.select import choose
 from ..checkpoints.registry import open_any
 from ..common.errors import AprError, MalformedFile, Refused
-from ..data.audit import Side, sides_of
+from ..data.audit import Split, sides_of
 from ..data.conversations.instruct import open_side
 from ..model.transformer import Model
 from ..training.evaluate import Loss, evaluate
@@ -72,7 +72,7 @@ def checkpoint_loss(r: Recorded, backend: ModuleType, dtype: str, dataset: str |
     if dataset is not None:
         folders = sides_of(Path(dataset))
     sides = [
-        Side(name, folder, open_side(folder, tokenizer, verify=False))  # type: ignore[arg-type]
+        Split(name, folder, open_side(folder, tokenizer, verify=False))  # type: ignore[arg-type]
         for name, folder in folders.items()
     ]
     _, val = windows_of(r.settings, sides)

@@ -14,11 +14,12 @@ import pytest
 
 from apr.cli.tokenize.show import draw_audit
 from apr.common.errors import MalformedFile, Refused, UsageError
+from apr.common.finding import SKIPPED, Finding
 from apr.data import guards
-from apr.data.audit import Side, audit, enforce_all, sides_of, tokenizer_beside
+from apr.data.audit import Split, audit, enforce_all, sides_of, tokenizer_beside
 from apr.data.corpus import Document
 from apr.data.encode import encode_corpus
-from apr.data.guards import Bounds, Verdict, enforce, fits_model, plausible, round_trip
+from apr.data.guards import Bounds, enforce, fits_model, plausible, round_trip
 from apr.data.repair import repair_manifest
 from apr.data.shards import ShardWriter, TokenShards
 from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
@@ -42,13 +43,13 @@ def dataset(tmp_path: Path, tok: Tokenizer) -> Path:
     return tmp_path / "data"
 
 
-def verdicts(folder: Path, tok: Tokenizer, **options: Any) -> dict[str, Verdict]:
+def verdicts(folder: Path, tok: Tokenizer, **options: Any) -> dict[str, Finding]:
     """Of train and val together, the worst of each guard."""
-    out: dict[str, Verdict] = {}
+    out: dict[str, Finding] = {}
     for side in audit(sides_of(folder), tok, lenient=True, **options):
-        for v in side.verdicts:
-            if v.guard not in out or out[v.guard].passed is not False:
-                out[v.guard] = v
+        for v in side.findings:
+            if v.name not in out or out[v.name].passed is not False:
+                out[v.name] = v
     return out
 
 
@@ -152,7 +153,7 @@ def test_an_end_of_text_that_the_tokenizer_does_not_mean_is_found(dataset: Path,
     edit_json(dataset / "train/manifest.json", eos_token_id=other, total_documents=count)
     found = verdicts(dataset, tok)["end of text"]
     assert found.passed is False
-    assert f"id {other}" in found.figure
+    assert f"id {other}" in found.measured
     assert "'<|endoftext|>'" in found.bound
 
 
@@ -165,7 +166,7 @@ def test_unknown_tokens(tok: Tokenizer, dataset: Path) -> None:
     counts = np.bincount(np.concatenate(TokenShards(dataset / "train").arrays), minlength=tok.vocab_size)
     size = int(2 * counts.sum())
 
-    def judged(unknown_id: int | None, byte_level: bool, given: Bounds = guards.USUAL) -> Verdict:
+    def judged(unknown_id: int | None, byte_level: bool, given: Bounds = guards.USUAL) -> Finding:
         class Odd:
             vocab_size = tok.vocab_size
             decode = tok.decode
@@ -184,7 +185,7 @@ def test_unknown_tokens(tok: Tokenizer, dataset: Path) -> None:
     assert "0.1 %" in judged(common, False).bound
     widened = judged(common, False, Bounds(max_unknown_share=0.5))
     assert widened.passed is True
-    assert "widened from 0.001 to 0.5" in widened.note
+    assert "widened from 0.001 to 0.5" in widened.why
     assert judged(common, True, Bounds(max_unknown_share=0.5)).passed is False  # nothing to widen
 
 
@@ -220,13 +221,13 @@ def test_a_bound_is_never_narrowed(dataset: Path, tok: Tokenizer) -> None:
 def test_bytes_per_token_out_of_bounds(tok: Tokenizer, dataset: Path) -> None:
     counts = np.bincount(np.concatenate(TokenShards(dataset / "train").arrays), minlength=tok.vocab_size)
     for rate, passed in ((0.5, False), (0.8, True), (2.2, True), (9.0, False)):
-        found = {v.guard: v for v in plausible(counts, int(rate * counts.sum()), tok)}
+        found = {v.name: v for v in plausible(counts, int(rate * counts.sum()), tok)}
         assert found["bytes per token"].passed is passed
 
 
 def test_random_ids_are_too_even(tok: Tokenizer) -> None:
     counts = np.full(tok.vocab_size, 100)
-    found = {v.guard: v for v in plausible(counts, int(2 * counts.sum()), tok)}
+    found = {v.name: v for v in plausible(counts, int(2 * counts.sum()), tok)}
     assert found["entropy of token frequencies"].passed is False
 
 
@@ -234,8 +235,8 @@ def test_few_tokens_are_not_judged_and_it_is_said(tok: Tokenizer, tmp_path: Path
     write(tmp_path, tok, [Document("x", "~" * 500)])
     found = verdicts(tmp_path, tok)
     for name in ("entropy of token frequencies", "distinct ids", "commonest id", "bytes per token"):
-        assert found[name].word == "SKIPPED"
-        assert "too few to judge" in found[name].note
+        assert found[name].verdict == SKIPPED
+        assert "too few to judge" in found[name].why
 
 
 @pytest.mark.parametrize(
@@ -250,8 +251,8 @@ def test_without_borders_two_guards_say_that_they_were_not_asked(tok: Tokenizer,
     encode_corpus(Memory(corpus(60)), tok, tmp_path, val_fraction=0.3, eos_policy="none")
     found = verdicts(tmp_path, tok)
     for name in ("end of text", "documents on both sides", "encode(decode(ids)) = ids"):
-        assert found[name].word == "SKIPPED"
-        assert found[name].note
+        assert found[name].verdict == SKIPPED
+        assert found[name].why
     assert not failed(tmp_path, tok)
 
 
@@ -342,7 +343,7 @@ def test_the_picture_shows_both_sides(dataset: Path, tok: Tokenizer, tmp_path: P
     found = audit(sides_of(dataset), tok)
     draw_audit(found, tok.vocab_size, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    draw_audit([Side("train", dataset)], tok.vocab_size, tmp_path / "b.png")
+    draw_audit([Split("train", dataset)], tok.vocab_size, tmp_path / "b.png")
     assert (tmp_path / "a.png").stat().st_size > (tmp_path / "b.png").stat().st_size
 
 

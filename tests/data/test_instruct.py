@@ -319,7 +319,7 @@ def test_examples_share_windows_and_stay_apart(prepared):
     assert not ((ids == m.separator) & (targets >= 0)).any()
     texts = {own().decode(x) for row in ids for x in np.split(row, np.flatnonzero(row == m.separator))}
     assert any("<|user|>\nthe 3 in an hat<|end|>" in t for t in texts)
-    assert all(v.passed for v in sides[0].verdicts)
+    assert all(v.passed for v in sides[0].findings)
 
 
 def test_what_is_left_out_is_counted(prepared):

@@ -74,7 +74,7 @@ def a_guard_failed_unnoticed(m, place, folder):
 
     def blind(sides):
         right(sides)
-        sides[0].verdicts[0] = dataclasses.replace(sides[0].verdicts[0], passed=False)
+        sides[0].findings[0] = dataclasses.replace(sides[0].findings[0], verdict=FAIL)
 
     m.setattr(inputs, "enforce_all", blind)
 

@@ -1,4 +1,4 @@
-"""`apr tokenize audit DIR`: every guard over a folder of token shards, and a picture of what is in it.
+"""`apr tokenize audit DIR`: check a folder of token shards with every guard, and draw its statistics.
 
 Example: apr tokenize audit shards --model smollm2-135m"""
 
@@ -6,19 +6,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...common.errors import IOFailure
+from ...common.finding import as_json, exit_code, verdict_of
 from ...common.options import json_option, option, parse
-from ...data.audit import Side, audit, sides_of, tokenizer_of_shards
+from ...data.audit import Split, audit, sides_of, tokenizer_of_shards
 from ...data.guards import Bounds
 from ...data.settings import widen_option
 from ...model.presets import PRESETS, load_config
 from ...tokenizer.tokenizer import Tokenizer
 from ..show import Show
-from .show import draw_audit, print_verdicts
+from ..tables import print_findings
+from .show import draw_audit
 
 
 @dataclass(frozen=True)
@@ -61,35 +63,32 @@ def main(args: Sequence[str]) -> int:
     if f.val_dataset:
         given = Path(f.val_dataset)
         sides["val"] = given / "val" if (given / "val").is_dir() else given
+    vocab_size = load_config(f.model).vocab_size if f.model else None
     try:
-        found = audit(
-            sides,
-            tokenizer,
-            bounds,
-            load_config(f.model).vocab_size if f.model else None,
-            lenient=True,
-            progress=show.preparing,
-        )
+        splits = audit(sides, tokenizer, bounds, vocab_size, lenient=True, progress=show.preparing)
     finally:
         show.stop()
-    picture = _draw(f, folder, found, tokenizer, show)
-    failed = sum(v.passed is False for side in found for v in side.verdicts)
+    picture = _draw(f, folder, splits, tokenizer, show)
+    verdict = verdict_of(x for split in splits for x in split.findings)
     if f.json:
-        print(json.dumps(_result(found, picture, failed), indent=2))
+        print(json.dumps(_result(splits, picture, verdict), indent=2))
     else:
-        print_verdicts(show, found)
+        for split in splits:
+            print_findings(show.console, split.findings, f"{split.name}: {split.folder}", bounds=True)
+            show.note("")
         if picture:
             show.note(f"picture  {picture}")
-        show.note("FAIL" if failed else "PASS")
-    return 9 if failed else 0
+        show.note(verdict)
+    return exit_code(verdict)
 
 
-def _draw(f: Flags, folder: Path, found: list[Side], tokenizer: Tokenizer, show: Show) -> str | None:
-    if f.picture == "none" or not any(side.scan for side in found):
+def _draw(f: Flags, folder: Path, splits: list[Split], tokenizer: Tokenizer, show: Show) -> str | None:
+    """Draw the picture; returns its path, None for no picture."""
+    if f.picture == "none" or not any(split.scan for split in splits):
         return None
     path = Path(f.picture) if f.picture else folder / "audit.png"
     try:
-        draw_audit(found, tokenizer.vocab_size, path)
+        draw_audit(splits, tokenizer.vocab_size, path)
     except OSError as e:
         if f.picture:
             raise IOFailure(f"{path}: cannot write: {e.strerror}; choose another --picture, or none") from e
@@ -98,16 +97,21 @@ def _draw(f: Flags, folder: Path, found: list[Side], tokenizer: Tokenizer, show:
     return str(path)
 
 
-def _result(found: list[Side], picture: str | None, failed: int) -> dict[str, Any]:
+def _result(splits: list[Split], picture: str | None, verdict: str) -> dict[str, Any]:
+    """Build the JSON document."""
     return {
-        "verdict": "FAIL" if failed else "PASS",
+        "verdict": verdict,
         "picture": picture,
         "sides": {
-            side.name: {
-                "folder": str(side.folder),
-                "figures": side.shards.manifest.audit if side.shards else None,
-                "guards": [{"verdict": v.word, **asdict(v)} for v in side.verdicts],
+            split.name: {
+                "folder": str(split.folder),
+                "figures": split.shards.manifest.audit if split.shards else None,
+                "guards": as_json(
+                    split.findings,
+                    verdict="verdict", guard="name", passed="passed", figure="measured", bound="bound", note="why",
+                    widen="remedy",
+                ),
             }
-            for side in found
+            for split in splits
         },
-    }
+    }  # fmt: skip

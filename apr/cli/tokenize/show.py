@@ -6,16 +6,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
-from rich.text import Text
 
-from ...data.audit import Side
+from ...data.audit import Split
 from ...data.encode import Counts
 from ...data.scan import LENGTH_BINS
 from ..show import Show
 
 LINE_SECONDS = 10.0  # between lines where the output is no terminal
-COLOURS = {"PASS": "green", "FAIL": "bold red", "SKIPPED": "yellow"}
 
 
 class EncodeProgress:
@@ -67,42 +64,27 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
 
 
-def print_verdicts(show: Show, sides: list[Side]) -> None:
-    """A table of the guards of every side."""
-    for side in sides:
-        table = Table(
-            title=f"{side.name}: {side.folder}", title_justify="left", box=None, padding=(0, 2, 0, 0)
-        )
-        for column in ("", "guard", "figure", "must be"):
-            table.add_column(column, overflow="fold")
-        for v in side.verdicts:
-            note = f" ({v.note})" if v.note else ""
-            table.add_row(Text(v.word, COLOURS[v.word]), v.guard, Text(v.figure), Text(v.bound + note))
-        show.console.print(table)
-        show.note("")
-
-
-def draw_audit(sides: list[Side], vocab_size: int, path: Path) -> None:
+def draw_audit(splits: list[Split], vocab_size: int, path: Path) -> None:
     """How often the commonest, the second, ... id occurs, and how long documents are, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
     ranks, lengths = figure.subplots(1, 2)
-    for side, colour in zip(sides, ("tab:blue", "tab:red"), strict=False):
-        if side.scan is None or side.shards is None:
+    for split, colour in zip(splits, ("tab:blue", "tab:red"), strict=False):
+        if split.scan is None or split.shards is None:
             continue
-        counts = np.sort(side.scan.counts[side.scan.counts > 0])[::-1]
+        counts = np.sort(split.scan.counts[split.scan.counts > 0])[::-1]
         share = counts / counts.sum()
-        label = f"{side.name}: {counts.size:,} of {vocab_size:,} ids occur"
+        label = f"{split.name}: {counts.size:,} of {vocab_size:,} ids occur"
         ranks.loglog(np.arange(1, counts.size + 1), share, color=colour, label=label)
-        found = side.scan.lengths
+        found = split.scan.lengths
         if not found.any():
             continue
         first, last = int(np.flatnonzero(found)[0]), int(np.flatnonzero(found)[-1])
         edges = 2.0 ** (np.arange(first, last + 2) / LENGTH_BINS)
         part = found[first : last + 1] / found.sum()
         lengths.stairs(
-            part, edges, color=colour, fill=True, alpha=0.4, label=f"{side.name}: {found.sum():,} documents"
+            part, edges, color=colour, fill=True, alpha=0.4, label=f"{split.name}: {found.sum():,} documents"
         )
     ranks.set(xlabel="rank of the id", ylabel="share of all tokens", title="token frequencies")
     ranks.axhline(1 / vocab_size, color="grey", linewidth=0.8, linestyle="--")

@@ -26,10 +26,11 @@ from tokenizers import Tokenizer as Engine
 from ...common.atomic import locked, write_json
 from ...common.errors import InputNotFound, IOFailure, MalformedFile, Refused
 from ...common.files import make_folder, read_json
+from ...common.finding import Finding
 from ...tokenizer.tokenizer import Tokenizer
-from ..audit import Side
+from ..audit import Split
 from ..corpus import Document, is_held_out
-from ..guards import USUAL, Bounds, Verdict, enforce, fits_model
+from ..guards import USUAL, Bounds, enforce, fits_model
 from ..manifest import figures
 from ..readers import Corpus, Item
 from ..seen import Seen
@@ -801,7 +802,7 @@ def checked_piece(ids: np.ndarray, targets: np.ndarray, before: int = 16) -> tup
     return ids[:, start:], targets[:, start:]
 
 
-def packed_windows(sides: Iterable[Side], seq_length: int) -> dict[str, InstructWindows]:
+def packed_windows(sides: Iterable[Split], seq_length: int) -> dict[str, InstructWindows]:
     """The windows of those sides that hold packed examples, by name."""
     found: dict[str, Any] = {side.name: side.shards for side in sides}
     return {
@@ -821,16 +822,16 @@ def open_side(folder: Path, tokenizer: Tokenizer, verify: bool = True) -> TokenS
 
 def audit_instruct(
     folders: dict[str, Path], tokenizer: Tokenizer, model_vocab: int, bounds: Bounds = USUAL
-) -> list[Side]:
+) -> list[Split]:
     """Both sides opened and verified, and what the guards say of them. Raises MalformedFile, Refused."""
     sides = []
     for name, folder in folders.items():
         shards = InstructShards(folder, tokenizer)
         m = shards.manifest
         share = m.trained / m.tokens
-        side = Side(name, folder, shards)  # type: ignore[arg-type]
-        side.verdicts = [
-            Verdict(
+        side = Split(name, folder, shards)  # type: ignore[arg-type]
+        side.findings = [
+            Finding.of(
                 "sha256, ids and labels",
                 True,
                 f"{m.rows:,} rows, {m.tokens:,} tokens",
@@ -839,19 +840,19 @@ def audit_instruct(
             _round_trip(shards, tokenizer),
             fits_model(tokenizer, model_vocab),
             _answers(shards),
-            Verdict("trained tokens", share > 0, f"{100 * share:.1f} % of {m.tokens:,}", "more than none"),
+            Finding.of("trained tokens", share > 0, f"{100 * share:.1f} % of {m.tokens:,}", "more than none"),
         ]
         if m.audit["distinct_ids"] < 2:
-            side.verdicts.append(Verdict("distinct ids", False, "one id in all answers", "several"))
+            side.findings.append(Finding.of("distinct ids", False, "one id in all answers", "several"))
         sides.append(side)
     if {"train", "val"} <= folders.keys():
         shared = _shared(sides[0].shards, sides[1].shards)  # type: ignore[arg-type]
-        sides[0].verdicts.append(Verdict("documents on both sides", shared == 0, f"{shared:,}", "0"))
-    enforce({side.folder: side.verdicts for side in sides})
+        sides[0].findings.append(Finding.of("documents on both sides", shared == 0, f"{shared:,}", "0"))
+    enforce({side.folder: side.findings for side in sides})
     return sides
 
 
-def _answers(shards: InstructShards) -> Verdict:
+def _answers(shards: InstructShards) -> Finding:
     """Whether every row has a target, and no target crosses from one example into the next."""
     m, empty, crossed = shards.manifest, int((shards.counts == 0).sum()), 0
     if m.separator is not None:
@@ -859,7 +860,7 @@ def _answers(shards: InstructShards) -> Verdict:
             ids, trained = shards.ids[first : first + ROWS], shards.trained[first : first + ROWS]
             crossed += int(((ids[:, :-1] == m.separator) & (trained[:, 1:] > 0)).sum())
     figure = f"{empty} rows without one, {crossed} behind the border of an example"
-    return Verdict(
+    return Finding.of(
         "answers", not empty and not crossed, figure, "a target in every row, none behind a border"
     )
 
@@ -888,11 +889,11 @@ def _shared(a: InstructShards, b: InstructShards) -> int:
     return len(digests(a) & digests(b))
 
 
-def _round_trip(shards: InstructShards, tokenizer: Tokenizer) -> Verdict:
+def _round_trip(shards: InstructShards, tokenizer: Tokenizer) -> Finding:
     """Whether examples, spread over the rows, have the same text again when what they decode to is encoded."""
     guard, bound = "decode(encode(decode(ids))) = decode(ids)", "the same text"
     if not tokenizer.byte_level:
-        return Verdict(
+        return Finding.of(
             guard, None, "", bound, "no byte-level vocabulary: asked of the text when it was encoded"
         )
     rows = sorted({shards.manifest.rows * k // SAMPLED for k in range(SAMPLED)})
@@ -901,8 +902,8 @@ def _round_trip(shards: InstructShards, tokenizer: Tokenizer) -> Verdict:
         text = engine.decode(ids.tolist(), skip_special_tokens=False)
         again = engine.decode(engine.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
         if text != again and "\ufffd" not in text:  # a context may be cut inside a character
-            return Verdict(
+            return Finding.of(
                 guard, False, f"{again[:40]!r} for {text[:40]!r}", bound, "not the ids of this tokenizer"
             )
         count += 1
-    return Verdict(guard, True, f"{count} examples", bound)
+    return Finding.of(guard, True, f"{count} examples", bound)
