@@ -21,7 +21,7 @@ from apr.evidence.seal import compare
 from apr.inference.generate import Sampling
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
-from apr.tokenizer.tokenizer import train_tokenizer
+from apr.tokenizer.training import train_tokenizer
 from apr.training import loggers
 from apr.training.callbacks import CallbackFailed
 from apr.training.settings import Settings

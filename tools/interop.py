@@ -37,7 +37,8 @@ import gguf
 
 import interop_cases as cases
 from apr import backends
-from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
+from apr.checkpoints.apr2 import write_apr
+from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.checkpoint import Checkpoint
 from apr.checkpoints.exporting import export_gguf, export_hf
 from apr.checkpoints.gguf import ROPE_FREQS

@@ -19,9 +19,8 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,11 +29,8 @@ import numpy as np
 
 from ..common.atomic import atomic_write
 from ..common.errors import MalformedFile, Refused
-from ..common.files import opened, parse_json, short
+from ..common.files import opened, parse_json
 from ..common.rounding import round_up
-from ..model.config import ModelConfig
-from ..model.families import FAMILIES
-from ..model.hf_config import MUST_BE, SIZES, from_hf, to_hf
 from .tensors import BF16, Stored, TensorFile, encode, saved_dtype
 
 MAGIC = b"APR\0"
@@ -69,14 +65,10 @@ REFUSED_FLAGS = {
     0x0800: "column-major",
 }
 
-TOKENIZER = "tokenizer.json"  # metadata key of the whole text
-SPLIT_HALVES = 2  # rope_type: dimension i turns with i + D/2
-_SIZES = {field: hf_key for hf_key, field in SIZES.items()}  # typed keys are called as the fields are
-
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """An entry of the index as it stands in the file; offset in bytes from the start of the data."""
+    """One entry of the index as it stands in the file; offset in bytes from the start of the data."""
 
     name: str
     tag: int
@@ -111,7 +103,7 @@ def read_apr(path: str | Path) -> AprFile:
         rows = _read_index(f.read(data_at - index_at), count, path)
         _check_places(rows, data_at, size, path)
         _check_footer(f, size, path)
-        # Only now is the content known to be what was written: what is unknown here is so on purpose.
+        # The checksums hold, so what follows is what somebody wrote: what is unknown to apr is unknown on purpose.
         entries = [_stored(row, data_at, path) for row in rows]
         metadata = parse_json(text, f"{path}: metadata")
         return AprFile(path, metadata, flags, size, TensorFile(path, f, entries))
@@ -130,7 +122,7 @@ def _header_crc(header: bytes) -> int:
 
 
 def _read_header(f: BinaryIO, size: int, path: Path) -> tuple[int, int, int, int, int]:
-    """(flags, tensor count, metadata size, index offset, data offset), checked against the length."""
+    """Read (flags, tensor count, metadata size, index offset, data offset), checked against the length."""
     raw = f.read(HEADER.size)
     if raw[:4] != MAGIC:
         raise _bad(path, f"starts with {raw[:4]!r}, not {MAGIC!r}")
@@ -182,7 +174,7 @@ def _read_index(block: bytes, count: int, path: Path) -> list[_Row]:
 
 
 def _check_places(rows: list[_Row], data_at: int, size: int, path: Path) -> None:
-    """Tensors follow one another without overlap or gap and end where the footer begins."""
+    """Raise MalformedFile unless tensors follow one another without overlap or gap up to the footer."""
     end = 0
     for row in sorted(rows, key=lambda r: r.offset):
         if row.offset != _up(end):
@@ -228,7 +220,7 @@ def write_apr(
     """Write an APR v2 file, one piece of one tensor at a time, in the place of `path`.
 
     dtype: "float32" or "bfloat16" for floating point tensors (rounding to nearest even), None keeps
-    theirs. `param_count` and `total_size` (bytes of tensors) are set from what is written. Equal
+    each tensor's. `param_count` and `total_size` (bytes of tensors) are set from what is written. Equal
     arguments give equal bytes. Raises Refused for what the format cannot hold, IOFailure.
     """
     names = sorted(tensors)  # by code point, which is the order of the UTF-8 bytes
@@ -278,7 +270,7 @@ def write_apr(
 
 
 def dump_metadata(metadata: dict[str, Any]) -> bytes:
-    """Metadata as it stands in the file."""
+    """Encode metadata as they stand in the file."""
     text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.encode("utf-8")
 
@@ -288,188 +280,3 @@ def _pack_header(flags: int, count: int, meta_size: int, index_size: int) -> byt
     places = (HEADER.size, meta_size, index_at, index_at + _up(index_size))
     raw = HEADER.pack(MAGIC, 2, 0, flags | ROW_MAJOR, count, *places, 0, bytes(20))
     return raw[:40] + struct.pack("<I", _header_crc(raw)) + raw[44:]
-
-
-def _typed(cfg: ModelConfig) -> dict[str, Any]:
-    """The keys of the specification that describe the model, and the two that it lacks."""
-    return {
-        "architecture": cfg.family,
-        "hf_architecture": FAMILIES[cfg.family].architecture,
-        "hf_model_type": cfg.family,
-        **{key: getattr(cfg, key) for key in _SIZES},
-        "head_dim": cfg.head_dim,
-        "rms_norm_eps": cfg.rms_norm_eps,
-        "rope_theta": cfg.rope_theta,
-        "rope_type": SPLIT_HALVES,
-        "tie_word_embeddings": cfg.tie_word_embeddings,
-        "attention_bias": cfg.qkv_bias,  # of q, k and v; the output projection has none
-    }
-
-
-def config_to_metadata(cfg: ModelConfig, created_at: str | None = None) -> dict[str, Any]:
-    """Metadata that describe a model completely; `metadata_to_config` gives the same ModelConfig back.
-
-    created_at: ISO 8601; None is now. `write_apr` adds param_count and total_size.
-    """
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"model_type": cfg.family, **_typed(cfg), "created_at": created_at or now, "hf_config": to_hf(cfg)}
-
-
-def metadata_to_config(meta: dict[str, Any], source: str, names: Collection[str]) -> ModelConfig:
-    """The ModelConfig of an APR file with these metadata and tensor names. Invents nothing.
-
-    `hf_config` decides where it is present, and the typed keys must agree with it. Files of the
-    original lack it: there the typed keys decide, and the tensor names what has no key (tying).
-    Raises MalformedFile for a missing key, Refused for contradictions and what apr does not compute.
-    """
-    if "hf_config" not in meta:
-        return from_hf(_old_config(meta, source, names), source)
-    cfg = from_hf(meta["hf_config"], f"{source}: hf_config")
-    for key, want in _typed(cfg).items():
-        if meta.get(key) is not None and meta[key] != want:
-            raise Refused(f"{source}: {key} = {meta[key]!r} in the metadata, but hf_config says {want!r}")
-    return cfg
-
-
-def _old_config(meta: dict[str, Any], source: str, names: Collection[str]) -> dict[str, Any]:
-    """A config.json from the typed keys of a file without hf_config."""
-    family = _old_family(meta, source, names)
-    rope_type = _key(meta, source, "rope_type")
-    if rope_type != SPLIT_HALVES:
-        what = "adjacent pairs are rotated" if rope_type == 0 else "unknown"
-        raise Refused(
-            f"{source}: rope_type = {rope_type!r} ({what}); apr rotates split halves ({SPLIT_HALVES})"
-        )
-    if meta.get("num_experts"):
-        raise Refused(
-            f"{source}: num_experts = {meta['num_experts']!r}; apr does not compute mixtures of experts"
-        )
-    d: dict[str, Any] = {"model_type": family, "hidden_act": "silu"}  # no typed key: all families use it
-    for key, hf_key in _SIZES.items():
-        d[hf_key] = _key(meta, source, key, hf_key)
-    for key in ("rms_norm_eps", "rope_theta"):
-        d[key] = _key(meta, source, key)
-    d["head_dim"] = meta.get(
-        "head_dim"
-    )  # the original, too, defines a missing one as hidden_size / num_heads
-    d["tie_word_embeddings"] = meta.get("tie_word_embeddings", "lm_head.weight" not in names)
-    d |= {k: meta[k] for k in MUST_BE if k != "attention_bias" and meta.get(k) is not None}
-    # Two switches have no typed key. They may be absent only where no model of the family uses them.
-    positions = d["max_position_embeddings"]  # from_hf judges its type
-    if "rope_scaling" in meta:
-        d["rope_scaling"] = meta["rope_scaling"]
-    elif family == "llama" and isinstance(positions, int) and positions > 8192:
-        raise _missing(source, "rope_scaling", "Llama models of more than 8192 positions differ in it")
-    if FAMILIES[family].window:
-        if "sliding_window" not in meta:
-            raise _missing(source, "sliding_window", f"{family} models differ in it")
-        d["sliding_window"] = meta["sliding_window"]
-    return d
-
-
-def _old_family(meta: dict[str, Any], source: str, names: Collection[str]) -> str:
-    """The family that the metadata name, which must be the one that the tensor names show."""
-    by_name = {k.lower(): k for k in FAMILIES} | {f.architecture.lower(): k for k, f in FAMILIES.items()}
-    said = {key: meta[key] for key in ("architecture", "hf_architecture", "hf_model_type") if meta.get(key)}
-    if not said:
-        raise _missing(source, "architecture", "apr does not guess it from tensor names")
-    found = {by_name.get(str(value).lower()) for value in said.values()}
-    family = found.pop()
-    if found or family is None:
-        raise Refused(
-            f"{source}: {said}: apr computes one of {', '.join(FAMILIES)}, and all must name the same"
-        )
-    row = FAMILIES[family]
-    for switch, part in ((row.qkv_bias, ".self_attn.q_proj.bias"), (row.qk_norm, ".self_attn.q_norm.weight")):
-        if switch != any(n.endswith(part) for n in names):
-            there = "lacks" if switch else "has"
-            raise Refused(f"{source}: architecture {family!r}, but the file {there} tensors {part!r}")
-    return family
-
-
-def _key(meta: dict[str, Any], source: str, key: str, alias: str | None = None) -> Any:
-    values = [meta[k] for k in (key, alias) if k is not None and meta.get(k) is not None]
-    if not values:
-        raise _missing(source, key, "apr invents no sizes")
-    if any(v != values[0] for v in values):
-        raise Refused(f"{source}: {key} = {values[0]!r}, but {alias} = {values[1]!r}")
-    return values[0]
-
-
-def _missing(source: str, key: str, why: str) -> MalformedFile:
-    return MalformedFile(f"{source}: metadata lack {key!r}; {why}. Import the original checkpoint instead")
-
-
-def embed_tokenizer(
-    meta: dict[str, Any], tokenizer_json_text: str, eos_id: int | None, bos_id: int | None = None
-) -> None:
-    """Add a tokenizer to metadata: the keys of the specification and the whole text of tokenizer.json.
-
-    The specification's vocabulary (position = id) and merges have no place for the rules of added
-    tokens, normalizer and pre-tokenizer; the text has. Where it would not fit into a file, it is
-    stored without its white space. Raises MalformedFile, or Refused for a tokenizer that is not BPE
-    or an id that has no token.
-    """
-    d = parse_json(tokenizer_json_text, TOKENIZER)
-    model = d.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise Refused(f"{TOKENIZER}: model.type is not BPE; apr embeds BPE tokenizers only")
-    vocabulary = _vocabulary(model["vocab"], d.get("added_tokens") or [])
-    out: dict[str, Any] = {"tokenizer.vocabulary": vocabulary, "tokenizer.model_type": "BPE"}
-    listed = model.get("merges") or []
-    if not isinstance(listed, list):
-        raise MalformedFile(f"{TOKENIZER}: model.merges is not a list")
-    merges = [m.split(" ") if isinstance(m, str) else m for m in listed]
-    if not all(isinstance(m, list) and [type(part) for part in m] == [str, str] for m in merges):
-        raise MalformedFile(f"{TOKENIZER}: a merge is not a pair of tokens")
-    if not any(" " in part for m in merges for part in m):  # else "a b" could not be taken apart again
-        out["tokenizer.merges"] = [" ".join(m) for m in merges]
-    for name, i in (("bos", bos_id), ("eos", eos_id)):
-        if i is not None:
-            if not 0 <= i < len(vocabulary) or vocabulary[i] == _hole(i):
-                raise Refused(
-                    f"{TOKENIZER}: {name} id {i} has no token; its ids end at {len(vocabulary) - 1}"
-                )
-            out[f"tokenizer.{name}_token_id"] = i
-    out[TOKENIZER] = tokenizer_json_text
-    if len(dump_metadata({**meta, **out})) > MAX_METADATA - 4096:  # room for what the writer adds
-        out[TOKENIZER] = json.dumps(d, ensure_ascii=False, separators=(",", ":"))
-    meta.update(out)
-
-
-def _vocabulary(vocab: dict[str, Any], added: Any) -> list[str]:
-    """Tokens in the order of their ids; an id without a token gets a name of its own."""
-    by_id: dict[int, str] = {}
-    try:
-        pairs = [*vocab.items(), *((t["content"], t["id"]) for t in added)]
-    except (TypeError, KeyError):
-        raise MalformedFile(f"{TOKENIZER}: an added token lacks content or id") from None
-    for token, i in pairs:
-        if (
-            not isinstance(token, str)
-            or type(i) is not int
-            or not 0 <= i < MAX_METADATA // 3
-            or by_id.setdefault(i, token) != token
-        ):
-            raise MalformedFile(
-                f"{TOKENIZER}: token {token!r} has id {i!r}: not a number, negative, too large or taken"
-            )
-    return [by_id.get(i, _hole(i)) for i in range(max(by_id, default=-1) + 1)]
-
-
-def _hole(i: int) -> str:
-    return f"[PAD{i}]"
-
-
-def extract_tokenizer(meta: dict[str, Any], source: str = "metadata") -> str | None:
-    """The text of the embedded tokenizer.json; None where there is none. Raises MalformedFile, naming `source`.
-
-    Files of the original hold a vocabulary and merges only: without the pre-tokenizer no text can be
-    encoded as in training, so that is None as well.
-    """
-    text = meta.get(TOKENIZER)
-    if text is not None and not isinstance(text, str):
-        raise MalformedFile(
-            f"{source}: {TOKENIZER!r} is not text but {short(text)}; import the original checkpoint instead"
-        )
-    return text

@@ -16,7 +16,8 @@ from ..common.errors import AprError, InputNotFound, MalformedFile
 from ..common.files import parse_json, read_text
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf
-from .apr2 import MAGIC, metadata_to_config, read_apr
+from .apr2 import MAGIC, read_apr
+from .apr2_metadata import metadata_to_config
 from .hf import read_folder, read_safetensors
 from .tensors import CHUNK, TensorFile
 

@@ -16,7 +16,8 @@ from ..common.version import __version__
 from ..model.params import Layout
 from ..tokenizer.import_hf import read_tokenizer
 from ..tokenizer.tokenizer import Tokenizer
-from .apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
+from .apr2 import read_apr, write_apr
+from .apr2_metadata import config_to_metadata, embed_tokenizer
 from .checkpoint import (
     HF_FILES,
     SIDE_FILES,

@@ -25,7 +25,8 @@ from ..model.config import ModelConfig
 from ..model.params import Layout
 from ..model.presets import PRESETS
 from ..tokenizer.tokenizer import Tokenizer
-from .apr2 import extract_tokenizer, metadata_to_config, read_apr
+from .apr2 import read_apr
+from .apr2_metadata import extract_tokenizer, metadata_to_config
 from .checkpoint import Checkpoint, fill, parameters, upload
 from .gguf_reader import MAGIC as GGUF_MAGIC
 from .gguf_reader import read_gguf

@@ -23,7 +23,8 @@ from ..model.config import ModelConfig
 from ..model.lora import AdapterLayout, Adapters, lora_of_json, lora_to_json
 from ..model.optim import Optimizer
 from ..model.params import Layout
-from .apr2 import config_to_metadata, metadata_to_config, read_apr, write_apr
+from .apr2 import read_apr, write_apr
+from .apr2_metadata import config_to_metadata, metadata_to_config
 
 OPTIMIZER = "optimizer."
 

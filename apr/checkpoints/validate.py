@@ -28,6 +28,7 @@ from ..model.params import Layout
 from ..tokenizer.import_hf import PROBE
 from ..tokenizer.tokenizer import Tokenizer
 from . import apr2, hf
+from .apr2_metadata import TOKENIZER, embed_tokenizer, metadata_to_config
 from .tensors import BF16, CHUNK, EMBED, HEAD, INV_FREQ, TensorFile, is_float
 
 SEVERAL = 3  # names in a figure
@@ -262,7 +263,7 @@ def _apr_rows(checks: Checklist, subject: _Subject, path: Path, f: BinaryIO, siz
     if subject.metadata is not None:
         meta = subject.metadata
         subject.eos = meta.get("tokenizer.eos_token_id")
-        text = meta.get(apr2.TOKENIZER)
+        text = meta.get(TOKENIZER)
         subject.tokenizer_json = text if isinstance(text, str) else None
     checks.ask(
         "config complete",
@@ -289,7 +290,7 @@ def _apr_config(subject: _Subject) -> str:
     names = set(subject.tensors or ())
     if subject.tensors is None and "hf_config" not in subject.metadata:
         raise Skip(subject.why)
-    subject.cfg = apr2.metadata_to_config(subject.metadata, subject.source, names)
+    subject.cfg = metadata_to_config(subject.metadata, subject.source, names)
     said = subject.metadata.get("tie_word_embeddings")
     subject.tied = said if isinstance(said, bool) else subject.cfg.tie_word_embeddings
     return _describe(subject.cfg)
@@ -559,7 +560,7 @@ def _layout(s: _Subject) -> Layout:
 def _vocabulary_differs(listed: Any, text: str) -> str | None:
     """Where the vocabulary in its own metadata key says otherwise than tokenizer.json; None when they agree."""
     meta: dict[str, Any] = {}
-    apr2.embed_tokenizer(meta, text, None)
+    embed_tokenizer(meta, text, None)
     want = meta["tokenizer.vocabulary"]
     if not isinstance(listed, list) or len(listed) != len(want):
         return f"tokenizer.vocabulary has {len(listed) if isinstance(listed, list) else 0} tokens, tokenizer.json {len(want)}"

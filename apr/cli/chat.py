@@ -10,16 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..common.atomic import write_json
 from ..common.errors import AprError, UsageError
 from ..inference.chat import Conversation
-from ..inference.generate import Sampling
-from ..inference.language_model import LanguageModel
-
-if TYPE_CHECKING:
-    from .run import Flags
 
 HELP = """  /system TEXT  what the system's message says from now on; without TEXT: none
   /reset        forget the conversation, keep the system's message
@@ -27,19 +22,14 @@ HELP = """  /system TEXT  what the system's message says from now on; without TE
   /quit         end, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
-def chat(model: LanguageModel, f: Flags, sampling: Sampling) -> int:
-    """Talk until the input ends; returns the exit code. Raises Refused: no chat template."""
-    template = None
-    if f.chat_template is not None:
-        template = model.checkpoint.template(f.chat_template)
-    conversation = model.conversation(sampling, f.stop, template)
-    conversation.set_system(f.system or "")
-    session = Session(conversation, quiet=f.json)
-    if f.prompt:
-        session.answer(f.prompt)
+def chat(conversation: Conversation, prompt: str, as_json: bool) -> int:
+    """Answer a prompt, or without one talk until the input ends; returns the exit code."""
+    session = Session(conversation, quiet=as_json)
+    if prompt:
+        session.answer(prompt)
     else:
         session.run()
-    if f.json:
+    if as_json:
         print(
             json.dumps(
                 {"messages": conversation.messages, "forgotten": conversation.forgotten}, ensure_ascii=False
@@ -49,15 +39,20 @@ def chat(model: LanguageModel, f: Flags, sampling: Sampling) -> int:
 
 
 class Session:
-    """Reads messages and commands, prints answers. quiet: prints nothing on the standard output."""
+    """Reads messages and commands, prints answers.
+
+    quiet     nothing goes to the standard output
+    terminal  standard input is a terminal
+    failed    a message of a file or pipe had no answer
+    """
 
     def __init__(self, conversation: Conversation, quiet: bool = False) -> None:
         self.conversation, self.quiet = conversation, quiet
         self.terminal = sys.stdin.isatty()
-        self.failed = False  # a message of a file or pipe had no answer
+        self.failed = False
 
     def run(self) -> None:
-        """Until the input ends or /quit."""
+        """Read and answer until the input ends or /quit."""
         if self.terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401 -- input() has a history and can be edited
@@ -120,7 +115,7 @@ class Session:
         return now
 
     def _command(self, line: str) -> bool:
-        """Do what a /command says; True for /quit. Raises UsageError for one that there is not, IOFailure."""
+        """Run a /command; True for /quit. Raises UsageError for an unknown command, IOFailure."""
         name, _, rest = line.partition(" ")
         c, rest = self.conversation, rest.strip()
         if name in ("/quit", "/exit"):
@@ -148,7 +143,7 @@ class Session:
 
 @contextmanager
 def _stopping() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event; a second one interrupts. Outside the main thread there are no signals."""
+    """Set the event upon Ctrl-C; interrupt upon the second. Outside the main thread there are no signals."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
+from ..checkpoints.apr2 import write_apr
+from ..checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from ..checkpoints.checkpoint import HF_FILES, fill, parameters
 from ..checkpoints.peft import add_adapter, read_adapter
 from ..checkpoints.registry import open_any

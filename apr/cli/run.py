@@ -23,6 +23,7 @@ from ..common.options import device_option, dtype_option, json_option, option, p
 from ..inference.generate import Continuation, Sampling
 from ..inference.language_model import LanguageModel
 from ..inference.streaming import Text
+from .chat import chat
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,10 @@ def main(args: Sequence[str]) -> int:
     prompts = None if f.prompts is None else read_prompts(Path(f.prompts))
     model = load(f.model, f.device, f.dtype, f.threads)
     if f.chat:
-        from .chat import chat
-
-        return chat(model, f, sampling)
+        template = None if f.chat_template is None else model.checkpoint.template(f.chat_template)
+        conversation = model.conversation(sampling, f.stop, template)
+        conversation.set_system(f.system or "")
+        return chat(conversation, f.prompt, f.json)
     if prompts is not None:
         return _several(model, f, sampling, prompts)
     return _one(model, f, sampling)

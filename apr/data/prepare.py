@@ -13,7 +13,9 @@ import tokenizers
 from ..common.atomic import write_json
 from ..common.errors import AprError, IOFailure, MalformedFile, Refused
 from ..common.files import make_folder, read_json
-from ..tokenizer.tokenizer import Progress, Tokenizer, train_tokenizer
+from ..common.progress import Progress
+from ..tokenizer.tokenizer import Tokenizer
+from ..tokenizer.training import train_tokenizer
 from .corpus import Document, is_held_out
 from .encode import RECORD as ENCODED
 from .encode import SKIPPED, Counts, encode_corpus

@@ -11,7 +11,8 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from ..checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
+from ..checkpoints.apr2 import write_apr
+from ..checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hf import write_hf
 from ..common.atomic import write_text

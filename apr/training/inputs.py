@@ -20,6 +20,7 @@ from ..checkpoints.registry import open_any
 from ..common.errors import InputNotFound, Refused
 from ..common.files import read_text
 from ..common.finding import FAIL, PASS, Finding, as_json
+from ..common.progress import Progress
 from ..data.audit import Split, audit, enforce_all, sides_of, tokenizer_beside
 from ..data.batches import Windows
 from ..data.conversations.instruct import (
@@ -39,7 +40,7 @@ from ..model.config import ModelConfig
 from ..model.cost import Memory, check_fits, check_positions, memory
 from ..model.lora import LoraConfig, lora_config, lora_to_json
 from ..model.presets import load_config
-from ..tokenizer.tokenizer import Progress, Tokenizer
+from ..tokenizer.tokenizer import Tokenizer
 from .settings import Settings
 
 PIECE_BYTES = (

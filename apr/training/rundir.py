@@ -15,7 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
+from ..checkpoints.apr2 import write_apr
+from ..checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from ..checkpoints.state import TrainingState, sha256
 from ..common.atomic import explain, write_json, write_text
 from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused

@@ -30,7 +30,8 @@ from apr.bisect.planted import catalogue
 from apr.bisect.planted.faults import FAULTS
 from apr.bisect.report import EXACT, FORCED, FREE, STAGES, Report, Row
 from apr.bisect.stages import Batch, Plan, Side
-from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
+from apr.checkpoints.apr2 import write_apr
+from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.cli.main import main
 from apr.model.config import ModelConfig
 from apr.model.cost import memory

@@ -20,7 +20,7 @@ from apr import backends
 from apr.bisect.planted import catalogue
 from apr.bisect.planted.faults import DATA, FAULTS, LAYOUT, Fault
 from apr.model.presets import PRESETS
-from apr.tokenizer.tokenizer import train_tokenizer
+from apr.tokenizer.training import train_tokenizer
 from cases import Backend
 from checks import (
     END,

@@ -19,15 +19,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from apr.checkpoints.apr2 import (
-    HAS_VOCAB,
-    MAX_METADATA,
+from apr.checkpoints.apr2 import HAS_VOCAB, MAX_METADATA, read_apr, write_apr
+from apr.checkpoints.apr2_metadata import (
     config_to_metadata,
     embed_tokenizer,
     extract_tokenizer,
     metadata_to_config,
-    read_apr,
-    write_apr,
 )
 from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.hf import read_hf, read_safetensors, write_hf, write_safetensors

@@ -16,7 +16,8 @@ import pytest
 
 import interop_cases
 from apr.checkpoints import exporting, importing
-from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
+from apr.checkpoints.apr2 import read_apr, write_apr
+from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.exporting import export_hf, parse_size
 from apr.checkpoints.hf import read_hf, read_safetensors, write_hf
 from apr.checkpoints.importing import import_model

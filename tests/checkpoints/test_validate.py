@@ -15,15 +15,8 @@ import numpy as np
 import pytest
 
 import interop_cases
-from apr.checkpoints.apr2 import (
-    HAS_VOCAB,
-    HEADER,
-    config_to_metadata,
-    embed_tokenizer,
-    metadata_to_config,
-    read_apr,
-    write_apr,
-)
+from apr.checkpoints.apr2 import HAS_VOCAB, HEADER, read_apr, write_apr
+from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer, metadata_to_config
 from apr.checkpoints.hf import write_hf, write_safetensors
 from apr.checkpoints.state import sha256
 from apr.checkpoints.validate import figures_of, validate

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from apr import backends
-from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
+from apr.checkpoints.apr2 import write_apr
+from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.hf import read_safetensors, write_hf
 from apr.cli.main import COMMANDS, main
 from apr.model.cost import attended, flops_per_token, memory
@@ -17,7 +18,7 @@ from apr.model.optim import AdamW
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
-from apr.tokenizer.tokenizer import train_tokenizer
+from apr.tokenizer.training import train_tokenizer
 
 
 @pytest.fixture(scope="module")

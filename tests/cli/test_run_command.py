@@ -8,12 +8,13 @@ import json
 import numpy as np
 import pytest
 
-from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
+from apr.checkpoints.apr2 import write_apr
+from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
-from apr.tokenizer.tokenizer import train_tokenizer
+from apr.tokenizer.training import train_tokenizer
 
 WORDS = "def f(x):\n    return x + 1\nclass A:\n    pass\n"
 

@@ -13,7 +13,8 @@ import pytest
 
 from apr.common.errors import Refused
 from apr.data.batches import AHEAD, Batches, Exhausted, Permutation, Windows, sequential
-from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from apr.tokenizer.tokenizer import Tokenizer
+from apr.tokenizer.training import train_tokenizer
 from batch_checks import (  # noqa: F401  tests, run here too
     stream,
     test_a_pass_reads_every_window_once,

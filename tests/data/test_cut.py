@@ -13,7 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from apr.data import cut
 from apr.data.cut import CannotCut, Cutter
-from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from apr.tokenizer.tokenizer import Tokenizer
+from apr.tokenizer.training import train_tokenizer
 from data_cases import CODE, corpus
 
 

@@ -26,7 +26,8 @@ from apr.data.guards import Bounds
 from apr.data.readers import Skipped
 from apr.data.seen import Seen
 from apr.data.shards import TokenShards
-from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from apr.tokenizer.tokenizer import Tokenizer
+from apr.tokenizer.training import train_tokenizer
 from data_cases import CODE, Memory, corpus, edit_json, files_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,8 @@ from apr.data.encode import encode_corpus
 from apr.data.guards import Bounds, enforce, fits_model, plausible, round_trip
 from apr.data.repair import repair_manifest
 from apr.data.shards import ShardWriter, TokenShards
-from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from apr.tokenizer.tokenizer import Tokenizer
+from apr.tokenizer.training import train_tokenizer
 from data_cases import Memory, corpus, edit_json, edit_shard_row, flip_byte, put, rewrite, write
 
 

@@ -23,7 +23,8 @@ from apr.data.prepare import Prepared, prepare
 from apr.data.readers import Corpus
 from apr.data.shards import TokenShards
 from apr.data.sources import find_sources
-from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from apr.tokenizer.tokenizer import Tokenizer
+from apr.tokenizer.training import train_tokenizer
 from data_cases import Memory, corpus, edit_json, files_of, flip_byte, write
 
 ROOT = Path(__file__).resolve().parents[2]

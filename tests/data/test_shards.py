@@ -17,7 +17,8 @@ from apr.data.corpus import Document
 from apr.data.manifest import FIGURES, MAX_VOCAB
 from apr.data.repair import repair_manifest
 from apr.data.shards import ShardWriter, TokenShards
-from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from apr.tokenizer.tokenizer import Tokenizer
+from apr.tokenizer.training import train_tokenizer
 from data_cases import corpus, edit_json, edit_shard_row, files_of, flip_byte, put, rewrite, write
 
 

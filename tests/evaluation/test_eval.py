@@ -10,7 +10,8 @@ import random
 import numpy as np
 import pytest
 
-from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
+from apr.checkpoints.apr2 import write_apr
+from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
 from apr.common.errors import Aborted, MalformedFile, Refused, UsageError
@@ -22,7 +23,8 @@ from apr.evaluation.score import Scored, Scorer, Window, bos_ids, open_model
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
-from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from apr.tokenizer.tokenizer import Tokenizer
+from apr.tokenizer.training import train_tokenizer
 from apr.training.evaluate import evaluate
 from checks import GOLDEN, golden, golden_config
 from data_cases import corpus, flip_byte, write

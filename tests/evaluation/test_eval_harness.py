@@ -18,7 +18,7 @@ from apr.checkpoints.hf import write_hf
 from apr.common.errors import AprError, Refused, UsageError
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
-from apr.tokenizer.tokenizer import train_tokenizer
+from apr.tokenizer.training import train_tokenizer
 from checks import GOLDEN
 
 HARNESS = "apr.evaluation.lm_eval"

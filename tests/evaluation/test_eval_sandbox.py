@@ -333,7 +333,7 @@ def test_completions_are_cut_at_the_usual_places():
 
 
 def test_no_more_tokens_are_taken_than_a_stop_needs(tmp_path):
-    from apr.tokenizer.tokenizer import train_tokenizer
+    from apr.tokenizer.training import train_tokenizer
 
     tokenizer = train_tokenizer(["    return x\n\ndef f"] * 3, 260, tmp_path)
     taken = []

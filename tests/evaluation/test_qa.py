@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from apr import backends
-from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
+from apr.checkpoints.apr2 import read_apr, write_apr
+from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.importing import import_model
 from apr.cli.main import main
 from apr.common.errors import InputNotFound
@@ -21,7 +22,7 @@ from apr.evaluation import qa as qa_module
 from apr.evaluation.qa import TEXTS, Passage, cycle, qa
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
-from apr.tokenizer.tokenizer import train_tokenizer
+from apr.tokenizer.training import train_tokenizer
 
 ROWS = [
     "validate",

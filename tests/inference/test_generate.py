@@ -410,7 +410,7 @@ def test_stop_strings_whatever_the_pieces(text, stops, want):
 
 
 def test_text_comes_in_whole_characters(tmp_path):
-    from apr.tokenizer.tokenizer import train_tokenizer
+    from apr.tokenizer.training import train_tokenizer
 
     tokenizer = train_tokenizer(["a\u00e9\u65e5\U0001f600 b " * 3], 258, tmp_path)
     text = "x\u00e9y \u65e5\u672c \U0001f600!\U0001f469\u200d\U0001f52c"

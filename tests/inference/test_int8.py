@@ -16,7 +16,7 @@ from apr.inference import int8
 from apr.inference.generate import Generator, Sampling
 from apr.model.params import FUSED, Layout
 from apr.model.presets import PRESETS
-from apr.tokenizer.tokenizer import train_tokenizer
+from apr.tokenizer.training import train_tokenizer
 
 
 def rounded(cfg, host):

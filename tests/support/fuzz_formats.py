@@ -26,7 +26,8 @@ import numpy as np
 import data_cases
 import tokenizer_cases
 from apr.bisect import against, stored
-from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, read_apr, write_apr
+from apr.checkpoints.apr2 import read_apr, write_apr
+from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.gguf import write_gguf
 from apr.checkpoints.gguf_reader import read_gguf

@@ -18,7 +18,8 @@ from apr.model.config import ModelConfig, RopeScaling
 from apr.model.hf_config import to_hf
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
-from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from apr.tokenizer.tokenizer import Tokenizer
+from apr.tokenizer.training import train_tokenizer
 
 VOCAB = 320  # more than the tokenizer has ids: the rest is padded
 TEXT = [

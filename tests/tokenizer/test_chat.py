@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 import apr
-from apr.checkpoints.apr2 import config_to_metadata, embed_tokenizer, write_apr
+from apr.checkpoints.apr2 import write_apr
+from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
 from apr.common.errors import Refused, UsageError
@@ -26,7 +27,8 @@ from apr.inference.generate import Sampling
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.tokenizer.chat_template import ChatTemplate, answer_ends, chat_ids
-from apr.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from apr.tokenizer.tokenizer import Tokenizer
+from apr.tokenizer.training import train_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "chat-templates.json").read_text())
 CHATML = (

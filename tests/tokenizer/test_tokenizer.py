@@ -22,10 +22,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from tokenizers import Tokenizer as Engine
 
 from apr.common.errors import AprError, InputNotFound, IOFailure, MalformedFile, Refused, UsageError
-from apr.tokenizer import tokenizer as module
+from apr.tokenizer import training
 from apr.tokenizer.families import FAMILIES, Family
 from apr.tokenizer.import_hf import import_hf
-from apr.tokenizer.tokenizer import LONGEST_WORD, Tokenizer, train_tokenizer
+from apr.tokenizer.tokenizer import Tokenizer
+from apr.tokenizer.training import MAX_WORD_CHARACTERS, train_tokenizer
 from apr.tokenizer.vocab_format import BYTE_CHARACTERS, HEX, MAX_IDS, check, steps
 from tokenizer_cases import (
     BL,
@@ -891,15 +892,15 @@ def test_training_streams(tmp_path: Path) -> None:
         " " * 50_000 + "x",
         "\u4e2d" * 20_000,
         "a b " * 10 + "-" * 30_000,
-        "x" * (LONGEST_WORD + 1),
+        "x" * (MAX_WORD_CHARACTERS + 1),
     ],
     ids=["letters", "spaces", "letters without spaces", "signs", "one more"],
 )
 def test_words_without_end_are_cut_and_counted(text: str, tmp_path: Path) -> None:
-    counted = module._Counted([text], None)
+    counted = training._Counted([text], None)
     pieces = list(counted)
     assert "".join(pieces) == text
-    assert max(map(len, pieces)) <= LONGEST_WORD + 50
+    assert max(map(len, pieces)) <= MAX_WORD_CHARACTERS + 50
     assert counted.words_cut == 1
     tok = train_tokenizer([text, "ok"], 270, tmp_path)
     assert tok.made is not None
@@ -908,8 +909,12 @@ def test_words_without_end_are_cut_and_counted(text: str, tmp_path: Path) -> Non
 
 
 def test_words_of_the_longest_length_are_whole() -> None:
-    for text in ("x" * LONGEST_WORD, f"{'x' * LONGEST_WORD} {'y' * LONGEST_WORD}", "it's 123, ok\n" * 5000):
-        counted = module._Counted([text], None)
+    for text in (
+        "x" * MAX_WORD_CHARACTERS,
+        f"{'x' * MAX_WORD_CHARACTERS} {'y' * MAX_WORD_CHARACTERS}",
+        "it's 123, ok\n" * 5000,
+    ):
+        counted = training._Counted([text], None)
         assert list(counted) == [text]
         assert counted.words_cut == 0
 
@@ -952,7 +957,7 @@ def test_errors_of_the_text_source_pass_through(tmp_path: Path) -> None:
 
 TRAIN = """
 import sys
-from apr.tokenizer.tokenizer import train_tokenizer
+from apr.tokenizer.training import train_tokenizer
 texts = ["".join(chr(97 + (i * j * 7 + j * j) % 26) + " " * (j % 5 == 0) for j in range(300)) for i in range(500)]
 train_tokenizer(iter(texts), 800, sys.argv[1], special_tokens=["<a>"])
 """

@@ -22,7 +22,7 @@ from ...data.shards import ShardWriter
 from ...model.config import ModelConfig
 from ...model.params import Layout
 from ...model.presets import PRESETS
-from ...tokenizer.tokenizer import train_tokenizer
+from ...tokenizer.training import train_tokenizer
 from .. import batch as batches
 from ..report import Report, Row
 from ..rule import Backend

@@ -15,7 +15,7 @@ from ...common.options import json_option, option, parse
 from ...data.corpus import is_held_out
 from ...data.readers import Corpus, LongDocument, Skipped
 from ...data.sources import find_sources
-from ...tokenizer.tokenizer import train_tokenizer
+from ...tokenizer.training import train_tokenizer
 from ..show import Show
 
 
