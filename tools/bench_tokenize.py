@@ -34,11 +34,12 @@ import numpy as np
 
 from apr.common.host import cores, cpu_name
 from apr.data.batches import AHEAD, Batches, Windows
+from apr.data.corpus import Corpus
 from apr.data.encode import encode_corpus
-from apr.data.readers import Corpus, Skipped
+from apr.data.find import find_sources
 from apr.data.seen import Seen
 from apr.data.shards import TokenShards
-from apr.data.sources import find_sources
+from apr.data.source import Skipped
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.training.rundir import git_commit, versions
 
@@ -62,7 +63,7 @@ def measure(way: str, tokenizer_dir: str, inputs: list[str]) -> dict[str, Any]:
     texts, size, seen = [], 0, Seen()
     for item in corpus:
         if not isinstance(item, Skipped) and seen.add(item.sha256):
-            text = "".join(item.chunks()) if hasattr(item, "chunks") else item.text
+            text = "".join(item.chunks())
             texts.append(text)
             size += len(text.encode())
     call, held, length, tokens = getattr(tokenizer._engine, way), [], 0, 0

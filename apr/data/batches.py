@@ -16,12 +16,13 @@ from .conversations.instruct import InstructWindows
 from .scan import mix
 from .shards import TokenShards
 
-ROUNDS = 4
-AHEAD = 4  # batches that a thread reads before they are asked for
+FEISTEL_ROUNDS = 4
+# Read by a thread before they are asked for.
+BATCHES_AHEAD = 4
 
 
 class Exhausted(AprError):
-    """Every window was read once, and the stream was told not to begin again."""
+    """Raised at the end of a pass over the windows, with on_exhausted "stop"."""
 
     exit_code = 6
     status = "ABORTED"
@@ -40,8 +41,9 @@ class Windows:
         self.seq_length = seq_length
         sizes = np.array([array.size for array in shards.arrays], dtype=np.int64)
         counts = (sizes - 1) // seq_length
-        self._ends = np.cumsum(counts)  # index after the last window of each shard
-        self.first = 0  # index of this object's first window among those of the shards
+        # Index behind the last window of each shard; index of the first window here among those of the shards.
+        self._ends = np.cumsum(counts)
+        self.first = 0
         self.count = int(self._ends[-1])
         # Of a shard with a window, its first token is read but never predicted: it is not dropped.
         self.tokens_dropped = int((sizes - counts * seq_length - (counts > 0)).sum())
@@ -57,15 +59,15 @@ class Windows:
 
     @property
     def targets(self) -> int:
-        """Targets of a pass over all windows."""
+        """Number of targets of a pass over all windows."""
         return self.count * self.seq_length
 
     def targets_of(self, indices: np.ndarray) -> int:
-        """Targets of the windows `indices` int64 (B,)."""
+        """Count the targets of the windows `indices` int64 (B,)."""
         return len(indices) * self.seq_length
 
     def split(self, held_out: int) -> tuple[Windows, Windows]:
-        """These windows without the last `held_out` ones, and those; a document may reach across the border.
+        """Split off the last `held_out` windows; a document may reach across the border.
 
         Raises Refused when either side is empty."""
         if not 0 < held_out < self.count:
@@ -80,7 +82,7 @@ class Windows:
         return train, held
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, targets) int32 (B, T) of the windows `indices` int64 (B,); targets are the next tokens.
+        """Read (ids, targets) int32 (B, T) of the windows `indices` int64 (B,); targets are the next tokens.
 
         Raises MalformedFile: a shard became shorter since it was opened."""
         t, indices = self.seq_length, indices + self.first
@@ -106,10 +108,10 @@ class Permutation:
         self._half = np.uint64(half)
         self._mask = np.uint64((1 << half) - 1)
         digest = hashlib.sha512(f"apr permutation {seed} {number}".encode()).digest()
-        self._keys = np.frombuffer(digest, dtype="<u8")[:ROUNDS].astype(np.uint64)
+        self._keys = np.frombuffer(digest, dtype="<u8")[:FEISTEL_ROUNDS].astype(np.uint64)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
-        """Images int64 (B,) of indices int64 (B,), all in range(n)."""
+        """Permute indices int64 (B,) in range(n)."""
         x = self._rounds(indices.astype(np.uint64))
         while (outside := x >= self.n).any():
             x[outside] = self._rounds(x[outside])
@@ -159,10 +161,12 @@ class Batches:
         self.on_exhausted = on_exhausted
         self.rank = rank
         self.step_windows = batch_size * world
-        self._counted = (0, 0)  # windows read, and the targets in them
-        self._read = 0  # windows that all ranks together have read, over all passes
+        # Windows read, and the number of their targets.
+        self._counted = (0, 0)
+        self._read = 0
         self._ahead: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
-        self._reader: ThreadPoolExecutor | None = None  # one thread, from the first batch on
+        # One thread, from the first batch on.
+        self._reader: ThreadPoolExecutor | None = None
 
     @property
     def windows_read(self) -> int:
@@ -171,7 +175,7 @@ class Batches:
 
     @property
     def targets_read(self) -> int:
-        """Targets of the windows that all ranks together have read, by the position in the data."""
+        """Number of targets that all ranks together have read, by the position in the data."""
         windows, (at, targets) = self.windows, self._counted
         if isinstance(windows, Windows):
             return self._read * windows.seq_length
@@ -201,18 +205,18 @@ class Batches:
         return batch
 
     def skip(self) -> int:
-        """Go on by a batch without reading it; its targets, of all ranks."""
+        """Go on by a batch without reading it; return the number of its targets, of all ranks."""
         first, self._read = self._read, self._read + self.step_windows
         self._ahead.clear()
         return self.windows.targets_of(self._indices(np.arange(first, self._read, dtype=np.int64)))
 
     def _draw_ahead(self) -> None:
-        """Have the next batches read on a thread, so that a page that is not in memory costs no step its time.
+        """Read the next batches on a thread, so that no step waits for the disk.
 
-        Does not change `state`: what is read ahead and not asked for is read again on resuming."""
+        Does not change `state`: batches read ahead and not asked for are read again on resuming."""
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        while len(self._ahead) < AHEAD:
+        while len(self._ahead) < BATCHES_AHEAD:
             first = self._read + len(self._ahead) * self.step_windows
             if self.on_exhausted == "stop" and first + self.step_windows > self.windows.count:
                 return
@@ -224,7 +228,7 @@ class Batches:
         return self.windows.read(self._indices(places))
 
     def _indices(self, places: np.ndarray) -> np.ndarray:
-        """Window indices int64 (B,) at places int64 (B,) of the endless stream."""
+        """Look up the windows (B,) int64 at places (B,) int64 of the endless stream."""
         number, place = np.divmod(places, self.windows.count)
         if not self.shuffle:
             return place
@@ -246,17 +250,17 @@ class Batches:
         }
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands and of which data, for json.dumps; the same on all ranks."""
+        """Return position and identity of the stream, for json.dumps; equal on all ranks."""
         number, position = divmod(self._read, self.windows.count)
         return {"pass": number, "position": position, **self._identity()}
 
     def rewind(self) -> None:
-        """Begin again with the first batch of the first pass."""
+        """Return to the first batch of the first pass."""
         self._read = 0
         self._ahead.clear()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises Refused at a state of other data, order or step size."""
+        """Continue from a `state`. Raises Refused for a state of other data, order or step size."""
         if not isinstance(state, dict):
             raise Refused(f"data position: {state!r} is not a state of the data stream")
         for key, ours in self._identity().items():
@@ -276,9 +280,9 @@ class Batches:
 def sequential(
     windows: Windows | InstructWindows, batch_size: int, max_windows: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every window once, in order: (ids, targets) int32 (B, T) each, B smaller in the last batch.
+    """Yield every window once, in order: (ids, targets) int32 (B, T), B smaller in the last batch.
 
-    With max_windows fewer windows, evenly spaced, so that they are of all documents, and the same whatever the
+    With max_windows fewer windows, evenly spaced, so that all documents contribute; the choice does not depend on the
     batch size."""
     if batch_size < 1:
         raise Refused(f"batch_size = {batch_size} is not positive")

@@ -19,38 +19,48 @@ from ..common.errors import IOFailure, Refused
 from ..common.files import make_folder, read_json
 from ..common.host import cores
 from ..tokenizer.tokenizer import Tokenizer
-from .corpus import Document, is_held_out
-from .cut import PIECE, CannotCut, Cutter
+from .corpus import Corpus
+from .cut import PIECE_CHARACTERS, CannotCut, Cutter
+from .documents import Document, LongDocument, is_held_out
 from .guards import USUAL, Bounds, enforce, plausible
-from .manifest import Manifest
-from .readers import Corpus, LongDocument, Skipped
+from .manifest import ShardManifest
 from .seen import Seen
-from .shards import ShardWriter, our_files
+from .shard_writer import ShardWriter
+from .shards import our_files
+from .source import Skipped
 
 FORMAT = "apr-encoded-1"
 RECORD = "encode.json"
 SKIPPED = "skipped.jsonl"
 PARALLELISM = "TOKENIZERS_PARALLELISM"
-BATCH = 1 << 17  # characters that a thread encodes at once
+# Characters that a thread encodes at once.
+BATCH_CHARACTERS = 1 << 17
 BATCH_PIECES = 4096
-AHEAD = 2  # batches for each thread that are read or encoded while one is written
-FIRST_LOOK = (
-    1 << 20
-)  # tokens after which the figures are judged for the first time, and then whenever they doubled
-SAMPLED = 256  # one of so many documents must come back from its ids; and the first EVERY_FIRST
-EVERY_FIRST = 16
+# Batches for each thread that are read or encoded while one is written.
+BATCHES_AHEAD = 2
+# The figures are judged for the first time after so many tokens, and then whenever their number doubled.
+FIRST_CHECK_TOKENS = 1 << 20
+# One of so many documents must come back from its ids; and each of the first ALWAYS_SAMPLED.
+SAMPLED_ONE_IN = 256
+ALWAYS_SAMPLED = 16
 
 
 @dataclass
 class Counts:
-    """What became of the documents so far."""
+    """Documents, tokens and bytes done so far.
+
+    documents     written, by side
+    text_bytes    UTF-8, of the documents that are written
+    skipped       unusable documents, by reason
+    round_trips   documents that were decoded and compared
+    """
 
     documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
     tokens: int = 0
-    text_bytes: int = 0  # UTF-8, of the documents that are written
+    text_bytes: int = 0
     duplicates: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)  # by reason
-    round_trips: int = 0  # documents that were decoded and compared
+    skipped: dict[str, int] = field(default_factory=dict)
+    round_trips: int = 0
     first_skipped: str = ""
 
     @property
@@ -58,28 +68,31 @@ class Counts:
         return sum(self.documents.values())
 
 
-Progress = Callable[[Counts, int, int], None]  # counts, bytes of the input read, bytes in all
+# Called with counts, bytes of the input read, bytes in all.
+EncodeProgress = Callable[[Counts, int, int], None]
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """What encode_corpus wrote; val is None without a split."""
+class EncodedCorpus:
+    """Result of encode_corpus; val is None without a split."""
 
     folder: Path
-    train: Manifest
-    val: Manifest | None
+    train: ShardManifest
+    val: ShardManifest | None
     counts: Counts
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stretch of a document; text is None where its ids are in whole shards already."""
+    """A stretch of a document; text is None where its ids are in whole shards already.
+
+    is_sampled: its ids are decoded and compared with it."""
 
     document: Document | LongDocument
     side: str
-    first: bool
-    last: bool
-    sampled: bool  # to be compared with what its ids decode to
+    is_first: bool
+    is_last: bool
+    is_sampled: bool
     text: str | None
 
 
@@ -95,8 +108,8 @@ def encode_corpus(
     made: dict[str, Any] | None = None,
     resume: bool = False,
     workers: int | None = None,
-    progress: Progress | None = None,
-) -> Encoded:
+    progress: EncodeProgress | None = None,
+) -> EncodedCorpus:
     """Write OUT/train and, with val_fraction above 0, OUT/val, OUT/tokenizer, OUT/encode.json and OUT/skipped.jsonl.
 
     A document's side follows from its content hash alone, so it is the same in every run with this fraction; copies are dropped.
@@ -131,11 +144,11 @@ def encode_corpus(
             folder / RECORD,
             {"format": FORMAT, "complete": True, "settings": settings, "result": asdict(counts)},
         )
-    return Encoded(folder, manifests["train"], manifests.get("val"), counts)
+    return EncodedCorpus(folder, manifests["train"], manifests.get("val"), counts)
 
 
 class _Encoding:
-    """One call of encode_corpus: this thread reads, drops copies and writes; threads of the pool encode."""
+    """A call of encode_corpus: this thread reads, drops copies and writes; threads of a pool encode."""
 
     def __init__(
         self,
@@ -145,7 +158,7 @@ class _Encoding:
         val_fraction: float,
         bounds: Bounds,
         workers: int,
-        progress: Progress | None,
+        progress: EncodeProgress | None,
     ) -> None:
         self.workers = workers
         self.corpus, self.tokenizer, self.folder = corpus, tokenizer, folder
@@ -155,13 +168,12 @@ class _Encoding:
         self.counts = Counts()
         self.seen = Seen()
         self._offered = dict.fromkeys(self.sides, 0)
-        self._bytes = dict.fromkeys(
-            self.sides, 0
-        )  # of the text whose ids are written, unfinished documents included
-        self._look = FIRST_LOOK
+        # Of the text whose ids are written, unfinished documents included.
+        self._bytes = dict.fromkeys(self.sides, 0)
+        self._next_check = FIRST_CHECK_TOKENS
 
     def run(self) -> None:
-        """Everything from the first document to the last."""
+        """Encode and write every document."""
         waiting: deque[tuple[list[_Piece], Future[list[np.ndarray]]]] = deque()
         with (
             self._skipped_file() as self._skipped,
@@ -171,7 +183,7 @@ class _Encoding:
             try:
                 for batch in self._batches():
                     waiting.append((batch, pool.submit(self._encode, batch)))
-                    if len(waiting) > AHEAD * self.workers:
+                    if len(waiting) > BATCHES_AHEAD * self.workers:
                         self._write(*waiting.popleft())
                 while waiting:
                     self._write(*waiting.popleft())
@@ -184,14 +196,14 @@ class _Encoding:
         for piece in self._pieces():
             batch.append(piece)
             size += len(piece.text or "")
-            if size >= BATCH or len(batch) >= BATCH_PIECES:
+            if size >= BATCH_CHARACTERS or len(batch) >= BATCH_PIECES:
                 yield batch
                 batch, size = [], 0
         if batch:
             yield batch
 
     def _pieces(self) -> Iterator[_Piece]:
-        """What is to be written, in order."""
+        """Yield the pieces to write, in order."""
         cutter = Cutter(self.tokenizer)
         for item in self.corpus:
             if isinstance(item, Skipped):
@@ -201,17 +213,17 @@ class _Encoding:
                 self.counts.duplicates += 1
                 continue
             side = "val" if self.val_fraction and is_held_out(item.sha256, self.val_fraction) else "train"
-            long = isinstance(item, LongDocument) or len(item.text) > 2 * PIECE
+            long = isinstance(item, LongDocument) or len(item.text) > 2 * PIECE_CHARACTERS
             if long and (why := _uncuttable(cutter, item)):
                 self._skip(Skipped(item.name, "cannot be cut", why))
                 continue
             number = self._offered[side]
             self._offered[side] += 1
-            sampled = number < EVERY_FIRST or int(item.sha256[:8], 16) % SAMPLED == 0
+            sampled = number < ALWAYS_SAMPLED or int(item.sha256[:8], 16) % SAMPLED_ONE_IN == 0
             if self.writers[side].holds(number):
                 yield _Piece(item, side, True, True, sampled, None)
                 continue
-            texts = cutter.pieces(_chunks(item)) if long else iter([_text(item)])
+            texts = cutter.pieces(item.chunks()) if long else item.chunks()
             text, first = next(texts, ""), True
             while (following := next(texts, None)) is not None:
                 yield _Piece(item, side, first, False, sampled and first, text)
@@ -219,7 +231,7 @@ class _Encoding:
             yield _Piece(item, side, first, True, sampled and first, text)
 
     def _encode(self, batch: list[_Piece]) -> list[np.ndarray]:
-        """Ids uint32 (n,) of each piece, looked at before they go anywhere. Runs on a thread of the pool."""
+        """Encode and check each piece: ids uint32 (n,). Runs on a thread of the pool. Raises Refused."""
         tok = self.tokenizer
         texts = [p for p in batch if p.text is not None]
         encoded = iter(tok.encode_batch([p.text or "" for p in texts]))
@@ -240,7 +252,7 @@ class _Encoding:
                     f"{name}: encodes to the unknown token, id {tok.unknown_id}, though {tok.source} is byte-level, where every "
                     "byte has a token: the vocabulary is not what the encoder expects; import the tokenizer again"
                 )
-            if piece.sampled and (why := tok.check_round_trip(piece.text)):
+            if piece.is_sampled and (why := tok.check_round_trip(piece.text)):
                 raise Refused(
                     f"{name}: decoding its ids does not give its text back: {why}. {tok.source} does not fit its own "
                     "vocabulary; import the tokenizer again"
@@ -251,25 +263,20 @@ class _Encoding:
     def _write(self, batch: list[_Piece], future: Future[list[np.ndarray]]) -> None:
         for piece, ids in zip(batch, future.result(), strict=True):
             writer, document = self.writers[piece.side], piece.document
-            if piece.first:
-                size = document.bytes if isinstance(document, LongDocument) else len(document.data)
-                writer.begin(document.sha256, size)
-                self.counts.text_bytes += size
-                self.counts.round_trips += piece.sampled
+            if piece.is_first:
+                writer.begin(document.sha256, document.num_bytes)
+                self.counts.text_bytes += document.num_bytes
+                self.counts.round_trips += piece.is_sampled
             writer.append(ids)
-            if piece.text is not None:
-                self._bytes[piece.side] += len(piece.text.encode())
-            elif isinstance(document, LongDocument):
-                self._bytes[piece.side] += document.bytes
-            else:
-                self._bytes[piece.side] += len(document.data)
-            if piece.last:
+            text = piece.text
+            self._bytes[piece.side] += document.num_bytes if text is None else len(text.encode())
+            if piece.is_last:
                 writer.end()
                 self.counts.documents[piece.side] += 1
         self.counts.tokens = sum(w.tokens for w in self.writers.values())
         self._skipped.flush()
-        if self.counts.tokens >= self._look:
-            self._look *= 2
+        if self.counts.tokens >= self._next_check:
+            self._next_check *= 2
             self._judge("so far")
         if self.progress:
             self.progress(self.counts, self.corpus.bytes_read, self.corpus.total_bytes)
@@ -280,11 +287,12 @@ class _Encoding:
                 w.counts, self._bytes[side], self.tokenizer, self.bounds
             )
             for side, w in self.writers.items()
-            if not w.behind  # after a kill: ids that are there count already, their text only as it is read again
+            # After a kill, ids on disk count already, their text only as it is read again.
+            if not w.is_behind
         }
         enforce(sides, "go on with --resume {widen}")
 
-    def close(self) -> dict[str, Manifest]:
+    def close(self) -> dict[str, ShardManifest]:
         """Finish both sides, or neither."""
         c = self.counts
         if not c.all:
@@ -318,19 +326,10 @@ class _Encoding:
             raise IOFailure(f"{path}: cannot write: {e.strerror}; make room or write elsewhere") from e
 
 
-def _text(item: Document | LongDocument) -> str:
-    assert isinstance(item, Document)
-    return item.text
-
-
-def _chunks(item: Document | LongDocument) -> Iterator[str]:
-    return iter([item.text]) if isinstance(item, Document) else item.chunks()
-
-
 def _uncuttable(cutter: Cutter, item: Document | LongDocument) -> str:
-    """Why a document cannot be encoded piece by piece, or ""; known before its first piece is written."""
+    """Say why a document cannot be cut into pieces, "" if it can, before its first piece is written."""
     try:
-        for _ in cutter.pieces(_chunks(item)):
+        for _ in cutter.pieces(item.chunks()):
             pass
     except CannotCut as e:
         return str(e)
@@ -367,8 +366,10 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> None:
 
 @contextlib.contextmanager
 def _one_core_each() -> Iterator[None]:
-    """Calls of the library stay on the thread that makes them: on 16 cores, 16 threads with a batch each encode 24 MB/s, its
-    own 16 threads 17. It reads the variable at each call."""
+    """Keep calls of the tokenizers library on the thread that makes them.
+
+    On 16 cores, 16 threads with a batch each encode 24 MB/s, the library's own 16 threads 17. It reads the variable at
+    each call."""
     was = os.environ.get(PARALLELISM)
     os.environ[PARALLELISM] = "false"
     try:
@@ -381,7 +382,7 @@ def _one_core_each() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kept(writer: ShardWriter) -> Iterator[ShardWriter]:
-    """The writer; its unfinished shard is removed however the block ends."""
+    """Remove the unfinished shard of a writer however the block ends."""
     try:
         yield writer
     finally:

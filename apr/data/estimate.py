@@ -1,4 +1,4 @@
-"""What encoding a corpus would give, from a sample of it."""
+"""Estimate documents, tokens, bytes and time of encoding a corpus, from a sample."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 
 from ..common.rounding import ceil_div
 from ..tokenizer.tokenizer import Tokenizer
+from .corpus import Corpus
 from .cut import Cutter
-from .readers import Corpus, LongDocument, Skipped
-from .sources import Source
+from .source import Skipped, Source
 
-FILES = 64  # sampled of each kind of file
-FILE_BYTES = 1 << 20  # text read of each, at least
+# Sampled of each kind of file.
+MAX_FILES = 64
+# Text read of each file, at least.
+SAMPLE_BYTES = 1 << 20
 
 
 @dataclass
 class Estimate:
-    """Documents, tokens, bytes of UTF-8 text and seconds of the whole; what was read for it."""
+    """Documents, tokens, bytes of UTF-8 text and seconds of the whole; size of the sample."""
 
     files: int = 0
     disk_bytes: int = 0
@@ -44,12 +46,12 @@ def estimate(
     piece_bytes: int | None = None,
     separator: str | None = None,
 ) -> Estimate:
-    """Read the beginnings of up to FILES evenly spaced files of each kind and compression, and scale by bytes on disk."""
+    """Read the beginnings of up to MAX_FILES evenly spaced files of each kind and compression, and scale by bytes on disk."""
     out = Estimate(len(sources), sum(s.size for s in sources))
     cutter = Cutter(tokenizer)
     for kind in sorted({(s.kind, s.compression) for s in sources}):
         of_kind = [s for s in sources if (s.kind, s.compression) == kind]
-        step = max(1, ceil_div(len(of_kind), FILES))
+        step = max(1, ceil_div(len(of_kind), MAX_FILES))
         read = documents = size = 0
         tokens = 0.0
         for source in of_kind[step // 2 :: step] or of_kind:
@@ -75,21 +77,26 @@ def estimate(
 
 @dataclass
 class _Sample:
-    """The beginning of a file: its documents, what of their text is encoded, and the bytes on disk that it is."""
+    """Beginning of a file.
+
+    texts    text to encode
+    bytes    of the text of its documents; sampled: of `texts`
+    read     bytes on disk
+    """
 
     texts: list[str] = field(default_factory=list)
     documents: int = 0
     skipped: int = 0
-    bytes: int = 0  # of text
-    sampled: int = 0  # of those, in `texts`
+    bytes: int = 0
+    sampled: int = 0
     read: int = 0
 
 
 def _read(corpus: Corpus, source: Source) -> _Sample:
-    """At least FILE_BYTES of text, up to where the reader goes to the disk again: by then it has given all that it read."""
+    """Read at least SAMPLE_BYTES of text, up to the next read from disk: by then every document read was yielded."""
     out, at = _Sample(read=source.size), 0
     for item in corpus:
-        if out.bytes >= FILE_BYTES and corpus.bytes_read > at:
+        if out.bytes >= SAMPLE_BYTES and corpus.bytes_read > at:
             out.read = corpus.bytes_read
             break
         at = corpus.bytes_read
@@ -97,9 +104,9 @@ def _read(corpus: Corpus, source: Source) -> _Sample:
             out.skipped += 1
             continue
         out.documents += 1
-        out.bytes += item.bytes if isinstance(item, LongDocument) else len(item.data)
-        for text in item.chunks() if isinstance(item, LongDocument) else [item.text]:
-            if out.sampled >= FILE_BYTES:
+        out.bytes += item.num_bytes
+        for text in item.chunks():
+            if out.sampled >= SAMPLE_BYTES:
                 break
             out.texts.append(text)
             out.sampled += len(text.encode())

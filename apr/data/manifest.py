@@ -1,4 +1,4 @@
-"""manifest.json of a folder of token shards: what the shards hold, and who made them."""
+"""manifest.json of a folder of token shards: names, sizes and hashes of the shards, figures, producer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ..tokenizer.vocab_format import MAX_IDS
 
 FORMAT = "apr-shards-2"
 MANIFEST = "manifest.json"
-EOS_POLICIES = ("after", "between", "none")  # an EOS after each document, only between two, or nowhere
+# An EOS after each document, only between two, or nowhere.
+EOS_POLICIES = ("after", "between", "none")
 SHARD_KEYS = {"name", "tokens", "sha256", "documents", "partial", "corpus_sha256"}
 FIGURES = {
     "distinct_ids",
@@ -28,19 +29,20 @@ FIGURES = {
     "bytes_per_token",
     "unknown_tokens",
 }
-MAX_VOCAB = MAX_IDS  # bounds the tables of counts that a hostile manifest could ask for
+# Bounds the tables of counts that a hostile manifest could ask for.
+MAX_VOCAB = MAX_IDS
 
 
 @dataclass
-class Manifest:
+class ShardManifest:
     """manifest.json of one folder of shards.
 
-    shards         name, tokens, sha256 of each; and where it ends: `documents` that are whole by then, `partial`
-                   tokens of the next one, `corpus_sha256` of the whole ones. That is what resuming starts from
+    shards         name, tokens, sha256 of each; and for resuming, at its end: `documents` that are whole, `partial`
+                   tokens of the next one, `corpus_sha256` of the whole ones
     corpus_sha256  of the documents' sha256, in order; null in a manifest rebuilt from shards
     total_bytes    UTF-8 bytes of the text as it was read; in a rebuilt manifest, of the text that the tokens stand for
     complete       false until every document is written
-    made           how: inputs, side of the split, counts of what was left out
+    made           inputs, side of the split, settings of the encoding
     """
 
     tokenizer_sha256: str
@@ -62,7 +64,8 @@ class Manifest:
 
 
 def figures(counts: np.ndarray, total_bytes: int, unknown_id: int | None) -> dict[str, Any]:
-    """What one look should see: counts int64 (V,) of each id; the entropy is in nats per token."""
+    """Summary statistics of token counts (V,) int64: distinct ids, unigram entropy (nats/token), most frequent id and its
+    share, bytes/token, unknown tokens."""
     total = int(counts.sum())
     p = counts[counts > 0] / total
     top = int(counts.argmax())
@@ -77,14 +80,14 @@ def figures(counts: np.ndarray, total_bytes: int, unknown_id: int | None) -> dic
 
 
 def shard_name(index: int) -> str:
-    """File name of a shard; lexical order is numerical order."""
+    """Name a shard; lexical order is numerical order."""
     return f"shard-{index:05d}.bin"
 
 
-def read_manifest(path: Path, whole: bool = True) -> Manifest:
-    """manifest.json of a shard folder, with every field checked against the others.
+def read_manifest(path: Path, whole: bool = True) -> ShardManifest:
+    """Read manifest.json of a shard folder and check every field against the others.
 
-    whole: also that encoding finished. Raises MalformedFile."""
+    whole: encoding must have finished. Raises MalformedFile."""
     try:
         d = read_json(path)
     except MalformedFile as e:
@@ -95,7 +98,7 @@ def read_manifest(path: Path, whole: bool = True) -> Manifest:
             f"{path}: format = {found!r}, not {FORMAT!r}; encode the corpus again, or rebuild the manifest from the "
             "shards: apr tokenize repair-manifest"
         )
-    fields = set(Manifest.__dataclass_fields__)
+    fields = set(ShardManifest.__dataclass_fields__)
     if set(d) != fields:
         raise MalformedFile(
             f"{path}: missing keys {sorted(fields - set(d))}, unknown keys {sorted(set(d) - fields)}"
@@ -120,7 +123,7 @@ def read_manifest(path: Path, whole: bool = True) -> Manifest:
     _check_shards(path, d)
     if d["total_tokens"]:
         _check_figures(path, d)
-    return Manifest(**d)
+    return ShardManifest(**d)
 
 
 def _check_figures(path: Path, d: dict[str, Any]) -> None:
@@ -145,7 +148,8 @@ def _check_shards(path: Path, d: dict[str, Any]) -> None:
             raise MalformedFile(
                 f"{path}: shards[{i}] = {shard!r} does not have the keys {sorted(SHARD_KEYS)}"
             )
-        if shard["name"] != shard_name(i):  # also keeps paths out of the folder out
+        # Also refuses a path that leads out of the folder.
+        if shard["name"] != shard_name(i):
             raise MalformedFile(f"{path}: shards[{i}].name = {shard['name']!r}, expected {shard_name(i)!r}")
         _check_int(path, f"shards[{i}].tokens", shard["tokens"], 1, 1 << 60)
         _check_sha(path, f"shards[{i}].sha256", shard["sha256"])
@@ -159,9 +163,10 @@ def _check_shards(path: Path, d: dict[str, Any]) -> None:
 
 
 def same_figure(what: str, written: float, measured: float) -> None:
-    """Raises MalformedFile unless two figures are equal, but for the last bits of another machine's logarithm."""
+    """Raise MalformedFile unless two figures are equal, but for the last bits of another machine's logarithm."""
     low, high = (measured + sign * 1e-9 * max(1.0, abs(measured)) for sign in (-1, 1))
-    if not low <= written <= high:  # no subtraction: what is written may be an integer beyond all floats
+    # No subtraction: the manifest may hold an integer beyond all floats.
+    if not low <= written <= high:
         raise MalformedFile(f"{what} = {written!r}, measured {measured!r}")
 
 

@@ -16,41 +16,46 @@ from ..common.files import make_folder, read_json
 from ..common.progress import Progress
 from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.training import train_tokenizer
-from .corpus import Document, is_held_out
+from .corpus import Corpus
+from .documents import Document, LongDocument, is_held_out
 from .encode import RECORD as ENCODED
 from .encode import SKIPPED, Counts, encode_corpus
 from .guards import USUAL, Bounds
-from .readers import Corpus, LongDocument, Skipped
 from .seen import Seen
 from .shards import TokenShards, our_files
+from .source import Skipped
 
 FORMAT = "apr-prepared-2"
 RECORD = "prepared.json"
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What `prepare` made or found: FOLDER/train, FOLDER/val and FOLDER/tokenizer."""
+class PreparedCorpus:
+    """A folder of `prepare`: FOLDER/train, FOLDER/val and FOLDER/tokenizer.
+
+    reason: why the folder was built, or "reused"."""
 
     folder: Path
     tokenizer: Tokenizer
     key: str
     reused: bool
-    reason: str  # why it was built, or that it was reused
+    reason: str
 
     def left_out(self) -> str:
-        """How many documents could not be used, why, and where they are named; "" when all could."""
+        """Report the documents that were skipped, by reason; "" without any."""
         record = read_json(self.folder / ENCODED)
         result = record.get("result") if isinstance(record, dict) else None
         skipped = result.get("skipped") if isinstance(result, dict) else None
         if not isinstance(skipped, dict) or not all(isinstance(n, int) for n in skipped.values()):
             raise MalformedFile(
-                f"{self.folder / ENCODED}: does not say what was skipped; remove {self.folder} to prepare it again"
+                f"{self.folder / ENCODED}: no counts of skipped documents; remove {self.folder} to prepare it again"
             )
         if not skipped:
             return ""
-        why = ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()))
-        return f"documents that cannot be used: {why}; named in {self.folder / SKIPPED}"
+        counts = ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()))
+        total = sum(skipped.values())
+        were = "document was" if total == 1 else "documents were"
+        return f"{total:,} {were} skipped: {counts} (listed in {self.folder / SKIPPED})"
 
     @property
     def sides(self) -> dict[str, Path]:
@@ -67,7 +72,7 @@ def prepare(
     shard_tokens: int = 10_000_000,
     bounds: Bounds = USUAL,
     progress: Progress | None = None,
-) -> Prepared:
+) -> PreparedCorpus:
     """Split documents by content hash, train a tokenizer of vocab_size on the training side unless one is
     given, and encode both sides into out_dir/train and out_dir/val.
 
@@ -121,7 +126,7 @@ def prepare(
             **{f"{side}_sha256": sha for side, sha in sides.items()},
         },
     )
-    return Prepared(folder, tokenizer, key, False, reason)
+    return PreparedCorpus(folder, tokenizer, key, False, reason)
 
 
 def _trained(
@@ -132,7 +137,7 @@ def _trained(
     begun: bool,
     progress: Progress | None,
 ) -> Tokenizer:
-    """A tokenizer trained on the training side; the one of an earlier call that got as far as encoding."""
+    """Train a tokenizer on the training side, or open that of an earlier call that got as far as encoding."""
     assert vocab_size is not None
     if begun and (folder / ENCODED).is_file():
         return Tokenizer.from_file(folder / "tokenizer")
@@ -140,17 +145,13 @@ def _trained(
         text
         for item in _distinct(corpus, None)
         if not is_held_out(item.sha256, val_fraction)
-        for text in _texts(item)
+        for text in item.chunks()
     )
     return train_tokenizer(texts, vocab_size, folder / "tokenizer", progress=progress)
 
 
-def _texts(item: Document | LongDocument) -> Iterator[str]:
-    return item.chunks() if isinstance(item, LongDocument) else iter([item.text])
-
-
 def _distinct(corpus: Corpus, skipped: list[Skipped] | None) -> Iterator[Document | LongDocument]:
-    """The documents without copies; the first that cannot be used goes to `skipped`."""
+    """Yield the documents without copies; the first unusable one goes to `skipped`."""
     seen = Seen()
     try:
         for item in corpus:
@@ -164,7 +165,7 @@ def _distinct(corpus: Corpus, skipped: list[Skipped] | None) -> Iterator[Documen
 
 
 def _key(corpus: Corpus, made_by: str, val_fraction: float, progress: Progress | None) -> str:
-    """Identity of everything that determines the result. Raises Refused when a side has no document."""
+    """Hash everything that determines the result. Raises Refused for a side without documents."""
     digest = hashlib.sha256(f"{FORMAT} tokenizers {tokenizers.__version__} {made_by}".encode())
     counts = {False: 0, True: 0}
     skipped: list[Skipped] = []
@@ -191,7 +192,7 @@ def _key(corpus: Corpus, made_by: str, val_fraction: float, progress: Progress |
 
 
 def _read_record(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """prepared.json, or None and why there is none to rely on."""
+    """Read prepared.json; None and the reason where it cannot be relied on."""
     if not path.is_file():
         return None, "nothing prepared yet"
     try:
@@ -203,20 +204,20 @@ def _read_record(path: Path) -> tuple[dict[str, Any] | None, str]:
     return record, "" if record.get("complete") is True else f"{path}: preparing did not finish"
 
 
-def _open(folder: Path, record: dict[str, Any], key: str) -> Prepared:
+def _open(folder: Path, record: dict[str, Any], key: str) -> PreparedCorpus:
     tokenizer = Tokenizer.from_file(folder / "tokenizer")
     train, val = (TokenShards(folder / side, tokenizer) for side in ("train", "val"))
     found = {"tokenizer_sha256": tokenizer.sha256, "train_sha256": train.sha256, "val_sha256": val.sha256}
     for name, value in found.items():
         if record.get(name) != value:
             raise Refused(f"{folder / RECORD}: {name} = {record.get(name)!r}, found {value!r}")
-    return Prepared(folder, tokenizer, key, True, "reused")
+    return PreparedCorpus(folder, tokenizer, key, True, "reused")
 
 
 def _begin(folder: Path, key: str) -> None:
-    """Mark the folder as being built, and remove what an earlier call of ours left in it.
+    """Mark the folder as being built, and remove the files of an earlier call.
 
-    Without an earlier mark of ours, a tokenizer or shards in the folder are somebody's data: Refused."""
+    Raises Refused for a tokenizer or shards in a folder without an earlier mark: they are somebody's data."""
     ours = (folder / RECORD).is_file()
     old = [*our_files(folder / "train"), *our_files(folder / "val")]
     theirs = [*old, *folder.glob("tokenizer/tokenizer.json")]

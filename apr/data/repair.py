@@ -1,4 +1,4 @@
-"""A manifest made again from the shards themselves."""
+"""Rebuild a manifest from the shards themselves."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from ..common.atomic import write_json
 from ..common.errors import InputNotFound, MalformedFile
 from ..common.host import cores
 from ..tokenizer.tokenizer import Tokenizer
-from .manifest import MANIFEST, Manifest, figures, shard_name
+from .manifest import MANIFEST, ShardManifest, figures, shard_name
 from .scan import scan
 from .shards import mapped, our_files
 
-BLOCK = 1 << 16  # tokens decoded at once
+# Decoded at once.
+DECODE_TOKENS = 1 << 16
 
 
 def repair_manifest(
     folder: str | Path, tokenizer: Tokenizer, progress: Callable[[int], None] | None = None
-) -> Manifest:
+) -> ShardManifest:
     """Write DIR/manifest.json from DIR/shard-*.bin; the same shards give the same manifest.
 
-    The EOS policy is read off the shards: "after" when the last token is the end-of-text id, "between" when it only stands
-    further inside, "none" without any. What the shards do not say is null: the hash of the corpus, and where in a shard a
-    document ended. Raises InputNotFound, MalformedFile (a gap in the names, a size that is no whole number of ids, an id
-    outside the vocabulary)."""
+    EOS policy: "after" when the last token is the end-of-text id, "between" when that id only stands further inside,
+    "none" without any. Facts that the shards do not hold are null: the hash of the corpus, and the documents that are
+    whole at the end of a shard. Raises InputNotFound, MalformedFile (a gap in the names, a size that is no whole number
+    of ids, an id outside the vocabulary)."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputNotFound(f"{folder}: no such folder")
@@ -64,7 +65,7 @@ def repair_manifest(
         dict(name=p.name, tokens=a.size, sha256=sha, documents=None, partial=None, corpus_sha256=None)
         for p, a, sha in zip(paths, arrays, found.sha256, strict=True)
     ]
-    manifest = Manifest(
+    manifest = ShardManifest(
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         eos_policy=policy,
@@ -84,14 +85,14 @@ def repair_manifest(
 
 
 def text_bytes(arrays: list[np.ndarray], counts: np.ndarray, tokenizer: Tokenizer) -> int:
-    """Bytes of UTF-8 of the text that ids stand for, special tokens left out.
+    """Count the bytes of UTF-8 of the text that ids stand for, special tokens left out.
 
-    A byte-level id stands for the same bytes everywhere; other ids are decoded, BLOCK at a time."""
+    A byte-level id stands for the same bytes everywhere; other ids are decoded, DECODE_TOKENS at a time."""
     table = tokenizer.token_bytes()
     if table is not None:
         return max(1, int((counts * table).sum()))
     total = 0
     for array in arrays:
-        for start in range(0, array.size, BLOCK):
-            total += len(tokenizer.decode(array[start : start + BLOCK], skip_special=True).encode())
+        for start in range(0, array.size, DECODE_TOKENS):
+            total += len(tokenizer.decode(array[start : start + DECODE_TOKENS], skip_special=True).encode())
     return max(1, total)

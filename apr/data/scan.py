@@ -1,4 +1,4 @@
-"""One pass over token shards: hashes, counts of ids, and where the documents are."""
+"""Read token shards once: hashes, counts of ids, documents with their identities and lengths."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-CHUNK = 1 << 20  # tokens looked at once: bounds the memory of a thread
-LENGTH_BINS = 4  # per factor of two, in the histogram of document lengths
+# Read at once: bounds the memory of a thread.
+CHUNK_TOKENS = 1 << 20
+# Per factor of two, in the histogram of document lengths.
+LENGTH_BINS = 4
 # A document's identity is sum_i mix(id_i) * R^i modulo 2^64: a sum over pieces of a document can be continued,
 # and R is odd, so that a power of it can be divided out again.
 R = 0x9E3779B97F4A7C15 | 5
 R_INVERSE = pow(R, -1, 1 << 64)
 
-Progress = Callable[[int], None]  # tokens looked at since the last call
+# Called with the tokens read since the last call.
+ScanProgress = Callable[[int], None]
 
 
 @dataclass
 class Scan:
-    """What a pass over one folder found.
+    """Result of a pass over one folder.
 
-    counts      int64 (V,) of each id; ids from V on are in `outside`
-    sha256      of each shard, hexadecimal
-    outside     (shard, position, id) of the first id that is not below V, or None
-    documents   delimited by the end-of-text id, empty ones left out; 0 where there is no such id
-    lengths     int64 (bins,): documents of 2^(i/4) up to 2^((i+1)/4) tokens
-    identities  uint64, sorted, of the documents, where they were asked for
-    shared      how many documents are among those of another folder, where one was given
-    ends        how often the end-of-text id occurs
-    tail        tokens after the last of them
+    counts      (V,) int64       occurrences of each id below V
+    sha256      list             of each shard, hexadecimal
+    outside                      (shard, position, id) of the first id that is not below V, or None
+    documents                    delimited by the end-of-text id, empty ones left out; 0 where there is no such id
+    lengths     (bins,) int64    documents of 2^(i/4) up to 2^((i+1)/4) tokens
+    identities  (n,) uint64      of the documents, sorted, where they were asked for
+    shared                       documents that are also in another folder, where one was given
+    ends                         occurrences of the end-of-text id
+    tail                         tokens after the last of them
     """
 
     counts: np.ndarray
@@ -47,13 +50,13 @@ class Scan:
 
 @dataclass
 class _Part:
-    """A stretch of a document: sum of its terms with powers from 0 on, and its tokens."""
+    """Stretch of a document: sum of its terms with powers of R from 0 on, and number of tokens."""
 
     total: int = 0
     tokens: int = 0
 
     def then(self, total: int, tokens: int) -> _Part:
-        """This stretch followed by another one."""
+        """Append a stretch."""
         return _Part((self.total + total * pow(R, self.tokens, 1 << 64)) % (1 << 64), self.tokens + tokens)
 
 
@@ -62,8 +65,9 @@ class _Shard:
     sha256: str
     counts: np.ndarray
     outside: tuple[int, int] | None
-    head: _Part  # up to the first end of text, or the whole shard
-    tail: _Part | None  # after the last one; None where the shard has none
+    # Up to the first end of text, or the whole shard; after the last end of text, None without any.
+    head: _Part
+    tail: _Part | None
     identities: list[np.ndarray]
     lengths: list[np.ndarray]
 
@@ -75,12 +79,13 @@ def scan(
     keep: bool = False,
     against: np.ndarray | None = None,
     threads: int = 1,
-    progress: Progress | None = None,
+    progress: ScanProgress | None = None,
 ) -> Scan:
     """Read every shard of a folder once, uint32 (tokens,) each.
 
-    eos_id: what ends a document, None where nothing does. keep: return the documents' identities.
-    against: sorted identities, uint64, to count the documents that are among them."""
+    eos_id   ends a document; None: nothing does
+    keep     return the documents' identities
+    against  (n,) uint64, sorted identities of another folder: count the documents that are among them"""
     out = Scan(np.zeros(vocab_size, np.int64), [])
     tables = _Tables(vocab_size)
     open_part, kept = _Part(), []
@@ -113,7 +118,8 @@ def scan(
             open_part = shard.tail
     out.tail = open_part.tokens
     if eos_id is not None:
-        finish(*_finished(open_part))  # with an EOS between documents only, the last one has none
+        # With an EOS between documents only, the last document has none.
+        finish(*_finished(open_part))
         out.ends = int(out.counts[eos_id]) if eos_id < vocab_size else 0
     if keep:
         out.identities = np.sort(np.concatenate(kept) if kept else np.empty(0, np.uint64))
@@ -123,12 +129,13 @@ def scan(
 def _in_order(
     one: Callable[[np.ndarray], _Shard], arrays: list[np.ndarray], threads: int
 ) -> Iterator[_Shard]:
-    """The shards' results in their order, with a few more shards than threads in work at a time."""
+    """Yield the shards' results in their order, with one more shard than threads in work at a time."""
     with ThreadPoolExecutor(max(1, threads)) as pool:
         running = [pool.submit(one, array) for array in arrays[: threads + 1]]
         for i in range(len(arrays)):
             shard = running[i].result()
-            running[i] = None  # type: ignore[call-overload]  # or all results would stay in memory
+            # Results that were handed out do not stay in memory.
+            running[i] = None  # type: ignore[call-overload]
             if len(running) < len(arrays):
                 running.append(pool.submit(one, arrays[len(running)]))
             yield shard
@@ -144,11 +151,11 @@ class _Tables:
 
 
 def _powers(base: int) -> np.ndarray:
-    """base^0 .. base^(CHUNK-1) modulo 2^64, uint64 (CHUNK,), by doubling."""
-    out = np.ones(CHUNK, np.uint64)
+    """base^0 .. base^(CHUNK_TOKENS-1) modulo 2^64, uint64 (CHUNK_TOKENS,), by doubling."""
+    out = np.ones(CHUNK_TOKENS, np.uint64)
     done = 1
-    while done < CHUNK:
-        out[done : 2 * done] = out[: min(done, CHUNK - done)] * np.uint64(pow(base, done, 1 << 64))
+    while done < CHUNK_TOKENS:
+        out[done : 2 * done] = out[: min(done, CHUNK_TOKENS - done)] * np.uint64(pow(base, done, 1 << 64))
         done *= 2
     return out
 
@@ -174,19 +181,20 @@ def _bin(lengths: np.ndarray) -> np.ndarray:
 
 
 def _scan_shard(
-    array: np.ndarray, vocab_size: int, eos_id: int | None, tables: _Tables, progress: Progress | None
+    array: np.ndarray, vocab_size: int, eos_id: int | None, tables: _Tables, progress: ScanProgress | None
 ) -> _Shard:
     digest = hashlib.sha256()
     out = _Shard("", np.zeros(vocab_size, np.int64), None, _Part(), None, [], [])
     open_part = _Part()
-    for start in range(0, array.size, CHUNK):
-        chunk = array[start : start + CHUNK]
+    for start in range(0, array.size, CHUNK_TOKENS):
+        chunk = array[start : start + CHUNK_TOKENS]
         digest.update(chunk.data)
         if chunk.max() >= vocab_size:
             if out.outside is None:
                 i = int(np.argmax(chunk >= vocab_size))
                 out.outside = (start + i, int(chunk[i]))
-            chunk = np.minimum(chunk, vocab_size)  # counted apart, and of no document that could be elsewhere
+            # Counted apart, and part of no document that could be elsewhere.
+            chunk = np.minimum(chunk, vocab_size)
             out.counts += np.bincount(chunk, minlength=vocab_size + 1)[:vocab_size]
             chunk = np.minimum(chunk, vocab_size - 1)
         else:
@@ -204,7 +212,7 @@ def _scan_shard(
 
 
 def _documents(chunk: np.ndarray, eos_id: int, tables: _Tables, open_part: _Part, out: _Shard) -> _Part:
-    """Finish the documents that end in a chunk; the stretch that is left at its end."""
+    """Finish the documents that end in a chunk; return the stretch that is open at its end."""
     ends = np.flatnonzero(chunk == eos_id)
     terms = tables.mixed[chunk] * tables.powers[: chunk.size]
     first = int(ends[0]) if ends.size else chunk.size
@@ -217,7 +225,8 @@ def _documents(chunk: np.ndarray, eos_id: int, tables: _Tables, open_part: _Part
     else:
         lengths = np.array([open_part.tokens], np.int64)
         totals = np.array([open_part.total], np.uint64)
-    starts = ends[:-1] + 1  # of the documents after the first end of text, up to the last one
+    # Of the documents after the first end of text, up to the last one.
+    starts = ends[:-1] + 1
     inner = np.diff(ends) - 1
     if inner.size:
         # reduceat takes a term, not an empty sum, where a document is empty: those are dropped by their length.

@@ -1,4 +1,4 @@
-"""Which documents were there already, for corpora of any size."""
+"""A set of document hashes on disk, for corpora of any size."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..common.errors import IOFailure
 
 
 class Seen:
-    """A set of content hashes on disk: `add` says whether one is new.
+    """A set of content hashes, in a file that SQLite removes by itself, with CACHE_KIB of it in memory.
 
-    SQLite keeps it in a file that it removes by itself, and CACHE of it in memory. A hash is kept as its first 16 bytes:
-    among 10^10 documents two different ones share them with a probability of 10^-19."""
+    A hash is kept as its first 16 bytes: among 10^10 documents two different ones share them with a probability of
+    10^-19."""
 
     CACHE_KIB = 64 << 10
 
@@ -25,7 +25,7 @@ class Seen:
             self._db.execute("BEGIN")
 
     def add(self, sha256: str) -> bool:
-        """True when this hash (hexadecimal) was not there yet. Raises IOFailure: no room for the file."""
+        """Add a hash (hexadecimal); return True for a new one. Raises IOFailure without room for the file."""
         with self._explained():
             key = bytes.fromhex(sha256[:32])
             return self._db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1

@@ -14,11 +14,12 @@ import numpy as np
 
 from ..common.errors import Refused, UsageError
 from ..common.rounding import ceil_div
-from ..data.corpus import Document
+from ..data.corpus import Corpus
 from ..data.cut import Cutter
-from ..data.readers import Corpus, LongDocument
+from ..data.documents import Document, LongDocument
+from ..data.find import find_sources
 from ..data.shards import TokenShards
-from ..data.sources import Skipped, find_sources
+from ..data.source import Skipped
 from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.vocab_format import FALLBACK_BYTES, SENTENCEPIECE, SPACE_MARK
 from .score import Scored, Scorer, Window, prefix_ids

@@ -30,10 +30,11 @@ from ..data.conversations.instruct import (
     packed_windows,
     prepare_instruct,
 )
+from ..data.corpus import Corpus
+from ..data.find import find_sources
 from ..data.guards import Bounds, enforce, fits_model
 from ..data.prepare import prepare
-from ..data.readers import Corpus
-from ..data.sources import Source, find_sources
+from ..data.source import Source
 from ..evidence import measure
 from ..evidence.gates import Gates
 from ..model.config import ModelConfig

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from apr.common.errors import Refused
-from apr.data.batches import AHEAD, Batches, Exhausted, Permutation, Windows, sequential
+from apr.data.batches import BATCHES_AHEAD, Batches, Exhausted, Permutation, Windows, sequential
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.training import train_tokenizer
 from batch_checks import (  # noqa: F401  tests, run here too
@@ -112,7 +112,7 @@ def test_reading_ahead_changes_nothing_but_when_data_is_read(tok: Tokenizer, tmp
         assert stream_.state()["pass"] * 11 + stream_.state()["position"] == 3 * i
         stream_.next()
     stream_._ahead[-1].result()  # what was asked for is read, in order, and no further
-    assert calls == want[: 9 + AHEAD]
+    assert calls == want[: 9 + BATCHES_AHEAD]
     assert len(threads) == 2
     stream_.restore(start)  # forgets what was read ahead
     assert np.array_equal(stream_.next()[0], read(np.array(want[0]))[0])

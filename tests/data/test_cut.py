@@ -20,8 +20,8 @@ from data_cases import CODE, corpus
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut, "PIECE", 600)
-    monkeypatch.setattr(cut, "MOST", 4000)
+    monkeypatch.setattr(cut, "PIECE_CHARACTERS", 600)
+    monkeypatch.setattr(cut, "MAX_PIECE_CHARACTERS", 4000)
 
 
 def gpt2(texts: list[str], folder: Path) -> Tokenizer:
@@ -82,8 +82,8 @@ def test_pieces_give_the_ids_of_the_whole(
 
 
 def test_qwen_pieces_of_real_text(data: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut, "PIECE", 5000)
-    monkeypatch.setattr(cut, "MOST", 20_000)
+    monkeypatch.setattr(cut, "PIECE_CHARACTERS", 5000)
+    monkeypatch.setattr(cut, "MAX_PIECE_CHARACTERS", 20_000)
     tok = Tokenizer.from_file(data("qwen2-tokenizer"))
     for name in ("tinyshakespeare/input.txt", "tinystories-excerpt/tinystories-train-head.txt"):
         whole = data(name).read_text()[:200_000]

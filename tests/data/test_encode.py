@@ -20,12 +20,12 @@ import pytest
 from apr.common.atomic import locked
 from apr.common.errors import IOFailure, Refused
 from apr.data import cut, encode
-from apr.data.corpus import Document, is_held_out
-from apr.data.encode import Counts, Encoded, encode_corpus
+from apr.data.documents import Document, is_held_out
+from apr.data.encode import Counts, EncodedCorpus, encode_corpus
 from apr.data.guards import Bounds
-from apr.data.readers import Skipped
 from apr.data.seen import Seen
 from apr.data.shards import TokenShards
+from apr.data.source import Skipped
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.training import train_tokenizer
 from data_cases import CODE, Memory, corpus, edit_json, files_of
@@ -38,7 +38,7 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_tokenizer([d.text for d in corpus()], 400, tmp_path_factory.mktemp("tok"))
 
 
-def run(items: Any, tok: Tokenizer, folder: Path, **options: Any) -> Encoded:
+def run(items: Any, tok: Tokenizer, folder: Path, **options: Any) -> EncodedCorpus:
     return encode_corpus(Memory(items), tok, folder, **{"val_fraction": 0.2, "shard_tokens": 1000, **options})
 
 
@@ -74,9 +74,9 @@ def test_batches_and_threads_change_nothing(
     run(docs, tok, tmp_path / "usual")
     want = files_of(tmp_path / "usual")
     for batch, pieces, ahead in ((1, 4096, 1), (5000, 3, 9), (1 << 20, 1, 2)):
-        monkeypatch.setattr(encode, "BATCH", batch)
+        monkeypatch.setattr(encode, "BATCH_CHARACTERS", batch)
         monkeypatch.setattr(encode, "BATCH_PIECES", pieces)
-        monkeypatch.setattr(encode, "AHEAD", ahead)
+        monkeypatch.setattr(encode, "BATCHES_AHEAD", ahead)
         run(docs, tok, tmp_path / f"{batch}-{pieces}")
         assert files_of(tmp_path / f"{batch}-{pieces}") == want
 
@@ -219,8 +219,8 @@ class Stopping(Memory):
 def test_stopped_at_every_place_and_resumed(
     tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "BATCH", 300)
-    monkeypatch.setattr(encode, "AHEAD", 1)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(encode, "BATCHES_AHEAD", 1)
     docs: list[Any] = [long_document(4), *corpus(24), *corpus(5), Skipped("x", "empty", "")]
     run(docs, tok, tmp_path / "whole", shard_tokens=17_000)
     whole = files_of(tmp_path / "whole")
@@ -285,7 +285,7 @@ def test_refusals(tok: Tokenizer, tmp_path: Path) -> None:
 def test_progress_hears_of_everything(
     tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "BATCH", 500)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 500)
     heard: list[tuple[int, int, int, int]] = []
 
     def hear(counts: Counts, read: int, total: int) -> None:
@@ -340,7 +340,7 @@ def test_ids_that_do_not_give_the_text_back_are_refused(
 def test_a_constant_corpus_is_refused_while_it_is_encoded(
     tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "FIRST_LOOK", 20_000)
+    monkeypatch.setattr(encode, "FIRST_CHECK_TOKENS", 20_000)
     constant = [Document(f"c{i}", f"{i}\n" + "~" * 4000) for i in range(30)]
     with pytest.raises(Refused, match=r"so far: (entropy|distinct|commonest).*--widen") as e:
         run(constant, tok, tmp_path / "a")
@@ -353,8 +353,8 @@ def test_unfinished_documents_are_judged_by_their_own_text(
     tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long document that comes first, and a side whose shards are there while its text is read again."""
-    monkeypatch.setattr(encode, "FIRST_LOOK", 1000)
-    monkeypatch.setattr(encode, "AHEAD", 1)
+    monkeypatch.setattr(encode, "FIRST_CHECK_TOKENS", 1000)
+    monkeypatch.setattr(encode, "BATCHES_AHEAD", 1)
     docs: list[Any] = [long_document(9, 900_000), *corpus(60)]
     run(docs, tok, tmp_path / "whole", shard_tokens=20_000)
     for n in (2, 30, 60):
@@ -365,7 +365,7 @@ def test_unfinished_documents_are_judged_by_their_own_text(
 
 
 def test_what_cannot_be_cut_is_named(tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut, "MOST", 1 << 19)
+    monkeypatch.setattr(cut, "MAX_PIECE_CHARACTERS", 1 << 19)
     made = run([*corpus(20), Document("wall", "a" * (1 << 20))], tok, tmp_path)
     assert made.counts.skipped == {"cannot be cut": 1}
     assert "wall" in (tmp_path / "skipped.jsonl").read_text()

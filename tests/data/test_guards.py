@@ -17,11 +17,12 @@ from apr.common.errors import MalformedFile, Refused, UsageError
 from apr.common.finding import SKIPPED, Finding
 from apr.data import guards
 from apr.data.audit import Split, audit, enforce_all, sides_of, tokenizer_beside
-from apr.data.corpus import Document
+from apr.data.documents import Document
 from apr.data.encode import encode_corpus
 from apr.data.guards import Bounds, enforce, fits_model, plausible, round_trip
 from apr.data.repair import repair_manifest
-from apr.data.shards import ShardWriter, TokenShards
+from apr.data.shard_writer import ShardWriter
+from apr.data.shards import TokenShards
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.training import train_tokenizer
 from data_cases import Memory, corpus, edit_json, edit_shard_row, flip_byte, put, rewrite, write

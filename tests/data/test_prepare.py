@@ -17,12 +17,12 @@ import pytest
 
 from apr.common.errors import MalformedFile, Refused
 from apr.data.batches import Batches, Windows, sequential
-from apr.data.corpus import Document, is_held_out
+from apr.data.corpus import Corpus
+from apr.data.documents import Document, is_held_out
 from apr.data.encode import RECORD as ENCODED
-from apr.data.prepare import Prepared, prepare
-from apr.data.readers import Corpus
+from apr.data.find import find_sources
+from apr.data.prepare import PreparedCorpus, prepare
 from apr.data.shards import TokenShards
-from apr.data.sources import find_sources
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.training import train_tokenizer
 from data_cases import Memory, corpus, edit_json, files_of, flip_byte, write
@@ -35,11 +35,11 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_tokenizer([d.text for d in corpus()], 400, tmp_path_factory.mktemp("tok"))
 
 
-def made_from(docs: Iterable[Document], folder: Path, **options: Any) -> Prepared:
+def made_from(docs: Iterable[Document], folder: Path, **options: Any) -> PreparedCorpus:
     return prepare(Memory(docs), folder, **options)
 
 
-def texts(made: Prepared) -> dict[str, set[str]]:
+def texts(made: PreparedCorpus) -> dict[str, set[str]]:
     """The documents of both sides."""
     ids = {
         side: np.concatenate(TokenShards(path, made.tokenizer).arrays) for side, path in made.sides.items()
@@ -96,7 +96,7 @@ def test_prepare_goes_on_where_it_was_killed(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the pass that looks, the one that trains the tokenizer, the one that encodes."""
-    monkeypatch.setattr("apr.data.encode.BATCH", 300)
+    monkeypatch.setattr("apr.data.encode.BATCH_CHARACTERS", 300)
     docs = corpus(40)
     made_from(docs, tmp_path / "whole", vocab_size=300, val_fraction=0.3, shard_tokens=300)
     with pytest.raises(KeyboardInterrupt):
@@ -198,8 +198,8 @@ TWICE = """
 import sys
 from pathlib import Path
 from apr.data.prepare import prepare
-from apr.data.readers import Corpus
-from apr.data.sources import find_sources
+from apr.data.corpus import Corpus
+from apr.data.find import find_sources
 prepare(Corpus(find_sources([sys.argv[1]])), sys.argv[2], vocab_size=350, val_fraction=0.3)
 """
 
@@ -229,7 +229,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
 def test_tinyshakespeare_through_the_whole_path(data: Callable[[str], Path], tmp_path: Path) -> None:
     path = data("tinyshakespeare/input.txt")
 
-    def made() -> Prepared:
+    def made() -> PreparedCorpus:
         corpus_ = Corpus(find_sources([path]), piece_bytes=4000)
         return prepare(corpus_, tmp_path, vocab_size=512, val_fraction=0.1)
 
@@ -256,5 +256,5 @@ def test_tinyshakespeare_through_the_whole_path(data: Callable[[str], Path], tmp
 )
 def test_a_record_that_was_changed_says_so(tok: Tokenizer, tmp_path: Path, record: str) -> None:
     (tmp_path / ENCODED).write_text(record)
-    with pytest.raises(MalformedFile, match=f"{ENCODED}: does not say what was skipped; remove"):
-        Prepared(tmp_path, tok, "", True, "").left_out()
+    with pytest.raises(MalformedFile, match=f"{ENCODED}: no counts of skipped documents; remove"):
+        PreparedCorpus(tmp_path, tok, "", True, "").left_out()

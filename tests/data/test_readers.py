@@ -23,10 +23,13 @@ import pytest
 import zstandard
 
 from apr.common.errors import InputNotFound, MalformedFile, Refused, UsageError
-from apr.data import readers
-from apr.data import sources as sources_module
-from apr.data.readers import Corpus, Document, Item, LongDocument, Skipped
-from apr.data.sources import find_sources
+from apr.data import jsonl
+from apr.data import source as source_module
+from apr.data import text as text_module
+from apr.data.corpus import Corpus
+from apr.data.documents import Document, Item, LongDocument
+from apr.data.find import find_sources
+from apr.data.source import Skipped
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "gz": lambda b: gzip.compress(b, mtime=0),
@@ -84,11 +87,11 @@ def short(items: list[Item], root: Path) -> list[str]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits so small that all ways of reading are taken by tiny files."""
-    monkeypatch.setattr(readers, "LONG", 64)
-    monkeypatch.setattr(readers, "MAX_RECORD", 200)
-    monkeypatch.setattr(sources_module, "BLOCK", 24)
-    monkeypatch.setattr(sources_module, "PACKED", 16)
-    monkeypatch.setattr(sources_module.Source.blocks, "__defaults__", (0, 24, None))
+    monkeypatch.setattr(text_module, "MAX_HELD_BYTES", 64)
+    monkeypatch.setattr(jsonl, "MAX_RECORD_BYTES", 200)
+    monkeypatch.setattr(source_module, "BLOCK_BYTES", 24)
+    monkeypatch.setattr(source_module, "PACKED_BYTES", 16)
+    monkeypatch.setattr(source_module.Source.blocks, "__defaults__", (0, 24, None))
 
 
 # Which files
@@ -289,7 +292,7 @@ def test_long_text_is_read_in_chunks_of_whole_characters(tmp_path: Path) -> None
     path = write(tmp_path / "long.txt", "\ufeff" + text)
     [item] = read(path)
     assert isinstance(item, LongDocument)
-    assert (item.bytes, item.sha256) == (len(text.encode()), hashlib.sha256(text.encode()).hexdigest())
+    assert (item.num_bytes, item.sha256) == (len(text.encode()), hashlib.sha256(text.encode()).hexdigest())
     chunks = list(item.chunks())
     assert "".join(chunks) == "".join(item.chunks()) == text
     assert max(len(c.encode()) for c in chunks) <= (1 << 20) + 4
@@ -351,8 +354,8 @@ SEPARATED = [
 def test_separated_documents(
     tmp_path: Path, text: str, documents: list[str], block: int, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources_module, "BLOCK", block)
-    monkeypatch.setattr(readers, "LONG", max(4, block))
+    monkeypatch.setattr(source_module, "BLOCK_BYTES", block)
+    monkeypatch.setattr(text_module, "MAX_HELD_BYTES", max(4, block))
     path = write(tmp_path / "f.txt", text)
     items = read(path, separator="<|e|>")
     assert texts(items) == documents
@@ -404,7 +407,7 @@ def test_pieces_follow_the_rule_of_documents_in_memory(
             alphabet = ["a\n", "\u20acb", "c\r"]
         text = "".join(rng.choices(alphabet, k=rng.randrange(200)))
         limit = rng.choice([1, 5, 30, 64])
-        monkeypatch.setattr(readers, "LONG", rng.choice([64, 4000]))
+        monkeypatch.setattr(text_module, "MAX_HELD_BYTES", rng.choice([64, 4000]))
         path = write(tmp_path / "f.txt", text)
         expected = pieces(text, limit)
         items = read(path, piece_bytes=limit)
@@ -551,7 +554,7 @@ def test_settings_without_sense_are_refused() -> None:
         {"separator": ""},
         {"separator": "a\nb"},
         {"piece_bytes": 0},
-        {"piece_bytes": readers.LONG + 1},
+        {"piece_bytes": text_module.MAX_HELD_BYTES + 1},
         {"piece_bytes": 5, "separator": "x"},
     ):
         with pytest.raises(UsageError):
@@ -648,7 +651,7 @@ def test_an_error_in_the_middle_keeps_the_lines_before_it(
         __enter__ = lambda self: self  # noqa: E731
         __exit__ = lambda self, *_: self.file.close()  # noqa: E731
 
-    monkeypatch.setattr(sources_module, "open", Failing, raising=False)
+    monkeypatch.setattr(source_module, "open", Failing, raising=False)
     *documents, bad = Corpus(find_sources([path]))
     lines = (1 << 20) // 14
     assert len(documents) == lines
@@ -762,7 +765,7 @@ def test_what_an_archive_held_before_the_damage_is_used_to_the_last_line(tmp_pat
     rng = random.Random(1)
     data = b"".join(
         b'{"text": "%d %d"}\n' % (n, rng.getrandbits(200)) for n in range(15_000)
-    )  # more than BLOCK
+    )  # more than BLOCK_BYTES
     for suffix, pack in PACK.items():
         packed = pack(data)
         path = tmp_path / f"f.jsonl.{suffix}"
@@ -860,8 +863,9 @@ def peak(path: Path, **settings: Any) -> float:
         pytest.skip("needs /proc/self/status")
     code = """if 1:
         import sys
-        from apr.data.readers import Corpus, LongDocument
-        from apr.data.sources import find_sources
+        from apr.data.corpus import Corpus
+        from apr.data.documents import LongDocument
+        from apr.data.find import find_sources
         size = 0
         for item in Corpus(find_sources([sys.argv[1]]), **eval(sys.argv[2])):
             for chunk in item.chunks() if isinstance(item, LongDocument) else ():
@@ -900,7 +904,7 @@ def test_memory_is_bounded_for_a_line_that_is_not_cut(tmp_path: Path, settings: 
 
 def test_a_line_of_millions_of_numbers_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes a parser 30 times its length; a long text does not, whatever signs it holds."""
-    monkeypatch.setattr(readers, "MAX_VALUES", 5000)
+    monkeypatch.setattr(jsonl, "MAX_VALUE_BYTES", 5000)
     text = 'a, [1, 2], {"b": \\' * 2000
     lines = [json.dumps({"text": "x", "n": [0] * 4000}), json.dumps({"text": text, "n": [0] * 40})]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

@@ -45,7 +45,7 @@ def random_ids(seed: int, n: int, eos_share: float) -> np.ndarray:
 def test_documents_are_those_between_ends(
     monkeypatch: pytest.MonkeyPatch, chunk: int, eos_share: float, threads: int
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", chunk)
     ids = random_ids(3, 1999, eos_share)
     arrays = split(ids, [1, 700, 64, 128, 1, 1105])
     found = scan(arrays, V, EOS, keep=True, threads=threads)
@@ -74,7 +74,7 @@ def test_identities_do_not_depend_on_shards_or_chunks(monkeypatch: pytest.Monkey
         sizes = [size] * (3000 // size) + ([3000 % size] if 3000 % size else [])
         np.testing.assert_array_equal(identities(ids, sizes), want)
     for chunk in (1, 3, 100):
-        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(module, "CHUNK_TOKENS", chunk)
         np.testing.assert_array_equal(identities(ids, [1500, 1500]), want)
 
 
@@ -127,7 +127,7 @@ def test_without_an_end_of_text_nothing_is_delimited() -> None:
 
 @pytest.mark.parametrize("place", [0, 1, 99])
 def test_an_id_outside_the_vocabulary_is_named(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
-    monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 16)
     ids = np.zeros(100, np.uint32)
     ids[place] = 2**32 - 1
     found = scan([np.zeros(3, np.uint32), ids], V, EOS)

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from apr.common.errors import InputNotFound, IOFailure, MalformedFile, Refused
-from apr.data.corpus import Document
+from apr.data.documents import Document
 from apr.data.manifest import FIGURES, MAX_VOCAB
 from apr.data.repair import repair_manifest
-from apr.data.shards import ShardWriter, TokenShards
+from apr.data.shard_writer import ShardWriter
+from apr.data.shards import TokenShards
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.training import train_tokenizer
 from data_cases import corpus, edit_json, edit_shard_row, files_of, flip_byte, put, rewrite, write

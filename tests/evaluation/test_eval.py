@@ -363,12 +363,12 @@ def test_documents_are_scored_each_by_itself(capsys, small):
 
 
 def test_long_documents_are_cut_without_changing_their_tokens(small, tmp_path, monkeypatch):
-    from apr.data import readers
+    from apr.data import text as text_module
 
     tokenizer = Tokenizer.from_file(small / "tok")
     texts = []
-    for limit in (readers.LONG, 1000):
-        monkeypatch.setattr(readers, "LONG", limit)
+    for limit in (text_module.MAX_HELD_BYTES, 1000):
+        monkeypatch.setattr(text_module, "MAX_HELD_BYTES", limit)
         found = text_windows(str(small / "t.txt"), tokenizer, 64, 64, None, "none", "text")
         texts.append([w.ids for w, _ in found.windows()])
     assert all(np.array_equal(a, b) for a, b in zip(*texts, strict=True))

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from apr.data.batches import Windows
-from apr.data.corpus import Document
-from apr.data.readers import LongDocument, Skipped
-from apr.data.shards import ShardWriter, TokenShards
+from apr.data.documents import Document, LongDocument
+from apr.data.shard_writer import ShardWriter
+from apr.data.shards import TokenShards
+from apr.data.source import Skipped
 from apr.tokenizer.tokenizer import Tokenizer
 
 CODE = 'def f(x):\n    if x:\n        return "%d" % x\n\n    return None  # 1234567 \u00e9\u4e2d\U0001f600\n'

@@ -24,8 +24,9 @@ from apr.cli.main import main
 from apr.common import atomic
 from apr.common.atomic import locked
 from apr.data.batches import Windows, sequential
-from apr.data.corpus import Document
-from apr.data.shards import ShardWriter, TokenShards
+from apr.data.documents import Document
+from apr.data.shard_writer import ShardWriter
+from apr.data.shards import TokenShards
 from apr.model.cost import Memory
 from apr.model.hf_config import to_hf
 from apr.model.presets import PRESETS

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ... import backends
-from ...data.corpus import Document
-from ...data.shards import ShardWriter
+from ...data.documents import Document
+from ...data.shard_writer import ShardWriter
 from ...model.config import ModelConfig
 from ...model.params import Layout
 from ...model.presets import PRESETS

@@ -16,13 +16,13 @@ from typing import Any
 from ...common.errors import Interrupted, UsageError
 from ...common.options import json_option, option, parse
 from ...common.rounding import ceil_div
-from ...data.encode import RECORD, SKIPPED, Counts, Encoded, encode_corpus
+from ...data.corpus import Corpus
+from ...data.encode import RECORD, SKIPPED, Counts, EncodedCorpus, encode_corpus
 from ...data.estimate import Estimate, estimate
+from ...data.find import Sources, find_sources
 from ...data.guards import Bounds
 from ...data.manifest import EOS_POLICIES
-from ...data.readers import Corpus
 from ...data.settings import widen_option
-from ...data.sources import Sources, find_sources
 from ...tokenizer.tokenizer import Tokenizer
 from ..show import Show
 from .show import EncodeProgress, clock, plural
@@ -194,7 +194,7 @@ def _estimate(f: Flags, found: Sources, tokenizer: Tokenizer, show: Show) -> int
     return 0
 
 
-def _result(e: Encoded, seconds: float) -> dict[str, Any]:
+def _result(e: EncodedCorpus, seconds: float) -> dict[str, Any]:
     sides = {"train": e.train} | ({"val": e.val} if e.val else {})
     return {
         "folder": str(e.folder),
@@ -210,7 +210,7 @@ def _result(e: Encoded, seconds: float) -> dict[str, Any]:
     }
 
 
-def _print(show: Show, f: Flags, e: Encoded, seconds: float) -> None:
+def _print(show: Show, f: Flags, e: EncodedCorpus, seconds: float) -> None:
     c = e.counts
     rows = []
     for name, m in (("train", e.train), ("val", e.val)):
@@ -228,10 +228,10 @@ def _print(show: Show, f: Flags, e: Encoded, seconds: float) -> None:
     resumed = ", what was there already only read" if f.resume else ""
     norm = e.train.normalization
     normalized = "" if norm == "none" else f" after the tokenizer's normalization ({norm})"
-    named = f" (named in {e.folder / SKIPPED})" if c.skipped else ""
+    listed = f" (listed in {e.folder / SKIPPED})" if c.skipped else ""
     rows += [
         ("copies dropped", f"{c.duplicates:,}"),
-        ("not usable", skipped + named),
+        ("skipped", skipped + listed),
         ("decoded again", f"{c.round_trips:,} documents, each its own text{normalized}"),
         (
             "speed",

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from ...common.errors import Refused, UsageError
 from ...common.options import json_option, option, parse
-from ...data.corpus import is_held_out
-from ...data.readers import Corpus, LongDocument, Skipped
-from ...data.sources import find_sources
+from ...data.corpus import Corpus
+from ...data.documents import is_held_out
+from ...data.find import find_sources
+from ...data.source import Skipped
 from ...tokenizer.training import train_tokenizer
 from ..show import Show
 
@@ -125,9 +126,5 @@ class _Texts:
             if self._val_fraction and is_held_out(item.sha256, self._val_fraction):
                 continue
             self.documents += 1
-            if isinstance(item, LongDocument):
-                self.bytes += item.bytes
-                yield from item.chunks()
-            else:
-                self.bytes += len(item.data)
-                yield item.text
+            self.bytes += item.num_bytes
+            yield from item.chunks()

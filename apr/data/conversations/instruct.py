@@ -29,13 +29,14 @@ from ...common.files import make_folder, read_json
 from ...common.finding import Finding
 from ...tokenizer.tokenizer import Tokenizer
 from ..audit import Split
-from ..corpus import Document, is_held_out
+from ..corpus import Corpus
+from ..documents import Document, Item, is_held_out
+from ..find import find_sources
 from ..guards import USUAL, Bounds, enforce, fits_model
 from ..manifest import figures
-from ..readers import Corpus, Item
 from ..seen import Seen
 from ..shards import TokenShards
-from ..sources import Skipped, Source, find_sources
+from ..source import Skipped, Source
 
 if TYPE_CHECKING:
     from ...tokenizer.chat_template import ChatTemplate

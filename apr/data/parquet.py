@@ -1,0 +1,111 @@
+"""Documents of a Parquet file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ..common.errors import UsageError
+from .documents import Document, Item
+from .jsonl import listed
+from .source import Skipped, Source, Unusable
+from .utf8 import bad_byte
+
+# Rows that are held at once, fewer where they are long.
+BATCH_ROWS = 256
+BATCH_BYTES = 16 << 20
+
+
+def read_parquet(source: Source, keys: Sequence[str], advance: Callable[[int], None]) -> Iterator[Item]:
+    """Yield the document or Skipped of each row; keys: path to the text column."""
+    pa, pq, _ = pyarrow_modules()
+    # The last row read, counted from 1.
+    row = 0
+    try:
+        with pq.ParquetFile(
+            source.path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
+        ) as file:
+            _check_column(file.schema_arrow, keys)
+            total = 0
+            for group in range(file.num_row_groups):
+                total += file.metadata.row_group(group).num_rows
+                try:
+                    for values in _row_batches(file, group, keys):
+                        for value in values:
+                            row += 1
+                            yield _cell(f"{source.name}:{row}", value, keys)
+                        advance(source.size * row // max(1, file.metadata.num_rows))
+                    if row != total:
+                        raise pa.ArrowInvalid("fewer rows than the footer says")
+                except _damages(pa) as e:
+                    detail = f"rows {row + 1} to {total} are lost: {_first_line(e)}"
+                    yield Skipped(f"{source.name}:{row + 1}", "corrupt archive", detail)
+                    row = total
+    except Unusable as e:
+        yield Skipped(source.name, e.reason, e.detail)
+    except _damages(pa) as e:
+        reason = "unreadable" if isinstance(e, OSError) and e.errno else "corrupt archive"
+        yield Skipped(source.name, reason, _first_line(e))
+
+
+def pyarrow_modules() -> Any:
+    """Import (pyarrow, pyarrow.parquet, pyarrow.compute). Raises UsageError where they are missing."""
+    try:
+        import pyarrow
+        import pyarrow.compute
+        import pyarrow.parquet
+    except ImportError as e:
+        raise UsageError(f"reading Parquet needs pyarrow ({e}): pip install 'apr[parquet]'") from None
+    return pyarrow, pyarrow.parquet, pyarrow.compute
+
+
+def _damages(pa: Any) -> tuple[type[BaseException], ...]:
+    """List the exceptions of pyarrow for a damaged file; MemoryError for a length that is no length."""
+    return (pa.ArrowException, OSError, ValueError, MemoryError)
+
+
+def _check_column(schema: Any, keys: Sequence[str]) -> None:
+    """Raise Unusable for a file without the column, or with a column that is no text."""
+    pa = pyarrow_modules()[0]
+    fields: Any = schema
+    kind: Any = None
+    for depth, key in enumerate(keys):
+        name = ".".join(keys[: depth + 1])
+        if kind is not None and not pa.types.is_struct(kind):
+            raise Unusable("no field", f"no column {name}; {'.'.join(keys[:depth])} is {kind}, not a struct")
+        names = [field.name for field in fields]
+        if names.count(key) != 1:
+            raise Unusable("no field", f"{names.count(key) or 'no'} column {name}; there is {listed(names)}")
+        kind = fields.field(key).type
+        fields = kind
+    text = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(text) or pa.types.is_large_string(text) or pa.types.is_string_view(text)):
+        raise Unusable("not a string", f"column {'.'.join(keys)} is {kind}")
+
+
+def _row_batches(file: Any, group: int, keys: Sequence[str]) -> Iterator[list[bytes | None]]:
+    """Yield the column's values in a row group, as bytes: pyarrow does not check that a string is UTF-8."""
+    pa, _, compute = pyarrow_modules()
+    meta = file.metadata.row_group(group)
+    rows = max(1, min(BATCH_ROWS, BATCH_BYTES * meta.num_rows // max(1, meta.total_byte_size)))
+    for batch in file.iter_batches(rows, row_groups=[group], columns=[keys[0]], use_threads=False):
+        column = batch.column(0)
+        for key in keys[1:]:
+            column = compute.struct_field(column, key)
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        yield column.cast(pa.large_binary()).to_pylist()
+
+
+def _cell(name: str, value: bytes | None, keys: Sequence[str]) -> Item:
+    if value is None:
+        return Skipped(name, "not a string", f"{'.'.join(keys)} is null")
+    try:
+        text = value.decode()
+    except UnicodeDecodeError as e:
+        return Skipped(name, "not UTF-8", bad_byte(e, e.start))
+    return Document(name, text) if text else Skipped(name, "empty", f"{'.'.join(keys)} has no characters")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
