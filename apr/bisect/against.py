@@ -23,8 +23,8 @@ from ..model.params import Slot
 from ..model.taps import key
 from ..model.transformer import Model
 from . import rule
-from .difference import Difference, difference, verdict
-from .report import FORCED, FREE, Row
+from .difference import Difference, difference, error_and_tolerance
+from .report import FORCED, FREE, ArrayComparison
 
 MADE = {  # tap -> the op that makes it, and the parameters whose gradients it gives besides
     "hidden": "add_rmsnorm_fwd",
@@ -156,7 +156,7 @@ def compare_with_trace(
     targets: np.ndarray,
     want: Mapping[str, np.ndarray],
     dtype: str,
-) -> list[Row]:
+) -> list[ArrayComparison]:
     """Rows of every tap and gradient that is in the trace `want`, in order of computation: FORCED, then FREE.
 
     model: the side that is judged, its weights in place; it keeps everything (no recompute, all logits at once), and
@@ -211,15 +211,15 @@ def _fitted(
     return out
 
 
-def _row(made: _Made, mode: str, judge: _Judge, base: _Base, coarse: str, cause: str) -> Row:
+def _row(made: _Made, mode: str, judge: _Judge, base: _Base, coarse: str, cause: str) -> ArrayComparison:
     """The verdict on an array: on its worst element, or on a slice where only that is off."""
     d, slices = judge.seen[made.name], judge.sliced[made.name]
     factor, expected = 3 if made.gradient else 2, base.slices if slices else ()
-    err, tol, axis = verdict(d, base.err, rule.EPS[coarse], factor, slices, expected)
+    err, tol, axis = error_and_tolerance(d, base.err, rule.EPS[coarse], factor, slices, expected)
     if axis is not None:
         cause = f"a slice across axis {axis} is off by {err:.2g} of its norm" + (cause and f"; {cause}")
     cause = "" if err <= tol else cause
-    return Row(
+    return ArrayComparison(
         made.stage, made.op, made.name, mode, err, tol, made.layer, d.shape, d.index, d.got, d.want, cause
     )
 

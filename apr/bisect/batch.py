@@ -15,7 +15,7 @@ from ..data.shards import TokenShards
 from ..model.config import ModelConfig
 from ..model.transformer import IGNORED
 from ..tokenizer.tokenizer import Tokenizer
-from .report import EXACT, Row
+from .report import EXACT, ArrayComparison
 from .stages import Batch, exact, holds
 
 IGNORE_EVERY = 7  # so many targets are left out of the loss, so that leaving them out is tested
@@ -48,7 +48,7 @@ def in_documents(batch: Batch, end: int) -> Batch:
 
 def from_text(
     text: str, tokenizer: Tokenizer, shape: tuple[int, int], source: str
-) -> tuple[Batch, list[Row]]:
+) -> tuple[Batch, list[ArrayComparison]]:
     """The first B * T + 1 tokens of a text as B sequences, and whether its ids are the text. Raises Refused when it
     is too short."""
     b, t = shape
@@ -90,7 +90,9 @@ def from_ids(ids: np.ndarray, targets: np.ndarray, source: str) -> Batch:
     return Batch(ids, targets, f"{ids.shape[0]} x {ids.shape[1]} ids of {source}")
 
 
-def from_dataset(folder: str, shape: tuple[int, int], seed: int, vocab_size: int) -> tuple[Batch, list[Row]]:
+def from_dataset(
+    folder: str, shape: tuple[int, int], seed: int, vocab_size: int
+) -> tuple[Batch, list[ArrayComparison]]:
     """The first batch that training would draw of a folder of token shards, and whether windows and order are right."""
     path = Path(folder)
     if not (path / MANIFEST).is_file() and (path / "train").is_dir():
@@ -113,7 +115,7 @@ def from_dataset(folder: str, shape: tuple[int, int], seed: int, vocab_size: int
     return batch, [*windows_rows(windows, path), *order_rows(windows, seed)]
 
 
-def windows_rows(windows: Windows, path: Path) -> list[Row]:
+def windows_rows(windows: Windows, path: Path) -> list[ArrayComparison]:
     """Windows as training reads them against the bytes of the shards, read here: ids, and the ids after them."""
     t, rows = windows.seq_length, []
     raw = []
@@ -130,7 +132,7 @@ def windows_rows(windows: Windows, path: Path) -> list[Row]:
     return rows
 
 
-def order_rows(windows: Windows, seed: int) -> list[Row]:
+def order_rows(windows: Windows, seed: int) -> list[ArrayComparison]:
     """Whether one pass of training reads every window once."""
     n = len(windows)
     if n > MOST_WINDOWS:
@@ -142,20 +144,20 @@ def order_rows(windows: Windows, seed: int) -> list[Row]:
     return [_equal("Batches.next", "one_pass", seen[order[0]], first[order[1]])]
 
 
-def _equal(op: str, tap: str, got: np.ndarray, want: np.ndarray) -> Row:
+def _equal(op: str, tap: str, got: np.ndarray, want: np.ndarray) -> ArrayComparison:
     bad = np.argwhere(got.astype(np.int64) != want)
     if not len(bad):
-        return Row("data", op, tap, EXACT, 0.0, 0.0, None, want.shape)
+        return ArrayComparison("data", op, tap, EXACT, 0.0, 0.0, None, want.shape)
     at = tuple(int(i) for i in bad[0])
     shifted = got.shape == want.shape and bool((got[:, 1:] == want[:, :-1]).all())
     cause = "shifted by one token" if shifted else f"{len(bad)} of {want.size} ids are others"
-    return Row(
+    return ArrayComparison(
         "data", op, tap, EXACT, float(abs(int(got[at]) - int(want[at]))) or np.inf, 0.0, None, want.shape, at,
         int(got[at]), int(want[at]), cause,
     )  # fmt: skip
 
 
-def rows(batch: Batch, cfg: ModelConfig) -> list[Row]:
+def rows(batch: Batch, cfg: ModelConfig) -> list[ArrayComparison]:
     """Whether a batch can show a fault at all: ids inside the vocabulary, enough of them different."""
     ids, targets = batch.ids, batch.targets
     distinct = len(np.unique(ids))

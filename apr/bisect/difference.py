@@ -1,4 +1,4 @@
-"""How far an array is off, and whether that is too far."""
+"""Difference of an array from the one expected, and its tolerance by the rule."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from .pieces import in_pieces
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an array is off: the largest |got - want|, where, and the largest |want|. NaN where got has one."""
+    """Difference of an array `got` from `want`.
+
+    err      largest |got - want|; NaN when got has one
+    flat     index of the element with that error, in the flattened array
+    largest  largest |want|
+    got, want  values of that element
+    """
 
     err: float
-    flat: int  # index of the worst element in the flattened array
+    flat: int
     largest: float
     shape: tuple[int, ...]
     got: float
@@ -24,12 +30,12 @@ class Difference:
 
     @property
     def index(self) -> tuple[int, ...]:
-        """Of the worst element."""
+        """Index of the worst element."""
         return tuple(int(i) for i in np.unravel_index(self.flat, self.shape)) if self.shape else ()
 
 
 def difference(got: np.ndarray, want: np.ndarray) -> Difference:
-    """The Difference of two arrays of one shape, in pieces, so that memory does not grow with their size."""
+    """Compare two arrays of one shape, in pieces, so that memory does not grow with their size."""
     shape = want.shape
     g, w = got.reshape(-1), np.ascontiguousarray(want).reshape(-1)
 
@@ -37,17 +43,18 @@ def difference(got: np.ndarray, want: np.ndarray) -> Difference:
         a, b = g[at].astype(np.float64), w[at].astype(np.float64)
         largest = float(np.abs(b).max())
         off = np.abs(a - b)
-        worst = int(off.argmax())  # the first NaN where there is one
+        # argmax finds the first NaN
+        worst = int(off.argmax())
         return float(off[worst]), at.start + worst, largest
 
-    found = in_pieces(piece, w.size) or [(0.0, 0, 0.0)]
-    err, at, _ = max(found, key=lambda f: (f[0] != f[0], f[0]))
-    largest = max(f[2] for f in found)
-    some = w.size > 0
-    return Difference(err, at, largest, shape, float(g[at]) if some else 0.0, float(w[at]) if some else 0.0)
+    pieces = in_pieces(piece, w.size) or [(0.0, 0, 0.0)]
+    err, at, _ = max(pieces, key=lambda p: (p[0] != p[0], p[0]))
+    largest = max(p[2] for p in pieces)
+    values = (float(g[at]), float(w[at])) if w.size else (0.0, 0.0)
+    return Difference(err, at, largest, shape, *values)
 
 
-def verdict(
+def error_and_tolerance(
     d: Difference,
     base: float,
     eps: float,
@@ -55,10 +62,12 @@ def verdict(
     slices: Sequence[float] = (),
     expected: Sequence[float] = (),
 ) -> tuple[float, float, int | None]:
-    """(error, tolerance, axis) by the rule: of the worst element, axis None; or, where that is within its tolerance, of the
-    slices across the first axis that are not.
+    """(error, tolerance, axis) by the rule: of the worst element, axis None; or, when the worst element is within its
+    tolerance, of the first axis whose slices are not.
 
-    base: the error to expect; slices, expected: rule.relative() of the array and to expect, where slices are judged.
+    base      error to expect
+    slices    rule.relative() of the array, by axis, for arrays that are judged by slices
+    expected  rule.relative() to expect, by axis
     """
     tol = rule.tolerance(base, d.largest, eps, factor)
     if d.err <= tol:

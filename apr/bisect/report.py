@@ -1,23 +1,30 @@
-"""What a comparison found: one row per array, grouped into stages."""
+"""Report of a bisection: one comparison per array, grouped into stages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any
 
+from ..common.finding import FAIL, PASS, SKIPPED, Finding
+
 STAGES = ("configuration", "data", "upload", "forward", "loss", "backward", "optimizer", "state")
-PASSES = ("forward", "loss", "backward", "optimizer")  # the stages whose rows are ops
+PASSES = ("forward", "loss", "backward", "optimizer")  # stages whose comparisons are of ops
 FREE, FORCED, EXACT = "free", "forced", "exact"
+WORDS = {PASS: "agree", FAIL: "DIFFER", SKIPPED: "skipped"}  # verdicts of stages, on screen and in JSON
 
 
 @dataclass(frozen=True)
-class Row:
-    """One array compared: that an op wrote, or, in the other stages, one fact or one parameter.
+class ArrayComparison:
+    """One array compared with the reference: one that an op wrote or, in the other stages, one parameter or one fact.
 
-    mode: FREE (the side's own inputs, errors as they accumulate), FORCED (the op had the reference's inputs,
-    so that err is its own), EXACT (equality is asked for). index: of the worst element, with got and want.
-    tap: the buffer that was written ("3.qkv", "grad.3.wqkv"); layer: the block, None outside.
+    mode       FREE (the side's own inputs, errors accumulate), FORCED (the op had the reference's inputs, err is its
+               own) or EXACT (equality is required)
+    tap        buffer that was written: "3.qkv", "grad.3.wqkv"
+    layer      block, None outside the blocks
+    index      of the worst element; got, want: its values
+    cause      likely cause in words, "" for none
     """
 
     stage: str
@@ -31,91 +38,119 @@ class Row:
     index: tuple[int, ...] = ()
     got: Any = None
     want: Any = None
-    cause: str = ""  # what is likely, in words; "" when nothing is known
+    cause: str = ""
 
     @property
     def ok(self) -> bool:
-        """Whether the error is within its tolerance; NaN is not."""
+        """True for an error within its tolerance; NaN is not."""
         return bool(self.err <= self.tol)
 
     @property
     def ratio(self) -> float:
-        """Error over tolerance: 0 for none at all, above 1 is a fault, infinite where a NaN is or where
-        equality was asked for and not found."""
+        """Error over tolerance: 0 for equal arrays, above 1 for a fault, infinite for NaN and for unequal arrays of mode
+        EXACT."""
         if self.err == 0:
             return 0.0
-        if not self.err < float("inf"):
-            return float("inf")
-        return self.err / self.tol if self.tol > 0 else float("inf")
+        if not self.err < inf:
+            return inf
+        return self.err / self.tol if self.tol > 0 else inf
 
     @property
     def place(self) -> str:
-        """For a reader: "layer 3 linear_fwd -> qkv"."""
-        where = "" if self.layer is None else f"layer {self.layer} "
-        return f"{where}{self.op} -> {self.tap}"
+        """Layer, op and tap in words: "layer 3 linear_fwd -> qkv"."""
+        layer = "" if self.layer is None else f"layer {self.layer} "
+        return f"{layer}{self.op} -> {self.tap}"
+
+    @property
+    def error(self) -> str:
+        """Error in words: "512 times the tolerance"."""
+        if self.ratio < inf:
+            return f"{ratio_text(self.ratio)} times the tolerance"
+        return "not equal" if self.tol == 0 else "not finite"
+
+
+def ratio_text(ratio: float) -> str:
+    """Error over tolerance with three digits, or with two from 10,000 on."""
+    return f"{ratio:.3g}" if ratio < 1e4 else f"{ratio:.1e}"
 
 
 @dataclass
 class Report:
-    """Everything that was compared, in order of computation."""
+    """All comparisons of one side, in order of computation.
+
+    sides    names of what is believed and of what is judged: "reference float64", "cpu float32"
+    batch    input in words
+    skipped  {stage: reason}
+    seconds  {stage: time}
+    """
 
     model: str
-    sides: tuple[
-        str, str
-    ]  # names of what is believed and of what is judged: "reference float64", "cpu float32"
-    batch: str  # in words: what went in
-    rows: list[Row] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)  # stage: why it did not run
-    seconds: dict[str, float] = field(default_factory=dict)  # stage: time it took
+    sides: tuple[str, str]
+    batch: str
+    rows: list[ArrayComparison] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """More rows."""
+    def add(self, rows: Iterable[ArrayComparison]) -> None:
+        """Append comparisons."""
         self.rows.extend(rows)
 
-    def of(self, stage: str, mode: str | None = None) -> list[Row]:
-        """The rows of a stage, of one mode or of all."""
+    def of(self, stage: str, mode: str | None = None) -> list[ArrayComparison]:
+        """Comparisons of a stage, of one mode or of all."""
         return [r for r in self.rows if r.stage == stage and mode in (None, r.mode)]
 
-    def verdict(self, stage: str) -> str:
-        """ "agree", "DIFFER" or "skipped"."""
+    def finding(self, stage: str) -> Finding:
+        """Sum up a stage: FAIL when an array is beyond its tolerance, SKIPPED with the reason when none was compared.
+
+        measured: the largest error over tolerance, errors that are an op's own before those that only accumulate;
+        where: its place."""
         rows = self.of(stage)
         if not rows:
-            return "skipped"
-        return "agree" if all(r.ok for r in rows) else "DIFFER"
+            return Finding.skipped(stage, self.skipped.get(stage, ""))
+        worst = max(rows, key=lambda r: (not r.ok and r.mode != FREE, r.ratio))
+        place = worst.place + (" (free)" if worst.mode == FREE else "")
+        return Finding.of(
+            stage,
+            all(r.ok for r in rows),
+            ratio_text(worst.ratio),
+            "at most 1 of the tolerance",
+            worst.cause,
+            where=place if worst.ratio else "",
+        )
 
     @property
-    def guilty(self) -> list[Row]:
-        """Rows beyond their tolerance, the likely culprits first: what is exact or forced in order of
-        computation, then what only accumulates."""
+    def guilty(self) -> list[ArrayComparison]:
+        """Comparisons beyond their tolerance, likely culprits first: FORCED and EXACT ones in order of computation, then
+        those that only accumulate."""
         bad = sorted(
             (r for r in self.rows if not r.ok), key=lambda r: (STAGES.index(r.stage), r.mode == EXACT)
         )
         return [r for r in bad if r.mode != FREE] + [r for r in bad if r.mode == FREE]
 
     @property
-    def first(self) -> Row | None:
-        """The first guilty row; None when all agree."""
+    def first(self) -> ArrayComparison | None:
+        """First guilty comparison; None when all agree."""
         return next(iter(self.guilty), None)
 
     @property
     def agree(self) -> bool:
-        """Whether everything that was compared is within its tolerance, and something was."""
+        """True when arrays were compared and all are within their tolerance."""
         return bool(self.rows) and self.first is None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data, infinities and NaN as text."""
+        """Report as plain data, infinities and NaN as text."""
 
         def plain(x: Any) -> Any:
             if isinstance(x, dict):
                 return {k: plain(v) for k, v in x.items()}
             if isinstance(x, (list, tuple)):
                 return [plain(v) for v in x]
-            if isinstance(x, float) and not abs(x) < float("inf"):
+            if isinstance(x, float) and not abs(x) < inf:
                 return str(x)
             return x if x is None or isinstance(x, (int, float, str, bool)) else str(x)
 
-        def row(r: Row) -> dict[str, Any]:
+        def row(r: ArrayComparison) -> dict[str, Any]:
             return {**asdict(r), "ok": r.ok, "ratio": r.ratio}
 
         return plain(
@@ -125,7 +160,7 @@ class Report:
                 "batch": self.batch,
                 "agree": self.agree,
                 "first": None if self.first is None else row(self.first),
-                "stages": {s: self.verdict(s) for s in STAGES},
+                "stages": {s: WORDS[self.finding(s).verdict] for s in STAGES},
                 "skipped": self.skipped,
                 "seconds": self.seconds,
                 "notes": self.notes,

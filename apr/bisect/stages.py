@@ -26,7 +26,7 @@ from . import causes, rule
 from .difference import Difference, difference
 from .lockstep import Twin, join, join_optimizers
 from .pieces import in_parallel, in_pieces
-from .report import EXACT, Report, Row
+from .report import EXACT, ArrayComparison, Report
 from .watch import Forced, Free
 
 LR, CLIP, DECAY, STEPS = 0.003, 0.5, 0.1, 2  # of an optimizer step: CLIP is a share of the gradients' norm
@@ -80,13 +80,17 @@ class Batch:
 
 def exact(
     stage: str, op: str, tap: str, got: Any, want: Any, layer: int | None = None, cause: str = ""
-) -> Row:
+) -> ArrayComparison:
     """A row of two values that must be equal."""
     same = bool(got == want) or (got != got and want != want)
-    return Row(stage, op, tap, EXACT, 0.0 if same else np.inf, 0.0, layer, (), (), got, want, cause)
+    return ArrayComparison(
+        stage, op, tap, EXACT, 0.0 if same else np.inf, 0.0, layer, (), (), got, want, cause
+    )
 
 
-def holds(stage: str, op: str, tap: str, true: bool, otherwise: str, layer: int | None = None) -> Row:
+def holds(
+    stage: str, op: str, tap: str, true: bool, otherwise: str, layer: int | None = None
+) -> ArrayComparison:
     """A row of a fact that must be true."""
     return exact(stage, op, tap, bool(true), True, layer, "" if true else otherwise)
 
@@ -100,10 +104,10 @@ def measured(
     layer: int | None = None,
     shape: tuple[int, ...] = (),
     cause: str = "",
-) -> Row:
+) -> ArrayComparison:
     """A row of a difference."""
     d = dataclasses.replace(d, shape=shape or d.shape)
-    return Row(stage, op, tap, EXACT, d.err, tol, layer, d.shape, d.index, d.got, d.want, cause)
+    return ArrayComparison(stage, op, tap, EXACT, d.err, tol, layer, d.shape, d.index, d.got, d.want, cause)
 
 
 def unequal(got: np.ndarray, want: np.ndarray) -> Difference:
@@ -115,7 +119,7 @@ def unequal(got: np.ndarray, want: np.ndarray) -> Difference:
 # Configuration
 
 
-def configuration(truth: ModelConfig, side: ModelConfig) -> list[Row]:
+def configuration(truth: ModelConfig, side: ModelConfig) -> list[ArrayComparison]:
     """Whether both sides believe the same of the model."""
     return [
         exact("configuration", "config", f.name, getattr(side, f.name), getattr(truth, f.name))
@@ -126,7 +130,7 @@ def configuration(truth: ModelConfig, side: ModelConfig) -> list[Row]:
 # Upload
 
 
-def upload(model: Model, weights: np.ndarray) -> list[Row]:
+def upload(model: Model, weights: np.ndarray) -> list[ArrayComparison]:
     """Every parameter read back from the device against what was sent, bit for bit, after rounding to the dtype of
     the model; the padding must be zero; and the rope tables, against formulas of their own."""
     kind = np.dtype(model.dtype)
@@ -140,7 +144,7 @@ def upload(model: Model, weights: np.ndarray) -> list[Row]:
         covered += s.size
         tap = s.param.name if s.layer is None else f"{s.layer}.{s.param.name}"
         if _same_bits(got, want):
-            rows.append(Row("upload", "from_host", tap, EXACT, 0.0, 0.0, s.layer, s.shape))
+            rows.append(ArrayComparison("upload", "from_host", tap, EXACT, 0.0, 0.0, s.layer, s.shape))
             continue
         d = unequal(got, want)
         others = {k: v for k, v in named.items() if k != s.hf and v.shape == s.shape}
@@ -160,7 +164,7 @@ def upload(model: Model, weights: np.ndarray) -> list[Row]:
     return rows + tables(model)
 
 
-def tables(model: Model) -> list[Row]:
+def tables(model: Model) -> list[ArrayComparison]:
     """cos and sin on the device, against angles computed one by one: t * theta^(-2i/D), scaled as Llama 3.1 does."""
     c = model.cfg
     rows = []
@@ -174,7 +178,7 @@ def tables(model: Model) -> list[Row]:
     return rows
 
 
-def borders(model: Model, batch: Batch) -> list[Row]:
+def borders(model: Model, batch: Batch) -> list[ArrayComparison]:
     """Where the documents of a batch begin, as attention was told, against ids counted one by one."""
     if batch.document_end is None:
         return []
@@ -208,7 +212,7 @@ def _frequency(c: ModelConfig, i: int) -> float:
     return float(2 * np.pi / (wavelength * stretch))
 
 
-def all_used(layout: Layout, passed: set[str], trained: bool) -> list[Row]:
+def all_used(layout: Layout, passed: set[str], trained: bool) -> list[ArrayComparison]:
     """Whether every parameter was given to an op, and its gradient too."""
     rows = []
     for s in layout.in_order():
@@ -259,7 +263,7 @@ def kernel_arguments(seen: dict[tuple[str, str], set[float]]) -> Iterator[None]:
         machine.kernel = load
 
 
-def kernels_given(cfg: ModelConfig, seen: dict[tuple[str, str], set[float]]) -> list[Row]:
+def kernels_given(cfg: ModelConfig, seen: dict[tuple[str, str], set[float]]) -> list[ArrayComparison]:
     """Whether kernels were launched with the numbers of the configuration."""
     want = {
         "eps": {cfg.rms_norm_eps},
@@ -383,7 +387,7 @@ def free(truth: ModelConfig, judged: Model, weights: np.ndarray, batch: Batch) -
 # The optimizer as a whole
 
 
-def optimizer_steps(judged: Model) -> list[Row]:
+def optimizer_steps(judged: Model) -> list[ArrayComparison]:
     """Compare one whole step of each optimizer, on the side's own gradients, with its formula on the host.
 
     Leaves the model with the new weights."""
@@ -395,7 +399,7 @@ def optimizer_steps(judged: Model) -> list[Row]:
     return rows
 
 
-def _optimizer_step(kind: type[Optimizer], judged: Model, g: np.ndarray) -> list[Row]:
+def _optimizer_step(kind: type[Optimizer], judged: Model, g: np.ndarray) -> list[ArrayComparison]:
     """Compare the weights after a first step with the formula, parameter by parameter; matrices alone decay."""
     be, layout, norm, op = judged.be, judged.layout, _norm(g), f"{kind.__name__}.step"
     opt = kind.of(judged, weight_decay=DECAY, grad_clip=CLIP * norm)
@@ -461,7 +465,9 @@ def _update_cause(after: np.ndarray, before: np.ndarray, want: np.ndarray) -> st
 # State
 
 
-def state(side: Side, weights: np.ndarray, batch: Batch, tolerances: dict[str, float]) -> list[Row]:
+def state(
+    side: Side, weights: np.ndarray, batch: Batch, tolerances: dict[str, float]
+) -> list[ArrayComparison]:
     """What must not be carried over: two runs equal, memory that starts as NaN, evaluation between training, the
     recorded pass, the future, another input, a batch and its sequences one by one."""
     model = side.model(weights, batch.shape, document_end=batch.document_end)
@@ -569,7 +575,7 @@ def state(side: Side, weights: np.ndarray, batch: Batch, tolerances: dict[str, f
     return rows
 
 
-def _future(model: Model, batch: Batch) -> list[Row]:
+def _future(model: Model, batch: Batch) -> list[ArrayComparison]:
     """Whether what comes last changes what was computed for earlier positions."""
     be, t = model.be, batch.ids.shape[1]
     half = max(1, t // 2)

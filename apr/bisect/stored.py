@@ -14,7 +14,7 @@ from ..checkpoints.tensors import EMBED, HEAD, INV_FREQ
 from ..model.config import ModelConfig
 from ..model.hf_config import SIZES
 from ..model.params import Layout
-from .report import EXACT, Row
+from .report import EXACT, ArrayComparison
 from .stages import exact, holds, measured, unequal
 
 SAME = {
@@ -25,7 +25,7 @@ SAME = {
 }
 
 
-def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[Row]:
+def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[ArrayComparison]:
     """The keys of config.json against the configuration, and every tensor of the .safetensors files against the host buffer
     (Layout order) that goes to the sides, bit for bit. No rows for a MODEL that is no such folder or file."""
     path = Path(model)
@@ -56,7 +56,9 @@ def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[Row]:
             want = read()
             got = host[slot.offset : slot.offset + slot.size]
             if np.array_equal(got.view(np.uint8), want.astype(host.dtype).view(np.uint8)):
-                out.append(Row("upload", "read_file", name, EXACT, 0.0, 0.0, slot.layer, slot.shape))
+                out.append(
+                    ArrayComparison("upload", "read_file", name, EXACT, 0.0, 0.0, slot.layer, slot.shape)
+                )
             else:
                 d = unequal(got, want)
                 words = "what was read is not what the file holds"

@@ -11,10 +11,10 @@ import numpy as np
 
 from ..model.params import Layout
 from . import causes, rule
-from .difference import Difference, difference, verdict
+from .difference import Difference, difference, error_and_tolerance
 from .lockstep import Call, Twin, host
 from .pieces import PIECE, in_parallel, in_pieces, rounded_copy
-from .report import FORCED, FREE, Row
+from .report import FORCED, FREE, ArrayComparison
 
 MOST_SLICED = 1 << 24  # elements; slices of a larger array are not judged apart
 MOST_EXPLAINED = 6
@@ -73,7 +73,7 @@ class _Watch:
             rule.EPS[dtype] / rule.EPS["float32"] if dtype == "float64" else 1.0
         )  # of plain NumPy's errors
         self.stage = "forward"
-        self.rows: list[Row] = []
+        self.rows: list[ArrayComparison] = []
         self.seconds: dict[str, float] = {}  # by stage
         self.passed: set[str] = set()  # names of all buffers that an op was given
         self._layer: int | None = None
@@ -111,9 +111,11 @@ class _Watch:
 
     def _row(
         self, call: Call, name: str, mode: str, err: float, tol: float, d: Difference, cause: str
-    ) -> Row:
+    ) -> ArrayComparison:
         tap, layer = self._place(call, name, d.flat)
-        return Row(self.stage, call.op, tap, mode, err, tol, layer, d.shape, d.index, d.got, d.want, cause)
+        return ArrayComparison(
+            self.stage, call.op, tap, mode, err, tol, layer, d.shape, d.index, d.got, d.want, cause
+        )
 
 
 class Forced(_Watch):
@@ -269,7 +271,7 @@ class Forced(_Watch):
         if self.dtype == "bfloat16" and want.size <= MOST_SLICED:
             sound = [rule.relative(b, want) for b in bases]
             slices = rule.relative(got, want), [max(axis) for axis in zip(*sound, strict=True)]
-        err, tol, _ = verdict(
+        err, tol, _ = error_and_tolerance(
             d, base, rule.unit(x.sides[1].dtype, self.dtype), rule.factor(op, name), *slices
         )
         return err, tol, d
@@ -291,7 +293,9 @@ class Free(_Watch):
             values = [host(be, y, x.shape) for be, y in zip(self.backends[1:], x.sides[1:], strict=True)]
             d = difference(values[-1], want)
             moved = max(difference(v, want).err for v in values[:-1])
-            err, tol, _ = verdict(d, moved * self.scale, rule.EPS[self.dtype], rule.factor(call.op, n))
+            err, tol, _ = error_and_tolerance(
+                d, moved * self.scale, rule.EPS[self.dtype], rule.factor(call.op, n)
+            )
             self.rows.append(self._row(call, n, FREE, err, tol, d, ""))
 
 

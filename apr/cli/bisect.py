@@ -1,5 +1,5 @@
-"""`apr bisect MODEL`: which op of which layer is wrong. Each side runs a training step op by op beside the reference in
-float64; or beside a trace (--against T.safetensors), or beside Hugging Face transformers (--against hf).
+"""`apr bisect MODEL`: find the op and the layer that are wrong. Each side runs a training step op by op beside the reference
+in float64; or beside a trace (--against T.safetensors), or beside Hugging Face transformers (--against hf).
 
 Example: apr bisect qwen2-tiny --sides cuda/float32,cuda/bfloat16"""
 
@@ -17,20 +17,22 @@ from rich.console import Console
 
 from .. import backends
 from ..backends.select import choose
-from ..bisect import against, hf, show, stored
+from ..bisect import against, hf, stored
 from ..bisect import batch as batches
-from ..bisect.report import Report, Row
+from ..bisect.picture import picture
+from ..bisect.planted.catalogue import catalogue_json, plant_all
+from ..bisect.report import ArrayComparison, Report
 from ..bisect.stages import Batch, Plan, Side, configuration, host_bytes, run, upload
 from ..checkpoints.registry import HostModel, open_host
 from ..common.errors import IOFailure, Refused, UsageError
+from ..common.finding import FAIL, PASS, exit_code
 from ..common.host import available_memory
 from ..common.options import given, json_option, option, threads_option
 from ..model.cost import check_fits, check_positions, memory
 from ..model.presets import PRESETS
 from ..model.transformer import IGNORED
+from .bisect_tables import print_catalogue, print_report
 from .trace import read_ids, read_targets
-
-AGREE, DIFFER = 0, 9
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,13 @@ def main(args: Sequence[str]) -> int:
     explicit = given(Flags, args, "apr bisect", __doc__ or "")
     f = Flags(**explicit)
     _refuse_unused(f, explicit)
+    console = Console(highlight=False, quiet=f.json)
     if f.catalogue:
-        from ..bisect.planted.catalogue import print_catalogue
-
-        return print_catalogue(f.json)
+        planted = list(plant_all(backends.get("cpu"), "float32"))
+        print_catalogue(planted, console)
+        if f.json:
+            print(json.dumps(catalogue_json(planted), indent=1))
+        return exit_code(PASS if all(p.is_named for p in planted) else FAIL)
     if not f.model:
         raise UsageError(
             "say which model: an .apr file, a Hugging Face folder or a preset such as qwen2-tiny"
@@ -108,22 +113,22 @@ def main(args: Sequence[str]) -> int:
     if f.targets and not f.tokens and f.against in ("", "hf"):
         raise UsageError("--targets goes with --tokens")
     _check_picture(f)
-    console = Console(highlight=False, quiet=f.json)
     reports = _against(f, console) if f.against else _beside_reference(f, console)
     pictures = _pictures(f, reports)
     for report in reports:
-        show.print_report(report, console, f.rows)
+        print_report(report, console, f.rows)
     if f.json:
         print(json.dumps({"reports": [r.as_json() for r in reports], "pictures": pictures}, indent=1))
-    for report, picture in zip(reports, pictures, strict=True):
-        if picture:  # last: what was found is shown by then, whatever comes of the file
-            show.picture(report, Path(picture))
-            console.print(f"picture: {picture}", soft_wrap=True)
-    return AGREE if all(r.agree for r in reports) else DIFFER
+    # Last, so that the reports are printed even when the file cannot be written.
+    for report, path in zip(reports, pictures, strict=True):
+        if path:
+            picture(report, Path(path))
+            console.print(f"picture: {path}", soft_wrap=True)
+    return exit_code(PASS if all(r.agree for r in reports) else FAIL)
 
 
 def _beside_reference(f: Flags, console: Console) -> list[Report]:
-    """Each side in lockstep with the reference."""
+    """Run each side in lockstep with the reference."""
     source = open_host(f.model, "float32", f.seed)
     batch, checked = _batch(f, source)
     check_positions(source.cfg, batch.shape[1])
@@ -150,7 +155,7 @@ def _beside_reference(f: Flags, console: Console) -> list[Report]:
 
 
 def _against(f: Flags, console: Console) -> list[Report]:
-    """Each side after a trace: a file, or what transformers computes now."""
+    """Compare each side with a trace: a file, or one that transformers computes now."""
     made_here, believed = f.against == "hf", None
     source = open_host(f.model, "float64" if made_here else "float32", f.seed)
     if made_here:
@@ -194,7 +199,7 @@ def _against(f: Flags, console: Console) -> list[Report]:
     return reports
 
 
-def _batch(f: Flags, source: HostModel) -> tuple[Batch, list[Row]]:
+def _batch(f: Flags, source: HostModel) -> tuple[Batch, list[ArrayComparison]]:
     batch, rows = _given(f, source)
     if not f.mask_documents:
         return batch, rows
@@ -212,7 +217,7 @@ def _batch(f: Flags, source: HostModel) -> tuple[Batch, list[Row]]:
     ), rows
 
 
-def _given(f: Flags, source: HostModel) -> tuple[Batch, list[Row]]:
+def _given(f: Flags, source: HostModel) -> tuple[Batch, list[ArrayComparison]]:
     shape = (f.batch_size, f.seq_length)
     if f.tokens:
         ids = read_ids(f.tokens, source.cfg, "--tokens", lowest=0)
@@ -278,7 +283,7 @@ def _check_memory(side: Side, batch: Batch, plan: Plan) -> None:
 
 
 def _pictures(f: Flags, reports: list[Report]) -> list[str]:
-    """The file of the picture of each report, "" for none."""
+    """Name the picture of each report, "" for none."""
     path = Path(f.picture)
     if not f.picture or len(reports) == 1:
         return [f.picture] * len(reports)

@@ -21,10 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bisect.report import Report
-from ..bisect.show import print_report
 from ..common.finding import PASS, Finding
 from ..evidence.gates import Gates
 from ..training.display import Display
+from .bisect_tables import print_report
 from .tables import print_findings
 
 

@@ -15,7 +15,7 @@ from apr.backends import reference
 from apr.backends.cpu import ops as cpu
 from apr.bisect import hf, rule
 from apr.bisect.against import MADE, compare_with_trace, read_trace, same_model
-from apr.bisect.report import FORCED, FREE, Report, Row
+from apr.bisect.report import FORCED, FREE, ArrayComparison, Report
 from apr.bisect.rule import overlay
 from apr.checkpoints.hf import write_hf, write_safetensors
 from apr.cli.trace import record
@@ -46,15 +46,17 @@ def trace(
     return record(side(cfg, be, dtype, train), *batch(cfg))
 
 
-def rows_of(cfg: ModelConfig, be: Any, dtype: str, want: Arrays, traced: str = "float64") -> list[Row]:
+def rows_of(
+    cfg: ModelConfig, be: Any, dtype: str, want: Arrays, traced: str = "float64"
+) -> list[ArrayComparison]:
     return compare_with_trace(side(cfg, be, dtype), start(cfg), *batch(cfg), want, traced)
 
 
-def report(rows: list[Row]) -> Report:
+def report(rows: list[ArrayComparison]) -> Report:
     return Report("model", ("trace", "side"), "batch", rows)
 
 
-def bad(rows: list[Row], mode: str = FORCED) -> list[str]:
+def bad(rows: list[ArrayComparison], mode: str = FORCED) -> list[str]:
     return [r.tap for r in rows if r.mode == mode and not r.ok]
 
 

@@ -28,7 +28,7 @@ from apr.bisect import rule, stages, watch
 from apr.bisect.lockstep import Call, Differing, Lockstep, Twin, join, join_optimizers, run_both
 from apr.bisect.planted import catalogue
 from apr.bisect.planted.faults import FAULTS
-from apr.bisect.report import EXACT, FORCED, FREE, STAGES, Report, Row
+from apr.bisect.report import EXACT, FORCED, FREE, STAGES, ArrayComparison, Report
 from apr.bisect.stages import Batch, Plan, Side
 from apr.checkpoints.apr2 import write_apr
 from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
@@ -216,7 +216,7 @@ def test_a_planted_fault_is_named(
     assert found.code == 9
     (report,) = found.reports
     first = report["first"]
-    row = Row(first["stage"], first["op"], first["tap"], first["mode"], 1, 0, first["layer"])
+    row = ArrayComparison(first["stage"], first["op"], first["tap"], first["mode"], 1, 0, first["layer"])
     assert row.place == place
     assert first["op"] in done.words
     assert first["cause"] in done.words
@@ -761,7 +761,7 @@ def judged(be: Any, name: str, dtype: str, plan: Plan = OPS) -> Report:
         return stages.run(cfg, Side(be, cfg, dtype), catalogue.weights_of(cfg), given, report, plan)
 
 
-def first_forced(report: Report) -> Row:
+def first_forced(report: Report) -> ArrayComparison:
     return next(r for r in report.rows if r.mode == FORCED and not r.ok)
 
 
@@ -880,7 +880,7 @@ def test_what_is_just_within_passes_and_what_is_just_beyond_fails(tap: str) -> N
     sound = next(r for r in judged(cpu, "llama-tiny", "float32").rows if r.tap == tap and r.mode == FORCED)
     op, output, number = MADE[tap]
 
-    def moved(share: float) -> Row:
+    def moved(share: float) -> ArrayComparison:
         count = [0]
 
         def call(*args: Any) -> None:
@@ -951,7 +951,7 @@ def uploaded() -> tuple[Model, np.ndarray]:
     return Side(cpu, QWEN2, "float32").model(weights, SHAPE), weights
 
 
-def red(rows: list[Row]) -> list[str]:
+def red(rows: list[ArrayComparison]) -> list[str]:
     return [r.tap for r in rows if not r.ok]
 
 
@@ -961,7 +961,7 @@ def test_upload_sees_every_kind_of_change(uploaded: tuple[Model, np.ndarray]) ->
     wo = names["model.layers.1.self_attn.o_proj.weight"]
     assert red(stages.upload(model, weights)) == []
 
-    def with_change(at: Any, value: float) -> list[Row]:
+    def with_change(at: Any, value: float) -> list[ArrayComparison]:
         kept = model.w[at].copy()
         model.w[at] = value
         rows = stages.upload(model, weights)
@@ -1069,7 +1069,7 @@ def launch(eps: float, window: int, sign: int) -> None:
     cuda_ops.adamw(flat, flat, flat, flat, flat, np.ones(1), 0.1, 0.9, 0.95, 1e-8, 0.1, 3)
 
 
-def given_to_kernels(cfg: ModelConfig, *calls: tuple[float, int, int]) -> list[Row]:
+def given_to_kernels(cfg: ModelConfig, *calls: tuple[float, int, int]) -> list[ArrayComparison]:
     seen: dict[tuple[str, str], set[float]] = {}
     with stages.kernel_arguments(seen):
         for call in calls:
@@ -1123,7 +1123,7 @@ def test_without_cuda_no_kernel_is_looked_at(monkeypatch: pytest.MonkeyPatch) ->
 # The optimizer
 
 
-def optimizer_rows(be: Any) -> list[Row]:
+def optimizer_rows(be: Any) -> list[ArrayComparison]:
     weights = catalogue.weights_of(QWEN2)
     model = Side(be, QWEN2, "float32").model(weights, SHAPE)
     given = batches.at_random(QWEN2, SHAPE, 0)
@@ -1189,13 +1189,13 @@ def test_clipping_that_is_left_out_is_seen_by_the_step() -> None:
 # State
 
 
-def state_rows(be: Any, name: str = "qwen2-tiny") -> dict[str, list[Row]]:
+def state_rows(be: Any, name: str = "qwen2-tiny") -> dict[str, list[ArrayComparison]]:
     """Rows by what was looked at."""
     cfg = PRESETS[name]
     side = Side(be, cfg, "float32")
     with np.errstate(all="ignore"):
         rows = stages.state(side, catalogue.weights_of(cfg), batches.at_random(cfg, SHAPE, 0), {})
-    out: dict[str, list[Row]] = {}
+    out: dict[str, list[ArrayComparison]] = {}
     for r in rows:
         assert r.stage == "state"
         out.setdefault(r.op, []).append(r)
@@ -1318,7 +1318,7 @@ def test_the_faults_of_the_catalogue_turn_it_red_too(fault: str, what: str) -> N
 def test_a_batch_is_the_sum_of_its_sequences() -> None:
     """Within the tolerances of the free pass; without those it is not looked at."""
 
-    def rows(be: Any) -> list[Row]:
+    def rows(be: Any) -> list[ArrayComparison]:
         found = judged(be, "qwen2-tiny", "float32", Plan()).rows
         return [r for r in found if r.op == "sequence_by_sequence"]
 

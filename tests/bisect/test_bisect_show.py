@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from apr.bisect.report import EXACT, FORCED, FREE, Report, Row
-from apr.bisect.show import DECADES, grid, picture, print_report, shade
+from apr.bisect.picture import DECADES, grid, picture, shade
+from apr.bisect.report import EXACT, FORCED, FREE, ArrayComparison, Report
+from apr.cli.bisect_tables import print_report
 
 TOL = 1e-5
 BLOCK = (("add_rmsnorm_fwd", "norm1"), ("linear_fwd", "qkv"), ("swiglu_fwd", "act"))
@@ -24,7 +25,9 @@ def rows(layers, mode, ratio=lambda stage, op, tap: 0.25):
     def add(stage, op, tap, layer=None):
         r = ratio(stage, op, tap)
         cause = CAUSE if mode == FORCED and not r <= 1 else ""
-        out.append(Row(stage, op, tap, mode, r * TOL, TOL, layer, (8, 96), (3, 17), 0.5125, 0.5, cause))
+        out.append(
+            ArrayComparison(stage, op, tap, mode, r * TOL, TOL, layer, (8, 96), (3, 17), 0.5125, 0.5, cause)
+        )
 
     add("forward", "embedding_fwd", "hidden.0", 0)
     for i in range(layers):
@@ -48,7 +51,7 @@ def rows(layers, mode, ratio=lambda stage, op, tap: 0.25):
 def report(layers=2, fault=None, ratio=512.0, free=0.25):
     """A Report in which the tap `fault`, if any, is beyond its tolerance by `ratio`, and `free` from there on."""
     out = Report("tiny", ("reference float64", "cpu float32"), "2 x 16 tokens [seed 7]")
-    out.rows.append(Row("configuration", "field", "rms_norm_eps", EXACT, 0, 0))
+    out.rows.append(ArrayComparison("configuration", "field", "rms_norm_eps", EXACT, 0, 0))
     out.add(rows(layers, FORCED, lambda stage, op, tap: ratio if tap == fault else 0.25))
     passed = []
 
@@ -76,7 +79,7 @@ def size(path):
 
 def test_text_of_agreement_has_one_line_with_the_largest_error():
     r = report()
-    worst = Row("loss", "cross_entropy", "loss_rows", FORCED, 0.75 * TOL, TOL)
+    worst = ArrayComparison("loss", "cross_entropy", "loss_rows", FORCED, 0.75 * TOL, TOL)
     r.rows.insert(3, worst)
     text = text_of(r)
     for part in ("tiny: cpu float32 compared with reference float64", "[seed 7]", "[see rule.py]", "1.2"):
@@ -112,7 +115,9 @@ def test_text_has_colours_only_on_a_terminal():
 def test_text_lists_further_faults_up_to_a_number():
     r = report(layers=12)
     r.rows = [
-        x if "qkv" not in x.tap or x.mode == FREE else Row(x.stage, x.op, x.tap, FORCED, 1.0, TOL, x.layer)
+        x
+        if "qkv" not in x.tap or x.mode == FREE
+        else ArrayComparison(x.stage, x.op, x.tap, FORCED, 1.0, TOL, x.layer)
         for x in r.rows
     ]
     guilty = len(r.guilty)
@@ -133,7 +138,10 @@ def test_text_says_so_when_only_the_drift_is_beyond():
 def test_text_of_odd_reports():
     assert "Nothing was compared" in text_of(Report("m", ("a", "b"), ""))
     r = Report(
-        "m", ("a", "b"), "", [Row("configuration", "field", "window", EXACT, float("inf"), 0, got="[1]")]
+        "m",
+        ("a", "b"),
+        "",
+        [ArrayComparison("configuration", "field", "window", EXACT, float("inf"), 0, got="[1]")],
     )
     assert "not equal" in text_of(r)
     assert "[1]" in text_of(r)
@@ -195,9 +203,13 @@ def test_pictures_of_odd_reports(tmp_path):
     parts = [[], whole.rows[:1], *([x for x in whole.rows if x.stage == s] for s in ("loss", "optimizer"))]
     parts += [[x for x in whole.rows if x.mode == m] for m in (FORCED, FREE)]
     parts += [
-        [Row("forward", "linear_fwd", "3.qkv", EXACT, float("inf"), 0.0, 3, cause="costs $x_{ and $ " * 20)]
+        [
+            ArrayComparison(
+                "forward", "linear_fwd", "3.qkv", EXACT, float("inf"), 0.0, 3, cause="costs $x_{ and $ " * 20
+            )
+        ]
     ]
-    parts += [[Row("data", "field", "tokens", EXACT, float("inf"), 0.0), *report(1).rows]]
+    parts += [[ArrayComparison("data", "field", "tokens", EXACT, float("inf"), 0.0), *report(1).rows]]
     for i, part in enumerate(parts):
         r = Report("a $name$ that is long " * 20, whole.sides, whole.batch, part)
         picture(r, tmp_path / f"{i}.png")

@@ -1,22 +1,17 @@
-"""Plants every fault of the catalogue in a small model and says what bisect finds."""
+"""Plant every fault of the catalogue in a small model and bisect it."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from re import fullmatch
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from ... import backends
 from ...data.documents import Document
 from ...data.shard_writer import ShardWriter
 from ...model.config import ModelConfig
@@ -24,7 +19,7 @@ from ...model.params import Layout
 from ...model.presets import PRESETS
 from ...tokenizer.training import train_tokenizer
 from .. import batch as batches
-from ..report import Report, Row
+from ..report import ArrayComparison, Report
 from ..rule import Backend
 from ..stages import Side, run
 from .faults import DATA, FAULTS, Fault
@@ -35,30 +30,30 @@ TINY = ("qwen2-tiny", "qwen3-tiny", "mistral-tiny", "llama3-tiny", "llama-tiny")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What bisect said first of a fault; row is None when it found nothing."""
+class Planted:
+    """Result of bisecting a planted fault; row: the first guilty comparison, None when none was found."""
 
     fault: Fault
     model: str
-    row: Row | None
+    row: ArrayComparison | None
     seconds: float
 
     @property
-    def named(self) -> bool:
-        """Whether it is what the catalogue says."""
+    def is_named(self) -> bool:
+        """True when stage, op and tap are those of the catalogue."""
         n, r = self.fault.named, self.row
         return r is not None and all(
-            fullmatch(wanted, said) for wanted, said in ((n.stage, r.stage), (n.op, r.op), (n.tap, r.tap))
+            fullmatch(pattern, text) for pattern, text in ((n.stage, r.stage), (n.op, r.op), (n.tap, r.tap))
         )
 
 
 def model_for(fault: Fault) -> str:
-    """The first tiny preset that a fault can be seen in."""
+    """Return the first tiny preset whose ops can show a fault."""
     return next(name for name in TINY if fault.applies(PRESETS[name]))
 
 
 def weights_of(cfg: ModelConfig, seed: int = 0) -> np.ndarray:
-    """Random weights with noise on every parameter, biases and norms too, as the checks of tests use them."""
+    """Draw random weights with noise on every parameter, biases and norms too."""
     layout = Layout(cfg)
     host = np.zeros(layout.size, np.float32)
     layout.randomise(host, seed, std=0.2)
@@ -83,7 +78,7 @@ def bisect(fault: Fault, be: Backend, dtype: str, name: str = "") -> Report:
 
 
 def tiny_dataset(folder: Path) -> Path:
-    """Token shards of a passage of text."""
+    """Write token shards of a passage of text."""
     text = batches.PASSAGE
     tokenizer = train_tokenizer([text], 300, folder / "tokenizer")
     with ShardWriter(folder / "train", tokenizer) as out:
@@ -95,37 +90,20 @@ def tiny_dataset(folder: Path) -> Path:
     return folder
 
 
-def plant_all(be: Backend, dtype: str) -> Iterator[Found]:
-    """Every fault in turn."""
+def plant_all(be: Backend, dtype: str) -> Iterator[Planted]:
+    """Plant and bisect every fault in turn."""
     for fault in FAULTS.values():
         start = time.perf_counter()
         report = bisect(fault, be, dtype)
-        yield Found(fault, model_for(fault), report.first, time.perf_counter() - start)
+        yield Planted(fault, model_for(fault), report.first, time.perf_counter() - start)
 
 
-def print_catalogue(as_json: bool = False) -> int:
-    """Plant all faults on the cpu backend; the table. Returns 0 when each was named as it must be, else 9."""
-    console = Console(highlight=False, quiet=as_json)
-    rows: list[dict[str, Any]] = []
-    if not console.is_terminal:
-        console.width = 200
-    table = Table(box=None, pad_edge=False)
-    for title in ("fault", "what it does", "found by", "op named", "tap", "s"):
-        table.add_column(title, overflow="fold")
-    for f in plant_all(backends.get("cpu"), "float32"):
-        r = f.row
-        rows.append(
-            dict(
-                fault=f.fault.name, what=f.fault.what, model=f.model, named=f.named, seconds=round(f.seconds, 3),
-                stage=r and r.stage, op=r and r.op, tap=r and r.tap, cause=r and r.cause,
-            )
-        )  # fmt: skip
-        stage, op, tap = (r.stage, r.op, r.tap) if r else ("NOT FOUND", "", "")
-        said = op if f.named else f"{op}, NOT {f.fault.named.op}"
-        table.add_row(*map(Text, (f.fault.name, f.fault.what, stage, said, tap, f"{f.seconds:.2f}")))
-    console.print(table)
-    good = sum(r["named"] for r in rows)
-    console.print(f"{good} of {len(rows)} faults were found and named as the catalogue says.")
-    if as_json:
-        print(json.dumps(rows, indent=1))
-    return 0 if good == len(rows) else 9
+def catalogue_json(planted: Sequence[Planted]) -> list[dict[str, Any]]:
+    """Planted faults as JSON objects."""
+    return [
+        dict(
+            fault=p.fault.name, what=p.fault.what, model=p.model, named=p.is_named, seconds=round(p.seconds, 3),
+            stage=p.row and p.row.stage, op=p.row and p.row.op, tap=p.row and p.row.tap, cause=p.row and p.row.cause,
+        )
+        for p in planted
+    ]  # fmt: skip

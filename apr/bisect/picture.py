@@ -1,4 +1,4 @@
-"""What a person sees of a comparison: text for a terminal or a log file, and a picture of layers by ops."""
+"""Picture of a bisection: error over tolerance of every layer and op, as a PNG."""
 
 from __future__ import annotations
 
@@ -9,150 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from .report import EXACT, FORCED, FREE, PASSES, STAGES, Report, Row
-
-STYLE = {"agree": "green", "DIFFER": "bold red", "skipped": "dim"}
-
-
-def print_report(report: Report, console: Console, rows: int = 8) -> None:
-    """The whole report as text: the stages, the first fault, up to `rows` further ones, the notes."""
-
-    def say(x: Any, style: str = "") -> None:
-        console.print(Text(x, style) if isinstance(x, str) else x, soft_wrap=False, highlight=False)
-
-    say(f"{report.model}: {report.sides[1]} compared with {report.sides[0]}", "bold")
-    say(f"batch: {report.batch}")
-    say("")
-    say(_stages(report))
-    say("")
-    first = report.first
-    if first is None:
-        say(_all_agree(report), "green" if report.agree else "yellow")
-    else:
-        if first.mode == FREE and any(r.mode == FORCED for r in report.rows):
-            say(f"Each op that was judged{_inputs(report)[FORCED][1:]} agrees; errors have piled up.")
-        say("First beyond its tolerance" if first.mode == FREE else "First fault", "bold red")
-        say(_fault(first, _inputs(report)))
-        sure = [r for r in report.guilty[1:] if r.mode != FREE]
-        if sure and rows > 0:
-            say("\nFurther faults", "bold")
-            say(_further(sure[:rows]))
-        if len(sure) > max(rows, 0):
-            say(f"and {len(sure) - max(rows, 0)} more")
-        drift = _drift(report)
-        if drift:
-            say("\n" + drift)
-    for i, note in enumerate(report.notes):
-        say(("\n" if i == 0 else "") + f"note: {note}")
-
-
-def _number(x: Any, digits: int = 9) -> str:
-    """A float with few digits, 9 of them tell any two float32 values apart; what is no float as it is."""
-    return f"{float(x):.{digits}g}" if isinstance(x, (float, np.floating)) else str(x)
-
-
-def _ratio(r: Row) -> str:
-    return f"{r.ratio:.3g}" if r.ratio < 1e4 else f"{r.ratio:.1e}"
-
-
-def _times(r: Row) -> str:
-    """The error in words: "512 times the tolerance"."""
-    if r.ratio < np.inf:
-        return f"{_ratio(r)} times the tolerance"
-    return "not equal" if r.tol == 0 else "not finite"
-
-
-def _table(*columns: str) -> Table:
-    """Without lines; columns that end in "|" are numbers, those that end in "_" stay in one line."""
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="underline")
-    for name in columns:
-        right, one_line = name.endswith("|"), name.endswith(("|", "_"))
-        table.add_column(
-            name.rstrip("|_"), justify="right" if right else "left", no_wrap=one_line, overflow="fold"
-        )
-    return table
-
-
-def _stages(report: Report) -> Table:
-    """A line per stage: verdict, number of arrays by mode, the largest error over tolerance and where."""
-    table = _table(
-        "stage_", "verdict_", "forced|", "free|", "exact|", "err/tol|", "where it is largest", "s|"
-    )
-    for stage in STAGES:
-        found, verdict = report.of(stage), report.verdict(stage)
-        counts = [str(sum(r.mode == m for r in found) or "-") for m in (FORCED, FREE, EXACT)]
-        where, ratio = report.skipped.get(stage, ""), "-"
-        if found:
-            worst = max(found, key=lambda r: (not r.ok and r.mode != FREE, r.ratio))  # what is sure first
-            ratio, where = _ratio(worst), worst.place + (" (free)" if worst.mode == FREE else "")
-            where = where if worst.ratio else ""
-        seconds = f"{report.seconds[stage]:.1f}" if stage in report.seconds else "-"
-        cells = map(Text, (*counts, ratio, where, seconds))
-        table.add_row(Text(stage), Text(verdict, STYLE[verdict]), *cells)
-    return table
-
-
-def _all_agree(report: Report) -> str:
-    if not report.rows:
-        return "Nothing was compared."
-    worst = max(report.rows, key=lambda r: r.ratio)
-    nearest = f"; the largest error is {_ratio(worst)} of its tolerance, {worst.place} ({worst.mode})"
-    return f"All {len(report.rows)} arrays agree{nearest if worst.ratio else ' exactly'}."
-
-
-def _inputs(report: Report) -> dict[str, str]:
-    """Whose inputs an op had, by mode."""
-    whose = "the reference's" if report.sides[0].startswith("reference") else "the recorded"
-    return {FORCED: f", on {whose} inputs", FREE: ", on its own inputs"}
-
-
-def _fault(r: Row, inputs: dict[str, str]) -> Table:
-    """One row in full: names at the left, values at the right."""
-    lines = {
-        "stage": r.stage,
-        "op": r.op + inputs.get(r.mode, ""),
-        "layer": "outside the layers" if r.layer is None else str(r.layer),
-        "tap": r.tap + (f", shape {' x '.join(map(str, r.shape))}" if r.shape else ""),
-        "worst": f"element [{', '.join(map(str, r.index))}]" if r.index else "",
-    }
-    if not (r.got is None and r.want is None):
-        lines |= {"got": _number(r.got), "want": _number(r.want)}
-    lines["error"] = f"{_number(r.err, 3)}, {_times(r)}"
-    lines["error"] += f" of {_number(r.tol, 3)}" if r.ratio < np.inf else ""
-    lines["cause"] = r.cause or "not known"
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, value in lines.items():
-        if value:
-            table.add_row("  " + name, Text(value, "bold" if name == "cause" else ""))
-    return table
-
-
-def _further(rows: Sequence[Row]) -> Table:
-    table = _table("stage_", "where", "err/tol|", "likely cause")
-    for r in rows:
-        table.add_row(*map(Text, (r.stage, r.place, _ratio(r), r.cause or "-")))
-    return table
-
-
-def _drift(report: Report) -> str:
-    """What is beyond its tolerance on its own inputs, in a line; "" when nothing is."""
-    total = sum(r.mode == FREE for r in report.rows)
-    bad = [r for r in report.guilty if r.mode == FREE]
-    if not bad:
-        return ""
-    worst = max(bad, key=lambda r: r.ratio)
-    verb = "drifts" if len(bad) == 1 else "drift"
-    return (
-        f"On its own inputs, {len(bad)} of {total} arrays {verb} beyond rounding, from {bad[0].tap} on; "
-        f"at most {_ratio(worst)} times the tolerance, {worst.place}."
-    )
-
-
-# The picture
+from .report import FORCED, FREE, PASSES, ArrayComparison, Report
 
 GROUPS = ("forward", "loss", "backward", "gradients", "optimizer")
 PANELS = {
@@ -161,23 +19,25 @@ PANELS = {
 }
 WITHIN, BEYOND = ("#e8f1fb", "#8fbce6", "#2b66a8"), ("#ff9d85", "#e0301e", "#8c0612")
 INFINITE, NOT_COMPARED = "#2a0008", "#e7e7e4"
-DECADES = 3  # of error/tolerance that have shades of their own, on each side of 1
-CELL, GAP, DPI = 0.175, 0.6, 120  # width of a cell in inches; between groups, in cells; pixels per inch
+DECADES = 3  # of error/tolerance with shades of their own, on each side of 1
+CELL, GAP, DPI = 0.175, 0.6, 120  # width of a cell in inches; space between groups in cells; pixels per inch
 TOP, FOOT, SIDE = 0.85, 0.7, 0.75  # inches for the title, the legend, the names of the layers
-BOX = 62  # characters of a line that says what is likely wrong
+BOX = 62  # characters of a line of the likely cause
 
 
 class Column(NamedTuple):
-    """What an op writes in every layer."""
+    """Column of the picture: the array that an op writes in every layer."""
 
     group: str
     op: str
     tap: str  # without the layer
 
 
-def column_of(row: Row) -> Column:
-    """Where a row of PASSES belongs. Numbers in a tap name are layers or first rows; in the optimizer what follows
-    the buffer's name is only where in it the worst element lies."""
+def column_of(row: ArrayComparison) -> Column:
+    """Return the column of a comparison of PASSES.
+
+    Numbers in a tap name are layers or first rows. In the optimizer, the part of a tap name behind the buffer is only the
+    place of the worst element."""
     parts = [p for p in row.tap.split(".") if not p.isdigit()] or [row.tap]
     if row.stage == "optimizer":
         return Column(row.stage, row.op, parts[0])
@@ -187,10 +47,11 @@ def column_of(row: Row) -> Column:
 
 
 def grid(report: Report, mode: str) -> tuple[list[Column], list[int | None], np.ndarray]:
-    """(columns in order of computation, layers, worst error/tolerance (layers, columns)); NaN: not compared.
+    """Arrange a report as (columns in order of computation, layers, worst error/tolerance (layers, columns)).
 
-    A last layer None stands for what lies outside. Both modes have the same columns and layers; what is compared
-    exactly counts as forced. A column stands where a layer first has it: what lies outside may come before that.
+    NaN: not compared. A last layer None holds the arrays outside the layers. Both modes have the same columns and
+    layers; comparisons of mode EXACT count as forced. A column stands where a layer first has it: arrays outside the
+    layers may come before that.
     """
     cells = [(column_of(r), r) for r in report.rows if r.stage in PASSES]
     inside: dict[Column, int] = {}
@@ -213,8 +74,7 @@ def grid(report: Report, mode: str) -> tuple[list[Column], list[int | None], np.
 
 
 def shade(matrix: np.ndarray) -> np.ndarray:
-    """log10 of error/tolerance within DECADES of 0, below 0 for what is within tolerance, above DECADES for
-    infinity."""
+    """log10 of error/tolerance, clipped to DECADES: negative within tolerance, above DECADES for infinity."""
     with np.errstate(divide="ignore"):
         out = np.clip(np.log10(matrix), -DECADES, DECADES)
     out[matrix <= 1] = np.minimum(out[matrix <= 1], -1e-6)
@@ -223,7 +83,7 @@ def shade(matrix: np.ndarray) -> np.ndarray:
 
 
 def _colours() -> tuple[Any, Any]:
-    """(colour map, norm) of shade()'s values, with a break at 0."""
+    """Return (colour map, norm) for the values of shade(), with a break at 0."""
     from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
 
     halves = [LinearSegmentedColormap.from_list("", x)(np.linspace(0, 1, 128)) for x in (WITHIN, BEYOND)]
@@ -232,8 +92,9 @@ def _colours() -> tuple[Any, Any]:
 
 
 def _spread(columns: Sequence[Column]) -> tuple[list[float], dict[str, tuple[int, int]], float]:
-    """(left edge of every column, group: first column and one past its last, width of all), in cells; a group is
-    at least as wide as its name."""
+    """Place the columns: (left edge of every column, {group: (first column, one past its last)}, width), in cells.
+
+    A group is at least as wide as its name."""
     left: list[float] = []
     groups: dict[str, tuple[int, int]] = {}
     start = 0.0
@@ -247,7 +108,7 @@ def _spread(columns: Sequence[Column]) -> tuple[list[float], dict[str, tuple[int
 
 
 def _labels(columns: Sequence[Column]) -> list[str]:
-    """Tap names, with the op where two columns of a group have the same."""
+    """Label columns with their tap, and with the op when two columns of a group have one tap."""
     seen = [(c.group, c.tap) for c in columns]
     ops = [re.sub("_(fwd|bwd)$", "", c.op) for c in columns]
     return [t if seen.count((g, t)) == 1 else f"{t}, {op}" for (g, t), op in zip(seen, ops, strict=True)]
@@ -337,8 +198,8 @@ def _panel(axes: Any, columns: list[Column], layers: list[int | None], matrix: n
     axes.spines[:].set_visible(False)
 
 
-def _point_out(axes: Any, fault: Row, columns: list[Column], layers: list[int | None]) -> None:
-    """Outline the cell of the first fault, and say above the panel what is likely wrong."""
+def _point_out(axes: Any, fault: ArrayComparison, columns: list[Column], layers: list[int | None]) -> None:
+    """Outline the cell of the first fault, and write its likely cause above the panel."""
     from matplotlib.patches import Rectangle
 
     left, _, width = _spread(columns)
@@ -352,7 +213,7 @@ def _point_out(axes: Any, fault: Row, columns: list[Column], layers: list[int | 
     inch = 1 / (axes.get_position().height * axes.figure.get_figheight())  # as a fraction of the axes
     below = (np.clip((x + 0.5 - start) / wide, 0.05, 0.95), 0)  # where in the box the arrow starts
     axes.annotate(
-        "\n".join([textwrap.shorten(f"{fault.place}: {_times(fault)}", BOX + 8, placeholder=" ..."), *cause]),
+        "\n".join([textwrap.shorten(f"{fault.place}: {fault.error}", BOX + 8, placeholder=" ..."), *cause]),
         (x + 0.5, y),
         (start / width, 1 + 0.34 * inch),
         textcoords="axes fraction",
