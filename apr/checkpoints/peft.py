@@ -19,7 +19,6 @@ from ..common.files import parse_json, read_text
 from ..model.config import ModelConfig
 from ..model.lora import LINEAR, PREFIX, AdapterLayout, LoraConfig
 from ..model.params import Layout, Slot
-from .checkpoint import Checkpoint, parameters
 from .hf import read_safetensors, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,7 +56,7 @@ _NAME = re.compile(rf"^{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<letter>A|B)(\
 
 @dataclass(frozen=True)
 class Delta:
-    """What an adapter adds to a matrix: scale * b a.  a (r,I), b (O,r), mapped."""
+    """scale * b a, added to a matrix.  a (r,I), b (O,r), mapped files"""
 
     a: np.ndarray
     b: np.ndarray
@@ -66,7 +65,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """A checked adapter: its configuration as it stands, and what it adds, by the Hugging Face name of the matrix."""
+    """A checked adapter: its configuration file, and its deltas by the Hugging Face name of the matrix."""
 
     config: dict[str, Any]
     deltas: Mapping[str, Delta]
@@ -83,7 +82,7 @@ class LoadedAdapter:
         return digest.hexdigest()
 
     def lora_config(self, cfg: ModelConfig) -> LoraConfig:
-        """The configuration of adapters to go on with. Raises Refused where they are not the same in all layers."""
+        """Build the LoraConfig to go on training with. Raises Refused for adapters that differ between layers."""
         c = self.config
         names = Counter(hf.split(".")[-2] for hf in self.deltas)
         unknown = sorted(set(names) - set(LINEAR.values()))
@@ -104,7 +103,7 @@ class LoadedAdapter:
 
 
 def adapter_config(c: LoraConfig, base: str) -> dict[str, Any]:
-    """adapter_config.json as PEFT writes it, without the keys that are at their defaults and only matter in training."""
+    """Build adapter_config.json as PEFT writes it, without keys at their defaults that only matter in training."""
     alpha = int(c.alpha) if c.alpha == int(c.alpha) else c.alpha
     return {
         "peft_type": "LORA",
@@ -130,9 +129,10 @@ def adapter_config(c: LoraConfig, base: str) -> dict[str, Any]:
 
 
 def write_adapter(folder: Path, layout: AdapterLayout, flat: np.ndarray, base: str) -> None:
-    """Adapters, a host buffer in the layout's order, as PEFT.from_pretrained reads them. base: what they belong to, for people.
+    """Write adapters for PEFT.from_pretrained.  flat (layout.size,) on the host; base: name of the base model, for people
 
-    Raises IOFailure, Refused: not finite."""
+    Raises IOFailure, Refused: not finite.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(x) for name, x in layout.named(flat).items()}
     write_safetensors(folder / WEIGHTS, tensors, "float32")
@@ -140,9 +140,10 @@ def write_adapter(folder: Path, layout: AdapterLayout, flat: np.ndarray, base: s
 
 
 def read_adapter(source: str, cfg: ModelConfig) -> LoadedAdapter:
-    """Open a PEFT LoRA folder for a model. Files, configuration, names and shapes are checked.
+    """Open a PEFT LoRA folder for a model; check files, configuration, names and shapes.
 
-    Raises InputNotFound, MalformedFile, Refused: what would not be honoured, by name."""
+    Raises InputNotFound, MalformedFile, Refused: a setting or tensor that would not be honoured, by name.
+    """
     folder = Path(source)
     if not (folder / CONFIG).is_file():
         raise InputNotFound(f"{source}: no {CONFIG}; give the folder of a LoRA adapter as PEFT saves it")
@@ -216,7 +217,7 @@ def _check_config(config: dict[str, Any], source: str) -> None:
 
 
 def _of_pattern(config: dict[str, Any], key: str, module: str, usual: str) -> float:
-    """A number of a module: that of the first pattern (a regular expression, as in PEFT) that ends its name, or the usual."""
+    """Look up a number of a module: by the first pattern (a regular expression) that ends its name, else config[usual]."""
     for pattern, value in (config.get(key) or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
@@ -243,7 +244,7 @@ def _delta(
 
 
 def add_adapter(layout: Layout, flat: np.ndarray, adapter: LoadedAdapter) -> None:
-    """flat += scale * b a for every adapted matrix, in float64 and rounded once.  flat (layout.size,) float32, on the host"""
+    """flat += scale * b a for every adapted matrix, in float64, rounded once.  flat (layout.size,) float32 on the host"""
     for hf, delta in adapter.deltas.items():
         s = layout.by_hf[hf]
         view = flat[s.offset : s.offset + s.size].reshape(s.shape)
@@ -255,33 +256,10 @@ def add_adapter(layout: Layout, flat: np.ndarray, adapter: LoadedAdapter) -> Non
 
 
 def adapter_start(layout: AdapterLayout, adapter: LoadedAdapter) -> np.ndarray:
-    """The A and B of an adapter in a layout's order, float32 on the host."""
+    """Copy A and B of an adapter into a new buffer in the layout's order, float32 on the host."""
     flat = np.zeros(layout.size, np.float32)
     for p in layout.pairs:
         delta = adapter.deltas[p.base.hf]
         for s, x in ((p.a, delta.a), (p.b, delta.b)):
             flat[s.offset : s.offset + s.size] = np.asarray(x, np.float32).reshape(-1)
     return flat
-
-
-def merge_error(
-    base: Checkpoint, adapter: LoadedAdapter, merged: Checkpoint, dtype: str
-) -> tuple[float, str]:
-    """How far a checkpoint is from a base with an adapter, as a share of what rounding in a run of this dtype allows, and the
-    tensor where it is worst; infinite where a tensor without adapter differs."""
-    layout, last = Layout(base.cfg), 2.0**-8 if dtype == "bfloat16" else 0.0
-    have, there, worst, where = parameters(layout, base), parameters(layout, merged), 0.0, "no tensor"
-    for s in layout.in_order():
-        x = have[s.hf].astype(np.float32)
-        x = x.astype("bfloat16").astype(np.float64) if last else x.astype(np.float64)
-        got, delta = there[s.hf].astype(np.float64), adapter.deltas.get(s.hf)
-        if delta is None:
-            off = 0.0 if np.array_equal(got, x) else np.inf
-        else:
-            a, b = np.asarray(delta.a, np.float64), np.asarray(delta.b, np.float64)
-            want, size = x + delta.scale * (b @ a), np.abs(x) + delta.scale * (np.abs(b) @ np.abs(a))
-            room = (a.shape[0] + 4) * np.finfo(np.float32).eps * size + last * np.abs(want) + 1e-30
-            off = float((np.abs(got - want) / room).max())
-        if not off <= worst:
-            worst, where = off, s.hf
-    return worst, where

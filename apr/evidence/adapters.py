@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.checkpoint import Checkpoint, parameters
+from ..checkpoints.peft import LoadedAdapter
 from ..checkpoints.tensors import CHUNK
 from ..common.finding import FAIL, Finding
 from ..model.lora import Adapters
+from ..model.params import Layout
 from .measure import gradient_norm, gradients
 
 
@@ -78,23 +80,49 @@ def base_unchanged(adapters: Adapters) -> Finding:
 
 
 def merge_error(adapters: Adapters) -> tuple[float, str]:
-    """|W_eff - (W + s B A)| in float64, as a share of what rounding allows: the largest of the first and last layer, and
-    the matrix that has it."""
-    model, config = adapters.model, adapters.config
+    """Compare W_eff with W + s B A on the device: the largest error of the first and last layer, as a share of what
+    rounding allows, and the matrix that has it."""
     eps = float(np.finfo(np.float32 if adapters.dtype == "float32" else np.float64).eps)
-    last = 0.0 if adapters.dtype == model.dtype else 2.0**-8
-    effective, s = model.layout.named(model.w), config.scale
-    worst, name = 0.0, ""
+    last = 0.0 if adapters.dtype == adapters.model.dtype else 2.0**-8
+    effective, errors = adapters.model.layout.named(adapters.model.w), [(0.0, "")]
     views = adapters.layout.views(adapters.w)
     for p, base, (a, b) in zip(adapters.layout.pairs, adapters.base, views, strict=True):
-        if p.base.layer not in (0, adapters.cfg.num_layers - 1):
-            continue
-        w, base_, a_, b_ = (
-            np.asarray(adapters.be.to_host(x)).astype(np.float64) for x in (effective[p.base.hf], base, a, b)
-        )
-        want = base_ + s * (b_ @ a_)
-        size = np.abs(base_) + s * (np.abs(b_) @ np.abs(a_))
-        off = np.abs(w - want) / ((config.rank + 4) * eps * size + last * np.abs(want) + 1e-30)
-        if not float(off.max()) <= worst:
-            worst, name = float(off.max()), p.base.hf
-    return worst, name
+        if p.base.layer in (0, adapters.cfg.num_layers - 1):
+            got, *parts = (adapters.be.to_host(x) for x in (effective[p.base.hf], base, a, b))
+            errors.append((_error_of_sum(got, parts, adapters.config.scale, eps, last), p.base.hf))
+    return _worst(errors)
+
+
+def checkpoint_merge_error(
+    base: Checkpoint, adapter: LoadedAdapter, merged: Checkpoint, dtype: str
+) -> tuple[float, str]:
+    """Compare a checkpoint with a base plus an adapter: the largest error, as a share of what rounding in a run of this
+    dtype allows, and its tensor; infinite where a tensor without adapter differs."""
+    layout, last = Layout(base.cfg), 2.0**-8 if dtype == "bfloat16" else 0.0
+    before, after, errors = parameters(layout, base), parameters(layout, merged), [(0.0, "no tensor")]
+    for s in layout.in_order():
+        x, got, delta = before[s.hf].astype(np.float32), after[s.hf], adapter.deltas.get(s.hf)
+        x = x.astype("bfloat16") if last else x
+        if delta is None:
+            same = np.array_equal(got.astype(np.float64), x.astype(np.float64))
+            errors.append((0.0 if same else np.inf, s.hf))
+        else:
+            eps = float(np.finfo(np.float32).eps)
+            errors.append((_error_of_sum(got, [x, delta.a, delta.b], delta.scale, eps, last), s.hf))
+    return _worst(errors)
+
+
+def _error_of_sum(got: Any, parts: list[Any], scale: float, eps: float, last: float) -> float:
+    """Largest |got - (base + scale b a)| in float64, in units of r + 4 roundings of the sum to eps and one to `last`.
+
+    parts: base (O,I), a (r,I), b (O,r)
+    """
+    got, base, a, b = (np.asarray(x).astype(np.float64) for x in (got, *parts))
+    want = base + scale * (b @ a)
+    size = np.abs(base) + scale * (np.abs(b) @ np.abs(a))
+    return float((np.abs(got - want) / ((len(a) + 4) * eps * size + last * np.abs(want) + 1e-30)).max())
+
+
+def _worst(errors: list[tuple[float, str]]) -> tuple[float, str]:
+    """Pick the first of the largest errors; NaN is larger than any."""
+    return max(errors, key=lambda e: np.inf if np.isnan(e[0]) else e[0])

@@ -14,9 +14,38 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
+from ..common.options import option
 from .buffers import WIDE, Buffers, BufferSpec, BufferSpecs
+from .schedule import SCHEDULES
 
 State = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """Optimizer: AdamW, schedule of the learning rate."""
+
+    num_steps: int = option("optimizer steps", 1000, above=0)
+    lr: float | None = option(
+        "peak learning rate (default: 3e-4 from scratch, 5e-5 fine-tuning, 2e-4 fine-tuning adapters)",
+        above=0,
+        metavar="RATE",
+    )
+    lr_min: float | None = option(
+        "learning rate at the end (default: 1 % of the peak)", at_least=0, metavar="RATE"
+    )
+    warmup_steps: int | None = option(
+        "steps of linear warm-up (default: 1000 from scratch, 100 fine-tuning, at most 10 % of all steps)",
+        at_least=0,
+    )
+    schedule: str = option("decay of the learning rate", "cosine", choices=SCHEDULES)
+    weight_decay: float = option("AdamW decay of matrices; norms and biases have none", 0.1, at_least=0)
+    beta1: float = option("AdamW decay rate of the first moment", 0.9, at_least=0, below=1, metavar="RATE")
+    beta2: float = option("AdamW decay rate of the second moment", 0.95, at_least=0, below=1, metavar="RATE")
+    eps: float = option("AdamW term added to the root of the second moment", 1e-8, above=0)
+    grad_clip: float = option(
+        "largest global gradient norm; 0 does not clip", 1.0, at_least=0, metavar="NORM"
+    )
 
 
 class Trained(Protocol):
@@ -47,8 +76,8 @@ class Optimizer:
     g: Any
     decayed: int
     after_update: Callable[[], None] = lambda: None
-    weight_decay: float = field(default=0.1, kw_only=True)
-    grad_clip: float = field(default=1.0, kw_only=True)
+    weight_decay: float = field(default=OptimSettings.weight_decay, kw_only=True)
+    grad_clip: float = field(default=OptimSettings.grad_clip, kw_only=True)
     # {name of a state: power of the gradient that it averages}
     moments: ClassVar[dict[str, int]] = {}
 
@@ -123,9 +152,9 @@ class Optimizer:
 class AdamW(Optimizer):
     """AdamW (Loshchilov and Hutter 2019, algorithm 2).  m, v: averages of the gradient and of its square."""
 
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: float = OptimSettings.beta1
+    beta2: float = OptimSettings.beta2
+    eps: float = OptimSettings.eps
     moments: ClassVar[dict[str, int]] = {"m": 1, "v": 2}
 
     def update(self, part: slice, lr: float, decay: float) -> None:
@@ -161,11 +190,11 @@ class AdamW(Optimizer):
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW}
 
 
-def optimizer_class(settings: Any) -> type[Optimizer]:
-    """Look up the optimizer that the settings of a run name; AdamW where they name none."""
+def optimizer_class(settings: OptimSettings) -> type[Optimizer]:
+    """Look up the optimizer that the settings of a run name; AdamW where they have no such field."""
     return OPTIMIZERS[getattr(settings, "optimizer", "adamw")]
 
 
-def hyper_parameters(kind: type[Optimizer], settings: Any) -> dict[str, Any]:
+def hyper_parameters(kind: type[Optimizer], settings: OptimSettings) -> dict[str, Any]:
     """Read the keyword-only fields of an optimizer from the settings of a run."""
     return {f.name: getattr(settings, f.name) for f in fields(kind) if f.kw_only}

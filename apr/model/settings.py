@@ -1,4 +1,4 @@
-"""Settings of a run that the model room reads: architecture, precision, adapters; optimizer and learning rate."""
+"""Settings of a run that the model room reads: architecture, precision, adapters. Those of the optimizer are in optim.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from ..common.errors import UsageError
 from ..common.options import dtype_option, exactly_one, option
 from .lora import lora_config
 from .presets import PRESETS
-from .schedule import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -57,33 +56,6 @@ class ModelSettings:
         "folder of an adapter (PEFT's format) of the --init checkpoint to go on with; its rank, alpha and targets hold",
         metavar="FOLDER",
         path=True,
-    )
-
-
-@dataclass(frozen=True)
-class OptimSettings:
-    """Optimizer: AdamW, schedule of the learning rate."""
-
-    num_steps: int = option("optimizer steps", 1000, above=0)
-    lr: float | None = option(
-        "peak learning rate (default: 3e-4 from scratch, 5e-5 fine-tuning, 2e-4 fine-tuning adapters)",
-        above=0,
-        metavar="RATE",
-    )
-    lr_min: float | None = option(
-        "learning rate at the end (default: 1 % of the peak)", at_least=0, metavar="RATE"
-    )
-    warmup_steps: int | None = option(
-        "steps of linear warm-up (default: 1000 from scratch, 100 fine-tuning, at most 10 % of all steps)",
-        at_least=0,
-    )
-    schedule: str = option("decay of the learning rate", "cosine", choices=SCHEDULES)
-    weight_decay: float = option("AdamW decay of matrices; norms and biases have none", 0.1, at_least=0)
-    beta1: float = option("AdamW decay rate of the first moment", 0.9, at_least=0, below=1, metavar="RATE")
-    beta2: float = option("AdamW decay rate of the second moment", 0.95, at_least=0, below=1, metavar="RATE")
-    eps: float = option("AdamW term added to the root of the second moment", 1e-8, above=0)
-    grad_clip: float = option(
-        "largest global gradient norm; 0 does not clip", 1.0, at_least=0, metavar="NORM"
     )
 
 

@@ -40,6 +40,7 @@ from ..evidence.gates import Gates
 from ..model.config import ModelConfig
 from ..model.cost import Memory, check_fits, check_positions, memory
 from ..model.lora import LoraConfig, lora_config, lora_to_json
+from ..model.optim import optimizer_class
 from ..model.presets import load_config
 from ..tokenizer.tokenizer import Tokenizer
 from .settings import Settings
@@ -278,6 +279,7 @@ def _micro_batch(s: Settings, cfg: ModelConfig, backend: ModuleType) -> int:
         dtype=s.dtype,
         recompute=s.recompute,
         lora=_adapters(s, cfg)[1],
+        optimizer=optimizer_class(s),
     )
     have = backend.free_memory()
     divisors = [d for d in range(s.batch_size, 0, -1) if s.batch_size % d == 0]
@@ -352,6 +354,7 @@ def judge_inputs(i: Inputs, gates: Gates) -> None:
     need = memory(
         i.cfg, i.backend, s.micro_batch_size, s.seq_length, s.dtype,
         recompute=s.recompute, documents=i.document_end is not None, lora=i.lora,
+        optimizer=optimizer_class(s),
     )  # fmt: skip
     gates.judge(measure.memory(need.total, i.backend.free_memory()))
     gates.judge(_guarded(i))

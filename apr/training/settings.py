@@ -27,7 +27,8 @@ from ..data.audit import tokenizer_beside
 from ..data.settings import DataSettings, check_data
 from ..evidence.gates import parse_bounds
 from ..evidence.settings import EvidenceSettings
-from ..model.settings import ModelSettings, OptimSettings, check_model
+from ..model.optim import OptimSettings
+from ..model.settings import ModelSettings, check_model
 
 # Adapters start at zero and take larger steps than weights.
 LORA_LR = 2e-4

@@ -17,7 +17,7 @@ import numpy as np
 from .. import backends
 from ..backends.select import choose
 from ..checkpoints.apr2 import read_apr
-from ..checkpoints.peft import merge_error, read_adapter
+from ..checkpoints.peft import read_adapter
 from ..checkpoints.registry import open_any
 from ..checkpoints.state import saved_hashes, sha256
 from ..common.errors import AprError, Refused, UsageError
@@ -27,6 +27,7 @@ from ..data.batches import Batches
 from ..data.conversations.instruct import InstructShards, InstructWindows, open_side
 from ..evidence import measure
 from ..evidence import seal as evidence
+from ..evidence.adapters import checkpoint_merge_error
 from ..evidence.gates import FORMAT, GATES, Gates, parse_bounds
 from ..model.params import Layout
 from ..model.schedule import Schedule
@@ -370,7 +371,7 @@ class Verifier:
                 f"{init}: weights {base.sha256[:12]}",
                 f"{self.config['data']['init_sha256'][:12]}",
             )
-        worst, where = merge_error(
+        worst, where = checkpoint_merge_error(
             base, read_adapter(str(folder), base.cfg), merged, self.settings.dtype or "float32"
         )
         return Finding.of(

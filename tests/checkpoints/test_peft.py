@@ -13,11 +13,11 @@ from apr import backends
 from apr.backends import reference
 from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.hf import read_safetensors, write_hf, write_safetensors
-from apr.checkpoints.peft import CONFIG, WEIGHTS, adapter_start, add_adapter, merge_error, read_adapter
+from apr.checkpoints.peft import CONFIG, WEIGHTS, adapter_start, add_adapter, read_adapter
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile, Refused
-from apr.evidence.adapters import base_unchanged
+from apr.evidence.adapters import base_unchanged, checkpoint_merge_error
 from apr.model.hf_config import from_hf
 from apr.model.lora import Adapters
 from apr.model.optim import AdamW
@@ -264,7 +264,7 @@ def test_the_error_of_a_merge_is_seen(golden, bases, tmp_path):
     main(["merge", str(base), str(folder), "-o", str(out)])
     loaded, merged = open_any(str(base)), open_any(str(out))
     adapter = read_adapter(str(folder), loaded.cfg)
-    assert merge_error(loaded, adapter, merged, "float32")[0] <= 1
+    assert checkpoint_merge_error(loaded, adapter, merged, "float32")[0] <= 1
     change(folder, lora_alpha=9)
-    assert merge_error(loaded, read_adapter(str(folder), loaded.cfg), merged, "float32")[0] > 1
-    assert merge_error(merged, adapter, merged, "float32")[0] > 1
+    assert checkpoint_merge_error(loaded, read_adapter(str(folder), loaded.cfg), merged, "float32")[0] > 1
+    assert checkpoint_merge_error(merged, adapter, merged, "float32")[0] > 1
