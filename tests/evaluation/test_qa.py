@@ -19,7 +19,9 @@ from apr.cli.main import main
 from apr.common.errors import InputNotFound
 from apr.common.finding import FAIL, PASS, SKIPPED, Finding
 from apr.evaluation import qa as qa_module
-from apr.evaluation.qa import TEXTS, Passage, cycle, qa
+from apr.evaluation.qa import cycle, qa
+from apr.evaluation.reading import Passage
+from apr.evaluation.texts import TEXTS
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.tokenizer.training import train_tokenizer
