@@ -32,7 +32,6 @@ from .watch import Forced, Free
 LR, CLIP, DECAY, STEPS = 0.003, 0.5, 0.1, 2  # of an optimizer step: CLIP is a share of the gradients' norm
 PERIOD = (1 << 16) - 15  # random numbers that are used again and again: no tensor is so small or so regular
 FUSED_IN = {part: name for name, parts in FUSED.items() for part in parts}
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -632,7 +631,7 @@ def run(
     batch: Batch,
     report: Report,
     plan: Plan = Plan(),
-    progress: Progress = lambda stage: None,
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
     """Compare a side with the reference in float64 on the same weights (Layout order) and batch, stage by stage."""
 

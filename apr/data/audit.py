@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import AprError, InputNotFound
 from ..common.finding import Finding
+from ..common.progress import Progress
 from ..tokenizer.tokenizer import Tokenizer
 from .guards import USUAL, Bounds, disjoint, enforce, fits_model, plausible, round_trip
 from .scan import Scan
 from .shards import TokenShards
-
-AuditProgress = Callable[[str, int, int], None]  # stage, tokens done, tokens in all
 
 
 @dataclass
@@ -60,7 +59,7 @@ def audit(
     bounds: Bounds = USUAL,
     model_vocab: int | None = None,
     lenient: bool = False,
-    progress: AuditProgress | None = None,
+    progress: Progress | None = None,
 ) -> list[Split]:
     """Read all shards of "train" and, where given, "val", and check every guard.
 
@@ -91,9 +90,7 @@ def audit(
     return list(splits.values())
 
 
-def _read(
-    split: Split, other: Scan | None, keep: bool, lenient: bool, progress: AuditProgress | None
-) -> None:
+def _read(split: Split, other: Scan | None, keep: bool, lenient: bool, progress: Progress | None) -> None:
     """Scan the shards of a split, if they could be opened. other: scan of the split whose documents must not recur."""
     if split.shards is None:
         return

@@ -22,7 +22,7 @@ from apr.checkpoints.state import sha256
 from apr.checkpoints.validate import figures_of, validate
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile, Refused
-from apr.common.finding import FAIL, PASS, SKIPPED, Checklist, Fault, Skip
+from apr.common.finding import FAIL, PASS, SKIPPED
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 
@@ -488,31 +488,6 @@ def test_command(meta: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFix
     said = json.loads(capsys.readouterr().out)
     assert said["verdict"] == PASS
     assert all(r["figure"] for r in said["checks"])
-
-
-def test_nothing_keeps_the_next_check_from_being_asked() -> None:
-    def fault() -> str:
-        raise Fault("wrong")
-
-    def skip() -> str:
-        raise Skip("not there")
-
-    def refused() -> str:
-        raise Refused("no")
-
-    checks = Checklist()
-    assert checks.verdict == SKIPPED
-    assert [
-        checks.ask(n, "", f) for n, f in (("a", skip), ("b", lambda: "1"), ("c", fault), ("d", refused))
-    ] == [
-        False,
-        True,
-        False,
-        False,
-    ]
-    assert [r.verdict for r in checks.findings] == [SKIPPED, PASS, FAIL, FAIL]
-    assert checks.verdict == FAIL
-    assert checks.counts() == "1 passed, 2 failed, 1 skipped"
 
 
 def test_figures() -> None:
