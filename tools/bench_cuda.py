@@ -56,7 +56,7 @@ def floor_of(name: str, args: tuple[Any, ...], window: int, flops_rate: float, b
         flops = (2.0 + 2.0 * (args[1] is not None)) * args[3].shape[0] * args[5].shape[0] * args[5].shape[1]
     elif name.startswith("attention"):
         b, t, h, d = args[2 if name.endswith("fwd") else 0].shape
-        keys = attended(SimpleNamespace(sliding_window=window), t)  # type: ignore[arg-type]
+        keys = attended(window, t)
         flops = (4.0 if name.endswith("fwd") else 10.0) * b * t * h * d * keys
     return max(flops / flops_rate, moved / bytes_rate)
 

@@ -27,7 +27,7 @@ head is not a parameter, so lm_head.weight is absent from every group of a tied 
     adamw.lrs               float64   (S,) peak_lr * min(1, (i + 1) / warmup_steps)
     adamw.final_norm2.HF    float64   (1,) sqrt(sum of squares) of HF after update S-1
 
-Metadata: three JSON objects as strings. `config`: a config.json, as apr.config.from_hf and transformers
+Metadata: three JSON objects as strings. `config`: a config.json, as apr's from_hf and transformers
 read it. `adamw`: max_norm, betas, eps, weight_decay, peak_lr, warmup_steps. `versions`: torch,
 transformers, python.
 
@@ -100,7 +100,12 @@ CASES = {
     "mistral": Case(PRESETS["mistral-tiny"], 35, 6.0),
     "qwen2": Case(PRESETS["qwen2-tiny"], 33, 6.5),
     "qwen2-untied": Case(replace(PRESETS["qwen2-tiny"], num_layers=3, tie_word_embeddings=False), 35, 5.5),
+    "qwen2-window": Case(
+        replace(PRESETS["qwen2-tiny"], sliding_window=6, full_attention_layers=(0,)), 34, 6.5
+    ),
     "qwen3": Case(PRESETS["qwen3-tiny"], 37, 3.5),
+    "olmo2": Case(PRESETS["olmo2-tiny"], 36, 5.0),
+    "smollm3": Case(PRESETS["smollm3-tiny"], 35, 6.0),
 }
 ADAMW: dict[str, Any] = dict(betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, peak_lr=1e-2, warmup_steps=4)
 
@@ -338,21 +343,28 @@ def check_agreement(name: str, case: Case, model: Any, logits: torch.Tensor, los
 
 
 def check_attention(name: str, cfg: ModelConfig, probs: torch.Tensor) -> None:
-    """Query i sees key j exactly when 0 <= i - j < window, and its attention is far from uniform."""
-    ahead = torch.arange(probs.shape[-1])[:, None] - torch.arange(probs.shape[-1])
-    allowed = (ahead >= 0) & (ahead < (cfg.sliding_window or probs.shape[-1]))
-    demand(bool(((probs > 0) == allowed).all()), f"{name}: the keys a query sees")
-    entropy = torch.special.entr(probs).sum(-1)
-    share = float((entropy.exp() / allowed.sum(-1))[..., 1:].mean())  # 1 = uniform
-    demand(share < 0.75, f"{name}: attention is far from uniform: spread {share:.2f}")
+    """Query i sees key j exactly when 0 <= i - j < window of the layer, and its attention is far from uniform."""
+    t = probs.shape[-1]
+    ahead = torch.arange(t)[:, None] - torch.arange(t)
+    for layer, p in enumerate(probs):
+        window = 0 if layer in cfg.full_attention_layers else cfg.sliding_window
+        allowed = (ahead >= 0) & (ahead < (window or t))
+        demand(bool(((p > 0) == allowed).all()), f"{name}: the keys a query of layer {layer} sees")
+        entropy = torch.special.entr(p).sum(-1)
+        share = float((entropy.exp() / allowed.sum(-1))[..., 1:].mean())  # 1 = uniform
+        demand(share < 0.75, f"{name}: attention of layer {layer} is far from uniform: spread {share:.2f}")
 
 
 def check_switches(name: str, case: Case, loss: float) -> None:
-    """Scaling and window are active: the loss moves without the scaling, or with a window off by one."""
+    """Scaling, windows and layers without rotary embedding are active: the loss moves with each of them changed."""
     cfg = case.config
     others = [replace(cfg, rope_scaling=None)] if cfg.rope_scaling else []
     if cfg.sliding_window:
         others += [replace(cfg, sliding_window=cfg.sliding_window + d) for d in (-1, 1)]
+    if cfg.full_attention_layers:
+        others.append(replace(cfg, full_attention_layers=()))
+    if cfg.no_rope_layers:
+        others += [replace(cfg, no_rope_layers=layers) for layers in ((), (cfg.num_layers - 1,))]
     if cfg.rope_scaling:
         plain = inv_freq(replace(cfg, rope_scaling=None))
         ratio = inv_freq(cfg) / plain * cfg.rope_scaling.factor

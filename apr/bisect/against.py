@@ -18,6 +18,7 @@ from ..checkpoints.tensors import is_float
 from ..common.errors import MalformedFile, Refused
 from ..common.files import parse_json
 from ..model.config import ModelConfig
+from ..model.families import layers_of
 from ..model.hf_config import from_hf
 from ..model.params import Slot
 from ..model.taps import key
@@ -36,21 +37,25 @@ MADE = {  # tap -> the op that makes it, and the parameters whose gradients it g
     "lse": "attention_fwd",
     "att": "attention_fwd",
     "att_out": "linear_fwd",
+    "post1": "head_rmsnorm_fwd",
     "res2": "add_rmsnorm_fwd",
     "norm2": "add_rmsnorm_fwd",
     "gu": "linear_fwd",
     "act": "swiglu_fwd",
     "mlp_out": "linear_fwd",
+    "post2": "head_rmsnorm_fwd",
     "final_norm": "add_rmsnorm_fwd",
     "logits": "linear_fwd",
     "loss_rows": "cross_entropy",
     "d_logits": "cross_entropy",
     "loss": "add_sum",
     "d_final_norm": "linear_bwd head",
+    "d_mlp_out": "head_rmsnorm_bwd mlp_post_norm",
     "d_act": "linear_bwd wdown",
     "d_gu": "swiglu_bwd",
     "d_norm2": "linear_bwd wgate wup",
     "d_res2": "add_rmsnorm_bwd mlp_norm",
+    "d_att_out": "head_rmsnorm_bwd attn_post_norm",
     "d_att": "linear_bwd wo",
     "d_q_rope": "attention_bwd",
     "d_k_rope": "attention_bwd",
@@ -368,13 +373,24 @@ def _maker(cfg: ModelConfig, layer: int | None, tap: str) -> tuple[_Made, list[s
     """Who makes a tap, and the parameters whose gradients are complete with it."""
     name, _, number = tap.partition(".")
     op, *parameters = MADE[name].split()
-    at = layer
-    if name == "d_qkv" and not cfg.qk_norm:
+    at = int(number) if number and int(number) < cfg.num_layers else layer
+    parts = layers_of(cfg)[at or 0]
+    if name == "d_qkv" and not parts.qk_norm:
         op = "rope"
+    if op == "rope" and not parts.rope:
+        op = (
+            "attention_bwd"
+            if name.startswith("d_")
+            else "head_rmsnorm_fwd"
+            if parts.qk_norm
+            else "linear_fwd"
+        )
+    if (name in ("hidden", "d_hidden") and at is not None and not parts.attn_norm) or (
+        name in ("res2", "d_res2") and not parts.mlp_norm
+    ):
+        op = "add"
     if tap == "hidden.0":
-        op = "embedding_fwd"
-    elif number and int(number) < cfg.num_layers:
-        at = int(number)
+        op, at = "embedding_fwd", layer
     gradient = name.startswith("d_")
     stage = "loss" if name in IN_LOSS else "backward" if gradient else "forward"
     return _Made(key(layer, tap), at, op, stage, gradient), parameters

@@ -17,29 +17,30 @@ from ..checkpoints.registry import open_any
 from ..checkpoints.tensors import EMBED, HEAD
 from ..common.errors import DeviceError, Refused
 from ..model.config import ModelConfig
+from ..model.families import layers_of
 from ..model.hf_config import to_hf
 from ..model.params import Layout
 from ..model.transformer import IGNORED
 
 DTYPES = ("float64", "float32")
-OUTPUTS = {  # module of a block -> the tap that its output is, or a part of, in this order
-    "input_layernorm": "norm1",
-    "self_attn.q_proj": "qkv",
-    "self_attn.k_proj": "qkv",
-    "self_attn.v_proj": "qkv",
-    "self_attn.q_norm": "qk",
-    "self_attn.k_norm": "qk",
-    "self_attn.o_proj": "att_out",
-    "post_attention_layernorm": "norm2",
-    "mlp.gate_proj": "gu",
-    "mlp.up_proj": "gu",
-    "mlp.down_proj": "mlp_out",
+# parameter of a block -> the tap that the output of its module is, or a part of, in this order
+OUTPUTS = {
+    "attn_norm": "norm1",
+    "wq": "qkv",
+    "wk": "qkv",
+    "wv": "qkv",
+    "q_norm": "qk",
+    "k_norm": "qk",
+    "wo": "att_out",
+    "attn_post_norm": "post1",
+    "mlp_norm": "norm2",
+    "wgate": "gu",
+    "wup": "gu",
+    "wdown": "mlp_out",
+    "mlp_post_norm": "post2",
 }
-INPUTS = {"self_attn.o_proj": "att", "post_attention_layernorm": "res2", "mlp.down_proj": "act"}
-NO_GRADIENT = (
-    "att_out",
-    "mlp_out",
-)  # whose gradient is that of the residual stream: model.py has no tap for it
+# parameter of a block -> the tap that the input of its module is
+INPUTS = {"wo": "att", "mlp_norm": "res2", "wdown": "act"}
 
 
 def trace_of(
@@ -104,7 +105,7 @@ def _trace(
     torch, _ = _modules()
     with _float32_is(dtype):
         model = _stock(config, tensors, dtype)
-        seen = _Seen(model, gradients)
+        seen = _Seen(model, cfg, gradients)
         with torch.set_grad_enabled(gradients):
             logits = model(torch.from_numpy(ids.astype(np.int64)), use_cache=False).logits
             seen.keep("logits", 0, logits)
@@ -173,18 +174,27 @@ def _stock(config: Any, tensors: Mapping[str, np.ndarray], dtype: str) -> Any:
 class _Seen:
     """Hooks a model and keeps its tensors by the names of taps, in order of computation."""
 
-    def __init__(self, model: Any, gradients: bool) -> None:
+    def __init__(self, model: Any, cfg: ModelConfig, gradients: bool) -> None:
         self.retain = gradients
         self.parts: dict[str, dict[int, Any]] = {}
+        # taps whose gradient is that of the residual stream
+        self.without_gradient: set[str] = set()
         inner = model.model
         self._hook(inner.embed_tokens, outputs=("hidden.0", 0))
-        for i, block in enumerate(inner.layers):
-            modules = dict(block.named_modules())
-            for order, (name, tap) in enumerate(OUTPUTS.items()):
-                if name in modules:
-                    self._hook(modules[name], outputs=(f"{i}.{tap}", order))
-            for name, tap in INPUTS.items():
-                self._hook(modules[name], inputs=(f"{i}.{tap}", 0))
+        modules = dict(model.named_modules())
+        order = list(OUTPUTS)
+        for s in Layout(cfg).in_order():
+            name, module = s.param.name, modules.get(s.hf.removesuffix(".weight"))
+            if s.layer is None or module is None:
+                continue
+            self._hook(module, outputs=(f"{s.layer}.{OUTPUTS[name]}", order.index(name)))
+            if name in INPUTS:
+                self._hook(module, inputs=(f"{s.layer}.{INPUTS[name]}", 0))
+        for i, (block, layer) in enumerate(zip(inner.layers, layers_of(cfg), strict=True)):
+            if not layer.mlp_norm:
+                self._hook(block.mlp, inputs=(f"{i}.res2", 0))
+            self.without_gradient |= {f"{i}.{'post1' if layer.attn_post_norm else 'att_out'}"}
+            self.without_gradient |= {f"{i}.{'post2' if layer.mlp_post_norm else 'mlp_out'}"}
             self._hook(block, outputs=(f"hidden.{i + 1}", 0))
         self._hook(inner.norm, outputs=("final_norm", 0))
 
@@ -214,7 +224,7 @@ class _Seen:
         out = {}
         for tap, parts in self.parts.items():
             layer, dot, name = tap.rpartition(".") if tap[0].isdigit() else ("", "", tap)
-            if name not in NO_GRADIENT:
+            if tap not in self.without_gradient:
                 out[f"{layer}{dot}d_{name}"] = _joined([x.grad for _, x in sorted(parts.items())])
         return out
 

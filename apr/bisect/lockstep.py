@@ -17,6 +17,7 @@ import numpy as np
 
 from ..backends import PLUMBING
 from ..model.config import ModelConfig
+from ..model.families import layers_of
 from ..model.optim import Optimizer
 from ..model.transformer import Model
 from .rule import WRITES, Backend, parameters
@@ -126,6 +127,7 @@ def join(models: Sequence[Model], watch: Watch = run_both) -> Model:
     """One model that runs all of them in lockstep. They share sizes; eps and window may differ."""
     both = copy.copy(models[-1])
     both.cfg = _joined_config([m.cfg for m in models])
+    both.layers = layers_of(both.cfg)
     both.be = Lockstep([m.be for m in models], watch)  # type: ignore[assignment]
 
     def twin(name: str, get: Callable[[Model], Any]) -> Twin:

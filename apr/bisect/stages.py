@@ -19,6 +19,7 @@ from ..backends import reference
 from ..model.buffers import WIDE
 from ..model.config import ModelConfig
 from ..model.cost import memory
+from ..model.families import layers_of
 from ..model.optim import OPTIMIZERS, Optimizer
 from ..model.params import FUSED, Layout
 from ..model.transformer import Model
@@ -266,7 +267,7 @@ def kernels_given(cfg: ModelConfig, seen: dict[tuple[str, str], set[float]]) -> 
     """Whether kernels were launched with the numbers of the configuration."""
     want = {
         "eps": {cfg.rms_norm_eps},
-        "window": {float(cfg.sliding_window)},
+        "window": {float(layer.window) for layer in layers_of(cfg)},
         "sign": {1.0, -1.0},
     }
     rows = []

@@ -29,15 +29,22 @@ TAP = {  # of scratch buffers: by the weight that is used
     ("dnorm", "embed"): "d_final_norm",
     ("dnorm", "head"): "d_final_norm",
     ("dres", "mlp_norm"): "d_res2",
+    ("dres", "wgu"): "d_res2",
+    ("delta", "attn_post_norm"): "post1",
+    ("delta", "mlp_post_norm"): "post2",
+    ("dnorm", "attn_post_norm"): "d_att_out",
+    ("dnorm", "mlp_post_norm"): "d_mlp_out",
 }
 ATTENTION_GRADIENTS = {"dq": "d_q_rope", "dk": "d_k_rope", "dv": "d_v"}
 
 
-def tap_name(call: Call, name: str, layer: int | None, layers: int) -> str:
-    """What the output `name` of a call is called: the tap of model.py that shows it, or the buffer."""
+def tap_name(call: Call, name: str, layer: int | None, layers: int, weight: str) -> str:
+    """Name the output `name` of a call: the tap of the model that shows it, or the buffer.
+
+    weight: the weight of the call, or of the one before it.
+    """
     x = call.args[name]
     buffer = x.name.rsplit(".", 1)[-1]
-    weight = getattr(call.args.get("w"), "name", "").rsplit(".", 1)[-1]
     prefix = "" if layer is None else f"{layer}."
     if x.name.startswith("grad."):
         return str(x.name)
@@ -45,10 +52,10 @@ def tap_name(call: Call, name: str, layer: int | None, layers: int) -> str:
         return prefix + ATTENTION_GRADIENTS[name]
     if call.op == "rope":
         return prefix + ("d_rope" if buffer.startswith("d") else "rope")
-    if call.op.startswith("head_rmsnorm") and not name.startswith("dw"):
+    if weight in ("q_norm", "k_norm") and call.op.startswith("head_rmsnorm") and not name.startswith("dw"):
         part = "qk" if name == "y" else "qk_rstd" if name == "rstd" else "d_qkv"
         return f"{prefix}{part}.{weight[:1]}"
-    if buffer == "dres" and weight in ("attn_norm", "final_norm"):
+    if buffer == "dres" and weight in ("attn_norm", "final_norm", "wqkv"):
         return f"d_hidden.{layers if layer is None else layer}"
     if buffer == "res1":
         return f"hidden.{x.name.split('.')[0] if '.' in x.name else layer or 0}"
@@ -77,6 +84,7 @@ class _Watch:
         self.seconds: dict[str, float] = {}  # by stage
         self.passed: set[str] = set()  # names of all buffers that an op was given
         self._layer: int | None = None
+        self._weight = ""
 
     def __call__(self, call: Call, run: Callable[[], None]) -> None:
         """Run one op on all sides and compare."""
@@ -90,8 +98,14 @@ class _Watch:
     def _enter(self, call: Call) -> list[str]:
         """The outputs to look at."""
         self.passed |= {x.name for x in call.args.values() if isinstance(x, Twin)}
-        if call.op != "rope" or call.layer is not None:
-            self._layer = call.layer  # the gradient that rope turns back lies in a buffer of all layers
+        if call.op == "add" and self.stage == "forward" and call.args["out"].name == "res1":
+            # a buffer that blocks share: this one begins
+            self._layer = (self._layer or 0) + 1
+        elif call.op not in ("rope", "add") or call.layer is not None:
+            # the gradients that rope and add change lie in buffers of all layers
+            self._layer = call.layer
+        if "w" in call.args:
+            self._weight = getattr(call.args["w"], "name", "").rsplit(".", 1)[-1]
         return [
             n
             for n in rule.outputs(call.op)
@@ -107,7 +121,7 @@ class _Watch:
             )
             where = "padding" if slot is None else slot.hf
             return f"{name}.{where}", None if slot is None else slot.layer
-        return tap_name(call, name, self._layer, self.layout.cfg.num_layers), self._layer
+        return tap_name(call, name, self._layer, self.layout.cfg.num_layers, self._weight), self._layer
 
     def _row(
         self, call: Call, name: str, mode: str, err: float, tol: float, d: Difference, cause: str

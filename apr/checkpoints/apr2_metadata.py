@@ -91,10 +91,10 @@ def _old_config(meta: dict[str, Any], source: str, names: Collection[str]) -> di
         d["rope_scaling"] = meta["rope_scaling"]
     elif family == "llama" and isinstance(positions, int) and positions > 8192:
         raise _missing(source, "rope_scaling", "Llama models of more than 8192 positions differ in it")
-    if FAMILIES[family].window:
-        if "sliding_window" not in meta:
-            raise _missing(source, "sliding_window", f"{family} models differ in it")
-        d["sliding_window"] = meta["sliding_window"]
+    keys = FAMILIES[family].keys
+    if "sliding_window" in keys and "use_sliding_window" not in keys and "sliding_window" not in meta:
+        raise _missing(source, "sliding_window", f"{family} models differ in it")
+    d |= {key: meta[key] for key in keys if key in meta}
     return d
 
 
@@ -110,9 +110,12 @@ def _old_family(meta: dict[str, Any], source: str, names: Collection[str]) -> st
         raise Refused(
             f"{source}: {said}: apr computes one of {', '.join(FAMILIES)}, and all must name the same"
         )
-    row = FAMILIES[family]
-    for switch, part in ((row.qkv_bias, ".self_attn.q_proj.bias"), (row.qk_norm, ".self_attn.q_norm.weight")):
-        if switch != any(n.endswith(part) for n in names):
+    block = FAMILIES[family].block
+    for switch, part in (
+        (block.qkv_bias, ".self_attn.q_proj.bias"),
+        (block.qk_norm, ".self_attn.q_norm.weight"),
+    ):
+        if bool(switch) != any(n.endswith(part) for n in names):
             there = "lacks" if switch else "has"
             raise Refused(f"{source}: architecture {family!r}, but the file {there} tensors {part!r}")
     return family

@@ -28,12 +28,25 @@ import numpy as np
 from ..common.atomic import atomic_write
 from ..common.errors import InputNotFound, Refused, UsageError
 from ..model.config import ModelConfig
+from ..model.families import FAMILIES
 from ..model.params import Layout, Slot
 from ..model.rope import rope_tables
 from .tensors import BF16, require_finite
 
-ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-ADJACENT = ("llama",)  # architectures whose rotary embedding turns neighbouring dimensions
+ARCHITECTURE = {
+    "llama": "llama",
+    "mistral": "llama",
+    "olmo2": "olmo2",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+}
+# architectures whose rotary embedding turns neighbouring dimensions
+ADJACENT = ("llama", "smollm3")
+# keys of config.json, kept as apr.KEY, of models whose layers differ in the window
+WINDOW_KEYS = {"sliding_window", "use_sliding_window", "layer_types"}
+# architecture -> n: llama.cpp leaves out the rotary embedding of every n-th layer, and of no other
+NO_ROPE_STEP = {"smollm3": 4}
 ROPE_FREQS = "rope_freqs.weight"
 NAMES = {  # parameter of ours -> tensor; {} is the layer
     "embed": "token_embd.weight",
@@ -49,10 +62,12 @@ NAMES = {  # parameter of ours -> tensor; {} is the layer
     "q_norm": "blk.{}.attn_q_norm.weight",
     "k_norm": "blk.{}.attn_k_norm.weight",
     "wo": "blk.{}.attn_output.weight",
+    "attn_post_norm": "blk.{}.post_attention_norm.weight",
     "mlp_norm": "blk.{}.ffn_norm.weight",
     "wgate": "blk.{}.ffn_gate.weight",
     "wup": "blk.{}.ffn_up.weight",
     "wdown": "blk.{}.ffn_down.weight",
+    "mlp_post_norm": "blk.{}.post_ffw_norm.weight",
 }
 TYPES = ("float32", "float16", "bfloat16", "q8_0")  # what matrices can be written as
 FILE_TYPE = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type: most matrices are of this type
@@ -158,6 +173,11 @@ def write_gguf(
         raise Refused(
             f"{path}: llama.cpp does not scale the rotary frequencies of {arch} models; export --format hf"
         )
+    if cfg.no_rope_layers != _no_rope_layers(arch, cfg.num_layers):
+        raise Refused(
+            f"{path}: layers {list(cfg.no_rope_layers)} have no rotary embedding; llama.cpp leaves it out of layers "
+            f"{list(_no_rope_layers(arch, cfg.num_layers))} of {cfg.num_layers} in {arch} models; export --format hf"
+        )
     slots = Layout(cfg).in_order()
     writer = gguf.GGUFWriter(None, arch)
     kinds = {s.hf: type_of(tensors[s.hf], dtype) for s in slots}
@@ -215,9 +235,18 @@ def _model_keys(writer: Any, cfg: ModelConfig, arch: str, name: str, kinds: list
     if cfg.sliding_window:
         writer.add_uint32("apr.sliding_window", cfg.sliding_window)
         writer.add_uint32("apr.max_position_embeddings", cfg.max_position_embeddings)
+        by_layer = FAMILIES[cfg.family].write(cfg)
+        for key in WINDOW_KEYS & by_layer.keys() - {"sliding_window"}:
+            _put_key(writer, f"apr.{key}", by_layer[key])
     if cfg.rope_scaling:
         for key, value in dataclasses.asdict(cfg.rope_scaling).items():
             writer.add_float64(f"apr.rope_scaling.{key}", float(value))
+
+
+def _no_rope_layers(arch: str, layers: int) -> tuple[int, ...]:
+    """Numbers of the layers that llama.cpp gives no rotary embedding."""
+    step = NO_ROPE_STEP.get(arch)
+    return tuple(range(step - 1, layers, step)) if step else ()
 
 
 def _put_key(writer: Any, key: str, value: Any) -> None:

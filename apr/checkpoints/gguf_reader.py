@@ -33,7 +33,9 @@ from .gguf import (
     ARCHITECTURE,
     BLOCK,
     NAMES,
+    NO_ROPE_STEP,
     ROPE_FREQS,
+    WINDOW_KEYS,
     frequency_divisors,
     tensor_name,
     to_halves,
@@ -303,8 +305,11 @@ def _config(keys: dict[str, Any], names: set[str], path: Path) -> ModelConfig:
         "rms_norm_eps": _float32(own["attention.layer_norm_rms_epsilon"]),
         "rope_theta": _float32(own.get("rope.freq_base", 10000.0)),
         "tie_word_embeddings": NAMES["head"] not in names,
-        "sliding_window": ours.get("sliding_window"),
+        "sliding_window": None,
+        **{key: value for key, value in ours.items() if key in WINDOW_KEYS},
     }
+    if arch in NO_ROPE_STEP:
+        d["no_rope_layer_interval"] = NO_ROPE_STEP[arch]
     scaling = {k.removeprefix("rope_scaling."): v for k, v in ours.items() if k.startswith("rope_scaling.")}
     if scaling:
         positions = scaling.get("original_max_position_embeddings")

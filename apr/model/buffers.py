@@ -12,14 +12,16 @@ import numpy as np
 
 from ..common.rounding import ceil_div, round_up
 from .config import ModelConfig
+from .families import layers_of
 from .params import Layout, padded_vocab
+from .spec import LayerSpec
 
 # bytes: every buffer starts where a GPU's widest access and every cuBLAS kernel may start
 ALIGN = 256
 # dtype of sums and statistics
 WIDE = {"float64": "float64", "float32": "float32", "bfloat16": "float32"}
 # buffers in the wide dtype
-STATISTICS = {"rstd", "rstd1", "rstd2", "qk_rstd", "lse", "loss"}
+STATISTICS = {"rstd", "rstd1", "rstd2", "post_rstd1", "post_rstd2", "qk_rstd", "lse", "loss"}
 # buffers of a block that stay when the block is computed again in backward
 KEPT_UNDER_RECOMPUTE = {"res1"}
 
@@ -63,25 +65,32 @@ class Buffers:
         return self.arrays[name]
 
 
-def block_buffers(c: ModelConfig, batch: int, seq: int) -> Shapes:
+def block_buffers(c: ModelConfig, layer: LayerSpec, batch: int, seq: int) -> Shapes:
     """Shapes of the buffers that a block keeps for its backward pass."""
-    n, heads = batch * seq, c.num_heads + c.num_kv_heads
-    shapes: Shapes = {
-        # the residual stream entering the block: tap hidden.LAYER
-        "res1": (n, c.hidden_size),
-        "norm1": (n, c.hidden_size),
-        "rstd1": (n,),
+    n, width, heads = batch * seq, c.hidden_size, c.num_heads + c.num_kv_heads
+    # the residual stream entering the block: tap hidden.LAYER
+    shapes: Shapes = {"res1": (n, width)}
+    if layer.attn_norm:
+        shapes |= {"norm1": (n, width), "rstd1": (n,)}
+    shapes |= {
         "qkv": (n, (heads + c.num_kv_heads) * c.head_dim),
         "lse": (batch, c.num_heads, seq),
         "att": (n, c.num_heads * c.head_dim),
-        "res2": (n, c.hidden_size),
-        "norm2": (n, c.hidden_size),
-        "rstd2": (n,),
-        "gu": (n, 2 * c.intermediate_size),
-        "act": (n, c.intermediate_size),
     }
-    if c.qk_norm:
-        shapes |= {"qk": (n, heads, c.head_dim), "qk_rstd": (n, heads)}
+    if layer.attn_post_norm:
+        shapes |= {"att_out": (n, width), "post_rstd1": (n, 1)}
+    shapes["res2"] = (n, width)
+    if layer.mlp_norm:
+        shapes |= {"norm2": (n, width), "rstd2": (n,)}
+    shapes |= {"gu": (n, 2 * c.intermediate_size), "act": (n, c.intermediate_size)}
+    if layer.mlp_post_norm:
+        shapes |= {"mlp_out": (n, width), "post_rstd2": (n, 1)}
+    if layer.qk_norm:
+        wide = layer.qk_norm == "all"
+        shapes |= {
+            "qk": (n, heads * c.head_dim) if wide else (n, heads, c.head_dim),
+            "qk_rstd": (n, 2 if wide else heads),
+        }
     return shapes
 
 
@@ -105,8 +114,9 @@ def scratch_buffers(c: ModelConfig, batch: int, seq: int, train: bool) -> Shapes
             "dgu": (n, 2 * c.intermediate_size),
             "dact": (n, c.intermediate_size),
         }
-        if c.qk_norm:
-            shapes["dqk"] = (n, heads, c.head_dim)
+        for layer in layers_of(c):
+            blocks = block_buffers(c, layer, batch, seq)
+            shapes |= {"dqk": blocks["qk"]} if layer.qk_norm else {}
     return shapes
 
 
@@ -146,10 +156,13 @@ class BufferPlan:
             out["w"] = BufferSpec("weights", (size,), self.dtype)
         if self.train:
             out["g"] = BufferSpec("gradients", (size,), wide)
-        for name, shape in block_buffers(c, self.batch, self.seq).items():
+        blocks = [block_buffers(c, layer, self.batch, self.seq) for layer in layers_of(c)]
+        for name in dict.fromkeys(name for block in blocks for name in block):
             shared = not self.train or (self.recompute and name not in KEPT_UNDER_RECOMPUTE)
-            for prefix in [""] if shared else [f"{i}." for i in range(c.num_layers)]:
-                out[prefix + name] = BufferSpec("scratch" if shared else "saved", shape, kind(name))
+            for i, block in enumerate(blocks):
+                if name in block:
+                    purpose = "scratch" if shared else "saved"
+                    out[name if shared else f"{i}.{name}"] = BufferSpec(purpose, block[name], kind(name))
         for name, shape in scratch_buffers(c, self.batch, self.seq, self.train).items():
             out[name] = BufferSpec("scratch", shape, kind(name))
         columns = logit_columns(c, self.pad_vocab)

@@ -35,6 +35,8 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     sliding_window: int = 0  # keys a query sees, itself included; 0 = all before it
+    full_attention_layers: tuple[int, ...] = ()  # numbers of the layers without the window
+    no_rope_layers: tuple[int, ...] = ()  # numbers of the layers without rotary embedding
 
     @property
     def letters(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -11,6 +12,7 @@ import numpy as np
 from ..common.errors import Refused
 from .buffers import WIDE, plan_buffers
 from .config import ModelConfig
+from .families import layers_of
 from .lora import AdapterLayout, LoraConfig, adapter_specs
 from .optim import AdamW, Optimizer
 from .params import Layout
@@ -32,9 +34,9 @@ def matmul_parameters(c: ModelConfig) -> int:
     return layer + c.vocab_size * c.hidden_size
 
 
-def attended(c: ModelConfig, seq: int) -> float:
-    """Keys a query sees, averaged over the positions of a sequence."""
-    w = min(c.sliding_window or seq, seq)
+def attended(window: int, seq: int) -> float:
+    """Keys a query sees, averaged over the positions of a sequence; window 0: all before it."""
+    w = min(window or seq, seq)
     return (w * (w + 1) / 2 + (seq - w) * w) / seq
 
 
@@ -42,10 +44,11 @@ def flops_per_token(c: ModelConfig, seq: int, backward: bool = True) -> float:
     """Floating-point operations of matrix products per token: 2 per weight forward and 4 backward
     (Kaplan et al. 2020, section 2.1), and of q k^T and p v, 2 * 2 * H * D per key seen, likewise.
 
-    What is computed again in backward and what a mask throws away is not counted.
+    Recomputed activations and masked scores are not counted.
     """
-    forward = 2 * matmul_parameters(c) + 4 * c.num_layers * c.num_heads * c.head_dim * attended(c, seq)
-    return forward * (3 if backward else 1)
+    layers = Counter(layer.window for layer in layers_of(c))
+    scores = sum(4 * n * c.num_heads * c.head_dim * attended(window, seq) for window, n in layers.items())
+    return (2 * matmul_parameters(c) + scores) * (3 if backward else 1)
 
 
 @dataclass(frozen=True)

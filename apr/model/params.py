@@ -1,10 +1,11 @@
-"""One table says what the parameters are.
+"""The table of parameters.
 
 It drives allocation, initialisation, weight decay, checkpoint names and gradient buckets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -15,58 +16,85 @@ import numpy as np
 
 from ..common.rounding import round_up
 from .config import ModelConfig
+from .families import layers_of
+from .spec import LayerSpec
 
-ALIGN = 64  # elements: every tensor starts on a 128-byte line in bf16, 256 in float32
-VOCAB_ALIGN = 64  # rows: a vocabulary that is no multiple has rows of zeros after it, which stay zeros
+# elements: every tensor starts on a 128-byte line in bf16, 256 in float32
+ALIGN = 64
+# rows: a vocabulary that is no multiple has rows of zeros after it, which stay zeros
+VOCAB_ALIGN = 64
 
 
 @dataclass(frozen=True)
 class Param:
-    """A row: name, shape in the letters of the config, how it starts, decayed or not, its HF name."""
+    """A row of the table.
+
+    shape  in the letters of the config
+    init   "ones", "zeros", "in" (normal, std) or "out" (std / sqrt(2 L): into the residual stream)
+    decay  takes weight decay
+    hf     name in a Hugging Face checkpoint; {} is the layer
+    when   tells the layers that have the parameter
+    """
 
     name: str
     shape: str
-    init: str  # "ones", "zeros", "in" (normal, std) or "out" (std / sqrt(2 L): into the residual stream)
+    init: str
     decay: bool
-    hf: str  # {} is the layer
+    hf: str
+    when: Callable[[LayerSpec], bool] = lambda layer: True
 
 
+def _bias(layer: LayerSpec) -> bool:
+    return layer.qkv_bias
+
+
+def _head_norm(layer: LayerSpec) -> bool:
+    return layer.qk_norm == "head"
+
+
+def _wide_norm(layer: LayerSpec) -> bool:
+    return layer.qk_norm == "all"
+
+
+_ATTENTION = "model.layers.{}.self_attn."
 LAYER = [
-    Param("attn_norm", "C", "ones", False, "model.layers.{}.input_layernorm.weight"),
-    Param("wq", "H*D C", "in", True, "model.layers.{}.self_attn.q_proj.weight"),
-    Param("wk", "K*D C", "in", True, "model.layers.{}.self_attn.k_proj.weight"),
-    Param("wv", "K*D C", "in", True, "model.layers.{}.self_attn.v_proj.weight"),
-    Param("bq", "H*D", "zeros", False, "model.layers.{}.self_attn.q_proj.bias"),
-    Param("bk", "K*D", "zeros", False, "model.layers.{}.self_attn.k_proj.bias"),
-    Param("bv", "K*D", "zeros", False, "model.layers.{}.self_attn.v_proj.bias"),
-    Param("q_norm", "D", "ones", False, "model.layers.{}.self_attn.q_norm.weight"),
-    Param("k_norm", "D", "ones", False, "model.layers.{}.self_attn.k_norm.weight"),
-    Param("wo", "C H*D", "out", True, "model.layers.{}.self_attn.o_proj.weight"),
-    Param("mlp_norm", "C", "ones", False, "model.layers.{}.post_attention_layernorm.weight"),
+    Param("attn_norm", "C", "ones", False, "model.layers.{}.input_layernorm.weight", lambda s: s.attn_norm),
+    Param("wq", "H*D C", "in", True, _ATTENTION + "q_proj.weight"),
+    Param("wk", "K*D C", "in", True, _ATTENTION + "k_proj.weight"),
+    Param("wv", "K*D C", "in", True, _ATTENTION + "v_proj.weight"),
+    Param("bq", "H*D", "zeros", False, _ATTENTION + "q_proj.bias", _bias),
+    Param("bk", "K*D", "zeros", False, _ATTENTION + "k_proj.bias", _bias),
+    Param("bv", "K*D", "zeros", False, _ATTENTION + "v_proj.bias", _bias),
+    Param("q_norm", "D", "ones", False, _ATTENTION + "q_norm.weight", _head_norm),
+    Param("k_norm", "D", "ones", False, _ATTENTION + "k_norm.weight", _head_norm),
+    Param("q_norm", "H*D", "ones", False, _ATTENTION + "q_norm.weight", _wide_norm),
+    Param("k_norm", "K*D", "ones", False, _ATTENTION + "k_norm.weight", _wide_norm),
+    Param("wo", "C H*D", "out", True, _ATTENTION + "o_proj.weight"),
+    Param(
+        "attn_post_norm", "C", "ones", False, "model.layers.{}.post_attention_layernorm.weight",
+        lambda s: s.attn_post_norm,
+    ),
+    Param("mlp_norm", "C", "ones", False, "model.layers.{}.post_attention_layernorm.weight", lambda s: s.mlp_norm),
     Param("wgate", "F C", "in", True, "model.layers.{}.mlp.gate_proj.weight"),
     Param("wup", "F C", "in", True, "model.layers.{}.mlp.up_proj.weight"),
     Param("wdown", "C F", "out", True, "model.layers.{}.mlp.down_proj.weight"),
-]
+    Param(
+        "mlp_post_norm", "C", "ones", False, "model.layers.{}.post_feedforward_layernorm.weight",
+        lambda s: s.mlp_post_norm,
+    ),
+]  # fmt: skip
 TOP = [
     Param("embed", "V C", "in", True, "model.embed_tokens.weight"),
     Param("final_norm", "C", "ones", False, "model.norm.weight"),
     Param("head", "V C", "in", True, "lm_head.weight"),
 ]
-FUSED = {  # neighbours without padding between them: one view, one matrix product
+# neighbours without padding between them: one view, one matrix product
+FUSED = {
     "wqkv": ("wq", "wk", "wv"),
     "bqkv": ("bq", "bk", "bv"),
     "wgu": ("wgate", "wup"),
 }
 _PACKED = {name for group in FUSED.values() for name in group[1:]}
-
-
-def has(cfg: ModelConfig, name: str) -> bool:
-    """Whether a model of this configuration has the parameter `name`."""
-    if name in ("bq", "bk", "bv"):
-        return cfg.qkv_bias
-    if name in ("q_norm", "k_norm"):
-        return cfg.qk_norm
-    return not (name == "head" and cfg.tie_word_embeddings)
 
 
 @dataclass(frozen=True)
@@ -98,15 +126,17 @@ class Layout:
 
     def __init__(self, cfg: ModelConfig) -> None:
         self.cfg = cfg
+        layers = [*enumerate(layers_of(cfg))]
         rows: list[tuple[int | None, Param]] = [
-            (layer, p) for layer in reversed(range(cfg.num_layers)) for p in LAYER
+            (i, p) for i, layer in reversed(layers) for p in LAYER if p.when(layer)
         ]
-        rows += [(None, p) for p in reversed(TOP)]
+        tied = cfg.tie_word_embeddings
+        rows += [(None, p) for p in reversed(TOP) if not (p.name == "head" and tied)]
         self.slots: list[Slot] = []
         n = 0
         for decay in (True, False):
             for layer, p in rows:
-                if p.decay is decay and has(cfg, p.name):
+                if p.decay is decay:
                     shape = tuple(prod(cfg.letters[c] for c in s.split("*")) for s in p.shape.split())
                     n = n if p.name in _PACKED else round_up(n, ALIGN)
                     self.slots.append(Slot(layer, p, n, shape))

@@ -14,9 +14,9 @@ from .hf_config import from_hf
 
 
 def _preset(family: str, sizes: str, **more: Any) -> ModelConfig:
-    """sizes: "V C F L H K D positions"."""
+    """Configuration of a family; sizes: "V C F L H K D positions"."""
     v, c, f, n, h, k, d, t = map(int, sizes.split())
-    row = FAMILIES[family]
+    block = FAMILIES[family].block
     base = dict(rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True)
     return ModelConfig(
         family=family,
@@ -28,8 +28,8 @@ def _preset(family: str, sizes: str, **more: Any) -> ModelConfig:
         num_kv_heads=k,
         head_dim=d,
         max_position_embeddings=t,
-        qkv_bias=row.qkv_bias,
-        qk_norm=row.qk_norm,
+        qkv_bias=block.qkv_bias,
+        qk_norm=bool(block.qk_norm),
         **{**base, **more},
     )
 
@@ -44,6 +44,15 @@ PRESETS: dict[str, ModelConfig] = {
     "mistral-tiny": _preset("mistral", "123 40 56 2 4 4 10 64", sliding_window=5, tie_word_embeddings=False),
     "qwen2-tiny": _preset("qwen2", "123 56 72 2 7 1 8 64", **_QWEN),
     "qwen3-tiny": _preset("qwen3", "123 40 56 2 4 2 12 64", **_QWEN),
+    "olmo2-tiny": _preset("olmo2", "123 40 56 2 4 2 12 64", rms_norm_eps=1e-6, tie_word_embeddings=False),
+    "smollm3-tiny": _preset(
+        "smollm3",
+        "123 40 56 3 4 2 10 64",
+        rope_theta=2e6,
+        no_rope_layers=(1,),
+        sliding_window=5,
+        full_attention_layers=(1, 2),
+    ),
     # sizes for two CPU cores
     "llama-demo": _preset("llama", "4096 192 512 4 3 1 64 1024"),
     "qwen2-3m": _preset("qwen2", "2048 192 512 6 6 2 32 1024", **_QWEN),
@@ -62,7 +71,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def load_config(name: str) -> ModelConfig:
-    """ModelConfig from a preset name or the path of a config.json (or a folder that holds one)."""
+    """Configuration of a preset, or of the path of a config.json (or a folder that holds one)."""
     if name in PRESETS:
         return PRESETS[name]
     path = Path(name)

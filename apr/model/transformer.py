@@ -7,7 +7,6 @@ declared by `BufferPlan.specs`, which `apr plan` reads too, and are named like t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import Refused
+from .block import START, Block, CachePosition
 from .buffers import Buffers, Shapes, block_buffers, plan_buffers, scratch_buffers
 from .config import ModelConfig
+from .families import layers_of
 from .params import Layout
 from .rope import rope_tables
 from .taps import Tap, no_tap
@@ -24,23 +25,6 @@ from .taps import Tap, no_tap
 MAX_GRAPHS = 8
 # a target that no loss is computed for, as any below 0
 IGNORED = -100
-
-
-@dataclass(frozen=True)
-class CachePosition:
-    """Location of a batch in the KV cache: sequence b is cache row `row + b`, its token 0 is at slot `slot`, `past`
-    tokens are cached already.
-
-    A step of sequences of different lengths has angles of its own, (B,D/2), and `doc_start` (B,1), the slot of each
-    sequence's token 0; then `past` counts slots.
-    """
-
-    past: int = 0
-    row: int = 0
-    slot: int = 0
-    cos: Any = None
-    sin: Any = None
-    doc_start: Any = None
 
 
 def document_starts(ids: np.ndarray, end: int) -> np.ndarray:
@@ -93,7 +77,7 @@ class Model:
             )
         self.cfg, self.be, self.dtype, self.train, self.recompute = cfg, backend, dtype, train, recompute
         self.batch, self.seq, self.z_loss, self.document_end = batch, seq, z_loss, document_end
-        self.layout = Layout(cfg)
+        self.layout, self.layers = Layout(cfg), layers_of(cfg)
         plan = plan_buffers(
             cfg, backend, batch, seq, loss_rows,
             dtype=dtype, train=train, recompute=recompute, cache=cache, own_weights=w is None,
@@ -139,9 +123,13 @@ class Model:
                 flat = {k: have[prefix + k if prefix + k in have else k].reshape(-1) for k in shapes}
                 return SimpleNamespace(**{k: flat[k][: prod(s)].reshape(s) for k, s in shapes.items()})
 
-            inner = block_buffers(self.cfg, batch, seq)
-            blocks = [view(inner, f"{i}.") for i in range(self.cfg.num_layers)]
             scratch = view(scratch_buffers(self.cfg, batch, seq, self.train))
+            shared = {"att_out": scratch.delta, "mlp_out": scratch.delta}
+            blocks = []
+            for i, layer in enumerate(self.layers):
+                block = view(block_buffers(self.cfg, layer, batch, seq), f"{i}.")
+                alias = {**shared, "norm1": block.res1, "norm2": block.res2}
+                blocks.append(SimpleNamespace(**{**alias, **vars(block)}))
             scratch.ids, scratch.targets = (have[k][: batch * seq] for k in ("ids", "targets"))
             scratch.doc_start = None
             if self.document_end is not None:
@@ -152,20 +140,6 @@ class Model:
     def _in_vocabulary(self, ids: np.ndarray, lowest: int | None) -> None:
         if ids.max() >= self.cfg.vocab_size or (lowest is not None and ids.min() < lowest):
             raise ValueError(f"ids {ids.min()} to {ids.max()} with a vocabulary of {self.cfg.vocab_size}")
-
-    def _heads(self, x: Any) -> tuple[Any, Any, Any]:
-        """Query, key and value parts of rows of heads, each (B,T,heads,D)."""
-        c = self.cfg
-        x = x.reshape(self.b, self.t, -1, c.head_dim)
-        kv = c.num_heads + c.num_kv_heads
-        return x[:, :, : c.num_heads], x[:, :, c.num_heads : kv], x[:, :, kv:]
-
-    def _head_norms(self, w: Any, qk: Any, qkv: Any, rstd: Any) -> list[tuple[Any, Any, Any, Any]]:
-        """(weight, normalised, raw, rstd) of the query heads and of the key heads."""
-        c = self.cfg
-        raw = qkv.reshape(self.b * self.t, -1, c.head_dim)
-        q, k = slice(0, c.num_heads), slice(c.num_heads, c.num_heads + c.num_kv_heads)
-        return [(w_, qk[:, s], raw[:, s], rstd[:, s]) for w_, s in ((w.q_norm, q), (w.k_norm, k))]
 
     def forward(self, ids: np.ndarray, tap: Tap = no_tap, past: int = 0, row: int = 0, slot: int = 0) -> None:
         """From ids (B,T), integers in [0,V), to final_norm (B*T,C), kept in the scratch buffers.
@@ -208,7 +182,7 @@ class Model:
         if self.document_end is not None:
             self.be.from_host(s.doc_start, document_starts(ids, self.document_end))
 
-    def _forward(self, tap: Tap, at: CachePosition = CachePosition()) -> None:
+    def _forward(self, tap: Tap, at: CachePosition = START) -> None:
         be, c, p = self.be, self.cfg, self.p
         blocks, s = self._at(self.b, self.t)
         be.embedding_fwd(blocks[0].res1, s.ids, p.embed)
@@ -219,63 +193,32 @@ class Model:
         tap(None, f"hidden.{c.num_layers}", s.res)
         tap(None, "final_norm", s.final_norm)
 
-    def _block(
-        self, i: int, res: Any, delta: Any, tap: Tap, at: CachePosition = CachePosition()
-    ) -> tuple[Any, Any]:
-        """Block i on the residual stream res + delta; returns the two parts of the next one."""
-        be, c, w = self.be, self.cfg, self.p.layer[i]
+    def _block(self, i: int, res: Any, delta: Any, tap: Tap, at: CachePosition = START) -> tuple[Any, Any]:
+        """Run block i on the residual stream res + delta; returns the two parts of the next one."""
+        return self._of(i, tap).forward(res, delta, at)
+
+    def _of(self, i: int, tap: Tap) -> Block:
+        """Block i on the batch at hand."""
+
+        def named(name: str, x: Any) -> None:
+            stream = name in ("hidden", "d_hidden")
+            tap(None if stream else i, f"{name}.{i}" if stream else name, x)
+
         blocks, s = self._at(self.b, self.t)
-        a = blocks[i]
-        be.add_rmsnorm_fwd(a.res1, a.norm1, a.rstd1, res, delta, w.attn_norm, c.rms_norm_eps)
-        tap(None, f"hidden.{i}", a.res1)
-        tap(i, "norm1", a.norm1)
-        be.linear_fwd(a.qkv, a.norm1, w.wqkv, w.bqkv if c.qkv_bias else None)
-        tap(i, "qkv", a.qkv)
-        turned = a.qkv
-        if c.qk_norm:
-            for weight, y, x, rstd in self._head_norms(w, a.qk, a.qkv, a.qk_rstd):
-                be.head_rmsnorm_fwd(y, rstd, x, weight, c.rms_norm_eps)
-            tap(i, "qk", a.qk)
-            turned = a.qk
-        self._rope(turned, at, +1)
-        q, k, _ = self._heads(turned)
-        tap(i, "q_rope", q)
-        tap(i, "k_rope", k)
-        v = self._heads(a.qkv)[2]
-        if self._cache:
-            k, v = self._remember(i, k, v, at)
-        doc_start = s.doc_start if at.doc_start is None else at.doc_start
-        be.attention_fwd(a.att.reshape(q.shape), a.lse, q, k, v, doc_start, c.sliding_window)
-        tap(i, "lse", a.lse)
-        tap(i, "att", a.att)
-        be.linear_fwd(s.delta, a.att, w.wo, None)
-        tap(i, "att_out", s.delta)
-        be.add_rmsnorm_fwd(a.res2, a.norm2, a.rstd2, a.res1, s.delta, w.mlp_norm, c.rms_norm_eps)
-        tap(i, "res2", a.res2)
-        tap(i, "norm2", a.norm2)
-        be.linear_fwd(a.gu, a.norm2, w.wgu, None)
-        tap(i, "gu", a.gu)
-        be.swiglu_fwd(a.act, a.gu)
-        tap(i, "act", a.act)
-        be.linear_fwd(s.delta, a.act, w.wdown, None)
-        tap(i, "mlp_out", s.delta)
-        return a.res2, s.delta
-
-    def _rope(self, x: Any, at: CachePosition, sign: int) -> None:
-        """Turn the query and key heads that rows of heads begin with."""
-        c, steps = self.cfg, slice(at.past, at.past + self.t)
-        cos, sin, shape = self.cos[steps], self.sin[steps], (self.b, self.t, -1, c.head_dim)
-        if at.cos is not None:  # each sequence's token by its own angles, as if all were of one sequence
-            cos, sin, shape = at.cos, at.sin, (1, self.b, -1, c.head_dim)
-        self.be.rope(x.reshape(shape)[:, :, : c.num_heads + c.num_kv_heads], cos, sin, sign)
-
-    def _remember(self, layer: int, k: Any, v: Any, at: CachePosition) -> tuple[Any, Any]:
-        """Put keys and values of the new positions into the cache; all positions so far."""
-        rows, new = slice(at.row, at.row + self.b), at.slot + at.past
-        for cache, x in zip(self._cache[layer], (k, v), strict=True):
-            self.be.copy(cache[rows, new : new + self.t], x)
-        keys, values = (cache[rows, at.slot : new + self.t] for cache in self._cache[layer])
-        return keys, values
+        cache = self._cache[i] if self._cache else None
+        tables = self.cos, self.sin
+        return Block(
+            self.be,
+            self.cfg,
+            self.layers[i],
+            self.p.layer[i],
+            blocks[i],
+            s,
+            (self.b, self.t),
+            tables,
+            cache,
+            named,
+        )
 
     def loss(self, targets: np.ndarray, scale: float | None = None, tap: Tap = no_tap) -> None:
         """Add the losses of targets (B,T) to self.total, in nats; negative targets are left out.
@@ -366,44 +309,10 @@ class Model:
         be.add_rmsnorm_bwd(s.dres, d.final_norm, s.dnorm, s.res, s.rstd, p.final_norm)
         tap(None, f"d_hidden.{c.num_layers}", s.dres)
         for i in reversed(range(c.num_layers)):
-            w, g, a = p.layer[i], d.layer[i], blocks[i]
-            if self.recompute and i + 1 < c.num_layers:  # the last block's values are still there
-                self._block(i, a.res1, None, no_tap)
-            be.linear_bwd(s.dact, g.wdown, None, s.dres, a.act, w.wdown)
-            tap(i, "d_act", s.dact)
-            be.swiglu_bwd(s.dgu, s.dact, a.gu)
-            tap(i, "d_gu", s.dgu)
-            be.linear_bwd(s.dnorm, g.wgu, None, s.dgu, a.norm2, w.wgu)
-            tap(i, "d_norm2", s.dnorm)
-            be.add_rmsnorm_bwd(s.dres, g.mlp_norm, s.dnorm, a.res2, a.rstd2, w.mlp_norm)
-            tap(i, "d_res2", s.dres)
-            be.linear_bwd(s.datt, g.wo, None, s.dres, a.att, w.wo)
-            tap(i, "d_att", s.datt)
-            q, k, v = self._heads(a.qkv)
-            dq, dk, dv = self._heads(s.dqkv)
-            if c.qk_norm:
-                q, k, _ = self._heads(a.qk)
-                dq, dk, _ = self._heads(s.dqk)
-            y, dy = a.att.reshape(q.shape), s.datt.reshape(q.shape)
-            be.attention_bwd(dq, dk, dv, dy, y, a.lse, q, k, v, s.doc_start, c.sliding_window)
-            tap(i, "d_q_rope", dq)
-            tap(i, "d_k_rope", dk)
-            tap(i, "d_v", dv)
-            self._rope(s.dqk if c.qk_norm else s.dqkv, CachePosition(), -1)
-            if c.qk_norm:
-                tap(i, "d_qk", s.dqk)
-                norms = zip(
-                    self._head_norms(w, a.qk, a.qkv, a.qk_rstd),
-                    self._head_norms(g, s.dqk, s.dqkv, a.qk_rstd),
-                    strict=True,
-                )
-                for (weight, _, x, rstd), (dweight, dyn, dx, _) in norms:
-                    be.head_rmsnorm_bwd(dx, dweight, dyn, x, rstd, weight)
-            tap(i, "d_qkv", s.dqkv)
-            be.linear_bwd(s.dnorm, g.wqkv, g.bqkv if c.qkv_bias else None, s.dqkv, a.norm1, w.wqkv)
-            tap(i, "d_norm1", s.dnorm)
-            be.add_rmsnorm_bwd(s.dres, g.attn_norm, s.dnorm, a.res1, a.rstd1, w.attn_norm)
-            tap(None, f"d_hidden.{i}", s.dres)
+            # the last block's values are still there
+            if self.recompute and i + 1 < c.num_layers:
+                self._block(i, blocks[i].res1, None, no_tap)
+            self._of(i, tap).backward(d.layer[i])
             ready(i)
         be.embedding_bwd(d.embed, s.dres, s.ids)
         ready(None)

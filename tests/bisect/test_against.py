@@ -28,7 +28,7 @@ from checks import CONFIGS, batch, start
 
 Arrays = Mapping[str, np.ndarray]
 ROUNDED = rule.rounded()
-QWEN2, QWEN3 = CONFIGS["qwen2"], CONFIGS["qwen3-tied"]
+QWEN2, QWEN3, OLMO2 = CONFIGS["qwen2"], CONFIGS["qwen3-tied"], CONFIGS["olmo2"]
 IDS, TARGETS = batch(QWEN3)
 LACKED = ("q_rope", "k_rope", "lse", "d_q_rope", "d_k_rope", "d_v")  # what Hugging Face does not show
 
@@ -232,7 +232,16 @@ def test_places_of_rows() -> None:
     assert found["grad.model.embed_tokens.weight"] == ("backward", "embedding_bwd", None)
     rows = {r.tap: r for r in rows_of(QWEN2, reference, "float64", trace(QWEN2))}
     assert (rows["0.d_qkv"].op, rows["grad.lm_head.weight"].op) == ("rope", "linear_bwd")
-    seen = {n.split(".")[n[0].isdigit()] for n in [*trace(QWEN3), *trace(QWEN2)] if not n.startswith("grad.")}
+    rows = {r.tap: r for r in rows_of(OLMO2, reference, "float64", trace(OLMO2)) if r.mode == FORCED}
+    found = {tap: (rows[tap].stage, rows[tap].op, rows[tap].layer) for tap in rows}
+    assert found["hidden.1"] == ("forward", "add", 1)
+    assert found["0.post1"] == ("forward", "head_rmsnorm_fwd", 0)
+    assert found["1.res2"] == ("forward", "add", 1)
+    assert found["1.d_res2"] == ("backward", "add", 1)
+    assert found["0.d_att_out"] == ("backward", "head_rmsnorm_bwd", 0)
+    assert found["d_hidden.0"] == ("backward", "add", 0)
+    names = [name for cfg in (QWEN3, QWEN2, OLMO2) for name in trace(cfg)]
+    seen = {n.split(".")[n[0].isdigit()] for n in names if not n.startswith("grad.")}
     assert seen == set(MADE)
 
 

@@ -187,10 +187,10 @@ def test_plan_counts_every_byte(name, train):
 
 def test_flops_formula():
     c = PRESETS["mistral-tiny"]
-    assert attended(c, 8) == (1 + 2 + 3 + 4 + 5 + 5 + 5 + 5) / 8
-    assert attended(PRESETS["llama-tiny"], 8) == 4.5
+    assert attended(c.sliding_window, 8) == (1 + 2 + 3 + 4 + 5 + 5 + 5 + 5) / 8
+    assert attended(0, 8) == 4.5
     matrices = 2 * (4 * 40 * 40 + 3 * 40 * 56) + 123 * 40
-    assert flops_per_token(c, 8) == 6 * matrices + 12 * 2 * 40 * attended(c, 8)
+    assert flops_per_token(c, 8) == 6 * matrices + 12 * 2 * 40 * attended(c.sliding_window, 8)
 
 
 def test_plan_counts_the_borders_of_documents(capsys):

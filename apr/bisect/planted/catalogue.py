@@ -26,7 +26,7 @@ from .faults import DATA, FAULTS, Fault
 
 SHAPE = (2, 17)
 DOCUMENT_END = 5  # of faults that show between documents only
-TINY = ("qwen2-tiny", "qwen3-tiny", "mistral-tiny", "llama3-tiny", "llama-tiny")
+TINY = ("qwen2-tiny", "qwen3-tiny", "mistral-tiny", "llama3-tiny", "llama-tiny", "olmo2-tiny", "smollm3-tiny")
 
 
 @dataclass(frozen=True)

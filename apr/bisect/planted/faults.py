@@ -16,6 +16,7 @@ import numpy as np
 
 from ...data.batches import Permutation, Windows
 from ...model.config import ModelConfig
+from ...model.families import layers_of
 from ...model.params import Layout
 from ..rule import BF16, Backend, overlay
 
@@ -271,7 +272,7 @@ def one_head_two_percent_off(be: Any) -> Ops:
     return dict(attention_fwd=attention_fwd)
 
 
-@fault(r"forward add_rmsnorm_fwd 0\.(norm1|rstd1)", VALUES)
+@fault(r"forward add_rmsnorm_fwd 0\.(norm1|rstd1)", VALUES, lambda c: layers_of(c)[0].attn_norm)
 def norm_eps_doubled(be: Any) -> Ops:
     """RMSNorm uses twice the epsilon that it is given."""
 
@@ -302,6 +303,63 @@ def qk_norm_skipped(be: Any) -> Ops:
         dx[...] = dy
 
     return dict(head_rmsnorm_fwd=head_rmsnorm_fwd, head_rmsnorm_bwd=head_rmsnorm_bwd)
+
+
+def _contiguous(x: Any) -> bool:
+    return bool(x.flags.c_contiguous)
+
+
+@fault(r"forward head_rmsnorm_fwd 0\.post1", VALUES, lambda c: layers_of(c)[0].attn_post_norm)
+def post_norm_dropped(be: Any) -> Ops:
+    """The norms behind attention and the MLP are left out."""
+
+    def head_rmsnorm_fwd(y: Any, rstd: Any, x: Any, w: Any, eps: float) -> None:
+        be.head_rmsnorm_fwd(y, rstd, x, w, eps)
+        if x.shape[1] == 1 and _contiguous(x):
+            be.copy(y, x)
+
+    def head_rmsnorm_bwd(dx: Any, dw: Any, dy: Any, x: Any, rstd: Any, w: Any) -> None:
+        if x.shape[1] == 1 and _contiguous(x):
+            be.copy(dx, dy)
+        else:
+            be.head_rmsnorm_bwd(dx, dw, dy, x, rstd, w)
+
+    return dict(head_rmsnorm_fwd=head_rmsnorm_fwd, head_rmsnorm_bwd=head_rmsnorm_bwd)
+
+
+@fault(r"forward head_rmsnorm_fwd 0\.qk\.q", EVERY, lambda c: layers_of(c)[0].qk_norm == "all")
+def wide_norm_of_half_the_heads(be: Any) -> Ops:
+    """The norm over all heads is taken over each half of them."""
+
+    def head_rmsnorm_fwd(y: Any, rstd: Any, x: Any, w: Any, eps: float) -> None:
+        middle = x.shape[2] // 2
+        whole = x.shape[1] > 1 or _contiguous(x)
+        for part in [slice(None)] if whole else [slice(middle), slice(middle, None)]:
+            be.head_rmsnorm_fwd(y[:, :, part], rstd, x[:, :, part], w[part], eps)
+
+    return dict(head_rmsnorm_fwd=head_rmsnorm_fwd)
+
+
+@fault(
+    r"configuration config no_rope_layers",
+    VALUES,
+    lambda c: bool(c.no_rope_layers),
+    lambda c: replace(c, no_rope_layers=()),
+)
+def rope_on_every_layer(be: Any) -> Ops:
+    """Rotary embedding turns the layers that have none."""
+    return {}
+
+
+@fault(
+    r"configuration config full_attention_layers",
+    VALUES,
+    lambda c: bool(c.full_attention_layers),
+    lambda c: replace(c, full_attention_layers=c.full_attention_layers[1:]),
+)
+def window_on_a_full_layer(be: Any) -> Ops:
+    """A layer that sees all tokens before it gets the window of the others."""
+    return {}
 
 
 @fault(r"forward swiglu_fwd 0\.act", VALUES)
@@ -460,7 +518,7 @@ def loaded(
     return enter
 
 
-@loaded(r"upload from_host 0\.attn_norm")
+@loaded(r"upload from_host 0\.attn_norm", applies=lambda c: layers_of(c)[0].attn_norm)
 def bfloat16_read_as_float16(w: Weights) -> None:
     """A norm that is stored in bfloat16 is tagged float16 at import."""
     for (_, name), x in w.items():
@@ -512,7 +570,7 @@ def embedding_rows_off_by_one(w: Weights) -> None:
     x[...] = np.roll(x, 1, axis=0)
 
 
-@loaded(r"upload from_host 0\.mlp_norm")
+@loaded(r"upload from_host 0\.mlp_norm", applies=lambda c: layers_of(c)[0].mlp_norm)
 def norm_weights_are_one_more(w: Weights) -> None:
     """A norm is read as 1 + w, as Gemma's are stored."""
     w[0, "mlp_norm"][...] += 1
@@ -702,7 +760,7 @@ def stale_output(be: Any) -> Ops:
     return dict(swiglu_fwd=swiglu_fwd)
 
 
-@fault(r"forward linear_fwd 0\.qkv", EVERY)
+@fault(r"forward linear_fwd 0\.qkv", EVERY, lambda c: not layers_of(c)[0].attn_post_norm)
 def product_adds_to_what_was_there(be: Any) -> Ops:
     """A product is called with beta = 1: it adds to what its output held."""
 
@@ -789,7 +847,7 @@ def norm_backward_without_projection(be: Any) -> Ops:
     return dict(add_rmsnorm_bwd=add_rmsnorm_bwd)
 
 
-@fault(r"backward add_rmsnorm_bwd \d+\.d_res2", BACKWARD)
+@fault(r"backward add_rmsnorm_bwd \d+\.d_res2", BACKWARD, lambda c: layers_of(c)[0].mlp_norm)
 def residual_gradient_overwritten(be: Any) -> Ops:
     """The gradient of the residual stream is overwritten where it must be added to."""
 

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from .family import Family
 
-FAMILY = Family("LlamaForCausalLM")
+FAMILY = Family("LlamaForCausalLM", write=lambda c: {"attention_bias": False, "mlp_bias": False})

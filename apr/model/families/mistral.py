@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
-from .family import Family
+from typing import Any
 
-FAMILY = Family("MistralForCausalLM", window=True)
+from ..hf_keys import HfKeys
+from .family import FULL, SLIDING, Family, layer_types
+
+
+def read(keys: HfKeys, layers: int) -> dict[str, Any]:
+    """Read `sliding_window`, which null turns off."""
+    window = 0 if keys.get("sliding_window") is None else keys.number("sliding_window")
+    layer_types(keys, layers, (SLIDING if window else FULL,), [])
+    return {"sliding_window": window}
+
+
+FAMILY = Family(
+    "MistralForCausalLM",
+    read=read,
+    write=lambda c: {"sliding_window": c.sliding_window or None},
+    keys=frozenset({"sliding_window"}),
+)

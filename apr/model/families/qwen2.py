@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from .family import Family
+from ..spec import LayerSpec
+from .family import WINDOW_KEYS, Family, window_on_upper_layers, write_window
 
-FAMILY = Family("Qwen2ForCausalLM", qkv_bias=True)
+FAMILY = Family(
+    "Qwen2ForCausalLM",
+    LayerSpec(qkv_bias=True),
+    read=window_on_upper_layers,
+    write=write_window,
+    keys=WINDOW_KEYS,
+)

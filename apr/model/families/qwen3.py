@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from .family import Family
+from ..spec import LayerSpec
+from .family import WINDOW_KEYS, Family, window_on_upper_layers, write_window
 
-FAMILY = Family("Qwen3ForCausalLM", qk_norm=True, head_dim_required=True)
+FAMILY = Family(
+    "Qwen3ForCausalLM",
+    LayerSpec(qk_norm="head"),
+    read=window_on_upper_layers,
+    write=lambda c: {"attention_bias": False, **write_window(c)},
+    keys=WINDOW_KEYS,
+    head_dim_required=True,
+)

@@ -1,0 +1,230 @@
+"""One block on a batch, forward and backward: attention, then the MLP, each a branch of the residual stream.
+
+The residual stream between two branches is a pair, res + delta, so that its sum is one op with the norm that follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from .config import ModelConfig
+from .spec import LayerSpec
+
+
+@dataclass(frozen=True)
+class CachePosition:
+    """Location of a batch in the KV cache: sequence b is cache row `row + b`, its token 0 is at slot `slot`, `past`
+    tokens are cached already.
+
+    A step of sequences of different lengths has angles of its own, (B,D/2), and `doc_start` (B,1), the slot of each
+    sequence's token 0; then `past` counts slots.
+    """
+
+    past: int = 0
+    row: int = 0
+    slot: int = 0
+    cos: Any = None
+    sin: Any = None
+    doc_start: Any = None
+
+
+START = CachePosition()
+
+
+@dataclass
+class Block:
+    """One block of a model on a batch (B,T), N = B*T tokens.
+
+    be      backend                        layer   parts of the block
+    w       weights, by parameter name     batch   (B,T)
+    a       activations of this block      s       buffers shared by all blocks
+    tables  cos and sin of the angles      cache   keys and values (rows,slots,K,D), or None
+    tap     called as tap(name, array)
+
+    Where a branch has no norm before it, its `norm` buffer is the residual stream itself; where it has none behind, its
+    `out` buffer is delta.
+    """
+
+    be: ModuleType
+    c: ModelConfig
+    layer: LayerSpec
+    w: Any
+    a: Any
+    s: Any
+    batch: tuple[int, int]
+    tables: tuple[Any, Any]
+    cache: tuple[Any, Any] | None
+    tap: Callable[[str, Any], None]
+
+    def forward(self, res: Any, delta: Any, at: CachePosition) -> tuple[Any, Any]:
+        """Run the block on the residual stream res + delta; returns the two parts of the next one."""
+        be, c, layer, w, a, s = self.be, self.c, self.layer, self.w, self.a, self.s
+        if layer.attn_norm:
+            be.add_rmsnorm_fwd(a.res1, a.norm1, a.rstd1, res, delta, w.attn_norm, c.rms_norm_eps)
+        elif delta is not None:
+            be.add(a.res1, res, delta)
+        self.tap("hidden", a.res1)
+        if layer.attn_norm:
+            self.tap("norm1", a.norm1)
+        self._attention(at)
+        be.linear_fwd(a.att_out, a.att, w.wo, None)
+        self.tap("att_out", a.att_out)
+        if layer.attn_post_norm:
+            self._post_norm(a.att_out, a.post_rstd1, w.attn_post_norm)
+            self.tap("post1", s.delta)
+        if layer.mlp_norm:
+            be.add_rmsnorm_fwd(a.res2, a.norm2, a.rstd2, a.res1, s.delta, w.mlp_norm, c.rms_norm_eps)
+        else:
+            be.add(a.res2, a.res1, s.delta)
+        self.tap("res2", a.res2)
+        if layer.mlp_norm:
+            self.tap("norm2", a.norm2)
+        be.linear_fwd(a.gu, a.norm2, w.wgu, None)
+        self.tap("gu", a.gu)
+        be.swiglu_fwd(a.act, a.gu)
+        self.tap("act", a.act)
+        be.linear_fwd(a.mlp_out, a.act, w.wdown, None)
+        self.tap("mlp_out", a.mlp_out)
+        if layer.mlp_post_norm:
+            self._post_norm(a.mlp_out, a.post_rstd2, w.mlp_post_norm)
+            self.tap("post2", s.delta)
+        return a.res2, s.delta
+
+    def _attention(self, at: CachePosition) -> None:
+        """att = attention of norm1, its heads side by side."""
+        be, layer, w, a = self.be, self.layer, self.w, self.a
+        be.linear_fwd(a.qkv, a.norm1, w.wqkv, w.bqkv if layer.qkv_bias else None)
+        self.tap("qkv", a.qkv)
+        qk = a.qkv
+        if layer.qk_norm:
+            for weight, y, x, rstd in self._qk_norms(w, a.qk, a.qkv):
+                be.head_rmsnorm_fwd(y, rstd, x, weight, self.c.rms_norm_eps)
+            self.tap("qk", a.qk)
+            qk = a.qk
+        if layer.rope:
+            self._rope(qk, at, +1)
+        q, k, _ = self._heads(qk)
+        self.tap("q_rope", q)
+        self.tap("k_rope", k)
+        v = self._heads(a.qkv)[2]
+        if self.cache is not None:
+            k, v = self._remember(k, v, at)
+        doc_start = self.s.doc_start if at.doc_start is None else at.doc_start
+        be.attention_fwd(a.att.reshape(q.shape), a.lse, q, k, v, doc_start, layer.window)
+        self.tap("lse", a.lse)
+        self.tap("att", a.att)
+
+    def backward(self, g: Any) -> None:
+        """Add the gradients of the block's parameters to g, and those of its input to dres."""
+        be, layer, w, a, s = self.be, self.layer, self.w, self.a, self.s
+        dout = s.dres
+        if layer.mlp_post_norm:
+            dout = self._post_norm_bwd(g.mlp_post_norm, a.mlp_out, a.post_rstd2, w.mlp_post_norm)
+            self.tap("d_mlp_out", dout)
+        be.linear_bwd(s.dact, g.wdown, None, dout, a.act, w.wdown)
+        self.tap("d_act", s.dact)
+        be.swiglu_bwd(s.dgu, s.dact, a.gu)
+        self.tap("d_gu", s.dgu)
+        be.linear_bwd(s.dnorm, g.wgu, None, s.dgu, a.norm2, w.wgu)
+        self.tap("d_norm2", s.dnorm)
+        if layer.mlp_norm:
+            be.add_rmsnorm_bwd(s.dres, g.mlp_norm, s.dnorm, a.res2, a.rstd2, w.mlp_norm)
+        else:
+            be.add(s.dres, s.dres, s.dnorm)
+        self.tap("d_res2", s.dres)
+        dout = s.dres
+        if layer.attn_post_norm:
+            dout = self._post_norm_bwd(g.attn_post_norm, a.att_out, a.post_rstd1, w.attn_post_norm)
+            self.tap("d_att_out", dout)
+        be.linear_bwd(s.datt, g.wo, None, dout, a.att, w.wo)
+        self.tap("d_att", s.datt)
+        self._attention_bwd(g)
+        if layer.attn_norm:
+            be.add_rmsnorm_bwd(s.dres, g.attn_norm, s.dnorm, a.res1, a.rstd1, w.attn_norm)
+        else:
+            be.add(s.dres, s.dres, s.dnorm)
+        self.tap("d_hidden", s.dres)
+
+    def _attention_bwd(self, g: Any) -> None:
+        """dnorm from datt."""
+        be, layer, w, a, s = self.be, self.layer, self.w, self.a, self.s
+        q, k, v = self._heads(a.qkv)
+        dq, dk, dv = self._heads(s.dqkv)
+        if layer.qk_norm:
+            q, k, _ = self._heads(a.qk)
+            dq, dk, _ = self._heads(s.dqk)
+        y, dy = a.att.reshape(q.shape), s.datt.reshape(q.shape)
+        be.attention_bwd(dq, dk, dv, dy, y, a.lse, q, k, v, s.doc_start, layer.window)
+        self.tap("d_q_rope", dq)
+        self.tap("d_k_rope", dk)
+        self.tap("d_v", dv)
+        if layer.rope:
+            self._rope(s.dqk if layer.qk_norm else s.dqkv, START, -1)
+        if layer.qk_norm:
+            self.tap("d_qk", s.dqk)
+            norms, gradients = self._qk_norms(w, a.qk, a.qkv), self._qk_norms(g, s.dqk, s.dqkv)
+            for (weight, _, x, rstd), (dweight, dy, dx, _) in zip(norms, gradients, strict=True):
+                be.head_rmsnorm_bwd(dx, dweight, dy, x, rstd, weight)
+        self.tap("d_qkv", s.dqkv)
+        be.linear_bwd(s.dnorm, g.wqkv, g.bqkv if layer.qkv_bias else None, s.dqkv, a.norm1, w.wqkv)
+        self.tap("d_norm1", s.dnorm)
+
+    def _post_norm(self, x: Any, rstd: Any, weight: Any) -> None:
+        """delta = RMSNorm of what a branch gives: head_rmsnorm with one head of width C."""
+        n, width = x.shape
+        shape = (n, 1, width)
+        y = self.s.delta.reshape(shape)
+        self.be.head_rmsnorm_fwd(y, rstd, x.reshape(shape), weight, self.c.rms_norm_eps)
+
+    def _post_norm_bwd(self, dweight: Any, x: Any, rstd: Any, weight: Any) -> Any:
+        """dnorm = gradient of what a branch gives, from dres; returns dnorm."""
+        n, width = x.shape
+        dx, dy, x = (y.reshape((n, 1, width)) for y in (self.s.dnorm, self.s.dres, x))
+        self.be.head_rmsnorm_bwd(dx, dweight, dy, x, rstd, weight)
+        return self.s.dnorm
+
+    def _heads(self, x: Any) -> tuple[Any, Any, Any]:
+        """Query, key and value parts of rows of heads, each (B,T,heads,D)."""
+        c = self.c
+        x = x.reshape(*self.batch, -1, c.head_dim)
+        kv = c.num_heads + c.num_kv_heads
+        return x[:, :, : c.num_heads], x[:, :, c.num_heads : kv], x[:, :, kv:]
+
+    def _qk_norms(self, w: Any, qk: Any, qkv: Any) -> list[tuple[Any, Any, Any, Any]]:
+        """(weight, normalised, raw, rstd) of q and of k: of each head (N,heads,D), or of all heads (N,1,heads*D)."""
+        c, n, rstd = self.c, qkv.shape[0], self.a.qk_rstd
+        parts = slice(0, c.num_heads), slice(c.num_heads, c.num_heads + c.num_kv_heads)
+        if self.layer.qk_norm == "head":
+            y, x = (z.reshape(n, -1, c.head_dim) for z in (qk, qkv))
+            return [
+                (u, y[:, p], x[:, p], rstd[:, p]) for u, p in zip((w.q_norm, w.k_norm), parts, strict=True)
+            ]
+        y, x = (z.reshape(n, 1, -1) for z in (qk, qkv))
+        wide = [slice(p.start * c.head_dim, p.stop * c.head_dim) for p in parts]
+        return [
+            (u, y[:, :, p], x[:, :, p], rstd[:, i : i + 1])
+            for i, (u, p) in enumerate(zip((w.q_norm, w.k_norm), wide, strict=True))
+        ]
+
+    def _rope(self, x: Any, at: CachePosition, sign: int) -> None:
+        """Turn the query and key heads that rows of heads begin with."""
+        c, (b, t) = self.c, self.batch
+        cos, sin = (table[at.past : at.past + t] for table in self.tables)
+        shape = (b, t, -1, c.head_dim)
+        if at.cos is not None:
+            # each sequence's token by its own angles, as if all were of one sequence
+            cos, sin, shape = at.cos, at.sin, (1, b, -1, c.head_dim)
+        self.be.rope(x.reshape(shape)[:, :, : c.num_heads + c.num_kv_heads], cos, sin, sign)
+
+    def _remember(self, k: Any, v: Any, at: CachePosition) -> tuple[Any, Any]:
+        """Put keys and values of the new positions into the KV cache; returns those of all positions so far."""
+        assert self.cache is not None
+        b, t = self.batch
+        rows, new = slice(at.row, at.row + b), at.slot + at.past
+        for cache, x in zip(self.cache, (k, v), strict=True):
+            self.be.copy(cache[rows, new : new + t], x)
+        keys, values = (cache[rows, at.slot : new + t] for cache in self.cache)
+        return keys, values
