@@ -1,4 +1,4 @@
-"""The machine that apr runs on: CPU cores, processor, main memory."""
+"""The machine that apr runs on: CPU cores, processor, main memory, cache folder."""
 
 from __future__ import annotations
 
@@ -36,3 +36,9 @@ def available_memory() -> int | None:
     except (OSError, ValueError):
         pass
     return min(limits) if limits else None
+
+
+def cache_dir() -> Path:
+    """Locate the cache of tokenised corpora and GPU algorithms: $APR_CACHE, or apr in the user's cache folder."""
+    base = os.environ.get("APR_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "apr"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -16,6 +18,10 @@ from .families import layers_of
 from .lora import AdapterLayout, LoraConfig, adapter_specs
 from .optim import AdamW, Optimizer
 from .params import Layout
+from .settings import ModelSettings
+
+# Of the free memory, that a micro-batch chosen here may take.
+FREE_SHARE = 0.8
 
 
 def check_positions(c: ModelConfig, seq_length: int) -> None:
@@ -130,3 +136,40 @@ def check_fits(need: Memory, backend: ModuleType, advice: str) -> None:
             f"{activations / 2**30:.2f}) and {have / 2**30:.2f} GiB are "
             f"free; {advice}"
         )
+
+
+def choose_micro_batch(
+    s: ModelSettings,
+    cfg: ModelConfig,
+    backend: ModuleType,
+    batch: int,
+    seq: int,
+    lora: LoraConfig | None,
+    optimizer: type[Optimizer],
+) -> int:
+    """Choose the sequences computed at once: those asked for, or the largest divisor of the batch that fits.
+
+    Raises Refused for a job that does not fit, with the options that would."""
+    dtype = s.dtype or backend.dtypes[0]
+    need = partial(
+        memory, cfg, backend, seq=seq, dtype=dtype, recompute=s.recompute, optimizer=optimizer, lora=lora
+    )
+    have = backend.free_memory()
+    divisors = [d for d in range(batch, 0, -1) if batch % d == 0]
+    if s.micro_batch_size:
+        size = min(s.micro_batch_size, batch)
+    else:
+        fitting = (d for d in divisors if have is None or need(batch=d).total < FREE_SHARE * have)
+        size = next(fitting, 1)
+    if have is not None and need(batch=size).total > have:
+        check_fits(need(batch=size), backend, advice(need, divisors, have, s.recompute))
+    return size
+
+
+def advice(need: Callable[..., Memory], sizes: list[int], have: int, recompute: bool) -> str:
+    """Name the options with which a job fits: the largest micro-batch of `sizes`, without recomputation if possible."""
+    for again in [False, True][recompute:]:
+        size = next((d for d in sizes if need(batch=d, recompute=again).total <= have), 0)
+        if size:
+            return f"{'--recompute ' if again else ''}--micro-batch-size {size} would fit"
+    return "use a smaller --seq-length or --model"

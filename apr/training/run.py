@@ -34,7 +34,7 @@ from ..report.page import render
 from . import loggers, summary
 from .callbacks import Callback, CallbackFailed, tell
 from .display import Display
-from .inputs import Inputs, describe, guards, open_inputs
+from .inputs import Inputs, open_inputs
 from .loop import Trainer
 from .rundir import RunDir, code_sha256, git_commit, next_free, versions
 from .sample import sample_text
@@ -214,8 +214,8 @@ def _config(i: Inputs, run: RunDir) -> dict[str, Any]:
         },
         "model": to_hf(i.cfg),
         "num_parameters": Layout(i.cfg).num_parameters,
-        "data": describe(i),
-        "data_guards": guards(i),
+        "data": i.describe(),
+        "data_guards": i.guards(),
         "data_folders": {side.name: str(side.folder.resolve()) for side in i.audit},
         "versions": versions(),
         "git_commit": git_commit(),
@@ -241,7 +241,7 @@ def _record_device(show: Display, i: Inputs, run: RunDir) -> None:
 def _check_same_data(i: Inputs, run: RunDir) -> None:
     """A resumed run reads what it began with, or its losses could not be compared. Raises Refused."""
     saved = run.read_config().get("data")
-    for key, value in describe(i).items():
+    for key, value in i.describe().items():
         if key == "corpus":  # a name, which may be written in several ways; the hashes tell
             continue
         was = saved.get(key) if isinstance(saved, dict) else None

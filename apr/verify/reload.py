@@ -17,9 +17,9 @@ from ..checkpoints.registry import open_any
 from ..common.errors import AprError, MalformedFile, Refused
 from ..data.audit import Split, sides_of
 from ..data.conversations.instruct import open_side
+from ..data.open import windows_of
 from ..model.transformer import Model
 from ..training.evaluate import Loss, evaluate
-from ..training.inputs import windows_of
 from ..training.rundir import RunDir
 from ..training.settings import Settings, check
 

@@ -18,6 +18,7 @@ from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
 from apr.common.errors import Aborted, Refused, UsageError
 from apr.common.finding import FAIL, PASS, SKIPPED, SUSPECT, Finding
+from apr.data import open as opening
 from apr.data.batches import Batches
 from apr.evidence import judge as judging
 from apr.evidence import measure
@@ -66,17 +67,17 @@ def device_computes_wrongly(m, place, folder):
 def plan_exceeds_memory(m, place, folder):
     have = cpu.free_memory()
     m.setattr(inputs, "memory", lambda *a, **k: type("M", (), {"total": 2 * have})())
-    m.setattr(inputs, "_micro_batch", lambda s, cfg, be: 2)
+    m.setattr(inputs, "choose_micro_batch", lambda *_: 2)
 
 
 def a_guard_failed_unnoticed(m, place, folder):
-    right = inputs.enforce_all
+    right = opening.enforce_all
 
     def blind(sides):
         right(sides)
         sides[0].findings[0] = dataclasses.replace(sides[0].findings[0], verdict=FAIL)
 
-    m.setattr(inputs, "enforce_all", blind)
+    m.setattr(opening, "enforce_all", blind)
 
 
 def validation_windows_overlap(m, place, folder):

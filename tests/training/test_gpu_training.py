@@ -125,7 +125,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, cuda: Any) -> Path:
     cfg = dataclasses.replace(PRESETS["qwen2-tiny"], vocab_size=400)
     (folder / "config.json").write_text(json.dumps(to_hf(cfg)))
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("apr.training.inputs.cache_dir", lambda: folder / "cache")
+        m.setenv("APR_CACHE", str(folder / "cache"))
         args = ["--corpus", str(corpus), "--model", str(folder / "config.json"), "--val-fraction", "0.3"]
         assert main(["pretrain", *args, *SIZES, "--device", "cpu", "--run-dir", str(folder / "cpu")]) == 0
     (ready,) = (folder / "cache" / "corpora").iterdir()

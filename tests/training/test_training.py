@@ -27,13 +27,12 @@ from apr.data.batches import Windows, sequential
 from apr.data.documents import Document
 from apr.data.shard_writer import ShardWriter
 from apr.data.shards import TokenShards
-from apr.model.cost import Memory
+from apr.model.cost import Memory, advice
 from apr.model.hf_config import to_hf
 from apr.model.presets import PRESETS
 from apr.model.schedule import Schedule
 from apr.model.transformer import Model
 from apr.tokenizer.tokenizer import Tokenizer
-from apr.training.inputs import _advice
 from apr.training.loop import Trainer
 from apr.training.rundir import next_free
 from apr.training.settings import DEMO, Settings, from_command_line, resolve
@@ -706,10 +705,10 @@ def test_advice_names_options_with_which_a_job_fits() -> None:
     def need(batch: int, recompute: bool) -> Memory:
         return Memory(weights=10, saved=batch * (1 if recompute else 10))
 
-    assert _advice(need, [8, 4, 2, 1], 51, False) == "--micro-batch-size 4 would fit"
-    assert _advice(need, [8, 4, 2, 1], 19, False) == "--recompute --micro-batch-size 8 would fit"
+    assert advice(need, [8, 4, 2, 1], 51, False) == "--micro-batch-size 4 would fit"
+    assert advice(need, [8, 4, 2, 1], 19, False) == "--recompute --micro-batch-size 8 would fit"
     assert (
-        _advice(need, [8, 4, 2, 1], 51, True) == "--recompute --micro-batch-size 8 would fit"
+        advice(need, [8, 4, 2, 1], 51, True) == "--recompute --micro-batch-size 8 would fit"
     )  # asked for already
-    assert _advice(need, [8, 4, 2, 1], 13, True) == "--recompute --micro-batch-size 2 would fit"
-    assert _advice(need, [8, 4, 2, 1], 9, False) == "use a smaller --seq-length or --model"
+    assert advice(need, [8, 4, 2, 1], 13, True) == "--recompute --micro-batch-size 2 would fit"
+    assert advice(need, [8, 4, 2, 1], 9, False) == "use a smaller --seq-length or --model"

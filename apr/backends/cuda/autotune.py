@@ -18,6 +18,7 @@ import numpy as np
 
 from ...common.atomic import write_json
 from ...common.errors import AprError
+from ...common.host import cache_dir
 from ...common.rounding import ceil_div
 from .cublaslt import ALGORITHM_BYTES
 
@@ -92,8 +93,6 @@ def digest(algorithms: dict[str, Algorithm]) -> str:
 
 def cache_file(gpu: str, version: str) -> Path:
     """Where algorithms found on such a GPU with such a cuBLASLt are kept."""
-    from ...training.inputs import cache_dir  # late: a product needs nothing of training
-
     return cache_dir() / "cublaslt" / f"{re.sub('[^A-Za-z0-9]+', '-', gpu).strip('-')}-{version}.json"
 
 

@@ -1,0 +1,242 @@
+"""Open the data of a run: encode a corpus or conversations where needed, check every guard, cut windows."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..common.errors import InputNotFound, Refused
+from ..common.finding import as_json
+from ..common.host import cache_dir
+from ..common.progress import Progress
+from ..tokenizer.chat_template import ChatTemplate
+from ..tokenizer.tokenizer import Tokenizer
+from .audit import Split, audit, enforce_all, sides_of, tokenizer_beside
+from .batches import Windows
+from .conversations.instruct import (
+    InstructWindows,
+    audit_instruct,
+    is_instruct,
+    packed_windows,
+    prepare_instruct,
+)
+from .corpus import Corpus
+from .find import find_sources
+from .guards import Bounds, enforce, fits_model
+from .prepare import PreparedCorpus, prepare
+from .settings import DataSettings
+from .source import Source
+
+# A text file that is the whole corpus is cut into about 100 documents, or of this size where it is long.
+MAX_PIECE_BYTES = 1 << 14
+# Folders beside the library's own source.
+NOT_STDLIB = ("site-packages", "dist-packages", "test", "tests", "idle_test")
+# With --dataset alone, as many batches become the validation set.
+HELD_OUT_BATCHES = 16
+
+
+class TextOfCheckpoint(Protocol):
+    """Text side of the checkpoint that a run starts from."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    def template(self, file: str | None = None) -> ChatTemplate | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedData:
+    """Data of a run, checked.
+
+    corpus_name   for people
+    left_out      the documents that were skipped, or ""
+    document_end  id at which attention stops, None where it does not
+    audit         splits with the findings of their guards
+    """
+
+    tokenizer: Tokenizer
+    train: Windows | InstructWindows
+    val: Windows | InstructWindows
+    corpus_name: str
+    left_out: str
+    document_end: int | None
+    audit: list[Split]
+
+    @property
+    def instruct(self) -> bool:
+        """True for conversations, of which only the answers are trained on."""
+        return isinstance(self.train, InstructWindows)
+
+    def describe(self) -> dict[str, Any]:
+        """Identify the data, for the run's config.json."""
+        train, val = self.train.shards, self.val.shards
+        facts = {
+            "corpus": self.corpus_name,
+            "train_sha256": train.sha256,
+            "val_sha256": val.sha256,
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "train_tokens": train.total_tokens,
+            "val_tokens": val.total_tokens,
+            "val_bytes": val.total_bytes,
+            "train_windows": len(self.train),
+            "val_windows": len(self.val),
+            "val_unigram_entropy_nats": val.unigram_entropy,
+        }
+        return facts | ({"packed": _packed(train), "packed_val": _packed(val)} if self.instruct else {})
+
+    def guards(self) -> dict[str, list[dict[str, Any]]]:
+        """List the findings of the guards of each split, for the run's config.json."""
+        keys = {"guard": "name", "verdict": "verdict", "figure": "measured", "bound": "bound", "note": "why"}
+        return {split.name: as_json(split.findings, **keys) for split in self.audit}
+
+
+def _packed(shards: Any) -> dict[str, Any]:
+    """Count the examples of one split."""
+    keys = "examples tokens trained rows separator duplicates cut skipped template_sha256"
+    return {key: getattr(shards.manifest, key) for key in keys.split()}
+
+
+def open_data(
+    s: DataSettings, vocab_size: int, init: TextOfCheckpoint | None, progress: Progress | None = None
+) -> OpenedData:
+    """Open the data that the settings name, for a model of vocab_size ids.
+
+    init: the checkpoint to start from, whose tokenizer and chat template are the default. Raises AprError."""
+    tokenizer = Tokenizer.from_file(s.tokenizer) if s.tokenizer else None
+    instruct = s.instruct or (s.dataset and is_instruct(sides_of(Path(s.dataset))["train"]))
+    if instruct and init is None:
+        raise Refused(f"{s.dataset}: instruction data fine-tunes a checkpoint: give it with --init")
+    if tokenizer is None and init is not None and (instruct or s.corpus):
+        tokenizer = init.tokenizer
+        if tokenizer is None:
+            raise Refused(f"{init.source}: no tokenizer in the checkpoint; give --tokenizer")
+    if tokenizer is None and s.dataset:
+        tokenizer = Tokenizer.from_file(tokenizer_beside(Path(s.dataset)))
+    if tokenizer is not None:
+        enforce({tokenizer.source: [fits_model(tokenizer, vocab_size)]})
+    left_out, bounds = "", Bounds.parse(s.widen)
+    if s.corpus:
+        prepared = _prepare_corpus(s, vocab_size, tokenizer, bounds, progress)
+        tokenizer, folders, left_out = prepared.tokenizer, prepared.sides, prepared.left_out()
+    elif s.instruct:
+        assert tokenizer is not None
+        assert init is not None
+        template, root = init.template(s.chat_template), cache_dir() / "instruct"
+        packed = prepare_instruct(
+            s.instruct, root, tokenizer, template, s.seq_length, s.val_fraction, progress
+        )
+        folders, left_out = packed.sides, packed.left_out
+    else:
+        folders = sides_of(Path(str(s.dataset)))
+        if s.val_dataset:
+            given = Path(s.val_dataset)
+            folders["val"] = given / "val" if (given / "val").is_dir() else given
+    assert tokenizer is not None
+    if instruct:
+        splits = audit_instruct(folders, tokenizer, vocab_size)
+    else:
+        splits = audit(folders, tokenizer, bounds, vocab_size, progress=progress)
+        enforce_all(splits)
+    train, val = windows_of(s, splits)
+    return OpenedData(
+        tokenizer=tokenizer,
+        train=train,
+        val=val,
+        corpus_name="this Python's standard library" if s.corpus == "stdlib" else _name(s),
+        left_out=left_out,
+        document_end=_document_end(tokenizer, train, val) if s.mask_documents else _packed_end(train),
+        audit=splits,
+    )
+
+
+def _name(s: DataSettings) -> str:
+    return s.corpus or s.instruct or str(Path(str(s.dataset)))
+
+
+def _prepare_corpus(
+    s: DataSettings,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    bounds: Bounds,
+    progress: Progress | None,
+) -> PreparedCorpus:
+    """Encode raw text into the cache, or open the result of an earlier run."""
+    made_by = tokenizer.sha256 if tokenizer else f"vocab {vocab_size}"
+    where = "stdlib" if s.corpus == "stdlib" else str(Path(str(s.corpus)).resolve())
+    key = hashlib.sha256(f"{where} {made_by} {s.val_fraction} {s.content_field}".encode()).hexdigest()[:16]
+    return prepare(
+        _corpus(s),
+        cache_dir() / "corpora" / key,
+        vocab_size=None if tokenizer else vocab_size,
+        tokenizer=tokenizer,
+        val_fraction=s.val_fraction,
+        bounds=bounds,
+        progress=progress,
+    )
+
+
+def _packed_end(train: Windows | InstructWindows) -> int | None:
+    """Return the id at which attention stops because examples share a window."""
+    return train.shards.manifest.separator if isinstance(train, InstructWindows) else None
+
+
+def _document_end(
+    tokenizer: Tokenizer, train: Windows | InstructWindows, val: Windows | InstructWindows
+) -> int | None:
+    """Return the id at which attention stops. Raises Refused where no id ends a document."""
+    if isinstance(train, InstructWindows) or isinstance(val, InstructWindows):
+        return _packed_end(train)
+    end, source = tokenizer.eos_id, tokenizer.source
+    if end is None:
+        raise Refused(
+            f"--mask-documents: {source} has no end-of-text id, so nothing says where a document ends; give a tokenizer with "
+            "one, or leave the flag out"
+        )
+    for shards in (train.shards, val.shards):
+        policy, used = shards.manifest.eos_policy, shards.eos_token_id
+        if policy == "none" or used != end:
+            found = "eos_policy none" if policy == "none" else f"end-of-text id {used}, {source} has {end}"
+            raise Refused(
+                f"--mask-documents: {shards.folder} was encoded with {found}, so nothing says where a document ends; encode "
+                "the corpus again, or leave the flag out"
+            )
+    return end
+
+
+def _corpus(s: DataSettings) -> Corpus:
+    if s.corpus == "stdlib":
+        return Corpus(_stdlib())
+    sources, piece_bytes = find_sources([str(s.corpus)]), None
+    # A single document could not be split into two sides.
+    if len(sources) == 1 and sources[0].kind == "text":
+        piece_bytes = max(256, min(MAX_PIECE_BYTES, sources[0].size // 100))
+    return Corpus(sources, s.content_field, piece_bytes)
+
+
+def _stdlib() -> list[Source]:
+    """Find the .py files of the running Python's standard library, about 10 MB, without tests and installed packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    sources = find_sources([root], NOT_STDLIB) if root.is_dir() else []
+    code = [s for s in sources if s.path.suffix == ".py"]
+    if not code:
+        raise InputNotFound(
+            f"{root}: this Python has no standard library in source form; give --corpus a folder of text"
+        )
+    return code
+
+
+def windows_of(
+    s: DataSettings, splits: list[Split]
+) -> tuple[Windows | InstructWindows, Windows | InstructWindows]:
+    """Cut windows to train on and to validate with; without validation shards the last windows of the training data."""
+    packed = packed_windows(splits, s.seq_length)
+    if packed:
+        return packed["train"], packed["val"]
+    windows = {split.name: Windows(split.shards, s.seq_length) for split in splits if split.shards}
+    if "val" in windows:
+        return windows["train"], windows["val"]
+    return windows["train"].split((s.val_batches or HELD_OUT_BATCHES) * s.batch_size)
