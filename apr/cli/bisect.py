@@ -28,6 +28,7 @@ from ..common.errors import IOFailure, Refused, UsageError
 from ..common.finding import FAIL, PASS, exit_code
 from ..common.host import available_memory
 from ..common.options import given, json_option, option, threads_option
+from ..model.config import ModelConfig
 from ..model.cost import check_fits, check_positions, memory
 from ..model.presets import PRESETS
 from ..model.transformer import IGNORED
@@ -91,7 +92,7 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code: 0 when all agree, 9 when not; errors are raised."""
+    """Run the command; returns the exit code: 0 when all agree, 9 when not. Errors are raised."""
     explicit = given(Flags, args, "apr bisect", __doc__ or "")
     f = Flags(**explicit)
     _refuse_unused(f, explicit)
@@ -154,43 +155,37 @@ def _beside_reference(f: Flags, console: Console) -> list[Report]:
     return reports
 
 
+@dataclass(frozen=True)
+class _Believed:
+    """Arrays that a side is compared with, and what they were computed from."""
+
+    source: HostModel
+    batch: Batch
+    tensors: dict[str, np.ndarray]
+    dtype: str
+    name: str
+    backward: bool
+    cfg: ModelConfig | None = None
+
+
 def _against(f: Flags, console: Console) -> list[Report]:
     """Compare each side with a trace: a file, or one that transformers computes now."""
-    made_here, believed = f.against == "hf", None
-    source = open_host(f.model, "float64" if made_here else "float32", f.seed)
-    if made_here:
-        batch, _ = _batch(f, source)
-        check_positions(source.cfg, batch.shape[1])
-        with console.status("transformers"):
-            if f.model in PRESETS:
-                named = source.layout.named(source.host)
-                want = hf.trace_of_weights(source.cfg, named, batch.ids, batch.targets, gradients=f.backward)
-            else:
-                want = hf.trace_of(f.model, batch.ids, batch.targets, gradients=f.backward)
-        name, dtype, words, backward = "transformers float64", "float64", batch.words, f.backward
-    else:
-        tokens = read_ids(f.tokens, source.cfg, "--tokens", lowest=0) if f.tokens else None
-        targets = read_ids(f.targets, source.cfg, "--targets", lowest=IGNORED) if f.targets else None
-        trace = against.read_trace(f.against, tokens, targets)
-        dtype, backward = trace.dtype, trace.gradients
-        source = open_host(f.model, "float64" if dtype == "float64" else "float32", f.seed)
-        against.same_model(f.against, trace, source.sha256)
-        want = trace.tensors
-        batch = Batch(trace.ids, trace.targets, f"what went into {f.against}")
-        believed = against.config_of(f.against, trace)
-        name = f"{f.against} ({trace.metadata.get('backend', 'a trace')} {dtype})"
-        words = batch.words
+    want = _transformers(f, console) if f.against == "hf" else _trace(f)
+    batch, host = want.batch, want.source.host
     reports = []
-    for side in _sides(f, source):
-        report = Report(f.model, (name, side.name), words)
-        _check_memory(side, batch, Plan(free=True, backward=backward, optimizer=False, state=False))
-        with console.status(f"{side.name} beside {name}"):
-            model = side.model(source.host, batch.shape, train=backward)
-            report.add(upload(model, source.host))
-            report.add(against.compare_with_trace(model, source.host, batch.ids, batch.targets, want, dtype))
-        if believed is not None:
-            report.add(configuration(believed, side.cfg))
-        if broken := [k for k, x in want.items() if not np.isfinite(x).all() and not k.endswith("lse")]:
+    for side in _sides(f, want.source):
+        report = Report(f.model, (want.name, side.name), batch.words)
+        _check_memory(side, batch, Plan(free=True, backward=want.backward, optimizer=False, state=False))
+        with console.status(f"{side.name} beside {want.name}"):
+            model = side.model(host, batch.shape, train=want.backward)
+            report.add(upload(model, host))
+            report.add(
+                against.compare_with_trace(model, host, batch.ids, batch.targets, want.tensors, want.dtype)
+            )
+        if want.cfg is not None:
+            report.add(configuration(want.cfg, side.cfg))
+        broken = [k for k, x in want.tensors.items() if not np.isfinite(x).all() and not k.endswith("lse")]
+        if broken:
             report.notes.append(f"the trace itself holds NaN or infinity, first in {broken[0]}")
         for stage in ("configuration", "data", "optimizer", "state"):
             if not report.of(stage):
@@ -199,7 +194,36 @@ def _against(f: Flags, console: Console) -> list[Report]:
     return reports
 
 
+def _transformers(f: Flags, console: Console) -> _Believed:
+    """Compute a trace with transformers in float64."""
+    source = open_host(f.model, "float64", f.seed)
+    batch, _ = _batch(f, source)
+    check_positions(source.cfg, batch.shape[1])
+    with console.status("transformers"):
+        if f.model in PRESETS:
+            named = source.layout.named(source.host)
+            tensors = hf.trace_of_weights(source.cfg, named, batch.ids, batch.targets, gradients=f.backward)
+        else:
+            tensors = hf.trace_of(f.model, batch.ids, batch.targets, gradients=f.backward)
+    return _Believed(source, batch, tensors, "float64", "transformers float64", f.backward)
+
+
+def _trace(f: Flags) -> _Believed:
+    """Read the trace file of --against and check that it is of this model."""
+    cfg = open_host(f.model, "float32", f.seed).cfg
+    tokens = read_ids(f.tokens, cfg, "--tokens", lowest=0) if f.tokens else None
+    targets = read_ids(f.targets, cfg, "--targets", lowest=IGNORED) if f.targets else None
+    trace = against.read_trace(f.against, tokens, targets)
+    source = open_host(f.model, "float64" if trace.dtype == "float64" else "float32", f.seed)
+    against.same_model(f.against, trace, source.sha256)
+    batch = Batch(trace.ids, trace.targets, f"what went into {f.against}")
+    name = f"{f.against} ({trace.metadata.get('backend', 'a trace')} {trace.dtype})"
+    believed = against.config_of(f.against, trace)
+    return _Believed(source, batch, trace.tensors, trace.dtype, name, trace.gradients, believed)
+
+
 def _batch(f: Flags, source: HostModel) -> tuple[Batch, list[ArrayComparison]]:
+    """Make the batch with its document mask; returns it with comparisons of the data."""
     batch, rows = _given(f, source)
     if not f.mask_documents:
         return batch, rows
@@ -218,6 +242,7 @@ def _batch(f: Flags, source: HostModel) -> tuple[Batch, list[ArrayComparison]]:
 
 
 def _given(f: Flags, source: HostModel) -> tuple[Batch, list[ArrayComparison]]:
+    """Make the batch of --tokens, --dataset or --text; without them, of a passage or of random ids."""
     shape = (f.batch_size, f.seq_length)
     if f.tokens:
         ids = read_ids(f.tokens, source.cfg, "--tokens", lowest=0)
@@ -233,6 +258,7 @@ def _given(f: Flags, source: HostModel) -> tuple[Batch, list[ArrayComparison]]:
 
 
 def _sides(f: Flags, source: HostModel) -> list[Side]:
+    """Parse --sides."""
     sides: list[Side] = []
     for text in f.sides.split(","):
         asked = re.fullmatch(r"(auto|cpu|reference|cuda(?::\d+)?)(?:/(\w+))?", text.strip())
@@ -257,6 +283,7 @@ def _sides(f: Flags, source: HostModel) -> list[Side]:
 
 
 def _check_memory(side: Side, batch: Batch, plan: Plan) -> None:
+    """Raise Refused when the side, or the reference beside it, does not fit in memory."""
     if side.backend.name == "cuda":
         need = memory(
             side.cfg,
@@ -294,23 +321,15 @@ def _refuse_unused(f: Flags, explicit: dict[str, Any]) -> None:
     """Raise UsageError for options that would change nothing."""
     unused: tuple[str, ...] = ()
     beside, why = "", ""
+    of_trace = ("dataset", "first", "free", "mask_documents")
     if f.catalogue:
         unused = tuple(name for name in explicit if name not in ("catalogue", "json"))
         beside, why = "--catalogue", "it plants its faults in small models on the cpu backend"
     elif f.against == "hf":
-        unused = ("dataset", "first", "free", "mask_documents")
+        unused = of_trace
         beside, why = "--against hf", "all taps are compared, free and forced, in one go"
     elif f.against:
-        unused = (
-            "dataset",
-            "first",
-            "free",
-            "mask_documents",
-            "text",
-            "batch_size",
-            "seq_length",
-            "backward",
-        )
+        unused = (*of_trace, "text", "batch_size", "seq_length", "backward")
         beside, why = f"--against {f.against}", "what went in and which taps there are is in the file"
     elif f.tokens:
         unused = ("batch_size", "seq_length")
@@ -323,7 +342,7 @@ def _refuse_unused(f: Flags, explicit: dict[str, Any]) -> None:
 
 
 def _check_picture(f: Flags) -> None:
-    """Raise IOFailure before anything is computed when the picture cannot be written where it is asked for."""
+    """Raise IOFailure, before anything is computed, for a picture that cannot be written."""
     path = Path(f.picture)
     if f.picture and (path.is_dir() or not path.parent.is_dir()):
         what = "is a folder" if path.is_dir() else f"the folder {path.parent} does not exist"

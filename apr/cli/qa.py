@@ -43,7 +43,7 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code: 9 unless the verdict is PASS; errors are raised."""
+    """Run the command; returns the exit code: 9 unless the verdict is PASS. Errors are raised."""
     f = parse(Flags, args, "apr qa", __doc__ or "")
     text = None if f.text is None else read_text(Path(f.text))
     backend = select(f.device, f.dtype, f.threads)

@@ -31,7 +31,7 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code: 4 or 9 when a check fails; errors are raised."""
+    """Run the command; returns the exit code: 4 or 9 when a check fails. Errors are raised."""
     f = parse(Flags, args, "apr validate", __doc__ or "")
     checks = validate(f.model)
     if f.json:

@@ -52,7 +52,7 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code: 9 when a check fails; errors are raised."""
+    """Run the command; returns the exit code: 9 when a check fails. Errors are raised."""
     f = parse(Flags, args, "apr verify", __doc__ or "")
     show = Show(quiet=f.json)
     seed = secrets.randbelow(1 << 32) if f.seed is None else f.seed

@@ -1368,7 +1368,7 @@ def test_a_picture_that_cannot_be_written(apr: Apr, monkeypatch: pytest.MonkeyPa
     def full(report: Report, path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(command.show, "picture", full)
+    monkeypatch.setattr(command, "picture", full)
     done = apr("bisect", "qwen2-tiny", "--sides", "cpu", "--no-free", "--picture", "p.png")
     assert done.code == 7
     assert "p.png" in done.err

@@ -53,7 +53,7 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code: 9 when a guard fails; errors are raised."""
+    """Run the command; returns the exit code: 9 when a guard fails. Errors are raised."""
     f = parse(Flags, args, "apr tokenize audit", __doc__ or "")
     folder = Path(f.dataset)
     bounds = Bounds.parse(f.widen)

@@ -1,4 +1,4 @@
-"""What a person sees of a corpus: progress while it is encoded, verdicts, pictures."""
+"""Display of a corpus: progress of its encoding, and a picture of its statistics."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ LINE_SECONDS = 10.0  # between lines where the output is no terminal
 
 
 class EncodeProgress:
-    """Progress of encode_corpus: documents, tokens, MB/s of text, time left. A line that is rewritten on a terminal,
-    elsewhere a line every LINE_SECONDS."""
+    """Shows documents, tokens, MB/s of text and the time left of encode_corpus: in one line of a terminal, elsewhere in a
+    line every LINE_SECONDS."""
 
     def __init__(self, show: Show) -> None:
         self._show = show
         self._start = time.perf_counter()
         self._last = self._start
-        self._first_bytes: int | None = None
         self._status = show.console.status("reading ...") if show.console.is_terminal else None
         if self._status:
             self._status.start()
 
     def __call__(self, counts: Counts, read: int, total: int) -> None:
-        """See encode.Progress."""
+        """Show progress; read, total: bytes."""
         now = time.perf_counter()
         if now - self._last < (0.2 if self._status else LINE_SECONDS):
             return
@@ -46,26 +45,26 @@ class EncodeProgress:
             self._show.note(text)
 
     def stop(self) -> float:
-        """Take the line away; the seconds it took in all."""
+        """Remove the line; returns the seconds since the start."""
         if self._status:
             self._status.stop()
         return time.perf_counter() - self._start
 
 
 def plural(n: int, word: str) -> str:
-    """1 shard, 2 shards."""
+    """Format a count: "1 shard", "2 shards"."""
     return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 
 def clock(seconds: float) -> str:
-    """1:02:03, or 2:03."""
+    """Format seconds as "1:02:03" or "2:03"."""
     minutes, s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
 
 
 def draw_audit(splits: list[Split], vocab_size: int, path: Path) -> None:
-    """How often the commonest, the second, ... id occurs, and how long documents are, as a PNG."""
+    """Draw the share of each id by its rank, and the lengths of documents, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
