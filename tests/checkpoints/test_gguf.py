@@ -57,7 +57,7 @@ def contents(path: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:
 def test_tensors_and_keys_are_those_of_the_converter_of_llama_cpp(
     name: str, sources: Path, tmp_path: Path
 ) -> None:
-    """tools/interop.py compared them with convert_hf_to_gguf.py, and had llama.cpp compute with them."""
+    """tools/golden/interop.py compared them with convert_hf_to_gguf.py, and had llama.cpp compute with them."""
     want = GOLDEN[name]["gguf"]
     export_gguf(open_any(str(sources / name)), tmp_path / "m.gguf", "q8_0" if name == "q8" else None)
     tensors, keys = contents(tmp_path / "m.gguf")
@@ -266,7 +266,7 @@ def test_no_end_of_text_is_refused(sources: Path) -> None:
 
 
 def test_sentencepiece_scores_follow_the_merges(data: Callable[[str], Path], tmp_path: Path) -> None:
-    """llama.cpp merges by score. tools/interop.py's llama.cpp gave all of TinyStories the ids of the tokenizers library."""
+    """llama.cpp merges by score: tools/golden/interop.py's llama.cpp gives all of TinyStories the library's ids."""
     source = data("stories260K/hf")
     export_gguf(open_any(str(source)), tmp_path / "m.gguf")
     keys = contents(tmp_path / "m.gguf")[1]

@@ -54,7 +54,7 @@ def call(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, s
 
 @pytest.mark.parametrize("name", interop_cases.CASES)
 def test_exported_files_are_those_that_transformers_loaded(name: str, tmp_path: Path) -> None:
-    """tools/interop.py had transformers load these very bytes: equal logits, ids, chat and generation config."""
+    """tools/golden/interop.py had transformers load these very bytes: equal logits, ids, chat and generation config."""
     case, want = interop_cases.CASES[name], GOLDEN[name]["hf"]
     interop_cases.write(case, tmp_path / "src")
     import_model(str(tmp_path / "src"), tmp_path / "m.apr")

@@ -1,4 +1,4 @@
-"""All backends compute what stock Hugging Face models compute: the golden files of tools/golden.py."""
+"""All backends compute what stock Hugging Face models compute: the golden files of tools/golden/models.py."""
 
 from __future__ import annotations
 

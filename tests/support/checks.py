@@ -257,7 +257,7 @@ GOLDEN = sorted(Path(__file__).parents[1].joinpath("golden").glob("*.safetensors
 
 @cache
 def golden(path: Path) -> tuple[Arrays, dict[str, Any]]:
-    """Tensors and metadata of a golden file; tools/golden.py says what they are."""
+    """Tensors and metadata of a golden file; tools/golden/models.py says what they are."""
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])

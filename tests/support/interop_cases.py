@@ -1,6 +1,6 @@
 """Checkpoints for exchange with other programs: every family, tied and not, each dtype, with a tokenizer and a chat template.
 
-tests/golden/interop.json records what transformers, llama.cpp and its converter made of them (tools/interop.py); the bytes
+tests/golden/interop.json records what transformers, llama.cpp and its converter made of them (tools/golden/interop.py); the bytes
 are the same wherever they are made.
 """
 

@@ -1,6 +1,6 @@
 """Make tests/golden/chat-templates.json: what transformers makes of conversations with the templates of real models.
 
-    /path/to/python-with-transformers tools/chat_golden.py DATA      DATA: the folder with chat-templates/, qwen2-tokenizer/
+    /path/to/python-with-transformers tools/golden/chat.py DATA      DATA: the folder with chat-templates/, qwen2-tokenizer/
 
 The templates are data and stay out of the repository; the file holds the SHA-256 of each, and of every text that
 transformers' apply_chat_template renders from it, with the text's length, and token ids where the tokenizer is there.
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "chat-templates.json"
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}  # stand for themselves in the golden texts
 OPTIONS = {"date_string": "26 Jul 2024"}  # what Llama's templates else take from the clock
@@ -46,7 +46,7 @@ def main(data: Path) -> None:
         tokenizer_file=str(data / "qwen2-tokenizer" / "tokenizer.json"), **TOKENS
     )
     out: dict[str, Any] = {
-        "made_by": "tools/chat_golden.py",
+        "made_by": "tools/golden/chat.py",
         "versions": {"transformers": transformers.__version__, "jinja2": jinja2.__version__},
         "tokens": TOKENS,
         "options": OPTIONS,

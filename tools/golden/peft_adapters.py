@@ -2,10 +2,10 @@
 
     python -m venv env
     env/bin/pip install torch transformers peft trl safetensors ml_dtypes numba scipy-openblas64 zstandard rich jinja2
-    env/bin/python tools/peft_golden.py --data PATH [--out tests/golden]
+    env/bin/python tools/golden/peft_adapters.py --data PATH [--out tests/golden]
 
-Adapters, peft.safetensors. The base models are those of the golden files that tools/golden.py makes. For each case of CASES
-PEFT adapts the model, lora_B is drawn at random, and the folder that PEFT saves is recorded, as are the logits that the
+Adapters, peft.safetensors. The base models are those of the golden files that tools/golden/models.py makes. For each case
+of CASES PEFT adapts the model, lora_B is drawn at random, and the folder that PEFT saves is recorded, as are the logits that the
 adapted model computes in float64:
 
     CASE.config                    adapter_config.json as PEFT wrote it (metadata)
@@ -48,7 +48,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
 from finetune_cases import CONVERSATIONS, MARKED, OWN_TEMPLATE, llama_tokenizer, own_tokenizer
@@ -74,7 +74,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def golden(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], np.ndarray, np.ndarray]:
-    """(config, weights, ids, targets) of a file of tools/golden.py."""
+    """(config, weights, ids, targets) of a file of tools/golden/models.py."""
     with safe_open(ROOT / "tests/golden" / f"{name}.safetensors", "pt") as f:
         weights = {k[7:]: f.get_tensor(k) for k in f.keys() if k.startswith("weight.")}  # noqa: SIM118
         ids, targets = (f.get_tensor(k).numpy() for k in ("ids", "targets"))

@@ -1,7 +1,7 @@
 """tests/golden/eval.json: losses and choices as Hugging Face transformers computes them, for tests of apr eval.
 
     python -m venv torch-env && torch-env/bin/pip install torch transformers safetensors
-    torch-env/bin/python tools/eval_golden.py --data PATH/TO/DATA [--check]
+    torch-env/bin/python tools/golden/eval.py --data PATH/TO/DATA [--check]
 
 Of apr nothing is imported: tokens come from transformers' tokenizer, losses from its models, windows from the loop of
 its guide on perplexity (https://huggingface.co/docs/transformers/perplexity), with max_length = seq + 1, as its windows
@@ -35,7 +35,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 CHARACTERS = 8_000
 STORIES_WINDOWS = ((256, 256), (256, 100), (512, 512))
@@ -122,7 +122,7 @@ def choice(model: Any, tokenizer: Any, context: str, following: str) -> dict[str
 
 
 def models() -> list[Path]:
-    """The files of tools/golden.py."""
+    """The files of tools/golden/models.py."""
     found = []
     for path in sorted(GOLDEN.glob("*.safetensors")):
         with safe_open(path, "pt") as f:
@@ -132,7 +132,7 @@ def models() -> list[Path]:
 
 
 def tiny(path: Path) -> dict[str, Any]:
-    """A model of random weights, of a golden file of tools/golden.py."""
+    """A model of random weights, of a golden file of tools/golden/models.py."""
     with safe_open(path, "pt") as f:
         config = json.loads(f.metadata()["config"])
         weights = {

@@ -1,7 +1,7 @@
 """What other programs make of the files that apr writes, recorded for the tests.
 
     python -m venv interop-env && interop-env/bin/pip install . torch transformers gguf sentencepiece
-    interop-env/bin/python tools/interop.py [--check] [--llama-cpp DIR]
+    interop-env/bin/python tools/golden/interop.py [--check] [--llama-cpp DIR]
 
 For each checkpoint of tests/support/interop_cases.py: imported, exported again, loaded by transformers, which must compute the
 same logits bit for bit, encode the same ids and render the same chat; and written as GGUF. DIR is a checkout of
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
 import gguf

@@ -1,7 +1,7 @@
 """Golden files: what stock Hugging Face models compute, in float64, for tests to compare with.
 
     python -m venv torch-env && torch-env/bin/pip install torch transformers safetensors
-    torch-env/bin/python tools/golden.py [--out tests/golden] [--check]
+    torch-env/bin/python tools/golden/models.py [--out tests/golden] [--check]
 
 The only file of the project that imports torch and transformers, in an environment of its own (the
 tests need neither). Of apr it imports the config alone: weights, loss, optimizer and checks are
@@ -61,7 +61,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from apr.model.config import ModelConfig
@@ -113,7 +113,7 @@ ADAMW: dict[str, Any] = dict(betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, peak
 def demand(ok: bool, what: str) -> None:
     """Stop unless a fact that the files rely on holds."""
     if not ok:
-        raise RuntimeError(f"golden.py: not true: {what}")
+        raise RuntimeError(f"golden/models.py: not true: {what}")
 
 
 def close(got: torch.Tensor, want: torch.Tensor, tol: float, what: str) -> None:
@@ -445,7 +445,7 @@ def main() -> int:
                 args.out.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(to_bytes(tensors, meta))
             except OSError as e:
-                sys.exit(f"golden.py: cannot write {path}: {e.strerror}")
+                sys.exit(f"golden/models.py: cannot write {path}: {e.strerror}")
         clipped = np.flatnonzero(tensors["adamw.grad_norms"] > case.max_norm).tolist()
         print(
             f"{name:13} loss {tensors['loss'][0]:.6f}  tensors {len(tensors)}  "
