@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from ..common.errors import UsageError
 from .documents import MAX_HELD_BYTES, Item
 from .find import Sources
-from .jsonl import read_jsonl
+from .jsonl import read_jsonl, text_record
 from .parquet import pyarrow_modules, read_parquet
 from .source import Skipped, Source
 from .text import read_separated, read_text
@@ -88,7 +89,7 @@ class Corpus:
 
     def _read(self, source: Source, advance: Callable[[int], None]) -> Iterator[Item]:
         if source.kind == "jsonl":
-            return read_jsonl(source, self._keys, advance)
+            return read_jsonl(source, partial(text_record, keys=self._keys), advance)
         if source.kind == "parquet":
             return read_parquet(source, self._keys, advance)
         if self._separator is None:

@@ -23,8 +23,10 @@ _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 _JSON = json.JSONDecoder(parse_int=float)
 
 
-def read_jsonl(source: Source, keys: Sequence[str], advance: Callable[[int], None]) -> Iterator[Item]:
-    """Yield the document or Skipped of each line that is not empty; keys: path to the text within a record."""
+def read_jsonl(
+    source: Source, parse: Callable[[str, bytes], Item], advance: Callable[[int], None]
+) -> Iterator[Item]:
+    """Yield parse(name, line), a document or Skipped, for each line that is not empty."""
     number = 0
     try:
         for line in _lines(without_mark(source.blocks(advance=advance))):
@@ -33,12 +35,13 @@ def read_jsonl(source: Source, keys: Sequence[str], advance: Callable[[int], Non
                 detail = f"more than {MAX_RECORD_BYTES} bytes in one line; is it JSON Lines?"
                 yield Skipped(f"{source.name}:{number}", "too long", detail)
             elif line and not line.isspace():
-                yield _record(f"{source.name}:{number}", line, keys)
+                yield parse(f"{source.name}:{number}", line)
     except Unusable as e:
         yield Skipped(f"{source.name}:{number + 1}", e.reason, e.detail)
 
 
-def _record(name: str, line: bytes, keys: Sequence[str]) -> Item:
+def text_record(name: str, line: bytes, keys: Sequence[str]) -> Item:
+    """Parse a record that holds a text; keys: path to the text."""
     if len(line) > MAX_VALUE_BYTES and (outside := len(_STRING.sub(b"", line))) > MAX_VALUE_BYTES:
         return Skipped(name, "too long", f"{outside} bytes of it are not text, more than {MAX_VALUE_BYTES}")
     try:

@@ -33,6 +33,7 @@ from ..corpus import Corpus
 from ..documents import Document, Item, is_held_out
 from ..find import find_sources
 from ..guards import USUAL, Bounds, enforce, fits_model
+from ..jsonl import read_jsonl
 from ..manifest import figures
 from ..seen import Seen
 from ..shards import TokenShards
@@ -81,19 +82,18 @@ class Example(Document):
 class Conversations(Corpus):
     """The examples of JSON Lines files, packed or not; what cannot be used is a Skipped with its line."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        super().__init__(sources)
-        self._json = json.JSONDecoder()  # numbers stay what they are: a template may write them
+    def _read(self, source: Source, advance: Callable[[int], None]) -> Iterator[Item]:
+        return read_jsonl(source, _record, advance)
 
-    def _record(self, name: str, line: bytes) -> Item:
-        try:
-            value = self._json.decode(line.decode())
-        except (ValueError, RecursionError) as e:
-            return Skipped(name, "broken JSON", str(e))
-        try:
-            return example_of(name, value)
-        except Unsuitable as e:
-            return Skipped(name, e.reason, e.detail)
+
+def _record(name: str, line: bytes) -> Item:
+    """Parse a record. Numbers stay what they are: a template may write them."""
+    try:
+        return example_of(name, json.loads(line.decode()))
+    except (ValueError, RecursionError) as e:
+        return Skipped(name, "broken JSON", str(e))
+    except Unsuitable as e:
+        return Skipped(name, e.reason, e.detail)
 
 
 def open_conversations(path: str) -> Conversations:
