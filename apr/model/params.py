@@ -99,7 +99,7 @@ _PACKED = {name for group in FUSED.values() for name in group[1:]}
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one parameter lies in the flat buffer. layer is None outside the blocks."""
+    """Location of one parameter in a flat buffer. layer is None outside the blocks."""
 
     layer: int | None
     param: Param
@@ -118,7 +118,7 @@ class Slot:
 
 
 class Layout:
-    """Where each parameter lies in a flat buffer.
+    """Locations of all parameters in a flat buffer.
 
     Decayed tensors first, so that AdamW is two calls; within them layers from last to first, so
     that a layer's gradients are one slice, complete in the order in which backward finishes.

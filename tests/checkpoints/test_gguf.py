@@ -23,6 +23,7 @@ from apr.checkpoints.hf import read_hf, write_hf
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, IOFailure, MalformedFile, Refused
+from apr.model.config import ModelConfig
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.rope import rope_tables
@@ -295,7 +296,50 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     assert keys["llama.vocab_size"] == cfg.vocab_size
 
 
+LAYERS = {  # models whose layers or norms differ from Llama's, as llama.cpp computes them
+    "olmo2": PRESETS["olmo2-tiny"],
+    "olmo2-tied": dataclasses.replace(PRESETS["olmo2-tiny"], tie_word_embeddings=True),
+    "smollm3": dataclasses.replace(
+        PRESETS["smollm3-tiny"], num_layers=5, no_rope_layers=(3,), sliding_window=0, full_attention_layers=()
+    ),
+    "smollm3-window": dataclasses.replace(
+        PRESETS["smollm3-tiny"], num_layers=5, no_rope_layers=(3,), full_attention_layers=(0, 1, 2, 4)
+    ),
+    "qwen2-window": dataclasses.replace(PRESETS["qwen2-tiny"], sliding_window=6, full_attention_layers=(0,)),
+}
+
+
+@pytest.mark.parametrize("cfg", LAYERS.values(), ids=LAYERS)
+def test_layers_of_other_parts_come_back(cfg: ModelConfig, tmp_path: Path) -> None:
+    """Names are those of the package gguf for the architecture; q and k of an architecture that turns neighbours move."""
+    layout = Layout(cfg)
+    host = np.zeros(layout.size, np.float32)
+    layout.randomise(host, 1)
+    weights = layout.named(host)
+    gguf.write_gguf(tmp_path / "m.gguf", cfg, weights)
+    tensors, keys = contents(tmp_path / "m.gguf")
+    arch = {name: a for a, name in package.MODEL_ARCH_NAMES.items()}[keys["general.architecture"]]
+    names = package.get_tensor_name_map(arch, cfg.num_layers)
+    assert set(tensors) == {names.get_name(hf, (".weight", ".bias")) for hf in weights}
+    assert keys[f"{cfg.family}.context_length"] == (cfg.sliding_window or cfg.max_position_embeddings)
+    file = read_gguf(tmp_path / "m.gguf")
+    assert file.cfg == cfg
+    for hf, want in weights.items():
+        assert np.array_equal(file.tensors[hf], want), hf
+
+
 # --- what is refused
+
+
+def test_layers_that_llama_cpp_would_turn(tmp_path: Path) -> None:
+    cfg = PRESETS["smollm3-tiny"]
+    layout = Layout(cfg)
+    host = np.zeros(layout.size, np.float32)
+    with pytest.raises(
+        Refused, match=r"layers \[1\] have no rotary embedding; llama.cpp leaves it out of layers \[\]"
+    ):
+        gguf.write_gguf(tmp_path / "m.gguf", cfg, layout.named(host))
+    assert not list(tmp_path.iterdir())
 
 
 def test_scaling_that_llama_cpp_would_not_honour(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_hugging_face_to_apr_and_back_is_equal_in_every_byte(source: Path, tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("preset", ["llama-tiny", "llama3-tiny", "mistral-tiny", "qwen2-tiny", "qwen3-tiny"])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.endswith("-tiny")])
 def test_every_family_and_dtype_keeps_its_bits(preset: str, dtype: str, tmp_path: Path) -> None:
     for tied in (True, False):
         cfg = dataclasses.replace(PRESETS[preset], tie_word_embeddings=tied)

@@ -26,7 +26,7 @@ from apr.model.transformer import Model
 from cases import overlay
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.3, 0.15]))
-FAMILIES = ["llama-tiny", "llama3-tiny", "mistral-tiny", "qwen2-tiny", "qwen3-tiny"]
+FAMILIES = [name for name in PRESETS if name.endswith("-tiny")]
 BACKENDS = [
     ("reference", "float64"),
     ("cpu", "float32"),

@@ -11,7 +11,7 @@ import pytest
 
 from apr.common.errors import AprError, InputNotFound, MalformedFile, Refused
 from apr.model.config import RopeScaling
-from apr.model.families import FAMILIES
+from apr.model.families import FAMILIES, layers_of
 from apr.model.hf_config import from_hf, to_hf
 from apr.model.params import FUSED, Layout
 from apr.model.presets import PRESETS, load_config
@@ -167,6 +167,100 @@ def test_family_switches():
     assert from_hf({**base, "model_type": "qwen3"}).qk_norm
     with pytest.raises(MalformedFile, match="head_dim"):
         from_hf({**without(base, "head_dim"), "model_type": "qwen3"})
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def test_windows_by_layer():
+    d = {**to_hf(PRESETS["qwen2-tiny"]), "use_sliding_window": True, "sliding_window": 6}
+    upper = from_hf({**d, "max_window_layers": 1})
+    assert (upper.sliding_window, upper.full_attention_layers) == (6, (0,))
+    assert [layer.window for layer in layers_of(upper)] == [0, 6]
+    assert from_hf({**d, "max_window_layers": 1, "layer_types": [FULL, SLIDING]}) == upper
+    assert from_hf({**d, "max_window_layers": 0}).full_attention_layers == ()
+    assert from_hf({**d, "max_window_layers": 2}) == PRESETS["qwen2-tiny"]
+    assert from_hf({**d, "sliding_window": None}) == PRESETS["qwen2-tiny"]
+    assert from_hf(json.loads(json.dumps(to_hf(upper)))) == upper
+    # layer_types decides where both are there
+    other = from_hf({**d, "max_window_layers": 1, "layer_types": [SLIDING, FULL]})
+    assert [layer.window for layer in layers_of(other)] == [6, 0]
+    for change, error, words in (
+        ({}, MalformedFile, "max_window_layers"),
+        ({"layer_types": [FULL]}, Refused, "one for each of 2 layers"),
+        ({"layer_types": [FULL, "chunked_attention"]}, Refused, "chunked_attention"),
+        ({"layer_types": "full"}, MalformedFile, "layer_types"),
+        ({"use_sliding_window": 1}, MalformedFile, "use_sliding_window"),
+        ({"use_sliding_window": False, "layer_types": [FULL, SLIDING]}, Refused, "layer_types"),
+        ({"sliding_window": 0, "max_window_layers": 1}, MalformedFile, "sliding_window"),
+    ):
+        with pytest.raises(error, match=words):
+            from_hf({**d, **change})
+    with pytest.raises(MalformedFile, match="sliding_window"):
+        from_hf({**without(d, "sliding_window"), "max_window_layers": 1})
+    mistral = to_hf(PRESETS["mistral-tiny"])
+    assert from_hf({**mistral, "layer_types": [SLIDING] * 2}) == PRESETS["mistral-tiny"]
+    with pytest.raises(Refused, match="layer_types"):
+        from_hf({**mistral, "layer_types": [SLIDING, FULL]})
+
+
+def test_layers_without_rotary_embedding():
+    d = without(to_hf(PRESETS["smollm3-tiny"]), "no_rope_layers") | {"num_hidden_layers": 9}
+    d |= {"use_sliding_window": False, "layer_types": None}
+    fourth = from_hf({**d, "no_rope_layer_interval": 4})
+    assert fourth.no_rope_layers == (3, 7)
+    assert [layer.rope for layer in layers_of(fourth)] == [i not in (3, 7) for i in range(9)]
+    flags = [1, 1, 1, 0] * 2 + [1]
+    assert from_hf({**d, "no_rope_layers": flags, "no_rope_layer_interval": 2}) == fourth
+    assert to_hf(fourth)["no_rope_layers"] == flags
+    # a window without layer_types is that of the layers without rotary embedding
+    window = from_hf({**d, "no_rope_layers": flags, "use_sliding_window": True})
+    assert [layer.window for layer in layers_of(window)] == [0 if rope else 5 for rope in flags]
+    with pytest.raises(MalformedFile, match="no_rope_layer_interval"):
+        from_hf(d)
+    for bad in ([1] * 8, [1] * 8 + [2], [True] * 9):
+        with pytest.raises(Refused, match="no_rope_layers"):
+            from_hf({**d, "no_rope_layers": bad})
+    with pytest.raises(Refused, match="unknown key 'no_rope_layers'"):
+        from_hf({**to_hf(PRESETS["llama-tiny"]), "no_rope_layers": [1, 0]})
+
+
+def test_published_configs_of_new_families():
+    olmo2 = {  # the config.json of OLMo-2-0425-1B, as its authors publish it
+        "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 8192, "max_position_embeddings": 4096, "model_type": "olmo2",
+        "num_attention_heads": 16, "num_hidden_layers": 16, "num_key_value_heads": 16, "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False,
+        "torch_dtype": "float32", "transformers_version": "4.47.0", "use_cache": True, "vocab_size": 100352,
+    }  # fmt: skip
+    layout = Layout(from_hf(olmo2))
+    assert (layout.num_parameters, len(layout.slots)) == (1_484_916_736, 16 * 11 + 3)
+    norms = {s.hf: s.shape for s in layout.slots if s.layer == 0 and len(s.shape) == 1}
+    prefix = "model.layers.0."
+    assert norms == {
+        prefix + "self_attn.q_norm.weight": (2048,),
+        prefix + "self_attn.k_norm.weight": (2048,),
+        prefix + "post_attention_layernorm.weight": (2048,),
+        prefix + "post_feedforward_layernorm.weight": (2048,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("embedding_multiplier", 12.0),
+        ("residual_multiplier", 0.22),
+        ("attention_multiplier", 0.015),
+        ("logits_scaling", 8.0),
+        ("attn_logit_softcapping", 50.0),
+    ],
+)
+def test_multipliers_are_refused_unless_they_are_neutral(key, value):
+    with pytest.raises(Refused, match=key):
+        from_hf({**LLAMA_32_1B, key: value})
+    neutral = None if key.startswith("att") else 1.0
+    assert from_hf({**LLAMA_32_1B, key: neutral}) == PRESETS["llama-3.2-1b"]
 
 
 def test_load_config(tmp_path):

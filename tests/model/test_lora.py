@@ -32,7 +32,7 @@ from apr.model.transformer import Model
 from apr.training.settings import Settings, resolve
 from precision import rounded
 
-FAMILIES = ["llama-tiny", "mistral-tiny", "qwen2-tiny", "qwen3-tiny"]
+FAMILIES = ["llama-tiny", "mistral-tiny", "olmo2-tiny", "qwen2-tiny", "qwen3-tiny", "smollm3-tiny"]
 ALL = tuple(LINEAR)
 
 
