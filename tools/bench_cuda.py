@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from apr import backends
+from apr.backends.contract import OPS
 from apr.backends.select import choose
 from apr.common.errors import AprError, UsageError
 from apr.model.cost import attended, flops_per_token, matmul_rate, memory
@@ -78,9 +78,7 @@ class Clock:
 
     @staticmethod
     def _is_op(name: str, member: Any) -> bool:
-        return name in ("fill", "copy") or (
-            callable(member) and hasattr(backends.get("reference"), name) and name not in backends.PLUMBING
-        )
+        return name in ("fill", "copy") or name in OPS
 
     def _timed(self, name: str, f: Any) -> Any:
         def call(*args: Any) -> None:

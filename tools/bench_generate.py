@@ -78,7 +78,9 @@ def _apr(who: str, model: str, folder: str, threads: int) -> Any:
     backend = backends.get("cpu")
     backend.set_threads(threads)
     if who == "apr, BLAS alone":
-        backend.FEW_ROWS = 0
+        from apr.backends.cpu import ops
+
+        ops.FEW_ROWS = 0
     if who == "apr int8":
         backend, host = int8.backend(), int8.Int8Weights(cfg, host)
     generators = {n: Generator(cfg, backend, host, sum(SIZES[model]), rows=n) for n in (1, ROWS)}

@@ -1,4 +1,4 @@
-"""Backends. A backend is a module; all export the same functions with the same parameter lists.
+"""Backends: modules that all have the functions of contract.py.
 
 | name      | what it is                                        | dtypes           |
 |-----------|---------------------------------------------------|------------------|
@@ -10,42 +10,60 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from functools import cache
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 from ..common.errors import DeviceError
+from .contract import FACTS, OPS, PLUMBING
 
-MODULES = {"reference": "reference", "cpu": "cpu.ops", "cuda": "cuda.device"}
+# backend -> the modules that define its functions, of two definitions the first
+MODULES = {"reference": ("reference",), "cpu": ("cpu.ops",), "cuda": ("cuda.device", "cuda.ops")}
+NUMPY = (
+    "cpu",
+)  # backends whose arrays are those of reference: plumbing that they do not define is that of reference
 NAMES = tuple(MODULES)
-
-PLUMBING = frozenset(  # functions of a backend that do not compute
-    [
-        "empty",
-        "from_host",
-        "to_host",
-        "fill",
-        "copy",
-        "sync",
-        "memory",
-        "overhead",
-        "free_memory",
-        "set_threads",
-        "set_device",
-        "describe",
-        "tune",
-        "capture",
-    ]
-)
 
 
 def get(name: str) -> ModuleType:
-    """The backend module called `name`. Raises DeviceError for a name that is not one of NAMES, and for
-    cuda without CuPy; apr.backends.select.choose says more about what is missing.
+    """The backend called `name`. Raises DeviceError for a name that is not one of NAMES, and for cuda without
+    CuPy; apr.backends.select.choose says more about what is missing.
     """
     if name not in NAMES:
         raise DeviceError(f"backend {name!r} does not exist; choose one of {', '.join(NAMES)}")
     try:
-        return importlib.import_module(f"apr.backends.{MODULES[name]}")
+        return _assembled(name)
     except ImportError as e:
         if name != "cuda":
             raise
         raise DeviceError(f"backend cuda cannot be loaded: {e}") from e
+
+
+@cache
+def _assembled(name: str) -> ModuleType:
+    modules = [importlib.import_module(f"{__name__}.{m}") for m in MODULES[name]]
+    if name == "reference":
+        return modules[0]
+    plumbing = [*modules, importlib.import_module(f"{__name__}.reference")] if name in NUMPY else modules
+    return assemble(name, modules, plumbing)
+
+
+def assemble(name: str, modules: list[ModuleType], plumbing: list[ModuleType]) -> ModuleType:
+    """A module with the functions of the contract: ops and facts of `modules`, the others of `plumbing`.
+
+    Raises AttributeError for a function that none of them defines.
+    """
+    backend = ModuleType(f"{__name__}.{name}", modules[0].__doc__)
+    for function in (*FACTS, *OPS, *PLUMBING):
+        owners = [m for m in (plumbing if function in PLUMBING else modules) if hasattr(m, function)]
+        if not owners:
+            raise AttributeError(
+                f"backend {name}: {' and '.join(m.__name__ for m in modules)} lack {function}"
+            )
+        setattr(backend, function, getattr(owners[0], function))
+    return backend
+
+
+def overlay(backend: Any, **functions: Any) -> SimpleNamespace:
+    """A backend with some of its functions replaced."""
+    return SimpleNamespace(**{**{name: getattr(backend, name) for name in dir(backend)}, **functions})

@@ -1,6 +1,6 @@
 """The reference backend: every op in plain NumPy, any float dtype, no tricks. The specification.
 
-The contract of an op, here and in every other backend:
+The contract of an op, here and in every other backend; dtype and axes of each argument stand in contract.py:
 1. Outputs come first and are written in place; an op allocates nothing that outlives it.
 2. Parameter gradients (dw, db) and running sums (total) are ADDED TO; activation gradients are
    overwritten; the one exception is dres, the gradient of the residual stream, which is only ever
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import DeviceError
+from ..common.host import available_memory, cpu_name
 
 Array = Any  # an array of this backend: numpy.ndarray here
 
@@ -84,15 +85,11 @@ def set_device(index: int) -> None:
 
 def describe() -> dict[str, str]:
     """What computes, for the record of a run: names and versions."""
-    from ..common.host import cpu_name
-
     return {"backend": name, "cpu": cpu_name()}
 
 
 def free_memory() -> int | None:
     """Bytes that empty() can still hand out; None where the system does not say."""
-    from ..common.host import available_memory
-
     return available_memory()
 
 

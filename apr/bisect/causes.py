@@ -15,32 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backends import reference
-from .rule import BF16
+from ..backends.contract import BF16, OPS
 
 Array = Any  # numpy.ndarray, float64
 LIMIT = 1 << 21  # elements of the largest array that an op is computed again with; larger ones are cropped
 SUMS = "dw db dres total"  # outputs that are added to
-
-# The axes along which an output may be cropped, as "NAME AXIS" of each array that has it
-CROPS = {
-    "embedding_fwd y": "y0 ids0, y1 w1",
-    "embedding_bwd dw": "dw1 dy1",
-    "linear_fwd y": "y0 x0, y1 w0 b0",
-    "linear_bwd dx": "dx0 dy0 x0, dx1 x1 w1 dw1",
-    "linear_bwd dw": "dw0 w0 dy1 db0, dw1 x1 w1 dx1",
-    "linear_bwd db": "db0 dw0 w0 dy1",
-    "add_rmsnorm_fwd *": "res0 y0 rstd0 res_in0 delta0",
-    "add_rmsnorm_bwd dres": "dres0 dy0 res0 rstd0",
-    "head_rmsnorm_fwd *": "y0 rstd0 x0",
-    "head_rmsnorm_bwd dx": "dx0 dy0 x0 rstd0",
-    "rope x": "x0",
-    "attention_fwd *": "y0 lse0 q0 k0 v0 doc_start0",
-    "attention_bwd *": "dq0 dk0 dv0 dy0 y0 lse0 q0 k0 v0 doc_start0",
-    "swiglu_fwd y": "y0 gu0",
-    "swiglu_bwd dgu": "dgu0 dy0 gu0",
-    "cross_entropy *": "loss0 logits0 targets0",
-    "adamw *": "w0 master0 m0 v0 g0",
-}
 
 
 class Call(SimpleNamespace):
@@ -719,12 +698,11 @@ def _cropped(
     op: str, output: str, got: Array, want: Array, args: dict[str, Any]
 ) -> tuple[dict[str, Any], Array, Array]:
     """Arguments and output cut to a block around the largest error, where the op allows it and they are large."""
-    groups = CROPS.get(f"{op} {output}") or CROPS.get(f"{op} *", "")
-    if not groups or _work(args) <= LIMIT:
+    if op not in OPS or _work(args) <= LIMIT:
         return args, got, want
     worst = np.unravel_index(np.nan_to_num(np.abs(got - want), nan=np.inf).argmax(), got.shape)
-    for group in groups.split(", "):
-        axes = {x[:-1]: int(x[-1]) for x in group.split() if isinstance(args.get(x[:-1]), np.ndarray)}
+    for group in OPS[op].crops(output):
+        axes = {name: axis for name, axis in group.items() if isinstance(args.get(name), np.ndarray)}
         n = got.shape[axes[output]]
         largest = _work({k: v for k, v in args.items() if k in axes})
         keep = max(1, n * LIMIT // max(largest, LIMIT))

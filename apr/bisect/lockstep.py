@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from ..backends import PLUMBING
+from ..backends.contract import OPS, PLUMBING
 from ..model.config import ModelConfig
 from ..model.families import layers_of
 from ..model.optim import Optimizer
 from ..model.transformer import Model
-from .rule import WRITES, Backend, parameters
+from .rule import Backend
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Lockstep:
 
     def __init__(self, backends: Sequence[Backend], watch: Watch) -> None:
         self.backends, self.watch = list(backends), watch
-        for op in WRITES:
+        for op in OPS:
             setattr(self, op, self._op(op))
         for name in PLUMBING:
             setattr(self, name, self._each(name))
 
     def _op(self, op: str) -> Callable[..., None]:
-        names = parameters(op)
+        names = OPS[op].parameters
 
         def call(*args: Any) -> None:
             c = Call(op, dict(zip(names, args, strict=True)))

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from ..backends import overlay
 from ..common.host import cores
-from .rule import Backend, overlay
+from .rule import Backend
 
 T = TypeVar("T")
 PIECE = 1 << 18  # elements: a piece in float64 stays in a core's cache

@@ -7,67 +7,22 @@ largest true value: nothing is picked by hand. In bfloat16 the slices of an arra
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from ..backends import reference
+from ..backends import overlay, reference
+from ..backends.contract import BF16, OPS
 
 Array = Any
 Backend = Any  # a module, or a namespace with the functions of one
-BF16 = np.dtype(ml_dtypes.bfloat16)
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7}
-
-WRITES = {  # what an op writes: NAME anew, =NAME in place, +NAME is added to
-    "embedding_fwd": "y",
-    "embedding_bwd": "+dw",
-    "linear_fwd": "y",
-    "linear_bwd": "dx +dw +db",
-    "gemm": "=out",
-    "add": "out",
-    "add_rmsnorm_fwd": "res y rstd",
-    "add_rmsnorm_bwd": "+dres +dw",
-    "head_rmsnorm_fwd": "y rstd",
-    "head_rmsnorm_bwd": "dx +dw",
-    "rope": "=x",
-    "attention_fwd": "y lse",
-    "attention_bwd": "dq dk dv",
-    "swiglu_fwd": "y",
-    "swiglu_bwd": "dgu",
-    "cross_entropy": "loss =logits",
-    "add_sum": "+total",
-    "add_sum_sq": "+total",
-    "clip_factor": "factor",
-    "adamw": "w =master =m =v",
-}
-
-
-def outputs(op: str) -> dict[str, str]:
-    """What an op writes: parameter -> "" (anew), "=" (in place) or "+" (added to)."""
-    return {x.lstrip("=+"): x[: len(x) - len(x.lstrip("=+"))] for x in WRITES[op].split()}
-
-
-def is_update(op: str) -> bool:
-    """Tell an optimizer's op, whose arrays are parts of flat buffers of all parameters, from the others."""
-    return "master" in outputs(op)
-
-
-def parameters(op: str) -> tuple[str, ...]:
-    """The parameters of an op, in order."""
-    return tuple(signature(getattr(reference, op)).parameters)
 
 
 def factor(op: str, output: str) -> int:
     """Of the rule: 2 for values, 3 for gradients."""
     return 3 if op.endswith("_bwd") or output == "logits" else 2
-
-
-def overlay(be: Backend, **ops: Any) -> SimpleNamespace:
-    """A backend with some of its functions replaced."""
-    return SimpleNamespace(**{**{name: getattr(be, name) for name in dir(be)}, **ops})
 
 
 def tolerance(base: float, largest: float, eps: float, factor: float) -> float:
@@ -126,7 +81,7 @@ def rounded(be: Backend = reference) -> SimpleNamespace:
 
         return call
 
-    positions = {op: {parameters(op).index(name) for name in outputs(op)} for op in WRITES}
+    positions = {name: {op.parameters.index(output) for output in op.outputs} for name, op in OPS.items()}
     ops = {op: stored(getattr(be, op), written) for op, written in positions.items()}
     norm = ops["add_rmsnorm_fwd"]
 

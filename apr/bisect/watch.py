@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backends.contract import OPS
 from ..model.params import Layout
 from . import causes, rule
 from .difference import Difference, difference, error_and_tolerance
@@ -108,13 +109,13 @@ class _Watch:
             self._weight = getattr(call.args["w"], "name", "").rsplit(".", 1)[-1]
         return [
             n
-            for n in rule.outputs(call.op)
+            for n in OPS[call.op].outputs
             if isinstance(call.args[n], Twin) and not (n == "logits" and call.args["scale"] is None)
         ]
 
     def _place(self, call: Call, name: str, index: int) -> tuple[str, int | None]:
         """(tap, layer) of an output; in a flat buffer, of the parameter that its worst element belongs to."""
-        if rule.is_update(call.op):
+        if OPS[call.op].is_update:
             x = call.args[name]
             slot = next(
                 (s for s in self.layout.slots if s.offset <= x.start + index < s.offset + s.size), None
@@ -165,7 +166,7 @@ class Forced(_Watch):
     def _look(self, call: Call, run: Callable[[], None]) -> None:
         names = self._enter(call)
         self._poison(call, names)
-        if rule.is_update(call.op):
+        if OPS[call.op].is_update:
             self._run(1, call)
             self._in_pieces(
                 call, names, call.args["w"].shape[0], lambda at: _elements(call, at), settle=False
@@ -184,7 +185,7 @@ class Forced(_Watch):
 
     def _poison(self, call: Call, names: list[str]) -> None:
         """Fill with NaN what an op of the judged side only writes."""
-        how, judged = rule.outputs(call.op), dict(zip(call.args, call.on(1), strict=True))
+        how, judged = OPS[call.op].outputs, dict(zip(call.args, call.on(1), strict=True))
         inputs = [x for m, x in judged.items() if how.get(m) != "" and hasattr(x, "strides")]
         for n in names:
             if not how[n] and not any(_overlap(judged[n], x) for x in inputs):
@@ -192,7 +193,7 @@ class Forced(_Watch):
 
     def _whole(self, call: Call, names: list[str]) -> None:
         """Run an op of the reference and of plain NumPy, and compare what the judged side has made."""
-        how, truth = rule.outputs(call.op), dict(zip(call.args, call.on(0), strict=True))
+        how, truth = OPS[call.op].outputs, dict(zip(call.args, call.on(0), strict=True))
         before = {
             n: self._low(call.args[n]) if isinstance(call.args[n], Twin) else x for n, x in truth.items()
         }
@@ -219,7 +220,7 @@ class Forced(_Watch):
         def judge(at: slice) -> list[tuple[float, float, Difference, str]]:
             piece = part(at)
             before = {n: self._low(x) if isinstance(x, Twin) else x for n, x in piece.args.items()}
-            bases = self._plain(call.op, before, rule.outputs(call.op))
+            bases = self._plain(call.op, before, OPS[call.op].outputs)
             self._run(0, piece)
             out = []
             for n in names:

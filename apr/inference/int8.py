@@ -7,11 +7,11 @@ gradients, and nothing is saved in this form.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from .. import backends
 from ..model.config import ModelConfig
 from ..model.params import FUSED, Layout
 
@@ -96,14 +96,15 @@ class Int8Weights:
 
 
 def backend() -> Any:
-    """The cpu backend, whose linear_fwd and embedding_fwd also take an Int8Matrix."""
-    from ..backends.cpu import kernels
-    from ..backends.cpu import ops as cpu
+    """The cpu backend with linear_fwd and embedding_fwd overridden to accept an Int8Matrix as weights."""
+    from ..backends.cpu import kernels, ops
+
+    cpu = backends.get("cpu")
 
     def linear_fwd(y: Any, x: Any, w: Any, b: Any) -> None:
         if not isinstance(w, Int8Matrix):
             cpu.linear_fwd(y, x, w, b)
-        elif len(x) <= cpu.FEW_ROWS:
+        elif len(x) <= ops.FEW_ROWS:
             if b is not None:
                 kernels.fill_rows(y, b)
             kernels.linear_few_int8(y, x, w.q, w.scale, b is not None)
@@ -118,5 +119,4 @@ def backend() -> Any:
         else:
             cpu.embedding_fwd(y, ids, w)
 
-    members = {name: getattr(cpu, name) for name in dir(cpu) if not name.startswith("_")}
-    return SimpleNamespace(**{**members, "linear_fwd": linear_fwd, "embedding_fwd": embedding_fwd})
+    return backends.overlay(cpu, linear_fwd=linear_fwd, embedding_fwd=embedding_fwd)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from apr import backends
-from apr.bisect.rule import WRITES, outputs, parameters
+from apr.backends.contract import OPS, WRITES
 from cases import BF16, CASES, LARGEST, ROWS, Arrays, Backend, Row, make, overlay, rows, run
 from precision import (
     Figures,
@@ -412,16 +412,51 @@ def test_cpu_refuses_int64(name: str) -> None:
             run(overlay(cpu, **{op: wide(getattr(cpu, op))}), row, np.float32, make(row, np.float32))
 
 
-def test_the_table_of_what_ops_write_is_that_of_the_cases() -> None:
-    kinds = {"out": "", "save": "", "inplace": "=", "acc": "+"}
+def test_the_contract_says_what_the_cases_write() -> None:
     seen: dict[str, dict[str, set[str]]] = {}
     for op, args in (call for row in ROWS for call in row.calls):
-        names = parameters(op)
-        for i, a in enumerate(args):
-            if a.role in kinds:
-                seen.setdefault(op, {}).setdefault(names[i], set()).add(kinds[a.role])
+        for name, a in zip(OPS[op].parameters, args, strict=True):
+            if a.role in WRITES:
+                seen.setdefault(op, {}).setdefault(name, set()).add(WRITES[a.role])
     for op, wrote in seen.items():
-        assert wrote.keys() == outputs(op).keys(), op
+        outputs = OPS[op].outputs
+        assert wrote.keys() == outputs.keys(), op
         for name, how in wrote.items():  # AdamW's w and the residual stream may be their own input
-            assert outputs(op)[name] in how, (op, name)
-    assert seen.keys() == WRITES.keys()
+            assert outputs[name] in how, (op, name)
+    assert seen.keys() == OPS.keys()
+
+
+def test_the_contract_says_along_which_axes_outputs_can_be_cropped() -> None:
+    """Half of every array along such an axis gives half of the output, bit for bit but for the order of sums."""
+    for row in (
+        row
+        for row in LARGEST
+        if row.case.name in ("embedding", "linear", "add", "add_rmsnorm", "rope", "swiglu")
+    ):
+        have: dict[str, Any] = dict(make(row, np.float64))
+        for op, args in row.calls:
+            spec, names = OPS[op], [a.name for a in args]
+            before = [
+                have.setdefault(a.name, np.zeros(a.shape)) if a.axes or a.name in have else a.value
+                for a in args
+            ]
+
+            def call(values: list[Any], op: str = op) -> list[Any]:
+                copies = [x.copy() if isinstance(x, np.ndarray) else x for x in values]
+                getattr(reference, op)(*copies)
+                return copies
+
+            whole = call(before)
+            for output in spec.outputs:
+                at = spec.parameters.index(output)
+                for axes in spec.crops(output):
+                    cut = [
+                        x[(*[slice(None)] * axes[p], slice(0, x.shape[axes[p]] // 2 or 1))]
+                        if p in axes
+                        else x
+                        for p, x in zip(spec.parameters, before, strict=True)
+                    ]
+                    part = call(cut)[at]
+                    want = whole[at][tuple(slice(n) for n in part.shape)]
+                    assert np.abs(part - want).max() <= 1e-12 * np.abs(want).max(), (op, output, axes)
+            have.update((n, x) for n, x in zip(names, whole, strict=True) if isinstance(x, np.ndarray))

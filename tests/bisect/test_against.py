@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apr.backends import reference
-from apr.backends.cpu import ops as cpu
+from apr import backends
+from apr.backends import overlay, reference
 from apr.bisect import hf, rule
 from apr.bisect.against import MADE, compare_with_trace, read_trace, same_model
 from apr.bisect.report import FORCED, FREE, ArrayComparison, Report
-from apr.bisect.rule import overlay
 from apr.checkpoints.hf import write_hf, write_safetensors
 from apr.cli.trace import record
 from apr.common.errors import DeviceError, InputNotFound, MalformedFile, Refused
@@ -26,6 +25,7 @@ from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from checks import CONFIGS, batch, start
 
+cpu = backends.get("cpu")
 Arrays = Mapping[str, np.ndarray]
 ROUNDED = rule.rounded()
 QWEN2, QWEN3, OLMO2 = CONFIGS["qwen2"], CONFIGS["qwen3-tied"], CONFIGS["olmo2"]

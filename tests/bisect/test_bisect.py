@@ -21,6 +21,8 @@ import pytest
 
 import apr.cli.bisect as command
 from apr import backends
+from apr.backends import overlay
+from apr.backends.contract import OPS
 from apr.backends.cuda import ops as cuda_ops
 from apr.bisect import batch as batches
 from apr.bisect import rule, stages, watch
@@ -247,7 +249,7 @@ def test_nan_is_no_agreement_and_json_stays_json(apr: Apr, monkeypatch: pytest.M
         cpu.linear_fwd(y, *rest)
         y[-1, -1] = np.nan
 
-    be = rule.overlay(cpu, linear_fwd=linear_fwd)
+    be = overlay(cpu, linear_fwd=linear_fwd)
     monkeypatch.setattr(command, "choose", lambda *a: SimpleNamespace(backend=be))
     with np.errstate(all="ignore"):
         done = apr("bisect", "llama-tiny", *SIDE, "--no-free")
@@ -643,7 +645,7 @@ def test_a_watch_is_given_every_op_once_and_decides_whether_it_runs() -> None:
         return call
 
     def step(leave_out: str) -> tuple[list[str], dict[str, bytes]]:
-        be = rule.overlay(cpu, **{op: count(op) for op in rule.WRITES})
+        be = overlay(cpu, **{op: count(op) for op in OPS})
         models = [Model(cfg, b, *SHAPE, d) for b, d in ((reference, "float64"), (be, "float32"))]
         for m in models:
             m.be.from_host(m.w, catalogue.weights_of(cfg))
@@ -661,7 +663,7 @@ def test_a_watch_is_given_every_op_once_and_decides_whether_it_runs() -> None:
 
     seen, bits = step("")
     assert seen == counted
-    assert set(seen) == set(rule.WRITES) - {"head_rmsnorm_fwd", "head_rmsnorm_bwd", "add", "gemm"}
+    assert set(seen) == set(OPS) - {"head_rmsnorm_fwd", "head_rmsnorm_bwd", "add", "gemm"}
     counted.clear()
     assert step("swiglu_fwd")[1]["w"] != bits["w"]
     assert "swiglu_fwd" not in counted
@@ -761,7 +763,7 @@ def after(be: Any, op: str, change: Callable[[Any], None], calls: tuple[int, ...
             change(args[0])
         count[0] += 1
 
-    return rule.overlay(be, **{op: call})
+    return overlay(be, **{op: call})
 
 
 @pytest.mark.parametrize("op", ["linear_fwd", "swiglu_fwd", "attention_bwd", "linear_bwd", "swiglu_bwd"])
@@ -785,7 +787,7 @@ def test_an_op_that_leaves_its_output_unwritten_is_seen() -> None:
         if done[0] != 4:  # two calls of the free pass, two of the forced one
             cpu.swiglu_fwd(y, gu)
 
-    report = judged(rule.overlay(cpu, swiglu_fwd=swiglu_fwd), "llama-tiny", "float32", Plan(state=False))
+    report = judged(overlay(cpu, swiglu_fwd=swiglu_fwd), "llama-tiny", "float32", Plan(state=False))
     assert done[0] == 4
     row = first_forced(report)
     assert (row.op, row.tap) == ("swiglu_fwd", "1.act")
@@ -800,7 +802,7 @@ def test_an_op_that_reads_its_output_is_seen() -> None:
         cpu.swiglu_fwd(y, gu)
         y += 0 * before
 
-    be = rule.overlay(cpu, swiglu_fwd=swiglu_fwd)
+    be = overlay(cpu, swiglu_fwd=swiglu_fwd)
     report = judged(be, "llama-tiny", "float32", Plan())
     assert [r.ok for r in report.of("forward", FREE)] == [True] * len(report.of("forward", FREE))
     assert (first_forced(report).op, first_forced(report).tap) == ("swiglu_fwd", "0.act")
@@ -811,7 +813,7 @@ def test_an_op_that_reads_its_output_is_seen() -> None:
 @pytest.mark.parametrize("name", ["qwen2-tiny", "mistral-tiny"])
 def test_a_padded_vocabulary_is_compared_right(name: str, dtype: str) -> None:
     """As the cuda backend has it; the columns and rows that the reference lacks are left out, and stay zero."""
-    be = rule.overlay(reference, pad_vocab=True)
+    be = overlay(reference, pad_vocab=True)
     report = judged(be, name, dtype, Plan())
     assert report.agree, report.guilty[:3]
     shapes = {r.shape for r in report.of("loss", FORCED) if r.tap in ("logits", "d_logits")}
@@ -824,7 +826,7 @@ def test_a_padded_vocabulary_is_compared_right(name: str, dtype: str) -> None:
 
 
 def test_faults_of_the_loss_are_seen_with_a_padded_vocabulary() -> None:
-    be = rule.overlay(reference, pad_vocab=True)
+    be = overlay(reference, pad_vocab=True)
     for name in ("end_of_the_vocabulary_left_out", "gradient_summed_not_averaged", "loss_of_other_rows"):
         row = catalogue.bisect(FAULTS[name], be, "float32", "qwen2-tiny").first
         assert row is not None
@@ -839,7 +841,7 @@ def test_the_tolerance_is_that_of_the_rule() -> None:
         cpu.linear_fwd(*args)
         seen.append([None if a is None else np.array(a) for a in args])
 
-    report = judged(rule.overlay(cpu, linear_fwd=linear_fwd), "llama-tiny", "float32")
+    report = judged(overlay(cpu, linear_fwd=linear_fwd), "llama-tiny", "float32")
     row = next(r for r in report.rows if r.tap == "0.qkv" and r.mode == FORCED)
     _, x, w, _ = seen[0]
     true = x.astype(np.float64) @ w.astype(np.float64).T
@@ -880,7 +882,7 @@ def test_what_is_just_within_passes_and_what_is_just_beyond_fails(tap: str) -> N
                 args[output][at] = want[at] + share * sound.tol
             count[0] += 1
 
-        rows = judged(rule.overlay(cpu, **{op: call}), "llama-tiny", "float32").rows
+        rows = judged(overlay(cpu, **{op: call}), "llama-tiny", "float32").rows
         return next(r for r in rows if r.tap == tap and r.mode == FORCED)
 
     within, beyond = moved(0.95), moved(-1.05)
@@ -1125,7 +1127,7 @@ def adamw(position: int, change: Callable[[Any], Any]) -> Any:
     def call(*args: Any) -> None:
         cpu.adamw(*args[:position], change(args[position]), *args[position + 1 :])
 
-    return rule.overlay(cpu, adamw=call)
+    return overlay(cpu, adamw=call)
 
 
 def test_a_sound_step_of_adamw() -> None:
@@ -1156,19 +1158,19 @@ def test_gradients_that_are_not_cleared_are_seen() -> None:
         if x.size != Layout(QWEN2).size or value != 0:
             cpu.fill(x, value)
 
-    (row,) = (r for r in optimizer_rows(rule.overlay(cpu, fill=fill)) if not r.ok)
+    (row,) = (r for r in optimizer_rows(overlay(cpu, fill=fill)) if not r.ok)
     assert (row.op, row.tap, row.cause) == ("AdamW.step", "g", "the gradients were not set to zero")
 
 
 def test_weights_that_do_not_move_are_seen() -> None:
-    rows = optimizer_rows(rule.overlay(cpu, adamw=lambda *a: None))
+    rows = optimizer_rows(overlay(cpu, adamw=lambda *a: None))
     assert red(rows) == [r.tap for r in rows[:-1]]
     assert {r.cause for r in rows[:-1]} == {"it did not move"}
 
 
 def test_clipping_that_is_left_out_is_seen_by_the_step() -> None:
     """The first step of Adam does not depend on the size of gradients, but for those near eps."""
-    be = rule.overlay(cpu, clip_factor=lambda factor, sum_sq, most: cpu.fill(factor, 1e-6))
+    be = overlay(cpu, clip_factor=lambda factor, sum_sq, most: cpu.fill(factor, 1e-6))
     assert red(optimizer_rows(be))
 
 
@@ -1206,7 +1208,7 @@ def failing(be: Any, name: str = "qwen2-tiny") -> set[str]:
     return {op for op, found in rows.items() if not all(r.ok for r in found)}
 
 
-@pytest.mark.parametrize("be", [cpu, rule.overlay(reference, pad_vocab=True)], ids=["cpu", "padded"])
+@pytest.mark.parametrize("be", [cpu, overlay(reference, pad_vocab=True)], ids=["cpu", "padded"])
 @pytest.mark.parametrize("name", catalogue.TINY)
 def test_sound_state(name: str, be: Any) -> None:
     assert failing(be, name) == set()
@@ -1221,7 +1223,7 @@ def evaluations(change: Callable[[int, Any, bool], None]) -> Any:
         count[0] += scale is None
         change(count[0], loss, scale is None)
 
-    return rule.overlay(cpu, cross_entropy=cross_entropy)
+    return overlay(cpu, cross_entropy=cross_entropy)
 
 
 def test_an_evaluation_that_computes_another_loss() -> None:
@@ -1252,10 +1254,10 @@ def test_an_evaluation_that_changes_the_step_after_it() -> None:
         if told[0]:
             dw[int(ids[0])] *= np.float32(1.000001)
 
-    be = rule.overlay(evaluations(change), embedding_bwd=embedding_bwd)
+    be = overlay(evaluations(change), embedding_bwd=embedding_bwd)
     assert failing(be) == {"after_evaluation"}
     told[0] = 0
-    rows = state_rows(rule.overlay(evaluations(change), embedding_bwd=embedding_bwd))["after_evaluation"]
+    rows = state_rows(overlay(evaluations(change), embedding_bwd=embedding_bwd))["after_evaluation"]
     assert [r.tap for r in rows if not r.ok] == ["grad.model.embed_tokens.weight"]
 
 
@@ -1265,7 +1267,7 @@ def test_scratch_that_is_read_before_it_is_written() -> None:
         cpu.swiglu_bwd(dgu, dy, gu)
         dgu += 0 * before
 
-    found = failing(rule.overlay(cpu, swiglu_bwd=swiglu_bwd))
+    found = failing(overlay(cpu, swiglu_bwd=swiglu_bwd))
     assert found == {"scratch_starts_as_nan", "recorded_pass"}  # the NaN stays
 
 
@@ -1287,7 +1289,7 @@ def test_ids_that_are_stale() -> None:
             host = kept.setdefault(x.ctypes.data, host.copy())
         cpu.from_host(x, host)
 
-    assert failing(rule.overlay(cpu, from_host=from_host)) == {"other_input"}
+    assert failing(overlay(cpu, from_host=from_host)) == {"other_input"}
 
 
 @pytest.mark.parametrize(
@@ -1410,7 +1412,7 @@ def test_weights_that_are_not_rounded_from_their_master_are_seen() -> None:
         sound.adamw(np.empty_like(w), master, *rest)
 
     cfg = PRESETS["qwen2-tiny"]
-    for be, first in ((sound, None), (rule.overlay(sound, adamw=adamw), "adamw")):
+    for be, first in ((sound, None), (overlay(sound, adamw=adamw), "adamw")):
         report = Report("", ("", ""), "")
         stages.run(
             cfg, Side(be, cfg, "bfloat16"), catalogue.weights_of(cfg),

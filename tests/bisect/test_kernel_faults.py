@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 import nvrtc
+from apr.backends.contract import OPS
 from apr.backends.cuda import kernels, ops
 from apr.backends.cuda.kernels.signatures import parse
 from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault, planted
-from apr.bisect.rule import parameters
 from apr.model.presets import PRESETS
 from cases import Backend
 from host_shim import Host, backend, folder  # noqa: F401  folder is a fixture
@@ -40,8 +40,8 @@ def wrong(be: Backend, fault: KernelFault, act: str) -> list[str]:
         bad = {name.split()[0] for name in off(accuracy(be, row, act))}
         for op, args in row.calls:
             if op == fault.op:
-                found |= {p for p, a in zip(parameters(op), args, strict=True) if a.name in bad}
-    return [p for p in parameters(fault.op) if p in found]
+                found |= {p for p, a in zip(OPS[op].parameters, args, strict=True) if a.name in bad}
+    return [p for p in OPS[fault.op].parameters if p in found]
 
 
 def first_wrong(machines: dict[str, Backend], fault: KernelFault) -> str | None:
@@ -66,7 +66,7 @@ def test_the_edit_is_of_one_module_and_is_undone(fault: KernelFault) -> None:
 @each_fault
 def test_what_a_fault_says_exists(fault: KernelFault) -> None:
     assert KERNEL_FAULTS[fault.name] is fault
-    assert fault.output in parameters(fault.op)
+    assert fault.output in OPS[fault.op].parameters
     assert fault.what
     assert set(fault.acts) <= {act for act, _ in kernels.variants(fault.module)} != set()
     models = [*PRESETS.values(), replace(PRESETS["mistral-tiny"], head_dim=32)]

@@ -18,10 +18,10 @@ import pytest
 import apr.bisect.spot as spot
 import apr.training.loop as loop
 from apr import backends
+from apr.backends import overlay
 from apr.bisect.planted.catalogue import weights_of
 from apr.bisect.planted.faults import FAULTS
 from apr.bisect.report import FORCED
-from apr.bisect.rule import overlay
 from apr.checkpoints.apr2 import read_apr
 from apr.cli.main import main
 from apr.model.hf_config import to_hf

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apr.backends.cpu import ops as cpu
+from apr import backends
 from apr.checkpoints.apr2 import read_apr, write_apr
 from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
@@ -31,6 +31,8 @@ from apr.model.transformer import Model
 from apr.training import evaluate, inputs, loop
 from apr.training.loop import Trainer
 from run_cases import RECIPE, VOCAB, cache, place, pretrain  # noqa: F401  cache and place are fixtures
+
+cpu = backends.get("cpu")
 
 
 @pytest.fixture(scope="module")

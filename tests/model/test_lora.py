@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from apr import backends
 from apr.backends import reference
-from apr.backends.cpu import ops as cpu
 from apr.bisect import rule
 from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.registry import open_any
@@ -32,6 +32,7 @@ from apr.model.transformer import Model
 from apr.training.settings import Settings, resolve
 from precision import rounded
 
+cpu = backends.get("cpu")
 FAMILIES = ["llama-tiny", "mistral-tiny", "olmo2-tiny", "qwen2-tiny", "qwen3-tiny", "smollm3-tiny"]
 ALL = tuple(LINEAR)
 

@@ -1,19 +1,13 @@
 """One row per way of calling an op, and the machine that runs a row on a backend.
 
-A call is "OP: ARGUMENT, ARGUMENT, ..." in the order of the parameters. An argument is NAME ROLE AXES, or
-NAME=VALUE for a scalar, or NAME alone for an array that was named before. The roles:
+A call is "OP: CHANGE, CHANGE": the op's row in apr/backends/contract.py, but for the arguments that a change names by
+their parameter, in the language of that row, a number as NAME=VALUE, or NAME none where None is passed. PARAMETER>NAME
+is an argument that is another array than its parameter is called after. An array is described where it is named first.
 
-    in        read; its gradient is the array d+NAME of the backward call
-    const     read; has no gradient         ids, targets   integers below V; every fourth target is -100
-    doc_start int32, where the document of each position begins: borders()
-    out       overwritten                   save           the same, and read by the backward call
-    acc       added to                      inplace        read and overwritten
-    none      None is passed
-
-A role ending in 64 is float64 whatever the dtype of the row, one ending in 32 is float32 in a bfloat16 row, one ending
-in + has values above zero. An axis is a length; H@K/W is a slice of length H that starts at K of an axis of length W: a
-strided view, as the model passes them. A backward call starts from upstream gradients: dy is that of y; dres, which is
-added to, starts as that of res. Sizes are odd on purpose: one row per line of the table "LETTERS: sizes, sizes, ...".
+An axis is a length; H@K/W is a slice of length H that starts at K of an axis of length W: a strided view, as the model
+passes them. Every fourth of `targets` is -100; `doc_start` is borders(). A backward call starts from upstream gradients:
+dy is that of y; dres, which is added to, starts as that of res. Sizes are odd on purpose: one row per line of the table
+"LETTERS: sizes, sizes, ...".
 """
 
 from __future__ import annotations
@@ -26,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from apr.bisect.rule import BF16
-from apr.bisect.rule import overlay as overlay  # most tests that use cases want it too
+from apr.backends import overlay as overlay  # most tests that use cases want it too
+from apr.backends.contract import BF16 as BF16
+from apr.backends.contract import OPS, SCALARS, Argument
 
 Backend = ModuleType | SimpleNamespace
 Arrays = dict[str, np.ndarray]
@@ -46,44 +41,30 @@ class Case:
 
 QKV = "q in B T H@0/H+2*K D, k in B T K@H/H+2*K D, v in B T K@H+K/H+2*K D"
 DQKV = "dq out B T H@0/H+2*K D, dk out B T K@H/H+2*K D, dv out B T K@H+K/H+2*K D"
+# of a key/value cache of P positions
+CACHE = "q in B T H@0/H+2*K D, k in B S@0/P K D, v in B S@0/P K D"
+DCACHE = "dq out B T H@0/H+2*K D, dk out B S@0/P K D, dv out B S@0/P K D"
 DOCUMENTS = (1, 5, 59, 2, 97, 17, 123, 257)  # lengths of documents
-MOMENTS = "m inplace32 N, v inplace32+ N, g in32 N, factor in64+ 1, lr=0.01, beta1=0.9, beta2=0.95"
+ADAMW = "lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1, step=3"
 
 CASES = [
-    Case(
-        "embedding",
-        "embedding_fwd: y out N C, ids ids N, w in V C",
-        "embedding_bwd: dw acc32 V C, dy in N C, ids",
-        "N C V: 1 1 1, 5 59 97, 257 123 59",
-    ),
-    Case(
-        "linear",
-        "linear_fwd: y out N O, x in N I, w in O I, b in O",
-        "linear_bwd: dx out N I, dw acc32 O I, db acc32 O, dy in N O, x, w",
-        "N O I: 1 1 1, 5 97 59, 123 5 97, 59 257 123, 257 1 5",
-    ),
+    Case("embedding", "embedding_fwd", "embedding_bwd", "N C V: 1 1 1, 5 59 97, 257 123 59"),
+    Case("linear", "linear_fwd", "linear_bwd", "N O I: 1 1 1, 5 97 59, 123 5 97, 59 257 123, 257 1 5"),
     Case(
         "linear_no_bias",
-        "linear_fwd: y out N O, x in N I, w in O I, b none",
-        "linear_bwd: dx out N I, dw acc32 O I, db none, dy in N O, x, w",
+        "linear_fwd: b none",
+        "linear_bwd: db none",
         "N O I: 1 59 5, 97 123 59, 257 5 97",
     ),
     Case(
-        "linear_frozen",
-        "linear_fwd: y out N O, x in N I, w const O I, b none",
-        "linear_bwd: dx out N I, dw none, db none, dy in N O, x, w",
-        "N O I: 5 97 59",
+        "linear_frozen", "linear_fwd: w const O I, b none", "linear_bwd: dw none, db none", "N O I: 5 97 59"
     ),
-    Case(
-        "linear_rows_apart",  # the last position of each sequence
-        "linear_fwd: y out N O, x in N I@2*I/3*I, w in O I, b none",
-        "",
-        "N O I: 1 123 59, 5 97 59",
-    ),
+    # the last position of each sequence
+    Case("linear_rows_apart", "linear_fwd: x in N I@2*I/3*I, b none", "", "N O I: 1 123 59, 5 97 59"),
     *[
         Case(
             f"gemm_{a[0]}{b[0]}",
-            f"gemm: out inplace32 M N, a in32 {a[2:]}, b in32 {b[2:]}, alpha=0.7, beta=0.3, "
+            f"gemm: a in32 {a[2:]}, b in32 {b[2:]}, alpha=0.7, beta=0.3, "
             f"trans_a={a[0] == 't'}, trans_b={b[0] == 't'}",
             "",
             "M N K: 1 1 1, 5 59 97, 123 97 5, 59 5 257",
@@ -93,7 +74,7 @@ CASES = [
     ],
     Case(
         "gemm_fresh",
-        "gemm: out out32 M N, a in32 M K, b in32 K N, alpha=-1.5, beta=0.0, trans_a=False, trans_b=False",
+        "gemm: out out32 M N, alpha=-1.5, beta=0.0, trans_a=False, trans_b=False",
         "",
         "M N K: 97 5 59",
     ),
@@ -103,122 +84,91 @@ CASES = [
         "",
         "M N K P: 59 97 5 123",
     ),
-    Case("add", "add: out out N C, a in N C, b in N C", "", "N C: 1 1, 5 59, 97 123, 123 5"),
-    Case("add_in_place", "add: a inplace N C, a, b in N C", "", "N C: 5 59, 123 97"),
+    Case("add", "add", "", "N C: 1 1, 5 59, 97 123, 123 5"),
+    Case("add_in_place", "add: out>a inplace N C", "", "N C: 5 59, 123 97"),
     Case(
-        "add_rmsnorm",
-        "add_rmsnorm_fwd: res out N C, y out N C, rstd save32 N, res_in in N C, delta in N C, w in C, eps=1e-5",
-        "add_rmsnorm_bwd: dres acc N C, dw acc32 C, dy in N C, res, rstd, w",
-        "N C: 1 2, 5 59, 97 123, 123 5, 59 257",
+        "add_rmsnorm", "add_rmsnorm_fwd: eps=1e-5", "add_rmsnorm_bwd", "N C: 1 2, 5 59, 97 123, 123 5, 59 257"
     ),
     Case(
         "add_rmsnorm_first",  # no delta, and res is res_in
-        "add_rmsnorm_fwd: res inplace N C, y out N C, rstd save32 N, res, none, w in C, eps=1e-6",
-        "add_rmsnorm_bwd: dres acc N C, dw acc32 C, dy in N C, res, rstd, w",
+        "add_rmsnorm_fwd: res inplace N C, res_in>res, delta none, eps=1e-6",
+        "add_rmsnorm_bwd",
         "N C: 1 5, 257 3, 59 97",
     ),
     Case(
         "head_rmsnorm",  # H heads from head S: of P in y, of Q in x
-        "head_rmsnorm_fwd: y out N H@S/P D, rstd save32 N H@S/P, x in N H@S/Q D, w in D, eps=1e-6",
-        "head_rmsnorm_bwd: dx out N H@S/Q D, dw acc32 D, dy in N H@S/P D, x, rstd, w",
+        "head_rmsnorm_fwd: y out N H@S/P D, rstd save32 N H@S/P, x in N H@S/Q D, eps=1e-6",
+        "head_rmsnorm_bwd: dx out N H@S/Q D, dy in N H@S/P D",
         "N H D S P Q: 1 1 2 0 1 1, 5 7 59 0 8 9, 97 1 10 7 8 9, 123 4 12 0 6 8, 59 2 97 4 6 8",
     ),
     Case(
         "rmsnorm_of_all_heads",  # D elements from S of rows of P in y, of Q in x; rstd of q and of k side by side
-        "head_rmsnorm_fwd: y out N 1 D@S/P, rstd save32 N 1@R/2, x in N 1 D@S/Q, w in D, eps=1e-6",
-        "head_rmsnorm_bwd: dx out N 1 D@S/Q, dw acc32 D, dy in N 1 D@S/P, x, rstd, w",
+        "head_rmsnorm_fwd: y out N 1 D@S/P, rstd save32 N 1@R/2, x in N 1 D@S/Q, eps=1e-6",
+        "head_rmsnorm_bwd: dx out N 1 D@S/Q, dy in N 1 D@S/P",
         "N D S P Q R: 5 59 0 97 123 0, 97 123 59 257 258 1, 5 1025 7 1100 1148 1, 3 2049 0 2049 4100 0",
     ),
     Case(
         "rope",
-        "rope: x inplace B T H@S/P 2*E, cos const32 T E, sin const32 T E, sign=1",
-        "rope: dx inplace B T H@S/P 2*E, cos, sin, sign=-1",
+        "rope: x inplace B T H@S/P 2*E, sign=1",
+        "rope: x>dx inplace B T H@S/P 2*E, sign=-1",
         "B T H E S P: 1 1 1 1 0 1, 2 59 4 5 0 8, 1 97 2 6 4 8, 5 5 7 30 1 9",
     ),
     Case(
         "attention",
-        f"attention_fwd: y out B T H D, lse save32 B H T, {QKV}, none, window=0",
-        f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, none, window=0",
+        f"attention_fwd: {QKV}, doc_start none, window=0",
+        f"attention_bwd: {DQKV}, window=0",
         "B T H K D: 2 5 4 4 10, 1 59 4 2 6, 2 9 4 1 8, 1 13 7 1 5, 1 123 2 1 59, 1 257 1 1 8",
     ),
     Case(
         "attention_window",
-        f"attention_fwd: y out B T H D, lse save32 B H T, {QKV}, none, window=W",
-        f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, none, window=W",
+        f"attention_fwd: {QKV}, doc_start none, window=W",
+        f"attention_bwd: {DQKV}, window=W",
         "B T H K D W: 1 5 2 2 8 2, 2 13 4 2 6 5, 1 97 4 1 5 59, 1 123 2 1 10 5, 1 59 1 1 4 97",
     ),
     Case(
         "attention_cache",  # the last T of S positions ask; keys and values lie in a cache of P positions
-        "attention_fwd: y out B T H D, lse save32 B H T, q in B T H@0/H+2*K D, k in B S@0/P K D, v in B S@0/P K D,"
-        "none, window=W",
-        "attention_bwd: dq out B T H@0/H+2*K D, dk out B S@0/P K D, dv out B S@0/P K D, dy in B T H D, y, lse, q, k, v,"
-        "none, window=W",
+        f"attention_fwd: {CACHE}, doc_start none, window=W",
+        f"attention_bwd: {DCACHE}, window=W",
         "B T S P H K D W: 1 1 3 5 2 1 6 0, 2 1 59 97 4 2 5 0, 2 5 13 59 7 1 8 0, 1 5 59 60 4 4 6 7, 1 97 123 123 2 1 5 59",
     ),
     Case(
         "attention_documents",
-        f"attention_fwd: y out B T H D, lse save32 B H T, {QKV}, doc_start doc_start B T, window=W",
-        f"attention_bwd: {DQKV}, dy in B T H D, y, lse, q, k, v, doc_start, window=W",
+        f"attention_fwd: {QKV}, window=W",
+        f"attention_bwd: {DQKV}, window=W",
         "B T H K D W: 2 5 2 2 4 0, 3 13 4 4 8 0, 2 59 4 2 6 0, 2 97 4 1 5 0, 1 123 7 1 6 0, 2 123 2 1 10 5, 1 257 2 2 8 59,"
         "2 257 4 1 8 0",
     ),
     Case(
         "attention_documents_cache",
-        "attention_fwd: y out B T H D, lse save32 B H T, q in B T H@0/H+2*K D, k in B S@0/P K D, v in B S@0/P K D,"
-        "doc_start doc_start B T, window=W",
-        "attention_bwd: dq out B T H@0/H+2*K D, dk out B S@0/P K D, dv out B S@0/P K D, dy in B T H D, y, lse, q, k, v,"
-        "doc_start, window=W",
+        f"attention_fwd: {CACHE}, window=W",
+        f"attention_bwd: {DCACHE}, window=W",
         "B T S P H K D W: 2 1 59 97 4 2 5 0, 2 13 97 98 4 1 6 7, 2 59 257 259 2 1 8 0",
     ),
-    Case(
-        "swiglu",
-        "swiglu_fwd: y out N F, gu in N 2*F",
-        "swiglu_bwd: dgu out N 2*F, dy in N F, gu",
-        "N F: 1 1, 5 59, 97 123, 123 5, 1 257",
-    ),
-    Case(
-        "cross_entropy",
-        "cross_entropy: loss out32 N, logits inplace N V, targets targets N, scale=0.37, z_loss=0.0",
-        "",
-        "N V: 1 5, 5 59, 97 123, 59 1025",
-    ),
+    Case("swiglu", "swiglu_fwd", "swiglu_bwd", "N F: 1 1, 5 59, 97 123, 123 5, 1 257"),
+    Case("cross_entropy", "cross_entropy: scale=0.37, z_loss=0.0", "", "N V: 1 5, 5 59, 97 123, 59 1025"),
     Case(
         "cross_entropy_rows_apart",
-        "cross_entropy: loss out32 N, logits inplace N V@0/P, targets targets N, scale=0.37, z_loss=0.0",
+        "cross_entropy: logits inplace N V@0/P, scale=0.37, z_loss=0.0",
         "",
         "N V P: 5 59 64, 1 5 64, 59 1025 1032",
     ),
-    Case(
-        "cross_entropy_z",
-        "cross_entropy: loss out32 N, logits inplace N V, targets targets N, scale=0.37, z_loss=0.01",
-        "",
-        "N V: 5 59, 59 1025",
-    ),
+    Case("cross_entropy_z", "cross_entropy: scale=0.37, z_loss=0.01", "", "N V: 5 59, 59 1025"),
     Case(
         "cross_entropy_loss_only",
-        "cross_entropy: loss out32 N, logits in N V, targets targets N, scale=None, z_loss=0.01",
+        "cross_entropy: logits in N V, scale=None, z_loss=0.01",
         "",
         "N V: 1 5, 5 59, 97 1025",
     ),
-    Case("add_sum", "add_sum: total acc64 1, x in32 N", "", "N: 1, 59, 257"),
-    Case("add_sum_of_losses", "add_sum: total acc64 1, x in32+ N", "", "N: 40001"),
-    Case("add_sum_sq", "add_sum_sq: total acc64+ 1, x in32 N", "", "N: 1, 59, 257, 40001"),
-    Case("clip_factor", "clip_factor: factor out64 1, sum_sq in64+ 1, max_norm=0.5", "", "N: 1"),
-    Case(
-        "adamw",  # the weights are their own master
-        f"adamw: w inplace32 N, w, {MOMENTS}, eps=1e-8, decay=0.1, step=3",
-        "",
-        "N: 1, 59, 257, 40001",
-    ),
-    Case(
-        "adamw_master",
-        f"adamw: w out N, master inplace32 N, {MOMENTS}, eps=1e-8, decay=0.1, step=3",
-        "",
-        "N: 1, 59, 257, 40001",
-    ),
+    Case("add_sum", "add_sum", "", "N: 1, 59, 257"),
+    Case("add_sum_of_losses", "add_sum: x in32+ N", "", "N: 40001"),
+    Case("add_sum_sq", "add_sum_sq", "", "N: 1, 59, 257, 40001"),
+    Case("clip_factor", "clip_factor: max_norm=0.5", "", "N: 1"),
+    # the weights are their own master
+    Case("adamw", f"adamw: w inplace32 N, master>w, {ADAMW}", "", "N: 1, 59, 257, 40001"),
+    Case("adamw_master", f"adamw: {ADAMW}", "", "N: 1, 59, 257, 40001"),
     Case(
         "adamw_first_step",
-        f"adamw: w out N, master inplace32 N, {MOMENTS}, eps=1e-3, decay=0.0, step=1",
+        "adamw: lr=0.01, beta1=0.9, beta2=0.95, eps=1e-3, decay=0.0, step=1",
         "",
         "N: 97",
     ),
@@ -226,28 +176,15 @@ CASES = [
 
 
 @dataclass(frozen=True)
-class Arg:
-    """One argument of a call. axes: (length, start, whole) of each axis; value: of a scalar."""
+class Arg(Argument):
+    """One argument of a call. axes: (length, start, whole) of each axis; value: of a number."""
 
-    name: str
-    role: str
-    bits: int = 0  # 64, 32: of the suffix
-    positive: bool = False
-    axes: tuple[tuple[int, int, int], ...] = ()
     value: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the view."""
         return tuple(length for length, _, _ in self.axes)
-
-    def kind(self, dtype: Any) -> np.dtype:
-        """Dtype of the array in a row of `dtype`."""
-        if self.role in ("ids", "targets", "doc_start"):
-            return np.dtype(np.int32)
-        if self.bits == 32 and np.dtype(dtype) == BF16:
-            return np.dtype(np.float32)
-        return np.dtype(np.float64 if self.bits == 64 else dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +200,8 @@ class Row:
     @cached_property
     def calls(self) -> list[tuple[str, list[Arg]]]:
         """The op and the arguments of the forward call and, where there is one, of the backward call."""
-        return [self._parse(call) for call in (self.case.fwd, self.case.bwd) if call]
+        named: dict[str, Arg] = {}
+        return [self._parse(call, named) for call in (self.case.fwd, self.case.bwd) if call]
 
     @property
     def written(self) -> dict[str, tuple[int, int]]:
@@ -279,24 +217,39 @@ class Row:
         """Of the tolerance rule: 2 for values, 3 for gradients."""
         return 2 if self.written[name][0] == 0 and name != "logits" else 3
 
-    def _parse(self, call: str) -> tuple[str, list[Arg]]:
+    def _parse(self, call: str, named: dict[str, Arg]) -> tuple[str, list[Arg]]:
         op, _, rest = call.partition(":")
-        return op, [self._argument(text.strip()) for text in rest.split(",")]
+        changes = dict(self._change(text.strip()) for text in rest.split(",") if text)
+        args = []
+        for argument in OPS[op].arguments:
+            arg = changes.pop(argument.name, argument)
+            if arg.name in named:
+                arg = Arg(arg.name, "again")
+            elif not isinstance(arg, Arg):
+                assert arg.role not in SCALARS, f"{self}: {op} needs a value of {arg.name}"
+                arg = self._sized(arg)
+            if arg.role != "scalar":
+                named[arg.name] = arg
+            args.append(arg)
+        assert not changes, f"{self}: {op} has no {', '.join(changes)}"
+        return op, args
 
-    def _argument(self, text: str) -> Arg:
-        if "=" in text:
-            name, value = text.split("=")
-            return Arg(name, "scalar", value=self._number(value))
-        name, role, *axes = text.split() if " " in text else (text, "again")
+    def _change(self, text: str) -> tuple[str, Arg]:
+        """(parameter, argument) of a change."""
+        name, equals, value = text.partition("=")
+        if equals:
+            return name, Arg(name, "scalar", value=self._number(value))
+        parameter, other, rest = text.partition(">")
+        name, *role = (rest if other else text).split()
+        return parameter.split()[0], self._sized(Argument.read(f"{name} {' '.join(role) or 'again'}"))
 
+    def _sized(self, a: Argument) -> Arg:
         def axis(token: str) -> tuple[int, int, int]:
             length, _, place = token.partition("@")
             start, _, whole = place.partition("/")
             return self._number(length), self._number(start or "0"), self._number(whole or length)
 
-        kind = role.rstrip("+0123456789")
-        bits = int(role.removeprefix(kind).rstrip("+") or "0")
-        return Arg(name, kind, bits, "+" in role, tuple(axis(a) for a in axes))
+        return Arg(a.name, a.role, a.bits, a.positive, a.optional, tuple(map(axis, a.axes)))
 
     def _number(self, text: str) -> Any:
         return eval(text, {}, self.sizes)

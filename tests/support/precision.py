@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from apr.backends import reference
+from apr.backends import overlay, reference
 from apr.bisect.rule import (
     BF16,
     flash,
-    overlay,
     relative,
     relative_tolerance,
     rounded,

@@ -1,7 +1,7 @@
 """The cpu backend: float32, OpenBLAS for matrix products and Numba for the rest.
 
 The functions, their parameters and what they compute are those of reference.py, where the formulas
-stand; the loops are in kernels.py.
+stand; the loops are in kernels.py. Plumbing that is not defined here is that of reference.py: arrays are NumPy's.
 """
 
 from __future__ import annotations
@@ -13,20 +13,9 @@ import numba
 import numpy as np
 
 from ...common.errors import DeviceError, UsageError
-from ..reference import capture, clip_factor, copy, free_memory, from_host, overhead, sync, to_host, tune
+from ...common.host import cpu_name
+from .. import reference
 from . import kernels
-
-__all__ = [
-    "capture",
-    "clip_factor",
-    "copy",
-    "free_memory",
-    "from_host",
-    "overhead",
-    "sync",
-    "to_host",
-    "tune",
-]
 
 Array = Any
 
@@ -69,8 +58,6 @@ def set_device(index: int) -> None:
 
 def describe() -> dict[str, str]:
     """See reference.py."""
-    from ...common.host import cpu_name
-
     return {"backend": name, "cpu": cpu_name(), "threads": str(numba.get_num_threads())}
 
 
@@ -208,6 +195,9 @@ def add_sum_sq(total: Array, x: Array) -> None:
     total += kernels.total(x, True)
 
 
+clip_factor = reference.clip_factor  # of one number
+
+
 def adamw(
     w: Array,
     master: Array,
@@ -226,7 +216,7 @@ def adamw(
     bias1, bias2 = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
     kernels.adamw(master, m, v, g, factor[0], lr, 1 - beta1, 1 - beta2, bias1, bias2, eps, lr * decay)
     if w.ctypes.data != master.ctypes.data:
-        copy(w, master)
+        reference.copy(w, master)
 
 
 kernels.set_blas_threads(1)

@@ -14,11 +14,13 @@ from unittest import mock
 
 import numpy as np
 
+from ...backends import overlay
+from ...backends.contract import BF16
 from ...data.batches import Permutation, Windows
 from ...model.config import ModelConfig
 from ...model.families import layers_of
 from ...model.params import Layout
-from ..rule import BF16, Backend, overlay
+from ..rule import Backend
 
 Ops = dict[str, Callable[..., Any]]
 Weights = dict[tuple[int | None, str], np.ndarray]  # (layer, name) -> a view that can be changed
