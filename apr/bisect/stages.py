@@ -16,6 +16,7 @@ import ml_dtypes  # noqa: F401 - gives NumPy the name "bfloat16"
 import numpy as np
 
 from ..backends import reference
+from ..backends.cuda.ops import noted_numbers
 from ..model.buffers import WIDE
 from ..model.config import ModelConfig
 from ..model.cost import memory
@@ -231,36 +232,6 @@ def all_used(layout: Layout, passed: set[str], trained: bool) -> list[ArrayCompa
                 )
             )
     return rows
-
-
-@contextmanager
-def kernel_arguments(seen: dict[tuple[str, str], set[float]]) -> Iterator[None]:
-    """Note the numbers that CUDA kernels are launched with: seen[kernel, parameter]. Does nothing without CUDA."""
-    from ..backends.cuda import kernels, ops
-
-    machine = ops.machine
-    if machine is None:
-        yield
-        return
-    load = machine.kernel
-
-    def noted(module: str, name: str, act: str, **defines: int) -> Any:
-        kernel = load(module, name, act, **defines)
-        declared = kernels.signatures(module)[name]
-
-        def launch(grid: Any, block: Any, args: tuple[Any, ...], **options: Any) -> None:
-            for p, x in zip(declared, args, strict=True):
-                if not p.pointer:
-                    seen.setdefault((name, p.name), set()).add(float(x))
-            kernel(grid, block, args, **options)
-
-        return launch
-
-    machine.kernel = noted
-    try:
-        yield
-    finally:
-        machine.kernel = load
 
 
 def kernels_given(cfg: ModelConfig, seen: dict[tuple[str, str], set[float]]) -> list[ArrayComparison]:
@@ -677,7 +648,7 @@ def run(
                 report.add(optimizer_steps(judged))
                 judged.be.from_host(judged.w, weights)
     progress("forward to optimizer, each op alone")
-    with kernel_arguments(given):
+    with noted_numbers(given):
         looked = forced(truth, judged, batch, plan.optimizer and plan.backward)
         spent(looked)
         report.add(looked.rows)

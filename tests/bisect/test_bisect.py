@@ -21,8 +21,7 @@ import pytest
 
 import apr.cli.bisect as command
 from apr import backends
-from apr.backends import overlay
-from apr.backends.contract import OPS
+from apr.backends import contract, overlay
 from apr.backends.cuda import ops as cuda_ops
 from apr.bisect import batch as batches
 from apr.bisect import rule, stages, watch
@@ -645,7 +644,7 @@ def test_a_watch_is_given_every_op_once_and_decides_whether_it_runs() -> None:
         return call
 
     def step(leave_out: str) -> tuple[list[str], dict[str, bytes]]:
-        be = overlay(cpu, **{op: count(op) for op in OPS})
+        be = overlay(cpu, **{op: count(op) for op in contract.OPS})
         models = [Model(cfg, b, *SHAPE, d) for b, d in ((reference, "float64"), (be, "float32"))]
         for m in models:
             m.be.from_host(m.w, catalogue.weights_of(cfg))
@@ -663,7 +662,7 @@ def test_a_watch_is_given_every_op_once_and_decides_whether_it_runs() -> None:
 
     seen, bits = step("")
     assert seen == counted
-    assert set(seen) == set(OPS) - {"head_rmsnorm_fwd", "head_rmsnorm_bwd", "add", "gemm"}
+    assert set(seen) == set(contract.OPS) - {"head_rmsnorm_fwd", "head_rmsnorm_bwd", "add", "gemm"}
     counted.clear()
     assert step("swiglu_fwd")[1]["w"] != bits["w"]
     assert "swiglu_fwd" not in counted
@@ -1059,7 +1058,7 @@ def launch(eps: float, window: int, sign: int) -> None:
 
 def given_to_kernels(cfg: ModelConfig, *calls: tuple[float, int, int]) -> list[ArrayComparison]:
     seen: dict[tuple[str, str], set[float]] = {}
-    with stages.kernel_arguments(seen):
+    with cuda_ops.noted_numbers(seen):
         for call in calls:
             launch(*call)
     return stages.kernels_given(cfg, seen)
@@ -1103,7 +1102,7 @@ def test_an_epsilon_that_is_baked_in_is_named(launched: list[str], monkeypatch: 
 def test_without_cuda_no_kernel_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_ops, "machine", None)
     seen: dict[tuple[str, str], set[float]] = {}
-    with stages.kernel_arguments(seen):
+    with cuda_ops.noted_numbers(seen):
         pass
     assert stages.kernels_given(QWEN2, seen) == []
 

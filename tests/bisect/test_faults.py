@@ -18,7 +18,8 @@ import batch_checks
 import data_cases
 from apr import backends
 from apr.bisect.planted import catalogue
-from apr.bisect.planted.faults import DATA, FAULTS, LAYOUT, Fault
+from apr.bisect.planted.fault import DATA, LAYOUT, Fault
+from apr.bisect.planted.faults import FAULTS
 from apr.model.families import FAMILIES
 from apr.model.presets import PRESETS
 from apr.tokenizer.training import train_tokenizer
@@ -178,7 +179,7 @@ def test_bisect_names_the_op(fault: Fault) -> None:
     for be, dtype, name in [(cpu, "float32", models[0]), (reference, "float64", models[-1])]:
         row = catalogue.bisect(fault, be, dtype, name).first
         assert row is not None, (be.name, name)
-        assert catalogue.Found(fault, name, row, 0.0).named, (be.name, name, row)
+        assert catalogue.Planted(fault, name, row, 0.0).is_named, (be.name, name, row)
 
 
 def test_the_catalogue_is_long_enough_and_says_what_each_fault_does() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from apr import backends
-from apr.bisect.planted.faults import FAULTS, VALUES, Fault
+from apr.bisect.planted.fault import VALUES, Fault
+from apr.bisect.planted.faults import FAULTS
 from apr.common.errors import Refused
 from apr.model.config import ModelConfig
 from apr.model.cost import memory

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from apr import backends
-from apr.bisect.planted.faults import FAULTS, Fault
+from apr.bisect.planted.fault import Fault
+from apr.bisect.planted.faults import FAULTS
 from apr.model.taps import Compare, Finite, Record, Stats, key, no_tap
 from cases import overlay
 from checks import CONFIGS, batch, on, randomised, step

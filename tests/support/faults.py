@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from apr.bisect.planted.faults import Fault
+from apr.bisect.planted.fault import Fault
 from apr.model.config import ModelConfig
 from apr.model.transformer import Model
 from cases import Backend

@@ -8,6 +8,8 @@ Sums over rows are cut the same way on every GPU, so that the bits depend on sha
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from math import inf
 from typing import Any, Protocol
@@ -37,10 +39,37 @@ class Machine(Protocol):
 
 
 machine: Any = None  # a Machine; set by cuda.set_device, and by tests
+Numbers = dict[tuple[str, str], set[float]]  # (kernel, parameter) -> the values of a scalar
 
 BLOCKS = 264  # two on each multiprocessor of an H200: in how many parts sums over rows are cut
 SUM_BLOCKS = 1056
 SHARED_STATIC = 1024  # bytes that a kernel may have besides its dynamic shared memory
+
+
+@contextmanager
+def noted_numbers(numbers: Numbers) -> Iterator[None]:
+    """Note the scalars that kernels are launched with inside; does nothing where there is no machine."""
+    if machine is None:
+        yield
+        return
+    load = machine.kernel
+
+    def kernel(module: str, name: str, act: str, **defines: int) -> Any:
+        launch, declared = load(module, name, act, **defines), kernels.signatures(module)[name]
+
+        def noted(grid: Shape, block: Shape, args: tuple[Any, ...], **options: Any) -> None:
+            for p, x in zip(declared, args, strict=True):
+                if not p.pointer:
+                    numbers.setdefault((name, p.name), set()).add(float(x))
+            launch(grid, block, args, **options)
+
+        return noted
+
+    machine.kernel = kernel
+    try:
+        yield
+    finally:
+        machine.kernel = load
 
 
 def _run(module: str, name: str, act: Any, grid: Shape, block: Shape, *args: Any, shared: int = 0) -> None:

@@ -22,7 +22,8 @@ from .. import batch as batches
 from ..report import ArrayComparison, Report
 from ..rule import Backend
 from ..stages import Side, run
-from .faults import DATA, FAULTS, Fault
+from .fault import DATA, Fault
+from .faults import FAULTS
 
 SHAPE = (2, 17)
 DOCUMENT_END = 5  # of faults that show between documents only

@@ -7,137 +7,54 @@ numeric gradient cannot see them. `apr bisect --catalogue` plants them all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
-from ...backends import overlay
 from ...backends.contract import BF16
 from ...data.batches import Permutation, Windows
 from ...model.config import ModelConfig
 from ...model.families import layers_of
-from ...model.params import Layout
-from ..rule import Backend
+from .fault import (
+    ADAMW,
+    BACKWARD,
+    EVERY,
+    LAYOUT,
+    REPEAT,
+    TRUTH,
+    VALUES,
+    Ops,
+    Weights,
+    address,
+    believed,
+    changed,
+    dense,
+    entered,
+    fault,
+    loaded,
+    none,
+    read,
+    rolled,
+    times,
+)
 
-Ops = dict[str, Callable[..., Any]]
-Weights = dict[tuple[int | None, str], np.ndarray]  # (layer, name) -> a view that can be changed
-FAULTS: dict[str, Fault] = {}
-VALUES = frozenset(
-    {"truth", "golden"}
-)  # the checks of the test suite that see a fault which is its own derivative's
-EVERY = VALUES | {"gradient"}
-TRUTH = frozenset({"truth"})
-BACKWARD = EVERY  # wrong gradients show in all three
-ADAMW = frozenset({"adamw"})
-REPEAT = frozenset({"repeat"})
-LAYOUT = frozenset({"layout"})
-DATA = frozenset({"data"})
-
-
-@dataclass(frozen=True)
-class Named:
-    """What bisect must say first: the stage, the op, and the tap, as a regular expression."""
-
-    stage: str
-    op: str
-    tap: str
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A fault: the functions of a backend that it replaces, and what sees it.
-
-    seen_by: the checks of the test suite that must turn red (tests/bisect/test_faults.py). applies: the models it can
-    be seen in. config, weights: what the faulty side believes the model and its parameters to be. patch: of the code
-    that reads data, which has no sides. documents: attention stops where documents end, and the fault shows there only.
-    """
-
-    name: str
-    what: str
-    named: Named
-    ops: Callable[[Any], Ops]
-    seen_by: frozenset[str]
-    applies: Callable[[ModelConfig], bool]
-    config: Callable[[ModelConfig], ModelConfig]
-    weights: Callable[[Weights], None] | None
-    patch: Callable[[], AbstractContextManager[Any]]
-    documents: bool = False
-
-    def backend(self, be: Backend, cfg: ModelConfig) -> Backend:
-        """A backend with the fault, for a model of the (sound) configuration."""
-        ops = self.ops(be)
-        if self.weights is not None:
-            ops["from_host"] = _uploads(be, Layout(cfg), self.weights)
-        return overlay(be, **ops)
-
-
-def _uploads(
-    be: Backend, layout: Layout, change: Callable[[Weights], None]
-) -> Callable[[Any, np.ndarray], None]:
-    def from_host(x: Any, host: np.ndarray) -> None:
-        if host.shape == (layout.size,):
-            host = host.copy()
-            change(
-                {
-                    (s.layer, s.param.name): host[s.offset : s.offset + s.size].reshape(s.shape)
-                    for s in layout.slots
-                }
-            )
-        be.from_host(x, host)
-
-    return from_host
-
-
-def _no_ops(be: Any) -> Ops:
-    return {}
-
-
-def fault(
-    named: str,
-    seen_by: frozenset[str],
-    applies: Callable[[ModelConfig], bool] = lambda c: True,
-    config: Callable[[ModelConfig], ModelConfig] = lambda c: c,
-    documents: bool = False,
-) -> Callable[[Callable[[Any], Ops]], Callable[[Any], Ops]]:
-    """Put a function that makes the faulty ops into FAULTS, under its name; `named` is "stage op tap"."""
-
-    def enter(ops: Callable[[Any], Ops]) -> Callable[[Any], Ops]:
-        options = dict(ops=ops, applies=applies, config=config, documents=documents)
-        _enter(ops.__name__, ops.__doc__, named, seen_by, **options)
-        return ops
-
-    return enter
-
-
-def _enter(name: str, doc: str | None, named: str, seen_by: frozenset[str], **options: Any) -> None:
-    what = (doc or name.replace("_", " ")).strip().split("\n")[0].rstrip(".")
-    plain: dict[str, Any] = dict(
-        ops=_no_ops, applies=lambda c: True, config=lambda c: c, weights=None, patch=nullcontext
-    )
-    FAULTS[name] = Fault(name, what, Named(*named.split(" ", 2)), seen_by=seen_by, **{**plain, **options})
+ATTENTION = "attention_fwd attention_bwd"
 
 
 @fault(r"forward linear_fwd 0\.qkv", EVERY, lambda c: c.qkv_bias)
 def bias_dropped(be: Any) -> Ops:
     """The biases of q, k and v are not added."""
-
-    def linear_fwd(y: Any, x: Any, w: Any, b: Any) -> None:
-        be.linear_fwd(y, x, w, None)
-
-    return dict(linear_fwd=linear_fwd)
+    return changed(be, "linear_fwd", b=none)
 
 
 @fault(r"backward linear_bwd grad\.\d+\.bqkv", EVERY, lambda c: c.qkv_bias)
 def bias_gradient_missing(be: Any) -> Ops:
     """The biases of q, k and v get no gradient."""
-
-    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any) -> None:
-        be.linear_bwd(dx, dw, None, dy, x, w)
-
-    return dict(linear_bwd=linear_bwd)
+    return changed(be, "linear_bwd", db=none)
 
 
 @fault(r"forward rope 0\.rope", VALUES)
@@ -156,11 +73,7 @@ def rope_pairs_neighbours(be: Any) -> Ops:
 @fault(r"forward rope 0\.rope", VALUES)
 def rope_off_by_a_thousandth(be: Any) -> Ops:
     """sin is 0.1 % too large."""
-
-    def rope(x: Any, cos: Any, sin: Any, sign: int) -> None:
-        be.rope(x, cos, sin * sin.dtype.type(1.001), sign)
-
-    return dict(rope=rope)
+    return changed(be, "rope", sin=lambda sin: sin * sin.dtype.type(1.001))
 
 
 @fault(r"backward rope \d+\.d_rope", EVERY)
@@ -219,26 +132,16 @@ def mask_hides_the_token_itself(be: Any) -> Ops:
     return _other_keys(be, lambda n: [0, *range(n - 1)])
 
 
-def _other_window(be: Any, change: Callable[[int], int]) -> Ops:
-    def attention_fwd(*args: Any) -> None:
-        be.attention_fwd(*args[:-1], change(args[-1]))
-
-    def attention_bwd(*args: Any) -> None:
-        be.attention_bwd(*args[:-1], change(args[-1]))
-
-    return dict(attention_fwd=attention_fwd, attention_bwd=attention_bwd)
-
-
 @fault(r"forward attention_fwd 0\.att", VALUES, lambda c: c.sliding_window > 0)
 def window_ignored(be: Any) -> Ops:
     """The sliding window is ignored."""
-    return _other_window(be, lambda window: 0)
+    return changed(be, ATTENTION, window=lambda window: 0)
 
 
 @fault(r"forward attention_fwd 0\.att", VALUES, lambda c: c.sliding_window > 0)
 def window_one_too_wide(be: Any) -> Ops:
     """A query sees one token more than its window."""
-    return _other_window(be, lambda window: window + 1)
+    return changed(be, ATTENTION, window=lambda window: window + 1)
 
 
 @fault(r"forward attention_fwd 0\.att", VALUES, lambda c: 1 < c.num_kv_heads < c.num_heads)
@@ -277,21 +180,13 @@ def one_head_two_percent_off(be: Any) -> Ops:
 @fault(r"forward add_rmsnorm_fwd 0\.(norm1|rstd1)", VALUES, lambda c: layers_of(c)[0].attn_norm)
 def norm_eps_doubled(be: Any) -> Ops:
     """RMSNorm uses twice the epsilon that it is given."""
-
-    def add_rmsnorm_fwd(res: Any, y: Any, rstd: Any, res_in: Any, delta: Any, w: Any, eps: float) -> None:
-        be.add_rmsnorm_fwd(res, y, rstd, res_in, delta, w, 2 * eps)
-
-    return dict(add_rmsnorm_fwd=add_rmsnorm_fwd)
+    return changed(be, "add_rmsnorm_fwd", eps=lambda eps: 2 * eps)
 
 
 @fault(r"backward add_rmsnorm_bwd grad\.final_norm", EVERY)
 def norm_weight_gradient_missing(be: Any) -> Ops:
     """The weights of norms get no gradient."""
-
-    def add_rmsnorm_bwd(dres: Any, dw: Any, dy: Any, res: Any, rstd: Any, w: Any) -> None:
-        be.add_rmsnorm_bwd(dres, np.zeros_like(dw), dy, res, rstd, w)
-
-    return dict(add_rmsnorm_bwd=add_rmsnorm_bwd)
+    return changed(be, "add_rmsnorm_bwd", dw=np.zeros_like)
 
 
 @fault(r"forward head_rmsnorm_fwd 0\.qk\.q", VALUES, lambda c: c.qk_norm)
@@ -401,21 +296,13 @@ def tied_gradient_counted_once(be: Any) -> Ops:
 @fault(r"loss cross_entropy d_logits", EVERY)
 def gradient_summed_not_averaged(be: Any) -> Ops:
     """The gradient is that of the sum of losses, not of the mean."""
-
-    def cross_entropy(loss: Any, logits: Any, targets: Any, scale: float | None, z: float) -> None:
-        be.cross_entropy(loss, logits, targets, None if scale is None else 1.0, z)
-
-    return dict(cross_entropy=cross_entropy)
+    return changed(be, "cross_entropy", scale=lambda scale: None if scale is None else 1.0)
 
 
 @fault(r"loss cross_entropy loss_rows", VALUES)
 def ignored_targets_counted(be: Any) -> Ops:
     """Negative targets count as id 0."""
-
-    def cross_entropy(loss: Any, logits: Any, targets: Any, scale: float | None, z: float) -> None:
-        be.cross_entropy(loss, logits, np.maximum(targets, 0), scale, z)
-
-    return dict(cross_entropy=cross_entropy)
+    return changed(be, "cross_entropy", targets=lambda targets: np.maximum(targets, 0))
 
 
 @fault(r"optimizer clip_factor factor", ADAMW)
@@ -424,55 +311,46 @@ def clip_skipped(be: Any) -> Ops:
     return dict(clip_factor=lambda factor, sum_sq, max_norm: be.fill(factor, 1))
 
 
-def _other_adamw(be: Any, position: int, change: Callable[[Any], Any]) -> Ops:
-    """AdamW with one argument changed: 6 is lr, 10 is decay, 11 is step."""
-
-    def adamw(*args: Any) -> None:
-        be.adamw(*args[:position], change(args[position]), *args[position + 1 :])
-
-    return dict(adamw=adamw)
-
-
 @fault(r"optimizer adamw \w+\.model.*norm.*", ADAMW)
 def decay_on_norms(be: Any) -> Ops:
     """Norms and biases are decayed too."""
-    return _other_adamw(be, 10, lambda decay: 0.1)
+    return changed(be, "adamw", decay=lambda decay: 0.1)
 
 
 @fault(r"optimizer adamw w\..*", ADAMW)
 def decay_forgotten(be: Any) -> Ops:
     """No weights are decayed."""
-    return _other_adamw(be, 10, lambda decay: 0.0)
+    return changed(be, "adamw", decay=lambda decay: 0.0)
 
 
 @fault(r"optimizer adamw w\..*", ADAMW)
 def learning_rate_ignored(be: Any) -> Ops:
     """AdamW uses a learning rate of its own."""
-    return _other_adamw(be, 6, lambda lr: 0.01)
+    return changed(be, "adamw", lr=lambda lr: 0.01)
 
 
 @fault(r"optimizer adamw w\..*", ADAMW)
 def step_not_counted(be: Any) -> Ops:
     """AdamW takes each step for the first."""
-    return _other_adamw(be, 11, lambda step: 1)
+    return changed(be, "adamw", step=lambda step: 1)
 
 
 @fault(r"optimizer adamw w\..*", ADAMW)
 def bias_correction_missing(be: Any) -> Ops:
     """AdamW uses m and v without dividing them by 1 - beta^step."""
-    return _other_adamw(be, 11, lambda step: 10**9)
+    return changed(be, "adamw", step=lambda step: 10**9)
 
 
 @fault(r"optimizer adamw [wm]\..*", ADAMW)
 def first_moment_not_kept(be: Any) -> Ops:
     """AdamW takes beta1 for 0: its first moment is the last gradient."""
-    return _other_adamw(be, 7, lambda beta1: 0.0)
+    return changed(be, "adamw", beta1=lambda beta1: 0.0)
 
 
 @fault(r"optimizer adamw w\..*", ADAMW)
 def adam_eps_too_large(be: Any) -> Ops:
     """AdamW adds 1e-3 to the root instead of 1e-8."""
-    return _other_adamw(be, 9, lambda eps: 1e-3)
+    return changed(be, "adamw", eps=lambda eps: 1e-3)
 
 
 @fault("optimizer clip_factor factor", ADAMW)
@@ -491,7 +369,7 @@ def clip_by_the_squared_norm(be: Any) -> Ops:
 @fault("optimizer add_sum_sq sum_sq", ADAMW)
 def norm_of_half_the_gradients(be: Any) -> Ops:
     """The global norm leaves out half of the parameters."""
-    return dict(add_sum_sq=lambda total, x: be.add_sum_sq(total, x[: x.size // 2]))
+    return changed(be, "add_sum_sq", x=lambda x: x[: x.size // 2])
 
 
 @fault("optimizer AdamW.step g", ADAMW)
@@ -506,18 +384,6 @@ def gradients_not_cleared(be: Any) -> Ops:
 
 
 # Weights on their way to the device
-
-
-def loaded(
-    named: str, seen_by: frozenset[str] = TRUTH, applies: Callable[[ModelConfig], bool] = lambda c: True
-) -> Any:
-    """Put a function that changes the weights of a side into FAULTS, under its name."""
-
-    def enter(change: Callable[[Weights], None]) -> Callable[[Weights], None]:
-        _enter(change.__name__, change.__doc__, named, seen_by, weights=change, applies=applies)
-        return change
-
-    return enter
 
 
 @loaded(r"upload from_host 0\.attn_norm", applies=lambda c: layers_of(c)[0].attn_norm)
@@ -586,18 +452,6 @@ def one_weight_off(w: Weights) -> None:
 
 
 # What a side believes
-
-
-def believed(named: str, seen_by: frozenset[str], config: Any, applies: Any, what: str) -> None:
-    """A fault of the configuration alone."""
-    _enter(
-        what.split(":")[0].replace(" ", "_"),
-        what.split(": ")[1],
-        named,
-        seen_by,
-        config=config,
-        applies=applies,
-    )
 
 
 def _any(c: ModelConfig) -> bool:
@@ -675,11 +529,11 @@ def scores_not_scaled(be: Any) -> Ops:
     """Scores are not divided by sqrt(D)."""
 
     def attention_fwd(y: Any, lse: Any, q: Any, *rest: Any) -> None:
-        be.attention_fwd(y, lse, _times(be, q, q.shape[-1] ** 0.5), *rest)
+        be.attention_fwd(y, lse, times(be, q, q.shape[-1] ** 0.5), *rest)
 
     def attention_bwd(dq: Any, dk: Any, dv: Any, dy: Any, y: Any, lse: Any, q: Any, *rest: Any) -> None:
-        be.attention_bwd(dq, dk, dv, dy, y, lse, _times(be, q, q.shape[-1] ** 0.5), *rest)
-        be.copy(dq, _times(be, dq, q.shape[-1] ** 0.5))
+        be.attention_bwd(dq, dk, dv, dy, y, lse, times(be, q, q.shape[-1] ** 0.5), *rest)
+        be.copy(dq, times(be, dq, q.shape[-1] ** 0.5))
 
     return dict(attention_fwd=attention_fwd, attention_bwd=attention_bwd)
 
@@ -691,7 +545,7 @@ def one_position_off(be: Any) -> Ops:
     def attention_fwd(y: Any, *args: Any) -> None:
         be.attention_fwd(y, *args)
         last = y[:, 11::16]
-        be.copy(last, _times(be, last, 1.005))
+        be.copy(last, times(be, last, 1.005))
 
     return dict(attention_fwd=attention_fwd)
 
@@ -717,7 +571,7 @@ def one_product_of_one_layer(be: Any) -> Ops:
         if address(w) not in seen:
             seen.append(address(w))
         if seen.index(address(w)) == 7:
-            be.copy(y, _times(be, y, 1.001))
+            be.copy(y, times(be, y, 1.001))
 
     return dict(linear_fwd=linear_fwd)
 
@@ -736,17 +590,13 @@ def tanh_for_silu(be: Any) -> Ops:
 @fault(r"forward rope 0\.rope", VALUES)
 def positions_off_by_one(be: Any) -> Ops:
     """RoPE turns position t by the angle of t - 1."""
-
-    def rope(x: Any, cos: Any, sin: Any, sign: int) -> None:
-        be.rope(x, _rolled(be, cos), _rolled(be, sin), sign)
-
-    return dict(rope=rope)
+    return changed(be, "rope", cos=partial(rolled, be), sin=partial(rolled, be))
 
 
 @fault(r"forward rope 0\.rope", VALUES)
 def keys_not_turned(be: Any) -> Ops:
     """RoPE turns all heads but the last key head."""
-    return dict(rope=lambda x, cos, sin, sign: be.rope(x[:, :, :-1], cos, sin, sign))
+    return changed(be, "rope", x=lambda x: x[:, :, :-1])
 
 
 @fault(r"forward swiglu_fwd 1\.act", EVERY)
@@ -780,11 +630,7 @@ def product_adds_to_what_was_there(be: Any) -> Ops:
 @fault("loss cross_entropy loss_rows", VALUES)
 def targets_off_by_one(be: Any) -> Ops:
     """The loss of a position is that of its neighbour's target."""
-
-    def cross_entropy(loss: Any, logits: Any, targets: Any, *rest: Any) -> None:
-        be.cross_entropy(loss, logits, _rolled(be, targets), *rest)
-
-    return dict(cross_entropy=cross_entropy)
+    return changed(be, "cross_entropy", targets=partial(rolled, be))
 
 
 @fault("loss cross_entropy loss_rows", EVERY)
@@ -792,7 +638,7 @@ def loss_of_other_rows(be: Any) -> Ops:
     """The loss reads the logits of the row before."""
 
     def cross_entropy(loss: Any, logits: Any, targets: Any, *rest: Any) -> None:
-        be.copy(logits, _rolled(be, logits))
+        be.copy(logits, rolled(be, logits))
         be.cross_entropy(loss, logits, targets, *rest)
 
     return dict(cross_entropy=cross_entropy)
@@ -815,7 +661,7 @@ def loss_in_bits(be: Any) -> Ops:
 
     def cross_entropy(loss: Any, *rest: Any) -> None:
         be.cross_entropy(loss, *rest)
-        be.copy(loss, _times(be, loss, 1 / np.log(2)))
+        be.copy(loss, times(be, loss, 1 / np.log(2)))
 
     return dict(cross_entropy=cross_entropy)
 
@@ -870,8 +716,8 @@ def shared_heads_not_summed(be: Any) -> Ops:
         be.attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, *rest)
         heads = slice(0, q.shape[2], q.shape[2] // k.shape[2])
         other = [be.empty(x.shape, x.dtype) for x in (q[:, :, heads], k, v)]
-        dy_, y_, q_ = (_dense(be, x[:, :, heads]) for x in (dy, y, q))
-        be.attention_bwd(*other, dy_, y_, _dense(be, lse[:, heads]), q_, _dense(be, k), _dense(be, v), *rest)
+        dy_, y_, q_ = (dense(be, x[:, :, heads]) for x in (dy, y, q))
+        be.attention_bwd(*other, dy_, y_, dense(be, lse[:, heads]), q_, dense(be, k), dense(be, v), *rest)
         be.copy(dk, other[1])
 
     return dict(attention_bwd=attention_bwd)
@@ -917,50 +763,40 @@ def weight_gradient_a_thousandth_off(be: Any) -> Ops:
 # Documents in one sequence, with attention that stops at their borders
 
 
-def _other_borders(be: Any, change: Callable[[Any], Any], ops: str = "attention_fwd attention_bwd") -> Ops:
-    """Attention with change(doc_start) in place of doc_start, in forward, backward or both."""
+def _moved(be: Any, by: int) -> Callable[[Any], Any]:
+    """Move the borders of documents by a number of positions."""
 
-    def changed(op: Callable[..., None]) -> Callable[..., None]:
-        def attention(*args: Any) -> None:
-            op(*args[:-2], change(args[-2]), args[-1])
-
-        return attention
-
-    return {op: changed(getattr(be, op)) for op in ops.split()}
-
-
-def _moved_borders(be: Any, by: int) -> Ops:
-    def change(doc_start: Any) -> Any:
+    def move(doc_start: Any) -> Any:
         host = be.to_host(doc_start)
         out = be.empty(doc_start.shape, doc_start.dtype)
         be.from_host(out, np.clip(host + by, 0, np.arange(host.shape[1])).astype(host.dtype))
         return out
 
-    return _other_borders(be, change)
+    return move
 
 
 @fault(r"forward attention_fwd 0\.att", TRUTH, documents=True)
 def documents_see_each_other(be: Any) -> Ops:
     """Attention goes on over the border of a document."""
-    return _other_borders(be, lambda doc_start: None)
+    return changed(be, ATTENTION, doc_start=none)
 
 
 @fault(r"forward attention_fwd 0\.att", TRUTH, documents=True)
 def document_begins_one_early(be: Any) -> Ops:
     """A query sees the last token of the document before its own."""
-    return _moved_borders(be, -1)
+    return changed(be, ATTENTION, doc_start=_moved(be, -1))
 
 
 @fault(r"forward attention_fwd 0\.att", TRUTH, documents=True)
 def document_begins_one_late(be: Any) -> Ops:
     """A query does not see the first token of its document, unless it is that one."""
-    return _moved_borders(be, 1)
+    return changed(be, ATTENTION, doc_start=_moved(be, 1))
 
 
 @fault(r"backward attention_bwd \d+\.d_q_rope", TRUTH | {"gradient"}, documents=True)
 def documents_not_masked_in_backward(be: Any) -> Ops:
     """Attention stops at the borders of documents in forward, and goes over them in backward."""
-    return _other_borders(be, lambda doc_start: None, "attention_bwd")
+    return changed(be, "attention_bwd", doc_start=none)
 
 
 @fault(r"state sequence_by_sequence grad\..*", frozenset({"micro"}), documents=True)
@@ -1033,16 +869,6 @@ def recorded_pass_is_stale(be: Any) -> Ops:
 # The order of the data
 
 
-def read(named: str) -> Any:
-    """Put a context in which data is read wrongly into FAULTS, under its name."""
-
-    def enter(patch: Callable[[], AbstractContextManager[Any]]) -> Any:
-        _enter(patch.__name__, patch.__doc__, named, DATA, patch=patch)
-        return patch
-
-    return enter
-
-
 @read(r"data Windows\.read targets")
 @contextmanager
 def targets_are_the_ids() -> Iterator[None]:
@@ -1084,29 +910,4 @@ def half_of_the_windows_twice() -> Iterator[None]:
         yield
 
 
-# Arrays of any backend
-
-
-def address(x: Any) -> int:
-    """Where an array lies, in main memory or on a GPU."""
-    return int(x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr)
-
-
-def _dense(be: Any, x: Any) -> Any:
-    out = be.empty(x.shape, x.dtype)
-    be.from_host(out, np.ascontiguousarray(be.to_host(x)))
-    return out
-
-
-def _times(be: Any, x: Any, c: float) -> Any:
-    """A new array c * x."""
-    out = be.empty(x.shape, x.dtype)
-    be.from_host(out, np.asarray(be.to_host(x), np.float64) * c)
-    return out
-
-
-def _rolled(be: Any, x: Any) -> Any:
-    """A new array whose rows are those before."""
-    out = be.empty(x.shape, x.dtype)
-    be.from_host(out, np.roll(be.to_host(x), 1, axis=0))
-    return out
+FAULTS = entered
