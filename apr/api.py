@@ -18,17 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .backends.select import select
 from .checkpoints.registry import open_any
 from .common.errors import Refused
-from .common.finding import PASS
-from .evidence.gates import Gates
+from .common.events import Evaluated, Noted
 from .inference.language_model import LanguageModel
 from .training import run
 from .training.callbacks import Callback
-from .training.display import Display
+from .training.display import Display, Rows
 from .training.rundir import RunDir
 from .training.settings import Settings, check, read_config
 
@@ -58,19 +55,21 @@ class Printed(Display):
         """Print a line of text."""
         print(text, flush=True)
 
-    def evaluation(self, step: int, val_loss: float, bits: float, train_losses: list[float]) -> None:
+    def noted(self, e: Noted) -> None:
+        """Print the line of text."""
+        self.note(e.text)
+
+    def evaluated(self, e: Evaluated) -> None:
         """Print an evaluation."""
-        train = f"train {np.mean(train_losses):.4f}  " if train_losses else "before training: "
-        self.note(f"step {step:>5}  {train}val {val_loss:.4f} nats/token  {bits:.3f} bits/byte")
+        step, loss, bits = e.line["step"], e.line["val_loss"], e.line["val_bits_per_byte"]
+        self.note(f"step {step:>5}  val {loss:.4f} nats/token  {bits:.3f} bits/byte")
 
-    def verdict(self, gates: Gates) -> None:
+    def verdict(self, gates: Any) -> None:
         """Print every gate with its figure."""
-        for o in gates.in_order():
-            self.note(
-                f"  {o.verdict:<8} {o.name:<20} {o.measured if o.verdict == PASS else o.why or o.measured}"
-            )
+        for f in gates.in_order():
+            self.note(f"  {f.verdict:<8} {f.name:<20} {f.measured if f.passed else f.why or f.measured}")
 
-    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+    def table(self, title: str, rows: Rows) -> None:
         """Print names and texts."""
         self.note("\n".join([title, *(f"  {name:<18} {text}" for name, text in rows)]))
 

@@ -39,11 +39,11 @@ from rich.table import Table
 
 from apr import backends
 from apr.common.host import cores, cpu_name
+from apr.common.provenance import git_commit, versions
 from apr.model.cost import flops_per_token, matmul_rate
 from apr.model.optim import AdamW
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
-from apr.training.rundir import git_commit, versions
 
 PRESET = {"3m": "qwen2-3m", "15m": "qwen2-15m"}  # the sizes of the peer script
 WARM = 2  # steps before the first that counts

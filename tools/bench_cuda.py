@@ -26,11 +26,11 @@ from rich.table import Table
 from apr.backends.contract import OPS
 from apr.backends.select import choose
 from apr.common.errors import AprError, UsageError
+from apr.common.provenance import git_commit, versions
 from apr.model.cost import attended, flops_per_token, matmul_rate, memory
 from apr.model.optim import AdamW
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
-from apr.training.rundir import git_commit, versions
 
 WARM = 4  # steps before the first that counts: op by op, record, replay, replay
 # Arguments that are read and written; all others count once.

@@ -207,7 +207,7 @@ def main() -> None:
         print(json.dumps(measure(a.one, a.models, a.stories, a.threads)))
         return
     from apr.common.host import cpu_name
-    from apr.training.rundir import git_commit, versions
+    from apr.common.provenance import git_commit, versions
 
     record: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),

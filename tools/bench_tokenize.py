@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from apr.common.host import cores, cpu_name
+from apr.common.provenance import git_commit, versions
 from apr.data.batches import AHEAD, Batches, Windows
 from apr.data.corpus import Corpus
 from apr.data.encode import encode_corpus
@@ -41,7 +42,6 @@ from apr.data.seen import Seen
 from apr.data.shards import TokenShards
 from apr.data.source import Skipped
 from apr.tokenizer.tokenizer import Tokenizer
-from apr.training.rundir import git_commit, versions
 
 BARE_BATCH = 1 << 20  # characters that the bare library gets at once
 WAYS = ("encode_corpus", "encode_batch", "encode_batch_fast")

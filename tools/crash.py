@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apr.common.host import cores, cpu_name
-from apr.training.rundir import git_commit, versions
+from apr.common.provenance import git_commit, versions
 from crashing import Job, Report, crash
 
 

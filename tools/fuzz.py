@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apr.common.host import cores, cpu_name
-from apr.training.rundir import git_commit, versions
+from apr.common.provenance import git_commit, versions
 from fuzzing import FORMATS, Tally, fuzz, replay, store
 
 

@@ -36,7 +36,7 @@ except ImportError as e:
 
 from apr.backends.select import choose, cupy_packages
 from apr.common.errors import AprError
-from apr.training.rundir import git_commit
+from apr.common.provenance import git_commit
 
 PACKAGES = (
     "numpy",

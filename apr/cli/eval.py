@@ -27,6 +27,7 @@ from .. import backends
 from ..common.atomic import write_text
 from ..common.errors import InputNotFound, Refused, UsageError
 from ..common.options import device_option, given, json_option, option, threads_option
+from ..common.provenance import versions
 from ..data.audit import sides_of, tokenizer_beside
 from ..data.guards import enforce, fits_model
 from ..data.manifest import MANIFEST
@@ -34,7 +35,6 @@ from ..data.shards import TokenShards
 from ..evaluation.score import Opened, Scorer, fitting, open_model, prefix_ids
 from ..model.cost import check_positions
 from ..tokenizer.tokenizer import Tokenizer
-from ..training.rundir import versions
 from .show import Show
 
 MODES = ("dataset", "text", "choices", "humaneval")

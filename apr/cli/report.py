@@ -11,9 +11,8 @@ from pathlib import Path
 
 from ..common.atomic import write_text
 from ..common.options import json_option, option, parse
-from ..evidence.seal import resealed
+from ..evidence.seal import EVIDENCE, resealed
 from ..report.page import render
-from ..training.rundir import EVIDENCE
 from ..training.settings import Settings
 
 

@@ -21,9 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bisect.report import Report
+from ..common.events import Evaluated, Noted, PassEnded, SpotChecked, Started, Stepped
 from ..common.finding import PASS, Finding
 from ..evidence.gates import Gates
-from ..training.display import Display
+from ..training.display import Display, Rows
 from .bisect_tables import print_report
 from .tables import print_findings
 
@@ -61,15 +62,21 @@ class Show(Display):
                 self.note(f"{stage} ...")
         self._bar.update(self._task, completed=done)
 
-    def start(self, done: int, total: int) -> None:
+    def noted(self, e: Noted) -> None:
+        """Print the line of text."""
+        self.note(e.text)
+
+    def started(self, e: Started) -> None:
         """Begin the bar of the training steps."""
         self.stop()
-        self._total = total
+        self._total = e.num_steps
         self._open(
             "step", "loss {task.fields[loss]}", "lr {task.fields[lr]}", "{task.fields[speed]} tokens/s"
         )
         assert self._bar is not None
-        self._task = self._bar.add_task("train", total=total, completed=done, loss="-", lr="-", speed="-")
+        self._task = self._bar.add_task(
+            "train", total=e.num_steps, completed=e.step, loss="-", lr="-", speed="-"
+        )
 
     def _open(self, *columns: str) -> None:
         texts = [TextColumn(c) for c in columns]
@@ -80,8 +87,9 @@ class Show(Display):
         )  # fmt: skip
         self._bar.start()
 
-    def step(self, line: dict[str, Any]) -> None:
-        """A training step, as logged."""
+    def stepped(self, e: Stepped) -> None:
+        """Advance the bar; elsewhere print a line every tenth of the run."""
+        line = e.line
         step, loss, lr, speed = line["step"], line["train_loss"], line["lr"], line["tokens_per_sec"]
         if self._bar is not None:
             self._bar.update(
@@ -90,14 +98,30 @@ class Show(Display):
         if not self.console.is_terminal and step % max(1, self._total // 10) == 0:
             self.note(f"step {step}/{self._total}  train {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s")
 
-    def evaluation(self, step: int, val_loss: float, bits: float, train_losses: list[float]) -> None:
-        """An evaluation; train_losses are those of the epoch that it ends."""
-        train = f"train {np.mean(train_losses):.4f}  " if train_losses else "before training: "
-        self.note(f"step {step:>5}  {train}val {val_loss:.4f} nats/token  {bits:.3f} bits/byte")
+    def pass_ended(self, e: PassEnded) -> None:
+        """Print that the data begins again."""
+        self.note(f"step {e.step:>5}  pass {e.passes} over the {e.windows:,} windows of the data is complete")
 
-    def difference(self, report: Report) -> None:
-        """A spot check that disagrees with the reference."""
-        print_report(report, self.console)
+    def evaluated(self, e: Evaluated) -> None:
+        """Print an evaluation, and the mean training loss of the epoch that ends there."""
+        line = e.line
+        train = f"train {np.mean(e.train_losses):.4f}  " if e.train_losses else "before training: "
+        loss, bits = line["val_loss"], line["val_bits_per_byte"]
+        self.note(f"step {line['step']:>5}  {train}val {loss:.4f} nats/token  {bits:.3f} bits/byte")
+
+    def spot_checked(self, e: SpotChecked) -> None:
+        """Print that all arrays agree, or every array that does not."""
+        report: Report = e.report
+        if not report.rows:
+            self.note(f"spot check   skipped: {report.skipped['forward']}")
+        elif report.agree:
+            worst = max(r.ratio for r in report.rows)
+            self.note(
+                f"step {e.step:>5}  spot check: {len(report.rows)} arrays of {report.batch} agree with the float64 "
+                f"reference (worst {worst:.2f} of its tolerance, {e.seconds:.1f} s)"
+            )
+        else:
+            print_report(report, self.console)
 
     def verdict(self, gates: Gates) -> None:
         """Print the finding of every gate, those that are wrong last."""
@@ -111,7 +135,7 @@ class Show(Display):
             self._bar.stop()
             self._bar, self._task = None, None
 
-    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+    def table(self, title: str, rows: Rows) -> None:
         """Two columns: what and how much."""
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, value in rows:

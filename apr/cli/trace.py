@@ -23,13 +23,13 @@ from ..checkpoints.registry import open_host
 from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..common.files import opened, read_json
 from ..common.options import device_option, json_option, option, parse, threads_option
+from ..common.provenance import versions
 from ..model.config import ModelConfig
 from ..model.cost import check_fits, memory
 from ..model.hf_config import to_hf
 from ..model.presets import PRESETS
 from ..model.taps import Record
 from ..model.transformer import IGNORED, Model
-from ..training.rundir import versions
 
 NPY = b"\x93NUMPY\x01\x00"  # what a file of integers begins with, whatever version of NumPy writes it
 # What NumPy raises for a header that it cannot read, as Python's tokenizer and parser see it.

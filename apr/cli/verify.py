@@ -17,7 +17,8 @@ from pathlib import Path
 from ..common.atomic import locked
 from ..common.finding import as_json, exit_code, verdict_of
 from ..common.options import device_option, json_option, option, parse
-from ..verify.verifier import Options, Verifier
+from ..verify.record import Options, Record
+from ..verify.verifier import verify
 from .show import Show
 from .tables import print_findings
 
@@ -58,16 +59,16 @@ def main(args: Sequence[str]) -> int:
     seed = secrets.randbelow(1 << 32) if f.seed is None else f.seed
     options = Options(f.replay, f.within, seed, f.backend, f.device, f.dataset)
     with show.console.status("") as status:
-        verifier = Verifier(Path(f.run_dir), options, status.update)
+        record = Record(Path(f.run_dir), options, status.update)
         with locked(Path(f.run_dir), "training in it"):
-            findings = list(verifier.rows())
+            findings = list(verify(record))
     verdict = verdict_of(findings)
     if f.json:
         keys = {"check": "name", "verdict": "verdict", "measured": "measured", "bound": "bound", "why": "why"}
         checks = as_json(findings, **keys)
         print(json.dumps({"run_dir": f.run_dir, "verdict": verdict, "checks": checks}, indent=2))
     else:
-        v = verifier.verdict
+        v = record.verdict
         show.note(f"apr verify {f.run_dir}: {v['status']} after {v['steps']:,} steps, verdict {v['verdict']}")
         print_findings(show.console, findings)
         show.note(verdict)

@@ -23,7 +23,6 @@ from ..model.transformer import Model
 MAX_STANDARD_ERRORS, MAX_ELEMENTS = 6.0, 1 << 20
 FOLLOWED_ELEMENTS = 4096  # of all parameters, through optimizer steps
 EPS32 = float(np.finfo(np.float32).eps)
-LAST_STEPS = 20  # training losses whose mean is compared with a validation loss
 
 
 def device(backend: ModuleType, dtype: str) -> Finding:

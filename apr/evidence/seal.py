@@ -12,10 +12,9 @@ from typing import Any
 from ..common.atomic import write_text
 from ..common.errors import InputNotFound, MalformedFile
 from ..common.files import read_json
-from ..training.rundir import EVIDENCE
 
-FORMAT = "apr-evidence-1"
-PIECE = 1 << 22  # bytes
+FORMAT, EVIDENCE = "apr-evidence-1", "evidence.json"
+CHUNK_BYTES = 1 << 22
 
 
 def seal(run: Path) -> None:
@@ -34,7 +33,7 @@ def resealed(run: Path, path: Path, text: str) -> None:
 
 
 def hashes(run: Path) -> dict[str, dict[str, Any]]:
-    """{"bytes", "sha256"} of each file in a run directory, by its path inside, sorted; evidence.json itself left out."""
+    """Hash each file in a run directory but evidence.json: {path inside: {"bytes", "sha256"}}, sorted."""
     found = sorted(_files(run))
     with ThreadPoolExecutor() as pool:  # hashing does not hold the interpreter's lock
         digests = pool.map(lambda name: file_sha(run / name), found)
@@ -52,23 +51,23 @@ def _files(run: Path) -> list[str]:
 
 
 def file_sha(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Hash the bytes of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
-        while piece := f.read(PIECE):
+        while piece := f.read(CHUNK_BYTES):
             digest.update(piece)
     return digest.hexdigest()
 
 
 def _text(files: dict[str, dict[str, Any]]) -> str:
-    """The one way in which evidence.json is written: any other byte in it is a change."""
+    """Write evidence.json as text, in one way: any other byte in it is a change."""
     body = {"format": FORMAT, "files": files}
     own = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return json.dumps({**body, "sha256": own}, indent=1) + "\n"
 
 
 def compare(run: Path) -> list[str]:
-    """What differs between a run directory and its evidence.json; empty when nothing does.
+    """List the differences between a run directory and its evidence.json.
 
     Raises InputNotFound where there is none: the run has not ended, or was killed."""
     path = run / EVIDENCE

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..common.errors import InputNotFound, MalformedFile
 from ..common.files import read_json
-from ..evidence.gates import FORMAT
+from ..evidence.verdict import read_verdict
 from .charts import DRAWABLE
 
 SERIES = ("train_loss", "grad_norm", "weight_norm", "lr", "tokens_per_sec", "tokens_seen", "wall_ms")
@@ -84,7 +84,7 @@ def load(run_dir: Path) -> Run:
             raise MalformedFile(f"{run_dir / 'metrics.jsonl'}: val_loss of step {e['step']} is not a number")
     return Run(
         config,
-        _verdict(run_dir / "verdict.json"),
+        read_verdict(run_dir),
         table[:, 0],
         series,
         evaluations,
@@ -125,23 +125,3 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
-
-
-def _verdict(path: Path) -> dict[str, Any] | None:
-    """Read verdict.json; None where there is none."""
-    if not path.is_file():
-        return None
-    v = read_json(path)
-    if not isinstance(v, dict) or v.get("format") != FORMAT:
-        raise MalformedFile(f"{path}: expected a JSON object with format = {FORMAT!r}")
-    if not isinstance(v.get("status"), str) or not isinstance(v.get("verdict"), str):
-        raise MalformedFile(f"{path}: no status or no verdict in it")
-    v = {"message": "", "bounds_changed": {}} | v
-    if not isinstance(v["bounds_changed"], dict):
-        raise MalformedFile(f"{path}: bounds_changed must be an object of numbers")
-    gates = v.get("gates")
-    if not isinstance(gates, list) or not all(
-        isinstance(g, dict) and isinstance(g.get("id"), str) for g in gates
-    ):
-        raise MalformedFile(f"{path}: gates must be a list of objects with an id")
-    return v

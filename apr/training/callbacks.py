@@ -1,25 +1,26 @@
-"""What a program can hear of a run while it trains."""
+"""Hear of a run while it trains: the base class of callbacks, and the observer that calls them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import AprError
+from ..common.events import Evaluated, Saved, Stepped
 
 
 class Callback:
-    """Called by a run as it goes on; override what you want to hear. An exception ends the run, its state saved."""
+    """Override the methods of events to hear. An exception ends the run, its state saved."""
 
     def on_step(self, line: dict[str, Any]) -> None:
         """After each optimizer step: its line of metrics.jsonl (step, train_loss in nats/token, lr, grad_norm, ...)."""
 
     def on_evaluation(self, line: dict[str, Any]) -> None:
-        """After each evaluation, the one before step 1 included: step, val_loss, val_tokens, val_bits_per_byte, ..."""
+        """After each evaluation, also before step 1: step, val_loss, val_tokens, val_bits_per_byte, ..."""
 
     def on_checkpoint(self, path: Path, facts: dict[str, Any]) -> None:
-        """After each checkpoint: its .apr file, and what its metadata say of it (step, train_loss, val_loss, ...)."""
+        """After each checkpoint: its .apr file, and its metadata (step, train_loss, val_loss, ...)."""
 
     def on_end(self, result: dict[str, Any]) -> None:
         """Once, when the run ends, however it does: status (DONE, INTERRUPTED, ABORTED, ...), verdict, steps, val_loss,
@@ -33,15 +34,38 @@ class CallbackFailed(AprError):
     status = "ABORTED"
 
 
-def tell(callbacks: Sequence[Callback], event: str, *args: Any) -> None:
-    """Call a method of every callback. Raises CallbackFailed, after all were called, for the first that raised."""
-    failed: CallbackFailed | None = None
-    for callback in callbacks:
-        try:
-            getattr(callback, event)(*args)
-        except Exception as e:
-            if failed is None:
-                failed = CallbackFailed(f"{type(callback).__name__}.{event} raised {type(e).__name__}: {e}")
-                failed.__cause__ = e
-    if failed is not None:
-        raise failed
+class Callbacks:
+    """Observer that calls callbacks. failed: gets the first exception of each event; the others are called all the same."""
+
+    def __init__(self, callbacks: Sequence[Callback], failed: Callable[[CallbackFailed], None]) -> None:
+        self.callbacks, self.failed = callbacks, failed
+
+    def stepped(self, e: Stepped) -> None:
+        """Call on_step."""
+        self._call("on_step", e.line)
+
+    def evaluated(self, e: Evaluated) -> None:
+        """Call on_evaluation."""
+        self._call("on_evaluation", e.line)
+
+    def saved(self, e: Saved) -> None:
+        """Call on_checkpoint."""
+        self._call("on_checkpoint", e.path, e.facts)
+
+    def ended(self, result: dict[str, Any]) -> None:
+        """Call on_end."""
+        self._call("on_end", result)
+
+    def _call(self, method: str, *args: Any) -> None:
+        failed: CallbackFailed | None = None
+        for callback in self.callbacks:
+            try:
+                getattr(callback, method)(*args)
+            except Exception as e:
+                if failed is None:
+                    failed = CallbackFailed(
+                        f"{type(callback).__name__}.{method} raised {type(e).__name__}: {e}"
+                    )
+                    failed.__cause__ = e
+        if failed is not None:
+            self.failed(failed)

@@ -1,24 +1,27 @@
-"""Validation loss: the same loop in training, in a fresh process after it, and on another backend."""
+"""Validation loss: one loop for training, for a fresh process after it, and for another backend."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..common.events import Line
+from ..common.units import LAST_STEPS, perplexity
 from ..data.batches import Windows, sequential
 from ..data.conversations.instruct import InstructWindows
 from ..model.transformer import Model
+from .inputs import Inputs
 
 
 class Stopped(Exception):
-    """A stop was asked for in the middle of an evaluation."""
+    """Raised when a stop is asked for in the middle of an evaluation."""
 
 
 class Loss(NamedTuple):
-    """nats per target, how many targets, and the standard error of the mean (0 when there was one micro-batch only)."""
+    """Mean in nats per target, number of targets, standard error of the mean (0 where there was one micro-batch only)."""
 
     mean: float
     tokens: int
@@ -32,7 +35,7 @@ def evaluate(
     most: int | None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Loss:
-    """Mean loss over all windows, or `most` of them, evenly spaced; `micro` at once.
+    """Compute the mean loss over all windows, or `most` of them, evenly spaced; `micro` at once.
 
     The standard error is that of the means of micro-batches. Raises Stopped when stop() says so."""
     be = model.be
@@ -51,3 +54,35 @@ def evaluate(
         before = total
     error = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
     return Loss(before / tokens, tokens, error)
+
+
+def evaluated_on(i: Inputs) -> dict[str, Any]:
+    """List the conditions of a validation loss, beside the weights."""
+    val, s = i.val, i.settings
+    return {
+        "val_sha256": val.shards.sha256,
+        "first_window": val.first,
+        "windows": val.count,
+        "seq_length": s.seq_length,
+        "val_windows": s.val_batches and s.val_batches * s.batch_size,
+        "document_end": i.document_end,
+    }
+
+
+def epoch_facts(
+    evaluation: Line, losses: Sequence[float], tokens_seen: int, grad_norm_max: float, seconds: float
+) -> dict[str, Any]:
+    """Sum up an epoch for the metadata of its checkpoint. evaluation: its line of the log; losses: of its steps."""
+    mean, val = float(np.mean(losses)), evaluation["val_loss"]
+    return dict(
+        step=evaluation["step"],
+        train_loss=mean,
+        train_loss_last=float(np.mean(losses[-LAST_STEPS:])),
+        val_loss=val,
+        val_loss_stderr=evaluation["val_loss_stderr"],
+        train_ppl=perplexity(mean),
+        val_ppl=perplexity(val),
+        wall_seconds=seconds,
+        tokens_seen=tokens_seen,
+        grad_norm_max=grad_norm_max,
+    )

@@ -13,13 +13,10 @@ from ..checkpoints.checkpoint import HF_FILES, TEMPLATE, Checkpoint
 from ..checkpoints.peft import LoadedAdapter, read_adapter
 from ..checkpoints.registry import open_any
 from ..common.files import read_text
-from ..common.finding import FAIL, PASS, Finding
 from ..common.progress import Progress
 from ..data.open import OpenedData, open_data
-from ..evidence import measure
-from ..evidence.gates import Gates
 from ..model.config import ModelConfig
-from ..model.cost import check_positions, choose_micro_batch, memory
+from ..model.cost import check_positions, choose_micro_batch
 from ..model.lora import LoraConfig, lora_config, lora_to_json
 from ..model.optim import optimizer_class
 from ..model.presets import load_config
@@ -84,44 +81,3 @@ def _carried(s: Settings, init: Checkpoint | None) -> dict[str, Any]:
     if s.chat_template:
         texts[TEMPLATE] = read_text(Path(s.chat_template))
     return {HF_FILES: texts} if texts else {}
-
-
-def judge_inputs(i: Inputs, gates: Gates) -> None:
-    """Judge the gates before anything large is allocated. Raises Refused."""
-    s = i.settings
-    assert s.dtype is not None
-    assert s.micro_batch_size is not None
-    gates.judge(measure.device(i.backend, s.dtype))
-    need = memory(
-        i.cfg, i.backend, s.micro_batch_size, s.seq_length, s.dtype,
-        recompute=s.recompute, documents=i.document_end is not None, lora=i.lora,
-        optimizer=optimizer_class(s),
-    )  # fmt: skip
-    gates.judge(measure.memory(need.total, i.backend.free_memory()))
-    gates.judge(_guarded(i))
-    gates.judge(_disjoint(i))
-    gates.judge(measure.architecture(i.cfg, str(s.init or s.model)))
-
-
-def _guarded(i: Inputs) -> Finding:
-    """Sum up the guards of the data; a failed one has ended the run before."""
-    of_guards = [(split.name, f) for split in i.audit for f in split.findings]
-    failed = [f"{name}: {f}" for name, f in of_guards if f.verdict == FAIL]
-    remarks = [f"{name}: {f.name}: {f.why}" for name, f in of_guards if f.why]
-    passed = sum(f.verdict == PASS for _, f in of_guards)
-    measured = f"{passed} of {len(of_guards)} guards passed"
-    return Finding.of("before.data", not failed, measured, "none failed", "; ".join(failed or remarks))
-
-
-def _disjoint(i: Inputs) -> Finding:
-    """Require that validation windows, or documents, are not trained on."""
-    gate, bound = "before.disjoint", "none on both sides"
-    if i.train.shards is i.val.shards:
-        end = i.train.first + i.train.count
-        measured = f"windows {i.train.first:,} to {end - 1:,} and {i.val.first:,} to {i.val.first + i.val.count - 1:,}"
-        return Finding.of(gate, end <= i.val.first, measured, bound)
-    for split in i.audit:
-        for f in split.findings:
-            if f.name == "documents on both sides":
-                return Finding(gate, f.verdict, f"{f.measured} documents", bound, f.why)
-    return Finding.skipped(gate, "the documents of the two sides were not compared", bound)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +23,39 @@ from ..common.errors import (
 from ..common.files import make_folder
 from ..common.host import cores
 from ..common.options import absolute_paths, flag
+from ..common.provenance import code_sha256, git_commit, versions
+from ..evidence import before, verdict
+from ..evidence.end import judge_end
 from ..evidence.gates import Gates, parse_bounds
-from ..evidence.seal import seal
+from ..evidence.judge import Facts
+from ..evidence.observers import (
+    DataGate,
+    LearningRateGate,
+    LogGates,
+    SpotGate,
+    StartGates,
+    StepGates,
+    VerdictFile,
+)
+from ..evidence.seal import EVIDENCE, seal
+from ..evidence.subject import Subject
+from ..model.cost import memory
 from ..model.hf_config import to_hf
+from ..model.optim import optimizer_class
 from ..model.params import Layout
 from ..report.curve import loss_curve
 from ..report.page import render
 from . import loggers, summary
-from .callbacks import Callback, CallbackFailed, tell
+from .callbacks import Callback, CallbackFailed, Callbacks
 from .display import Display
+from .evaluate import evaluated_on
 from .inputs import Inputs, open_inputs
-from .loop import Trainer
-from .rundir import RunDir, code_sha256, git_commit, next_free, versions
+from .loop import Progress, Trainer
+from .rundir import RunDir, next_free, resume_command
 from .sample import sample_text
 from .settings import DEMO, Settings, check, resolve
+from .signals import interrupting
+from .spot import SpotChecks
 
 SAMPLE_TOKENS = 160  # of the continuation of --sample at the end
 
@@ -49,13 +66,13 @@ def train(
     callbacks: Sequence[Callback] = (),
     explicit: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A whole run, or the rest of one (settings.resume); what --json prints. Errors are raised.
+    """Run a job, or the rest of one (settings.resume); returns the result, the object that --json prints.
 
-    explicit: the settings that were asked for, which a resumed run is compared with."""
+    explicit: settings that were asked for, which a resumed run is compared with."""
     start = time.perf_counter()
     run = None
     try:
-        with _stoppable():
+        with interrupting():
             if settings.resume:
                 settings = _continued(settings, explicit or {})
             settings = resolve(settings)
@@ -69,6 +86,8 @@ def train(
                 else:
                     run.create(_config(inputs, run))
                 run.clean()
+                # The hashes of an earlier end are not those of a run that goes on.
+                (run.path / EVIDENCE).unlink(missing_ok=True)
                 show.table("apr pretrain", summary.opening(inputs, run))
                 for note in (
                     inputs.left_out,
@@ -86,46 +105,47 @@ def train(
     return result
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM and SIGINT raise KeyboardInterrupt, also where a shell ignores SIGINT for what it runs in the background; the
-    training loop puts its own handlers in their place. Outside the main thread, where none can be set, nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for n, handler in old.items():
-            signal.signal(n, handler)
-
-
 def _stopped(run: RunDir | None) -> Interrupted:
-    """What a run says that was stopped at once: outside the training loop, or by a second signal."""
+    """Make the error of a run that was stopped at once: outside the training loop, or by a second signal."""
     if run is None or not (run.path / "config.json").exists():
         return Interrupted("stopped before training began; the same command goes on")
     states = run.states()
     saved = f"the last saved state is {states[-1].stem}" if states else "there is no saved state yet"
-    again = f"apr pretrain --resume --run-dir {shlex.quote(str(run.path))}"
-    return Interrupted(f"stopped at once; {saved}. Go on with: {again}")
+    return Interrupted(f"stopped at once; {saved}. Go on with: {resume_command(run)}")
 
 
 def _train(
     inputs: Inputs, run: RunDir, show: Display, gates: Gates, start: float, callbacks: Sequence[Callback]
 ) -> tuple[dict[str, Any], CallbackFailed | None]:
-    """The run in its locked folder, from the first gate to the last; what --json prints, and a callback's last error."""
+    """Run in the locked folder, from the first gate to the last; returns the result, and a callback's last error."""
     trainer, heard = None, list(callbacks)
     try:
         heard = [*callbacks, *loggers.open_all(inputs.settings.log, run.path)]
-        trainer = Trainer(inputs, run, show, inputs.settings.resume, gates, heard)
+        _judge_inputs(inputs, gates)
+        trainer = Trainer(inputs, run)
+        subject = _subject(trainer)
+        facts = Facts.of(run.read_config(), gates.given)
+        trainer.findings = gates.state
+        # A gate that comes before the display ends a run before its event is shown.
+        trainer.observers = [
+            SpotChecks(trainer.model, inputs.settings.spot_check, run.log, trainer.emit),
+            StepGates(subject, gates),
+            LogGates(gates, facts, run.log.lines, run.states),
+            LearningRateGate(subject, gates),
+            DataGate(subject, gates),
+            show,
+            SpotGate(gates),
+            VerdictFile(run.path, gates),
+            Callbacks(heard, trainer.callback_failed),
+            StartGates(subject, gates),
+        ]
+        trainer.prepare(inputs.settings.resume)
         _record_device(show, inputs, run)
         if trainer.resumed and trainer.progress.step >= inputs.settings.num_steps:
             show.note("all steps of this run are done: nothing is trained, its last gates are asked again")
-        show.start(trainer.progress.step, inputs.settings.num_steps)
         status = trainer.train()
         show.stop()
-        return _finish(trainer, show, status, time.perf_counter() - start), trainer.failed
+        return _finish(trainer, subject, gates, show, heard, status, start), trainer.failed
     except AprError as e:
         _record_end(run, show, gates, trainer, e, heard)
         raise
@@ -140,6 +160,41 @@ def _train(
         raise stopped from None
 
 
+def _judge_inputs(i: Inputs, gates: Gates) -> None:
+    """Judge the inputs before anything large is allocated. Raises Refused."""
+    s = i.settings
+    assert s.dtype is not None
+    assert s.micro_batch_size is not None
+    need = memory(
+        i.cfg, i.backend, s.micro_batch_size, s.seq_length, s.dtype,
+        recompute=s.recompute, documents=i.document_end is not None, lora=i.lora,
+        optimizer=optimizer_class(s),
+    ).total  # fmt: skip
+    source = str(s.init or s.model)
+    before.judge_inputs(gates, i.backend, s.dtype, need, i.audit, i.train, i.val, i.cfg, source)
+
+
+def _subject(t: Trainer) -> Subject:
+    """Collect the parts of a run that gates look at."""
+    i = t.inputs
+    return Subject(
+        i.settings,
+        i.backend,
+        i.cfg,
+        t.model,
+        t.opt,
+        t.lora,
+        t.batches,
+        i.val,
+        i.audit,
+        i.init,
+        i.lora_init is not None,
+        i.document_end,
+        evaluated_on(i),
+        t.run.path,
+    )
+
+
 def _record_end(
     run: RunDir,
     show: Display,
@@ -149,22 +204,20 @@ def _record_end(
     heard: Sequence[Callback],
     at_once: bool = False,
 ) -> None:
-    """What a run that did not finish leaves: its verdict with the gate that ended it, and if there is time, its page
-    and its hashes."""
-    p = trainer.progress if trainer else None
+    """Write the verdict of a run that did not finish, and if there is time, its page and its hashes."""
+    p = trainer.progress if trainer else Progress()
     gates.close(f"the run ended before it: {e.status}")
     with suppress(AprError, OSError):  # the error that ended the run is the one to show
-        val = p.val_losses[-1] if p and p.val_losses else None
-        verdict = run.save_verdict(gates, e.status, p.step if p else 0, val, str(e))["verdict"]
-        with suppress(CallbackFailed):
-            end = {"status": e.status, "verdict": verdict, "steps": p.step if p else 0, "val_loss": val}
-            tell(heard, "on_end", {**end, "run_dir": str(run.path), "error": str(e)})
+        val = p.val_losses[-1] if p.val_losses else None
+        word = verdict.save_verdict(run.path, gates, e.status, p.step, val, str(e))
+        end = {"status": e.status, "verdict": word, "steps": p.step, "val_loss": val}
+        Callbacks(heard, lambda error: None).ended({**end, "run_dir": str(run.path), "error": str(e)})
         if not at_once:
             _close(run, show)
 
 
 def _close(run: RunDir, show: Display) -> None:
-    """The page of the run, and the hashes of all its files."""
+    """Write the page of the run, and the hashes of all its files."""
     try:
         write_text(run.path / "report.html", render(run.path, Settings))
     except Exception as e:  # whatever is wrong with the page, the run has ended and its files are whole
@@ -173,7 +226,7 @@ def _close(run: RunDir, show: Display) -> None:
 
 
 def _continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
-    """The settings of the run that is resumed; only what cannot change its numbers may differ."""
+    """Read the settings of the run that is resumed; only what cannot change its numbers may differ."""
     if settings.run_dir is None:
         raise UsageError("--resume needs --run-dir: the folder of the run to go on with")
     path = Path(settings.run_dir)
@@ -193,7 +246,7 @@ def _continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
 
 
 def _run_dir(i: Inputs) -> RunDir:
-    """The folder of the run, made where it is missing, and nothing written in it: another run may be in there."""
+    """Make the folder of the run where it is missing, and write nothing in it: another run may be in there."""
     s = i.settings
     if s.resume:
         assert s.run_dir is not None
@@ -203,7 +256,7 @@ def _run_dir(i: Inputs) -> RunDir:
 
 
 def _config(i: Inputs, run: RunDir) -> dict[str, Any]:
-    """The first config.json of a run."""
+    """Make the first config.json of a run."""
     s = i.settings
     return {
         "settings": {
@@ -224,7 +277,7 @@ def _config(i: Inputs, run: RunDir) -> dict[str, Any]:
 
 
 def _record_device(show: Display, i: Inputs, run: RunDir) -> None:
-    """What computes and the memory it took, into config.json; a run that goes on elsewhere says so."""
+    """Record device and memory in config.json, and note where they differ from those of the resumed run."""
     facts = {**i.backend.describe(), "memory_bytes": str(i.backend.memory())}
     was = run.read_config().get("device")
     if i.settings.resume and isinstance(was, dict):
@@ -239,7 +292,7 @@ def _record_device(show: Display, i: Inputs, run: RunDir) -> None:
 
 
 def _check_same_data(i: Inputs, run: RunDir) -> None:
-    """A resumed run reads what it began with, or its losses could not be compared. Raises Refused."""
+    """Compare the data with those that a resumed run began with. Raises Refused."""
     saved = run.read_config().get("data")
     for key, value in i.describe().items():
         if key == "corpus":  # a name, which may be written in several ways; the hashes tell
@@ -252,14 +305,21 @@ def _check_same_data(i: Inputs, run: RunDir) -> None:
             )
 
 
-def _finish(trainer: Trainer, show: Display, status: str, seconds: float) -> dict[str, Any]:
-    """The last gates, the verdict, the picture and the page of a run that came to its end; what --json prints."""
-    i, p, run, gates = trainer.inputs, trainer.progress, trainer.run, trainer.gates
-    metrics, val = run.metrics(), i.val.shards
-    picture = run.path / "loss.png"
-    evaluations = [m for m in metrics if "val_loss" in m]
+def _finish(
+    trainer: Trainer,
+    subject: Subject,
+    gates: Gates,
+    show: Display,
+    heard: Sequence[Callback],
+    status: str,
+    start: float,
+) -> dict[str, Any]:
+    """Judge the last gates, and write verdict, picture and page of a run that came to its end; returns its result."""
+    i, p, run = trainer.inputs, trainer.progress, trainer.run
+    lines, entropy, seconds = run.log.lines(), i.val.shards.unigram_entropy, time.perf_counter() - start
+    evaluations = [line for line in lines if "val_loss" in line]
     if not evaluations:
-        raise MalformedFile(f"{run.path / 'metrics.jsonl'}: no evaluation in it; the checkpoints are whole")
+        raise MalformedFile(f"{run.log.path}: no evaluation in it; the checkpoints are whole")
     last = evaluations[-1]
     result = {
         "status": status,
@@ -267,7 +327,7 @@ def _finish(trainer: Trainer, show: Display, status: str, seconds: float) -> dic
         "val_loss": last["val_loss"],
         "best_val_loss": p.best_val,
         "val_bits_per_byte": last["val_bits_per_byte"],
-        "unigram_entropy": val.unigram_entropy,
+        "unigram_entropy": entropy,
         "tokens_seen": p.tokens_seen,
         "seconds": seconds,
         "run_dir": str(run.path),
@@ -275,15 +335,16 @@ def _finish(trainer: Trainer, show: Display, status: str, seconds: float) -> dic
     if i.settings.sample is not None:
         result["sample"] = sample_text(i, trainer.model, i.settings.sample, SAMPLE_TOKENS)
         show.note(f"\n{' sample ':-^68}\n{result['sample']}\n{'':-^68}\n")
-    trainer.judge.end()
+    judge_end(subject, gates, last, p.best_flops)
+    picture = run.path / "loss.png"
     try:
-        loss_curve(metrics, val.unigram_entropy, i.cfg.vocab_size, picture)
+        loss_curve(lines, entropy, i.cfg.vocab_size, picture)
     except OSError as e:
         raise IOFailure(explain(picture, e)) from None
-    result["verdict"] = run.save_verdict(gates, status, p.step, last["val_loss"])["verdict"]
-    trainer.tell("on_end", result)
+    result["verdict"] = verdict.save_verdict(run.path, gates, status, p.step, last["val_loss"])
+    Callbacks(heard, trainer.callback_failed).ended(result)
     _close(run, show)
-    rows = summary.closing(i, run, p, last, result["verdict"], time.perf_counter() - trainer.began)
+    rows = summary.closing(i, run, p, last, result["verdict"], time.perf_counter() - start)
     show.verdict(gates)
     show.table("result", rows)
     show.note(status)

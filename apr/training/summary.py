@@ -7,14 +7,14 @@ import math
 from typing import Any
 
 from ..common.finding import PASS
+from ..common.units import LAST_STEPS
 from ..data.conversations.instruct import InstructShards
 from ..model.lora import AdapterLayout
 from ..model.params import Layout
+from .display import Rows
 from .inputs import Inputs
-from .loop import LAST_STEPS, Progress
+from .loop import Progress
 from .rundir import RunDir
-
-Rows = list[tuple[str, str]]
 
 
 def opening(i: Inputs, run: RunDir) -> Rows:

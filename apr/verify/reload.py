@@ -1,9 +1,8 @@
-"""The validation loss of a run's checkpoint, computed again: by a fresh process at its end, and by `apr verify`."""
+"""Compute the validation loss of a run's checkpoint again: in a fresh process at its end, and in `apr verify`."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,16 +22,14 @@ from ..training.evaluate import Loss, evaluate
 from ..training.rundir import RunDir
 from ..training.settings import Settings, check
 
-PROCESS_SECONDS = 24 * 3600
-
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a run says of one of its checkpoints."""
+    """A checkpoint with its metadata and the config of its run."""
 
     checkpoint: Path
-    metadata: dict[str, Any]  # ckpt/epoch-NNN.metadata.json
-    config: dict[str, Any]  # the run's config.json
+    metadata: dict[str, Any]
+    config: dict[str, Any]
     settings: Settings
 
     @property
@@ -42,13 +39,13 @@ class Recorded:
 
 
 def last_checkpoint(run: Path) -> Recorded | None:
-    """The latest checkpoint of a run; None where it has none. Raises MalformedFile."""
+    """Find the latest checkpoint of a run; None where it has none. Raises MalformedFile."""
     found = RunDir(run).checkpoints()
     return recorded(run, found[-1]) if found else None
 
 
 def recorded(run: Path, checkpoint: Path) -> Recorded:
-    """A checkpoint with what its run recorded of it. Raises InputNotFound, MalformedFile."""
+    """Read what a run recorded of a checkpoint. Raises InputNotFound, MalformedFile."""
     config = RunDir(run).read_config()
     path = checkpoint.with_suffix(".metadata.json")
     try:
@@ -61,7 +58,7 @@ def recorded(run: Path, checkpoint: Path) -> Recorded:
 
 
 def checkpoint_loss(r: Recorded, backend: ModuleType, dtype: str, dataset: str | None = None) -> Loss:
-    """The validation loss of a checkpoint on a backend; `dataset`: where its shards are now, if not where they were.
+    """Compute the validation loss of a checkpoint on a backend; `dataset`: folder of its shards, if they have moved.
 
     Raises Refused when the shards are not those of the run, InputNotFound when they are gone."""
     init = open_any(str(r.checkpoint))
@@ -88,19 +85,8 @@ def checkpoint_loss(r: Recorded, backend: ModuleType, dtype: str, dataset: str |
     return evaluate(model, val, micro, s.val_batches and s.val_batches * s.batch_size)
 
 
-def in_fresh_process(run: Path, device: str, dtype: str, threads: int | None) -> Loss | str:
-    """The loss of a run's last checkpoint as another process computes it, or why it could not."""
-    command = [sys.executable, "-m", "apr.verify.reload", str(run), device, dtype, str(threads or 0)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_SECONDS, check=False)
-    try:
-        return Loss(*json.loads(done.stdout))
-    except (ValueError, TypeError):
-        lines = done.stderr.strip().splitlines()
-        return lines[-1] if lines else f"the process ended with code {done.returncode} and said nothing"
-
-
 def main(args: Sequence[str]) -> int:
-    """RUN DEVICE DTYPE THREADS: print the loss of the run's last checkpoint as JSON."""
+    """Print the loss of a run's last checkpoint as JSON. args: RUN DEVICE DTYPE THREADS."""
     run, device, dtype, threads = args
     try:
         found = last_checkpoint(Path(run))

@@ -17,6 +17,7 @@ import pytest
 
 import apr.bisect.spot as spot
 import apr.training.loop as loop
+import apr.training.spot as checks
 from apr import backends
 from apr.backends import overlay
 from apr.bisect.planted.catalogue import weights_of
@@ -195,7 +196,7 @@ def test_a_check_that_leaves_something_behind_is_seen_by_that(
         model.g[0] += 1
         return report
 
-    monkeypatch.setattr("apr.training.loop.spot_check", dirty)
+    monkeypatch.setattr("apr.training.spot.spot_check", dirty)
     run = pretrain("b", "--spot-check 4")
     assert run.steps != plain.steps
     assert run.code == 6  # a gate sees it too
@@ -374,7 +375,7 @@ def test_a_resumed_run_checks_again(pretrain: Pretrain, monkeypatch: pytest.Monk
 
     def stopping(self: Trainer) -> dict[str, Any]:
         line = step(self)
-        self.stop_asked = line["step"] == 3
+        self.stop.is_asked = line["step"] == 3
         return line
 
     with monkeypatch.context() as m:
@@ -399,7 +400,7 @@ def test_a_resumed_run_with_a_fault_is_stopped(pretrain: Pretrain, monkeypatch: 
 
     def stopping(self: Trainer) -> dict[str, Any]:
         line = step(self)
-        self.stop_asked = line["step"] == 3
+        self.stop.is_asked = line["step"] == 3
         return line
 
     with monkeypatch.context() as m:
@@ -416,14 +417,14 @@ def test_a_check_is_no_part_of_the_time_of_a_step(
 ) -> None:
     """Throughput is that of training: a clock that jumps an hour in every check shows in its own line alone."""
     late = [0.0]
-    clock, sound = time.perf_counter, loop.spot_check
+    clock, sound = time.perf_counter, checks.spot_check
 
     def slow(*args: Any) -> Any:
         report = sound(*args)
         late[0] += 3600
         return report
 
-    monkeypatch.setattr(loop, "spot_check", slow)
+    monkeypatch.setattr(checks, "spot_check", slow)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock() + late[0])
     run = pretrain("a", "--spot-check 1")
     assert run.code == 0

@@ -29,12 +29,11 @@ import pytest
 
 from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.registry import open_any
-from apr.evidence import judge as judging
+from apr.evidence import end
 from apr.evidence.seal import compare as changed_since_the_end
 from apr.model.hf_config import to_hf
 from apr.model.presets import PRESETS
 from apr.training import run as running
-from apr.training.evaluate import Loss
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120  # seconds after which a process counts as hanging
@@ -373,13 +372,13 @@ def quicken(m: pytest.MonkeyPatch, cache: Path) -> None:
     """For runs in this process: one cache for all, and a closing phase without a fresh process, a picture and a page,
     which have tests of their own."""
 
-    def reload(run: Path, device: str, dtype: str, threads: int | None) -> Loss:
+    def reload(run: Path, device: str, dtype: str, threads: int | None) -> float:
         last = sorted((run / "ckpt").glob("*.metadata.json"))[-1]
-        return Loss(json.loads(last.read_text())["val_loss"], 1, 0.0)
+        return float(json.loads(last.read_text())["val_loss"])
 
     m.setenv("APR_CACHE", str(cache))
-    m.setattr(judging, "in_fresh_process", reload)
-    m.setattr(judging, "matmul_rate", lambda be, dtype: 1e15)
+    m.setattr(end, "in_fresh_process", reload)
+    m.setattr(end, "matmul_rate", lambda be, dtype: 1e15)
     m.setattr(running, "loss_curve", lambda *args: None)
     m.setattr(running, "_close", lambda run, show: running.seal(run.path))
 

@@ -488,7 +488,7 @@ def run_seeds() -> list[Case]:
 def read_run_case(folder: Path) -> None:
     run = RunDir(folder)
     settings.check(run.read_config()["settings"], str(folder / "config.json"))
-    run.metrics()
+    run.log.lines()
 
 
 def clear(folder: Path) -> None:

@@ -26,12 +26,14 @@ from apr.common.atomic import locked
 from apr.common.errors import MalformedFile, Refused
 from apr.data.batches import Windows
 from apr.data.shards import TokenShards
-from apr.evidence import judge as judging
-from apr.evidence.judge import Judge
+from apr.evidence import end
+from apr.evidence import verdict as verdicts
+from apr.evidence.observers import StartGates
 from apr.model.optim import AdamW
 from apr.training import evaluate
 from apr.training import run as running
 from apr.training.loop import Trainer
+from apr.training.metrics import MetricsLog
 from apr.training.rundir import RunDir
 from crashing import Job, differences, metrics, quicken
 
@@ -189,7 +191,7 @@ def test_a_full_disk_where_even_the_verdict_has_no_room(job, undisturbed, run, m
 
 def test_a_full_disk_while_metrics_are_written(job, undisturbed, run, monkeypatch, capsys):
     """Half a line is written, then a whole one has no room."""
-    opened = RunDir.open_metrics
+    opened = MetricsLog.open
 
     class Metrics(io.StringIO):
         def write(self, text):
@@ -208,13 +210,13 @@ def test_a_full_disk_while_metrics_are_written(job, undisturbed, run, monkeypatc
         def close(self):
             self.to.close()
 
-    def open_metrics(self, *args):
+    def open_log(self, *args):
         opened(self, *args)
         out = Metrics()
-        out.to, self._metrics = self._metrics, out
+        out.to, self._file = self._file, out
 
     with monkeypatch.context() as m:
-        m.setattr(RunDir, "open_metrics", open_metrics)
+        m.setattr(MetricsLog, "open", open_log)
         assert start(job, run) == 7
     assert "disk full" in said(capsys, 7, str(run / "metrics.jsonl"))
     assert verdict(run)["status"] == "FAILED"
@@ -303,7 +305,7 @@ def test_a_dataset_that_is_removed_while_it_is_read(
     with monkeypatch.context() as m:
         on_call(m, Trainer, "train_step", 6, lambda: dataset.rename(tmp_path / "away"))
         m.setattr(
-            judging,
+            end,
             "in_fresh_process",
             lambda run, *args: str(RunDir(run).read_config()["data_folders"]),
         )
@@ -440,10 +442,10 @@ def test_a_signal_while_data_is_prepared(job, undisturbed, run, tmp_path, monkey
     assert differences(undisturbed, run) == []
 
 
-@pytest.mark.parametrize(("name", "number"), [("begin_anew", TERM), ("causal", INT)])
+@pytest.mark.parametrize(("name", "number"), [("begin_anew", TERM), ("started", INT)])
 def test_a_signal_before_the_first_step(job, undisturbed, run, monkeypatch, capsys, number, name):
     with monkeypatch.context() as m:
-        on_call(m, Judge if name == "causal" else Trainer, name, 1, lambda: signal.raise_signal(number))
+        on_call(m, StartGates if name == "started" else Trainer, name, 1, lambda: signal.raise_signal(number))
         assert start(job, run) == 130
     said(capsys, 130, f"apr pretrain --resume --run-dir {run}")
     equal(job, undisturbed, run)
@@ -472,11 +474,11 @@ def test_a_signal_in_an_evaluation(job, undisturbed, run, monkeypatch, capsys, n
         (AdamW, "step", 7, 7, TERM),
         (AdamW, "step", 7, 7, INT),
         (AdamW, "step", 12, 12, TERM),
-        (RunDir, "log", 9, 6, TERM),
+        (MetricsLog, "write", 9, 6, TERM),
         (RunDir, "save_epoch", 2, 8, INT),
         (RunDir, "save_state", 3, 6, TERM),
         (RunDir, "save_state", 6, 12, INT),
-        (Show, "step", 5, 5, TERM),
+        (Show, "stepped", 5, 5, TERM),
     ],
 )
 def test_a_signal_in_training(job, undisturbed, run, monkeypatch, capsys, number, where, name, call, step):
@@ -504,7 +506,7 @@ def test_a_signal_in_training(job, undisturbed, run, monkeypatch, capsys, number
 )
 def test_a_signal_in_the_closing_phase(job, undisturbed, run, monkeypatch, capsys, number, where):
     """All is saved; the next start closes the run."""
-    module = {"sample_text": running, "in_fresh_process": judging, "save_verdict": RunDir, "seal": running}[
+    module = {"sample_text": running, "in_fresh_process": end, "save_verdict": verdicts, "seal": running}[
         where
     ]
     with monkeypatch.context() as m:

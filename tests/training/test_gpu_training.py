@@ -222,7 +222,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 
     def stopping(self: Trainer) -> dict[str, Any]:
         line = train_step(self)
-        self.stop_asked = line["step"] == stop_after
+        self.stop.is_asked = line["step"] == stop_after
         return line
 
     with monkeypatch.context() as m:

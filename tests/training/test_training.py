@@ -224,7 +224,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(run, place, tmp_path, monkeypatch, ca
 
     def stopping(self):
         line = step(self)
-        self.stop_asked = line["step"] == stop_after
+        self.stop.is_asked = line["step"] == stop_after
         return line
 
     path = tmp_path / "b"
@@ -249,7 +249,7 @@ def test_a_lost_data_position_is_seen(place, tmp_path, monkeypatch, capsys):
 
     def stopping(self):
         line = step(self)
-        self.stop_asked = line["step"] == 3
+        self.stop.is_asked = line["step"] == 3
         return line
 
     with monkeypatch.context() as m:

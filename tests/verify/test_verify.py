@@ -82,7 +82,7 @@ def test_what_is_not_asked_is_skipped(true_run, capsys):
 
 
 def test_replay_on_another_number_of_threads_is_compared_with_tolerance(true_run, capsys, monkeypatch):
-    from apr.verify import verifier as module
+    from apr.verify import replay as module
 
     monkeypatch.setattr(module, "code_sha256", lambda: "another version")
     verdicts, _, code = checks(capsys, true_run, "--replay", 2, "--backend", "none")

@@ -1,0 +1,146 @@
+"""Events of a run that trains, and their delivery to observers that the run does not know.
+
+An observer is any object with a method named like an event, Stepped: `stepped(event)`. Observers hear an event in their
+order; an exception of one is an exception of the run. The order of events:
+
+    WeightsReady  Started  Evaluated
+    (StepBegun  GradientsReady  Measured  Stepped)  PassEnded  Measured  Evaluated  Saved
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+Line = dict[str, Any]
+
+
+class Event:
+    """Base of all events. method: name of the method that hears the event."""
+
+    method: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        cls.method = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+
+def emit(observers: Iterable[Any], event: Event) -> None:
+    """Deliver an event to each observer that hears its kind."""
+    for observer in observers:
+        hear = getattr(observer, event.method, None)
+        if hear is not None:
+            hear(event)
+
+
+@dataclass(frozen=True)
+class WeightsReady(Event):
+    """Weights and moments are on the device.
+
+    resumed     they come from a saved state
+    sha256      of weights and moments, read back from the device; "" where they begin anew
+    saved       SHA-256 that the state recorded; None in states that have none
+    findings    of the gates, as the state holds them
+    """
+
+    step: int
+    resumed: bool = False
+    sha256: str = ""
+    saved: str | None = None
+    findings: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """Training begins after `step` of `num_steps`."""
+
+    step: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class StepBegun(Event):
+    """The batch of a step is read, the gradients are those that the step before left.
+
+    ids      (B, T) int32
+    targets  (B, T) int32, negative where nothing is predicted
+    """
+
+    step: int
+    ids: np.ndarray
+    targets: np.ndarray
+
+
+@dataclass(frozen=True)
+class GradientsReady(Event):
+    """All gradients of a step are summed, and the optimizer has not used them."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Measured(Event):
+    """A line of metrics.jsonl, of a step or an evaluation, before it is written."""
+
+    line: Line
+
+
+@dataclass(frozen=True)
+class Stepped(Event):
+    """The line of a step is written."""
+
+    line: Line
+
+
+@dataclass(frozen=True)
+class PassEnded(Event):
+    """The data begins again, after so many complete passes over its windows."""
+
+    step: int
+    passes: int
+    windows: int
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """The line of an evaluation is written. train_losses: of the epoch that ends there, [] before the first step."""
+
+    line: Line
+    train_losses: list[float]
+
+
+@dataclass(frozen=True)
+class Reproduced(Event):
+    """A resumed run has repeated its latest evaluation."""
+
+    step: int
+    loss: float
+    recorded: float
+
+
+@dataclass(frozen=True)
+class SpotChecked(Event):
+    """A piece of a batch went through the reference too. report: a bisect.report.Report."""
+
+    step: int
+    report: Any
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """The checkpoint of an epoch is written, `facts` beside it."""
+
+    path: Path
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Noted(Event):
+    """A line of text for a person."""
+
+    text: str

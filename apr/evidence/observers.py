@@ -1,0 +1,282 @@
+"""Gates of a run as observers of its events: each measures at the events that it hears and keeps its findings in Gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.errors import MalformedFile
+from ..common.events import (
+    Evaluated,
+    GradientsReady,
+    Line,
+    Measured,
+    Reproduced,
+    Saved,
+    SpotChecked,
+    Started,
+    StepBegun,
+    Stepped,
+    WeightsReady,
+)
+from ..common.finding import FAIL, SUSPECT, Finding
+from ..data.batches import sequential
+from . import measure, verdict
+from .adapters import adapter_gradients, base_loaded
+from .gates import Gates
+from .judge import Facts, judge
+from .subject import Subject
+
+FOLLOWED_STEPS = (
+    20  # first steps of a process in which the learning rate is measured; then every FOLLOW_EVERY
+)
+FOLLOW_EVERY = 10
+BEFORE_THE_LOG = ("run.finite", "run.placeholder")
+
+
+def is_followed(steps: int) -> bool:
+    """Decide whether a step is followed element by element; steps: those that this process has taken before it."""
+    return steps < FOLLOWED_STEPS or steps % FOLLOW_EVERY == 0
+
+
+class StartGates:
+    """Gates of weights, causality and the first evaluation of a process. Raises Refused, Aborted."""
+
+    def __init__(self, subject: Subject, gates: Gates) -> None:
+        self.subject, self.gates = subject, gates
+
+    def weights_ready(self, e: WeightsReady) -> None:
+        """Compare the weights on the device with their origin: a saved state, a checkpoint or random numbers."""
+        t, gates = self.subject, self.gates
+        if e.resumed:
+            try:
+                gates.restore(e.findings)
+            except (KeyError, TypeError) as error:
+                raise MalformedFile(f"{t.run}: gates of another version of apr, or none: {error}") from None
+            measured = f"weights and moments {e.sha256[:12]} on the device"
+            bound = f"{(e.saved or 'unknown')[:12]}, as saved"
+            is_same = e.saved in (e.sha256, None)
+            gates.judge(Finding.of("before.resumed", is_same, measured, bound), e.step)
+            return
+        if t.adapters and t.init:
+            gates.judge(base_loaded(t.adapters, t.init))
+        elif t.init:
+            gates.judge(measure.loaded_weights(t.model, t.optimizer, t.init))
+        else:
+            gates.judge(measure.random_weights(t.model, t.optimizer, t.settings.initializer_range))
+        gates.skip("before.resumed", "the run began in this process")
+
+    def started(self, e: Started) -> None:
+        """Change the second half of sequences, and compare what the head reads."""
+        ids, _ = next(iter(sequential(self.subject.val, min(self.subject.model.batch, 2))))
+        self.gates.judge(measure.causal(self.subject.model, ids), e.step)
+
+    def reproduced(self, e: Reproduced) -> None:
+        """Compare the evaluation that a resumed run repeats with the one it continues."""
+        tolerance = self.gates.bound(f"reproduce_{self.subject.model.dtype}")
+        self.gates.judge(measure.reproduced("start.reproduces", e.loss, e.recorded, tolerance), e.step)
+
+    def evaluated(self, e: Evaluated) -> None:
+        """Judge the evaluation before the first step."""
+        if e.line["step"]:
+            return
+        loss, gates, init = e.line["val_loss"], self.gates, self.subject.init
+        if init is None:
+            gates.judge(self._random_guess(loss), 0)
+            gates.skip("start.pretrained", "random weights")
+            gates.skip("start.reproduces", "random weights")
+            return
+        gates.skip("start.loss", "the weights come from a checkpoint")
+        entropy = self.subject.val.shards.unigram_entropy
+        pretrained = measure.pretrained_loss(loss, entropy, gates.bound("pretrained_share"))
+        recorded = init.metadata.get("evaluation") if init.kind == "apr" else None
+        if not isinstance(recorded, dict):
+            gates.skip("start.reproduces", "no validation loss is recorded in the checkpoint")
+            gates.judge(pretrained, 0)
+            return
+        differs = [k for k, v in self.subject.evaluated_on.items() if recorded.get(k) != v]
+        differs += ["weights, without adapters"] if self.subject.adapted else []
+        if differs:
+            gates.skip("start.reproduces", f"recorded on other {', '.join(differs)}")
+            # The training of the checkpoint is its own affair.
+            gates.judge(pretrained if pretrained.passed else replace(pretrained, verdict=SUSPECT), 0)
+        else:
+            self.reproduced(Reproduced(0, loss, recorded["val_loss"]))
+            gates.skip("start.pretrained", "its recorded loss on these very windows is the better measure")
+
+    def _random_guess(self, loss: float) -> Finding:
+        """Compare the loss of random weights with that of a random guess."""
+        t = self.subject
+        rows = t.model.b * t.model.t
+        rstd = float(t.backend.to_host(t.model.buffers["rstd"][:rows]).mean())
+        scans = {split.name: split.scan for split in t.splits}
+        scan = scans.get("val") or scans["train"]
+        assert scan is not None
+        share = scan.counts / max(1, scan.counts.sum())
+        spread = float(1 / max(np.square(share).sum(), 1e-12))
+        ids, targets = next(iter(sequential(t.val, 64)))
+        repeated, margin = float((ids == targets).mean()), self.gates.bound("start_margin")
+        return measure.initial_loss(t.cfg, loss, t.settings.initializer_range, rstd, spread, repeated, margin)
+
+
+class StepGates:
+    """Gates run.tokens and run.gradients. Raises Aborted."""
+
+    def __init__(self, subject: Subject, gates: Gates) -> None:
+        self.subject, self.gates = subject, gates
+        self.steps = self.tokens = self.trained = 0
+        self.left = 0.0
+        self.gradients: Callable[[float], Finding] | None = None
+        self.scratch = subject.backend.empty((1,), "float64")
+
+    def step_begun(self, e: StepBegun) -> None:
+        """Count the targets of the batch; measure the gradients that the step before left."""
+        model = self.subject.model
+        self.tokens, self.trained = int(np.count_nonzero(e.targets >= 0)), model.tokens_trained
+        self.left = measure.gradients_left(model, self.scratch) if is_followed(self.steps) else 0.0
+
+    def gradients_ready(self, e: GradientsReady) -> None:
+        """Read the gradients of every tensor, in the first step of this process."""
+        t = self.subject
+        self.gradients = None
+        if not self.steps and t.adapters:
+            self.gradients = adapter_gradients(t.adapters, self.scratch)
+        elif not self.steps:
+            self.gradients = partial(measure.gradient_norm, *measure.gradients(t.model, self.scratch))
+        self.steps += 1
+
+    def measured(self, e: Measured) -> None:
+        """Judge the tokens and gradients of a step."""
+        if "train_loss" not in e.line:
+            return
+        t, gates, step, seen = self.subject, self.gates, e.line["step"], e.line["tokens_seen"]
+        trained, read = t.model.tokens_trained - self.trained, t.batches.targets_read
+        measured = f"{trained:,} of {self.tokens:,} in a step, {seen:,} in all"
+        bound, is_equal = f"equal, and {read:,} by the position in the data", trained == self.tokens
+        gates.judge(Finding.of("run.tokens", is_equal and read == seen, measured, bound), step)
+        if self.left:
+            why = f"gradients of norm {self.left:.4g} were left from the step before"
+            gates.judge(Finding.of("run.gradients", False, why, "0 before the first micro-batch", why), step)
+        if self.gradients is not None and t.settings.seq_length < 2:
+            gates.skip("run.gradients", "attention over one token has no gradient of queries and keys")
+        elif self.gradients is not None:
+            gates.judge(self.gradients(e.line["grad_norm"]), step)
+
+
+class LogGates:
+    """Gates that follow from the log: see judge.py. Raises Aborted.
+
+    lines: reads the lines of metrics.jsonl that a resumed run continues. states: lists the saved states"""
+
+    def __init__(
+        self,
+        gates: Gates,
+        facts: Facts,
+        lines: Callable[[], list[Line]],
+        states: Callable[[], list[Path]],
+    ) -> None:
+        self.gates, self.facts, self.lines, self.states = gates, facts, lines, states
+        self.log: list[Line] = []
+        self.later: list[Finding] = []
+
+    def started(self, e: Started) -> None:
+        """Read the log so far."""
+        self.log = self.lines()
+
+    def measured(self, e: Measured) -> None:
+        """Judge a line: its numbers before it is written, what follows from it afterwards."""
+        self.log.append(e.line)
+        findings = judge(self.log, self.facts, len(self.log) - 1)
+        self.later = [f for f in findings if f.name not in BEFORE_THE_LOG]
+        for f in findings:
+            if f.name not in BEFORE_THE_LOG:
+                continue
+            if f.name == "run.finite" and f.verdict == FAIL and "train_loss" in e.line:
+                saved = self.states()
+                f = replace(f, why=f"{f.why}. Last saved state: {saved[-1] if saved else 'none'}")
+            self.gates.judge(f, e.line["step"])
+
+    def evaluated(self, e: Evaluated) -> None:
+        """Keep the findings of an evaluation, and of the log only the lines that later ones are compared with."""
+        for f in self.later:
+            self.gates.judge(f, e.line["step"])
+        steps = [line for line in self.log if "train_loss" in line]
+        self.log = [*steps[-int(self.facts.bound("constant_steps")) :], e.line]
+
+
+class LearningRateGate:
+    """Gate run.learning-rate: follows some elements of all parameters through optimizer steps. Raises Aborted."""
+
+    def __init__(self, subject: Subject, gates: Gates) -> None:
+        self.gates, self.follow, self.steps = gates, measure.Follow(subject.optimizer), 0
+
+    def gradients_ready(self, e: GradientsReady) -> None:
+        """Read weights, moments and gradients before the optimizer's step."""
+        if is_followed(self.steps):
+            self.follow.before()
+
+    def measured(self, e: Measured) -> None:
+        """Compare the move of the weights with the learning rate in the log."""
+        line = e.line
+        if "train_loss" not in line:
+            return
+        if is_followed(self.steps):
+            tolerance = self.gates.bound("learning_rate_tolerance")
+            self.gates.judge(self.follow.after(line["lr"], line["grad_norm"], tolerance), line["step"])
+        self.steps += 1
+
+
+class DataGate:
+    """Gate run.data: passes over the data, as the reader counts them and as they follow from the tokens. Raises Aborted."""
+
+    def __init__(self, subject: Subject, gates: Gates) -> None:
+        self.batches, self.gates = subject.batches, gates
+
+    def stepped(self, e: Stepped) -> None:
+        """Compare the passes after a step."""
+        b = self.batches
+        expected = e.line["tokens_seen"] // b.windows.targets
+        measured = f"{b.passes} complete passes, {b.windows_read:,} windows read"
+        bound = f"{expected} by the tokens trained on"
+        self.gates.judge(Finding.of("run.data", b.passes == expected, measured, bound))
+
+
+class SpotGate:
+    """Gate start.ops. Raises Aborted, naming the op."""
+
+    def __init__(self, gates: Gates) -> None:
+        self.gates = gates
+
+    def spot_checked(self, e: SpotChecked) -> None:
+        """Judge the comparison with the float64 reference."""
+        report: Any = e.report
+        if not report.rows:
+            self.gates.skip("start.ops", report.skipped["forward"])
+            return
+        worst = max(r.ratio for r in report.rows)
+        measured = f"{len(report.rows)} arrays of {report.batch}, the worst {worst:.2f} of its tolerance"
+        why, first = "", report.first
+        if not report.agree:
+            cause = f": {first.cause}" if first.cause else ""
+            why = (
+                f"spot check: {first.place} is {first.ratio:.3g} times its tolerance away from the float64 reference"
+                f"{cause}"
+            )
+        bound, score = "every array within its tolerance", 0.0 if why else worst
+        self.gates.judge(Finding.of("start.ops", not why, measured, bound, why, score=score), e.step)
+
+
+class VerdictFile:
+    """Writes verdict.json with the status RUNNING at each checkpoint."""
+
+    def __init__(self, run: Path, gates: Gates) -> None:
+        self.run, self.gates = run, gates
+
+    def saved(self, e: Saved) -> None:
+        """Write the verdict so far."""
+        verdict.save_verdict(self.run, self.gates, "RUNNING", e.facts["step"], e.facts["val_loss"])

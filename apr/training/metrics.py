@@ -1,0 +1,107 @@
+"""Write and read metrics.jsonl and samples.jsonl, the log of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..common.atomic import explain, write_text
+from ..common.errors import IOFailure, MalformedFile
+from ..common.files import opened
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+
+class MetricsLog:
+    """metrics.jsonl and samples.jsonl in the folder of a run: a JSON object a line, each with its step."""
+
+    def __init__(self, run: Path) -> None:
+        self.path, self.samples = run / METRICS, run / SAMPLES
+        self._file: TextIO | None = None
+
+    def open(self, step: int, evaluated: int) -> None:
+        """Open both files to add to them, without the lines that an interrupted run wrote after `step`, and after the step
+        `evaluated` of its latest evaluation. step -1: of a run that begins anew.
+
+        Raises MalformedFile: damaged, or lines up to that step are gone."""
+        if self.path.exists() or step >= 0:
+            kept = [
+                line
+                for line in read_lines(self.path)
+                if line["step"] <= (evaluated if step >= 0 and "val_loss" in line else step)
+            ]
+            have = [line["step"] for line in kept if "train_loss" in line]
+            if have != list(range(1, max(step, 0) + 1)):
+                raise MalformedFile(
+                    f"{self.path}: has {len(have)} steps up to step {step}, which the saved state continues; restore the "
+                    f"file, or go on from an earlier state by moving the later ones out of {self.path.parent}/ckpt/state"
+                )
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        if self.samples.exists():
+            last = min(step, evaluated)
+            samples = [line for line in read_lines(self.samples, strict=False) if line["step"] <= last]
+            write_text(self.samples, "".join(json.dumps(line) + "\n" for line in samples))
+        try:
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as e:
+            raise IOFailure(explain(self.path, e)) from None
+
+    def write(self, **line: Any) -> None:
+        """Add a line to metrics.jsonl."""
+        assert self._file is not None
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as e:
+            raise IOFailure(explain(self.path, e)) from None
+
+    def write_sample(self, **line: Any) -> None:
+        """Add a line to samples.jsonl."""
+        try:
+            with self.samples.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
+        except OSError as e:
+            raise IOFailure(explain(self.samples, e)) from None
+
+    def sync(self) -> None:
+        """Bring metrics.jsonl to the disk: lines that a saved state continues must outlive a power failure."""
+        if self._file is not None:
+            with suppress(OSError):
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close metrics.jsonl."""
+        if self._file is not None:
+            # A line that could not be written has been reported.
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Read all lines of metrics.jsonl. Raises MalformedFile."""
+        return list(read_lines(self.path))
+
+
+def read_lines(path: Path, strict: bool = True) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a log but a last one that a crash has cut short; without `strict`, but all damaged ones.
+
+    Raises MalformedFile."""
+    with opened(path, "the saved state continues it; restore the file") as (f, size):
+        lines = f.read(size).split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for i, line in enumerate(lines):
+        try:
+            d = json.loads(line)
+        except (ValueError, RecursionError):  # no JSON, or no UTF-8
+            d = None
+        if isinstance(d, dict) and isinstance(d.get("step"), int):
+            yield d
+        elif strict and i + 1 < len(lines):
+            raise MalformedFile(
+                f"{path}: line {i + 1} is not a line of metrics; restore the file from a copy"
+            )

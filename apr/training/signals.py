@@ -1,0 +1,47 @@
+"""Turn SIGINT and SIGTERM into a stop of the run that saves its state."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM inside the block. Does nothing outside the main thread: no other gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for n, previous in old.items():
+            signal.signal(n, previous)
+
+
+def interrupting() -> Any:
+    """Raise KeyboardInterrupt at SIGINT and SIGTERM, also where a shell ignores SIGINT for background processes."""
+    return handled(signal.default_int_handler)
+
+
+class StopRequest:
+    """A stop after the current step. The first signal asks for it, a second one raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.is_asked:
+            raise KeyboardInterrupt
+        self.is_asked = True
+        text = b"\nstopping after this step; press Ctrl-C again to stop at once without saving\n"
+        # Not print: the signal may have come in the middle of one, which cannot be entered twice. The reader may be gone:
+        # Ctrl-C ends both sides of `apr pretrain 2>&1 | tee log`.
+        with suppress(OSError):
+            os.write(2, text)

@@ -1,0 +1,38 @@
+"""Spot checks while a run trains: a piece of the current batch through the float64 reference, before its step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ..bisect.spot import spot_check
+from ..common.events import Event, SpotChecked, StepBegun
+from ..data.conversations.instruct import checked_piece
+from ..model.transformer import Model
+from .metrics import MetricsLog
+
+
+class SpotChecks:
+    """Checks before the first step of a process, and then every so many steps; 0: the first only, -1: none."""
+
+    def __init__(self, model: Model, every: int, log: MetricsLog, emit: Callable[[Event], None]) -> None:
+        self.model, self.every, self.log, self.emit = model, every, log, emit
+        self.has_checked = False
+
+    def step_begun(self, e: StepBegun) -> None:
+        """Compare the model with the reference, where a check is due. Raises Aborted through its observers."""
+        due = self.every > 0 and (e.step - 1) % self.every == 0
+        if self.every < 0 or (self.has_checked and not due):
+            return
+        self.has_checked, start = True, time.perf_counter()
+        piece = checked_piece(e.ids[: self.model.batch], e.targets[: self.model.batch])
+        report = spot_check(self.model, *piece, f"the model before step {e.step}")
+        seconds = time.perf_counter() - start
+        self.log.write(
+            step=e.step,
+            spot_check="skipped" if not report.rows else "agree" if report.agree else "differ",
+            arrays=len(report.rows),
+            worst_of_tolerance=max((r.ratio for r in report.rows), default=0.0),
+            wall_ms=1e3 * seconds,
+        )
+        self.emit(SpotChecked(e.step, report, seconds))

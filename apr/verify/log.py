@@ -1,0 +1,114 @@
+"""Verify the log of a run: against itself, the settings, the verdict and the metadata of the epochs."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from ..common.errors import AprError
+from ..common.files import read_json
+from ..common.finding import FAIL, PASS, SEVERITY, SKIPPED, Finding, verdict_of
+from ..evidence.gates import GATES, Gates
+from ..evidence.judge import judge, near, target
+from ..model.schedule import Schedule
+from ..training.evaluate import epoch_facts
+from .record import Record
+
+
+def metrics(r: Record) -> Finding:
+    """Check each step once, in order, its numbers measured, its tokens counted, its speed that of its time."""
+    s, bound = r.settings, "each step once, finite, tokens and speed as they follow"
+    tokens, last, seen = s.batch_size * s.seq_length, r.verdict["steps"], 0
+    numbers = [line["step"] for line in r.steps]
+    if numbers != list(range(1, last + 1)) and not (r.is_cut and numbers == list(range(1, last))):
+        return Finding.of("metrics", False, f"{len(numbers)} steps, not 1 to {last} each once", bound)
+    for finding in judge(r.steps, r.facts):
+        if finding.verdict == FAIL:
+            return Finding.of("metrics", False, f"step {finding.where}: {finding.measured}", bound)
+    for line in r.steps:
+        new, seen = line["tokens_seen"] - seen, line["tokens_seen"]
+        # The number of answers in a step is compared with the data in `stored.data`.
+        if not (0 < new <= tokens if r.facts.only_answers else new == tokens):
+            return Finding.of("metrics", False, f"step {line['step']}: tokens_seen = {seen}", bound)
+        speed, wall = line["tokens_per_sec"], line["wall_ms"]
+        if not near(speed * wall / 1e3, new):
+            return Finding.of("metrics", False, f"step {line['step']}: {speed} tokens/s in {wall} ms", bound)
+    due = [0, *(e for e in range(1, last + 1) if e % s.steps_per_epoch == 0 or e == s.num_steps)]
+    found = [line["step"] for line in r.evaluations]
+    # The data may end between two evaluations.
+    if found not in (due, [*due, last]) and not (r.is_cut and found == due[:-1]):
+        return Finding.of("metrics", False, f"evaluations at steps {found}, due at {due}", bound)
+    return Finding.of("metrics", True, f"{len(numbers):,} steps, {len(found)} evaluations", bound)
+
+
+def learning_rate(r: Record) -> Finding:
+    """Compare the learning rates of the log with the schedule of the settings."""
+    s = r.settings
+    assert s.lr is not None
+    assert s.lr_min is not None
+    assert s.warmup_steps is not None
+    schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)
+    wrong = [line["step"] for line in r.steps if not near(line["lr"], schedule(line["step"]))]
+    bound = f"{s.schedule} up to {s.lr:g}, {s.warmup_steps} warm-up steps"
+    measured = f"step {wrong[0]} and {len(wrong) - 1} more differ" if wrong else f"{len(r.steps):,} steps"
+    return Finding.of("learning rate", not wrong, measured, bound)
+
+
+def verdict(r: Record) -> Finding:
+    """Compare verdict.json with the last evaluation, and judge again the gates that follow from the log."""
+    v, bound = r.verdict, "what follows from metrics.jsonl and config.json"
+
+    def failed(measured: str) -> Finding:
+        return Finding.of("verdict", False, measured, bound)
+
+    if v["status"] == "RUNNING":
+        why = "the run has not ended; --resume goes on with it"
+        return Finding("verdict", SKIPPED, "RUNNING", bound, why)
+    val = r.evaluations[-1]["val_loss"] if r.evaluations else None
+    if v["val_loss"] != val:
+        return failed(f"val_loss {v['val_loss']} in verdict.json, {val} in metrics.jsonl")
+    recorded = {g["id"]: g["verdict"] for g in v["gates"]}
+    if set(recorded) != set(GATES):
+        return failed(f"gates {sorted(set(recorded) ^ set(GATES))} are missing or unknown")
+    worst = verdict_of(recorded.values(), unasked=PASS)
+    if v["verdict"] != worst:
+        return failed(f"the verdict is {v['verdict']}, the worst of its gates {worst}")
+    again = [f for f in _judge_again(r).in_order() if f.verdict != SKIPPED]
+    for f in again:
+        if SEVERITY.index(f.verdict) > SEVERITY.index(recorded[f.name]):
+            return failed(
+                f"{f.name} is {recorded[f.name]} in verdict.json, {f.verdict} by the log: {f.measured}"
+            )
+    measured = f"{v['verdict']}, {len(again)} gates asked again from the log"
+    return Finding.of("verdict", True, measured, bound)
+
+
+def _judge_again(r: Record) -> Gates:
+    """Judge all lines of the log, and the target. A failure does not raise."""
+    gates, findings = Gates(r.facts.bounds), judge(r.log, r.facts)
+    if r.facts.target is not None and r.evaluations:
+        findings.append(target(r.evaluations[-1], r.facts.target))
+    for finding in findings:
+        with suppress(AprError):  # the gate keeps the finding before it raises
+            gates.judge(finding)
+    return gates
+
+
+def epochs(r: Record) -> Finding:
+    """Compare each ckpt/epoch-NNN.metadata.json with the steps and the evaluation that it sums up."""
+    found, evaluated = sorted(r.run.ckpt.glob("epoch-*.metadata.json")), len(r.evaluations) - 1
+    bound = "means and maxima of metrics.jsonl"
+    for path in found:
+        facts = read_json(path)
+        i = facts["epoch"]
+        steps = r.epoch(i)
+        losses, norm = [line["train_loss"] for line in steps], max(line["grad_norm"] for line in steps)
+        seconds = facts["wall_seconds"]  # evaluations included, whose time is not logged
+        expected = epoch_facts(r.evaluations[i], losses, steps[-1]["tokens_seen"], norm, seconds)
+        for key, value in expected.items():
+            if not near(facts[key], value):
+                measured = f"{path.name}: {key} = {facts[key]}, {value} by the log"
+                return Finding.of("epochs", False, measured, bound)
+    if len(found) != evaluated and not (r.is_cut and len(found) == evaluated - 1):
+        measured = f"{len(found)} epochs, {evaluated} evaluations after training"
+        return Finding.of("epochs", False, measured, bound)
+    return Finding.of("epochs", True, f"{len(found)} epochs", bound)

@@ -1,0 +1,121 @@
+"""Verify the files of a run: hashes, checkpoints, saved states, adapters, token shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoints.apr2 import read_apr
+from ..checkpoints.peft import read_adapter
+from ..checkpoints.registry import open_any
+from ..checkpoints.state import saved_hashes, sha256
+from ..common.files import read_json
+from ..common.finding import Finding
+from ..data.batches import Batches
+from ..data.conversations.instruct import InstructShards, InstructWindows, open_side
+from ..evidence.adapters import checkpoint_merge_error
+from ..evidence.seal import EVIDENCE, compare
+from ..model.params import Layout
+from .record import NONE_SAVED, Record
+from .reload import recorded
+
+
+def files(r: Record) -> Finding:
+    """Compare every file with evidence.json."""
+    differences = compare(r.run.path)
+    count = 0 if differences else len(read_json(r.run.path / EVIDENCE)["files"])  # not hashed twice
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    measured = "; ".join(differences[:3]) + more if differences else f"{count} files"
+    return Finding.of("files", not differences, measured, "the SHA-256 of evidence.json")
+
+
+def checkpoints(r: Record) -> Finding:
+    """Compare each checkpoint with its recorded hash."""
+    found, ends = r.run.checkpoints(), list(r.run.ckpt.glob("epoch-*.metadata.json"))
+    bound = "the SHA-256 of their metadata"
+    if not found and not ends and r.is_cut:
+        return Finding.skipped("checkpoints", NONE_SAVED, bound)
+    if {p.stem for p in found} != {p.name.removesuffix(".metadata.json") for p in ends}:
+        measured = f"{len(found)} checkpoints, {len(ends)} with metadata"
+        return Finding.of("checkpoints", False, measured, "the same epochs")
+    for path in found:
+        said, loaded = recorded(r.run.path, path), open_any(str(path))
+        names = [s.hf for s in Layout(loaded.cfg).in_order()]
+        sha, want = sha256(np.asarray(loaded.tensors[n]) for n in names), said.metadata["weights_sha"]
+        if sha != want:
+            measured = f"{path.name}: weights {sha[:12]}"
+            return Finding.of("checkpoints", False, measured, f"recorded {want[:12]}")
+        if loaded.metadata["evaluation"]["val_loss"] != said.val_loss:
+            measured = f"{path.name}: another val_loss inside than in its metadata"
+            return Finding.of("checkpoints", False, measured, "equal")
+    return Finding.of("checkpoints", bool(found), f"{len(found)} checkpoints", bound)
+
+
+def states(r: Record) -> Finding:
+    """Compare each saved state with its hash, and its moments with those of the epoch that ends there."""
+    bound = "the SHA-256 recorded in the state, and in the metadata of an epoch that ends there"
+    found = r.run.states()
+    if not found and r.is_cut:
+        return Finding.skipped("states", "no state was saved", bound)
+    ends = {m["step"]: m for m in (read_json(p) for p in r.run.ckpt.glob("epoch-*.metadata.json"))}
+    for path in found:
+        file = read_apr(path)
+        sha, optimizer_sha = saved_hashes(file.metadata, file.tensors, str(path))
+        if sha != file.metadata["state_sha256"]:
+            return Finding.of("states", False, f"{path.name}: {sha[:12]}", bound)
+        end = ends.get(file.metadata["training"]["step"])
+        if end and end["optimizer_state_sha"] != optimizer_sha:
+            measured = f"{path.name}: its moments are not those of epoch {end['epoch']}"
+            return Finding.of("states", False, measured, bound)
+    return Finding.of("states", bool(found), f"{len(found)} states", bound)
+
+
+def adapters(r: Record) -> Finding:
+    """Add the last adapter to the base, and compare the sum with the checkpoint of its epoch."""
+    path, bound = r.last, "the checkpoint, within rounding"
+    if path is None:
+        return Finding.skipped("adapters", NONE_SAVED, bound)
+    folder, init = path.with_name(f"{path.stem}-adapter"), str(r.settings.init)
+    if not Path(init).exists():
+        return Finding.skipped("adapters", f"the base {init} is not there", bound)
+    base, merged, want = open_any(init), open_any(str(path)), r.config["data"]["init_sha256"]
+    if base.sha256 != want:
+        return Finding.of("adapters", False, f"{init}: weights {base.sha256[:12]}", f"{want[:12]}")
+    adapter, dtype = read_adapter(str(folder), base.cfg), r.settings.dtype or "float32"
+    worst, name = checkpoint_merge_error(base, adapter, merged, dtype)
+    measured = f"{folder.name}: off by {worst:.2f} of rounding at {name}"
+    return Finding.of("adapters", worst <= 1, measured, bound)
+
+
+def data(r: Record) -> Finding:
+    """Compare the shards as they are on disk with the hashes in config.json."""
+    want, bound = r.config["data"], "the SHA-256 of config.json"
+    if r.last is None:
+        return Finding.skipped("data", NONE_SAVED, bound)
+    tokenizer, tokens = open_any(str(r.last)).tokenizer, 0
+    if tokenizer is None or tokenizer.sha256 != want["tokenizer_sha256"]:
+        return Finding.of("data", False, "the tokenizer in the checkpoint is not the run's", bound)
+    for side, folder in r.folders().items():
+        if not folder.is_dir():
+            why = f"{folder} is not there; --dataset says where the shards are now"
+            return Finding.skipped("data", why, bound)
+        shards = open_side(folder, tokenizer)
+        if shards.sha256 != want[f"{side}_sha256"]:
+            return Finding.of("data", False, f"{folder}: {shards.sha256[:12]}", bound)
+        tokens += shards.total_tokens
+        if isinstance(shards, InstructShards) and side == "train" and (wrong := _miscounted(r, shards)):
+            return Finding.of("data", False, wrong, bound)
+    return Finding.of("data", True, f"{tokens:,} tokens read", bound)
+
+
+def _miscounted(r: Record, shards: InstructShards) -> str:
+    """Find the first step whose trained tokens are not those of the windows that it read; "" for none."""
+    s, counted = r.settings, 0
+    stream = Batches(InstructWindows(shards, s.seq_length), s.batch_size, s.seed, s.shuffle, s.on_exhausted)
+    for line in r.steps:
+        counted += stream.skip()
+        if line["tokens_seen"] != counted:
+            seen = f"tokens_seen = {line['tokens_seen']}"
+            return f"step {line['step']}: {seen}, its windows and those before have {counted}"
+    return ""
