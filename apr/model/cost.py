@@ -1,4 +1,4 @@
-"""FLOPs and bytes of a job before anything is allocated: the only place with those formulas."""
+"""FLOPs and bytes of a job, before anything is allocated."""
 
 from __future__ import annotations
 

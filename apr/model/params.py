@@ -103,7 +103,7 @@ class Slot:
 
     layer: int | None
     param: Param
-    offset: int  # elements
+    offset: int  # in elements
     shape: tuple[int, ...]
 
     @property
@@ -183,11 +183,11 @@ class Layout:
         return flat[s.offset : s.offset + rows * s.shape[1]].reshape(rows, s.shape[1])
 
     def named(self, flat: Any) -> dict[str, Any]:
-        """Views of every parameter in a flat buffer by Hugging Face name, in table order."""
+        """Views of every parameter in a flat buffer, by Hugging Face name, in table order."""
         return {s.hf: flat[s.offset : s.offset + s.size].reshape(s.shape) for s in self.in_order()}
 
     def in_order(self) -> list[Slot]:
-        """Slots as a reader expects them: embedding, layers first to last, final norm, head."""
+        """Slots in the order of a checkpoint: embedding, layers first to last, final norm, head."""
         top = {p.name: i for i, p in enumerate(TOP)}
         inner = {p.name: i for i, p in enumerate(LAYER)}
 
@@ -208,7 +208,8 @@ class Layout:
         """
         flat[...] = 0
         out_std = std / np.sqrt(2 * self.cfg.num_layers)
-        np.random.default_rng  # noqa: B018 -- NumPy loads np.random at its first use, and fails when threads do that
+        # NumPy loads np.random at its first use, and fails when threads do that
+        np.random.default_rng  # noqa: B018
 
         def fill(number: int, s: Slot) -> None:
             view = flat[s.offset : s.offset + s.size]
@@ -219,7 +220,8 @@ class Layout:
                 view[...] = rng.standard_normal(s.size, dtype=np.float32)
                 view *= view.dtype.type(std if s.param.init == "in" else out_std)
 
-        with ThreadPoolExecutor() as pool:  # NumPy draws without holding the interpreter's lock
+        # NumPy draws without holding the interpreter's lock
+        with ThreadPoolExecutor() as pool:
             jobs = [pool.submit(fill, i, s) for i, s in enumerate(self.in_order())]
         for job in jobs:
             job.result()

@@ -8,7 +8,7 @@ from .config import ModelConfig, RopeScaling
 
 
 def rope_tables(c: ModelConfig, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of every position's angles, float64 (positions, D/2), computed once on the host.
+    """Tables of cos and sin of every position's angles, float64 (positions, D/2), computed once on the host.
 
     angle[t, i] = t * theta^(-2i/D) (Su et al. 2021), with frequencies scaled as Llama 3.1 does.
     """

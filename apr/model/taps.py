@@ -1,7 +1,7 @@
-"""Taps: the one way to look at what a model computes.
+"""Taps: functions that are given every array of a pass.
 
 A tap is called as tap(layer, name, array) right after the array is made; layer is None outside the
-blocks, gradients are named "d_" + name. It may change the array in place.
+blocks, gradients are named "d_" + name. A tap may change the array in place.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ Tap = Callable[[int | None, str, Any], None]
 
 
 def no_tap(layer: int | None, name: str, x: Any) -> None:
-    """Looks at nothing."""
+    """Ignore the array."""
 
 
 def key(layer: int | None, name: str) -> str:
-    """Name of a tap in a file: "3.qkv" in a block, "logits" outside."""
+    """Name of an array in a trace: "3.qkv" in a block, "logits" outside."""
     return name if layer is None else f"{layer}.{name}"
 
 
 class Record:
-    """Keeps a host copy of everything, in order of computation: .seen["3.qkv"]."""
+    """Keep a host copy of every array, in order of computation: .seen["3.qkv"]."""
 
     def __init__(self, backend: ModuleType) -> None:
         self.backend = backend
@@ -36,11 +36,11 @@ class Record:
 
 
 class Compare:
-    """Compares with a Record's values.
+    """Compare every array with a Record's.
 
     rows holds (key, max |got - want|, max |want|) in order of computation; NaN where either is NaN.
-    With force=True the recorded value is then put in place, so that each row shows what that one op
-    did and nothing it inherited.
+    With force=True the recorded array then takes the place of the computed one, so that each row shows the
+    error of one op and nothing inherited.
     """
 
     def __init__(self, backend: ModuleType, want: dict[str, np.ndarray], force: bool) -> None:
@@ -57,7 +57,7 @@ class Compare:
 
 
 class Finite:
-    """Remembers the first array that holds NaN or infinity, in .first (None while all are finite)."""
+    """Remember the first array that holds NaN or infinity, in .first (None while all are finite)."""
 
     def __init__(self, backend: ModuleType) -> None:
         self.backend = backend
@@ -69,7 +69,7 @@ class Finite:
 
 
 class Stats:
-    """Root mean square and largest magnitude of everything: .rows[key] = (rms, max)."""
+    """Measure the root mean square and the largest magnitude of every array: .rows[key] = (rms, max)."""
 
     def __init__(self, backend: ModuleType) -> None:
         self.backend = backend

@@ -1,6 +1,6 @@
-"""The transformer, forward and backward, over whichever backend it is given.
+"""The transformer, forward and backward, on the backend that it is given.
 
-No array arithmetic happens here: this file says which op reads and writes which buffer. Buffers are
+No array arithmetic happens here: a pass is a list of ops with the buffers that each reads and writes. Buffers are
 declared by `BufferPlan.specs`, which `apr plan` reads too, and are named like the taps that show them.
 """
 
@@ -22,13 +22,17 @@ from .params import Layout
 from .rope import rope_tables
 from .taps import Tap, no_tap
 
+# recorded passes of a model, one for each shape and loss scale
 MAX_GRAPHS = 8
-# a target that no loss is computed for, as any below 0
+# target without a loss, as any below 0
 IGNORED = -100
 
 
 def document_starts(ids: np.ndarray, end: int) -> np.ndarray:
-    """Where the document of each position begins: after the last `end` before it, or at 0.  (B,T) int32 of ids (B,T)"""
+    """Position at which the document of each position begins: behind the last `end` before it, or 0.
+
+    ids (B,T), result (B,T) int32
+    """
     starts = np.zeros(ids.shape, np.int32)
     starts[:, 1:] = np.where(ids[:, :-1] == end, np.arange(1, ids.shape[1]), 0)
     return np.maximum.accumulate(starts, axis=1)
@@ -37,14 +41,16 @@ def document_starts(ids: np.ndarray, end: int) -> np.ndarray:
 class Model:
     """Weights, buffers and the two passes for batches of up to (batch, seq) tokens.
 
-    w, g: flat parameters and gradients (Layout order); p, d: their named views. The other options are
-    those of BufferPlan. Give w to share another model's parameters. z_loss times the squared log-sum-exp of the
-    logits joins what is minimised, not what is reported.
+    w, g          flat parameters and gradients, in Layout order; give w to share another model's parameters
+    p, d          their named views
+    layers        parts of each block
+    total         (1,) float64: sum of losses since it was last set to 0
+    z_loss        weight of the squared log-sum-exp of the logits in what is minimised; the loss reported is without it
+    document_end  id that ends a document (and belongs to it): no token sees a token of another document
 
-    document_end: the id that ends a document, of which a sequence may hold several; then no token sees one of another
-    document, and the id that ends a document belongs to it. Positions run on through the sequence all the same: rotary
-    embeddings turn q[t] and k[j] by angles that are multiples of t and j, whatever their scaling, so q[t] . k[j] has the
-    angle of t - j alone, and a window counts t - j too. Beginning again at 0 would change nothing within a document.
+    The other options are those of BufferPlan. Positions run on through documents: rotary embedding turns q[t] and k[j] by
+    multiples of t and j, so q[t] . k[j] depends on t - j alone, and so does a window. Starting again at 0 in each document
+    would change nothing.
 
     Raises Refused when seq or cache exceed the positions the configuration allows, and for a cache with document_end.
     """
@@ -72,9 +78,7 @@ class Model:
                 f"{cfg.max_position_embeddings}; use a smaller --seq-length"
             )
         if cache and document_end is not None:
-            raise Refused(
-                "a key/value cache continues one document per sequence: document_end does not go with it"
-            )
+            raise Refused("a KV cache continues one document per sequence: document_end does not go with it")
         self.cfg, self.be, self.dtype, self.train, self.recompute = cfg, backend, dtype, train, recompute
         self.batch, self.seq, self.z_loss, self.document_end = batch, seq, z_loss, document_end
         self.layout, self.layers = Layout(cfg), layers_of(cfg)
@@ -86,19 +90,19 @@ class Model:
         self.loss_rows = plan.loss_rows
         self.buffers = Buffers(backend, plan.specs(cfg))
         self.w = self.buffers["w"] if w is None else w
-        held = (
-            self.layout if w is None or hasattr(w, "dtype") else w
-        )  # or what has views of its own: int8.Int8Weights
-        self.p = held.views(self.w)
+        # weights that are no array have views of their own: int8.Int8Weights
+        source = self.layout if w is None or hasattr(w, "dtype") else w
+        self.p = source.views(self.w)
         if train:
             self.g = self.buffers["g"]
             self.d = self.layout.views(self.g)
-        self._logits = self.buffers["logits"]  # may have columns from V on: 0, and so is their gradient
+        # columns from V on, if any, are 0, and so is their gradient
+        self._logits = self.buffers["logits"]
         columns = self._logits.shape[1]
-        self._head = held.head_rows(self.w, columns)
+        self._head = source.head_rows(self.w, columns)
         if train:
             self._dhead = self.layout.head_rows(self.g, columns)
-        self.total = self.buffers["total"]  # sum of losses since it was last set to 0
+        self.total = self.buffers["total"]
         self._cache = [
             (self.buffers[f"{i}.keys"], self.buffers[f"{i}.values"])
             for i in range(cfg.num_layers if cache else 0)
@@ -108,12 +112,14 @@ class Model:
         for table, values in zip((self.cos, self.sin), self._angles, strict=True):
             backend.from_host(table, values)
         self._views: dict[tuple[int, int], tuple[list[Any], Any]] = {}
-        self.tokens_trained = 0  # targets that went through micro_step
-        self._warm: set[tuple[int, int, float]] = set()  # shapes and scales that were computed once
+        # targets that went through micro_step
+        self.tokens_trained = 0
+        # shapes and loss scales that were computed once
+        self._warm: set[tuple[int, int, float]] = set()
         self._passes: dict[tuple[int, int, float], Callable[[], None]] = {}
 
     def _at(self, batch: int, seq: int) -> tuple[list[Any], Any]:
-        """Block and scratch buffers shaped for a batch, which may be smaller than they were made for."""
+        """Views of block and scratch buffers for a batch, which may be smaller than the buffers."""
         if (batch, seq) not in self._views:
             if batch > self.batch or seq > self.seq:
                 raise ValueError(f"batch {batch} x {seq} does not fit buffers of {self.batch} x {self.seq}")
@@ -142,20 +148,19 @@ class Model:
             raise ValueError(f"ids {ids.min()} to {ids.max()} with a vocabulary of {self.cfg.vocab_size}")
 
     def forward(self, ids: np.ndarray, tap: Tap = no_tap, past: int = 0, row: int = 0, slot: int = 0) -> None:
-        """From ids (B,T), integers in [0,V), to final_norm (B*T,C), kept in the scratch buffers.
+        """Compute final_norm (B*T,C), a scratch buffer, of ids (B,T), integers in [0,V).
 
-        past: positions already in the key/value cache; needs a model made with cache > 0. The B sequences lie in its
-        rows from `row` on, their position 0 in its slot `slot`. Raises ValueError for ids outside the vocabulary:
-        kernels do not check where they read.
+        past, row, slot: the CachePosition of the batch; they need a model made with cache > 0.
+        Raises ValueError for ids outside the vocabulary: kernels do not check where they read.
         """
         self._put_ids(ids)
         self._forward(tap, CachePosition(past, row, slot))
 
     def step(self, ids: np.ndarray, positions: np.ndarray, slots: int) -> None:
-        """One more token of each of B sequences whose lengths differ: ids (B,), positions (B,) each token's own.
+        """Add one token to each of B sequences of different lengths: ids (B,), positions (B,) of the tokens.
 
-        The token of every sequence goes into slot number `slots` of its row, so that the sequences end together:
-        sequence b fills the slots from slots - positions[b] on. Raises ValueError for ids outside the vocabulary.
+        Every token goes into slot number `slots` of its cache row, so that the sequences end together: sequence b fills
+        the slots from slots - positions[b] on. Raises ValueError for ids outside the vocabulary.
         """
         be, n = self.be, len(ids)
         if n == 1:
@@ -169,7 +174,7 @@ class Model:
         self._forward(no_tap, CachePosition(slots, cos=cos, sin=sin, doc_start=doc_start.reshape(n, 1)))
 
     def move_row(self, to: int, source: int, slots: int) -> None:
-        """Copy the first `slots` slots of a row of the key/value cache to another row."""
+        """Copy the first `slots` slots of a row of the KV cache to another row."""
         for pair in self._cache:
             for cache in pair:
                 self.be.copy(cache[to, :slots], cache[source, :slots])
@@ -223,9 +228,9 @@ class Model:
     def loss(self, targets: np.ndarray, scale: float | None = None, tap: Tap = no_tap) -> None:
         """Add the losses of targets (B,T) to self.total, in nats; negative targets are left out.
 
-        With a scale, also start the backward pass of scale * sum of losses: the gradient of the head
-        is added and that of final_norm kept. Goes through the rows in pieces of loss_rows; with
-        more than one piece the taps are named logits.FIRST_ROW.
+        With a loss scale, also start the backward pass of scale * sum of losses: the gradient of the head
+        is added and that of final_norm kept. loss_rows rows of logits exist at a time; where that is not
+        all of them the taps are named logits.FIRST_ROW.
         """
         self._put_targets(targets)
         self._loss(scale, tap)
@@ -259,10 +264,10 @@ class Model:
         return self.be.to_host(logits[:, : self.cfg.vocab_size])
 
     def micro_step(self, ids: np.ndarray, targets: np.ndarray, scale: float, graph: bool = True) -> None:
-        """forward, loss and backward of one micro-batch, as one launch where the device can.
+        """Run forward, loss and backward of one micro-batch, as one launch where the device can.
 
-        The first call for a shape and scale runs op by op, the second is recorded, later ones replay
-        the record. The values are the same, bit for bit.
+        The first call for a shape and loss scale runs op by op, the second is captured, later ones replay
+        the capture. The values are equal, bit for bit.
         """
         self._put_ids(ids)
         self._put_targets(targets)
@@ -278,7 +283,8 @@ class Model:
         elif key in self._passes:
             self._passes[key]()
         elif key in self._warm:
-            if len(self._passes) >= MAX_GRAPHS:  # scales that never come back would fill the memory
+            # loss scales that never come back would fill the memory
+            if len(self._passes) >= MAX_GRAPHS:
                 self._passes.clear()
             self._passes[key] = self.be.capture(op_by_op)
             self._passes[key]()
@@ -288,7 +294,7 @@ class Model:
         self.tokens_trained += int(np.count_nonzero(targets >= 0))
 
     def tune(self, targets_per_batch: int) -> None:
-        """Let the backend find its fastest products for full batches. Sets gradients and total to 0."""
+        """Time the backend's products on full batches and keep the fastest. Sets gradients and total to 0."""
         ids = (
             np.arange(self.batch * self.seq, dtype=np.int32).reshape(self.batch, self.seq)
             % self.cfg.vocab_size

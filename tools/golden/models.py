@@ -344,15 +344,17 @@ def check_agreement(name: str, case: Case, model: Any, logits: torch.Tensor, los
 
 def check_attention(name: str, cfg: ModelConfig, probs: torch.Tensor) -> None:
     """Query i sees key j exactly when 0 <= i - j < window of the layer, and its attention is far from uniform."""
-    t = probs.shape[-1]
+    t, spread = probs.shape[-1], []
     ahead = torch.arange(t)[:, None] - torch.arange(t)
     for layer, p in enumerate(probs):
         window = 0 if layer in cfg.full_attention_layers else cfg.sliding_window
         allowed = (ahead >= 0) & (ahead < (window or t))
         demand(bool(((p > 0) == allowed).all()), f"{name}: the keys a query of layer {layer} sees")
         entropy = torch.special.entr(p).sum(-1)
-        share = float((entropy.exp() / allowed.sum(-1))[..., 1:].mean())  # 1 = uniform
-        demand(share < 0.75, f"{name}: attention of layer {layer} is far from uniform: spread {share:.2f}")
+        spread.append((entropy.exp() / allowed.sum(-1))[..., 1:])
+    # 1: uniform
+    share = float(torch.stack(spread).mean())
+    demand(share < 0.75, f"{name}: attention is far from uniform: spread {share:.2f}")
 
 
 def check_switches(name: str, case: Case, loss: float) -> None:
@@ -453,7 +455,7 @@ def main() -> int:
         )
     if args.check:
         known = {f"{name}.safetensors" for name in CASES}
-        wrong += [f"{p}: no such case" for p in sorted(args.out.glob("*")) if p.name not in known]
+        wrong += [f"{p}: no such case" for p in sorted(args.out.glob("*.safetensors")) if p.name not in known]
         print("\n".join(wrong) or f"{args.out}: all as computed")
     return 1 if wrong else 0
 
