@@ -121,7 +121,13 @@ def _between(
         if low
         else f"at most {most:.4g}"
     )
-    remedy = f"{low}={_down(value)}" if value < least else f"{high}={_up(value)}" if value > most else ""
+    remedy = (
+        f"{low}={_rounded_down(value)}"
+        if value < least
+        else f"{high}={_rounded_up(value)}"
+        if value > most
+        else ""
+    )
     return Finding.of(name, least <= value <= most, measured, text, "; ".join(remarks), remedy=remedy)
 
 
@@ -136,17 +142,17 @@ def _unknown(count: int, tokens: int, tokenizer: Tokenizer, usual: Bounds, given
     if given.max_unknown_share is not None and given.max_unknown_share > most:
         why = f"max_unknown_share widened from {most:g} to {given.max_unknown_share:g}"
         most = given.max_unknown_share
-    remedy = f"max_unknown_share={_up(share)}" if share > most else ""
+    remedy = f"max_unknown_share={_rounded_up(share)}" if share > most else ""
     return Finding.of(name, share <= most, measured, f"at most {100 * most:g} %", why, remedy=remedy)
 
 
-def _down(value: float) -> str:
+def _rounded_down(value: float) -> str:
     """Round down to three digits."""
     digits = 10.0 ** (2 - math.floor(math.log10(value))) if value > 0 else 1.0
     return f"{math.floor(value * digits) / digits:g}"
 
 
-def _up(value: float) -> str:
+def _rounded_up(value: float) -> str:
     """Round up to three digits."""
     digits = 10.0 ** (2 - math.floor(math.log10(value))) if value > 0 else 1.0
     return f"{math.ceil(value * digits) / digits:g}"

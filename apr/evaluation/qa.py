@@ -23,10 +23,8 @@ from .texts import TEXTS
 MAX_LOSS_SHARE = 0.9  # of the entropy of token frequencies
 MIN_DISTINCT_TRIGRAMS, MAX_TOKEN_SHARE = 0.5, 0.4  # of a sample
 MIN_SAMPLE_TOKENS = 8  # of a sample whose repetitions are counted
-MAX_CYCLE_TOKENS, LOOP_TOKENS = (
-    16,
-    48,
-)  # the last LOOP_TOKENS must not repeat a piece of at most MAX_CYCLE_TOKENS
+# The last LOOP_TOKENS of a sample must not repeat a piece of at most MAX_CYCLE_TOKENS.
+MAX_CYCLE_TOKENS, LOOP_TOKENS = 16, 48
 
 
 def qa(
