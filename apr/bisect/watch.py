@@ -14,6 +14,7 @@ from ..model.params import Layout
 from . import causes, rule
 from .difference import Difference, difference, error_and_tolerance
 from .lockstep import Call, Twin, host
+from .makers import overlap, span
 from .pieces import PIECE, in_parallel, in_pieces, rounded_copy
 from .report import FORCED, FREE, ArrayComparison
 
@@ -188,7 +189,7 @@ class Forced(_Watch):
         how, judged = OPS[call.op].outputs, dict(zip(call.args, call.on(1), strict=True))
         inputs = [x for m, x in judged.items() if how.get(m) != "" and hasattr(x, "strides")]
         for n in names:
-            if not how[n] and not any(_overlap(judged[n], x) for x in inputs):
+            if not how[n] and not any(overlap(span(judged[n]), span(x)) for x in inputs):
                 self.backends[1].fill(judged[n], np.nan)
 
     def _whole(self, call: Call, names: list[str]) -> None:
@@ -312,19 +313,6 @@ class Free(_Watch):
                 d, moved * self.scale, rule.EPS[self.dtype], rule.factor(call.op, n)
             )
             self.rows.append(self._row(call, n, FREE, err, tol, d, ""))
-
-
-def _overlap(a: Any, b: Any) -> bool:
-    """Whether two arrays, both in main memory or both on a GPU, may share elements, by where they begin and end."""
-    if isinstance(a, np.ndarray):
-        return bool(np.may_share_memory(a, b))
-    ends = []
-    for x in (a, b):
-        start = int(x.data.ptr)
-        ends.append(
-            (start, start + sum((n - 1) * s for n, s in zip(x.shape, x.strides, strict=True)) + x.itemsize)
-        )
-    return ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
 
 
 def summed_in_order(op: str, name: str, low: dict[str, Any], want: np.ndarray) -> list[float]:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from .. import backends
 from ..backends.select import choose
-from ..bisect import against, hf, stored
+from ..bisect import against, hf, stored, traces
 from ..bisect import batch as batches
 from ..bisect.picture import picture
 from ..bisect.planted.catalogue import catalogue_json, plant_all
@@ -213,12 +213,12 @@ def _trace(f: Flags) -> _Believed:
     cfg = open_host(f.model, "float32", f.seed).cfg
     tokens = read_ids(f.tokens, cfg, "--tokens", lowest=0) if f.tokens else None
     targets = read_ids(f.targets, cfg, "--targets", lowest=IGNORED) if f.targets else None
-    trace = against.read_trace(f.against, tokens, targets)
+    trace = traces.read_trace(f.against, tokens, targets)
     source = open_host(f.model, "float64" if trace.dtype == "float64" else "float32", f.seed)
-    against.same_model(f.against, trace, source.sha256)
+    traces.same_model(f.against, trace, source.sha256)
     batch = Batch(trace.ids, trace.targets, f"what went into {f.against}")
     name = f"{f.against} ({trace.metadata.get('backend', 'a trace')} {trace.dtype})"
-    believed = against.config_of(f.against, trace)
+    believed = traces.config_of(f.against, trace)
     return _Believed(source, batch, trace.tensors, trace.dtype, name, trace.gradients, believed)
 
 

@@ -13,9 +13,11 @@ import pytest
 
 from apr import backends
 from apr.backends import overlay, reference
+from apr.backends.contract import OPS
 from apr.bisect import hf, rule
-from apr.bisect.against import MADE, compare_with_trace, read_trace, same_model
+from apr.bisect.against import compare_with_trace
 from apr.bisect.report import FORCED, FREE, ArrayComparison, Report
+from apr.bisect.traces import read_trace, same_model
 from apr.checkpoints.hf import write_hf, write_safetensors
 from apr.cli.trace import record
 from apr.common.errors import DeviceError, InputNotFound, MalformedFile, Refused
@@ -240,9 +242,10 @@ def test_places_of_rows() -> None:
     assert found["1.d_res2"] == ("backward", "add", 1)
     assert found["0.d_att_out"] == ("backward", "head_rmsnorm_bwd", 0)
     assert found["d_hidden.0"] == ("backward", "add", 0)
-    names = [name for cfg in (QWEN3, QWEN2, OLMO2) for name in trace(cfg)]
-    seen = {n.split(".")[n[0].isdigit()] for n in names if not n.startswith("grad.")}
-    assert seen == set(MADE)
+    for cfg in (QWEN3, QWEN2, OLMO2):
+        made = [r for r in rows_of(cfg, reference, "float64", trace(cfg)) if r.mode == FORCED]
+        assert {r.tap for r in made} == set(trace(cfg))
+        assert {r.op for r in made} <= OPS.keys() - {"gemm", "adamw", "clip_factor", "add_sum_sq"}
 
 
 # What is refused

@@ -25,7 +25,7 @@ import numpy as np
 
 import data_cases
 import tokenizer_cases
-from apr.bisect import against, stored
+from apr.bisect import stored, traces
 from apr.checkpoints.apr2 import read_apr, write_apr
 from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.checkpoint import fill
@@ -316,11 +316,11 @@ def trace_seeds() -> list[Case]:
 
 def read_trace_case(folder: Path) -> None:
     path = folder / "t.safetensors"
-    trace = against.read_trace(path)
+    trace = traces.read_trace(path)
     assert trace.ids.min() >= 0
     assert trace.gradients in (True, False)
-    against.config_of(path, trace)
-    against.same_model(path, trace, "0")
+    traces.config_of(path, trace)
+    traces.same_model(path, trace, "0")
     for x in trace.tensors.values():
         np.isfinite(x).all()
 

@@ -170,11 +170,6 @@ def none(x: Any) -> None:
 # Arrays of any backend
 
 
-def address(x: Any) -> int:
-    """Where an array lies, in main memory or on a GPU."""
-    return int(x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr)
-
-
 def dense(be: Any, x: Any) -> Any:
     out = be.empty(x.shape, x.dtype)
     be.from_host(out, np.ascontiguousarray(be.to_host(x)))

@@ -19,6 +19,7 @@ from ...backends.contract import BF16
 from ...data.batches import Permutation, Windows
 from ...model.config import ModelConfig
 from ...model.families import layers_of
+from ..makers import span
 from .fault import (
     ADAMW,
     BACKWARD,
@@ -29,7 +30,6 @@ from .fault import (
     VALUES,
     Ops,
     Weights,
-    address,
     believed,
     changed,
     dense,
@@ -512,9 +512,9 @@ def residual_not_added(be: Any) -> Ops:
     first: list[int] = []
 
     def add_rmsnorm_fwd(res: Any, y: Any, rstd: Any, res_in: Any, delta: Any, w: Any, eps: float) -> None:
-        drop = delta is not None and (not first or first[0] == address(w))
+        drop = delta is not None and (not first or first[0] == span(w)[0])
         if drop and not first:
-            first.append(address(w))
+            first.append(span(w)[0])
         if drop:
             zero = be.empty(delta.shape, delta.dtype)
             be.add_rmsnorm_fwd(res, y, rstd, res_in, zero, w, eps)
@@ -568,9 +568,9 @@ def one_product_of_one_layer(be: Any) -> Ops:
 
     def linear_fwd(y: Any, x: Any, w: Any, b: Any) -> None:
         be.linear_fwd(y, x, w, b)
-        if address(w) not in seen:
-            seen.append(address(w))
-        if seen.index(address(w)) == 7:
+        if span(w)[0] not in seen:
+            seen.append(span(w)[0])
+        if seen.index(span(w)[0]) == 7:
             be.copy(y, times(be, y, 1.001))
 
     return dict(linear_fwd=linear_fwd)
@@ -605,9 +605,9 @@ def stale_output(be: Any) -> Ops:
     first: list[int] = []
 
     def swiglu_fwd(y: Any, gu: Any) -> None:
-        if not first or first[0] == address(y):
+        if not first or first[0] == span(y)[0]:
             be.swiglu_fwd(y, gu)
-        first[:] = first or [address(y)]
+        first[:] = first or [span(y)[0]]
 
     return dict(swiglu_fwd=swiglu_fwd)
 
