@@ -121,6 +121,15 @@ class _GgufTensors(TensorFile):
         return to_halves(x, heads) if heads else x
 
 
+@dataclass(frozen=True)
+class GgufHeader:
+    """Keys and tensors of a header, checked against the length of the file. infos: (entry, type), offsets absolute."""
+
+    path: Path
+    keys: dict[str, Any]
+    infos: list[tuple[Stored, str]]
+
+
 def read_gguf(path: str | Path) -> GgufFile:
     """Open a GGUF file after checking its header, every place and size; map names, types and rows back.
 
@@ -128,30 +137,41 @@ def read_gguf(path: str | Path) -> GgufFile:
     MalformedFile, Refused for an architecture or type apr does not know."""
     path = Path(path)
     with opened(path) as (f, size):
-        header = _Header(f, size, path)
-        keys, infos = header.keys(), header.tensors()
-        _check_places(infos, header.data_at(keys), size, path)
-        names = {e.name for e, _ in infos}
-        cfg = _config(keys, names, path)
-        slots = {tensor_name(s): s for s in Layout(cfg).in_order()}
-        entries, kinds, heads = [], {}, {}
-        for e, kind in infos:
-            slot = slots.get(e.name)
-            hf = slot.hf if slot else e.name
-            kinds[hf], heads[hf] = kind, _heads(cfg, slot, e)
-            entries.append(Stored(hf, e.dtype, e.shape, e.offset))
-        tensors = _GgufTensors(path, f, entries, kinds, heads)
-        if ROPE_FREQS in names:
-            _check_divisors(cfg, tensors, path)
-            del tensors.entries[ROPE_FREQS], kinds[ROPE_FREQS]
-        return GgufFile(path, cfg, keys, tensors, kinds)
+        return map_tensors(read_header(f, size, path), f)
+
+
+def read_header(f: BinaryIO, size: int, path: Path) -> GgufHeader:
+    """Read keys and tensors of an open file. Raises MalformedFile, Refused: a type that apr does not read."""
+    reader = _HeaderReader(f, size, path)
+    keys, infos = reader.keys(), reader.tensors()
+    _check_places(infos, reader.data_at(keys), size, path)
+    return GgufHeader(path, keys, infos)
+
+
+def map_tensors(header: GgufHeader, f: BinaryIO) -> GgufFile:
+    """Give the tensors of a header our names and order of rows. Raises MalformedFile, Refused."""
+    path, keys = header.path, header.keys
+    names = {e.name for e, _ in header.infos}
+    cfg = _config(keys, names, path)
+    slots = {tensor_name(s): s for s in Layout(cfg).in_order()}
+    entries, kinds, heads = [], {}, {}
+    for e, kind in header.infos:
+        slot = slots.get(e.name)
+        hf = slot.hf if slot else e.name
+        kinds[hf], heads[hf] = kind, _heads(cfg, slot, e)
+        entries.append(Stored(hf, e.dtype, e.shape, e.offset))
+    tensors = _GgufTensors(path, f, entries, kinds, heads)
+    if ROPE_FREQS in names:
+        _check_divisors(cfg, tensors, path)
+        del tensors.entries[ROPE_FREQS], kinds[ROPE_FREQS]
+    return GgufFile(path, cfg, keys, tensors, kinds)
 
 
 def _bad(path: Path, what: str) -> MalformedFile:
     return MalformedFile(f"{path}: {what}; the file is damaged or not GGUF, fetch or write it again")
 
 
-class _Header:
+class _HeaderReader:
     """Reads a header front to back; nothing is read or allocated that the file is too short for."""
 
     def __init__(self, f: BinaryIO, size: int, path: Path) -> None:

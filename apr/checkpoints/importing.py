@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputNotFound, Refused, UsageError
+from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..common.hub import download, is_hub
 from ..common.version import __version__
 from ..model.params import Layout
@@ -30,7 +30,7 @@ from .checkpoint import (
 )
 from .hf import INDEX, SINGLE
 from .readback import compare_written
-from .registry import format_of, open_any
+from .registry import TITLES, format_of, open_any
 from .tensors import TensorFile
 
 PATTERNS = (*SIDE_FILES, TOKENIZER, SINGLE, INDEX, "model-*-of-*.safetensors")
@@ -60,13 +60,17 @@ def import_model(
     else:
         place = source
         folder = Path(place) if os.path.isdir(place) else Path(place).parent
-    if (form := format_of(place)).kind == "apr":
+    try:
+        title = TITLES[kind := format_of(place).kind]
+    except MalformedFile:
+        kind = ""
+    if kind not in ("hf", "gguf"):
         raise UsageError(f"{source}: import reads Hugging Face folders, .safetensors files and GGUF files")
     checkpoint = open_any(place)
     tensors = parameters(Layout(checkpoint.cfg), checkpoint)
     meta = config_to_metadata(checkpoint.cfg)
     meta |= {"hf_config": checkpoint.metadata} if checkpoint.kind == "hf" else {}
-    meta |= {"source": source, "original_format": "safetensors" if checkpoint.kind == "hf" else form.title}
+    meta |= {"source": source, "original_format": "safetensors" if checkpoint.kind == "hf" else title}
     meta[PROVENANCE] = {
         "by": f"apr {__version__} import",
         "source": source,

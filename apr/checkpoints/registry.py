@@ -19,35 +19,44 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import InputNotFound, Refused
+from ..common.errors import InputNotFound, MalformedFile, Refused
 from ..common.files import opened
+from ..common.finding import Checklist
 from ..model.config import ModelConfig
 from ..model.params import Layout
 from ..model.presets import PRESETS
 from ..tokenizer.tokenizer import Tokenizer
+from .apr2 import MAGIC as APR_MAGIC
 from .apr2 import read_apr
 from .apr2_metadata import extract_tokenizer, metadata_to_config
 from .checkpoint import Checkpoint, fill, parameters, upload
+from .contents import Contents, apr_contents, folder_contents, gguf_contents, safetensors_contents
 from .gguf_reader import MAGIC as GGUF_MAGIC
 from .gguf_reader import read_gguf
 from .gguf_vocab import special_of, tokenizer_json
 from .hf import read_hf
+from .validate import Subject, content_rows
+from .validate_files import apr_rows, gguf_rows, hf_rows
 
 
 @dataclass(frozen=True)
 class Format:
     """One way to store a model.
 
-    kind    for code: Checkpoint.kind
-    title   for people
-    detect  True for a path of this format, by its kind and first bytes
-    read    a path and its name for messages -> Checkpoint, checked but for tensors against configuration
+    kind      for code: Checkpoint.kind
+    title     for people
+    detect    path, first bytes of a file -> True for this format
+    read      path, name for messages -> Checkpoint; tensors not yet compared with the configuration
+    contents  name, path -> tensors and statements, for comparing
+    check     adds the findings about the file to a checklist, and its parts to a Subject
     """
 
     kind: str
     title: str
-    detect: Callable[[Path], bool]
+    detect: Callable[[Path, bytes], bool]
     read: Callable[[Path, str], Checkpoint]
+    contents: Callable[[str, Path], Contents]
+    check: Callable[[Checklist, Subject, Path], None]
 
 
 def _read_apr(path: Path, source: str) -> Checkpoint:
@@ -89,23 +98,27 @@ def is_bare(path: Path) -> bool:
     return path.suffix == ".safetensors" and not os.path.lexists(path.with_name("config.json"))
 
 
-def _begins(path: Path, magic: bytes) -> bool:
-    with opened(path) as (f, _):
-        return f.read(len(magic)) == magic
-
-
 FORMATS = (
-    Format("hf", "Hugging Face safetensors", lambda p: p.is_dir() or p.suffix == ".safetensors", _read_hf),
-    Format("gguf", "GGUF", lambda p: _begins(p, GGUF_MAGIC), _read_gguf),
-    Format("apr", "APR v2", lambda p: True, _read_apr),
+    Format("hf", "Hugging Face safetensors", lambda p, _: p.is_dir(), _read_hf, folder_contents, hf_rows),
+    Format(
+        "hf",
+        "Hugging Face safetensors",
+        lambda p, _: p.suffix == ".safetensors",
+        _read_hf,
+        safetensors_contents,
+        hf_rows,
+    ),
+    Format("gguf", "GGUF", lambda _, magic: magic == GGUF_MAGIC, _read_gguf, gguf_contents, gguf_rows),
+    # Of APR v1 the first three bytes: its reader says what to do.
+    Format("apr", "APR v2", lambda _, magic: magic[:3] == APR_MAGIC[:3], _read_apr, apr_contents, apr_rows),
 )
-
-
 TITLES = {f.kind: f.title for f in FORMATS}
 
 
 def format_of(source: str) -> Format:
-    """Find the format of a path. Raises InputNotFound listing what was looked for, or naming a run's checkpoint."""
+    """Find the format of a path.
+
+    Raises InputNotFound listing what was looked for, or naming a run's checkpoint; MalformedFile."""
     path = Path(source)
     if not os.path.exists(path):
         hint = f"; {source!r} is a preset: a preset has sizes but no weights" if source in PRESETS else ""
@@ -114,7 +127,16 @@ def format_of(source: str) -> Format:
             f"(or model.safetensors.index.json), and a .safetensors file with config.json beside it{hint}"
         )
     _check_run_folder(path)
-    return next(f for f in FORMATS if f.detect(path))
+    magic = b""
+    if not path.is_dir():
+        with opened(path) as (f, _):
+            magic = f.read(4)
+    for form in FORMATS:
+        if form.detect(path, magic):
+            return form
+    raise MalformedFile(
+        f"{source}: starts with {magic!r}: neither an APR v2 nor a GGUF file; a safetensors file ends in .safetensors"
+    )
 
 
 def _check_run_folder(path: Path) -> None:
@@ -125,6 +147,21 @@ def _check_run_folder(path: Path) -> None:
             raise InputNotFound(
                 f"{path}: is the folder of a run; give a checkpoint in it, such as {epochs[-1]}"
             )
+
+
+def open_contents(source: str) -> Contents:
+    """Open tensors of any format for comparing. Raises InputNotFound, MalformedFile, Refused: cannot be read."""
+    return format_of(source).contents(source, Path(source))
+
+
+def validate(source: str) -> Checklist:
+    """Make every check of a checkpoint of any format; an exception of one check does not keep the next from being made.
+
+    Raises InputNotFound, and MalformedFile for a file of no format that apr knows: there is nothing to check in it."""
+    checks, subject = Checklist(), Subject(source)
+    format_of(source).check(checks, subject, Path(source))
+    content_rows(checks, subject)
+    return checks
 
 
 def open_any(source: str) -> Checkpoint:

@@ -17,7 +17,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..checkpoints.compare import Difference, Row, compare, open_side
+from ..checkpoints.compare import Difference, TensorDifference, compare
+from ..checkpoints.registry import open_contents
 from ..common.errors import UsageError
 from ..common.options import json_option, option, parse
 from .show import Show
@@ -45,7 +46,7 @@ class Flags:
 def main(args: Sequence[str]) -> int:
     """Returns the exit code: 9 when the sides differ; errors are raised."""
     f = parse(Flags, args, "apr diff", __doc__ or "")
-    a, b = open_side(f.a), open_side(f.b)
+    a, b = open_contents(f.a), open_contents(f.b)
     found = compare(a, b, f.tolerance, f.prefix)
     if f.prefix and not found.rows:
         raise UsageError(f"--prefix {f.prefix}: no tensor of either side starts with it")
@@ -94,7 +95,7 @@ def _print(show: Show, f: Flags, found: Difference) -> None:
     )
 
 
-def _cells(r: Row) -> list[str]:
+def _cells(r: TensorDifference) -> list[str]:
     def figure(x: float | None, digits: str = ".3g") -> str:
         return "" if x is None else format(x, digits)
 

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.checkpoint import HF_FILES, Checkpoint
-from ..checkpoints.compare import open_side
 from ..checkpoints.importing import PROVENANCE
-from ..checkpoints.registry import TITLES, is_bare, open_any
+from ..checkpoints.registry import TITLES, is_bare, open_any, open_contents
 from ..checkpoints.validate import figures_of
 from ..common.options import json_option, option, parse
 from ..model.config import ModelConfig
@@ -135,7 +134,7 @@ def _tokenizer(loaded: Checkpoint) -> dict[str, Any] | None:
 
 def _loose(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """A file that is no model of ours to load: its tensors and what it says of itself."""
-    side = open_side(f.model)
+    side = open_contents(f.model)
     tensors = _tensors(side.tensors, f.tensors)
     size = sum(t["bytes"] for t in tensors.values())
     result: dict[str, Any] = {

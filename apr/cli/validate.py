@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoints.validate import validate
+from ..checkpoints.registry import validate
 from ..common.errors import MalformedFile
 from ..common.finding import FAIL, FILE, Checklist, as_json, exit_code
 from ..common.options import json_option, option, parse

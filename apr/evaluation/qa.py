@@ -13,8 +13,7 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 
 from ..checkpoints.exporting import export_hf
-from ..checkpoints.registry import open_any
-from ..checkpoints.validate import validate
+from ..checkpoints.registry import open_any, validate
 from ..common.finding import FAIL, Checklist, Fault, Skip
 from ..tokenizer.import_hf import PROBE
 from .reading import SAMPLE_TOKENS, SAMPLES, Specimen

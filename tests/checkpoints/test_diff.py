@@ -20,14 +20,13 @@ from apr.checkpoints.compare import (
     SHAPE,
     VALUES,
     Difference,
-    Row,
+    TensorDifference,
     compare,
-    open_side,
 )
 from apr.checkpoints.exporting import export_hf
 from apr.checkpoints.hf import read_safetensors, write_safetensors
 from apr.checkpoints.importing import import_model
-from apr.checkpoints.registry import open_any
+from apr.checkpoints.registry import open_any, open_contents
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile
 
@@ -44,7 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def diff(a: Path, b: Path, tolerance: float | None = None, prefix: str = "") -> Difference:
-    return compare(open_side(str(a)), open_side(str(b)), tolerance, prefix)
+    return compare(open_contents(str(a)), open_contents(str(b)), tolerance, prefix)
 
 
 def changed(files: Path, out: Path, **tensors: np.ndarray | None) -> Path:
@@ -227,13 +226,13 @@ def test_command(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_what_is_no_file_of_tensors(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"PK\3\4")
     with pytest.raises(MalformedFile, match="neither an APR"):
-        open_side(str(tmp_path / "x"))
+        open_contents(str(tmp_path / "x"))
     with pytest.raises(InputNotFound):
-        open_side(str(tmp_path))
+        open_contents(str(tmp_path))
 
 
 def test_rows_are_sorted_by_relative_difference() -> None:
-    base = Row("a", DIFFERENT, max_abs=1.0, relative=0.1)
+    base = TensorDifference("a", DIFFERENT, max_abs=1.0, relative=0.1)
     worse = dataclasses.replace(base, relative=0.2)
     nan = dataclasses.replace(base, relative=math.nan)
     assert sorted([base, worse, nan], key=lambda r: r.badness) == [nan, worse, base]

@@ -20,7 +20,7 @@ from apr.checkpoints.exporting import export_gguf
 from apr.checkpoints.gguf_reader import read_gguf
 from apr.checkpoints.gguf_vocab import is_qwen2, tokenizer_json, vocabulary_keys
 from apr.checkpoints.hf import read_hf, write_hf
-from apr.checkpoints.registry import open_any
+from apr.checkpoints.registry import open_any, validate
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, IOFailure, MalformedFile, Refused
 from apr.model.config import ModelConfig
@@ -577,5 +577,48 @@ def test_commands(files: Path, sources: Path, tmp_path: Path, capsys: pytest.Cap
     for model, out in zip((wide, source), traces, strict=True):
         ask("trace", model, "--tokens", "1,2,3", "-o", out, "--device", "cpu")
     assert ask("diff", *traces)["equal"]
+    assert ask("validate", narrow)["verdict"] == "PASS"
     assert ask("plan", "--init", wide, "--seq-length", "16")["fits"]
     assert main(["bisect", wide, "--tokens", "1,2,3,4", "--json"]) == 0
+
+
+def test_validate_says_all_that_is_wrong(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = (files / "llama.float32.gguf").read_bytes()
+    path = tmp_path / "m.gguf"
+
+    def red(data: bytes) -> list[str]:
+        path.write_bytes(data)
+        return [f.name for f in validate(str(path)).findings if f.verdict == "FAIL"]
+
+    assert red(raw) == []
+    assert red(raw[:-64]) == ["header"]
+    assert red(raw.replace(b"llama.rope.freq_base", b"llama.rope.freq_bose")) == ["config complete"]
+    assert red(raw.replace(b"\x04\0\0\0\0\0\0\0dbrx", b"\x04\0\0\0\0\0\0\0dbry")) == ["tokenizer"]
+    name = b"blk.1.ffn_gate.weight"
+    assert red(raw.replace(name, b"blk.1.ffn_gote.weight")) == ["names"]
+    assert red(raw[:-4] + np.float32(np.inf).tobytes()) == ["finite values"]
+
+
+def test_a_job_that_starts_from_one(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for i in range(8):
+        (tmp_path / f"texts/{i}.txt").write_text("".join(interop_cases.TEXT[i % 3 :]) * (20 + i))
+    job = ["--corpus", str(tmp_path / "texts"), "--val-fraction", "0.3",
+           "--bounds", "pretrained_share=9", "--run-dir", str(tmp_path / "run"), "--num-steps", "2",
+           "--batch-size", "2", "--seq-length", "16", "--device", "cpu"]  # fmt: skip
+    assert main(["pretrain", "--init", str(files / "llama.float32.gguf"), *job]) == 0
+    checkpoints = sorted((tmp_path / "run/ckpt").glob("*.apr"))
+    assert open_any(str(checkpoints[-1])).cfg == interop_cases.CASES["llama"].cfg
+
+
+def test_the_folder_of_a_run_is_answered_with_its_checkpoint(tmp_path: Path) -> None:
+    """A run has a config.json of its own; so has what lies in ckpt."""
+    (tmp_path / "run/ckpt").mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text("{}")
+    for n in (1, 2):
+        (tmp_path / f"run/ckpt/epoch-00{n}.apr").write_bytes(b"")
+    for folder in ("run", "run/ckpt"):
+        with pytest.raises(InputNotFound, match=r"folder of a run.*ckpt/epoch-002\.apr"):
+            open_any(str(tmp_path / folder))

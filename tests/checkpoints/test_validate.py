@@ -18,8 +18,9 @@ import interop_cases
 from apr.checkpoints.apr2 import HAS_VOCAB, HEADER, read_apr, write_apr
 from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer, metadata_to_config
 from apr.checkpoints.hf import write_hf, write_safetensors
+from apr.checkpoints.registry import validate
 from apr.checkpoints.state import sha256
-from apr.checkpoints.validate import figures_of, validate
+from apr.checkpoints.validate import figures_of
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile, Refused
 from apr.common.finding import FAIL, PASS, SKIPPED
@@ -473,7 +474,7 @@ def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str
         validate(str(tmp_path / "none.apr"))
     (tmp_path / "x.apr").write_bytes(b"PK\3\4 something else")
     assert main(["validate", str(tmp_path / "x.apr")]) == 4
-    assert "not an APR file" in capsys.readouterr().err
+    assert "neither an APR v2 nor a GGUF file" in capsys.readouterr().err
     (tmp_path / "empty.apr").write_bytes(b"")
     assert main(["validate", str(tmp_path / "empty.apr")]) == 4
     (tmp_path / "short.apr").write_bytes(b"APR\0")
