@@ -15,8 +15,9 @@ from ..data.shards import TokenShards
 from ..model.config import ModelConfig
 from ..model.transformer import IGNORED
 from ..tokenizer.tokenizer import Tokenizer
+from .comparisons import exact, holds
 from .report import EXACT, ArrayComparison
-from .stages import Batch, exact, holds
+from .side import Batch
 
 IGNORE_EVERY = 7  # so many targets are left out of the loss, so that leaving them out is tested
 MOST_WINDOWS = 4096

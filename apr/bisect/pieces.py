@@ -84,3 +84,8 @@ def in_parallel(be: Backend) -> Backend:
         total += sum(in_pieces(piece, x.size))
 
     return overlay(be, linear_bwd=linear_bwd, add_sum_sq=add_sum_sq)
+
+
+def norm_of(x: np.ndarray) -> float:
+    """L2 norm in float64, in pieces."""
+    return float(np.sqrt(sum(in_pieces(lambda at: float(np.square(x[at], dtype=np.float64).sum()), x.size))))

@@ -11,8 +11,10 @@ from ..backends import reference
 from ..common.host import available_memory
 from ..model.cost import memory
 from ..model.transformer import Model
+from .passes import forced
 from .report import Report
-from .stages import Batch, borders, forced
+from .side import Batch
+from .upload import borders
 
 NOISE = 0.05
 SEQUENCES, POSITIONS = 2, 32  # at most so much of a micro-batch, so that a check takes seconds

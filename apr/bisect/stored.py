@@ -14,8 +14,8 @@ from ..checkpoints.tensors import EMBED, HEAD, INV_FREQ
 from ..model.config import ModelConfig
 from ..model.hf_config import SIZES
 from ..model.params import Layout
+from .comparisons import exact, holds, measured, unequal
 from .report import EXACT, ArrayComparison
-from .stages import exact, holds, measured, unequal
 
 SAME = {
     **SIZES,

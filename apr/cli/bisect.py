@@ -22,7 +22,9 @@ from ..bisect import batch as batches
 from ..bisect.picture import picture
 from ..bisect.planted.catalogue import catalogue_json, plant_all
 from ..bisect.report import ArrayComparison, Report
-from ..bisect.stages import Batch, Plan, Side, configuration, host_bytes, run, upload
+from ..bisect.side import Batch, Side
+from ..bisect.stages import Plan, host_bytes, run
+from ..bisect.upload import configuration, upload
 from ..checkpoints.registry import HostModel, open_host
 from ..common.errors import IOFailure, Refused, UsageError
 from ..common.finding import FAIL, PASS, exit_code

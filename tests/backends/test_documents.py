@@ -15,8 +15,10 @@ from apr.bisect import batch as batches
 from apr.bisect.planted import catalogue
 from apr.bisect.planted.faults import FAULTS
 from apr.bisect.report import Report
+from apr.bisect.side import Batch, Side
 from apr.bisect.spot import spot_check
-from apr.bisect.stages import Batch, Plan, Side, borders, run
+from apr.bisect.stages import Plan, run
+from apr.bisect.upload import borders
 from apr.common.errors import Refused
 from apr.model.config import ModelConfig
 from apr.model.cost import memory

@@ -24,12 +24,13 @@ from apr import backends
 from apr.backends import contract, overlay
 from apr.backends.cuda import ops as cuda_ops
 from apr.bisect import batch as batches
-from apr.bisect import rule, stages, watch
+from apr.bisect import optimizer_steps, passes, rule, stages, state, upload, watch
 from apr.bisect.lockstep import Call, Differing, Lockstep, Twin, join, join_optimizers, run_both
 from apr.bisect.planted import catalogue
 from apr.bisect.planted.faults import FAULTS
 from apr.bisect.report import EXACT, FORCED, FREE, STAGES, ArrayComparison, Report
-from apr.bisect.stages import Batch, Plan, Side
+from apr.bisect.side import Batch, Side
+from apr.bisect.stages import Plan
 from apr.checkpoints.apr2 import write_apr
 from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.cli.main import main
@@ -907,7 +908,7 @@ def test_faults_are_seen_in_bfloat16(name: str) -> None:
     fault = FAULTS[name]
     row = catalogue.bisect(fault, rule.rounded(), "bfloat16").first
     assert row is not None
-    assert catalogue.Found(fault, "", row, 0.0).named, row
+    assert catalogue.Planted(fault, "", row, 0.0).is_named, row
 
 
 def test_difference_names_the_worst_element() -> None:
@@ -946,12 +947,12 @@ def test_upload_sees_every_kind_of_change(uploaded: tuple[Model, np.ndarray]) ->
     model, weights = uploaded
     names = model.layout.by_hf
     wo = names["model.layers.1.self_attn.o_proj.weight"]
-    assert red(stages.upload(model, weights)) == []
+    assert red(upload.upload(model, weights)) == []
 
     def with_change(at: Any, value: float) -> list[ArrayComparison]:
         kept = model.w[at].copy()
         model.w[at] = value
-        rows = stages.upload(model, weights)
+        rows = upload.upload(model, weights)
         model.w[at] = kept
         return [r for r in rows if not r.ok]
 
@@ -969,11 +970,11 @@ def test_upload_sees_every_kind_of_change(uploaded: tuple[Model, np.ndarray]) ->
     assert (row.tap, row.cause) == ("padding", "what lies between parameters is not 0")
     (row,) = with_change(embed.offset + embed.size, np.nan)
     assert row.tap == "padding"
-    assert red(stages.upload(model, weights)) == []
+    assert red(upload.upload(model, weights)) == []
     tables = rope_tables(replace(QWEN2, rope_theta=1e4), SHAPE[1])
     for table, values in zip((model.cos, model.sin), tables, strict=True):
         cpu.from_host(table, values)
-    assert red(stages.upload(model, weights)) == ["cos", "sin"]
+    assert red(upload.upload(model, weights)) == ["cos", "sin"]
 
 
 def test_a_negative_zero_is_another_value(uploaded: tuple[Model, np.ndarray]) -> None:
@@ -981,7 +982,7 @@ def test_a_negative_zero_is_another_value(uploaded: tuple[Model, np.ndarray]) ->
     at = model.layout.by_hf["model.norm.weight"].offset
     weights = weights.copy()
     weights[at], model.w[at] = 0.0, -0.0
-    (row,) = (r for r in stages.upload(model, weights) if not r.ok)
+    (row,) = (r for r in upload.upload(model, weights) if not r.ok)
     assert (row.tap, row.err) == ("final_norm", np.inf)
 
 
@@ -991,7 +992,7 @@ def test_tables_of_angles(name: str, be: Any, dtype: str) -> None:
     """llama3-tiny has frequencies of all three kinds: kept, stretched, between."""
     cfg = PRESETS[name]
     model = Model(cfg, be, 1, 64, dtype)
-    assert [(r.tap, r.ok) for r in stages.tables(model)] == [("cos", True), ("sin", True)]
+    assert [(r.tap, r.ok) for r in upload.tables(model)] == [("cos", True), ("sin", True)]
     wrong = [replace(cfg, rope_theta=cfg.rope_theta * 1.001)]
     if cfg.rope_scaling:
         scaling = cfg.rope_scaling
@@ -1003,14 +1004,14 @@ def test_tables_of_angles(name: str, be: Any, dtype: str) -> None:
     for other in wrong:
         for table, values in zip((model.cos, model.sin), rope_tables(other, 64), strict=True):
             be.from_host(table, values)
-        assert red(stages.tables(model)) == ["cos", "sin"]
+        assert red(upload.tables(model)) == ["cos", "sin"]
 
 
 def test_a_buffer_that_no_op_is_given_is_seen() -> None:
     cfg = replace(QWEN2, tie_word_embeddings=False)
     model = Side(cpu, cfg, "float32").model(catalogue.weights_of(cfg), SHAPE)
-    passed = stages.forced(cfg, model, batches.at_random(cfg, SHAPE, 0), optimizer=True).passed
-    rows = stages.all_used(model.layout, passed, trained=True)
+    passed = passes.forced(cfg, model, batches.at_random(cfg, SHAPE, 0), optimizer=True).passed
+    rows = upload.all_used(model.layout, passed, trained=True)
     assert red(rows) == []
     assert len(rows) == 2 * len(model.layout.slots)
     without = {
@@ -1022,9 +1023,9 @@ def test_a_buffer_that_no_op_is_given_is_seen() -> None:
     }
     for name, parts in without.items():
         assert name in passed
-        assert red(stages.all_used(model.layout, passed - {name}, trained=True)) == parts
+        assert red(upload.all_used(model.layout, passed - {name}, trained=True)) == parts
     only = {n for n in passed if not n.startswith("grad.")}
-    assert red(stages.all_used(model.layout, only, trained=False)) == []
+    assert red(upload.all_used(model.layout, only, trained=False)) == []
 
 
 # The numbers that kernels are launched with
@@ -1061,7 +1062,7 @@ def given_to_kernels(cfg: ModelConfig, *calls: tuple[float, int, int]) -> list[A
     with cuda_ops.noted_numbers(seen):
         for call in calls:
             launch(*call)
-    return stages.kernels_given(cfg, seen)
+    return upload.kernels_given(cfg, seen)
 
 
 def test_kernels_are_given_the_numbers_of_the_configuration(launched: list[str]) -> None:
@@ -1104,7 +1105,7 @@ def test_without_cuda_no_kernel_is_looked_at(monkeypatch: pytest.MonkeyPatch) ->
     seen: dict[tuple[str, str], set[float]] = {}
     with cuda_ops.noted_numbers(seen):
         pass
-    assert stages.kernels_given(QWEN2, seen) == []
+    assert upload.kernels_given(QWEN2, seen) == []
 
 
 # The optimizer
@@ -1117,7 +1118,7 @@ def optimizer_rows(be: Any) -> list[ArrayComparison]:
     model.forward(given.ids)
     model.loss(given.targets, 1 / given.count)
     model.backward()
-    return stages.optimizer_steps(model)
+    return optimizer_steps.optimizer_steps(model)
 
 
 def adamw(position: int, change: Callable[[Any], Any]) -> Any:
@@ -1144,7 +1145,7 @@ def test_another_learning_rate_is_named_with_its_ratio() -> None:
 
 
 def test_decay_on_norms_is_seen_in_norms_and_biases_alone() -> None:
-    rows = optimizer_rows(adamw(10, lambda decay: stages.DECAY))
+    rows = optimizer_rows(adamw(10, lambda decay: passes.DECAY))
     flat = {f"w.{s.hf}" for s in Layout(QWEN2).slots if len(s.shape) == 1}
     assert set(red(rows)) == flat
     assert not any("learning rate" in r.cause for r in rows)
@@ -1181,7 +1182,7 @@ def state_rows(be: Any, name: str = "qwen2-tiny") -> dict[str, list[ArrayCompari
     cfg = PRESETS[name]
     side = Side(be, cfg, "float32")
     with np.errstate(all="ignore"):
-        rows = stages.state(side, catalogue.weights_of(cfg), batches.at_random(cfg, SHAPE, 0), {})
+        rows = state.state(side, catalogue.weights_of(cfg), batches.at_random(cfg, SHAPE, 0), {})
     out: dict[str, list[ArrayComparison]] = {}
     for r in rows:
         assert r.stage == "state"

@@ -12,7 +12,8 @@ from apr.bisect import batch as batches
 from apr.bisect.planted import catalogue
 from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault, planted
 from apr.bisect.report import Report
-from apr.bisect.stages import Batch, Plan, Side, run
+from apr.bisect.side import Batch, Side
+from apr.bisect.stages import Plan, run
 from apr.model.config import ModelConfig
 from apr.model.presets import PRESETS
 

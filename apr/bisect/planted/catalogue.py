@@ -21,7 +21,8 @@ from ...tokenizer.training import train_tokenizer
 from .. import batch as batches
 from ..report import ArrayComparison, Report
 from ..rule import Backend
-from ..stages import Side, run
+from ..side import Side
+from ..stages import run
 from .fault import DATA, Fault
 from .faults import FAULTS
 

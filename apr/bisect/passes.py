@@ -1,0 +1,114 @@
+"""Run a training step op by op: each op on the reference's inputs (forced), and on the side's own (free)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..backends import reference
+from ..model.config import ModelConfig
+from ..model.optim import OPTIMIZERS, Optimizer
+from ..model.transformer import Model
+from . import rule
+from .lockstep import Twin, join, join_optimizers
+from .pieces import in_parallel, in_pieces, norm_of
+from .side import Batch
+from .watch import Forced, Free
+
+LR, CLIP, DECAY, STEPS = 0.003, 0.5, 0.1, 2  # of an optimizer step: CLIP is a share of the gradients' norm
+PERIOD = (1 << 16) - 15  # random numbers that are repeated: no tensor is so small or so regular
+
+
+def _beside(judged: Model, cfg: ModelConfig, be: rule.Backend, shape: tuple[int, int], dtype: str) -> Model:
+    """Build a model on another backend to run in lockstep with `judged`, on batches of `shape`."""
+    rows = min(judged.loss_rows, shape[0] * shape[1])
+    return Model(
+        cfg, in_parallel(be), *shape, dtype=dtype, train=judged.train, loss_rows=rows, recompute=judged.recompute,
+        z_loss=judged.z_loss, document_end=judged.document_end,
+    )  # fmt: skip
+
+
+def passes(both: Model, watch: Forced | Free, batch: Batch) -> None:
+    """Forward, loss and, of a model that trains, backward of a batch, watched."""
+    watch.stage = "forward"
+    both.forward(batch.ids)
+    watch.stage = "loss"
+    both.loss(batch.targets, 1 / batch.count if both.train else None)
+    if both.train:
+        watch.stage = "backward"
+        both.backward()
+
+
+def forced(truth: ModelConfig, judged: Model, batch: Batch, optimizer: bool) -> Forced:
+    """Every op of a step with the reference's inputs."""
+    model = _beside(judged, truth, reference, batch.shape, "float64")
+    watch = Forced([model.be, judged.be], judged.dtype, model.layout)
+    both = join([model, judged], watch)
+    watch.begin(both)
+    passes(both, watch, batch)
+    if optimizer:
+        watch.stage, norm = "optimizer", norm_of(model.g)
+        for number, kind in enumerate(OPTIMIZERS.values()):
+            _one_step(kind, both, [model, judged], norm, own_gradients=number == 0)
+    return watch
+
+
+def _one_step(
+    kind: type[Optimizer], both: Model, models: list[Model], norm: float, own_gradients: bool
+) -> None:
+    """Run the third step of an optimizer, with state that is not zero and clipping that bites.
+
+    own_gradients: of the pass before; otherwise another optimizer's step has cleared them, and noise takes their place.
+    """
+    opts = [kind.of(m, weight_decay=DECAY, grad_clip=CLIP) for m in models]
+    joined = join_optimizers(both, opts)
+    joined.grad_clip, joined.steps = CLIP * norm, STEPS
+    for name, power in joined.moments.items():
+        _fill_with_noise(joined.state[name], models[1].be, 0.1 * norm, power)
+    if not own_gradients:
+        _fill_with_noise(joined.g, models[1].be, norm, 1)
+    joined.master.sides[0][...] = models[0].w
+    if joined.master.sides[1] is not models[1].w:
+        models[1].be.from_host(joined.master.sides[1], models[0].w.astype(joined.master.sides[1].dtype))
+    joined.step(LR)
+
+
+def _fill_with_noise(x: Twin, be: rule.Backend, norm: float, power: int) -> None:
+    """x = block norm^power / sqrt(size) on both sides, block of N(0, 1), without its sign for an even power."""
+    block = np.random.default_rng(0).standard_normal(PERIOD)
+    truth, judged = x.sides
+    low = np.empty(truth.shape, judged.dtype)
+    values = (block if power % 2 else np.abs(block)) * norm**power / np.sqrt(truth.size)
+
+    def fill(at: slice) -> None:
+        low[at] = np.resize(values, low[at].size)
+        truth[at] = low[at]
+
+    in_pieces(fill, truth.size)
+    be.from_host(judged, low)
+
+
+def free(truth: ModelConfig, judged: Model, weights: np.ndarray, batch: Batch) -> Free:
+    """Every op of a step as errors pile up, and how far rounding alone moves the reference: plain NumPy at that
+    precision, and the reference in float64 whose weights, and so its inputs, are off by one rounding."""
+    low = "bfloat16" if judged.dtype == "bfloat16" else "float32"
+    models = [
+        _beside(judged, truth, be, batch.shape, dtype)
+        for be, dtype in ((reference, "float64"), (rule.plain(low)[-1], low), (reference, "float64"))
+    ]
+    block = np.random.default_rng(1).choice([-0.5, 0.5], PERIOD)
+
+    def fill(at: slice) -> None:
+        sent = weights[at].astype(judged.dtype).astype(np.float64)
+        moved = sent * (1 + rule.EPS[low] * np.resize(np.roll(block, at.start % PERIOD), sent.size))
+        for m, values in zip(models, (sent, sent, moved), strict=True):
+            m.w[at] = values
+
+    in_pieces(fill, weights.size)
+    models.append(judged)
+    watch = Free([m.be for m in models], judged.dtype, judged.layout)
+    both = join(models, watch)
+    if judged.train:
+        judged.be.fill(judged.g, 0)
+    judged.be.fill(judged.total, 0)
+    passes(both, watch, batch)
+    return watch
