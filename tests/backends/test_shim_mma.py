@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from apr.backends import reference
+from apr.backends.contract import OPS
 from apr.backends.cuda import attention as _cuda_attention
 from apr.backends.cuda import kernels
 from apr.backends.cuda.arguments import Arguments
 from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault
-from apr.bisect.rule import parameters
 from cases import Backend, Row, make, overlay, run
 from host_shim import SHIM, Library, folder, over, table  # noqa: F401  folder is a fixture
 from kernel_rows import MMA, rows_of
@@ -184,7 +184,7 @@ def test_a_fault_shows_where_it_says(
         bad = {name.split()[0] for name in wrong(be, row)}
         for op, args in row.calls:
             if op == fault.op:
-                found |= {p for p, a in zip(parameters(op), args, strict=True) if a.name in bad}
-    assert next((p for p in parameters(fault.op) if p in found), None) == fault.output
+                found |= {p for p, a in zip(OPS[op].parameters, args, strict=True) if a.name in bad}
+    assert next((p for p in OPS[fault.op].parameters if p in found), None) == fault.output
     be = launches(machine)
     assert [wrong(be, row) for row in some] == [[]] * len(some)
