@@ -1,9 +1,9 @@
-"""Write what is generated from the commands' options: the tables in docs/commands/*.md, and the table that `apr completion`
-reads. `--check` compares instead of writing, and ends with 1 when something differs.
+"""Write the files generated from the commands' options: the tables in docs/commands/*.md and the table behind `apr
+completion`. `--check` compares instead of writing, and ends with 1 when something differs.
 
 A page is written by hand but for its generated blocks, which stand between two comments:
   <!-- options: COMMAND -->  the options of a command ("tokenize train" for one of a command's own)
-  <!-- commands -->          every command with what it does
+  <!-- commands -->          every command with its purpose
   <!-- exit codes -->        the exit codes of errors.py
   <!-- presets -->           preset names with their sizes
 each ended by <!-- end -->.
@@ -38,7 +38,8 @@ OTHER_CODES = {
     0: ("done", ""),
     9: ("finished, but", "a verdict of FAIL or SUSPECT, or a difference that was found"),
 }
-CODES = {  # exit code -> what it is called
+# Exit code -> name.
+CODES = {
     1: "failed",
     2: "usage",
     3: "not found",
@@ -61,7 +62,7 @@ class Command:
 
 
 def commands() -> dict[str, Command]:
-    """Every command that takes options, by name; sub-commands as "tokenize train"."""
+    """Collect every command that takes options, by name; sub-commands as "tokenize train"."""
     out = {}
     for name, text in COMMANDS.items():
         module = importlib.import_module(f"apr.cli.{MODULES.get(name, name)}")
@@ -84,7 +85,7 @@ def option_names(f: dataclasses.Field[Any], kind: type) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text for a cell of a table; code in backticks stays code."""
+    """Escape text for a cell of a table; code in backticks stays code."""
     parts = re.split(r"(`[^`]*`)", text)
     shown = [p if p.startswith("`") else html.escape(p, quote=False).replace("*", r"\*") for p in parts]
     return "".join(shown).replace("|", r"\|")
@@ -95,7 +96,7 @@ def options_table(flags: type) -> str:
     plain, parts = field_types(flags), []
     for heading, fields in groups(flags):
         rows = [f"**{heading}**", ""] if heading else []
-        rows += ["| option | value | default | what |", "|---|---|---|---|"]
+        rows += ["| option | value | default | meaning |", "|---|---|---|---|"]
         parts.append("\n".join(rows + [_options_row(f, plain[f.name]) for f in fields]) + "\n")
     return "\n".join(parts)
 
@@ -104,7 +105,8 @@ def _options_row(f: dataclasses.Field[Any], kind: type) -> str:
     text = "path" if f.metadata["path"] else "text"
     kinds = {int: "whole number", float: "number", bool: "", tuple: f"{text}, several", str: text}
     value = ", ".join(f"`{c}`" for c in f.metadata["choices"]) or kinds[kind]
-    default = "needed" if f.metadata["positional"] and f.default is None else ""
+    is_needed = f.metadata["needed"] or (f.metadata["positional"] and f.default is None)
+    default = "needed" if is_needed else ""
     if f.default not in (None, "", (), False):
         default = "on" if f.default is True else f"`{f.default}`"
     names = ", ".join(f"`{n}`" for n in option_names(f, kind))
@@ -112,14 +114,14 @@ def _options_row(f: dataclasses.Field[Any], kind: type) -> str:
 
 
 def commands_table() -> str:
-    """A Markdown table of all commands with links to their pages."""
+    """Make a Markdown table of all commands with links to their pages."""
     rows = ["| command | does |", "|---|---|"]
     rows += [f"| [`apr {name}`]({name}.md) | {_cell(text)} |" for name, text in COMMANDS.items()]
     return "\n".join(rows) + "\n"
 
 
 def exit_codes_table() -> str:
-    """A Markdown table of exit codes, from the classes of errors.py."""
+    """Make a Markdown table of exit codes, from the classes of errors.py."""
     kinds = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.AprError)]
     rows = {
         c.exit_code: (CODES[c.exit_code], (c.__doc__ or "").strip())
@@ -132,7 +134,7 @@ def exit_codes_table() -> str:
 
 
 def presets_table() -> str:
-    """A Markdown table of the presets."""
+    """Make a Markdown table of the presets."""
     rows = [
         "| preset | family | parameters | layers | width | heads, key/value heads | MLP | vocabulary | positions |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -147,7 +149,7 @@ def presets_table() -> str:
 
 
 def page(text: str, known: dict[str, Command]) -> str:
-    """A page with its generated blocks made anew."""
+    """Replace the generated blocks of a page."""
 
     def block(m: re.Match[str]) -> str:
         what = m[2]
@@ -163,7 +165,7 @@ def page(text: str, known: dict[str, Command]) -> str:
 
 
 def brief(text: str, most: int = 72) -> str:
-    """The beginning of a help text, for the narrow column of a shell's menu."""
+    """Cut a help text to fit the narrow column of a shell's menu."""
     text = re.split(r"[;(]| such as ", text.replace("`", ""))[0].strip(" ,:")
     return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " ..."
 
@@ -191,7 +193,7 @@ def completion_option(f: dataclasses.Field[Any], kind: type) -> dict[str, Any]:
 
 
 def completion_table(known: dict[str, Command]) -> str:
-    """JSON that `apr completion` makes its scripts of: a line for each option, so that a change is a small one."""
+    """Make the JSON behind `apr completion`: a line for each option, so that a change stays small."""
     parts = []
     for name, c in known.items():
         plain = field_types(c.flags)
@@ -205,7 +207,7 @@ def completion_table(known: dict[str, Command]) -> str:
 
 
 def made() -> dict[Path, str]:
-    """Every generated file with what must be in it. Raises KeyError for a block of a command that there is not."""
+    """Map every generated file to its content. Raises KeyError for a block of an unknown command."""
     known = commands()
     out = {path: page(path.read_text(), known) for path in sorted(PAGES.glob("*.md"))}
     out[TABLE] = completion_table(known)
@@ -213,7 +215,7 @@ def made() -> dict[Path, str]:
 
 
 def main() -> int:
-    """1 with --check when a file differs."""
+    """Write the generated files, or compare them; return 1 with --check when a file differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

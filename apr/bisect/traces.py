@@ -1,4 +1,4 @@
-"""Recorded traces: taps and gradients of one step, read from a safetensors file, and the model they belong to."""
+"""Traces: taps and gradients of one step, recorded, or read from a safetensors file with the model they belong to."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import numpy as np
 
 from ..checkpoints.hf import read_safetensors
 from ..checkpoints.tensors import is_float
-from ..common.errors import MalformedFile, Refused
+from ..common.errors import MalformedFile, Refused, UsageError
 from ..common.files import parse_json
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf
+from ..model.taps import Record
+from ..model.transformer import Model
 from . import rule
 
 
@@ -33,6 +35,27 @@ class Trace(NamedTuple):
     def gradients(self) -> bool:
         """Whether it holds any: then it takes a training model to compare with."""
         return any(name.startswith(("grad.", "d_hidden", "d_final")) for name in self.tensors)
+
+
+def record(model: Model, ids: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+    """Run a pass over ids (B,T) and copy all taps, rows of tokens as (B,T,...).
+
+    With a training model also the gradients: "d_..." of activations and "grad.NAME" of parameters. loss is the mean,
+    shape (1,). Raises UsageError without a target."""
+    backend, tap = model.be, Record(model.be)
+    count = int((targets >= 0).sum())
+    if not count:
+        raise UsageError("no target to compute a loss of: give at least two tokens, or --targets")
+    model.forward(ids, tap)
+    model.loss(targets, 1 / count if model.train else None, tap)
+    if model.train:
+        model.backward(tap)
+    seen = {k: x.reshape(*ids.shape, *x.shape[1:]) if len(x) == ids.size else x for k, x in tap.seen.items()}
+    seen["loss"] = np.array(backend.to_host(model.total) / count)
+    if model.train:
+        host = backend.to_host(model.g)
+        seen |= {f"grad.{name}": x for name, x in model.layout.named(host).items()}
+    return seen
 
 
 def read_trace(

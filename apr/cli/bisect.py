@@ -24,6 +24,7 @@ from ..bisect.planted.catalogue import catalogue_json, plant_all
 from ..bisect.report import ArrayComparison, Report
 from ..bisect.side import Batch, Side
 from ..bisect.stages import Plan, host_bytes, run
+from ..bisect.token_ids import read_ids, read_targets
 from ..bisect.upload import configuration, upload
 from ..checkpoints.registry import HostModel, open_host
 from ..common.errors import IOFailure, Refused, UsageError
@@ -35,7 +36,6 @@ from ..model.cost import check_fits, check_positions, memory
 from ..model.presets import PRESETS
 from ..model.transformer import IGNORED
 from .bisect_tables import print_catalogue, print_report
-from .trace import read_ids, read_targets
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ def _transformers(f: Flags, console: Console) -> _Believed:
 def _trace(f: Flags) -> _Believed:
     """Read the trace file of --against and check that it is of this model."""
     cfg = open_host(f.model, "float32", f.seed).cfg
-    tokens = read_ids(f.tokens, cfg, "--tokens", lowest=0) if f.tokens else None
-    targets = read_ids(f.targets, cfg, "--targets", lowest=IGNORED) if f.targets else None
+    tokens = read_ids(f.tokens, cfg.vocab_size, "--tokens", lowest=0) if f.tokens else None
+    targets = read_ids(f.targets, cfg.vocab_size, "--targets", lowest=IGNORED) if f.targets else None
     trace = traces.read_trace(f.against, tokens, targets)
     source = open_host(f.model, "float64" if trace.dtype == "float64" else "float32", f.seed)
     traces.same_model(f.against, trace, source.sha256)
@@ -247,8 +247,8 @@ def _given(f: Flags, source: HostModel) -> tuple[Batch, list[ArrayComparison]]:
     """Make the batch of --tokens, --dataset or --text; without them, of a passage or of random ids."""
     shape = (f.batch_size, f.seq_length)
     if f.tokens:
-        ids = read_ids(f.tokens, source.cfg, "--tokens", lowest=0)
-        return batches.from_ids(ids, read_targets(f.targets, ids, source.cfg), "--tokens"), []
+        ids = read_ids(f.tokens, source.cfg.vocab_size, "--tokens", lowest=0)
+        return batches.from_ids(ids, read_targets(f.targets, ids, source.cfg.vocab_size), "--tokens"), []
     if f.dataset:
         return batches.from_dataset(f.dataset, shape, f.seed, source.cfg.vocab_size)
     if source.tokenizer is None:

@@ -35,7 +35,7 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command; return the exit code, raise errors."""
+    """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr completion", __doc__ or "")
     if f.shell not in SHELLS:
         raise UsageError(f"{f.shell}: no such shell; choose one of {', '.join(SHELLS)}")
@@ -99,7 +99,7 @@ _apr() {
     COMPREPLY=($(compgen -W "$options" -- "$cur"))
     return
   fi
-  if [[ $kind == option ]]; then  # an argument without a name: which one?
+  if [[ $kind == option ]]; then  # an argument without a name: count its place
     for (( i = from; i < COMP_CWORD; i++ )); do
       case ${COMP_WORDS[i]} in
         -*) if [[ $takes == *" ${COMP_WORDS[i]} "* ]]; then
@@ -212,7 +212,7 @@ def zsh(table: Table) -> str:
         "  local -a commands",
         "  if (( CURRENT == 2 )); then",
         *_described(first, "    "),
-        "    commands+=(--help:'what apr can do' --version:'its version')",
+        "    commands+=(--help:'list the commands' --version:'print the version')",
         "    _describe -t commands 'apr command' commands",
         "    return",
         "  fi",
@@ -281,13 +281,13 @@ def _zsh_place(number: int, o: dict[str, Any]) -> str:
 # fish
 
 FISH = """# fish completion of apr, made by `apr completion fish`
-function __apr_at -d 'whether the words behind apr begin with these'
+function __apr_at -d 'tests if the words behind apr begin with these'
     set -l typed (commandline -opc)
     set -l n (count $argv)
     test (count $typed) -gt $n
     and test "$typed[2.."(math $n + 1)"]" = "$argv"
 end
-function __apr_first -d 'whether the command is still to come, behind these words'
+function __apr_first -d 'tests if the command is still to come, behind these words'
     set -l typed (commandline -opc)
     set -l n (count $argv)
     test (count $typed) -eq (math $n + 1)
@@ -295,8 +295,8 @@ function __apr_first -d 'whether the command is still to come, behind these word
 end
 complete -c apr -e
 complete -c apr -f
-complete -c apr -n __apr_first -l help -d 'what apr can do'
-complete -c apr -n __apr_first -l version -d 'its version'
+complete -c apr -n __apr_first -l help -d 'list the commands'
+complete -c apr -n __apr_first -l version -d 'print the version'
 """
 
 

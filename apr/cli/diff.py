@@ -44,7 +44,7 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code: 9 when the sides differ; errors are raised."""
+    """Run the command; returns the exit code: 9 when the sides differ. Errors are raised."""
     f = parse(Flags, args, "apr diff", __doc__ or "")
     a, b = open_contents(f.a), open_contents(f.b)
     found = compare(a, b, f.tolerance, f.prefix)
@@ -70,7 +70,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """NaN and infinity are no JSON."""
+    """Spell NaN and infinity, which JSON lacks, as text."""
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 

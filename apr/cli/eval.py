@@ -1,4 +1,4 @@
-"""`apr eval MODEL`: how good a checkpoint is, by one of four measures.
+"""`apr eval MODEL`: score a checkpoint by one of four measures.
 
   --dataset DIR     loss on token shards: nats/token, bits/byte, perplexity
   --text FILE       the same on text, JSONL or Parquet (a file or a folder)
@@ -105,7 +105,7 @@ class Flags:
     json: bool = json_option()
 
 
-# Which flags a measure honours, beside those of every one.
+# Flags that every measure honours, and those of each.
 ALWAYS = {"model", "tokenizer", "device", "backend", "dtype", "threads", "json"}
 WINDOWS = {"seq_length", "batch_size"}
 HONOURED = {
@@ -127,7 +127,7 @@ HONOURED = {
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; returns the exit code. Errors are raised."""
     named = given(Flags, args, "apr eval", __doc__ or "")
     f = Flags(**named)
     mode = _mode(named)
@@ -160,7 +160,9 @@ def main(args: Sequence[str]) -> int:
 
 
 def _mode(named: dict[str, Any]) -> str:
-    """Which measure a command line asks for. Raises UsageError: none, several, or a flag that it does not honour."""
+    """Choose the measure that a command line asks for.
+
+    Raises UsageError for none, for several, or for a flag that the measure does not honour."""
     modes = [m for m in MODES if named.get(m) is not None]
     if len(modes) != 1:
         flags = ", ".join(f"--{m}" for m in MODES)
@@ -224,7 +226,7 @@ def _loss(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
 
 
 def _shards(f: Flags, opened: Opened) -> tuple[Tokenizer, TokenShards]:
-    """The shards, checked in full, and the tokenizer that made them: the model's own, where it has one."""
+    """Open shards, checked in full, and the tokenizer that made them: the model's own, where it has one."""
     given_folder = Path(str(f.dataset))
     sides = sides_of(given_folder)
     folder = sides.get("val", sides["train"])

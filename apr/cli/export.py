@@ -27,7 +27,7 @@ class Flags:
 
     model: str = option("an .apr file or a Hugging Face folder", positional=True, path=True)
     format: str = option("format to write", "hf", choices=("hf", "gguf"))
-    output: str = option("the folder (hf) or file (gguf) to write", "", short="o", path=True)
+    output: str = option("the folder (hf) or file (gguf) to write", "", needed=True, short="o", path=True)
     dtype: str = option("dtype of the matrices; q8_0 in GGUF only", "stored", choices=("stored", *TYPES))
     max_shard_size: str = option("most bytes of one safetensors file, such as 500MB", "5GB")
     force: bool = option("replace a GGUF file that exists", False)
@@ -35,10 +35,8 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr export", __doc__ or "")
-    if not f.output:
-        raise UsageError("--output (or -o) is needed: the folder or file to write")
     if f.force and f.format == "hf":
         raise UsageError("--force replaces a GGUF file; a folder that holds a model is never overwritten")
     dtype = None if f.dtype == "stored" else f.dtype

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..checkpoints.importing import import_model
-from ..common.errors import UsageError
 from ..common.options import json_option, option, parse
 from .show import Show
 
@@ -27,7 +26,7 @@ class Flags:
         positional=True,
         path=True,
     )
-    output: str = option("the .apr file to write", "", short="o", metavar="FILE", path=True)
+    output: str = option("the .apr file to write", "", needed=True, short="o", metavar="FILE", path=True)
     revision: str | None = option("branch, tag or commit of hf://org/name")
     tokenizer: str | None = option(
         "folder with the tokenizer.json to embed (default: the source's)", metavar="FOLDER", path=True
@@ -37,10 +36,8 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr import", __doc__ or "")
-    if not f.output:
-        raise UsageError("--output (or -o) is needed: the .apr file to write")
     done = import_model(f.source, f.output, f.revision, f.tokenizer, f.force)
     if f.json:
         print(json.dumps(done, indent=2))

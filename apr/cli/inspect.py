@@ -39,7 +39,7 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr inspect", __doc__ or "")
     result, rows = _loose(f) if is_bare(Path(f.model)) else _model(f)
     if f.json:
@@ -57,7 +57,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _tensors(tensors: Mapping[str, np.ndarray], figures: bool) -> dict[str, dict[str, Any]]:
-    """dtype and shape of each tensor; with figures also its root mean square and largest magnitude."""
+    """List dtype and shape of each tensor; with figures also its root mean square and largest magnitude."""
     out: dict[str, dict[str, Any]] = {}
     for name in tensors:
         x = tensors[name]
@@ -133,7 +133,7 @@ def _tokenizer(loaded: Checkpoint) -> dict[str, Any] | None:
 
 
 def _loose(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """A file that is no model of ours to load: its tensors and what it says of itself."""
+    """Describe a file that is no model: its tensors and its metadata."""
     side = open_contents(f.model)
     tensors = _tensors(side.tensors, f.tensors)
     size = sum(t["bytes"] for t in tensors.values())

@@ -11,23 +11,24 @@ from ..common.errors import AprError
 COMMANDS = {
     "pretrain": "train a model; with no arguments: the demo job",
     "run": "generate text from a checkpoint",
-    "bisect": "which op of which layer is wrong: two sides in lockstep, op by op",
+    "bisect": "find the op of the layer that is wrong: two sides in lockstep, op by op",
     "trace": "write every intermediate of one forward (and backward) pass to a file",
-    "tokenize": "tokenizers and token shards: train, import-hf, encode-corpus, audit, repair-manifest",
-    "plan": "parameters, FLOPs and bytes of a job, before anything is allocated",
+    "tokenize": "make tokenizers and token shards: train, import-hf, encode-corpus, audit, repair-manifest",
+    "plan": "compute parameters, FLOPs and bytes of a job, before anything is allocated",
     "verify": "check the evidence of a run from outside: hashes, log, verdict, losses computed again",
-    "import": "a Hugging Face checkpoint, a folder or hf://org/name, as an .apr file, bit for bit",
-    "export": "a checkpoint as a Hugging Face folder or a GGUF file",
+    "import": "write a Hugging Face checkpoint, a folder or hf://org/name, as an .apr file, bit for bit",
+    "export": "write a checkpoint as a Hugging Face folder or a GGUF file",
     "merge": "make a LoRA adapter part of the weights it belongs to",
-    "inspect": "what is in a checkpoint, and is it whole",
-    "validate": "every check of a checkpoint, each with PASS or FAIL and its figure",
-    "diff": "what differs between two checkpoints or traces, tensor by tensor, worst first",
-    "eval": "loss on text or token shards, multiple choice, HumanEval",
-    "qa": "is a checkpoint fit to ship: tokenizer, logits, generation, export, speed",
-    "report": "a run as one self-contained HTML page, also while it is training",
-    "completion": "a script that completes commands and options in bash, zsh or fish",
+    "inspect": "show the content of a checkpoint",
+    "validate": "make every check of a checkpoint, each with PASS or FAIL and its figure",
+    "diff": "compare two checkpoints or traces, tensor by tensor, worst first",
+    "eval": "score a checkpoint: loss on text or token shards, multiple choice, HumanEval",
+    "qa": "judge if a checkpoint is fit to ship: tokenizer, logits, generation, export, speed",
+    "report": "write a run as one self-contained HTML page, also while it is training",
+    "completion": "print a script that completes commands and options in bash, zsh or fish",
 }
-MODULES = {"import": "import_"}  # where a command is a word of Python
+# Of commands whose name is a word of Python.
+MODULES = {"import": "import_"}
 
 
 def _usage() -> str:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, args: Sequence[str]) -> int:
-    """Run one sub-command with its own arguments; returns the exit code of INTERFACE: see errors.py."""
+    """Run one sub-command with its own arguments; returns the exit code, of errors that of their class in errors.py."""
     try:
         return importlib.import_module(f"apr.cli.{MODULES.get(name, name)}").main(args) or 0
     except AprError as e:
@@ -62,7 +63,8 @@ def run_command(name: str, args: Sequence[str]) -> int:
             print(e.status, file=sys.stderr)
         return e.exit_code
     except BrokenPipeError:
-        sys.stderr.close()  # the reader went away (`| head`): nothing is wrong
+        # The reader went away (`| head`): nothing is wrong.
+        sys.stderr.close()
         return 0
     except OSError as e:
         print(f"apr {name}: {e.filename or 'output'}: {e.strerror or e}", file=sys.stderr)

@@ -37,7 +37,7 @@ class Flags:
         path=True,
     )
     adapter: str = option("folder of the adapter", positional=True, path=True)
-    out: str = option("file to write, .apr", "", short="o", metavar="FILE", path=True)
+    out: str = option("file to write, .apr", "", needed=True, short="o", metavar="FILE", path=True)
     dtype: str | None = option(
         "dtype of the weights in the file (default: as in the base)", choices=("float32", "bfloat16")
     )
@@ -46,11 +46,11 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr merge", __doc__ or "")
     out = Path(f.out)
     if out.suffix != ".apr":
-        raise UsageError(f"--out {f.out or 'is missing'}: give the file to write, such as -o merged.apr")
+        raise UsageError(f"--out {f.out}: give a file that ends in .apr, such as -o merged.apr")
     if out.exists() and not f.force:
         raise Refused(f"{out}: is there already; choose another name, or --force")
     base = open_any(f.base)

@@ -48,7 +48,7 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr plan", __doc__ or "")
     if (f.model is None) == (f.init is None):
         raise UsageError("say which model: give --model or --init, one of them")

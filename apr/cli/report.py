@@ -28,7 +28,7 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr report", __doc__ or "")
     folder = Path(f.run_dir)
     path = Path(f.output) if f.output else folder / "report.html"

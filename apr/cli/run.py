@@ -72,7 +72,7 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr run", __doc__ or "")
     sampling = Sampling(f.max_tokens, f.temperature, f.top_k, f.top_p, f.seed, f.min_p, f.repetition_penalty)
     if f.prompts is not None and (f.prompt or f.chat):
@@ -92,8 +92,9 @@ def main(args: Sequence[str]) -> int:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; of a .jsonl file its "prompt". Empty lines are left out. Raises InputNotFound, MalformedFile,
-    Refused: none."""
+    """Read a prompt from each line, of a .jsonl file its "prompt"; empty lines are skipped.
+
+    Raises InputNotFound, MalformedFile, Refused: no prompt."""
     lines = [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     if not lines:
         raise Refused(f"{path}: no prompts in it")
@@ -166,13 +167,13 @@ def _several(model: LanguageModel, f: Flags, sampling: Sampling, prompts: list[s
 
 
 def _speed(prompt: int, new: int, reading: float, writing: float) -> dict[str, float | None]:
-    """tokens/s of the prompt, with the first new token; and of the others, None where there are none."""
+    """Divide tokens by seconds: of the prompt with the first new token, and of the others (None without any)."""
     rest = (new - 1) / writing if new > 1 and writing > 0 else None
     return {"prompt_tokens_per_sec": prompt / max(reading, 1e-9), "tokens_per_sec": rest}
 
 
 def _say(prompt: int, new: int, speed: dict[str, float | None], ended: str) -> None:
-    """Speed and end on the standard error stream."""
+    """Print speed and reason of the end on the standard error stream."""
     rest = speed["tokens_per_sec"]
     later = "" if rest is None else f" at {rest:,.1f} tokens/s"
     why = {

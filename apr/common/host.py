@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Count the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """Model name of the processor, as the system reports it."""
+    """Read the model name of the processor, as the system reports it."""
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -23,7 +23,7 @@ def cpu_name() -> str:
 
 
 def available_memory() -> int | None:
-    """Bytes of main memory that can be had without swapping; None where the system does not say."""
+    """Measure the bytes of main memory available without swapping; None where the system does not report them."""
     limits = []
     try:
         found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())

@@ -27,6 +27,7 @@ def option(
     at_least: float | None = None,
     below: float | None = None,
     positional: bool = False,
+    needed: bool = False,
     short: str = "",
     metavar: str = "",
     path: bool = False,
@@ -38,6 +39,7 @@ def option(
     choices                 the only values allowed
     above, at_least, below  range of a number; every float must be finite as well
     positional, short       an argument without a flag; a second flag of one letter
+    needed                  the flag must be given
     metavar                 placeholder of the value in --help (default: the last word of the name)
     path, names             the value is a file or folder; values with a meaning of their own
     may_change              a resumed run may set it anew
@@ -158,7 +160,12 @@ def _add(parser: Any, f: dataclasses.Field[Any], kind: type) -> None:
 
 def parse(cls: type[T], args: Sequence[str], prog: str, description: str) -> T:
     """Make an instance of a dataclass of options from a command line. Raises UsageError."""
-    return cls(**given(cls, args, prog, description))
+    values = given(cls, args, prog, description)
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.metadata["needed"] and not values.get(f.name):
+            names = " or ".join([flag(f.name), *("-" + letter for letter in f.metadata["short"])])
+            raise UsageError(f"{names} is needed: {f.metadata['help']}; --help has an example")
+    return cls(**values)
 
 
 def check_ranges(cls: type, values: Mapping[str, Any]) -> None:

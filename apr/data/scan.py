@@ -151,7 +151,7 @@ class _Tables:
 
 
 def _powers(base: int) -> np.ndarray:
-    """base^0 .. base^(CHUNK_TOKENS-1) modulo 2^64, uint64 (CHUNK_TOKENS,), by doubling."""
+    """Compute base^0 .. base^(CHUNK_TOKENS-1) modulo 2^64, uint64 (CHUNK_TOKENS,), by doubling."""
     out = np.ones(CHUNK_TOKENS, np.uint64)
     done = 1
     while done < CHUNK_TOKENS:
@@ -161,7 +161,7 @@ def _powers(base: int) -> np.ndarray:
 
 
 def mix(z: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014), uint64 (B,), modulo 2^64."""
+    """Apply the finalizer of SplitMix64 (Steele, Lea, Flood 2014) to z (B,) uint64, modulo 2^64."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

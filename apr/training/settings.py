@@ -1,4 +1,4 @@
-"""Every setting of `apr pretrain`: flags, configuration file, defaults of the mode, the demo job.
+"""Settings of `apr pretrain`: flags, configuration file, defaults of the mode, the demo job.
 
 Examples: apr pretrain --corpus my_code/ --model smollm2-135m --num-steps 2000 --batch-size 32 --seq-length 512
           apr pretrain --resume --run-dir runs/demo"""
@@ -98,7 +98,7 @@ class Settings(RunSettings, EvidenceSettings, EvalSettings, OptimSettings, Model
     Fields are in the order of the bases from the last to the first."""
 
 
-# The job of `make pretrain`: everything else keeps its default.
+# The job of `make pretrain`; all other settings keep their defaults.
 DEMO: dict[str, Any] = dict(
     corpus="stdlib",
     model="llama-demo",
@@ -118,7 +118,7 @@ DEMO: dict[str, Any] = dict(
 
 
 def from_command_line(args: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
-    """Settings and, apart, those that were given explicitly (by flag or configuration file)."""
+    """Parse a command line into (settings, values given explicitly: by flag or configuration file)."""
     explicit = given(Settings, args, "apr pretrain", __doc__ or "")
     if "config" in explicit:
         explicit = {**read_config(Path(explicit["config"])), **explicit}
@@ -130,7 +130,9 @@ def from_command_line(args: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Settings in a JSON file, names with - or _. Raises for unknown keys and wrong types."""
+    """Read settings from a JSON file, names with - or _.
+
+    Raises InputNotFound, MalformedFile, UsageError: an unknown key or a value of another type."""
     if not path.is_file():
         raise InputNotFound(f"--config {path}: no such file")
     raw = read_json(path)
@@ -140,7 +142,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """The same values with whole numbers made float where that is the type; unknown keys raise."""
+    """Check names, types and choices of settings, and make whole numbers float where that is the type.
+
+    Raises UsageError, naming the source."""
     plain, out = field_types(Settings), {}
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     allowed = {name: f.metadata["choices"] for name, f in fields.items()}

@@ -17,9 +17,8 @@ from apr.backends.contract import OPS
 from apr.bisect import hf, rule
 from apr.bisect.against import compare_with_trace
 from apr.bisect.report import FORCED, FREE, ArrayComparison, Report
-from apr.bisect.traces import read_trace, same_model
+from apr.bisect.traces import read_trace, record, same_model
 from apr.checkpoints.hf import write_hf, write_safetensors
-from apr.cli.trace import record
 from apr.common.errors import DeviceError, InputNotFound, MalformedFile, Refused
 from apr.model.config import ModelConfig
 from apr.model.params import Layout

@@ -99,3 +99,16 @@ def test_exactly_one():
         exactly_one(Flags(), ("model", "init"), "which model")
     with pytest.raises(UsageError, match="--model and --init were given"):
         exactly_one(Flags(model="tiny", init="x"), ("model", "init"), "which model")
+
+
+def test_a_needed_option():
+    @dataclass(frozen=True)
+    class Write:
+        """Options of a command that writes."""
+
+        output: str = option("file to write", "", needed=True, short="o")
+
+    assert parse(Write, ["-o", "x"], "apr", "") == Write("x")
+    for args in ([], ["--output", ""]):
+        with pytest.raises(UsageError, match=r"^--output or -o is needed: file to write;"):
+            parse(Write, args, "apr", "")

@@ -26,6 +26,7 @@ import numpy as np
 import data_cases
 import tokenizer_cases
 from apr.bisect import stored, traces
+from apr.bisect.token_ids import read_ids
 from apr.checkpoints.apr2 import read_apr, write_apr
 from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.checkpoint import fill
@@ -35,7 +36,6 @@ from apr.checkpoints.gguf_vocab import vocabulary_keys
 from apr.checkpoints.hf import read_safetensors, write_hf, write_safetensors
 from apr.checkpoints.registry import open_any
 from apr.checkpoints.tensors import TensorFile
-from apr.cli.trace import read_ids
 from apr.common.errors import UsageError
 from apr.data.audit import audit
 from apr.data.batches import Windows
@@ -296,7 +296,7 @@ def ids_seeds() -> list[Case]:
 
 def read_ids_case(folder: Path) -> None:
     name = "ids.json" if (folder / "ids.json").exists() else "ids.npy"
-    read_ids(str(folder / name), PRESETS["qwen2-tiny"], "--tokens", lowest=0)
+    read_ids(str(folder / name), PRESETS["qwen2-tiny"].vocab_size, "--tokens", lowest=0)
 
 
 def trace_seeds() -> list[Case]:

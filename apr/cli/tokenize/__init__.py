@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from ...common.errors import UsageError
 
 COMMANDS = {
-    "train": "a byte-level BPE tokenizer from text",
-    "import-hf": "a tokenizer folder from a Hugging Face one, or from vocab.json and merges.txt",
-    "encode-corpus": "text, source code, JSONL and Parquet to token shards, split into train/ and val/",
-    "audit": "check a folder of token shards and draw what is in it",
+    "train": "train a byte-level BPE tokenizer on text",
+    "import-hf": "make a tokenizer folder from a Hugging Face one, or from vocab.json and merges.txt",
+    "encode-corpus": "encode text, source code, JSONL and Parquet as token shards, split into train/ and val/",
+    "audit": "check a folder of token shards and draw its token statistics",
     "repair-manifest": "rebuild a manifest from shards",
 }
 USAGE = "\n".join(
@@ -33,19 +33,19 @@ USAGE = "\n".join(
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; returns the exit code. Errors are raised."""
     if args[:1] in (["-h"], ["--help"]):
         print(USAGE)
         sys.exit(0)
     if not args or args[0] not in COMMANDS:
-        said = f"unknown command {args[0]!r}" if args else "say what to do"
+        problem = f"unknown command {args[0]!r}" if args else "no command"
         raise UsageError(
-            f"{said}; choose one of {', '.join(COMMANDS)}. `apr tokenize --help` says what they do"
+            f"{problem}; choose one of {', '.join(COMMANDS)}. `apr tokenize --help` says what they do"
         )
     return flags_and_main(args[0])[1](args[1:])
 
 
 def flags_and_main(name: str):  # type: ignore[no-untyped-def]
-    """The options (a dataclass) and the function of a sub-command."""
+    """Import a sub-command: its options (a dataclass) and its function."""
     module = importlib.import_module("." + name.replace("-", "_"), __package__)
     return module.Flags, module.main

@@ -37,7 +37,7 @@ class Flags:
         positional=True,
         path=True,
     )
-    tokenizer: str = option("tokenizer folder or tokenizer.json", "", path=True)
+    tokenizer: str = option("tokenizer folder or tokenizer.json", "", needed=True, path=True)
     output: str = option(
         "folder to write train/, val/ and tokenizer/ to", "", short="o", metavar="FOLDER", path=True
     )
@@ -71,9 +71,12 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr tokenize encode-corpus", __doc__ or "")
-    _check(f)
+    if not f.output and not f.estimate_only:
+        raise UsageError(
+            "--output or -o is needed: folder to write train/, val/ and tokenizer/ to; --help has an example"
+        )
     bounds = Bounds.parse(f.widen)
     show = Show(quiet=f.json)
     tokenizer = Tokenizer.from_file(f.tokenizer)
@@ -91,7 +94,8 @@ def main(args: Sequence[str]) -> int:
 
     def hear(counts: Counts, read: int, total: int) -> None:
         progress(counts, read, total)
-        if stop.asked:  # here, between two batches, no file is half written
+        # Between two batches no file is half written.
+        if stop.asked:
             raise KeyboardInterrupt
 
     try:
@@ -125,7 +129,7 @@ def main(args: Sequence[str]) -> int:
 
 
 class _Stop:
-    """While it is open, Ctrl-C and SIGTERM ask for a stop after the batch; a second one stops at once."""
+    """Context in which Ctrl-C and SIGTERM ask for a stop after the batch; a second one stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -145,7 +149,7 @@ class _Stop:
 
 
 def described(f: Flags) -> dict[str, Any]:
-    """What of the options decides which documents there are, for the manifests."""
+    """List the options that decide on the documents, for the manifests."""
     return {
         "inputs": list(f.inputs),
         "content_field": f.content_field,
@@ -154,14 +158,8 @@ def described(f: Flags) -> dict[str, Any]:
     }
 
 
-def _check(f: Flags) -> None:
-    for value, flag in ((f.tokenizer, "--tokenizer DIR"), (f.output or f.estimate_only, "-o DIR")):
-        if not value:
-            raise UsageError(f"{flag} is missing; `apr tokenize encode-corpus --help` has an example")
-
-
 def _apart(f: Flags) -> None:
-    """Raises UsageError where the output would lie among the input, or over a tokenizer."""
+    """Raise UsageError where the output would lie among the input, or over a tokenizer."""
     out = Path(f.output).resolve()
     for given in f.inputs:
         folder = Path(given).resolve()

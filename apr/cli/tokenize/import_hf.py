@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...common.errors import UsageError
 from ...common.files import read_json
 from ...common.options import json_option, option, parse
 from ...tokenizer.families import FAMILIES
@@ -26,7 +25,9 @@ class Flags:
         positional=True,
         path=True,
     )
-    output: str = option("folder to write the tokenizer to", "", short="o", metavar="FOLDER", path=True)
+    output: str = option(
+        "folder to write the tokenizer to", "", needed=True, short="o", metavar="FOLDER", path=True
+    )
     family: str | None = option(
         "family of the tokenizer; needed for vocab.json and merges.txt, which do not name it",
         choices=tuple(FAMILIES),
@@ -38,10 +39,8 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr tokenize import-hf", __doc__ or "")
-    if not f.output:
-        raise UsageError("say where to write the tokenizer: -o DIR")
     tokenizer = import_hf(f.source, f.output, f.family, eos=f.eos)
     if f.json:
         print(json.dumps(_manifest(f.output), indent=2))

@@ -34,7 +34,7 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr tokenize repair-manifest", __doc__ or "")
     folder = Path(f.dataset)
     tokenizer = tokenizer_of_shards(folder, f.tokenizer)

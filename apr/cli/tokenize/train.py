@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...common.errors import Refused, UsageError
+from ...common.errors import Refused
 from ...common.options import json_option, option, parse
 from ...data.corpus import Corpus
 from ...data.documents import is_held_out
@@ -27,7 +27,9 @@ class Flags:
     inputs: tuple[str, ...] = option(
         "files and folders: text, source code, JSONL, Parquet", positional=True, path=True
     )
-    output: str = option("folder to write the tokenizer to", "", short="o", metavar="FOLDER", path=True)
+    output: str = option(
+        "folder to write the tokenizer to", "", needed=True, short="o", metavar="FOLDER", path=True
+    )
     vocab_size: int = option(
         "ids in all, special tokens included; 256 bytes and those tokens to 200000", 32_000, metavar="IDS"
     )
@@ -50,10 +52,8 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code; errors are raised."""
+    """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr tokenize train", __doc__ or "")
-    if not f.output:
-        raise UsageError("say where to write the tokenizer: -o DIR")
     if (Path(f.output) / "tokenizer.json").exists():
         raise Refused(f"{f.output}: holds a tokenizer; remove it, or choose another folder")
     show = Show(quiet=f.json)
