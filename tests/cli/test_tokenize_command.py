@@ -314,15 +314,15 @@ def test_ctrl_c_says_how_to_go_on(tok: Path, tmp_path: Path) -> None:
 
 
 BAD: list[tuple[list[str], int, str]] = [
-    ([], 2, "say what to do; choose one of train"),
+    ([], 2, "no command; choose one of train"),
     (["nope"], 2, "unknown command 'nope'"),
     (["train"], 2, "INPUTS"),
-    (["train", "TEXT"], 2, "-o DIR"),
+    (["train", "TEXT"], 2, "--output or -o is needed"),
     (["train", "nowhere", "-o", "OUT"], 3, "nowhere"),
     (["train", "TEXT", "-o", "OUT", "--vocab-size", "10"], 5, "256"),
     (["train", "TEXT", "-o", "OUT", "--val-fraction", "2"], 2, "--val-fraction"),
     (["import-hf", "nowhere", "-o", "OUT"], 3, "nowhere"),
-    (["import-hf", "TOK"], 2, "-o DIR"),
+    (["import-hf", "TOK"], 2, "--output or -o is needed"),
     (["encode-corpus", "TEXT", "-o", "OUT"], 2, "--tokenizer is needed"),
     (["encode-corpus", "TEXT", "--tokenizer", "TOK"], 2, "--output or -o is needed"),
     (["encode-corpus", "TEXT", "--tokenizer", "nowhere", "-o", "OUT"], 3, "nowhere"),
