@@ -1,1 +1,1 @@
-"""Which op of which layer is wrong: two sides run in lockstep, compared op by op."""
+"""Find the op and the layer that are wrong: two sides run in lockstep and are compared op by op."""

@@ -1,4 +1,5 @@
-"""What goes in: real text through the model's tokenizer, ids, or a slice of a dataset; and what can be wrong with it."""
+"""Batches to bisect with: text through the model's tokenizer, given ids, random ids, or windows of a dataset, and their
+checks."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ A dog, a cat and a small grey mouse lived in one house. One day the mouse said: 
 
 
 def in_documents(batch: Batch, end: int) -> Batch:
-    """The same with `end` in place of every DOCUMENT-th id, and attention that stops there."""
+    """Put `end` in place of every DOCUMENT-th id; attention stops there."""
     ids = batch.ids.copy()
     ids.reshape(-1)[DOCUMENT - 1 :: DOCUMENT] = end
     return replace(
@@ -50,8 +51,8 @@ def in_documents(batch: Batch, end: int) -> Batch:
 def from_text(
     text: str, tokenizer: Tokenizer, shape: tuple[int, int], source: str
 ) -> tuple[Batch, list[ArrayComparison]]:
-    """The first B * T + 1 tokens of a text as B sequences, and whether its ids are the text. Raises Refused when it
-    is too short."""
+    """Make a batch of the first B * T + 1 tokens of a text, and compare the decoded ids with the text. Raises Refused for a
+    text that is too short."""
     b, t = shape
     ids = np.asarray(tokenizer.encode(text), np.int32)
     if len(ids) < b * t + 1:
@@ -76,14 +77,14 @@ def from_text(
 
 
 def at_random(cfg: ModelConfig, shape: tuple[int, int], seed: int) -> Batch:
-    """Ids drawn at random, for models without a tokenizer."""
+    """Draw ids at random, for models without a tokenizer."""
     rng = np.random.default_rng(seed)
     ids, targets = rng.integers(0, cfg.vocab_size, (2, *shape), dtype=np.int32)
     return Batch(ids, _thinned(targets), f"{shape[0]} x {shape[1]} ids drawn at random, seed {seed}")
 
 
 def from_ids(ids: np.ndarray, targets: np.ndarray, source: str) -> Batch:
-    """Given ids and targets. Raises UsageError for those that show nothing."""
+    """Make a batch of given ids and targets. Raises UsageError for ids that show no fault."""
     if ids.shape[1] < 2:
         raise UsageError(f"{source}: one position shows no fault of attention; give at least 2")
     if not (targets >= 0).any():
@@ -94,7 +95,7 @@ def from_ids(ids: np.ndarray, targets: np.ndarray, source: str) -> Batch:
 def from_dataset(
     folder: str, shape: tuple[int, int], seed: int, vocab_size: int
 ) -> tuple[Batch, list[ArrayComparison]]:
-    """The first batch that training would draw of a folder of token shards, and whether windows and order are right."""
+    """Make the first batch that training would draw of a folder of token shards, and check windows and their order."""
     path = Path(folder)
     if not (path / MANIFEST).is_file() and (path / "train").is_dir():
         path /= "train"
@@ -117,7 +118,7 @@ def from_dataset(
 
 
 def windows_rows(windows: Windows, path: Path) -> list[ArrayComparison]:
-    """Windows as training reads them against the bytes of the shards, read here: ids, and the ids after them."""
+    """Compare the windows of training with the bytes of the shards: ids, and as targets the ids that follow."""
     t, rows = windows.seq_length, []
     raw = []
     for shard in read_manifest(path / MANIFEST).shards:
@@ -134,7 +135,7 @@ def windows_rows(windows: Windows, path: Path) -> list[ArrayComparison]:
 
 
 def order_rows(windows: Windows, seed: int) -> list[ArrayComparison]:
-    """Whether one pass of training reads every window once."""
+    """Require that one pass of training reads every window once."""
     n = len(windows)
     if n > MOST_WINDOWS:
         return []
@@ -159,7 +160,7 @@ def _equal(op: str, tap: str, got: np.ndarray, want: np.ndarray) -> ArrayCompari
 
 
 def rows(batch: Batch, cfg: ModelConfig) -> list[ArrayComparison]:
-    """Whether a batch can show a fault at all: ids inside the vocabulary, enough of them different."""
+    """Check that a batch can show faults: ids are in the vocabulary, and enough of them differ."""
     ids, targets = batch.ids, batch.targets
     distinct = len(np.unique(ids))
     out = [
@@ -185,7 +186,7 @@ def rows(batch: Batch, cfg: ModelConfig) -> list[ArrayComparison]:
 
 
 def can_show(batch: Batch) -> str:
-    """Why a batch cannot show some faults; "" when it can."""
+    """Explain the faults that a batch cannot show; "" for none."""
     b, t = batch.ids.shape
     distinct = len(np.unique(batch.ids))
     if distinct < FEWEST_DISTINCT or t < 3:
@@ -199,7 +200,7 @@ def can_show(batch: Batch) -> str:
 
 
 def read_text(name: str) -> str:
-    """A text file. Raises InputNotFound."""
+    """Read a text file. Raises InputNotFound."""
     path = Path(name)
     if not path.is_file():
         raise InputNotFound(f"--text {name}: no such file")
@@ -212,7 +213,7 @@ def read_text(name: str) -> str:
 
 
 def _thinned(targets: np.ndarray) -> np.ndarray:
-    """Targets of which every IGNORE_EVERY-th is left out."""
+    """Ignore every IGNORE_EVERY-th target."""
     out = np.array(targets, np.int32)
     out.reshape(-1)[IGNORE_EVERY // 2 :: IGNORE_EVERY] = IGNORED
     return out

@@ -1,5 +1,6 @@
-"""What a Hugging Face folder holds, read a second time with as little code as possible: both sides get their weights from one
-reader, and a fault of that reader would be on both."""
+"""Read a Hugging Face folder a second time, with as little code as possible.
+
+Both sides of a bisection get their weights from one reader, so a fault of that reader would be on both."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from ..model.params import Layout
 from .comparisons import exact, holds, measured, unequal
 from .report import EXACT, ArrayComparison
 
-SAME = {
+KEYS = {
     **SIZES,
     "head_dim": "head_dim",
     "rms_norm_eps": "rms_norm_eps",
@@ -26,8 +27,8 @@ SAME = {
 
 
 def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[ArrayComparison]:
-    """The keys of config.json against the configuration, and every tensor of the .safetensors files against the host buffer
-    (Layout order) that goes to the sides, bit for bit. No rows for a MODEL that is no such folder or file."""
+    """Compare the keys of config.json with the configuration, and every tensor of the .safetensors files with the host buffer
+    (Layout order) that both sides get, bit for bit. No rows for a MODEL that is no such folder or file."""
     path = Path(model)
     folder = path if path.is_dir() else path.parent
     files = _files(folder) if path.is_dir() else [path]
@@ -36,7 +37,7 @@ def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[ArrayComparison
     raw = json.loads((folder / "config.json").read_text("utf-8"))
     out = [
         exact("configuration", "config.json", key, getattr(cfg, field), raw[key])
-        for key, field in SAME.items()
+        for key, field in KEYS.items()
         if raw.get(key) is not None
     ]
     theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {}).get("rope_theta")

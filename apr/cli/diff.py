@@ -1,4 +1,4 @@
-"""`apr diff A B`: what differs between two checkpoints or traces, tensor by tensor, worst first.
+"""`apr diff A B`: compare two checkpoints or traces tensor by tensor, and print what differs, worst first.
 
 A and B are .apr files, Hugging Face folders, .safetensors files (what `apr trace` writes, say) or GGUF files, in any pairing.
 Exit code 0 when they are equal, 9 when they differ, in tensors or in what they say of themselves (config, tokenizer).
@@ -14,16 +14,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
-from ..checkpoints.compare import Difference, TensorDifference, compare
+from ..checkpoints.compare import Comparison, TensorDifference, compare
 from ..checkpoints.registry import open_contents
 from ..common.errors import UsageError
+from ..common.finding import exit_code
 from ..common.options import json_option, option, parse
 from .show import Show
-
-DIFFERS = 9  # exit code
+from .tables import plain_table
 
 
 @dataclass(frozen=True)
@@ -44,68 +43,59 @@ class Flags:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command; returns the exit code: 9 when the sides differ. Errors are raised."""
+    """Run the command; returns the exit code: 9 when a and b differ. Errors are raised."""
     f = parse(Flags, args, "apr diff", __doc__ or "")
-    a, b = open_contents(f.a), open_contents(f.b)
-    found = compare(a, b, f.tolerance, f.prefix)
-    if f.prefix and not found.rows:
+    comparison = compare(open_contents(f.a), open_contents(f.b), f.tolerance, f.prefix)
+    if f.prefix and not comparison.rows:
         raise UsageError(f"--prefix {f.prefix}: no tensor of either side starts with it")
     if f.json:
-        print(
-            json.dumps(
-                {
-                    "a": f.a,
-                    "b": f.b,
-                    "equal": found.equal,
-                    "counts": found.counts,
-                    "facts": [{"key": k, "a": x, "b": y} for k, x, y in found.facts],
-                    "tensors": [_plain(asdict(r)) for r in found.rows],
-                },
-                indent=2,
-            )
-        )
+        document = {
+            "a": f.a,
+            "b": f.b,
+            "equal": comparison.equal,
+            "counts": comparison.counts,
+            "facts": [{"key": k, "a": x, "b": y} for k, x, y in comparison.facts],
+            "tensors": [_plain(asdict(r)) for r in comparison.rows],
+        }
+        print(json.dumps(document, indent=2))
     else:
-        _print(Show(), f, found)
-    return 0 if found.equal else DIFFERS
+        _print(Show(), f, comparison)
+    return exit_code(comparison.verdict)
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """Spell NaN and infinity, which JSON lacks, as text."""
+    """Replace NaN and infinity by text; JSON has neither."""
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
-def _print(show: Show, f: Flags, found: Difference) -> None:
-    rows = [r for r in found.rows if not r.within(f.tolerance)]
+def _print(show: Show, f: Flags, comparison: Comparison) -> None:
+    """Print the tensors that differ, the facts that differ, and the verdict."""
+    rows = comparison.wrong
     shown = rows[: f.top] if f.top else rows
     if shown:
-        table = Table(box=None, padding=(0, 2), title=f"a = {f.a}, b = {f.b}", title_justify="left")
-        table.add_column("tensor", overflow="fold", min_width=min(56, max(len(r.name) for r in shown)))
-        for name in ("state", "max abs", "rms", "relative", "cosine", "dtype and shape"):
-            table.add_column(name)
+        table = plain_table(
+            "tensor", "state_", "max abs|", "rms|", "relative|", "cosine|", "dtype and shape",
+            title=f"a = {f.a}, b = {f.b}",
+        )  # fmt: skip
+        table.columns[0].min_width = min(56, max(len(r.name) for r in shown))
         for r in shown:
-            table.add_row(*(Text(cell) for cell in _cells(r)))
+            table.add_row(*map(Text, _cells(r)))
         show.console.print(table)
     if len(rows) > len(shown):
         show.note(f"... and {len(rows) - len(shown)} more that differ; --top 0 shows all")
-    for key, x, y in found.facts:
+    for key, x, y in comparison.facts:
         show.note(f"{key}: {x!r} in a, {y!r} in b")
-    counts = ", ".join(f"{n} {state}" for state, n in found.counts.items()) or "no tensors"
-    show.note(
-        f"{'EQUAL' if found.equal else 'DIFFERENT'}: {counts}{f'; {len(found.facts)} facts differ' if found.facts else ''}"
-    )
+    counts = ", ".join(f"{n} {state}" for state, n in comparison.counts.items()) or "no tensors"
+    facts = f"; {len(comparison.facts)} facts differ" if comparison.facts else ""
+    show.note(f"{'EQUAL' if comparison.equal else 'DIFFERENT'}: {counts}{facts}")
 
 
 def _cells(r: TensorDifference) -> list[str]:
+    """Format one tensor for the columns of the table."""
+
     def figure(x: float | None, digits: str = ".3g") -> str:
         return "" if x is None else format(x, digits)
 
-    where = r.a if r.a == r.b else f"{r.a or 'none'} / {r.b or 'none'}"
-    return [
-        r.name,
-        r.state,
-        figure(r.max_abs),
-        figure(r.rms),
-        figure(r.relative),
-        figure(r.cosine, ".6f"),
-        where,
-    ]
+    described = r.a if r.a == r.b else f"{r.a or 'none'} / {r.b or 'none'}"
+    figures = (figure(r.max_abs), figure(r.rms), figure(r.relative), figure(r.cosine, ".6f"))
+    return [r.name, r.state, *figures, described]

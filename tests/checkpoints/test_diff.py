@@ -19,7 +19,7 @@ from apr.checkpoints.compare import (
     MISSING,
     SHAPE,
     VALUES,
-    Difference,
+    Comparison,
     TensorDifference,
     compare,
 )
@@ -42,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def diff(a: Path, b: Path, tolerance: float | None = None, prefix: str = "") -> Difference:
+def diff(a: Path, b: Path, tolerance: float | None = None, prefix: str = "") -> Comparison:
     return compare(open_contents(str(a)), open_contents(str(b)), tolerance, prefix)
 
 
