@@ -21,7 +21,7 @@ from .report import EXACT, ArrayComparison
 from .side import Batch
 
 IGNORE_EVERY = 7  # so many targets are left out of the loss, so that leaving them out is tested
-MOST_WINDOWS = 4096
+MAX_WINDOWS = 4096
 DOCUMENT = 6  # tokens of a document, in ids that have none of their own
 FEWEST_DISTINCT = 4
 
@@ -122,11 +122,11 @@ def windows_rows(windows: Windows, path: Path) -> list[ArrayComparison]:
     t, rows = windows.seq_length, []
     raw = []
     for shard in read_manifest(path / MANIFEST).shards:
-        flat = np.fromfile(path / shard["name"], "<u4", count=min(shard["tokens"], MOST_WINDOWS * t + 1))
+        flat = np.fromfile(path / shard["name"], "<u4", count=min(shard["tokens"], MAX_WINDOWS * t + 1))
         raw += [flat[i * t : (i + 1) * t + 1] for i in range((len(flat) - 1) // t)]
-        if len(raw) >= MOST_WINDOWS or len(flat) < shard["tokens"]:
+        if len(raw) >= MAX_WINDOWS or len(flat) < shard["tokens"]:
             break
-    raw = raw[: min(MOST_WINDOWS, len(windows))]
+    raw = raw[: min(MAX_WINDOWS, len(windows))]
     want = np.stack(raw).astype(np.int64)
     ids, targets = windows.read(np.arange(len(raw)))
     for name, got, true in (("ids", ids, want[:, :-1]), ("targets", targets, want[:, 1:])):
@@ -137,7 +137,7 @@ def windows_rows(windows: Windows, path: Path) -> list[ArrayComparison]:
 def order_rows(windows: Windows, seed: int) -> list[ArrayComparison]:
     """Require that one pass of training reads every window once."""
     n = len(windows)
-    if n > MOST_WINDOWS:
+    if n > MAX_WINDOWS:
         return []
     stream = Batches(windows, 1, seed, on_exhausted="cycle")
     first = windows.read(np.arange(n))[0]

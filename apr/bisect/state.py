@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ..model.transformer import Model
@@ -11,6 +13,8 @@ from .report import ArrayComparison
 from .side import Batch, Side
 from .upload import FUSED_IN
 
+KEPT = ("w", "g", "cos", "sin", "total", "ids", "targets", "doc_start")  # buffers that are no scratch memory
+
 
 def state(
     side: Side, weights: np.ndarray, batch: Batch, tolerances: dict[str, float]
@@ -19,109 +23,111 @@ def state(
     the recorded pass; then passes over changed later tokens, over another input, and over the sequences one by one.
 
     tolerances: {tap: tolerance of a gradient}; empty: without the sequences one by one."""
-    model = side.model(weights, batch.shape, document_end=batch.document_end)
-    be, rows = side.backend, []
+    runs = _Runs(side.model(weights, batch.shape, document_end=batch.document_end), batch)
+    before = runs.evaluate(batch.ids)
+    first = runs.step()
+    rows = runs.same("two_runs", runs.step(), first, "the second of two equal runs gives other bits")
+    rows.append(exact("state", "evaluate_again", "loss", runs.evaluate(batch.ids), before))
+    cause = "evaluation and training differ" if before != first.loss else ""
+    rows.append(exact("state", "evaluate", "loss", before, first.loss, cause=cause))
+    cause = "an evaluation changed the next training step"
+    rows += runs.same("after_evaluation", runs.step(), first, cause)
+    runs.spoil_scratch()
+    cause = "something is read before it is written"
+    rows += runs.same("scratch_starts_as_nan", runs.step(), first, cause)
+    cause = "the recorded pass gives other bits than op by op"
+    rows += runs.same("recorded_pass", runs.replayed(), first, cause)
+    rows += _future(runs.model, batch)
+    other = np.ascontiguousarray((batch.ids[:, ::-1] + 1) % side.cfg.vocab_size)
+    cause = "another input gives the same loss: a stale buffer"
+    rows.append(holds("state", "other_input", "loss", runs.evaluate(other) != before, cause))
+    return rows + (runs.one_by_one(first, tolerances) if tolerances else [])
 
-    def step(ids: np.ndarray, targets: np.ndarray, scale: float) -> tuple[float, np.ndarray]:
-        be.fill(model.g, 0)
-        be.fill(model.total, 0)
-        model.forward(ids)
-        model.loss(targets, scale)
-        model.backward()
-        return float(be.to_host(model.total)[0]), be.to_host(model.g)
 
-    def evaluate(ids: np.ndarray) -> float:
-        be.fill(model.total, 0)
-        model.forward(ids)
-        model.loss(batch.targets)
-        return float(be.to_host(model.total)[0])
+class _Step(NamedTuple):
+    """Result of a training step without an optimizer: the loss, and the flat gradients."""
 
-    def same(what: str, now: tuple[float, np.ndarray], otherwise: str) -> None:
-        rows.append(
-            exact("state", what, "loss", now[0], first[0], cause=otherwise if now[0] != first[0] else "")
-        )
-        if same_bits(now[1], first[1]):
-            rows.append(exact("state", what, "gradients", True, True))
-            return
-        for s in model.layout.in_order():
+    loss: float
+    gradients: np.ndarray
+
+
+class _Runs:
+    """Passes of one model over one batch."""
+
+    def __init__(self, model: Model, batch: Batch) -> None:
+        self.model, self.be, self.batch, self.scale = model, model.be, batch, 1 / batch.count
+
+    def _clear(self) -> None:
+        self.be.fill(self.model.g, 0)
+        self.be.fill(self.model.total, 0)
+
+    def _result(self) -> _Step:
+        return _Step(float(self.be.to_host(self.model.total)[0]), self.be.to_host(self.model.g))
+
+    def step(self) -> _Step:
+        """Run forward and backward, op by op."""
+        self._clear()
+        self.model.forward(self.batch.ids)
+        self.model.loss(self.batch.targets, self.scale)
+        self.model.backward()
+        return self._result()
+
+    def replayed(self) -> _Step:
+        """Run forward and backward op by op, then recorded, then replayed; returns the last."""
+        for _ in range(3):
+            self._clear()
+            self.model.micro_step(self.batch.ids, self.batch.targets, self.scale)
+        return self._result()
+
+    def evaluate(self, ids: np.ndarray) -> float:
+        """Run forward alone; returns the loss."""
+        self.be.fill(self.model.total, 0)
+        self.model.forward(ids)
+        self.model.loss(self.batch.targets)
+        return float(self.be.to_host(self.model.total)[0])
+
+    def spoil_scratch(self) -> None:
+        """Fill scratch memory with NaN; the padding of logits stays zero."""
+        for name, x in self.model.buffers.arrays.items():
+            if name.rsplit(".", 1)[-1] not in KEPT:
+                self.be.fill(x, np.nan)
+        logits = self.model.buffers["logits"]
+        if logits.shape[1] > self.model.cfg.vocab_size:
+            self.be.fill(logits, 0)
+
+    def same(self, op: str, now: _Step, first: _Step, otherwise: str) -> list[ArrayComparison]:
+        """Compare a step with the first one; otherwise: the cause of a difference."""
+        cause = otherwise if now.loss != first.loss else ""
+        loss = exact("state", op, "loss", now.loss, first.loss, cause=cause)
+        if same_bits(now.gradients, first.gradients):
+            return [loss, exact("state", op, "gradients", True, True)]
+        for s in self.model.layout.in_order():
+            got, want = (x.gradients[s.offset : s.offset + s.size] for x in (now, first))
+            if not same_bits(got, want):
+                d = unequal(got, want)
+                return [loss, measured("state", op, f"grad.{s.hf}", d, 0.0, s.layer, s.shape, otherwise)]
+        return [loss]
+
+    def one_by_one(self, first: _Step, tolerances: dict[str, float]) -> list[ArrayComparison]:
+        """Compare the gradients of the batch with those summed over its sequences, run one by one."""
+        self._clear()
+        for ids, targets in zip(self.batch.ids, self.batch.targets, strict=True):
+            self.model.forward(ids[None])
+            self.model.loss(targets[None], self.scale)
+            self.model.backward()
+        summed, rows = self._result().gradients, []
+        for s in self.model.layout.in_order():
+            prefix = "grad." if s.layer is None else f"grad.{s.layer}."
+            tol = tolerances.get(prefix + FUSED_IN.get(s.param.name, s.param.name))
+            if tol is None:
+                continue
             at = slice(s.offset, s.offset + s.size)
-            if not same_bits(now[1][at], first[1][at]):
-                d = unequal(now[1][at], first[1][at])
-                rows.append(measured("state", what, f"grad.{s.hf}", d, 0.0, s.layer, s.shape, otherwise))
-                return
-
-    scale = 1 / batch.count
-    before = evaluate(batch.ids)
-    first = step(batch.ids, batch.targets, scale)
-    same("two_runs", step(batch.ids, batch.targets, scale), "the second of two equal runs gives other bits")
-    rows.append(exact("state", "evaluate_again", "loss", evaluate(batch.ids), before))
-    rows.append(
-        exact(
-            "state",
-            "evaluate",
-            "loss",
-            before,
-            first[0],
-            cause="evaluation and training differ" if before != first[0] else "",
-        )
-    )
-    same(
-        "after_evaluation",
-        step(batch.ids, batch.targets, scale),
-        "an evaluation changed the next training step",
-    )
-    for name, x in model.buffers.arrays.items():
-        scratch = name.rsplit(".", 1)[-1] not in (
-            *("w", "g", "cos", "sin", "total", "ids", "targets", "doc_start"),
-        )
-        if scratch:
-            be.fill(x, np.nan)
-    columns = model.buffers["logits"].shape[1]
-    if columns > model.cfg.vocab_size:
-        be.fill(model.buffers["logits"], 0)  # the padding is to stay zero
-    same(
-        "scratch_starts_as_nan",
-        step(batch.ids, batch.targets, scale),
-        "something is read before it is written",
-    )
-    for _ in range(3):  # op by op, recorded, replayed
-        be.fill(model.g, 0)
-        be.fill(model.total, 0)
-        model.micro_step(batch.ids, batch.targets, scale)
-    replayed = float(be.to_host(model.total)[0]), be.to_host(model.g)
-    same("recorded_pass", replayed, "the recorded pass gives other bits than op by op")
-    rows += _future(model, batch)
-    other = (batch.ids[:, ::-1] + 1) % side.cfg.vocab_size
-    rows.append(
-        holds(
-            "state",
-            "other_input",
-            "loss",
-            evaluate(np.ascontiguousarray(other)) != before,
-            "another input gives the same loss: a stale buffer",
-        )
-    )
-    if not tolerances:
+            d = difference(summed[at], first.gradients[at])
+            cause = "" if d.err <= 2 * tol else "a batch of n is not the mean of its n sequences"
+            rows.append(
+                measured("state", "sequence_by_sequence", f"grad.{s.hf}", d, 2 * tol, s.layer, s.shape, cause)
+            )
         return rows
-    be.fill(model.g, 0)
-    be.fill(model.total, 0)
-    for ids, targets in zip(batch.ids, batch.targets, strict=True):
-        model.forward(ids[None])
-        model.loss(targets[None], scale)
-        model.backward()
-    parts = be.to_host(model.g)
-    for s in model.layout.in_order():
-        at = slice(s.offset, s.offset + s.size)
-        prefix = "grad." if s.layer is None else f"grad.{s.layer}."
-        tol = tolerances.get(prefix + FUSED_IN.get(s.param.name, s.param.name))
-        if tol is None:
-            continue
-        d = difference(parts[at], first[1][at])
-        otherwise = "" if d.err <= 2 * tol else "a batch of n is not the mean of its n sequences"
-        rows.append(
-            measured("state", "sequence_by_sequence", f"grad.{s.hf}", d, 2 * tol, s.layer, s.shape, otherwise)
-        )
-    return rows
 
 
 def _future(model: Model, batch: Batch) -> list[ArrayComparison]:
