@@ -53,7 +53,7 @@ def print_report(report: Report, console: Console, rows: int = 8) -> None:
 
 
 def _stages(report: Report) -> Table:
-    """Table of stages: verdict, number of arrays by mode, the largest error over tolerance and its place, seconds."""
+    """Tabulate the stages: verdict, number of arrays by mode, the largest error over tolerance and its place, seconds."""
     table = plain_table(
         "stage_", "verdict_", "forced|", "free|", "exact|", "err/tol|", "where it is largest", "s|"
     )
@@ -90,7 +90,7 @@ def _number(x: Any, digits: int = 9) -> str:
 
 
 def _fault(r: ArrayComparison, inputs: dict[str, str]) -> Table:
-    """Table of one comparison in full: names at the left, values at the right."""
+    """Tabulate one comparison in full: names at the left, values at the right."""
     lines = {
         "stage": r.stage,
         "op": r.op + inputs.get(r.mode, ""),

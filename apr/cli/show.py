@@ -31,13 +31,13 @@ from .tables import print_findings
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """The reader went away (`| head`): go on in silence, training must not die of it."""
+        """Go on in silence when the reader of the output is gone (`| head`): training must not end with it."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Show(Display):
-    """Progress on a terminal: a bar. Elsewhere (a pipe, a log file): a line every tenth of the run."""
+    """Shows progress as a bar on a terminal, elsewhere (a pipe, a log file) as a line every tenth of the run."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = _Console(quiet=quiet, highlight=False, soft_wrap=True)
@@ -48,11 +48,11 @@ class Show(Display):
         self._total = 0
 
     def note(self, text: str) -> None:
-        """A line of text."""
+        """Print a line of text."""
         self.console.print(text, markup=False)
 
     def preparing(self, stage: str, done: int, total: int) -> None:
-        """Progress of the corpus: what is being done, documents done and in all."""
+        """Show progress of the corpus: the stage, documents done and in all."""
         if self._bar is None:
             self._open("{task.description}")
         assert self._bar is not None
@@ -130,13 +130,13 @@ class Show(Display):
         print_findings(self.console, [_remarked(f, gates.changed(f.name)) for f in findings])
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar, self._task = None, None
 
     def table(self, title: str, rows: Rows) -> None:
-        """Two columns: what and how much."""
+        """Print rows of names and values."""
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, value in rows:
             table.add_row(name, Text(value))

@@ -14,7 +14,7 @@ STYLES = {PASS: "", SKIPPED: "dim", SUSPECT: "bold yellow", FAIL: "bold red"}
 
 
 def plain_table(*columns: str, title: str | None = None) -> Table:
-    """Table without lines. Columns that end in "|" are numbers, those that end in "_" stay in one line."""
+    """Build a table without lines. Columns that end in "|" are numbers, those that end in "_" stay in one line."""
     table = Table(
         box=None,
         padding=(0, 1, 0, 0),

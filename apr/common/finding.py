@@ -45,13 +45,13 @@ class Finding:
     def of(
         cls, name: str, passed: bool | None, measured: str, bound: str, why: str = "", **more: Any
     ) -> Finding:
-        """PASS, FAIL, or SKIPPED where `passed` is None. more: further fields."""
+        """Build a PASS or a FAIL; SKIPPED where `passed` is None. more: further fields."""
         verdict = SKIPPED if passed is None else PASS if passed else FAIL
         return cls(name, verdict, measured, bound, why, **more)
 
     @classmethod
     def skipped(cls, name: str, why: str, bound: str = "") -> Finding:
-        """A fact that could not be checked, with the reason."""
+        """Build the finding of a fact that could not be checked."""
         return cls(name, SKIPPED, "", bound, why)
 
     @property
@@ -75,19 +75,19 @@ class Finding:
 
 
 def verdict_of(findings: Iterable[Finding | str], unasked: str = SKIPPED) -> str:
-    """Worst verdict of findings, or of verdicts: FAIL, SUSPECT, PASS; `unasked` where every one of them is SKIPPED."""
+    """Return the worst verdict of findings, or of verdicts; `unasked` where all are SKIPPED, or none is given."""
     verdicts = (f if isinstance(f, str) else f.verdict for f in findings)
     worst = max(verdicts, key=SEVERITY.index, default=SKIPPED)
     return unasked if worst == SKIPPED else worst
 
 
 def exit_code(verdict: str) -> int:
-    """Exit code of a command that came to its end: 0 for PASS, else WRONG_EXIT."""
+    """Return the exit code of a command that came to its end: 0 for PASS, else WRONG_EXIT."""
     return 0 if verdict == PASS else WRONG_EXIT
 
 
 def as_json(findings: Iterable[Finding], **keys: str) -> list[dict[str, Any]]:
-    """Findings as JSON objects. keys: {key on disk: attribute of Finding}, in the order of the file."""
+    """Convert findings to JSON objects. keys: {key on disk: attribute of Finding}, in the order of the file."""
     return [{key: getattr(f, attribute) for key, attribute in keys.items()} for f in findings]
 
 
@@ -126,7 +126,7 @@ class Checklist:
         return verdict_of(self.findings)
 
     def counts(self) -> str:
-        """Number of findings by verdict: "20 passed, 1 skipped"."""
+        """Count the findings by verdict: "20 passed, 1 skipped"."""
         verdicts = [f.verdict for f in self.findings]
         return ", ".join(
             f"{verdicts.count(verdict)} {text}"

@@ -246,13 +246,14 @@ class Gates:
         self.evaluations: dict[str, int] = {}
 
     def bound(self, name: str) -> float:
-        """A bound of the table, or the user's in its place."""
+        """Return a bound of the table, or the user's in its place."""
         return self.given.get(name, BOUNDS[name])
 
     def judge(self, finding: Finding, step: int | None = None) -> None:
         """Keep a finding, named by its gate. Raises Aborted or Refused for a failure where the table says so."""
         gate = GATES[finding.name]
-        finding = replace(finding, where=step)
+        if step is not None:
+            finding = replace(finding, where=step)
         if finding.verdict == FAIL and gate.then == SUSPECT:
             finding = replace(finding, verdict=SUSPECT)
         old = self.findings.get(gate.id)
@@ -264,7 +265,7 @@ class Gates:
             raise self.error(self.findings[gate.id])
 
     def error(self, finding: Finding) -> AprError:
-        """Error that ends the run after a failure."""
+        """Build the error that ends the run after a failure."""
         gate = GATES[finding.name]
         kind = Refused if gate.then == "refuse" else Aborted
         place = f"step {finding.where}: " if finding.where is not None else ""
@@ -282,7 +283,7 @@ class Gates:
             self.skip(gate, why)
 
     def changed(self, gate: str) -> str:
-        """Remark on the bounds of a gate that the user replaced: "speed changed from 1.25 to 2"; "" for none."""
+        """Describe the bounds of a gate that the user replaced: "speed changed from 1.25 to 2"; "" for none."""
         defaults = GATES[gate].numbers
         return "; ".join(
             f"{n} changed from {defaults[n]:g} to {self.given[n]:g}" for n in defaults if n in self.given
@@ -294,7 +295,7 @@ class Gates:
         return verdict_of(self.findings.values(), unasked=PASS)
 
     def in_order(self) -> Iterator[Finding]:
-        """Findings in the order of the table, failures with the remedy of their gate."""
+        """Yield the findings in the order of the table, failures with the remedy of their gate."""
         for gate in GATES.values():
             if gate.id in self.findings:
                 finding = self.findings[gate.id]
@@ -326,7 +327,7 @@ class Gates:
         return rows
 
     def state(self) -> list[dict[str, Any]]:
-        """Findings as a saved state holds them."""
+        """Return the findings as a saved state holds them."""
         rows = as_json(
             self.in_order(),
             gate="name", verdict="verdict", measured="measured", bound="bound", why="why", step="where",
