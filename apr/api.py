@@ -33,7 +33,7 @@ from .training.settings import Settings, check, read_config
 def load(
     path: str | os.PathLike[str], device: str = "auto", dtype: str | None = None, threads: int | None = None
 ) -> LanguageModel:
-    """Load a checkpoint on a device: an .apr file or a Hugging Face folder.
+    """Load a checkpoint on a device: an .apr or GGUF file or a Hugging Face folder.
 
     device: "auto", "cpu", "cuda" or "cuda:N". dtype: "float32" or "bfloat16" (default: the backend's first, bfloat16 on
     a GPU), or "int8": matrices rounded to 8 bits, for faster generation on the CPU, where auto then stays. threads: CPU

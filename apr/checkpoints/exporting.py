@@ -1,4 +1,4 @@
-"""Export: a checkpoint as a Hugging Face folder or a GGUF file; what was written is read back and compared."""
+"""Export a checkpoint as a Hugging Face folder or a GGUF file; read back and compare what was written."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def export_hf(
 
 
 def _note(checkpoint: Checkpoint) -> str | None:
-    """What whoever loads an exported folder must know."""
+    """Write the note for whoever loads an exported folder."""
     if (
         checkpoint.cfg.family == "qwen2"
         and checkpoint.tokenizer_json is not None
@@ -73,7 +73,7 @@ def _note(checkpoint: Checkpoint) -> str | None:
 
 
 def _check_free(folder: Path, names: list[str]) -> None:
-    """Refused when a folder holds weights or one of these files."""
+    """Raise Refused when a folder holds weights or one of these files."""
     old = []
     if folder.is_dir():
         weights = (
@@ -91,7 +91,7 @@ def _check_free(folder: Path, names: list[str]) -> None:
 def _texts_for(
     checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray], dtype: str | None
 ) -> dict[str, str]:
-    """The small files of an export: the originals, and what a checkpoint that apr trained needs in their place."""
+    """Collect the side files of an export: the originals, and replacements for a checkpoint that apr trained."""
     texts, config = dict(checkpoint.texts), checkpoint.config
     kept = CONFIG in texts and config == parse_json(texts[CONFIG], CONFIG)
     name = dtype or commonest_dtype(tensors)
@@ -209,7 +209,7 @@ def check_gguf(path: Path, checkpoint: Checkpoint, dtype: str | None) -> float:
 
 
 def parse_size(text: str, flag: str = "--max-shard-size") -> int:
-    """Bytes of "500MB", "5GB", "2GiB" or a plain number. Raises UsageError."""
+    """Parse "500MB", "5GB", "2GiB" or a plain number as bytes. Raises UsageError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].upper() not in UNITS:
         raise UsageError(f"{flag} {text}: expected a size such as 500MB, 5GB or 2GiB")

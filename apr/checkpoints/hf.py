@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: config.json beside one or several safetensors files.
+"""Read and write Hugging Face checkpoints: config.json beside one or several safetensors files.
 
 A safetensors file is a u64 length, a JSON header {name: {dtype, shape, data_offsets}} and the data.
 It is read and written here by hand: the library's NumPy interface has no bfloat16, and the checks
@@ -76,7 +76,7 @@ def read_hf(path: str | Path) -> HfWeights:
 
 
 def read_folder(folder: Path) -> Mapping[str, np.ndarray]:
-    """The tensors of a folder, of one file or shards. Raises InputNotFound, MalformedFile, Refused."""
+    """Open the tensors of a folder, of one file or shards. Raises InputNotFound, MalformedFile, Refused."""
     single, index = os.path.lexists(folder / SINGLE), os.path.lexists(folder / INDEX)
     if single and index:
         raise Refused(
@@ -92,7 +92,7 @@ def read_folder(folder: Path) -> Mapping[str, np.ndarray]:
 
 
 def _read_index(path: Path) -> dict[str, np.ndarray]:
-    """The shards that an index names, which must hold exactly the tensors that it says.
+    """Open the shards that an index names, which must hold exactly the tensors of the index.
 
     A shard is a plain name beside the index; it may be a link, as all files in a cache of the Hub are: a link is made by who
     made the folder, not by who wrote the file."""
@@ -277,7 +277,7 @@ def write_hf(
 
 
 def commonest_dtype(tensors: Mapping[str, np.ndarray]) -> str:
-    """The dtype that most elements have, as config.json spells it."""
+    """Find the dtype of most elements, as config.json spells it."""
     count: dict[str, int] = {}
     for t in tensors.values():
         count[t.dtype.name] = count.get(t.dtype.name, 0) + t.size
@@ -285,7 +285,7 @@ def commonest_dtype(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def _split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """Shard file -> tensor names, in the order given, each shard of at most `limit` bytes or one tensor."""
+    """Split tensors into shards {file: tensor names}, in the order given, each shard of at most `limit` bytes or one tensor."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""Import: a checkpoint of another program as one APR file, bit for bit, with its side files and where it came from.
+"""Import a checkpoint of another program as one APR file, bit for bit, with its side files and provenance.
 
 After writing, the file is read back and compared with the source, element by element.
 """

@@ -70,7 +70,7 @@ class TensorFile(Mapping[str, np.ndarray]):
 
 
 def spec_of(tensors: Mapping[str, np.ndarray], name: str) -> Stored | np.ndarray:
-    """The dtype and shape of a tensor, without reading or converting it."""
+    """Look up dtype and shape of a tensor, without reading or converting the tensor."""
     return tensors.entries[name] if isinstance(tensors, TensorFile) else tensors[name]
 
 
@@ -83,7 +83,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def saved_dtype(array: np.ndarray, dtype: str | None) -> np.dtype[Any]:
-    """The dtype an array is written with: floating point becomes `dtype` (None: stays), integers stay."""
+    """Choose the dtype an array is written with: floating point becomes `dtype` (None: stays), integers stay."""
     if dtype is not None and dtype not in SAVED:
         raise UsageError(f"dtype = {dtype!r}: weights are saved as {' or '.join(SAVED)}")
     if dtype is None or not is_float(array.dtype):
@@ -92,12 +92,12 @@ def saved_dtype(array: np.ndarray, dtype: str | None) -> np.dtype[Any]:
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether a dtype is floating point, bfloat16 included."""
+    """True for a floating point dtype, bfloat16 included."""
     return dtype == BF16 or np.issubdtype(dtype, np.floating)
 
 
 def encode(name: str, array: np.ndarray, dtype: np.dtype[Any], finite: bool = True) -> Iterator[memoryview]:
-    """The little-endian bytes of an array as `dtype`, CHUNK elements at a time.
+    """Yield the little-endian bytes of an array as `dtype`, CHUNK elements at a time.
 
     Conversion rounds to nearest, ties to even. finite: raises Refused for a value that is not: a
     checkpoint that cannot be loaded again must not take the place of one that can.
@@ -115,7 +115,7 @@ def encode(name: str, array: np.ndarray, dtype: np.dtype[Any], finite: bool = Tr
 
 
 def require_finite(part: np.ndarray, start: int, name: str) -> None:
-    """Raises Refused naming the first value of a flat array that is NaN or infinite."""
+    """Raise Refused naming the first value of a flat array that is NaN or infinite."""
     if is_float(part.dtype):
         good = np.isfinite(part)
         if not good.all():
@@ -124,7 +124,7 @@ def require_finite(part: np.ndarray, start: int, name: str) -> None:
 
 
 def _round_to_odd(x: np.ndarray) -> np.ndarray:
-    """float64 -> float32 such that rounding the result again rounds the original once.
+    """Convert float64 to float32 such that rounding the result again rounds the original once.
 
     Boldo and Melquiond 2008. ml_dtypes converts float64 through float32, which would round twice.
     """
@@ -138,7 +138,7 @@ def _round_to_odd(x: np.ndarray) -> np.ndarray:
 
 
 def mismatch(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What keeps tensors of these names and shapes from being the parameters of a layout; "" if nothing.
+    """Describe what keeps tensors of these names and shapes from being the parameters of a layout; "" for a match.
 
     Compares in both directions: every parameter there, every tensor known, shapes equal.
     """

@@ -43,7 +43,7 @@ class Flags:
     """Options of `apr bisect`."""
 
     model: str = option(
-        "an .apr file, a Hugging Face folder, or a preset (random weights)",
+        "an .apr or GGUF file, a Hugging Face folder, or a preset (random weights)",
         "",
         positional=True,
         path=True,

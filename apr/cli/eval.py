@@ -45,7 +45,7 @@ SEQ_LENGTH = 1024
 class Flags:
     """Options of `apr eval`."""
 
-    model: str = option("an .apr file or a Hugging Face folder", positional=True, path=True)
+    model: str = option("an .apr or GGUF file or a Hugging Face folder", positional=True, path=True)
     dataset: str | None = option(
         "folder of token shards, or one that holds val/ (made by the model's tokenizer)",
         metavar="FOLDER",
@@ -272,7 +272,7 @@ def _humaneval(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
     from ..evaluation.sandbox import Limits
 
     temperature = f.temperature if f.temperature is not None else 0.0 if f.samples == 1 else 0.8
-    settings = humaneval.Settings(
+    settings = humaneval.HumanEvalSettings(
         f.samples, temperature, f.top_k, f.top_p, f.max_new_tokens, f.seed, Limits(f.timeout)
     )
     settings.check()

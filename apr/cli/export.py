@@ -25,7 +25,7 @@ from .show import Show
 class Flags:
     """Options of `apr export`."""
 
-    model: str = option("an .apr file or a Hugging Face folder", positional=True, path=True)
+    model: str = option("an .apr or GGUF file or a Hugging Face folder", positional=True, path=True)
     format: str = option("format to write", "hf", choices=("hf", "gguf"))
     output: str = option("the folder (hf) or file (gguf) to write", "", needed=True, short="o", path=True)
     dtype: str = option("dtype of the matrices; q8_0 in GGUF only", "stored", choices=("stored", *TYPES))

@@ -1,8 +1,9 @@
-"""`apr import SRC -o F.apr`: a Hugging Face checkpoint as one .apr file, bit for bit.
+"""`apr import SRC -o F.apr`: write a Hugging Face or GGUF checkpoint as one .apr file, bit for bit.
 
-SRC is a folder with config.json and safetensors (one file or shards), a .safetensors file with config.json beside it, or
-hf://org/name[@revision]. bfloat16, float16 and float32 stay as they are; the tokenizer, chat template, generation settings
-and the text of config.json go along, and the sha256 of every file. Afterwards each tensor is compared with its source.
+SRC is a folder with config.json and safetensors (one file or shards), a .safetensors file with config.json beside it, a
+GGUF file, or hf://org/name[@revision]. bfloat16, float16 and float32 stay as they are, Q8_0 of a GGUF file becomes float32
+with the values of the file. The tokenizer, chat template, generation settings and the text of config.json go along, and
+the sha256 of every file. Afterwards each tensor is compared with its source.
 
 Example: apr import hf://Qwen/Qwen2.5-0.5B@main -o qwen.apr"""
 
@@ -22,7 +23,7 @@ class Flags:
     """Options of `apr import`."""
 
     source: str = option(
-        "a folder, a .safetensors file with config.json beside it, or hf://org/name[@revision]",
+        "a folder, a .safetensors file with config.json beside it, a GGUF file, or hf://org/name[@revision]",
         positional=True,
         path=True,
     )

@@ -16,7 +16,7 @@ COMMANDS = {
     "tokenize": "make tokenizers and token shards: train, import-hf, encode-corpus, audit, repair-manifest",
     "plan": "compute parameters, FLOPs and bytes of a job, before anything is allocated",
     "verify": "check the evidence of a run from outside: hashes, log, verdict, losses computed again",
-    "import": "write a Hugging Face checkpoint, a folder or hf://org/name, as an .apr file, bit for bit",
+    "import": "write a Hugging Face or GGUF checkpoint, local or hf://org/name, as an .apr file, bit for bit",
     "export": "write a checkpoint as a Hugging Face folder or a GGUF file",
     "merge": "make a LoRA adapter part of the weights it belongs to",
     "inspect": "show the content of a checkpoint",

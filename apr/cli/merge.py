@@ -1,6 +1,6 @@
 """`apr merge BASE ADAPTER -o OUT.apr`: make a LoRA adapter part of the weights it belongs to.
 
-BASE is an .apr file or a Hugging Face folder, ADAPTER a folder as PEFT saves it (adapter_config.json and
+BASE is an .apr or GGUF file or a Hugging Face folder, ADAPTER a folder as PEFT saves it (adapter_config.json and
 adapter_model.safetensors), or the ckpt/epoch-NNN-adapter of a run. W + scale * B A is summed in float64 and rounded once,
 to the dtype of the base unless --dtype says another.
 
@@ -32,7 +32,7 @@ class Flags:
     """Options of `apr merge`."""
 
     base: str = option(
-        "checkpoint that the adapter was trained on: an .apr file or a Hugging Face folder",
+        "checkpoint that the adapter was trained on: an .apr or GGUF file or a Hugging Face folder",
         positional=True,
         path=True,
     )

@@ -26,7 +26,7 @@ class Flags:
 
     model: str | None = option("preset name or config.json", path=True, names=tuple(PRESETS))
     init: str | None = option(
-        "checkpoint: an .apr file or a Hugging Face folder", metavar="CHECKPOINT", path=True
+        "checkpoint: an .apr or GGUF file or a Hugging Face folder", metavar="CHECKPOINT", path=True
     )
     batch_size: int = option("sequences per optimizer step", 16, at_least=1, metavar="SEQUENCES")
     micro_batch_size: int | None = option(

@@ -27,7 +27,7 @@ from .validate import print_checklist
 class Flags:
     """Options of `apr qa`."""
 
-    model: str = option("an .apr file or a Hugging Face folder", positional=True, path=True)
+    model: str = option("an .apr or GGUF file or a Hugging Face folder", positional=True, path=True)
     text: str | None = option(
         "file of text that the model must know (default: short texts of three kinds, one must do)",
         metavar="FILE",

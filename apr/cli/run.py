@@ -30,7 +30,7 @@ from .chat import chat
 class Flags:
     """Options of `apr run`."""
 
-    model: str = option("an .apr file or a Hugging Face folder", positional=True, path=True)
+    model: str = option("an .apr or GGUF file or a Hugging Face folder", positional=True, path=True)
     prompt: str = option("text to continue; with --chat, a message to answer", "", positional=True)
     prompts: str | None = option(
         'file of prompts to continue, several at once: one a line, or .jsonl with a "prompt" in each line; prompt number '

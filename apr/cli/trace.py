@@ -1,4 +1,4 @@
-"""`apr trace MODEL`: every intermediate of one forward (and backward) pass, as a safetensors file.
+"""`apr trace MODEL`: write every intermediate of one forward (and backward) pass as a safetensors file.
 
 Example: apr trace qwen3-tiny --tokens 1,2,3,4 --backward -o trace.safetensors"""
 
@@ -28,7 +28,7 @@ class Flags:
     """Options of `apr trace`."""
 
     model: str = option(
-        "an .apr file, a Hugging Face folder, or a preset (random weights)",
+        "an .apr or GGUF file, a Hugging Face folder, or a preset (random weights)",
         positional=True,
         path=True,
         names=tuple(PRESETS),

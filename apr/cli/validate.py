@@ -1,6 +1,6 @@
 """`apr validate MODEL`: every check of a checkpoint, each with PASS, FAIL or SKIPPED and its figure.
 
-MODEL is an .apr file, a Hugging Face folder, or a .safetensors file with config.json beside it. All checks are made,
+MODEL is an .apr or GGUF file, a Hugging Face folder, or a .safetensors file with config.json beside it. All checks are made,
 whatever the ones before found. Exit code 0 when nothing failed; 4 when the file is damaged or not what its format
 says (checksums, length, index, metadata); 9 when the file is whole but what it holds is wrong.
 
@@ -25,7 +25,7 @@ class Flags:
     """Options of `apr validate`."""
 
     model: str = option(
-        "an .apr file, a Hugging Face folder or a .safetensors file", positional=True, path=True
+        "an .apr, .safetensors or GGUF file or a Hugging Face folder", positional=True, path=True
     )
     json: bool = json_option()
 

@@ -1,4 +1,4 @@
-"""Multiple choice by loss: which continuation of a context has the highest probability."""
+"""Answer multiple choice by loss: the continuation of a context with the highest probability."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Item:
 
 
 def read_items(path: str) -> list[Item]:
-    """The questions of a file; each line may have its own format. Raises InputNotFound, MalformedFile."""
+    """Read the questions of a file; each line may have its own format. Raises InputNotFound, MalformedFile."""
     return [_item(f"{path}:{number}", row) for number, row in read_jsonl(path, FORMATS)]
 
 
@@ -55,7 +55,7 @@ def _text(name: str, key: str, value: Any, empty: bool = False) -> str:
 
 
 def _asked(name: str, question: str, choices: Sequence[str], answer: int) -> Item:
-    """As lm-evaluation-harness asks ARC and PIQA: "Question: ...\\nAnswer:", and a space before each choice."""
+    """Ask as lm-evaluation-harness asks ARC and PIQA: "Question: ...\\nAnswer:", and a space before each choice."""
     return Item(
         name, f"Question: {question}\nAnswer:", tuple(" " + c for c in choices), tuple(choices), answer
     )
@@ -107,7 +107,7 @@ def encode_pair(
     before: Sequence[int] = (),
     alone: int | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Ids of a context and of its continuation, as lm-evaluation-harness makes them: spaces at the context's end move to
+    """Encode a context and its continuation, as lm-evaluation-harness does: spaces at the context's end move to
     the continuation, the whole string is encoded, and what goes past the length of the context's own ids is the
     continuation. before: ids put in front of the context. alone: the id that stands for a context without any.
 
@@ -133,7 +133,7 @@ def encode_pair(
 def pair_window(
     context: Sequence[int], continuation: Sequence[int], seq: int, name: str
 ) -> tuple[Window, bool]:
-    """The window that scores a continuation, and whether the context was cut at its left to fit.
+    """Make the window that scores a continuation; returns also True for a context that was cut at its left to fit.
 
     Raises Refused: the continuation alone is too long."""
     if len(continuation) > seq:
@@ -153,7 +153,7 @@ def windows_of(
     before: Sequence[int] = (),
     alone: int | None = None,
 ) -> tuple[list[Window], int]:
-    """The windows of all continuations, item after item, and how many contexts were cut to fit `seq` tokens."""
+    """Make the windows of all continuations, item after item; returns also the count of contexts cut to `seq` tokens."""
     windows: list[Window] = []
     cut = 0
     for item in items:
@@ -171,7 +171,7 @@ def measure(
     windows: Sequence[Window],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Accuracy by each of RULES, with its standard error, and a row per item. windows: those of `windows_of`."""
+    """Compute the accuracy by each of RULES, with its standard error, and a row per item. windows: of `windows_of`."""
     scores: Iterator[tuple[float, int]] = (
         (-float(s.losses.sum()), len(s.losses)) for s in scorer.score(windows)
     )
@@ -203,6 +203,6 @@ def measure(
 
 
 def _accuracy(right: Sequence[bool]) -> dict[str, float | None]:
-    """Share that is right, and its standard error sqrt(p (1 - p) / (n - 1))."""
+    """p = right / n, and its standard error sqrt(p (1 - p) / (n - 1))."""
     n, p = len(right), float(np.mean(right))
     return {"value": p, "stderr": math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None}

@@ -1,4 +1,4 @@
-"""HumanEval: programs that a model completes, judged by their tests (Chen et al. 2021)."""
+"""Complete the programs of HumanEval and judge them by their tests (Chen et al. 2021)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..common.host import cores
 from ..inference.generate import generate
 from ..model.cost import check_fits, memory
 from ..tokenizer.tokenizer import Tokenizer
-from .sandbox import Limits, Program, Verdict, judge_all, proven
+from .sandbox import Judgement, Limits, Program, judge_all, proven
 from .score import Opened
 
 # Chen et al. 2021, section 3.1: a completion ends before the first of these.
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 KEYS = ("task_id", "prompt", "entry_point", "test")
-TAIL = 8  # tokens of the prompt that new ones are decoded behind: decoders drop a space at a text's beginning
+TAIL_TOKENS = 8  # of the prompt, decoded before new ones: decoders drop a space at a text's beginning
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How completions are drawn and judged. temperature 0 takes the most likely tokens."""
+class HumanEvalSettings:
+    """Options of drawing and judging completions. temperature 0 takes the most likely tokens."""
 
     samples: int = 1
     temperature: float = 0.0
@@ -62,7 +62,7 @@ class Settings:
 
 
 def read_jsonl(path: str, what: str) -> list[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of a .jsonl file, gzip-packed or not. Raises InputNotFound, MalformedFile."""
+    """Read (line number from 1, object) of a .jsonl file, gzip-packed or not. Raises InputNotFound, MalformedFile."""
     file = Path(path)
     if not file.is_file():
         raise InputNotFound(f"{path}: no such file; give {what}")
@@ -89,7 +89,7 @@ def read_jsonl(path: str, what: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def read_problems(path: str) -> list[Problem]:
-    """The problems of a HumanEval file. Raises InputNotFound, MalformedFile naming line and key."""
+    """Read the problems of a HumanEval file. Raises InputNotFound, MalformedFile naming line and key."""
     problems = []
     for number, row in read_jsonl(path, "HumanEval.jsonl or HumanEval.jsonl.gz"):
         for key in KEYS:
@@ -106,7 +106,7 @@ def read_problems(path: str) -> list[Problem]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that one of k programs drawn from n, of which c are right, is right, without bias:
+    """pass@k, the probability that one of k programs drawn from n, of which c are right, is right, without bias:
     1 - C(n-c, k) / C(n, k) = 1 - prod_{i=n-c+1}^{n} (1 - k/i)  (Chen et al. 2021, eq. 1)."""
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} of {c} right of {n}")
@@ -114,17 +114,17 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def cut(text: str, stop: Sequence[str] = STOP) -> str:
-    """The text up to the first stop sequence."""
+    """Cut a text before the first stop sequence."""
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
 
 def continuation(
     tokenizer: Tokenizer, prompt: Sequence[int], stream: Iterator[int], stop: Sequence[str]
 ) -> tuple[str, int]:
-    """(text of the tokens of a stream up to a stop sequence, tokens taken); no more tokens are taken than that needs.
+    """Take tokens of a stream up to a stop sequence; returns (text, tokens taken).
 
     Raises Refused: the stream gave none."""
-    tail = list(prompt[-TAIL:])
+    tail = list(prompt[-TAIL_TOKENS:])
     shown = len(tokenizer.decode(tail, skip_special=True))
     new: list[int] = []
     text = ""
@@ -139,9 +139,9 @@ def continuation(
 
 
 class Completer:
-    """Completions of prompts by a model. Raises Refused: no tokenizer, no memory."""
+    """Completes prompts with a model. Raises Refused: no tokenizer, no memory."""
 
-    def __init__(self, opened: Opened, settings: Settings) -> None:
+    def __init__(self, opened: Opened, settings: HumanEvalSettings) -> None:
         self.opened, self.settings = opened, settings
         self.tokenizer = opened.need_tokenizer()
 
@@ -162,7 +162,7 @@ class Completer:
         check_fits(need, o.backend, "use fewer --max-new-tokens")
 
     def complete(self, prompt: str, seed: int) -> tuple[str, int]:
-        """(completion, tokens generated). Raises Refused: logits that are not finite, nothing generated."""
+        """Complete a prompt; returns (completion, tokens). Raises Refused: logits not finite, nothing generated."""
         s, o = self.settings, self.opened
         ids = [int(i) for i in self.tokenizer.encode(prompt, add_special_tokens=True)]
         stream = generate(
@@ -184,11 +184,13 @@ class Completer:
 def run(
     complete: Callable[[str, int], tuple[str, int]],
     problems: Sequence[Problem],
-    settings: Settings,
+    settings: HumanEvalSettings,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Draw and judge. complete(prompt, seed) gives (completion, tokens). The sandbox is proven first, so that no score
-    comes of a machine where programs cannot run. Raises Refused: every completion is empty; NoSandbox."""
+    """Draw and judge completions. complete(prompt, seed) gives (completion, tokens).
+
+    The sandbox is proven first, so that no score comes of a machine that cannot run programs. Raises Refused: every
+    completion is empty; NoSandbox."""
     settings.check()
     isolation = proven(settings.limits)
     rows: list[dict[str, Any]] = []
@@ -204,7 +206,7 @@ def run(
         Program(p.prompt + r["completion"], p.entry_point, p.test, p.prompt)
         for p, r in zip((p for p in problems for _ in range(settings.samples)), rows, strict=True)
     ]
-    kept: list[Verdict] = []
+    kept: list[Judgement] = []
     for verdict in judge_all(programs, settings.limits, cores()):
         kept.append(verdict)
         progress("judge", len(kept), total)

@@ -1,4 +1,4 @@
-"""apr's models in EleutherAI's lm-evaluation-harness, under the name "apr".
+"""Offer apr's models to EleutherAI's lm-evaluation-harness, under the name "apr".
 
     python -m apr.evaluation.lm_eval run --model apr --model_args pretrained=runs/demo/ckpt/epoch-010.apr --tasks arc_easy
 
@@ -29,13 +29,13 @@ except ImportError as e:
         f"lm-evaluation-harness cannot be loaded ({e}): pip install 'apr[lm-eval]', or 'lm_eval>=0.4.3'"
     ) from None
 
-MOST_NEW = 256  # tokens, where a task does not say
+NEW_TOKENS = 256  # of a task that does not say
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING = {"until", "do_sample", "temperature", "top_p", "top_k", *LENGTHS}
 
 
 def rolling_windows(ids: Sequence[int], prefix: int, seq: int) -> Iterator[Window]:
-    """Windows that score every token of a text once, the first behind `prefix`; all but the first are as long as the model
+    """Cut windows that score every token of a text once, the first behind `prefix`; all but the first are as long as the model
     reads, so the last one reads again what the one before it scored (get_rolling_token_windows of the harness with
     context_len 1)."""
     done = min(seq, len(ids))
@@ -90,7 +90,7 @@ class AprLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of requests."""
+        """Key of the harness's cache of requests."""
         return self._tokenizer.sha256
 
     @property
@@ -99,7 +99,7 @@ class AprLM(LM):
         return self._length
 
     def _scorer(self, windows: Sequence[Window]) -> Scorer:
-        """A scorer for windows of these lengths."""
+        """Make or reuse a scorer for windows of these lengths."""
         seq = fitting(windows, self._length)
         if seq not in self._scorers:
             self._scorers = {seq: Scorer(self._opened, seq, self._batch)}
@@ -110,7 +110,7 @@ class AprLM(LM):
             self.cache_hook.add_partial(kind, request.args, result)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability in nats, whether greedy decoding would give it) of each continuation behind its context."""
+        """Score each continuation behind its context: (log-probability in nats, True if greedy decoding gives it)."""
         windows = []
         for request in requests:
             context, following = request.args[:2]
@@ -123,7 +123,7 @@ class AprLM(LM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability in nats of whole texts, each token scored once, the first behind the id that begins a text."""
+        """Compute the log-probability in nats of whole texts, the first token behind the id that begins a text."""
         if self._alone is None:
             raise Refused(
                 f"{self._tokenizer.source}: no id that begins or ends a text to stand before the first token"
@@ -141,7 +141,7 @@ class AprLM(LM):
         return results
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Text behind each context up to the first of its stop strings, which is not part of it."""
+        """Generate text behind each context up to the first of its stop strings, which is not part of the text."""
         results = []
         for number, request in enumerate(requests):
             context, options = request.args[:2]
@@ -158,7 +158,7 @@ class AprLM(LM):
             )
         stop = options.get("until") or []
         stop = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
-        most = int(next((options[k] for k in LENGTHS if options.get(k) is not None), MOST_NEW))
+        most = int(next((options[k] for k in LENGTHS if options.get(k) is not None), NEW_TOKENS))
         temperature = float(options.get("temperature") or 0.0)
         if options.get("do_sample") is False:
             temperature = 0.0
@@ -191,7 +191,7 @@ register(AprLM)
 
 
 def main() -> None:
-    """The harness's command line, with the model "apr" known to it."""
+    """Run the harness's command line, to which the model "apr" is known."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -1,4 +1,4 @@
-"""Loss of a model on text or token shards: nats per token, bits per byte, perplexity, and the loss by position."""
+"""Measure the loss on text or token shards: nats per token, bits per byte, perplexity, and the loss by position."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.vocab_format import FALLBACK_BYTES, SENTENCEPIECE, SPACE_MARK
 from .score import Scored, Scorer, Window, prefix_ids
 
-SHOWN = 20  # of what was left out
+MAX_SHOWN = 20  # of documents that were left out
 
 
 def windows_in(length: int, seq: int, stride: int) -> int:
-    """How many windows a stream of `length` tokens has; none where nothing can be predicted."""
+    """Count the windows of a stream of `length` tokens: 0 for fewer than two tokens."""
     if length < 2:
         return 0
     return 1 + max(0, ceil_div(length - 1 - seq, stride))
 
 
 def window_at(k: int, length: int, seq: int, stride: int) -> tuple[int, int, int]:
-    """(begin, end, skip) of window k of a stream of `length` tokens: the model reads tokens [begin, end) and predicts
+    """Compute (begin, end, skip) of window k of a stream of `length` tokens: the model reads tokens [begin, end) and predicts
     (begin, end], of which it scores all but the first `skip`.
 
     Windows begin every `stride` tokens; each scores what no window before it did. So with stride < seq the first
@@ -47,15 +47,15 @@ def window_at(k: int, length: int, seq: int, stride: int) -> tuple[int, int, int
 
 
 def check_stride(seq: int, stride: int) -> None:
-    """Raises UsageError: tokens would be left out."""
+    """Raise UsageError for a stride that would leave tokens out."""
     if not 1 <= stride <= seq:
         raise UsageError(f"--stride {stride}: must be 1 to --seq-length, {seq}, or tokens would be left out")
 
 
 class ByteCount:
-    """How many bytes of UTF-8 tokens decode to; exact, token by token, for byte-level and sentencepiece vocabularies.
+    """Counts the bytes of UTF-8 that tokens decode to; exact, token by token, for byte-level and sentencepiece vocabularies.
 
-    Special tokens are no text: they count 0. Others (WordPiece and what is of no known format) are decoded together."""
+    Special tokens count 0. Other vocabularies (WordPiece, and those of no known format) are decoded together."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -85,7 +85,7 @@ class ByteCount:
             self._opens = opens
 
     def of(self, before: np.ndarray, ids: np.ndarray) -> int:
-        """Bytes of tokens `ids` (n,); before (n,): the token before each."""
+        """Count the bytes of tokens `ids` (n,); before (n,): the token before each."""
         if self.table is None:
             return len(self._tokenizer.decode(ids, skip_special=True).encode())
         total = int(self.table[ids].sum())
@@ -96,7 +96,7 @@ class ByteCount:
 
 @dataclass
 class Sums:
-    """What a stream of scored windows adds up to. Units: nats, tokens, bytes."""
+    """Sums over a stream of scored windows. Units: nats, tokens, bytes."""
 
     seq: int
     nats: float = 0.0
@@ -111,7 +111,7 @@ class Sums:
         self.position_tokens = np.zeros(self.seq, np.int64)
 
     def add(self, window: Window, scored: Scored, count: ByteCount | None) -> None:
-        """Add one window; count: None where nothing says what its tokens spell."""
+        """Add one window; count: None when the bytes of its tokens are unknown."""
         losses, place = scored.losses, slice(window.skip, window.skip + len(scored.losses))
         nats = float(losses.sum())
         self.nats += nats
@@ -142,7 +142,7 @@ class Sums:
         return math.sqrt(w / (w - 1) * float((off**2).sum())) / self.tokens
 
     def figures(self) -> dict[str, Any]:
-        """For --json."""
+        """Figures of `apr eval --json`."""
         bits = self.nats / self.bytes / math.log(2) if self.bytes else None
         with np.errstate(over="ignore"):
             perplexity = float(np.exp(self.mean))
@@ -177,7 +177,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Texts:
-    """Where tokens come from: documents of files, or shards."""
+    """A source of windows: documents of files, or shards."""
 
     windows: Callable[[], Iterator[tuple[Window, int]]]  # with how much of `total` was read when it came
     total: int
@@ -186,7 +186,7 @@ class Texts:
 
 
 def shard_windows(shards: TokenShards, seq: int, stride: int, max_tokens: int | None) -> Texts:
-    """Windows within each shard, to its very end. With max_tokens so many tokens or a few more, in windows that are evenly
+    """Cut windows within each shard, to its very end. With max_tokens so many tokens or a few more, in windows that are evenly
     spaced over all shards, as the validation loss of training takes them."""
     check_stride(seq, stride)
     sizes = [a.size for a in shards.arrays]
@@ -200,9 +200,8 @@ def shard_windows(shards: TokenShards, seq: int, stride: int, max_tokens: int | 
         for number in range(take):
             i = number * every // take
             shard = int(np.searchsorted(ends, i, side="right"))
-            shards.check_sizes(
-                np.array([shard])
-            )  # reading behind the end of a mapped file would end the process
+            # Reading behind the end of a mapped file would end the process.
+            shards.check_sizes(np.array([shard]))
             k = i - int(ends[shard - 1] if shard else 0)
             begin, end, skip = window_at(k, sizes[shard], seq, stride)
             yield Window(shards.arrays[shard][begin : end + 1].astype(np.int32), skip), number + 1
@@ -227,7 +226,7 @@ def text_windows(
     bos: str,
     content_field: str,
 ) -> Texts:
-    """Windows of every document by itself, with what --bos says before it. With max_tokens the first ones."""
+    """Cut windows of every document by itself, after the ids that --bos asks for. With max_tokens the first ones."""
     check_stride(seq, stride)
     corpus = Corpus(find_sources([path]), content_field)
     before = prefix_ids(tokenizer, bos)
@@ -241,7 +240,7 @@ def text_windows(
         for item in corpus:
             if isinstance(item, Skipped):
                 facts["left_out"] += 1
-                if len(facts["left_out_first"]) < SHOWN:
+                if len(facts["left_out_first"]) < MAX_SHOWN:
                     facts["left_out_first"].append(f"{item.name}: {item.reason}: {item.detail}")
                 continue
             ids = np.concatenate([np.array(before, np.int32), _encode(tokenizer, item)])
@@ -275,7 +274,7 @@ def measure(
     count: ByteCount | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sums:
-    """Score everything. progress(done, total) is called after every window, in the unit of `texts`."""
+    """Score all windows. progress(done, total) is called after every window, in the unit of `texts`."""
     sums = Sums(scorer.seq)
     held: deque[tuple[Window, int]] = deque()
 
@@ -288,9 +287,8 @@ def measure(
         window, at = held.popleft()
         sums.add(window, scored, count)
         progress(at, texts.total)
-    progress(
-        texts.total, texts.total
-    )  # files are read by blocks: where a document stands is not known to the byte
+    # Files are read by blocks: the place of a document is not known to the byte.
+    progress(texts.total, texts.total)
     return sums
 
 

@@ -29,8 +29,8 @@ from ..common.errors import AprError
 from . import sandboxed
 
 SCRIPT = Path(sandboxed.__file__)
-SLACK = 2.0  # seconds on top of the limit for two interpreters to start on a busy machine
-MOST_VERDICT = 1 << 16  # bytes
+SLACK_SECONDS = 2.0  # on top of the limit, for two interpreters to start on a busy machine
+MAX_VERDICT_BYTES = 1 << 16
 
 
 class NoSandbox(AprError):
@@ -41,7 +41,7 @@ class NoSandbox(AprError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. seconds: of a clock on the wall, and of one CPU."""
+    """Resources of one program. seconds: of a clock on the wall, and of one CPU."""
 
     seconds: float = 5.0
     memory_bytes: int = 1 << 30
@@ -51,7 +51,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Program:
-    """What is judged: source that defines `entry_point`; `test` defines check(candidate), which raises where an answer
+    """One program to judge: source that defines `entry_point`; `test` defines check(candidate), which raises where an answer
     is wrong, and may use what `prompt` defines."""
 
     source: str
@@ -61,8 +61,8 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether all tests passed; why not; what kept the program in."""
+class Judgement:
+    """Result of the tests: passed, the reason if not, and the isolation that was in force."""
 
     passed: bool
     why: str = ""
@@ -70,7 +70,7 @@ class Verdict:
     seconds: float = 0.0
 
 
-def judge(program: Program, limits: Limits = Limits()) -> Verdict:
+def judge(program: Program, limits: Limits = Limits()) -> Judgement:
     """Run one program and its tests. Whatever the program does, this returns within its time and leaves nothing behind.
 
     Raises NoSandbox: a process cannot be started."""
@@ -90,22 +90,22 @@ def judge(program: Program, limits: Limits = Limits()) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="apr-eval-", ignore_cleanup_errors=True) as folder:
         try:
             with _pair(folder) as (candidate, tester):
-                said = _verdict(tester, json.dumps(job).encode(), limits.seconds + SLACK)
+                said = _verdict(tester, json.dumps(job).encode(), limits.seconds + SLACK_SECONDS)
                 ended = _ended(candidate)
         except OSError as e:
             raise NoSandbox(f"programs cannot be run here: {sys.executable}: {e.strerror or e}") from None
     seconds = time.monotonic() - start
     if said is None:
-        return Verdict(False, f"no verdict within {limits.seconds:g} s", {}, seconds)
+        return Judgement(False, f"no verdict within {limits.seconds:g} s", {}, seconds)
     why = said["why"]
     if not said["passed"] and ended and "ended before" in why:
         why += f" ({ended})"
-    return Verdict(bool(said["passed"]), why, said["isolation"], seconds)
+    return Judgement(bool(said["passed"]), why, said["isolation"], seconds)
 
 
 @contextlib.contextmanager
 def _pair(folder: str) -> Iterator[tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]]:
-    """The process of the program and that of its tests, with a pipe in each direction; both are gone afterwards."""
+    """Start the processes of the program and of its tests, with a pipe in each direction; end both afterwards."""
     calls, replies = os.pipe(), os.pipe()
     ours = [*calls, *replies]
     started: list[subprocess.Popen[bytes]] = []
@@ -143,20 +143,20 @@ def _pair(folder: str) -> Iterator[tuple[subprocess.Popen[bytes], subprocess.Pop
 
 
 def _verdict(tester: subprocess.Popen[bytes], job: bytes, seconds: float) -> dict[str, Any] | None:
-    """What the tester said, or None when it said nothing in time."""
+    """Read the tester's verdict; None without one in time."""
     try:
         out, _ = tester.communicate(job, timeout=seconds)
     except subprocess.TimeoutExpired:
         return None
     try:
-        said = json.loads(out[:MOST_VERDICT])
+        said = json.loads(out[:MAX_VERDICT_BYTES])
     except ValueError:
         return {"passed": False, "why": "the tests ended before they had a verdict", "isolation": {}}
     return said if isinstance(said, dict) else None
 
 
 def _ended(process: subprocess.Popen[bytes]) -> str:
-    """How a process ended, in words, or "" when it did not within a moment."""
+    """Describe the end of a process; "" while it still runs after a moment."""
     try:
         code = process.wait(timeout=0.5)
     except subprocess.TimeoutExpired:
@@ -196,14 +196,14 @@ def proven(limits: Limits) -> dict[str, Any]:
     return good.isolation
 
 
-def judge_all(programs: Iterable[Program], limits: Limits, workers: int) -> Iterator[Verdict]:
-    """Verdicts in the order of the programs, `workers` of them judged at once."""
+def judge_all(programs: Iterable[Program], limits: Limits, workers: int) -> Iterator[Judgement]:
+    """Judge programs, `workers` at once; results in the order of the programs."""
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(lambda p: judge(p, limits), programs)
 
 
 def in_words(isolation: dict[str, Any]) -> str:
-    """What kept programs in, for a reader."""
+    """Describe the isolation for a reader."""
     found = isolation.get("program", {})
     if found.get("seccomp") == "on":
         parts = ["seccomp (no sockets, no new processes, no signals, no files written)"]

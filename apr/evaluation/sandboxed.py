@@ -1,4 +1,4 @@
-"""The two processes that judge one program. `sandbox.py` starts this file with python -I -S, once in each role.
+"""Run one program and its tests in two processes. `sandbox.py` starts this file with python -I -S, once in each role.
 
 candidate  runs the program that a model wrote and answers calls of its function
 tester     holds the tests, calls the function over a pipe, and alone says whether they passed
@@ -26,8 +26,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
-MOST_BYTES = 16 << 20  # of one message
-MOST_ITEMS = 1_000_000  # taken of an iterator that the program returns
+MAX_MESSAGE_BYTES = 16 << 20
+MAX_ITEMS = 1_000_000  # taken of an iterator that the program returns
 LAYERS = ("namespace", "seccomp")
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
@@ -55,9 +55,8 @@ FATAL = {
     "renameat": 264, "linkat": 265, "symlinkat": 266, "fchmodat": 268, "process_vm_readv": 310, "process_vm_writev": 311,
     "renameat2": 316, "execveat": 322, "io_uring_setup": 425, "clone3": 435,
 }  # fmt: skip
-WRITING = (
-    os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | 0o20000000
-)  # the last is O_TMPFILE
+O_TMPFILE = 0o20000000
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | O_TMPFILE
 # Number, which argument, and either bits that it must not have or the values that it may have.
 NOT_BITS = {"open": (2, 1, WRITING), "openat": (257, 2, WRITING)}
 ONE_OF = {
@@ -110,7 +109,7 @@ class _Program(ctypes.Structure):
 
 
 def rules() -> list[tuple[int, int, int, int]]:
-    """The filter as (code, jump if true, jump if false, k): over struct seccomp_data of linux/seccomp.h, in which the
+    """Make the filter as (code, jump if true, jump if false, k): over struct seccomp_data of linux/seccomp.h, in which the
     call's number is at 0, the architecture at 4 and argument i at 16 + 8 i."""
     deny = (RETURN, 0, 0, SECCOMP_RET_ERRNO | EPERM)
     allow = (RETURN, 0, 0, SECCOMP_RET_ALLOW)
@@ -130,7 +129,7 @@ def rules() -> list[tuple[int, int, int, int]]:
 
 
 def confine(limits: Mapping[str, int], layers: list[str]) -> dict[str, str]:
-    """Give up, for good, what computing does not need; says in words what holds. limits: cpu_seconds, memory_bytes,
+    """Give up, for good, what computing does not need; returns the isolation in words. limits: cpu_seconds, memory_bytes,
     file_bytes. layers: those of LAYERS to use where the system lets them."""
     libc = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "linux":
@@ -184,7 +183,9 @@ def _refuse(
     end: Callable[[int], Any] = os._exit,
     denied: type[Exception] = PermissionError,
 ) -> None:
-    """The audit hook. Defaults, so that a program that changes this module's names changes nothing here."""
+    """End the process upon a forbidden event: the audit hook.
+
+    The defaults are bound early: a program that changes this module's names changes nothing here."""
     if event.startswith(forbidden) or (event == "import" and args[0] == "_posixsubprocess"):
         end(FORBIDDEN)
     if event == "import" and args[0] in imports:
@@ -198,7 +199,7 @@ class Failure(Exception):
 
 
 def send(pipe: BinaryIO, message: Any) -> None:
-    """A length, 8 bytes little endian, and a pickle."""
+    """Write a length, 8 bytes little endian, and a pickle."""
     data = pickle.dumps(message, 4)
     pipe.write(struct.pack("<Q", len(data)) + data)
     pipe.flush()
@@ -214,13 +215,13 @@ class _Plain(pickle.Unpickler):
 
 
 def receive(pipe: BinaryIO) -> Any:
-    """The next message. Raises Failure: the other side ended, or sent what is no plain value."""
+    """Read the next message. Raises Failure: the other side ended, or sent what is no plain value."""
     head = pipe.read(8)
     if len(head) < 8:
         raise Failure("the program ended before it answered")
     (size,) = struct.unpack("<Q", head)
-    if size > MOST_BYTES:
-        raise Failure(f"the program answered with {size} bytes, more than {MOST_BYTES}")
+    if size > MAX_MESSAGE_BYTES:
+        raise Failure(f"the program answered with {size} bytes, more than {MAX_MESSAGE_BYTES}")
     data = pipe.read(size)
     try:
         return _Plain(io.BytesIO(data)).load()
@@ -229,7 +230,7 @@ def receive(pipe: BinaryIO) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A value of built-in types; an instance of a class derived from one is taken as that one, so that no method of its
+    """Copy a value of built-in types; an instance of a class derived from one is taken as that one, so that no method of its
     own is ever asked. Raises TypeError for anything else."""
     if value is None or type(value) in (bool, int, float, complex, str, bytes, range):
         return value
@@ -245,11 +246,11 @@ def plain(value: Any) -> Any:
 
 
 def _outcome(call: Callable[[], Any]) -> tuple[str, Any, str]:
-    """(kind, value or name of an exception, text)."""
+    """Call and return (kind, value or name of an exception, text)."""
     try:
         value = call()
         if hasattr(type(value), "__next__"):
-            return "iterator", [plain(x) for x in itertools.islice(value, MOST_ITEMS)], ""
+            return "iterator", [plain(x) for x in itertools.islice(value, MAX_ITEMS)], ""
         return "value", plain(value), ""
     except BaseException as e:
         return "raised", type(e).__name__, _text(e)

@@ -1,4 +1,4 @@
-"""Losses of single tokens: what every evaluation by loss is made of."""
+"""Compute losses of single tokens, for every evaluation by loss."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ..model.cost import check_fits, check_positions, memory
 from ..model.transformer import IGNORED, Model
 from ..tokenizer.tokenizer import Tokenizer
 
-MOST_TOKENS = 1 << 14  # of a batch that is chosen by itself
-ROUND = 16  # lengths are rounded up to a multiple, so that there are few shapes
-GROUP = 8  # batches whose rows are sorted by length together
+MAX_BATCH_TOKENS = 1 << 14  # of a batch size that is chosen by memory
+LENGTH_MULTIPLE_TOKENS = 16  # lengths are rounded up, so that there are few shapes
+GROUP_BATCHES = 8  # whose rows are sorted by length together
 
 
 class Window(NamedTuple):
-    """A row to score: the model reads ids[:-1] and predicts ids[1:], of which the first `skip` are context only.
+    """One row to score: the model reads ids[:-1] and predicts ids[1:], of which the first `skip` are context only.
 
     ids: integers (t + 1,), t >= 1."""
 
@@ -37,8 +37,11 @@ class Window(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Losses of a window's scored tokens, float64 (t - skip,), in nats; greedy: each of them is the model's most likely
-    one (the lowest id among equals), None where that was not asked."""
+    """Losses of a window's scored tokens.
+
+    losses  (t - skip,) float64  nats
+    greedy  True when every scored token is the model's most likely one (the lowest id among equals); None: not asked
+    """
 
     losses: np.ndarray
     greedy: bool | None
@@ -55,16 +58,16 @@ class Opened:
 
     @property
     def cfg(self) -> ModelConfig:
-        """What it computes."""
+        """Configuration of the model."""
         return self.loaded.cfg
 
     @cached_property
     def weights(self) -> Any:
-        """The parameters on the backend, a flat buffer (Layout order); loaded when first asked for."""
+        """Parameters on the backend, a flat buffer (Layout order); loaded when first asked for."""
         return self.loaded.on(self.backend, self.dtype)
 
     def need_tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises Refused: there is none."""
+        """Return the tokenizer. Raises Refused: none."""
         if self.tokenizer is None:
             raise Refused(
                 f"{self.loaded.source}: no tokenizer in it; put tokenizer.json beside the weights, or give --tokenizer"
@@ -80,7 +83,7 @@ def open_model(
     backend: str | None = None,
     tokenizer: str | None = None,
 ) -> Opened:
-    """Open a checkpoint for evaluation, on `backend` where one is named and else on the one that `device` means.
+    """Open a checkpoint for evaluation, on `backend` if named, else on the backend of `device`.
 
     tokenizer: file or folder of one, for a checkpoint that holds none. Raises AprError for what does not fit together."""
     if backend and device not in ("auto", backend) and not device.startswith(f"{backend}:"):
@@ -110,9 +113,9 @@ def open_model(
 
 
 class Scorer:
-    """Scores windows of up to seq tokens, `batch` of them at once (None: as many as memory lets).
+    """Scores windows of up to seq tokens, `batch` of them at once (None: as many as fit into memory).
 
-    document_end: the id at which attention ends, None where it does not. Raises Refused: too long, or no memory."""
+    document_end: the id at which attention ends, None for no document mask. Raises Refused: too long, or no memory."""
 
     def __init__(
         self, opened: Opened, seq: int, batch: int | None = None, document_end: int | None = None
@@ -124,7 +127,7 @@ class Scorer:
         need = partial(memory, cfg, be, seq=seq, dtype=dtype, train=False, documents=document_end is not None)
         if batch is None:
             have = be.free_memory()
-            batch = max(1, MOST_TOKENS // seq)
+            batch = max(1, MAX_BATCH_TOKENS // seq)
             while batch > 1 and have is not None and need(batch=batch).total > 0.8 * have:
                 batch //= 2
         check_fits(need(batch=batch), be, "use a smaller --batch-size or --seq-length")
@@ -135,11 +138,11 @@ class Scorer:
         self._source = opened.loaded.source
 
     def score(self, windows: Iterable[Window], greedy: bool = False) -> Iterator[Scored]:
-        """The score of every window, in their order; windows of like length are computed together.
+        """Score every window, in order; windows of like length are computed together.
 
         Raises MalformedFile: an id outside the model's vocabulary; Aborted: a loss that is not finite."""
         rest = iter(windows)
-        while group := list(islice(rest, GROUP * self.batch)):
+        while group := list(islice(rest, GROUP_BATCHES * self.batch)):
             order = sorted(range(len(group)), key=lambda i: -len(group[i].ids))
             found: list[Scored | None] = [None] * len(group)
             for start in range(0, len(group), self.batch):
@@ -150,7 +153,7 @@ class Scorer:
 
     def _batch(self, windows: list[Window], greedy: bool) -> list[Scored]:
         longest = max(len(w.ids) for w in windows) - 1
-        t = min(self.seq, round_up(longest, ROUND))
+        t = min(self.seq, round_up(longest, LENGTH_MULTIPLE_TOKENS))
         ids = np.zeros((len(windows), t), np.int32)
         targets = np.full((len(windows), t), IGNORED, np.int32)
         for row, w in enumerate(windows):
@@ -176,7 +179,7 @@ class Scorer:
     def _losses(
         self, ids: np.ndarray, targets: np.ndarray, greedy: bool
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Losses float64 (B,T), 0 where a target is ignored; and whether each target is the most likely token."""
+        """Compute losses (B,T) float64, 0 for an ignored target, and for `greedy` targets == argmax(logits) (B,T)."""
         model, flat = self.model, targets.reshape(-1)
         losses = np.zeros(flat.size)
         right = np.ones(flat.size, bool) if greedy else None
@@ -197,13 +200,13 @@ class Scorer:
 
 
 def fitting(windows: Iterable[Window], most: int) -> int:
-    """The seq of a scorer for these windows: most questions are far shorter than the `most` that a model may read."""
+    """Choose the seq of a scorer for these windows: most questions are far shorter than the `most` that a model may read."""
     longest = max((len(w.ids) - 1 for w in windows), default=1)
-    return min(most, max(4 * ROUND, 1 << (longest - 1).bit_length()))
+    return min(most, max(4 * LENGTH_MULTIPLE_TOKENS, 1 << (longest - 1).bit_length()))
 
 
 def _runs(wanted: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Begin and end of each run of True in (n,)."""
+    """Yield begin and end of each run of True in (n,)."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], wanted, [False]]).astype(np.int8)))
     for a, b in edges.reshape(-1, 2):
         yield int(a), int(b)
@@ -217,14 +220,14 @@ def _check_ids(ids: np.ndarray, vocab_size: int, source: str) -> None:
 
 
 def bos_ids(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer itself puts before a text, such as <s> of Llama; [] where it puts nothing (Qwen)."""
+    """Find the ids that the tokenizer itself puts before a text: <s> of Llama, [] of Qwen."""
     plain, whole = (tokenizer.encode("a", add_special_tokens=special).tolist() for special in (False, True))
     at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
     return [int(i) for i in whole[:at]]
 
 
 def prefix_ids(tokenizer: Tokenizer, how: str) -> list[int]:
-    """Ids to put before each text. how: auto (what the tokenizer puts there), eos (the end-of-text id), none."""
+    """List the ids before each text. how: auto (the tokenizer's own), eos (the end-of-text id), none."""
     if how == "none":
         return []
     if how == "auto":

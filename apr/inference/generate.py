@@ -1,4 +1,4 @@
-"""Token ids from a model, one at a time, with a key/value cache; several prompts at once where wanted."""
+"""Generate token ids with a KV cache, for one prompt or a batch of prompts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..model.config import ModelConfig
 from ..model.cost import Memory, memory
 from ..model.transformer import Model
 
-PIECE = 256  # prompts go in by pieces of so many tokens, so that long ones need no long buffers
-LIKELIEST = 1024  # tokens that are sorted first; the others only where a draw falls on them
+PROMPT_CHUNK_TOKENS = 256  # of prefill at a time, so that long prompts need no long buffers
+SORTED_TOKENS = 1024  # likeliest ones, sorted first; the others only when a draw falls on them
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many new tokens, and how each is drawn.
+    """Number of new tokens, and the rule that draws each.
 
     temperature 0 takes the likeliest. top_k > 0 keeps the k likeliest; top_p < 1 keeps the fewest whose
     probabilities reach top_p (Holtzman et al. 2020, section 3.1); min_p > 0 those at least min_p times as likely as
@@ -59,9 +59,9 @@ def pick(
     top_p: float,
     min_p: float = 0.0,
 ) -> int:
-    """One token id from logits (V,), by the options of Sampling; among equals the lowest id is the likeliest.
+    """Draw one token id from logits (V,) by the options of Sampling; among equals the lowest id is the likeliest.
 
-    Takes one number from rng, none where temperature is 0. Raises Refused for logits that are not finite.
+    Takes one number from rng, none at temperature 0. Raises Refused for logits that are not finite.
     """
     if not np.isfinite(logits).all():
         raise Refused("the model's logits are not finite: its weights are damaged")
@@ -69,7 +69,7 @@ def pick(
         return int(logits.argmax())
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
     draw = rng.random()
-    for count in (min(top_k or LIKELIEST, len(logits)), len(logits)):
+    for count in (min(top_k or SORTED_TOKENS, len(logits)), len(logits)):
         order = _likeliest(logits, count)
         p = weights[order]
         cumulative = np.cumsum(p) / (p.sum() if top_k else weights.sum())
@@ -88,7 +88,7 @@ def pick(
 
 
 def _likeliest(logits: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the `count` largest logits, largest first, lowest id first among equals."""
+    """Sort the ids of the `count` largest logits, largest first, lowest id first among equals."""
     if count < len(logits):
         least = np.partition(logits, -count)[-count]
         among = np.flatnonzero(logits >= least)  # all equal to the least, so that the lowest ids stay
@@ -97,7 +97,7 @@ def _likeliest(logits: np.ndarray, count: int) -> np.ndarray:
 
 
 def penalise(logits: np.ndarray, ids: Collection[int], penalty: float) -> np.ndarray:
-    """Logits (V,) after the repetition penalty of Sampling for the tokens `ids`."""
+    """Apply the repetition penalty of Sampling for the tokens `ids` to logits (V,)."""
     if penalty == 1:
         return logits
     seen = np.unique(np.fromiter(ids, np.int64))
@@ -108,8 +108,10 @@ def penalise(logits: np.ndarray, ids: Collection[int], penalty: float) -> np.nda
 
 @dataclass(eq=False)
 class Continuation:
-    """A prompt and what came after it. ended is "" while it goes on, then "end" (an end-of-text id), "length"
-    (max_tokens), "positions" (the model has no more), or whatever its reader sets: then it gets no more tokens."""
+    """A prompt and the tokens generated after it.
+
+    ended: "" while the sequence goes on, then "end" (an end-of-text id), "length" (max_tokens), "positions" (the model
+    has no more), or whatever a reader sets: a sequence with a reason gets no more tokens."""
 
     number: int
     prompt: list[int]
@@ -122,11 +124,11 @@ class Continuation:
 
     @property
     def position(self) -> int:
-        """Of the latest token."""
+        """Position of the latest token."""
         return len(self.prompt) + len(self.new) - 1
 
     def draw(self, logits: np.ndarray, ends: Collection[int], positions: int) -> int:
-        """The next token from logits (V,)."""
+        """Draw the next token from logits (V,)."""
         s = self.sampling
         logits = penalise(
             logits, self.prompt + self.new if s.repetition_penalty != 1 else (), s.repetition_penalty
@@ -143,9 +145,9 @@ class Continuation:
 
 
 class Generator:
-    """A model with the buffers and the cache for up to `rows` sequences of up to `slots` positions together.
+    """A model with buffers and a KV cache for up to `rows` sequences of up to `slots` positions together.
 
-    weights: flat parameters on the backend (Layout order). piece: most tokens of a prompt computed at once.
+    weights: flat parameters on the backend (Layout order). chunk: most tokens of a prompt computed at once.
     """
 
     def __init__(
@@ -156,13 +158,13 @@ class Generator:
         slots: int,
         dtype: str = "float32",
         rows: int = 1,
-        piece: int = PIECE,
+        chunk: int = PROMPT_CHUNK_TOKENS,
     ) -> None:
-        self.cfg, self.slots, self.rows, self.piece = cfg, slots, rows, min(piece, slots)
+        self.cfg, self.slots, self.rows, self.chunk = cfg, slots, rows, min(chunk, slots)
         self.model = Model(
-            cfg, backend, rows, self.piece, dtype, train=False, loss_rows=rows, cache=slots, w=weights
+            cfg, backend, rows, self.chunk, dtype, train=False, loss_rows=rows, cache=slots, w=weights
         )
-        self._turn: object = None  # of the latest run(): an older one would find its cache overwritten
+        self._turn: object = None  # the latest run(): the cache of an older one is overwritten
         self._seen: list[int] = []  # tokens of a single prompt that row 0 of the cache holds, from slot 0 on
 
     def run(
@@ -172,9 +174,9 @@ class Generator:
         ends: Collection[int] = (),
         reuse: bool = False,
     ) -> Iterator[tuple[Continuation, int]]:
-        """(sequence, its new token) of up to `rows` prompts at once, until all have ended.
+        """Yield (sequence, its new token) of up to `rows` prompts at once, until all have ended.
 
-        Every prompt is read alone and the sequences then go on together; on the cpu backend up to cpu.FEW_ROWS of
+        Prefill is one prompt at a time, decoding all sequences together; on the cpu backend up to cpu.FEW_ROWS of
         them get the tokens, bit for bit of the logits, that each gets alone. sampling: of all, or one each. reuse:
         a single prompt may begin with what the cache still holds of the one before; its logits may then differ in the
         last bits. Raises UsageError for an empty prompt, Refused for ids outside the vocabulary and too long a prompt.
@@ -219,20 +221,20 @@ class Generator:
             )
 
     def _common(self, ids: list[int]) -> int:
-        """How many tokens of a prompt the cache holds; the last is always computed, for its logits."""
+        """Count the leading tokens of a prompt that the cache holds; the last is always computed, for its logits."""
         n = min(len(self._seen), len(ids) - 1)
         return next((i for i in range(n) if self._seen[i] != ids[i]), n)
 
     def _read(self, ids: list[int], row: int, slot: int, known: int, alone: bool) -> None:
         """Put a prompt into a row of the cache, from its token number `known` on."""
-        for past in range(known, len(ids), self.piece):
-            part = ids[past : past + self.piece]
+        for past in range(known, len(ids), self.chunk):
+            part = ids[past : past + self.chunk]
             self.model.forward(np.array([part], np.int32), past=past, row=row, slot=slot)
             if alone:
                 self._seen += part
 
     def _compact(self, live: list[Continuation], end: int) -> list[Continuation]:
-        """The sequences that go on, moved to the first rows of the cache, which holds `end` slots."""
+        """Move the sequences that go on to the first rows of the cache, which holds `end` slots; returns them."""
         for row in reversed(range(len(live))):
             if live[row].ended:
                 last = live.pop()
@@ -243,7 +245,7 @@ class Generator:
 
 
 def check_prompt(cfg: ModelConfig, prompt: Sequence[int] | np.ndarray) -> list[int]:
-    """The ids of a prompt. Raises UsageError when there are none, Refused: outside the vocabulary, too many."""
+    """Check the ids of a prompt. Raises UsageError for none, Refused: outside the vocabulary, too many."""
     ids = np.asarray(prompt)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise UsageError(f"a prompt is a list of token ids, not {ids.dtype} {ids.shape}")
@@ -260,14 +262,14 @@ def check_prompt(cfg: ModelConfig, prompt: Sequence[int] | np.ndarray) -> list[i
 
 
 def slots_needed(cfg: ModelConfig, jobs: Sequence[tuple[int, int]]) -> int:
-    """Positions of the cache that (length of the prompt, max_tokens) take together: all prompts end in one slot."""
+    """Count the cache slots that jobs (length of the prompt, max_tokens) take together: all prompts end in one slot."""
     most = cfg.max_position_embeddings
     return max(n for n, _ in jobs) + max(min(n + new, most) - n for n, new in jobs) if jobs else 0
 
 
 def grouped(cfg: ModelConfig, jobs: Sequence[tuple[int, int]], rows: int) -> list[list[int]]:
-    """Numbers of jobs (length of the prompt, max_tokens) that are computed together: at most `rows`, of lengths that
-    are near each other, and such that together they take no more slots than the model has positions."""
+    """Group jobs (length of the prompt, max_tokens) by number for batches of at most `rows`: jobs of similar lengths,
+    which together take no more slots than the model has positions."""
     groups: list[list[int]] = []
     for i in sorted(range(len(jobs)), key=lambda i: (-jobs[i][0], i)):
         last = groups[-1] if groups else None
@@ -283,8 +285,10 @@ def grouped(cfg: ModelConfig, jobs: Sequence[tuple[int, int]], rows: int) -> lis
 
 
 def generator_memory(cfg: ModelConfig, backend: ModuleType, dtype: str, rows: int, slots: int) -> Memory:
-    """What a Generator takes, its weights included."""
-    return memory(cfg, backend, rows, min(slots, PIECE), dtype, train=False, loss_rows=rows, cache=slots)
+    """Compute the memory of a Generator, weights included."""
+    return memory(
+        cfg, backend, rows, min(slots, PROMPT_CHUNK_TOKENS), dtype, train=False, loss_rows=rows, cache=slots
+    )
 
 
 def generate(
@@ -301,7 +305,7 @@ def generate(
     dtype: str = "float32",
     **more: float,
 ) -> Iterator[int]:
-    """New token ids after a prompt, until max_tokens, an end-of-text id or the last position.
+    """Generate token ids after a prompt, until max_tokens, an end-of-text id or the last position.
 
     weights: flat parameters on the backend (Layout order). more: min_p, repetition_penalty. Raises UsageError for
     options out of range or an empty prompt, Refused for ids outside the vocabulary or a prompt that is too long.
@@ -310,7 +314,12 @@ def generate(
     ids = check_prompt(cfg, prompt)
     ends = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id
     generator = Generator(
-        cfg, backend, weights, slots_needed(cfg, [(len(ids), max_tokens)]), dtype, piece=min(len(ids), PIECE)
+        cfg,
+        backend,
+        weights,
+        slots_needed(cfg, [(len(ids), max_tokens)]),
+        dtype,
+        chunk=min(len(ids), PROMPT_CHUNK_TOKENS),
     )
     for _, token in generator.run([ids], sampling, ends):
         yield token

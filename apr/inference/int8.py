@@ -1,4 +1,4 @@
-"""Matrices rounded to 8 bits, for generation on the CPU: a quarter of the memory to read for each token.
+"""Round matrices to 8 bits for generation on the CPU: a quarter of the memory traffic per token.
 
 Outside the contract of the backends: no op is added to them. `backend` is the cpu backend with the two ops that read
 matrices taught to read such ones; a model computes with them when it is given Int8Weights. Only inference: there are no
@@ -31,7 +31,7 @@ class Int8Matrix:
 
     @classmethod
     def of(cls, w: np.ndarray) -> Int8Matrix:
-        """A float matrix rounded to nearest."""
+        """Round a float matrix to nearest."""
         scale = np.abs(w).max(1).astype(np.float32) / np.float32(LARGEST)
         q = np.empty(w.shape, np.int8)
         for at in range(0, len(w), ROWS):

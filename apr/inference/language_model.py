@@ -25,7 +25,7 @@ from ..tokenizer.tokenizer import Tokenizer
 from . import int8
 from .chat import Conversation, check_messages, no_template
 from .generate import (
-    PIECE,
+    PROMPT_CHUNK_TOKENS,
     Continuation,
     Generator,
     Sampling,
@@ -60,7 +60,7 @@ class LanguageModel:
         self.backend, self.dtype = int8.backend() if rounded else backend, "float32" if rounded else dtype
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer
         self.ends = checkpoint.end_ids()
-        slots = min(PIECE, self.config.max_position_embeddings)
+        slots = min(PROMPT_CHUNK_TOKENS, self.config.max_position_embeddings)
         check_fits(
             generator_memory(self.config, backend, self.dtype, 1, slots), backend, "use a smaller model"
         )

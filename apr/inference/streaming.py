@@ -1,4 +1,4 @@
-"""Text from tokens as they come: whole characters only, and nothing of a string that ends the text."""
+"""Decode tokens as they come: whole characters only, and nothing of a string that ends the text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..tokenizer.tokenizer import Tokenizer
 
-BROKEN = "\ufffd"  # what half a character decodes to
+BROKEN = "\ufffd"  # half a character, decoded
 CONTEXT = (
     6  # tokens of the prompt that are decoded with the first new one: some decoders treat a first token apart
 )
@@ -25,7 +25,7 @@ class Text:
 
 
 class StopText:
-    """Lets text through up to the first of some strings, which may come in pieces. stopped: one of them was found.
+    """Lets text through up to the first stop string, which may come in pieces. stopped: a stop string was found.
 
     Where several overlap, the one that is complete first counts, whatever the pieces."""
 
@@ -35,7 +35,7 @@ class StopText:
         self.stopped = False
 
     def feed(self, piece: str) -> str:
-        """What may be shown of the text so far and has not been."""
+        """Take a piece; return the text that may be shown now."""
         if self.stopped:
             return ""
         text = self._held + piece
@@ -48,18 +48,18 @@ class StopText:
         return text[: len(text) - keep]
 
     def rest(self) -> str:
-        """What was held back, at the end of the text."""
+        """Return the text that was held back, at the end."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of a text with which a stop string begins."""
+    """Measure the longest end of a text with which a stop string begins."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class TextStream:
-    """Text of new tokens after a prompt, without special tokens.
+    """Decodes new tokens after a prompt, without special tokens.
 
     A few tokens are decoded at a time, not all: those since the last whole character, after those of the piece before,
     without which a decoder would not know what the first of them follows."""
@@ -75,11 +75,11 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether one of the stop strings was found; there is no more text then."""
+        """True after a stop string: there is no more text."""
         return self._stop.stopped
 
     def feed(self, token: int) -> str:
-        """The text that one more token completes, often "" or several characters."""
+        """Take one more token; return the text that the token completes, often "" or several characters."""
         self._ids.append(token)
         text = self._decode(self._ids)
         if text.endswith(BROKEN) or not text.startswith(self._shown):
@@ -91,7 +91,7 @@ class TextStream:
         return self._let_through(piece)
 
     def end(self) -> str:
-        """The text that is left when no more tokens come."""
+        """Return the text that is left when no more tokens come."""
         text = self._decode(self._ids)
         self._ids = []
         return self._let_through(text[len(self._shown) :]) + self._add(self._stop.rest())

@@ -20,7 +20,9 @@ class ModelSettings:
         names=tuple(PRESETS),
     )
     init: str | None = option(
-        "checkpoint to start from: an .apr file or a Hugging Face folder", metavar="CHECKPOINT", path=True
+        "checkpoint to start from: an .apr or GGUF file or a Hugging Face folder",
+        metavar="CHECKPOINT",
+        path=True,
     )
     dtype: str | None = dtype_option(
         "; sums, moments and the copy of the weights that AdamW updates are float32 always"

@@ -1,4 +1,4 @@
-"""The tokenizers of published model families: what vocab.json and merges.txt alone do not say.
+"""Tables of the tokenizers of published model families, beyond vocab.json and merges.txt.
 
 Normalizer, split and special tokens by id; the figures are those of the families' own tokenizer.json.
 """
@@ -46,7 +46,7 @@ def _split(pattern: str, byte_level: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(affix: str | None, **more: bool) -> dict[str, Any]:
-    """BPE options; affix: what the family's file has for no prefix and no suffix."""
+    """Make BPE options; affix: the value in the family's file for no prefix and no suffix."""
     return {
         "dropout": None,
         "unk_token": None,
@@ -113,7 +113,7 @@ def _llama3_added() -> dict[int, tuple[str, bool]]:
 
 
 def _begin_with(token: str, i: int) -> dict[str, Any]:
-    """The post-processor that puts a token before each text."""
+    """Make the post-processor that puts a token before each text."""
     special = {"SpecialToken": {"id": token, "type_id": 0}}
     second = {"SpecialToken": {"id": token, "type_id": 1}}
     a, b = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))

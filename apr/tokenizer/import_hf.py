@@ -1,4 +1,4 @@
-"""A tokenizer folder from what Hugging Face models ship: tokenizer.json, or vocab.json and merges.txt.
+"""Make a tokenizer folder from the files of Hugging Face models: tokenizer.json, or vocab.json and merges.txt.
 
 The added tokens carry the end of text. Their ids come from the files that state them, else from the family; ids that
 contradict each other, collide with the vocabulary or leave holes are refused.
@@ -68,9 +68,9 @@ def import_hf(
 
 
 def read_tokenizer(folder: str | Path) -> tuple[str, dict[str, Any]] | None:
-    """Text of tokenizer.json with the added tokens that only the files beside it state, and tokenizer_config.json.
+    """Read tokenizer.json with the added tokens that only the files beside it state, and tokenizer_config.json.
 
-    None where the folder has no tokenizer.json. Raises MalformedFile, Refused: files that contradict each other."""
+    None for a folder without tokenizer.json. Raises MalformedFile, Refused: files that contradict each other."""
     if not os.path.lexists(Path(folder) / TOKENIZER):
         return None
     files = _find(str(folder), None)
@@ -80,7 +80,7 @@ def read_tokenizer(folder: str | Path) -> tuple[str, dict[str, Any]] | None:
 
 @dataclass
 class _Files:
-    """What was found at the source: texts by file name, and the objects in those that are JSON."""
+    """Files of a source: texts by file name, and the objects in those that are JSON."""
 
     folder: Path
     main: str
@@ -90,7 +90,7 @@ class _Files:
 
     @property
     def whole(self) -> bool:
-        """Whether the main file is a tokenizer.json; a vocab.json may have "model" among its tokens."""
+        """True when the main file is a tokenizer.json; a vocab.json may have "model" among its tokens."""
         return self.main == TOKENIZER or isinstance(self.objects[self.main].get("model"), dict)
 
     def read(self, name: str) -> None:
@@ -101,7 +101,7 @@ class _Files:
 
 
 def _find(source: str, revision: str | None) -> _Files:
-    """The files of a source, read."""
+    """Read the files of a source."""
     if is_hub(source):
         wanted = [TOKENIZER, VOCAB, MERGES, CONFIG, ADDED, SPECIAL]
         folder, revision = download(source, wanted, revision)
@@ -127,7 +127,7 @@ def _find(source: str, revision: str | None) -> _Files:
 
 
 def _from_tokenizer_json(files: _Files, fields: dict[str, Any], family: str | None) -> tuple[str, str | None]:
-    """Text of tokenizer.json, with the added tokens that only the files beside it state; and the family."""
+    """Complete tokenizer.json with the added tokens that only the files beside it state; returns (text, family)."""
     stated = _stated(files, family)
     path = str(files.folder / files.main)
     own = {t["id"] for t in added_tokens(fields, {}, path)}
@@ -145,7 +145,7 @@ def _from_tokenizer_json(files: _Files, fields: dict[str, Any], family: str | No
 
 
 def _rules_differ(fields: dict[str, Any], family: Family, source: str) -> str | None:
-    """Which of normalizer and pre_tokenizer cuts text otherwise than the family's; None when both are the same."""
+    """Find which of normalizer and pre_tokenizer cuts text otherwise than the family's; None when both agree."""
     for key in ("normalizer", "pre_tokenizer"):
         rules = []
         for node in (fields.get(key), family.steps[key]):
@@ -172,7 +172,7 @@ def _is_of(fields: dict[str, Any], stated: dict[int, dict[str, Any]], family: Fa
 
 
 def _from_vocab(files: _Files, main: dict[str, Any], family_name: str | None) -> str:
-    """Text of the tokenizer.json that vocab.json, merges.txt and the family make."""
+    """Make the tokenizer.json of vocab.json, merges.txt and the family."""
     path = files.folder / files.main
     if family_name is None:
         raise UsageError(
@@ -215,7 +215,7 @@ def _from_vocab(files: _Files, main: dict[str, Any], family_name: str | None) ->
 
 
 def _merges(text: str, vocab: dict[str, int], path: Path) -> list[str]:
-    """The lines of merges.txt, each two tokens whose join is a token. Raises MalformedFile with the line."""
+    """Read the lines of merges.txt, each two tokens whose join is a token. Raises MalformedFile with the line."""
     lines = text.split("\n")  # not splitlines: it also cuts at characters that tokens may hold
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
@@ -238,7 +238,7 @@ def _merges(text: str, vocab: dict[str, int], path: Path) -> list[str]:
 
 
 def _check_reached(vocab: dict[str, int], merges: list[str], added: set[str], path: Path) -> None:
-    """MalformedFile when tokens longer than a byte come of no merge: lines are missing."""
+    """Raise MalformedFile when tokens longer than a byte come of no merge: lines are missing."""
     made = {merge.replace(" ", "") for merge in merges}
     lost = [t for t in vocab if len(t) > 1 and t not in made and t not in added]
     if lost:
@@ -249,16 +249,15 @@ def _check_reached(vocab: dict[str, int], merges: list[str], added: set[str], pa
 
 
 def _stated(files: _Files, family: str | None) -> dict[int, dict[str, Any]]:
-    """The added tokens that the source's files state, by id; empty when none does.
+    """Collect the added tokens that the source's files state, by id; empty when none does.
 
     Raises Refused, naming both sides: two files, or a file and the family, contradict each other."""
     special = {content for content, s in FAMILIES[family].added.values() if s} if family else set()
     special |= _named_special(files.objects.get(SPECIAL, {}))
     by_file = {name: _of_file(name, d, files.folder / name, special) for name, d in files.objects.items()}
     out: dict[int, dict[str, Any]] = {}
-    said: dict[
-        Any, tuple[str, int, str]
-    ] = {}  # who was the first to say which id and content belong together
+    # Key: an id or a content. Value: the first file that pairs an id with a content.
+    said: dict[Any, tuple[str, int, str]] = {}
     table = [
         (f"{files.folder / name}", i, t["content"])
         for name, tokens in by_file.items()
@@ -281,7 +280,7 @@ def _stated(files: _Files, family: str | None) -> dict[int, dict[str, Any]]:
 
 
 def _of_file(name: str, d: dict[str, Any], path: Path, special: set[str]) -> dict[int, dict[str, Any]]:
-    """The added tokens that one file states, by id. Raises MalformedFile."""
+    """Collect the added tokens that one file states, by id. Raises MalformedFile."""
     if name == ADDED:
         return {check_id(i, f"{path}: {short(c)}"): _added(i, c, c in special) for c, i in d.items()}
     if name != CONFIG:
@@ -307,7 +306,7 @@ def _of_file(name: str, d: dict[str, Any], path: Path, special: set[str]) -> dic
 
 
 def _added(i: int, content: str, special: bool, flags: dict[str, Any] | None = None) -> dict[str, Any]:
-    """An added token as tokenizer.json spells it."""
+    """Spell an added token as tokenizer.json does."""
     flags = flags or {}
     return {
         "id": i,
@@ -319,14 +318,14 @@ def _added(i: int, content: str, special: bool, flags: dict[str, Any] | None = N
 
 
 def _named_special(d: dict[str, Any]) -> set[str]:
-    """The tokens that a special_tokens_map.json names, as strings, objects or lists of them."""
+    """Collect the tokens that a special_tokens_map.json names, as strings, objects or lists of them."""
     values: list[Any] = [v for value in d.values() for v in (value if isinstance(value, list) else [value])]
     contents = [v.get("content") if isinstance(v, dict) else v for v in values]
     return {c for c in contents if isinstance(c, str)}
 
 
 def _made(source: str, files: _Files, family: str | None, tokenizer: Tokenizer) -> dict[str, Any]:
-    """For the manifest: where it is from and what it holds."""
+    """Describe origin and content for the manifest."""
     fields = json.loads(tokenizer.json)
     added = fields.get("added_tokens") or []
     rows = []
@@ -348,7 +347,7 @@ def _made(source: str, files: _Files, family: str | None, tokenizer: Tokenizer) 
 
 
 def _check_target(out: Path, source: Path, tokenizer: Tokenizer) -> None:
-    """Refused unless the folder may be written: it holds no other tokenizer and is not the source."""
+    """Raise Refused for a folder that holds another tokenizer or is the source."""
     if os.path.realpath(out) == os.path.realpath(source):
         raise Refused(
             f"{out}: is the source; importing into it would replace its {CONFIG}: choose another folder"

@@ -1,4 +1,4 @@
-"""What format the vocabulary of a tokenizer.json has, and whether its encoder speaks that format.
+"""Recognise the format of a vocabulary, and check that the encoder of its tokenizer.json speaks that format.
 
 An encoder over a vocabulary of another format raises no error: it turns nearly all text into the unknown token, and a
 model trains on that for weeks with a loss that looks good.
@@ -62,7 +62,7 @@ class VocabFormat:
 
 
 def check(fields: dict[str, Any], source: str) -> VocabFormat:
-    """The format of a tokenizer.json's vocabulary; `source` is for messages.
+    """Check a tokenizer.json and recognise the format of its vocabulary; `source` is for messages.
 
     Raises MalformedFile: no such model, ids that are no ids. Refused: the encoder or the decoder does not speak the
     vocabulary's format."""
@@ -93,7 +93,7 @@ def check(fields: dict[str, Any], source: str) -> VocabFormat:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a vocabulary looks like, counted over its ordinary tokens.
+    """Marks of a vocabulary, counted over its ordinary tokens.
 
     missing       of the 256 byte characters
     foreign       tokens with characters that are none of them
@@ -149,13 +149,13 @@ class _Found:
         return f"{kind} ({', '.join(marks)})"
 
     def refuse(self, encoder: str, why: str, what_to_try: str = AGAIN) -> Refused:
-        """Both sides and the next thing to try."""
+        """Make an error that names both sides and the next thing to try."""
         return Refused(f"{self.source}: the vocabulary is {self}, but {encoder}: {why}; {what_to_try}")
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """What the rest of a tokenizer.json says: model type and options, and the steps before and after it."""
+    """Model type and options of a tokenizer.json, and the steps before and after the model."""
 
     model: dict[str, Any]
     normalizers: list[dict[str, Any]]
@@ -177,7 +177,7 @@ class _Encoder:
 
     @property
     def space_mark(self) -> bool:
-        """Whether spaces become sentencepiece's mark."""
+        """True when spaces become sentencepiece's mark."""
         return any(
             (s["type"] == "Metaspace" and s.get("replacement", SPACE_MARK) == SPACE_MARK)
             or (s["type"] == "Replace" and s.get("content") == SPACE_MARK)
@@ -192,7 +192,7 @@ class _Encoder:
 
 
 def _check_encoder(found: _Found, encoder: _Encoder) -> None:
-    """Refused unless the pre-tokenizer and the model cut text into pieces that the vocabulary has."""
+    """Raise Refused unless the pre-tokenizer and the model cut text into pieces that the vocabulary has."""
     model_is = f"model.type is {encoder.type}"
     if encoder.byte_level and (found.missing or found.name != BYTE_LEVEL):
         lacks = f"{len(found.missing)} byte characters have no token, first {found.missing[:1]}"
@@ -235,7 +235,7 @@ def _check_encoder(found: _Found, encoder: _Encoder) -> None:
 
 
 def _check_decoder(found: _Found, encoder: _Encoder) -> None:
-    """Refused unless the decoder undoes what the encoder did, or a model's output is not the text it means."""
+    """Raise Refused unless the decoder undoes the encoder: else a model's output is another text."""
     needs: list[tuple[bool, bool, str]] = [
         (found.name == BYTE_LEVEL, _has(encoder.decoders, "ByteLevel"), "ByteLevel"),
         (found.name == SENTENCEPIECE, encoder.space_mark_undone, "Metaspace, or a Replace of U+2581,"),
@@ -252,7 +252,7 @@ def _check_decoder(found: _Found, encoder: _Encoder) -> None:
 
 
 def _unknown_id(found: _Found, model: dict[str, Any], source: str) -> int | None:
-    """Id of the model's unknown token. Refused where there is none though not all text has tokens."""
+    """Find the id of the model's unknown token. Refused: none, though not all text has tokens."""
     if model["type"] == "Unigram":
         i = model.get("unk_id")
         if i is not None and (type(i) is not int or not 0 <= i < len(model["vocab"])):
@@ -274,7 +274,7 @@ def _unknown_id(found: _Found, model: dict[str, Any], source: str) -> int | None
 
 
 def _vocabulary(model: dict[str, Any], source: str) -> dict[str, int]:
-    """Ordinary tokens and their ids. Unigram lists [piece, score], where the position is the id."""
+    """Read ordinary tokens and their ids. Unigram lists [piece, score], where the position is the id."""
     vocab = model.get("vocab")
     if model["type"] != "Unigram":
         return vocabulary_ids(vocab, f"{source}: model.vocab")
@@ -290,7 +290,7 @@ def _vocabulary(model: dict[str, Any], source: str) -> dict[str, int]:
 
 
 def vocabulary_ids(vocab: Any, source: str) -> dict[str, int]:
-    """The same tokens and ids, proved to be a vocabulary: not empty, ids unique and in 0..MAX_IDS-1.
+    """Check that tokens and ids are a vocabulary: not empty, ids unique and in 0..MAX_IDS-1; returns them.
 
     Raises MalformedFile, naming the token."""
     if not isinstance(vocab, dict) or not vocab:
@@ -304,14 +304,14 @@ def vocabulary_ids(vocab: Any, source: str) -> dict[str, int]:
 
 
 def check_id(i: Any, what: str) -> int:
-    """The id itself. Raises MalformedFile unless it is an integer in 0..MAX_IDS-1."""
+    """Return an id. Raises MalformedFile unless the id is an integer in 0..MAX_IDS-1."""
     if type(i) is not int or not 0 <= i < MAX_IDS:
         raise MalformedFile(f"{what} has id {short(i)}, which is not an integer in 0..{MAX_IDS - 1}")
     return i
 
 
 def added_tokens(fields: dict[str, Any], vocab: dict[str, int], source: str) -> list[dict[str, Any]]:
-    """The added tokens of a tokenizer.json, proved not to contradict each other or the vocabulary.
+    """Read the added tokens of a tokenizer.json, checked against each other and the vocabulary.
 
     Raises MalformedFile."""
     added = fields.get("added_tokens") or []
@@ -337,7 +337,7 @@ def added_tokens(fields: dict[str, Any], vocab: dict[str, int], source: str) -> 
 
 
 def steps(node: Any, source: str) -> Iterator[dict[str, Any]]:
-    """The single normalizers, pre-tokenizers or decoders of one that may be a Sequence of them, in order.
+    """Yield the single normalizers, pre-tokenizers or decoders of a step that may be a Sequence, in order.
 
     Raises MalformedFile: not an object with a type."""
     waiting = [] if node is None else [node]  # the next one last: a list is slow at its beginning
@@ -359,7 +359,7 @@ def _has(found: Iterable[dict[str, Any]], name: str) -> bool:
 
 
 def _growth(found: Iterable[dict[str, Any]]) -> int:
-    """How many characters steps can make of one, one after the other."""
+    """Bound the characters that steps can make of one, one step after the other."""
     growth = 1
     for s in found:
         growth = min(growth * _factor(s), 1 << 62)
@@ -381,6 +381,6 @@ def _factor(step: dict[str, Any]) -> int:
 
 
 def _pattern(step: dict[str, Any]) -> str:
-    """What a Replace or Split step looks for, given as {"String": ...} or {"Regex": ...}."""
+    """Read the pattern of a Replace or Split step, given as {"String": ...} or {"Regex": ...}."""
     pattern = step.get("pattern")
     return str(next(iter(pattern.values()), "")) if isinstance(pattern, dict) else ""

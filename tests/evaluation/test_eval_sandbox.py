@@ -17,8 +17,8 @@ import pytest
 from apr.common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from apr.evaluation import sandbox
 from apr.evaluation.humaneval import (
+    HumanEvalSettings,
     Problem,
-    Settings,
     continuation,
     cut,
     pass_at_k,
@@ -26,7 +26,7 @@ from apr.evaluation.humaneval import (
     run,
     summary,
 )
-from apr.evaluation.sandbox import Limits, NoSandbox, Program, Verdict, in_words, judge, judge_all, proven
+from apr.evaluation.sandbox import Judgement, Limits, NoSandbox, Program, in_words, judge, judge_all, proven
 from apr.evaluation.sandboxed import ALLOWED, FATAL, NOT_BITS, ONE_OF, plain
 
 LAYERS = {"all layers": ("namespace", "seccomp"), "audit hook alone": ()}
@@ -61,7 +61,7 @@ def children() -> list[str]:
     return found
 
 
-def said(source: str, layers=("namespace", "seccomp"), test: str = TEST, **limits) -> Verdict:
+def said(source: str, layers=("namespace", "seccomp"), test: str = TEST, **limits) -> Judgement:
     return judge(Program(source, "answer", test), Limits(layers=layers, **{"seconds": QUICK, **limits}))
 
 
@@ -260,10 +260,10 @@ def test_values_are_taken_for_what_built_in_types_say():
 
 
 def test_a_sandbox_that_lets_wrong_programs_pass_is_refused(monkeypatch):
-    monkeypatch.setattr(sandbox, "judge", lambda program, limits: Verdict(True, "", {}))
+    monkeypatch.setattr(sandbox, "judge", lambda program, limits: Judgement(True, "", {}))
     with pytest.raises(NoSandbox, match="passed"):
         proven(Limits())
-    monkeypatch.setattr(sandbox, "judge", lambda program, limits: Verdict(False, "why", {}))
+    monkeypatch.setattr(sandbox, "judge", lambda program, limits: Judgement(False, "why", {}))
     with pytest.raises(NoSandbox, match="did not pass"):
         proven(Limits())
 
@@ -365,7 +365,9 @@ def test_a_run_scores_programs_and_says_what_kept_them_in():
         return next(programs), 5
 
     other = Problem("t/1", "def answer(x):\n", "answer", TEST)
-    result = run(complete, [PROBLEM, other], Settings(samples=2, temperature=0.5, limits=Limits(LONG)))
+    result = run(
+        complete, [PROBLEM, other], HumanEvalSettings(samples=2, temperature=0.5, limits=Limits(LONG))
+    )
     assert len(set(seeds)) == 4
     assert result["pass_at_k"]["1"]["value"] == 0.75
     assert result["pass_at_k"]["2"]["value"] == 1.0
@@ -377,10 +379,10 @@ def test_a_run_scores_programs_and_says_what_kept_them_in():
 @pytest.mark.parametrize(
     ("settings", "complete", "error", "words"),
     [
-        (Settings(samples=0), None, UsageError, "--samples 0"),
-        (Settings(samples=2), None, UsageError, "--temperature"),
-        (Settings(limits=Limits(0)), None, UsageError, "--timeout"),
-        (Settings(limits=Limits(LONG)), lambda p, s: (" \n", 3), Refused, "empty"),
+        (HumanEvalSettings(samples=0), None, UsageError, "--samples 0"),
+        (HumanEvalSettings(samples=2), None, UsageError, "--temperature"),
+        (HumanEvalSettings(limits=Limits(0)), None, UsageError, "--timeout"),
+        (HumanEvalSettings(limits=Limits(LONG)), lambda p, s: (" \n", 3), Refused, "empty"),
     ],
 )
 def test_no_score_without_programs(settings, complete, error, words):
@@ -391,7 +393,7 @@ def test_no_score_without_programs(settings, complete, error, words):
 def test_a_machine_that_cannot_judge_gives_no_score(monkeypatch):
     monkeypatch.setattr(sandbox.sys, "executable", "/no/such/python")
     with pytest.raises(NoSandbox):
-        run(lambda p, s: ("    return x + 1\n", 1), [PROBLEM], Settings())
+        run(lambda p, s: ("    return x + 1\n", 1), [PROBLEM], HumanEvalSettings())
 
 
 @pytest.mark.parametrize(
