@@ -18,7 +18,11 @@ from ..common.errors import DeviceError
 from .contract import FACTS, OPS, PLUMBING
 
 # backend -> the modules that define its functions, of two definitions the first
-MODULES = {"reference": ("reference",), "cpu": ("cpu.ops",), "cuda": ("cuda.device", "cuda.ops")}
+MODULES = {
+    "reference": ("reference",),
+    "cpu": ("cpu.ops", "cpu.kernels"),
+    "cuda": ("cuda.device", "cuda.ops"),
+}
 NUMPY = (
     "cpu",
 )  # backends whose arrays are those of reference: plumbing that they do not define is that of reference

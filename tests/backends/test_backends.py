@@ -16,6 +16,8 @@ import pytest
 
 from apr import backends
 from apr.backends import contract, reference
+from apr.backends.cuda import kernels
+from apr.backends.cuda import ops as cuda_ops
 from apr.common.errors import DeviceError, Refused, UsageError
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
@@ -33,8 +35,8 @@ def functions(module: Any) -> dict[str, list[str]]:
     return {
         name: list(inspect.signature(f).parameters)
         for name, f in vars(module).items()
-        if not name.startswith("_") and inspect.isfunction(f)
-        and (f.__module__.startswith("apr.backends") or f.__module__ == __name__)
+        if not name.startswith("_") and callable(f) and not inspect.isclass(f)
+        and getattr(f, "__module__", "").startswith(("apr.backends", __name__))
     }  # fmt: skip
 
 
@@ -79,14 +81,28 @@ def test_backends_have_the_functions_of_the_contract(name: str) -> None:
 def test_the_modules_of_cuda_declare_the_functions_of_the_contract() -> None:
     files = [Path(backends.__file__).parent / f"{m.replace('.', '/')}.py" for m in backends.MODULES["cuda"]]
     have = declared(*files)
-    assert {name: have.get(name) for name in WANTED} == WANTED
-    assert have.keys() - WANTED.keys() == {"add_rows", "noted_numbers"}
+    rows = kernels.launched_by_rows()
+    assert rows == {"swiglu_fwd": "swiglu", "swiglu_bwd": "swiglu"}
+    assert {name: have.get(name) for name in WANTED if name not in rows} == {
+        name: parameters for name, parameters in WANTED.items() if name not in rows
+    }
+    assert have.keys() - WANTED.keys() == {"add_rows", "noted_numbers"}  # of the bias, in linear_bwd
+
+
+def test_what_is_launched_by_rows_passes_the_arrays_of_the_op_and_the_length_of_a_row() -> None:
+    for op, module in kernels.launched_by_rows().items():
+        for suffix in ("_v", "_1"):
+            names = [p.name for p in kernels.signatures(module)[op + suffix]]
+            assert names == [*contract.OPS[op].parameters, "F"], op
+            assert list(inspect.signature(getattr(cuda_ops, op)).parameters) == WANTED[op]
 
 
 def test_no_backend_takes_an_op_of_another() -> None:
     """But for one that computes with a number: a kernel that is forgotten is an error, not a slow op."""
     cpu = backends.get("cpu")
-    taken = {name for name in contract.OPS if getattr(cpu, name).__module__ != "apr.backends.cpu.ops"}
+    taken = {
+        name for name in contract.OPS if not getattr(cpu, name).__module__.startswith("apr.backends.cpu.")
+    }
     assert taken == {"clip_factor"}
     lacking = ModuleType("lacking")
     vars(lacking).update({name: f for name, f in vars(cpu).items() if name not in ("rope", "__name__")})

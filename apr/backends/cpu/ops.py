@@ -1,7 +1,8 @@
 """The cpu backend: float32, OpenBLAS for matrix products and Numba for the rest.
 
 The functions, their parameters and what they compute are those of reference.py, where the formulas
-stand; the loops are in kernels.py. Plumbing that is not defined here is that of reference.py: arrays are NumPy's.
+stand; the loops are in kernels.py, and an op that is one kernel with the op's own arguments is not repeated here.
+Plumbing that is not defined here is that of reference.py: arrays are NumPy's.
 """
 
 from __future__ import annotations
@@ -101,21 +102,6 @@ def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Arra
         kernels.add_columns(db, dy)
 
 
-def embedding_fwd(y: Array, ids: Array, w: Array) -> None:
-    """See reference.py."""
-    kernels.embedding_fwd(y, ids, w)
-
-
-def embedding_bwd(dw: Array, dy: Array, ids: Array) -> None:
-    """See reference.py."""
-    kernels.embedding_bwd(dw, dy, ids)
-
-
-def add(out: Array, a: Array, b: Array) -> None:
-    """See reference.py."""
-    kernels.add(out, a, b)
-
-
 def add_rmsnorm_fwd(
     res: Array, y: Array, rstd: Array, res_in: Array, delta: Array | None, w: Array, eps: float
 ) -> None:
@@ -123,26 +109,6 @@ def add_rmsnorm_fwd(
     kernels.add_rmsnorm_fwd(
         res, y, rstd, res_in, _NOTHING2 if delta is None else delta, w, eps, delta is not None
     )
-
-
-def add_rmsnorm_bwd(dres: Array, dw: Array, dy: Array, res: Array, rstd: Array, w: Array) -> None:
-    """See reference.py."""
-    kernels.add_rmsnorm_bwd(dres, dw, dy, res, rstd, w)
-
-
-def head_rmsnorm_fwd(y: Array, rstd: Array, x: Array, w: Array, eps: float) -> None:
-    """See reference.py."""
-    kernels.head_rmsnorm_fwd(y, rstd, x, w, eps)
-
-
-def head_rmsnorm_bwd(dx: Array, dw: Array, dy: Array, x: Array, rstd: Array, w: Array) -> None:
-    """See reference.py."""
-    kernels.head_rmsnorm_bwd(dx, dw, dy, x, rstd, w)
-
-
-def rope(x: Array, cos: Array, sin: Array, sign: int) -> None:
-    """See reference.py."""
-    kernels.rope(x, cos, sin, sign)
 
 
 def attention_fwd(
@@ -168,16 +134,6 @@ def attention_bwd(
     """See reference.py."""
     borders = _NO_BORDERS if doc_start is None else doc_start
     kernels.attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, borders, window)
-
-
-def swiglu_fwd(y: Array, gu: Array) -> None:
-    """See reference.py."""
-    kernels.swiglu_fwd(y, gu)
-
-
-def swiglu_bwd(dgu: Array, dy: Array, gu: Array) -> None:
-    """See reference.py."""
-    kernels.swiglu_bwd(dgu, dy, gu)
 
 
 def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | None, z_loss: float) -> None:

@@ -8,15 +8,17 @@ Sums over rows are cut the same way on every GPU, so that the bits depend on sha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from inspect import Parameter, Signature
 from math import inf
 from typing import Any, Protocol
 
 import numpy as np
 
 from ...common.rounding import ceil_div, round_up
+from ..contract import OPS
 from . import kernels
 
 Array = Any
@@ -348,24 +350,28 @@ def attention_bwd(
     )
 
 
-# MLP
+# Ops of rows
 
 
-def _swiglu(name: str, n: int, f: int, y: Array, *arrays: Array) -> None:
-    v = _vector((f * y.itemsize,), *arrays)
-    pieces = f * y.itemsize // 16 if v else f
-    threads = round_up(ceil_div(pieces, ceil_div(pieces, 512)), 32)
-    _run("swiglu", name + ("_v" if v else "_1"), y, (n,), (threads,), *arrays, f)
+def _by_rows(module: str, op: str) -> Callable[..., None]:
+    """The launcher of an op on arrays (N,F) and (N,2F): a block has one row."""
+    arguments = OPS[op].arguments
+    row = next(i for i, a in enumerate(arguments) if len(a.axes) == 2 and a.axes[1].isalpha())
+
+    def launch(*arrays: Array) -> None:
+        n, f = arrays[row].shape
+        size = arrays[row].itemsize
+        v = _vector((f * size,), *arrays)
+        pieces = f * size // 16 if v else f
+        threads = round_up(ceil_div(pieces, ceil_div(pieces, 512)), 32)
+        _run(module, op + ("_v" if v else "_1"), arrays[row], (n,), (threads,), *arrays, f)
+
+    parameters = [Parameter(a.name, Parameter.POSITIONAL_OR_KEYWORD) for a in arguments]
+    launch.__name__, vars(launch)["__signature__"] = op, Signature(parameters)
+    return launch
 
 
-def swiglu_fwd(y: Array, gu: Array) -> None:
-    """See reference.py."""
-    _swiglu("swiglu_fwd", *y.shape, y, y, gu)
-
-
-def swiglu_bwd(dgu: Array, dy: Array, gu: Array) -> None:
-    """See reference.py."""
-    _swiglu("swiglu_bwd", *dy.shape, dy, dgu, dy, gu)
+globals().update({op: _by_rows(module, op) for op, module in kernels.launched_by_rows().items()})
 
 
 # Loss

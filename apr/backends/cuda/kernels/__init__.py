@@ -103,3 +103,15 @@ def _paste(name: str, seen: set[str], wanted_by: str) -> str:
 def signatures(module: str) -> dict[str, tuple[Parameter, ...]]:
     """Parameters of every kernel of a module. Raises ValueError for a declaration we cannot launch."""
     return parse(source(module), module + ".cu")
+
+
+@cache
+def launched_by_rows() -> dict[str, str]:
+    """Ops whose launch is all that their kernels need: op -> module, of the lines "// Launched by rows: OP, OP".
+
+    A block has one row, the arrays of the op are passed in its order, and then the length of a row.
+    """
+    lines = (
+        (module, re.search(r"^// Launched by rows: (.*)$", source(module), re.M)) for module in modules()
+    )
+    return {op.strip(): module for module, found in lines if found for op in found[1].split(",")}

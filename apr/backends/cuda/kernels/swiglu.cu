@@ -4,7 +4,7 @@
 //   d gate = dy * up * s * (1 + gate * (1 - s));  d up = dy * gate * s
 //   gu, dgu (N,2F) hold gate then up, y, dy (N,F)
 //
-// A block has one row.
+// Launched by rows: swiglu_fwd, swiglu_bwd
 #include "common.cuh"
 
 // exp(-gate) overflows to infinity, of which the inverse is 0.
