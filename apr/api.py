@@ -21,7 +21,6 @@ from typing import Any
 from .backends.select import select
 from .checkpoints.registry import open_any
 from .common.errors import Refused
-from .common.events import Evaluated, Noted
 from .inference.language_model import LanguageModel
 from .training import run
 from .training.callbacks import Callback
@@ -55,15 +54,6 @@ class Printed(Display):
         """Print a line of text."""
         print(text, flush=True)
 
-    def noted(self, e: Noted) -> None:
-        """Print the line of text."""
-        self.note(e.text)
-
-    def evaluated(self, e: Evaluated) -> None:
-        """Print an evaluation."""
-        step, loss, bits = e.line["step"], e.line["val_loss"], e.line["val_bits_per_byte"]
-        self.note(f"step {step:>5}  val {loss:.4f} nats/token  {bits:.3f} bits/byte")
-
     def verdict(self, gates: Any) -> None:
         """Print every gate with its figure."""
         for f in gates.in_order():
@@ -95,7 +85,7 @@ def train(
 ) -> RunResult:
     """Run `apr pretrain`: settings as a mapping, a Settings, or the path of a JSON file with them.
 
-    callbacks hear of every step, evaluation and checkpoint. show: print data, evaluations, gates and result. Raises the
+    callbacks hear of every step, evaluation and checkpoint. show: print what the command prints. Raises the
     errors of the command: UsageError and Refused before it starts, Aborted when a gate stops it, Interrupted after Ctrl-C (state
     saved), CallbackFailed after an exception in a callback (state saved; the exception is its cause)."""
     explicit: dict[str, Any] | None = None

@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bisect.report import Report
-from ..common.events import Evaluated, Noted, PassEnded, SpotChecked, Started, Stepped
+from ..common.events import Started, Stepped
 from ..common.finding import PASS, Finding
 from ..evidence.gates import Gates
 from ..training.display import Display, Rows
@@ -45,7 +44,6 @@ class Show(Display):
             self.console.width = 120
         self._bar: Progress | None = None
         self._task: Any = None
-        self._total = 0
 
     def note(self, text: str) -> None:
         """Print a line of text."""
@@ -62,14 +60,10 @@ class Show(Display):
                 self.note(f"{stage} ...")
         self._bar.update(self._task, completed=done)
 
-    def noted(self, e: Noted) -> None:
-        """Print the line of text."""
-        self.note(e.text)
-
     def started(self, e: Started) -> None:
         """Begin the bar of the training steps."""
         self.stop()
-        self._total = e.num_steps
+        super().started(e)
         self._open(
             "step", "loss {task.fields[loss]}", "lr {task.fields[lr]}", "{task.fields[speed]} tokens/s"
         )
@@ -90,38 +84,16 @@ class Show(Display):
     def stepped(self, e: Stepped) -> None:
         """Advance the bar; elsewhere print a line every tenth of the run."""
         line = e.line
-        step, loss, lr, speed = line["step"], line["train_loss"], line["lr"], line["tokens_per_sec"]
         if self._bar is not None:
-            self._bar.update(
-                self._task, completed=step, loss=f"{loss:.3f}", lr=f"{lr:.2e}", speed=f"{speed:,.0f}"
-            )
-        if not self.console.is_terminal and step % max(1, self._total // 10) == 0:
-            self.note(f"step {step}/{self._total}  train {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s")
+            loss, lr, speed = line["train_loss"], line["lr"], line["tokens_per_sec"]
+            texts: dict[str, Any] = {"loss": f"{loss:.3f}", "lr": f"{lr:.2e}", "speed": f"{speed:,.0f}"}
+            self._bar.update(self._task, completed=line["step"], **texts)
+        if not self.console.is_terminal:
+            super().stepped(e)
 
-    def pass_ended(self, e: PassEnded) -> None:
-        """Print that the data begins again."""
-        self.note(f"step {e.step:>5}  pass {e.passes} over the {e.windows:,} windows of the data is complete")
-
-    def evaluated(self, e: Evaluated) -> None:
-        """Print an evaluation, and the mean training loss of the epoch that ends there."""
-        line = e.line
-        train = f"train {np.mean(e.train_losses):.4f}  " if e.train_losses else "before training: "
-        loss, bits = line["val_loss"], line["val_bits_per_byte"]
-        self.note(f"step {line['step']:>5}  {train}val {loss:.4f} nats/token  {bits:.3f} bits/byte")
-
-    def spot_checked(self, e: SpotChecked) -> None:
-        """Print that all arrays agree, or every array that does not."""
-        report: Report = e.report
-        if not report.rows:
-            self.note(f"spot check   skipped: {report.skipped['forward']}")
-        elif report.agree:
-            worst = max(r.ratio for r in report.rows)
-            self.note(
-                f"step {e.step:>5}  spot check: {len(report.rows)} arrays of {report.batch} agree with the float64 "
-                f"reference (worst {worst:.2f} of its tolerance, {e.seconds:.1f} s)"
-            )
-        else:
-            print_report(report, self.console)
+    def difference(self, report: Report) -> None:
+        """Print the arrays that differ from the reference."""
+        print_report(report, self.console)
 
     def verdict(self, gates: Gates) -> None:
         """Print the finding of every gate, those that are wrong last."""

@@ -1,4 +1,4 @@
-"""Metrics of a run in TensorBoard and Weights & Biases, as callbacks: `--log tensorboard,wandb`.
+"""Send metrics of a run to TensorBoard and Weights & Biases, as callbacks: `--log tensorboard,wandb`.
 
 Both get the numbers of metrics.jsonl, by step, each under its group: train/train_loss, val/val_loss, speed/tokens_per_sec.
 """
@@ -17,15 +17,13 @@ from ..common.errors import Refused, UsageError
 from ..common.files import read_json
 from .callbacks import Callback
 
-PACKAGES = {
-    "tensorboard": "tensorboardX",
-    "wandb": "wandb",
-}  # name of a logger, and the module that it imports
+# {name of a logger: module that it imports}
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 SPEED = {"tokens_per_sec", "wall_ms"}
 
 
 def names(text: str | None) -> list[str]:
-    """The loggers that --log asks for. Raises UsageError for one that does not exist."""
+    """List the loggers that --log asks for. Raises UsageError for one that does not exist."""
     asked = [part.strip() for part in text.split(",")] if text else []
     for name in asked:
         if name not in PACKAGES:
@@ -44,7 +42,7 @@ def check(text: str | None) -> None:
 
 
 def open_all(text: str | None, run: Path) -> list[Callback]:
-    """The loggers that --log asks for, of the run in a folder. Raises Refused: one cannot start (no login, say)."""
+    """Start the loggers that --log asks for, of the run in a folder. Raises Refused: one cannot start (no login, say)."""
     made: dict[str, Callable[[Path], Callback]] = {"tensorboard": TensorBoard, "wandb": Wandb}
     out = []
     for name in names(text):
@@ -58,7 +56,7 @@ def open_all(text: str | None, run: Path) -> list[Callback]:
 
 
 def scalars(line: dict[str, Any], group: str) -> Iterator[tuple[str, float]]:
-    """(name, value) of the numbers in a line of metrics, but its step."""
+    """Yield (name, value) of the numbers in a line of metrics, but its step."""
     for key, value in line.items():
         if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{'speed' if key in SPEED else group}/{key}", float(value)

@@ -76,8 +76,8 @@ def train(
             if settings.resume:
                 settings = _continued(settings, explicit or {})
             settings = resolve(settings)
-            loggers.check(settings.log)
             gates = Gates(parse_bounds(settings.bounds))
+            loggers.check(settings.log)
             inputs = open_inputs(settings, show.preparing)
             run = _run_dir(inputs)
             with locked(run.path, "training in it"):

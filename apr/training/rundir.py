@@ -44,11 +44,11 @@ class RunDir:
         write_json(self.path / "config.json", config)
 
     def record_device(self, facts: dict[str, Any]) -> None:
-        """Say in config.json what computes."""
+        """Record the device in config.json."""
         write_json(self.path / "config.json", {**self.read_config(), "device": facts})
 
     def read_config(self) -> dict[str, Any]:
-        """config.json of an existing run."""
+        """Read config.json of an existing run. Raises InputNotFound, MalformedFile."""
         path = self.path / "config.json"
         if not path.is_file():
             raise InputNotFound(f"{path}: no run here; give the folder of one")
@@ -74,8 +74,8 @@ class RunDir:
         evaluation: dict[str, Any],
         carried: dict[str, Any] | None = None,
     ) -> Path:
-        """ckpt/epoch-NNN.apr with weights, architecture, tokenizer and what its validation loss was measured on, and its
-        metadata.json."""
+        """Write ckpt/epoch-NNN.apr with weights, architecture, tokenizer and the conditions of its validation loss, and its
+        metadata.json; returns the path."""
         path = self.ckpt / f"epoch-{epoch:03d}.apr"
         w = model.be.to_host(model.w)
         meta = {**config_to_metadata(model.cfg), "evaluation": evaluation, **(carried or {})}
@@ -97,18 +97,18 @@ class RunDir:
         return path
 
     def checkpoints(self) -> list[Path]:
-        """Checkpoints of the epochs, oldest first, by number: epoch-1000 comes after epoch-999."""
+        """List the checkpoints of the epochs, oldest first, by number: epoch-1000 comes after epoch-999."""
         found = [p for p in self.ckpt.glob("epoch-*.apr") if re.fullmatch(r"epoch-\d{3,}", p.stem)]
         return sorted(found, key=lambda p: int(p.stem[6:]))
 
     def states(self) -> list[Path]:
-        """Saved states, oldest first."""
+        """List the saved states, oldest first."""
         found = [p for p in self.state.glob("step-*.apr") if re.fullmatch(r"step-\d{6,}", p.stem)]
         return sorted(found, key=lambda p: int(p.stem[5:]))
 
     def has_state(self) -> bool:
-        """Whether there is a state to go on from. Raises MalformedFile where all that were saved are damaged: to begin
-        again would write over the checkpoints of the run."""
+        """Look for a state to go on from. Raises MalformedFile where all that were saved are damaged: to begin again
+        would write over the checkpoints of the run."""
         found, damaged = self.states(), sorted(self.state.glob("step-*.apr.damaged"))
         if damaged and not found:
             raise MalformedFile(
@@ -159,7 +159,7 @@ def resume_command(run: RunDir) -> str:
 
 
 def next_free(name: str, root: Path = Path("runs")) -> Path:
-    """runs/NAME, or runs/NAME-2, runs/NAME-3 ...: the first that holds no run."""
+    """Find the first of runs/NAME, runs/NAME-2, runs/NAME-3 ... that holds no run."""
     number = 1
     while True:
         path = root / (name if number == 1 else f"{name}-{number}")

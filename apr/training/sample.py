@@ -1,4 +1,4 @@
-"""What a model in training writes."""
+"""Let a model in training continue a prompt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .inputs import Inputs
 
 
 def sample_text(i: Inputs, model: Model, prompt: str, tokens: int) -> str:
-    """Prompt and continuation, drawn with temperature 0.7 and top-p 0.95, seed of the run."""
+    """Return prompt and continuation, drawn with temperature 0.7 and top-p 0.95, seed of the run."""
     ids = list(i.tokenizer.encode(prompt)) or [i.tokenizer.eos_id or 0]
     new = generate(
         i.cfg, i.backend, model.w, ids, tokens, 0.7, 0, 0.95, i.settings.seed, i.tokenizer.eos_id, model.dtype

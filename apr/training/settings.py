@@ -25,14 +25,31 @@ from ..common.options import (
 )
 from ..data.audit import tokenizer_beside
 from ..data.settings import DataSettings, check_data
-from ..evidence.gates import parse_bounds
-from ..evidence.settings import EvidenceSettings
 from ..model.optim import OptimSettings
 from ..model.settings import ModelSettings, check_model
 
 # Adapters start at zero and take larger steps than weights.
 LORA_LR = 2e-4
 MODES = {"from-scratch": dict(lr=3e-4, warmup_steps=1000), "finetune": dict(lr=5e-5, warmup_steps=100)}
+
+
+@dataclass(frozen=True)
+class EvidenceSettings:
+    """Evidence: bounds of gates, spot checks."""
+
+    bounds: str | None = option(
+        "bounds of gates to change, such as val_below_train=0.2,speed=2; the verdict shows that they were changed",
+        metavar="NAME=NUMBER",
+        may_change=True,
+    )
+    spot_check: int = option(
+        "before the first step, and then every so many steps, compare every op with the float64 reference on a piece of "
+        "the batch and stop when one disagrees; 0: before the first step only; -1: never",
+        0,
+        at_least=-1,
+        metavar="STEPS",
+        may_change=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -183,7 +200,6 @@ def resolve(s: Settings) -> Settings:
     if s.dataset and not s.tokenizer and not tokenizer_beside(Path(s.dataset)).is_dir():
         raise UsageError("--dataset needs --tokenizer: the folder of the tokenizer that made the shards")
     check_ranges(Settings, vars(s))
-    parse_bounds(s.bounds)
     defaults: dict[str, Any] = MODES[mode]
     adapters = s.lora_rank is not None or s.lora_init is not None
     lr = (LORA_LR if adapters else defaults["lr"]) if s.lr is None else s.lr
