@@ -108,7 +108,7 @@ def test_logits_and_loss_are_those_of_the_reference(model, folder):
 def test_large_batches_go_through_in_pieces(model, monkeypatch):
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (7, 20))
     logits, loss = model.logits(ids), model.loss(ids)
-    monkeypatch.setattr("apr.inference.language_model.TOKENS_AT_ONCE", 45)  # two rows at a time
+    monkeypatch.setattr("apr.inference.language_model.MAX_BATCH_TOKENS", 45)  # two rows at a time
     assert np.abs(model.logits(ids) - logits).max() <= 1e-4 * np.abs(logits).max()
     assert abs(model.loss(ids) - loss) <= 1e-6
 

@@ -1,4 +1,4 @@
-"""A checked model at rest: configuration, tensors by name, tokenizer and side files, the same for every format."""
+"""Hold a checked model at rest: configuration, tensors by name, tokenizer and side files, alike for every format."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The checkpoint's tokenizer with its end-of-text id. Raises MalformedFile, Refused: more ids than the model."""
+        """Tokenizer with its end-of-text id, or None. Raises MalformedFile, Refused: more ids than the model."""
         if self.tokenizer_json is None:
             return None
         if self.eos is not None and (not isinstance(self.eos, int | str) or isinstance(self.eos, bool)):
@@ -110,7 +110,7 @@ class Checkpoint:
 
     @property
     def tokenizer_config(self) -> dict[str, Any]:
-        """The object in tokenizer_config.json, {} without that file."""
+        """Object in tokenizer_config.json, {} without that file."""
         text = self.texts.get(TOKENIZER_CONFIG)
         return parse_json(text, f"{self.source}: {TOKENIZER_CONFIG}") if text is not None else {}
 

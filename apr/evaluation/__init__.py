@@ -1,1 +1,1 @@
-"""How good a model is: loss on text, multiple choice by loss, programs that pass their tests."""
+"""Scores of a model: loss on text, multiple choice by loss, programs that pass their tests, the ship checklist."""

@@ -67,7 +67,7 @@ AUDIT_ARCH_X86_64, X32 = 0xC000003E, 0x40000000
 SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
 LOAD, EQUAL, ABOVE, BITS, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # classic BPF
 
-# Where there is no seccomp: events of Python's audit hook that end the process, and modules that it does not get.
+# Without seccomp: events of Python's audit hook that end the process, and modules that the program does not get.
 AUDITED = (
     "socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "os.remove",
     "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.chflags",
@@ -78,7 +78,7 @@ FORBIDDEN = 77  # exit code of a process that the audit hook ends
 NO_IMPORT = ("_ctypes", "ctypes")
 
 
-# What built-in types themselves say of a value, whatever a class derived from them says.
+# Methods of the built-in types themselves, whatever a class derived from them overrides.
 ELEMENTS: dict[type, Callable[[Any], Any]] = {
     list: list.__iter__,
     tuple: tuple.__iter__,

@@ -76,7 +76,7 @@ def pick(
         keep = min(int(np.searchsorted(cumulative, top_p)) + 1, count) if top_p < 1 else count
         if min_p > 0:
             keep = min(keep, int((p[:keep] >= min_p * p[0]).sum()))
-        # Whether all that may be drawn are among them; where they are, their probabilities are made to sum to 1.
+        # True when all tokens that may be drawn are among these; their probabilities are then made to sum to 1.
         whole = bool(top_k) or count == len(logits) or keep < count
         if not whole and (top_p < 1 or min_p > 0):
             continue

@@ -16,7 +16,7 @@ from ..model.config import ModelConfig
 from ..model.params import FUSED, Layout
 
 LARGEST = 127
-ROWS = 512  # rounded at once: what is in between stays in the processor's cache
+CHUNK_ROWS = 512  # rounded at once: intermediate values stay in the processor's cache
 
 
 class Int8Matrix:
@@ -34,8 +34,8 @@ class Int8Matrix:
         """Round a float matrix to nearest."""
         scale = np.abs(w).max(1).astype(np.float32) / np.float32(LARGEST)
         q = np.empty(w.shape, np.int8)
-        for at in range(0, len(w), ROWS):
-            rows = slice(at, at + ROWS)
+        for at in range(0, len(w), CHUNK_ROWS):
+            rows = slice(at, at + CHUNK_ROWS)
             q[rows] = np.rint(w[rows] / np.where(scale[rows] > 0, scale[rows], 1)[:, None])
         return cls(q, scale)
 

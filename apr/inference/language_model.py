@@ -37,12 +37,12 @@ from .generate import (
 from .streaming import Text, TextStream
 
 Ids = Sequence[int] | np.ndarray
-TOKENS_AT_ONCE = 4096  # of a batch whose logits or losses are asked for
-ROWS = 8  # prompts computed together: as many as the cpu backend computes each as if it were alone
+MAX_BATCH_TOKENS = 4096  # computed at once for logits and losses
+BATCH_PROMPTS = 8  # as many as the cpu backend computes with the bits of each prompt alone
 
 
 class LanguageModel:
-    """A checkpoint on a device. Made by `load`.
+    """A checkpoint on a device, made by `load`: numbers, text and answers.
 
     config         sizes and switches of the model
     tokenizer      its tokenizer, or None
@@ -71,13 +71,13 @@ class LanguageModel:
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
-        """Raises Refused when what the checkpoint has is no template."""
+        """Chat template of the checkpoint, or None. Raises Refused: not a template."""
         return self.checkpoint.template()
 
     # Numbers
 
     def logits(self, ids: Ids) -> np.ndarray:
-        """Logits of the token after each position, float32 (B,T,V); ids (B,T), or (T,) for B = 1.
+        """Compute logits of the token after each position, float32 (B,T,V); ids (B,T), or (T,) for B = 1.
 
         Raises UsageError for another shape, Refused for ids outside the vocabulary and more than the positions."""
         batch = self._batch(ids)
@@ -97,7 +97,7 @@ class LanguageModel:
         return out
 
     def loss(self, ids: Ids, targets: Ids | None = None) -> float:
-        """Mean cross-entropy in nats/token of targets (B,T), or (T,), given the ids before; negative targets are left out.
+        """Compute the mean cross-entropy of targets (B,T), or (T,), in nats/token; negative targets do not count.
 
         Without targets: of every token of ids (B,T+1) given those before it. Raises as `logits` does."""
         batch = self._batch(ids, least=1 if targets is not None else 2)
@@ -125,7 +125,7 @@ class LanguageModel:
         return total / count
 
     def _batch(self, ids: Ids, least: int = 1) -> np.ndarray:
-        """ids as int32 (B,T), checked."""
+        """Check ids; returns (B,T) int32."""
         try:
             batch = np.asarray(ids)
         except ValueError:
@@ -149,9 +149,9 @@ class LanguageModel:
         return np.ascontiguousarray(batch, np.int32)
 
     def _pieces(self, batch: np.ndarray) -> Iterator[tuple[slice, Model]]:
-        """Rows of a batch, and a model in which they went forward."""
+        """Yield rows of a batch, and a model that has computed them."""
         n, seq = batch.shape
-        rows = min(n, max(1, TOKENS_AT_ONCE // seq))
+        rows = min(n, max(1, MAX_BATCH_TOKENS // seq))
         model = Model(
             self.config, self.backend, rows, seq, self.dtype, train=False, loss_rows=None, w=self.weights
         )
@@ -179,10 +179,10 @@ class LanguageModel:
         self, prompt: Ids, *, stream: Literal[False] = False, stop: Sequence[str] = (), **options: Any
     ) -> list[int]: ...
     def generate(self, prompt: Any, *, stream: bool = False, stop: Sequence[str] = (), **options: Any) -> Any:
-        """What follows a prompt: text for a text, ids for ids (the end-of-text id included where it came to one).
+        """Continue a prompt: text for a text, ids for ids (with the end-of-text id, if one was drawn).
 
         stream: an iterator over pieces of text, or over ids, as they come. stop: strings that end the text and are not
-        part of it. options: those of generate.Sampling (max_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
+        part of the text. options: of generate.Sampling (max_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
         seed). Raises UsageError for an option, Refused for a prompt that does not fit."""
         words = isinstance(prompt, str)
         ids = self.encode_prompt(prompt) if words else prompt
@@ -203,11 +203,11 @@ class LanguageModel:
         prompts: Sequence[str | Ids],
         sampling: Sampling | Sequence[Sampling] | None = None,
         stop: Sequence[str] = (),
-        rows: int = ROWS,
+        rows: int = BATCH_PROMPTS,
     ) -> list[Text]:
-        """What follows each of several prompts, up to `rows` of them computed together.
+        """Continue several prompts, up to `rows` of them computed together.
 
-        Every one gets what it gets alone; with one Sampling for all, prompt i is drawn with its seed + i."""
+        Every prompt gets the continuation that it gets alone; with one Sampling for all, prompt i is drawn with its seed + i."""
         return [t for _, t in sorted(self.each(prompts, sampling, stop, rows), key=lambda pair: pair[0])]
 
     def each(
@@ -215,9 +215,9 @@ class LanguageModel:
         prompts: Sequence[str | Ids],
         sampling: Sampling | Sequence[Sampling] | None = None,
         stop: Sequence[str] = (),
-        rows: int = ROWS,
+        rows: int = BATCH_PROMPTS,
     ) -> Iterator[tuple[int, Text]]:
-        """(number of a prompt, what follows it) in the order in which they end; see generate_batch."""
+        """Yield (number of a prompt, its Text) in the order in which prompts end; see generate_batch."""
         ids = [check_prompt(self.config, self.encode_prompt(p) if isinstance(p, str) else p) for p in prompts]
         if sampling is None or isinstance(sampling, Sampling):
             one = sampling or Sampling()
@@ -248,8 +248,8 @@ class LanguageModel:
         report: list[Continuation] | None = None,
         ends: Collection[int] | None = None,
     ) -> Iterator[tuple[str, int | None]]:
-        """(piece of text, token) as they come after a prompt; the last piece has no token. report gets the continuation,
-        which says why it ended. ends: in the place of the model's own. Without a tokenizer the pieces are "" and there can
+        """Yield (piece of text, token) after a prompt; the last piece has no token. report gets the Continuation, with
+        the reason of its end. ends: in the place of the model's own. Without a tokenizer the pieces are "" and there can
         be no stop strings."""
         ends = self.ends if ends is None else ends
         prompt = check_prompt(self.config, ids)
@@ -274,10 +274,10 @@ class LanguageModel:
         template_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Any:
-        """The answer to a conversation, a list of {"role": "system" | "user" | "assistant", "content": TEXT}.
+        """Answer a conversation, a list of {"role": "system" | "user" | "assistant", "content": TEXT}.
 
-        stream: pieces of it as they come. template_options: what the template asks for besides, such as
-        enable_thinking. Raises Refused where the checkpoint has no chat template or no tokenizer."""
+        stream: an iterator over pieces of the answer. template_options: further variables of the template, such as
+        enable_thinking. Raises Refused: no chat template or no tokenizer in the checkpoint."""
         template, tokenizer = self._chatting()
         ids = chat_ids(template, tokenizer, check_messages(messages), **(template_options or {}))
         ends = self.ends | answer_ends(template, tokenizer)
@@ -289,7 +289,7 @@ class LanguageModel:
     def conversation(
         self, sampling: Sampling | None = None, stop: Sequence[str] = (), template: ChatTemplate | None = None
     ) -> Conversation:
-        """A conversation to go on with; see chat.Conversation."""
+        """Begin a conversation; see chat.Conversation."""
         template, tokenizer = self._chatting(template)
         return Conversation(
             template,
@@ -310,8 +310,8 @@ class LanguageModel:
         return template, self.tokenizer
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, with the special tokens that the tokenizer puts before a text. An empty one is the end-of-text
-        token, which stands before every document. Raises Refused: no tokenizer; UsageError: nothing to begin with."""
+        """Encode a prompt, with the special tokens that the tokenizer puts before a text. An empty prompt is the
+        end-of-text token, which stands before every document. Raises Refused: no tokenizer; UsageError: nothing to begin with."""
         if self.tokenizer is None:
             raise _no_tokenizer(self.source)
         ids = [int(t) for t in self.tokenizer.encode(text, add_special_tokens=True)]
@@ -325,7 +325,7 @@ class LanguageModel:
         return None if self.tokenizer is None else TextStream(self.tokenizer, ids, stop)
 
     def _room(self, slots: int, rows: int) -> Generator:
-        """A generator of so many slots and rows: the one before where it is large enough."""
+        """Make a generator of so many slots and rows, or reuse one that is large enough."""
         old = self._generator
         if old is None or old.slots < slots or old.rows < rows:
             self._generator = None  # its memory is free before the new one takes its own
@@ -338,7 +338,7 @@ class LanguageModel:
         return self._generator
 
     def _growing(self, slots: int) -> Generator:
-        """As _room for one conversation that will go on: twice as large each time, so that it is seldom read again."""
+        """Make a generator for a conversation: twice as large each time, so that prompts are seldom read again."""
         if self._generator is None or self._generator.slots < slots:
             slots = min(self.config.max_position_embeddings, max(1024, 1 << (slots - 1).bit_length()))
         return self._room(slots, 1)
@@ -346,7 +346,7 @@ class LanguageModel:
     # Files
 
     def save(self, path: str | Path, dtype: str | None = None) -> None:
-        """Write an .apr file, or a Hugging Face folder where the path has no such suffix, with tokenizer and chat template.
+        """Write an .apr file, or a Hugging Face folder for a path without that suffix, with tokenizer and chat template.
 
         dtype: of the stored weights, "float32" or "bfloat16" (default: that of the model in memory). Raises Refused,
         IOFailure."""
@@ -379,7 +379,7 @@ class LanguageModel:
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of Sampling. Raises UsageError for one that it has not."""
+    """Check options of Sampling. Raises UsageError for an unknown one."""
     names = [f.name for f in dataclasses.fields(Sampling)]
     for name in options:
         if name not in names:

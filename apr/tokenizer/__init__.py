@@ -1,1 +1,1 @@
-"""Text to token ids and back."""
+"""Text to token ids and back: tokenizers, their formats and families, training, chat templates."""

@@ -23,7 +23,7 @@ NORMALIZERS = {"none": None, "nfc": normalizers.NFC}
 # The trainer passes over a whole word for each merge inside it, so that its time grows with the square of a word's
 # length: seconds at 2^16 characters, hours at 2^20.
 MAX_WORD_CHARACTERS = 8192
-# What SPLIT keeps together, as Python's expressions can say it: letters, white space, the rest.
+# Runs that SPLIT keeps together, as Python's expressions can say it: letters, white space, the rest.
 RUN = re.compile(r"[^\W\d_]+|\s+|(?:[^\w\s]|_)+")
 LONG_SPACE = re.compile(rf"\s{{{MAX_WORD_CHARACTERS + 1}}}")
 

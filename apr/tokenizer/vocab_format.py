@@ -28,7 +28,7 @@ FALLBACK_BYTES = tuple(f"<0x{b:02X}>" for b in range(256))
 HEX = frozenset(f"{b:02x}" for b in range(256))
 SPACE_MARK = "\u2581"  # sentencepiece's space
 BYTE_SPACE = "\u0120"  # the byte character of the space
-# How many tokens must carry a format's mark before the vocabulary is of that format: single ones occur anywhere, as
+# Share of tokens that must carry a format's mark before the vocabulary is of that format: single ones occur anywhere, as
 # the Maltese letter of BYTE_SPACE or the "##" of Markdown do.
 MARKED = {BYTE_LEVEL: 0.1, SENTENCEPIECE: 0.01, WORDPIECE: 0.05}
 # Byte-level vocabularies are spelt in byte characters alone, but for tokens that were put in later. That those 256 are
