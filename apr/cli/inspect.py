@@ -93,6 +93,7 @@ def _model(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         "provenance": loaded.metadata.get(PROVENANCE),
         "metadata": known,
         "tensors": tensors,
+        **({"facts": {"eos_token_id": loaded.eos}} if loaded.kind == "gguf" else {}),
     }
     t = result["tokenizer"]
     rows = [

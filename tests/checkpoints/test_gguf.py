@@ -564,6 +564,7 @@ def test_commands(files: Path, sources: Path, tmp_path: Path, capsys: pytest.Cap
     wide, narrow = str(files / "llama.float32.gguf"), str(files / "q8.q8_0.gguf")
     source = str(sources / "llama")
     assert ask("inspect", wide)["weights_sha256"] == ask("inspect", source)["weights_sha256"]
+    assert ask("inspect", wide)["facts"]["eos_token_id"] == open_any(source).eos
     assert ask("diff", source, wide)["equal"]
     done = ask("import", narrow, "-o", str(tmp_path / "m.apr"))
     assert (done["dtypes"], done["eos_token"]) == (["float32"], "<|im_end|>")
