@@ -22,7 +22,7 @@ from ..model.params import Layout, Slot
 from .hf import read_safetensors, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Keys that change what an adapter computes, with the one value that is computed here (an empty one is always good).
+# Keys that change what an adapter computes, with the only value that apr honours (an empty one is always good).
 MUST_BE: dict[str, Any] = {
     "peft_type": "LORA",
     "use_dora": False,
@@ -41,7 +41,7 @@ MUST_BE: dict[str, Any] = {
     "monteclora_config": None,
     "kappa_tune_config": None,
 }
-# Keys that are read here, or say how an adapter was trained or found, which its weights no longer depend on.
+# Keys that are read here, or that describe a training that is over.
 HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r", "target_modules",
     "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "layers_to_transform",
@@ -49,7 +49,7 @@ HARMLESS = {
     "corda_config", "lora_ga_config", "runtime_config", "peft_version", "qalora_group_size", "ensure_weight_tying",
     "tie_word_embeddings",
 }  # fmt: skip
-# How A and B may have started; the other ways also change the base, so that the adapter does not belong to it.
+# Initial values of A and B; others also change the base, so that the adapter does not belong to it.
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _NAME = re.compile(rf"^{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<letter>A|B)(\.default)?\.weight$")
 
@@ -86,7 +86,7 @@ class LoadedAdapter:
         c = self.config
         names = Counter(hf.split(".")[-2] for hf in self.deltas)
         unknown = sorted(set(names) - set(LINEAR.values()))
-        uneven = [n for n, found in names.items() if found != cfg.num_layers]
+        uneven = [name for name, count in names.items() if count != cfg.num_layers]
         ranks = {d.a.shape[0] for d in self.deltas.values()}
         scales = {d.scale for d in self.deltas.values()}
         if unknown or uneven or len(ranks) > 1 or len(scales) > 1:
@@ -158,19 +158,19 @@ def read_adapter(source: str, cfg: ModelConfig) -> LoadedAdapter:
     config = parse_json(read_text(folder / CONFIG), str(folder / CONFIG))
     _check_config(config, str(folder / CONFIG))
     tensors = read_safetensors(folder / WEIGHTS)
-    found: dict[str, dict[str, np.ndarray]] = {}
+    pairs: dict[str, dict[str, np.ndarray]] = {}
     for name in tensors:
         match = _NAME.match(name)
         if match is None:
             raise Refused(
                 f"{folder / WEIGHTS}: tensor {name!r} is no A or B of a linear map (lora_A, lora_B), which is all that apr adds"
             )
-        found.setdefault(match["module"], {})[match["letter"]] = tensors[name]
-    if not found:
+        pairs.setdefault(match["module"], {})[match["letter"]] = tensors[name]
+    if not pairs:
         raise MalformedFile(f"{folder / WEIGHTS}: holds no adapter")
     by_hf = Layout(cfg).by_hf
     deltas = {}
-    for module, pair in found.items():
+    for module, pair in pairs.items():
         slot = by_hf.get(f"{module}.weight")
         if slot is None or len(slot.shape) != 2 or slot.param.name == "embed":
             hint = (
@@ -199,12 +199,12 @@ def _check_config(config: dict[str, Any], source: str) -> None:
             continue
         if key not in MUST_BE and value in (None, False, [], {}, ""):
             continue
-        said = (
+        reason = (
             f"apr honours {want!r} only"
             if key in MUST_BE
             else "apr does not know this key, and it may change what is computed"
         )
-        raise Refused(f"{source}: {key} = {value!r}; {said}")
+        raise Refused(f"{source}: {key} = {value!r}; {reason}")
     if config.get("peft_type") != "LORA":
         raise Refused(f"{source}: peft_type = {config.get('peft_type')!r}; apr merges LORA only")
     for key in ("r", "lora_alpha"):
