@@ -158,12 +158,18 @@ def _loose(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 
 
 def _config_rows(c: ModelConfig) -> list[tuple[str, str]]:
+    window = f"{c.sliding_window or 'none'}" + _but_not(c.full_attention_layers)
     return [
         ("architecture", f"{c.family}: {c.num_layers} layers of {c.hidden_size}, heads {c.num_heads}/{c.num_kv_heads} of "
          f"{c.head_dim}, MLP {c.intermediate_size}, vocabulary {c.vocab_size:,}, {c.max_position_embeddings:,} positions"),
         ("switches", f"rms_norm_eps {c.rms_norm_eps:g}, rope_theta {c.rope_theta:g}, scaling {c.rope_scaling or 'none'}, "
-         f"tied {c.tie_word_embeddings}, qkv_bias {c.qkv_bias}, qk_norm {c.qk_norm}, window {c.sliding_window or 'none'}"),
+         f"tied {c.tie_word_embeddings}, qkv_bias {c.qkv_bias}, qk_norm {c.qk_norm}, window {window}"
+         + (f", rotary embedding{_but_not(c.no_rope_layers)}" if c.no_rope_layers else "")),
     ]  # fmt: skip
+
+
+def _but_not(layers: tuple[int, ...]) -> str:
+    return f" but on layers {', '.join(map(str, layers))}" if layers else ""
 
 
 def _bytes(n: int) -> str:

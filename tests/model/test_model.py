@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from apr import backends
+from apr.backends.contract import OPS
 from apr.bisect.planted.fault import VALUES, Fault
 from apr.bisect.planted.faults import FAULTS
 from apr.common.errors import Refused
@@ -73,6 +74,67 @@ def forward(model: Model, ids: np.ndarray, past: int = 0) -> np.ndarray:
     record = Record(model.be)
     model.forward(ids, record, past)
     return record.seen["final_norm"].reshape(*ids.shape, -1)
+
+
+# The ops of a family
+
+BRANCHES = {  # forward ops of the first block, of attention and of the MLP
+    "llama": (
+        "add_rmsnorm_fwd linear_fwd rope attention_fwd linear_fwd",
+        "add_rmsnorm_fwd linear_fwd swiglu_fwd linear_fwd",
+    ),
+    "qwen3": (
+        "add_rmsnorm_fwd linear_fwd head_rmsnorm_fwd head_rmsnorm_fwd rope attention_fwd linear_fwd",
+        "add_rmsnorm_fwd linear_fwd swiglu_fwd linear_fwd",
+    ),
+    "olmo2": (
+        "linear_fwd head_rmsnorm_fwd head_rmsnorm_fwd rope attention_fwd linear_fwd head_rmsnorm_fwd",
+        "add linear_fwd swiglu_fwd linear_fwd head_rmsnorm_fwd",
+    ),
+}
+
+
+def ops_of(cfg: ModelConfig) -> tuple[list[str], list[str]]:
+    """Names of the ops of a forward and of a backward pass."""
+    called: list[str] = []
+
+    def noted(op: str) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            called.append(op)
+            getattr(reference, op)(*args)
+
+        return call
+
+    model = randomised(on(overlay(reference, **{op: noted(op) for op in OPS}))(cfg, "float64"))
+    ids, targets = batch(cfg)
+    model.forward(ids)
+    forward = called.copy()
+    model.loss(targets, 1.0)
+    called.clear()
+    model.backward()
+    return forward, called
+
+
+@pytest.mark.parametrize("family", BRANCHES)
+def test_a_pass_calls_the_ops_of_the_parts_and_no_other(family: str) -> None:
+    """A Llama's ops, and so its bits, do not depend on what other families can do."""
+    cfg = replace(CONFIGS[family], num_layers=2)
+    forward, backward = ops_of(cfg)
+    block = " ".join(BRANCHES[family]).split()
+    second = block if block[0] == "add_rmsnorm_fwd" else ["add", *block]
+    assert forward == ["embedding_fwd", *block, *second, "add_rmsnorm_fwd"]
+    mirrored = [op.replace("_fwd", "_bwd") for op in reversed(second)]
+    upwards = [op for op in mirrored if op != "head_rmsnorm_bwd"]
+    assert [op for op in backward if op != "head_rmsnorm_bwd"] == [
+        "add_rmsnorm_bwd", *upwards, *upwards, "embedding_bwd",
+    ]  # fmt: skip
+    assert backward.count("head_rmsnorm_bwd") == forward.count("head_rmsnorm_fwd")
+
+
+def test_layers_without_rotary_embedding_turn_nothing() -> None:
+    forward, backward = ops_of(CONFIGS["smollm3"])
+    assert forward.count("rope") == backward.count("rope") == 2
+    assert forward.count("attention_fwd") == backward.count("attention_bwd") == 3
 
 
 # Against the numeric gradient and the reference
