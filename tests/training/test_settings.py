@@ -51,7 +51,7 @@ def test_a_setting_is_declared_once_by_the_room_that_reads_it():
     declared = [name for base in Settings.__bases__ for name in inspect.get_annotations(base)]
     assert len(declared) == len(set(declared)) == len(dataclasses.fields(Settings))
     rooms = [base.__module__.split(".")[1] for base in Settings.__bases__]
-    assert set(rooms) == {"data", "model", "evidence", "training"}
+    assert set(rooms) == {"data", "model", "training"}
 
 
 def test_a_resumed_run_keeps_what_decides_its_numbers():
