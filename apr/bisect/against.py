@@ -131,7 +131,7 @@ class _Base(NamedTuple):
 
 
 class _Sound:
-    """What sound sides make of a batch: .truth is the reference's in float64."""
+    """Arrays that sound sides compute from a batch; .truth: those of the reference in float64."""
 
     def __init__(self, like: Model, weights: np.ndarray, ids: np.ndarray, targets: np.ndarray) -> None:
         self.like, self.weights, self.batch = like, weights, (ids, targets)
@@ -139,7 +139,7 @@ class _Sound:
         one_pass(self._model(reference, "float64"), ids, targets, self.truth.__setitem__)
 
     def _model(self, be: Any, dtype: str, off: float = 0.0, seed: int = 0) -> Model:
-        """A model with the weights, each larger or smaller by a share `off`, at random."""
+        """Build a model whose weights are each larger or smaller by a share `off`, at random."""
         batch, seq = self.batch[0].shape
         model = Model(self.like.cfg, be, batch, seq, dtype, self.like.train, loss_rows=batch * seq)
         weights = self.weights
@@ -150,7 +150,7 @@ class _Sound:
         return model
 
     def apart(self, dtypes: tuple[str, str], names: Mapping[str, Any], force: bool) -> dict[str, _Base]:
-        """How far two sound sides of these dtypes are apart: the sum of their errors."""
+        """Bound the distance of two sound sides of these dtypes: the sum of their errors."""
         plain = {_plain(d): self._errors(_plain(d), names, force) for d in sorted(set(dtypes))}
         a, b = (rule.EPS[d] / rule.EPS[_plain(d)] for d in dtypes)  # errors scale with the unit
         one, two = (plain[_plain(d)] for d in dtypes)
@@ -179,5 +179,5 @@ class _Sound:
 
 
 def _plain(dtype: str) -> str:
-    """What plain NumPy computes in, to tell the error of a dtype."""
+    """Return the dtype in which plain NumPy computes to measure the error of a dtype."""
     return "float32" if dtype == "float64" else dtype

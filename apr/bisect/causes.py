@@ -46,7 +46,7 @@ class Cause(NamedTuple):
     fault: Callable[..., Any]  # of a Call
 
     def applies(self, op: str, output: str) -> bool:
-        """Whether it can spoil an output of an op."""
+        """Return True when this fault can spoil an output of an op."""
         return all(w == "*" or x in w.split() for w, x in ((self.ops, op), (self.outputs, output)))
 
 
@@ -746,7 +746,7 @@ def _axes(op: str, output: str, ndim: int) -> tuple[str, ...]:
 
 
 def _where(got: Array, want: Array, tol: float, names: tuple[str, ...]) -> str:
-    """Which part of an array is wrong; "" when that is all of it, or no part in particular."""
+    """Describe the part of an array that is wrong; "" for all of it, or for no part in particular."""
     off = np.nan_to_num(np.abs(got - want), nan=np.inf)
     bad = off > (tol if tol < off.max() else off.max() / 4)
     count = int(bad.sum())

@@ -25,7 +25,7 @@ from .rule import Backend
 
 @dataclass(frozen=True)
 class Differing:
-    """A number that the sides do not agree about."""
+    """A number that differs between the sides."""
 
     sides: tuple[Any, ...]
 
@@ -46,7 +46,7 @@ class Twin:
         return Twin(self.name, [x[at] for x in self.sides], start)
 
     def reshape(self, *shape: Any) -> Twin:
-        """The same elements in another shape, on every side."""
+        """Reshape the buffer on every side."""
         return Twin(self.name, [x.reshape(*shape) for x in self.sides], self.start)
 
     @property
@@ -74,7 +74,7 @@ class Call:
         return None
 
     def on(self, side: int) -> list[Any]:
-        """The arguments of one side."""
+        """Return the arguments of one side."""
         return [x.sides[side] if isinstance(x, Twin | Differing) else x for x in self.args.values()]
 
 
@@ -163,7 +163,7 @@ def _head_name(m: Model) -> str:
 
 
 def _joined_views(views: Sequence[Any], prefix: str) -> Any:
-    """The named views of all sides as Twins, named "3.wqkv", gradients "grad.3.wqkv"."""
+    """Return the named views of all sides as Twins, named "3.wqkv", gradients "grad.3.wqkv"."""
 
     tied = views[0].head is views[0].embed
     top = {
@@ -181,7 +181,7 @@ def _joined_views(views: Sequence[Any], prefix: str) -> Any:
 
 
 def _joined_config(configs: Sequence[ModelConfig]) -> ModelConfig:
-    """The configuration of the first side, with what ops are given as Differing where the sides differ."""
+    """Return the configuration of the first side; numbers for ops that differ between the sides are Differing."""
     first, changed = configs[0], dict[str, Any]()
     for f in fields(ModelConfig):
         values = [getattr(c, f.name) for c in configs]
@@ -191,7 +191,7 @@ def _joined_config(configs: Sequence[ModelConfig]) -> ModelConfig:
 
 
 def host(be: Backend, x: Any, like: tuple[int, ...]) -> np.ndarray:
-    """A buffer of a side on the host, not a copy where it lies there, without the padding that `like` does not have."""
+    """Return a buffer of a side on the host, without the padding that `like` does not have; no copy of a host buffer."""
     inner = x if tuple(x.shape) == like else x[tuple(slice(n) for n in like)]
     out: np.ndarray = inner if isinstance(inner, np.ndarray) else be.to_host(inner)
     return out

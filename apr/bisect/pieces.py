@@ -1,4 +1,4 @@
-"""Work on large arrays a piece at a time, several pieces at once, so that neither time nor memory runs away."""
+"""Work on large arrays piece by piece, on all cores: bounds time and memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from ..common.host import cores
 from .rule import Backend
 
 T = TypeVar("T")
-PIECE = 1 << 18  # elements: a piece in float64 stays in a core's cache
+PIECE_ELEMENTS = 1 << 18  # in float64 they stay in a core's cache
 
 
-def in_pieces(f: Callable[[slice], T], size: int, each: int = PIECE) -> list[T]:
-    """f of slices that cover range(size), on all cores, a matrix product inside f on one; NumPy lets go of the interpreter
-    while it computes."""
+def in_pieces(f: Callable[[slice], T], size: int, each: int = PIECE_ELEMENTS) -> list[T]:
+    """Apply f to slices that cover range(size), on all cores; a matrix product inside f runs on one. NumPy releases the
+    interpreter lock while it computes."""
     work = [slice(first, min(size, first + each)) for first in range(0, size, each)]
-    if len(work) < 2 or getattr(_inside, "piece", False):  # a piece of a piece: the cores are busy
+    # Inside a piece the cores are busy.
+    if len(work) < 2 or getattr(_inside, "piece", False):
         return [f(at) for at in work]
 
     def one(at: slice) -> T:
@@ -48,8 +49,8 @@ def _blas() -> ThreadpoolController:
 
 
 def rounded_copy(x: np.ndarray, kind: Any) -> np.ndarray:
-    """x in another dtype."""
-    if x.size <= PIECE or not x.flags.c_contiguous:
+    """Convert x to another dtype, piece by piece."""
+    if x.size <= PIECE_ELEMENTS or not x.flags.c_contiguous:
         return np.array(x, kind)
     out = np.empty(x.shape, kind)
     source, target = x.reshape(-1), out.reshape(-1)
@@ -62,10 +63,10 @@ def rounded_copy(x: np.ndarray, kind: Any) -> np.ndarray:
 
 
 def in_parallel(be: Backend) -> Backend:
-    """A backend of NumPy arrays whose gradients of large matrices, and sums of squares, are made a piece at a time."""
+    """Wrap a backend of NumPy arrays: gradients of large matrices, and sums of squares, are computed piece by piece."""
 
     def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any) -> None:
-        if dw is None or dw.size <= PIECE:
+        if dw is None or dw.size <= PIECE_ELEMENTS:
             be.linear_bwd(dx, dw, db, dy, x, w)
             return
         be.linear_bwd(dx, None, db, dy, x, w)
@@ -73,7 +74,7 @@ def in_parallel(be: Backend) -> Backend:
         def piece(at: slice) -> None:
             be.linear_bwd(np.empty_like(dx), dw[at], None, dy[:, at], x, w[at])
 
-        in_pieces(piece, dw.shape[0], max(1, PIECE // dw.shape[1]))
+        in_pieces(piece, dw.shape[0], max(1, PIECE_ELEMENTS // dw.shape[1]))
 
     def add_sum_sq(total: Any, x: Any) -> None:
         def piece(at: slice) -> Any:
@@ -87,5 +88,5 @@ def in_parallel(be: Backend) -> Backend:
 
 
 def norm_of(x: np.ndarray) -> float:
-    """L2 norm in float64, in pieces."""
+    """Compute the L2 norm in float64, piece by piece."""
     return float(np.sqrt(sum(in_pieces(lambda at: float(np.square(x[at], dtype=np.float64).sum()), x.size))))

@@ -21,7 +21,7 @@ SEQUENCES, POSITIONS = 2, 32  # at most so much of a micro-batch, so that a chec
 
 
 def spot_check(model: Model, ids: np.ndarray, targets: np.ndarray, name: str) -> Report:
-    """Every op of forward, loss and backward of a piece of a micro-batch, beside the reference in float64.
+    """Compare every op of forward, loss and backward of a piece of a micro-batch with the reference in float64.
 
     model: in training, between two optimizer steps; its buffers are written to, its weights are not, and its gradients
     are zero afterwards, as they were before. The report has no rows and says why when memory is short.
@@ -51,8 +51,9 @@ def spot_check(model: Model, ids: np.ndarray, targets: np.ndarray, name: str) ->
 
 @contextmanager
 def _shaken(model: Model) -> Iterator[None]:
-    """Vectors that are constant, as all norms and biases are at the start, have noise for the time of the check: a bias of
-    zeros that is dropped would not show. Afterwards they have their values again, bit for bit."""
+    """Add noise to constant vectors for the time of the check, and restore them bit for bit.
+
+    All norms and biases are constant at the start; a dropped bias of zeros would not show."""
     cut = model.layout.decayed
     vectors = model.w[cut:]
     before = model.be.to_host(vectors)
@@ -70,6 +71,6 @@ def _shaken(model: Model) -> Iterator[None]:
 
 
 def _bytes(model: Model, batch: Batch) -> int:
-    """Of main memory, with what comparing the largest array takes."""
+    """Bound the bytes of main memory, those to compare the largest array included."""
     job = memory(model.cfg, reference, *batch.shape, dtype="float64", optimizer=None).total
     return job + 4 * 8 * model.cfg.vocab_size * model.cfg.hidden_size

@@ -19,7 +19,7 @@ from . import rule
 
 
 class Trace(NamedTuple):
-    """A recorded trace: taps and gradients by name, the texts of its metadata, what went in (B,T)."""
+    """A recorded trace: taps and gradients by name, the texts of its metadata, the ids and targets (B, T) of the pass."""
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, str]
@@ -28,12 +28,12 @@ class Trace(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """What the traced side computed in: a key of rule.EPS."""
+        """Dtype in which the traced side computed: a key of rule.EPS."""
         return self.metadata["dtype"]
 
     @property
     def gradients(self) -> bool:
-        """Whether it holds any: then it takes a training model to compare with."""
+        """True when the trace has gradients; the side must then be a training model."""
         return any(name.startswith(("grad.", "d_hidden", "d_final")) for name in self.tensors)
 
 
@@ -117,7 +117,7 @@ def same_model(path: str | Path, trace: Trace, model_sha256: str) -> None:
 
 
 def config_of(path: str | Path, trace: Trace) -> ModelConfig | None:
-    """What the traced side believed the model to be; None for a trace that does not say. Raises MalformedFile, Refused."""
+    """Read the configuration of the traced side; None for a trace without one. Raises MalformedFile, Refused."""
     text = trace.metadata.get("config")
     if text is None:
         return None

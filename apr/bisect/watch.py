@@ -1,4 +1,4 @@
-"""What looks at each op of a lockstep: Forced judges an op by its own error, Free by the error that has piled up."""
+"""Watches of a lockstep: Forced judges each op by its own error, Free by the accumulated error."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from . import causes, rule
 from .difference import Difference, difference, error_and_tolerance
 from .lockstep import Call, Twin, host
 from .makers import overlap, span
-from .pieces import PIECE, in_parallel, in_pieces, rounded_copy
+from .pieces import PIECE_ELEMENTS, in_parallel, in_pieces, rounded_copy
 from .report import FORCED, FREE, ArrayComparison
 
-MOST_SLICED = 1 << 24  # elements; slices of a larger array are not judged apart
-MOST_EXPLAINED = 6
+MAX_SLICED_ELEMENTS = 1 << 24  # of an array whose slices are judged apart
+MAX_EXPLAINED = 6
 LONG_SUM, SAMPLE = 4096, 8
 ALWAYS_64 = ("total", "factor", "sum_sq")
 
@@ -74,13 +74,12 @@ def tap_name(call: Call, name: str, layer: int | None, layers: int, weight: str)
 
 
 class _Watch:
-    """What both have in common: where a row belongs, and the rows. Set .stage before a pass."""
+    """Base of both watches: collects comparisons with their places. Set .stage before a pass."""
 
     def __init__(self, backends: list[Any], dtype: str, layout: Layout) -> None:
         self.backends, self.dtype, self.layout = backends, dtype, layout
-        self.scale = (
-            rule.EPS[dtype] / rule.EPS["float32"] if dtype == "float64" else 1.0
-        )  # of plain NumPy's errors
+        # Factor on the errors of plain NumPy in float32.
+        self.scale = rule.EPS[dtype] / rule.EPS["float32"] if dtype == "float64" else 1.0
         self.stage = "forward"
         self.rows: list[ArrayComparison] = []
         self.seconds: dict[str, float] = {}  # by stage
@@ -98,7 +97,7 @@ class _Watch:
         raise NotImplementedError
 
     def _enter(self, call: Call) -> list[str]:
-        """The outputs to look at."""
+        """Note the buffers and the layer of a call; returns the outputs to compare."""
         self.passed |= {x.name for x in call.args.values() if isinstance(x, Twin)}
         if call.op == "add" and self.stage == "forward" and call.args["out"].name == "res1":
             # a buffer that blocks share: this one begins
@@ -115,7 +114,7 @@ class _Watch:
         ]
 
     def _place(self, call: Call, name: str, index: int) -> tuple[str, int | None]:
-        """(tap, layer) of an output; in a flat buffer, of the parameter that its worst element belongs to."""
+        """Return (tap, layer) of an output; in a flat buffer, of the parameter with the worst element."""
         if OPS[call.op].is_update:
             x = call.args[name]
             slot = next(
@@ -147,8 +146,8 @@ class Forced(_Watch):
         self._plain_numpy = [in_parallel(be) for be in rule.plain(dtype)]
 
     def begin(self, both: Any) -> None:
-        """Start the reference from what the judged side has: its weights, and zero gradients; and the judged side from
-        the reference's rope tables."""
+        """Give the reference the weights of the judged side and zero gradients, and the judged side the reference's rope
+        tables."""
         w = both.w
         self.backends[0].from_host(w.sides[0], host(self.backends[1], w.sides[1], w.shape))
         for x in (both.total, both.g) if both.train else (both.total,):  # the reference's are new: zero
@@ -157,7 +156,7 @@ class Forced(_Watch):
             self._settle(x)
 
     def _settle(self, x: Twin) -> None:
-        """The reference's values, rounded, on both sides."""
+        """Set both sides to the reference's values, rounded."""
         truth, judged = x.sides
         low = rounded_copy(truth, judged.dtype)
         truth[...] = low
@@ -175,7 +174,7 @@ class Forced(_Watch):
             return
         self._run(1, call)
         dw = call.args.get("dw")
-        if call.op == "linear_bwd" and isinstance(dw, Twin) and dw.sides[0].size > PIECE:
+        if call.op == "linear_bwd" and isinstance(dw, Twin) and dw.sides[0].size > PIECE_ELEMENTS:
             self._whole(replace(call, args={**call.args, "dw": None}), [n for n in names if n != "dw"])
             self._in_pieces(call, ["dw"], dw.shape[0], lambda at: _rows(call, at), settle=True)
         else:
@@ -185,7 +184,7 @@ class Forced(_Watch):
         getattr(self.backends[side], call.op)(*call.on(side))
 
     def _poison(self, call: Call, names: list[str]) -> None:
-        """Fill with NaN what an op of the judged side only writes."""
+        """Fill with NaN the arrays that an op of the judged side only writes."""
         how, judged = OPS[call.op].outputs, dict(zip(call.args, call.on(1), strict=True))
         inputs = [x for m, x in judged.items() if how.get(m) != "" and hasattr(x, "strides")]
         for n in names:
@@ -193,7 +192,7 @@ class Forced(_Watch):
                 self.backends[1].fill(judged[n], np.nan)
 
     def _whole(self, call: Call, names: list[str]) -> None:
-        """Run an op of the reference and of plain NumPy, and compare what the judged side has made."""
+        """Run an op of the reference and of plain NumPy, and compare the outputs of the judged side."""
         how, truth = OPS[call.op].outputs, dict(zip(call.args, call.on(0), strict=True))
         before = {
             n: self._low(call.args[n]) if isinstance(call.args[n], Twin) else x for n, x in truth.items()
@@ -213,10 +212,10 @@ class Forced(_Watch):
     def _in_pieces(
         self, call: Call, names: list[str], length: int, part: Callable[[slice], Call], settle: bool
     ) -> None:
-        """The same for outputs whose parts do not depend on each other, several parts at once and none of them large."""
+        """Like `_whole`, for outputs with independent slices: compares slices in parallel to bound memory."""
         got = {n: host(self.backends[1], call.args[n].sides[1], call.args[n].shape) for n in names}
         settled = {n: np.empty_like(got[n]) for n in names if settle}
-        each = max(1, PIECE * length // got[names[0]].size)
+        each = max(1, PIECE_ELEMENTS * length // got[names[0]].size)
 
         def judge(at: slice) -> list[tuple[float, float, Difference, str]]:
             piece = part(at)
@@ -245,9 +244,9 @@ class Forced(_Watch):
     def _explain(
         self, call: Call, name: str, got: np.ndarray, want: np.ndarray, before: dict[str, Any], tol: float
     ) -> str:
-        """The likely cause, for the first few faults of their kind: it takes seconds for large arrays."""
+        """Explain the first faults, one of each op and output: an explanation takes seconds for large arrays."""
         kind = (call.op, name)
-        if kind in self._explained or len(self._explained) >= MOST_EXPLAINED:
+        if kind in self._explained or len(self._explained) >= MAX_EXPLAINED:
             return self._explained.get(kind, "")
         self._explained[kind] = causes.explain(
             call.op, name, _wide(got), want.copy(), {k: _wide(v) for k, v in before.items()}, tol
@@ -255,14 +254,14 @@ class Forced(_Watch):
         return self._explained[kind]
 
     def _low(self, x: Twin) -> np.ndarray:
-        """A copy of the reference's values in the precision of plain NumPy, exact: they were rounded to it."""
+        """Copy the reference's values to the precision of plain NumPy; exact, since they were rounded to it."""
         kind = np.dtype(x.sides[1].dtype)
         return rounded_copy(
             x.sides[0], np.float32 if kind == np.float64 and x.name not in ALWAYS_64 else kind
         )
 
     def _plain(self, op: str, before: dict[str, Any], how: dict[str, str]) -> list[dict[str, Any]]:
-        """What plain NumPy makes of the same inputs; two ways for attention, which is done in two ways."""
+        """Run plain NumPy on the inputs of an op; for attention both of its ways."""
         out = []
         for be in self._plain_numpy[: 2 if op.startswith("attention") else 1]:
             args = {n: x.copy() if n in how and isinstance(x, np.ndarray) else x for n, x in before.items()}
@@ -284,7 +283,7 @@ class Forced(_Watch):
         d = difference(got, want)
         base = max([difference(b, want).err for b in bases] + in_order) * self.scale
         slices: tuple[list[float], list[float]] = ([], [])
-        if self.dtype == "bfloat16" and want.size <= MOST_SLICED:
+        if self.dtype == "bfloat16" and want.size <= MAX_SLICED_ELEMENTS:
             sound = [rule.relative(b, want) for b in bases]
             slices = rule.relative(got, want), [max(axis) for axis in zip(*sound, strict=True)]
         err, tol, _ = error_and_tolerance(
@@ -316,8 +315,8 @@ class Free(_Watch):
 
 
 def summed_in_order(op: str, name: str, low: dict[str, Any], want: np.ndarray) -> list[float]:
-    """The errors of some elements of a long product whose terms are added one after the other in float32, as a GPU may and
-    NumPy's blocks do not. None where the sum is short."""
+    """Return errors of some elements of a long product whose terms are added one by one in float32, as a GPU may and
+    NumPy's blocks do not; none for a short sum."""
     if (op, name) not in (("linear_fwd", "y"), ("linear_bwd", "dx")):
         return []
     rows, columns = (low["x"], low["w"]) if name == "y" else (low["dy"], low["w"].T)
@@ -333,7 +332,7 @@ def summed_in_order(op: str, name: str, low: dict[str, Any], want: np.ndarray) -
 
 
 def _elements(call: Call, at: slice) -> Call:
-    """A part of an op on flat buffers."""
+    """Cut an op on flat buffers to some elements."""
     size = call.args["w"].shape
     return replace(
         call, args={n: x[at] if getattr(x, "shape", None) == size else x for n, x in call.args.items()}
@@ -341,7 +340,7 @@ def _elements(call: Call, at: slice) -> Call:
 
 
 def _rows(call: Call, at: slice) -> Call:
-    """The part of a linear_bwd that makes some rows of dw, and a dx that nobody reads."""
+    """Cut a linear_bwd to some rows of dw; its dx is not read."""
     a = call.args
     dx = np.empty(a["dx"].shape)
     part = {"dx": dx, "dw": a["dw"][at], "db": None, "dy": a["dy"][:, at], "x": a["x"], "w": a["w"][at]}

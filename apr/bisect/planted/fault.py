@@ -31,7 +31,7 @@ DATA = frozenset({"data"})
 
 @dataclass(frozen=True)
 class Named:
-    """What bisect must say first: the stage, the op, and the tap, as a regular expression."""
+    """First fault that bisect must report: stage, op and tap, each a regular expression."""
 
     stage: str
     op: str

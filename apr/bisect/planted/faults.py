@@ -508,7 +508,7 @@ def norm_weight_left_out(be: Any) -> Ops:
 
 @fault(r"forward add_rmsnorm_fwd 0\.res2", EVERY)
 def residual_not_added(be: Any) -> Ops:
-    """What a sub-layer computes is not added to the residual stream before the MLP."""
+    """The output of a sub-layer is not added to the residual stream before the MLP."""
     first: list[int] = []
 
     def add_rmsnorm_fwd(res: Any, y: Any, rstd: Any, res_in: Any, delta: Any, w: Any, eps: float) -> None:
@@ -801,7 +801,7 @@ def documents_not_masked_in_backward(be: Any) -> Ops:
 
 @fault(r"state sequence_by_sequence grad\..*", frozenset({"micro"}), documents=True)
 def borders_of_the_first_batch(be: Any) -> Ops:
-    """Where documents begin is uploaded once: of all later batches, those of the first one are masked."""
+    """Document starts are uploaded once: later batches are masked by those of the first one."""
 
     def from_host(x: Any, host: np.ndarray) -> None:
         if not (x.ndim == 2 and x.dtype == np.int32 and be.to_host(x).any()):
