@@ -24,7 +24,7 @@ from apr import backends
 from apr.backends import contract, overlay
 from apr.backends.cuda import ops as cuda_ops
 from apr.bisect import batch as batches
-from apr.bisect import optimizer_steps, passes, rule, stages, state, upload, watch
+from apr.bisect import makers, optimizer_steps, passes, rule, stages, state, upload, watch
 from apr.bisect.lockstep import Call, Differing, Lockstep, Twin, join, join_optimizers, run_both
 from apr.bisect.planted import catalogue
 from apr.bisect.planted.faults import FAULTS
@@ -1429,7 +1429,7 @@ def test_where_arrays_of_a_gpu_overlap() -> None:
         return SimpleNamespace(data=SimpleNamespace(ptr=start), shape=shape, strides=strides, itemsize=4)
 
     rows = array(1000, (3, 4), (16, 4))  # 1000 .. 1048
-    assert watch._overlap(rows, array(1044, (1,), (4,)))
-    assert watch._overlap(array(900, (26,), (4,)), rows)
-    assert not watch._overlap(rows, array(1048, (8,), (4,)))
-    assert not watch._overlap(array(900, (25,), (4,)), rows)
+    assert makers.overlap(makers.span(rows), makers.span(array(1044, (1,), (4,))))
+    assert makers.overlap(makers.span(array(900, (26,), (4,))), makers.span(rows))
+    assert not makers.overlap(makers.span(rows), makers.span(array(1048, (8,), (4,))))
+    assert not makers.overlap(makers.span(array(900, (25,), (4,))), makers.span(rows))
