@@ -11,9 +11,10 @@ from ..common.errors import AprError, InputNotFound
 from ..common.finding import Finding
 from ..common.progress import Progress
 from ..tokenizer.tokenizer import Tokenizer
+from .conversations.packed import RECORD, PackedShards, guard_disjoint, guard_packed
 from .guards import USUAL, Bounds, disjoint, enforce, fits_model, plausible, round_trip
 from .scan import Scan
-from .shards import TokenShards
+from .shards import Shards, TokenShards
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Split:
 
     name: str
     folder: Path
-    shards: TokenShards | None = None
+    shards: Shards | None = None
     scan: Scan | None = None
     findings: list[Finding] = field(default_factory=list)
 
@@ -35,6 +36,16 @@ def sides_of(folder: Path) -> dict[str, Path]:
         val = folder / "val"
         return {"train": folder / "train"} | ({"val": val} if val.is_dir() else {})
     return {"train": folder}
+
+
+def holds_examples(folder: Path) -> bool:
+    """Tell a folder of packed examples from one of text."""
+    return (folder / RECORD).is_file()
+
+
+def open_shards(folder: Path, tokenizer: Tokenizer, verify: bool = True) -> Shards:
+    """Open the text or the packed examples of a folder. Raises InputNotFound, MalformedFile, Refused."""
+    return (PackedShards if holds_examples(folder) else TokenShards)(folder, tokenizer, verify)
 
 
 def tokenizer_beside(folder: Path) -> Path:
@@ -61,15 +72,16 @@ def audit(
     lenient: bool = False,
     progress: Progress | None = None,
 ) -> list[Split]:
-    """Read all shards of "train" and, where given, "val", and check every guard.
+    """Read all the data of "train" and, where given, "val", and check every guard of text or of packed examples.
 
     lenient: shards that cannot be opened or differ from their manifest become a failed finding instead of an error
     (InputNotFound, MalformedFile, Refused)."""
     splits = {name: Split(name, folder) for name, folder in folders.items()}
     for split in splits.values():
         with _caught(split, "manifest, sizes and tokenizer", "those of the files", lenient):
-            split.shards = TokenShards(split.folder, tokenizer, verify=False)
-            split.findings.append(_opened(split.shards))
+            split.shards = open_shards(split.folder, tokenizer, verify=False)
+            if isinstance(split.shards, TokenShards):
+                split.findings.append(_opened(split.shards))
     val = splits.get("val")
     # val first: train looks its documents up among those of val
     for name in ("val", "train"):
@@ -77,6 +89,10 @@ def audit(
             other = val.scan if val and name == "train" else None
             _read(splits[name], other, keep=name == "val", lenient=lenient, progress=progress)
     for split in splits.values():
+        if isinstance(split.shards, PackedShards):
+            with _caught(split, "sha256, ids and labels", "those of instruct.json", lenient):
+                split.shards.check()
+                split.findings += guard_packed(split.shards, tokenizer, model_vocab)
         if split.shards is None or split.scan is None:
             continue
         split.findings.append(_end_of_text(split.shards, tokenizer))
@@ -87,12 +103,14 @@ def audit(
     train = splits["train"]
     if val and val.scan and val.shards and train.scan and train.shards:
         train.findings.append(disjoint(train.scan.shared, train.shards, val.shards))
+    if val and isinstance(train.shards, PackedShards) and isinstance(val.shards, PackedShards):
+        train.findings.append(guard_disjoint(train.shards, val.shards))
     return list(splits.values())
 
 
 def _read(split: Split, other: Scan | None, keep: bool, lenient: bool, progress: Progress | None) -> None:
-    """Scan the shards of a split, if they could be opened. other: scan of the split whose documents must not recur."""
-    if split.shards is None:
+    """Scan shards of text, if they could be opened. other: scan of the split whose documents must not recur."""
+    if not isinstance(split.shards, TokenShards):
         return
     total, done = split.shards.total_tokens, 0
 
@@ -115,7 +133,7 @@ def _opened(shards: TokenShards) -> Finding:
     return Finding.of("manifest, sizes and tokenizer", True, measured, "those of the files")
 
 
-def _end_of_text(shards: TokenShards, tokenizer: Tokenizer) -> Finding:
+def _end_of_text(shards: Shards, tokenizer: Tokenizer) -> Finding:
     """Compare the id that ends a document in the shards with the end of text of the tokenizer."""
     name, bound = "end of text", f"the tokenizer's, id {tokenizer.eos_id} {tokenizer.eos_token!r}"
     if shards.border_id is None:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import AprError, Refused
-from .conversations.instruct import InstructWindows
 from .scan import mix
-from .shards import TokenShards
+from .shards import Shards
 
+# Target of a position that no loss is computed for.
+IGNORED = -100
 FEISTEL_ROUNDS = 4
 # Read by a thread before they are asked for.
 BATCHES_AHEAD = 4
@@ -29,24 +30,30 @@ class Exhausted(AprError):
 
 
 class Windows:
-    """Windows of seq_length + 1 tokens at a stride of seq_length inside each shard.
+    """Windows of seq_length + 1 tokens at a stride of seq_length inside each shard, or the rows of packed examples.
 
-    Neighbours share one token, so each token but a shard's first is predicted exactly once; what is
-    left at a shard's end is dropped and counted in `tokens_dropped`. Raises Refused when no window fits."""
+    Windows of text share one token with their neighbours, so each token but a shard's first is predicted exactly once; the
+    rest at a shard's end is dropped and counted in `tokens_dropped`. Tokens that the shards mask are IGNORED as targets.
+    Raises Refused when no window fits, or rows have another length."""
 
-    def __init__(self, shards: TokenShards, seq_length: int) -> None:
+    def __init__(self, shards: Shards, seq_length: int) -> None:
         if seq_length < 1:
             raise Refused(f"seq_length = {seq_length} is not positive")
+        if shards.row_tokens and shards.row_tokens != seq_length + 1:
+            raise Refused(
+                f"{shards.folder}: packed for --seq-length {shards.row_tokens - 1}, not {seq_length}; give --instruct"
+            )
         self.shards = shards
         self.seq_length = seq_length
+        self._stride = shards.row_tokens or seq_length
         sizes = np.array([array.size for array in shards.arrays], dtype=np.int64)
-        counts = (sizes - 1) // seq_length
+        counts = (sizes - seq_length - 1) // self._stride + 1
         # Index behind the last window of each shard; index of the first window here among those of the shards.
         self._ends = np.cumsum(counts)
         self.first = 0
         self.count = int(self._ends[-1])
-        # Of a shard with a window, its first token is read but never predicted: it is not dropped.
-        self.tokens_dropped = int((sizes - counts * seq_length - (counts > 0)).sum())
+        used = np.where(counts > 0, (counts - 1) * self._stride + seq_length + 1, 0)
+        self.tokens_dropped = int((sizes - used).sum())
         if not self.count:
             raise Refused(
                 f"{shards.folder}: no window of seq_length = {seq_length} + 1 tokens in "
@@ -60,11 +67,12 @@ class Windows:
     @property
     def targets(self) -> int:
         """Number of targets of a pass over all windows."""
-        return self.count * self.seq_length
+        return self.targets_of(np.arange(self.count)) if self.shards.masks else self.count * self.seq_length
 
     def targets_of(self, indices: np.ndarray) -> int:
         """Count the targets of the windows `indices` int64 (B,)."""
-        return len(indices) * self.seq_length
+        targets = self.shards.row_targets
+        return len(indices) * self.seq_length if targets is None else int(targets[indices + self.first].sum())
 
     def split(self, held_out: int) -> tuple[Windows, Windows]:
         """Split off the last `held_out` windows; a document may reach across the border.
@@ -82,17 +90,27 @@ class Windows:
         return train, held
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Read (ids, targets) int32 (B, T) of the windows `indices` int64 (B,); targets are the next tokens.
+        """Read (ids, targets) int32 (B, T) of the windows `indices` int64 (B,); targets are the next tokens, or IGNORED.
 
         Raises MalformedFile: a shard became shorter since it was opened."""
-        t, indices = self.seq_length, indices + self.first
-        rows = np.empty((len(indices), t + 1), dtype=np.int32)
+        indices = indices + self.first
         which = np.searchsorted(self._ends, indices, side="right")
         self.shards.check_sizes(np.unique(which))
-        for row, index, shard in zip(rows, indices, which, strict=True):
-            start = int(index - (self._ends[shard - 1] if shard else 0)) * t
-            row[:] = self.shards.arrays[shard][start : start + t + 1]
-        return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+        starts = (indices - np.append(0, self._ends)[which]) * self._stride
+        rows = self._cut(self.shards.arrays, which, starts)
+        ids, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+        if self.shards.masks:
+            mask = self._cut(self.shards.masks, which, starts)[:, 1:]
+            # Not in place: in a batch of one row, ids and targets share memory.
+            targets = np.where(mask > 0, targets, np.int32(IGNORED))
+        return ids, targets
+
+    def _cut(self, arrays: list[np.ndarray], which: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Copy seq_length + 1 items of arrays[which] from `starts` on, as int32 (B, T + 1)."""
+        rows = np.empty((len(which), self.seq_length + 1), dtype=np.int32)
+        for row, shard, start in zip(rows, which, starts, strict=True):
+            row[:] = arrays[shard][start : start + self.seq_length + 1]
+        return rows
 
 
 class Permutation:
@@ -135,7 +153,7 @@ class Batches:
 
     def __init__(
         self,
-        windows: Windows | InstructWindows,
+        windows: Windows,
         batch_size: int,
         seed: int,
         shuffle: bool = True,
@@ -177,7 +195,7 @@ class Batches:
     def targets_read(self) -> int:
         """Number of targets that all ranks together have read, by the position in the data."""
         windows, (at, targets) = self.windows, self._counted
-        if isinstance(windows, Windows):
+        if not windows.shards.masks:
             return self._read * windows.seq_length
         if not 0 < at <= self._read:
             number = self._read // windows.count
@@ -278,7 +296,7 @@ class Batches:
 
 
 def sequential(
-    windows: Windows | InstructWindows, batch_size: int, max_windows: int | None = None
+    windows: Windows, batch_size: int, max_windows: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield every window once, in order: (ids, targets) int32 (B, T), B smaller in the last batch.
 
@@ -290,3 +308,8 @@ def sequential(
     for start in range(0, stop, batch_size):
         places = np.arange(start, min(start + batch_size, stop), dtype=np.int64)
         yield windows.read(places * windows.count // stop)
+
+
+def trained_targets(targets: np.ndarray) -> int:
+    """Count the targets (B, T) that a loss is computed for."""
+    return int(np.count_nonzero(targets >= 0))

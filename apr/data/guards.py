@@ -19,7 +19,7 @@ from ..common.errors import Refused
 from ..common.finding import FAIL, Finding
 from ..common.options import numbers
 from ..tokenizer.tokenizer import Tokenizer
-from .shards import TokenShards
+from .shards import Shards
 
 MIN_TOKENS = 10_000  # fewest tokens whose frequencies are judged
 SAMPLED_DOCUMENTS, MAX_SAMPLED_TOKENS = 24, 1 << 16  # for round_trip; tokens of a document
@@ -168,7 +168,7 @@ def fits_model(tokenizer: Tokenizer, vocab_size: int) -> Finding:
     )
 
 
-def round_trip(shards: TokenShards, tokenizer: Tokenizer) -> Finding:
+def round_trip(shards: Shards, tokenizer: Tokenizer) -> Finding:
     """Decode whole documents, spread over the shards, encode their text and compare the ids."""
     name, bound = "encode(decode(ids)) = ids", "the same ids"
     if shards.border_id is None:
@@ -193,7 +193,7 @@ def round_trip(shards: TokenShards, tokenizer: Tokenizer) -> Finding:
     return Finding.of(name, True, f"{len(documents)} documents", bound)
 
 
-def sample_documents(shards: TokenShards, count: int = SAMPLED_DOCUMENTS) -> Iterable[tuple[str, np.ndarray]]:
+def sample_documents(shards: Shards, count: int = SAMPLED_DOCUMENTS) -> Iterable[tuple[str, np.ndarray]]:
     """Yield up to `count` whole documents from evenly spaced places: (shard and position, ids uint32 without the EOS)."""
     border = shards.border_id
     seen: set[tuple[int, int]] = set()
@@ -212,10 +212,10 @@ def sample_documents(shards: TokenShards, count: int = SAMPLED_DOCUMENTS) -> Ite
         ids = window[start : int(stops[0])]
         if 0 < ids.size <= MAX_SAMPLED_TOKENS and (index, start + place) not in seen:
             seen.add((index, start + place))
-            yield f"{shards.manifest.shards[index]['name']}:{place + start}", ids
+            yield f"{shards.files[index].name}:{place + start}", ids
 
 
-def disjoint(shared: int, train: TokenShards, val: TokenShards) -> Finding:
+def disjoint(shared: int, train: Shards, val: Shards) -> Finding:
     """Require that no document stands in both splits; shared: documents of train that the scan met again in val."""
     name, bound = "documents on both sides", "0"
     if train.border_id is None or val.border_id is None:

@@ -14,20 +14,15 @@ from ..common.host import cache_dir
 from ..common.progress import Progress
 from ..tokenizer.chat_template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
-from .audit import Split, audit, enforce_all, sides_of, tokenizer_beside
+from .audit import Split, audit, enforce_all, holds_examples, sides_of, tokenizer_beside
 from .batches import Windows
-from .conversations.instruct import (
-    InstructWindows,
-    audit_instruct,
-    is_instruct,
-    packed_windows,
-    prepare_instruct,
-)
+from .conversations.prepare import prepare_conversations
 from .corpus import Corpus
 from .find import find_sources
 from .guards import Bounds, enforce, fits_model
 from .prepare import PreparedCorpus, prepare
 from .settings import DataSettings
+from .shards import Shards
 from .source import Source
 
 # A text file that is the whole corpus is cut into about 100 documents, or of this size where it is long.
@@ -59,17 +54,12 @@ class OpenedData:
     """
 
     tokenizer: Tokenizer
-    train: Windows | InstructWindows
-    val: Windows | InstructWindows
+    train: Windows
+    val: Windows
     corpus_name: str
     left_out: str
     document_end: int | None
     audit: list[Split]
-
-    @property
-    def instruct(self) -> bool:
-        """True for conversations, of which only the answers are trained on."""
-        return isinstance(self.train, InstructWindows)
 
     def describe(self) -> dict[str, Any]:
         """Identify the data, for the run's config.json."""
@@ -86,18 +76,12 @@ class OpenedData:
             "val_windows": len(self.val),
             "val_unigram_entropy_nats": val.unigram_entropy,
         }
-        return facts | ({"packed": _packed(train), "packed_val": _packed(val)} if self.instruct else {})
+        return facts | ({"packed": train.facts, "packed_val": val.facts} if train.facts else {})
 
     def guards(self) -> dict[str, list[dict[str, Any]]]:
         """List the findings of the guards of each split, for the run's config.json."""
         keys = {"guard": "name", "verdict": "verdict", "figure": "measured", "bound": "bound", "note": "why"}
         return {split.name: as_json(split.findings, **keys) for split in self.audit}
-
-
-def _packed(shards: Any) -> dict[str, Any]:
-    """Count the examples of one split."""
-    keys = "examples tokens trained rows separator duplicates cut skipped template_sha256"
-    return {key: getattr(shards.manifest, key) for key in keys.split()}
 
 
 def open_data(
@@ -107,7 +91,7 @@ def open_data(
 
     init: the checkpoint to start from, whose tokenizer and chat template are the default. Raises AprError."""
     tokenizer = Tokenizer.from_file(s.tokenizer) if s.tokenizer else None
-    instruct = s.instruct or (s.dataset and is_instruct(sides_of(Path(s.dataset))["train"]))
+    instruct = s.instruct or (s.dataset and holds_examples(sides_of(Path(s.dataset))["train"]))
     if instruct and init is None:
         raise Refused(f"{s.dataset}: instruction data fine-tunes a checkpoint: give it with --init")
     if tokenizer is None and init is not None and (instruct or s.corpus):
@@ -126,21 +110,18 @@ def open_data(
         assert tokenizer is not None
         assert init is not None
         template, root = init.template(s.chat_template), cache_dir() / "instruct"
-        packed = prepare_instruct(
+        packed = prepare_conversations(
             s.instruct, root, tokenizer, template, s.seq_length, s.val_fraction, progress
         )
-        folders, left_out = packed.sides, packed.left_out
+        folders, left_out = packed.sides, packed.left_out()
     else:
         folders = sides_of(Path(str(s.dataset)))
         if s.val_dataset:
             given = Path(s.val_dataset)
             folders["val"] = given / "val" if (given / "val").is_dir() else given
     assert tokenizer is not None
-    if instruct:
-        splits = audit_instruct(folders, tokenizer, vocab_size)
-    else:
-        splits = audit(folders, tokenizer, bounds, vocab_size, progress=progress)
-        enforce_all(splits)
+    splits = audit(folders, tokenizer, bounds, vocab_size, progress=progress)
+    enforce_all(splits)
     train, val = windows_of(s, splits)
     return OpenedData(
         tokenizer=tokenizer,
@@ -148,7 +129,7 @@ def open_data(
         val=val,
         corpus_name="this Python's standard library" if s.corpus == "stdlib" else _name(s),
         left_out=left_out,
-        document_end=_document_end(tokenizer, train, val) if s.mask_documents else _packed_end(train),
+        document_end=_document_end(s, tokenizer, train.shards, val.shards),
         audit=splits,
     )
 
@@ -179,27 +160,22 @@ def _prepare_corpus(
     )
 
 
-def _packed_end(train: Windows | InstructWindows) -> int | None:
-    """Return the id at which attention stops because examples share a window."""
-    return train.shards.manifest.separator if isinstance(train, InstructWindows) else None
+def _document_end(s: DataSettings, tokenizer: Tokenizer, train: Shards, val: Shards) -> int | None:
+    """Return the id at which attention stops: that between packed examples, or with --mask-documents between documents.
 
-
-def _document_end(
-    tokenizer: Tokenizer, train: Windows | InstructWindows, val: Windows | InstructWindows
-) -> int | None:
-    """Return the id at which attention stops. Raises Refused where no id ends a document."""
-    if isinstance(train, InstructWindows) or isinstance(val, InstructWindows):
-        return _packed_end(train)
+    Raises Refused where no id ends a document."""
+    if train.masks or not s.mask_documents:
+        return train.border_id if train.masks else None
     end, source = tokenizer.eos_id, tokenizer.source
     if end is None:
         raise Refused(
             f"--mask-documents: {source} has no end-of-text id, so nothing says where a document ends; give a tokenizer with "
             "one, or leave the flag out"
         )
-    for shards in (train.shards, val.shards):
-        policy, used = shards.manifest.eos_policy, shards.eos_token_id
-        if policy == "none" or used != end:
-            found = "eos_policy none" if policy == "none" else f"end-of-text id {used}, {source} has {end}"
+    for shards in (train, val):
+        used = shards.border_id
+        if used != end:
+            found = "eos_policy none" if used is None else f"end-of-text id {used}, {source} has {end}"
             raise Refused(
                 f"--mask-documents: {shards.folder} was encoded with {found}, so nothing says where a document ends; encode "
                 "the corpus again, or leave the flag out"
@@ -229,14 +205,14 @@ def _stdlib() -> list[Source]:
     return code
 
 
-def windows_of(
-    s: DataSettings, splits: list[Split]
-) -> tuple[Windows | InstructWindows, Windows | InstructWindows]:
+def windows_of(s: DataSettings, splits: list[Split]) -> tuple[Windows, Windows]:
     """Cut windows to train on and to validate with; without validation shards the last windows of the training data."""
-    packed = packed_windows(splits, s.seq_length)
-    if packed:
-        return packed["train"], packed["val"]
     windows = {split.name: Windows(split.shards, s.seq_length) for split in splits if split.shards}
     if "val" in windows:
-        return windows["train"], windows["val"]
+        train, val = windows["train"], windows["val"]
+        if bool(train.shards.masks) != bool(val.shards.masks):
+            raise Refused(
+                f"{train.shards.folder} and {val.shards.folder}: one holds packed examples, the other text; give both of a kind"
+            )
+        return train, val
     return windows["train"].split((s.val_batches or HELD_OUT_BATCHES) * s.batch_size)

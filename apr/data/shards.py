@@ -19,8 +19,58 @@ from .manifest import MANIFEST, ShardManifest, figures, read_manifest, same_figu
 from .scan import Scan, scan
 
 
-class TokenShards:
-    """Shards opened read-only through memory maps: `arrays`, one uint32 (tokens,) for each shard.
+class Shards:
+    """Token data of a folder, opened read-only through memory maps; text (TokenShards) or packed examples (PackedShards).
+
+    files            the arrays', then the masks'
+    arrays           uint32 (tokens,)  ids
+    masks            uint8  (tokens,)  beside arrays: 1 where the token is a target; [] where every token is one
+    row_tokens       tokens of a packed row, None where windows are cut from running text
+    row_targets      int64  (rows,)    number of targets of each packed row
+    border_id        id that ends a document, None where nothing does
+    total_tokens     of the tokens that are targets, with their total_bytes of UTF-8 text
+    figures          statistics of those tokens, see manifest.figures
+    facts            counts of packed examples, for config.json
+    sha256           identity of the data
+    """
+
+    folder: Path
+    files: list[Path]
+    arrays: list[np.ndarray]
+    masks: list[np.ndarray]
+    row_tokens: int | None = None
+    row_targets: np.ndarray | None = None
+    border_id: int | None
+    vocab_size: int
+    tokenizer_sha256: str
+    total_tokens: int
+    total_bytes: int
+    total_documents: int
+    figures: dict[str, Any]
+    facts: dict[str, Any]
+    sha256: str
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Entropy of the token frequencies, nats/token."""
+        return float(self.figures["unigram_entropy_nats"])
+
+    def check_sizes(self, indices: np.ndarray) -> None:
+        """Raise MalformedFile for a file of the arrays `indices`, or a mask, that became shorter since it was opened.
+
+        Called before a read: the kernel kills a process that reads a mapped file beyond its end."""
+        masks = zip(self.files[len(self.arrays) :], self.masks, strict=True)
+        for path, array in [*((self.files[i], self.arrays[i]) for i in indices), *masks]:
+            size = _file_size(array)
+            if size < array.nbytes:
+                raise MalformedFile(
+                    f"{path}: became shorter while it was read: {size} bytes, it had {array.nbytes}; restore it, and "
+                    "go on with --resume"
+                )
+
+
+class TokenShards(Shards):
+    """Shards of text: documents one behind the other.
 
     Always checked: manifest, names, number and sizes of the files, and the tokenizer when one is given.
     With verify also, in one pass over the data (see `check`): sha256, ids below vocab_size, the audit figures, and the
@@ -53,32 +103,16 @@ class TokenShards:
                 f"{self.folder / extra[0]}: not in {path}, which lists {m.shard_count} shards"
             )
         self.unknown_id = tokenizer.unknown_id if tokenizer else None
-        self.arrays = [open_shard(self.folder, s) for s in m.shards]
-        self.total_tokens: int = m.total_tokens
-        self.total_bytes: int = m.total_bytes
-        self.total_documents: int = m.total_documents
-        self.vocab_size: int = m.vocab_size
-        self.tokenizer_sha256: str = m.tokenizer_sha256
-        self.eos_token_id: int | None = m.eos_token_id
-        # Ends a document.
-        self.border_id: int | None = None if m.eos_policy == "none" else m.eos_token_id
-        # nats/token
-        self.unigram_entropy: float = m.audit["unigram_entropy_nats"]
+        self.files = [self.folder / s["name"] for s in m.shards]
+        self.arrays, self.masks = [open_shard(self.folder, s) for s in m.shards], []
+        self.total_tokens, self.total_bytes = m.total_tokens, m.total_bytes
+        self.total_documents, self.vocab_size = m.total_documents, m.vocab_size
+        self.tokenizer_sha256, self.eos_token_id = m.tokenizer_sha256, m.eos_token_id
+        self.border_id = None if m.eos_policy == "none" else m.eos_token_id
+        self.figures, self.facts = m.audit, {}
         self.sha256 = hashlib.sha256("".join(s["sha256"] for s in m.shards).encode()).hexdigest()
         if verify:
             self.check()
-
-    def check_sizes(self, indices: np.ndarray) -> None:
-        """Raise MalformedFile for a shard that became shorter since it was opened.
-
-        Called before a read: the kernel kills a process that reads a mapped file beyond its end."""
-        for i in indices:
-            size = _file_size(self.arrays[i])
-            if size < self.arrays[i].nbytes:
-                raise MalformedFile(
-                    f"{self.folder / self.manifest.shards[i]['name']}: became shorter while it was read: {size} bytes, it had "
-                    f"{self.arrays[i].nbytes}; restore it, and go on with --resume"
-                )
 
     def check(
         self,
@@ -134,11 +168,11 @@ def open_shard(folder: Path, shard: dict[str, Any]) -> np.ndarray:
     return mapped(path)
 
 
-def mapped(path: Path) -> np.ndarray:
-    """Map the ids of a shard, uint32 (tokens,). Raises IOFailure: no rights, or more shards than a process may map."""
+def mapped(path: Path, dtype: str = "<u4") -> np.ndarray:
+    """Map the ids of a shard, uint32 (tokens,), or a mask. Raises IOFailure: no rights, or more shards than a process may map."""
     try:
         with path.open("rb") as f:
-            return np.frombuffer(memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)), dtype="<u4")
+            return np.frombuffer(memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)), dtype)
     # ValueError: the file was emptied meanwhile.
     except (OSError, ValueError) as e:
         raise IOFailure(

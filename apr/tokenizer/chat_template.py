@@ -28,10 +28,17 @@ class ChatTemplate:
     text    of the template
     source  file or model, for messages
     tokens  texts of special tokens by name, such as bos_token
+    marks   written before and behind the text of {% generation %} blocks; a template with marks knows no date
 
     Raises Refused: jinja2 is missing, or the text is no template."""
 
-    def __init__(self, text: str, source: str, tokens: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        text: str,
+        source: str,
+        tokens: dict[str, str] | None = None,
+        marks: tuple[str, str] | None = None,
+    ) -> None:
         self.text, self.source, self.tokens = text, source, tokens or {}
         try:
             import jinja2
@@ -39,9 +46,18 @@ class ChatTemplate:
             raise Refused("chat templates need jinja2; pip install 'jinja2>=3.1'") from None
         self._error = jinja2.TemplateError
         try:
-            self._compiled = _environment().from_string(text)
+            self._compiled = _environment(marks).from_string(text)
         except jinja2.TemplateSyntaxError as e:
             raise Refused(f"{source}: chat template, line {e.lineno}: {e.message}") from None
+
+    @property
+    def has_generation(self) -> bool:
+        """True for a template that marks answers with {% generation %}."""
+        return re.search(r"{%[-+]?\s*generation\s*[-+]?%}", self.text) is not None
+
+    def marking_answers(self, before: str, behind: str) -> ChatTemplate:
+        """Return the template with marks around {% generation %} blocks, and with strftime_now undefined."""
+        return ChatTemplate(self.text, self.source, self.tokens, (before, behind))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **more: Any) -> str:
         """Render a conversation as text; add_generation_prompt appends the words that begin an answer.
@@ -65,23 +81,24 @@ class ChatTemplate:
             raise Refused(f"{self.source}: its chat template refuses the conversation: {e}") from None
 
 
-def _environment() -> Any:
+def _environment(marks: tuple[str, str] | None) -> Any:
     import jinja2
     from jinja2 import ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(ext.Extension):
-        """{% generation %} marks what a model wrote, for training; what is inside is rendered as it stands."""
+        """{% generation %} marks the words of the model, for training; the block itself is rendered as it stands."""
 
         tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_same"), [], [], body).set_lineno(line)
+            return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
 
-        def _same(self, caller: Callable[[], str]) -> str:
-            return caller()
+        def _marked(self, caller: Callable[[], str]) -> str:
+            before, behind = marks or ("", "")
+            return f"{before}{caller()}{behind}"
 
     class Environment(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(["*", "**"])
@@ -115,7 +132,7 @@ def _environment() -> Any:
 
     env = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
     env.filters["tojson"] = tojson
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    env.globals |= {"raise_exception": raise_exception} | ({} if marks else {"strftime_now": strftime_now})
     return env
 
 
@@ -152,22 +169,20 @@ def chat_ids(
 
     Special tokens that the template writes are those tokens. A special token that a message spells out is text: nobody
     can end a turn, or begin one in another's name, from inside a message."""
-    special = [text for text in tokenizer.special_tokens().values() if text]
+    special = tokenizer.special_pattern
     quoted: dict[str, str] = {}
-    if special:
-        found = re.compile("|".join(re.escape(s) for s in sorted(special, key=len, reverse=True)))
-        said = "".join(m["content"] for m in messages if isinstance(m.get("content"), str))
-        free = (c for c in QUOTES if c not in said)
+    contents = "".join(m["content"] for m in messages if isinstance(m.get("content"), str))
+    free = (c for c in QUOTES if c not in contents)
 
-        def quote(match: re.Match[str]) -> str:
-            if match[0] not in quoted:
-                quoted[match[0]] = next(free)
-            return quoted[match[0]]
+    def quote(match: re.Match[str]) -> str:
+        if match[0] not in quoted:
+            quoted[match[0]] = next(free)
+        return quoted[match[0]]
 
-        messages = [
-            {**m, "content": found.sub(quote, m["content"])} if isinstance(m.get("content"), str) else m
-            for m in messages
-        ]
+    messages = [
+        {**m, "content": special.sub(quote, m["content"])} if isinstance(m.get("content"), str) else m
+        for m in messages
+    ]
     text = template.render(messages, True, **more)
     if not quoted:
         return [int(i) for i in tokenizer.encode_marked(text)]

@@ -8,8 +8,10 @@ from __future__ import annotations
 import array
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +171,27 @@ class Tokenizer:
 
     def encode_marked(self, text: str) -> np.ndarray:
         """Encode a text in which special tokens stand for themselves, as a chat template writes them, uint32 (n,)."""
+        return self.encode_spans([text])[0][0]
+
+    def encode_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Encode texts in which special tokens stand for themselves.
+
+        Returns ids, uint32 (n,), and the characters [start, end) of each token, int64 (n, 2)."""
         self._engine.encode_special_tokens = False
         try:
-            return self.encode(text)
+            with self._encoding(texts):
+                rows = self._engine.encode_batch(list(texts), add_special_tokens=False)
         finally:
             self._engine.encode_special_tokens = True
+        return [
+            (np.array(row.ids, np.uint32), np.array(row.offsets, np.int64).reshape(-1, 2)) for row in rows
+        ]
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Pattern of any special token, longer ones first; without special tokens it matches nothing."""
+        texts = sorted(filter(None, self.special_tokens().values()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
     def special_tokens(self) -> dict[int, str]:
         """List the special added tokens: text by id."""
@@ -182,14 +200,20 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[np.ndarray]:
         """Encode several texts on all cores, each uint32 (n,)."""
+        with self._encoding(texts):
+            rows = self._engine.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [np.frombuffer(array.array("I", row.ids), np.uint32) for row in rows]
+
+    @contextmanager
+    def _encoding(self, texts: Sequence[str]) -> Iterator[None]:
+        """Raise Refused for a text with a lone surrogate, MalformedFile for errors of the library."""
         try:
             with _library(self.source, "text cannot be encoded"):
-                rows = self._engine.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+                yield
         except TypeError:
             for text in texts:
                 utf8_of(text)
             raise
-        return [np.frombuffer(array.array("I", row.ids), np.uint32) for row in rows]
 
     def normalize(self, text: str) -> str:
         """Normalize a text as the encoder does before it cuts it; without a normalizer the text itself."""

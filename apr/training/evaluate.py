@@ -10,8 +10,7 @@ import numpy as np
 
 from ..common.events import Line
 from ..common.units import LAST_STEPS, perplexity
-from ..data.batches import Windows, sequential
-from ..data.conversations.instruct import InstructWindows
+from ..data.batches import Windows, sequential, trained_targets
 from ..model.transformer import Model
 from .inputs import Inputs
 
@@ -30,7 +29,7 @@ class Loss(NamedTuple):
 
 def evaluate(
     model: Model,
-    windows: Windows | InstructWindows,
+    windows: Windows,
     micro: int,
     most: int | None,
     stop: Callable[[], bool] = lambda: False,
@@ -47,7 +46,7 @@ def evaluate(
             raise Stopped
         model.forward(ids)
         model.loss(targets)
-        count = int(np.count_nonzero(targets >= 0))
+        count = trained_targets(targets)
         tokens += count
         total = float(be.to_host(model.total)[0])
         means.append((total - before) / count)

@@ -36,8 +36,7 @@ from ..common.events import (
     emit,
 )
 from ..common.units import bits_per_byte
-from ..data.batches import Batches, Exhausted
-from ..data.conversations.instruct import trained_targets
+from ..data.batches import Batches, Exhausted, trained_targets
 from ..model.cost import flops_per_token
 from ..model.lora import Adapters
 from ..model.optim import hyper_parameters, optimizer_class

@@ -5,11 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from ..bisect.spot import spot_check
 from ..common.events import Event, SpotChecked, StepBegun
-from ..data.conversations.instruct import checked_piece
 from ..model.transformer import Model
 from .metrics import MetricsLog
+
+# Positions of a piece before its first target.
+CONTEXT_TOKENS = 16
 
 
 class SpotChecks:
@@ -25,8 +29,10 @@ class SpotChecks:
         if self.every < 0 or (self.has_checked and not due):
             return
         self.has_checked, start = True, time.perf_counter()
-        piece = checked_piece(e.ids[: self.model.batch], e.targets[: self.model.batch])
-        report = spot_check(self.model, *piece, f"the model before step {e.step}")
+        # Few positions are checked, and the check must see a loss.
+        start_token = max(0, int(np.argmax(e.targets[0] >= 0)) - CONTEXT_TOKENS)
+        ids, targets = (x[: self.model.batch, start_token:] for x in (e.ids, e.targets))
+        report = spot_check(self.model, ids, targets, f"the model before step {e.step}")
         seconds = time.perf_counter() - start
         self.log.write(
             step=e.step,

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..common.finding import PASS
 from ..common.units import LAST_STEPS
-from ..data.conversations.instruct import InstructShards
 from ..model.lora import AdapterLayout
 from ..model.params import Layout
 from .display import Rows
@@ -56,8 +55,8 @@ def _millions(n: int) -> str:
 def _split(i: Inputs) -> str:
     """Count the tokens to train on and those held out."""
     train, val = i.train.shards, i.val.shards
-    if isinstance(train, InstructShards):
-        return _examples(train, val)
+    if train.facts:
+        return _examples(train.facts, val.facts, i.train.seq_length)
     if val is not train:
         documents = f"{val.total_documents:,} document{'s' if val.total_documents != 1 else ''}"
         return f"{train.total_tokens:,} tokens to train on, {val.total_tokens:,} held out ({documents})"
@@ -65,23 +64,22 @@ def _split(i: Inputs) -> str:
     return f"{train.total_tokens - held:,} tokens to train on, the last {held:,} of the shards held out"
 
 
-def _examples(train: Any, val: Any) -> str:
+def _examples(train: dict[str, Any], val: dict[str, Any], seq_length: int) -> str:
     """Describe instruction data in three lines: examples, the share of them that is trained on, the packing."""
-    m, held = train.manifest, val.manifest
-    row = m.seq_length + 1
-    packed = "examples share windows" if m.separator is not None else "an example to a window"
+    packed = "examples share windows" if train["separator"] is not None else "an example to a window"
+    tokens, trained, rows = train["tokens"], train["trained"], train["rows"]
     return (
-        f"{m.examples:,} examples, {held.examples:,} held out; {m.duplicates:,} copies dropped\n"
-        f"{m.trained:,} of {m.tokens:,} tokens are answers ({100 * m.trained / m.tokens:.1f} %), which are trained on; "
-        f"{held.trained:,} held out\n"
-        f"{packed}: {m.rows:,} of {m.seq_length} tokens, {100 * m.tokens / (m.rows * row):.0f} % full"
+        f"{train['examples']:,} examples, {val['examples']:,} held out; {train['duplicates']:,} copies dropped\n"
+        f"{trained:,} of {tokens:,} tokens are answers ({100 * trained / tokens:.1f} %), which are trained on; "
+        f"{val['trained']:,} held out\n"
+        f"{packed}: {rows:,} of {seq_length} tokens, {100 * tokens / (rows * (seq_length + 1)):.0f} % full"
     )
 
 
 def _guarded(i: Inputs) -> str:
     """Describe the guards of the data: the number that passed, the most telling figures, what was skipped or widened."""
     findings = [f for split in i.audit for f in split.findings]
-    figures = i.train.shards.manifest.audit
+    figures = i.train.shards.figures
     odd: dict[tuple[str, bool, str], list[str]] = {}
     for split in i.audit:
         for f in split.findings:

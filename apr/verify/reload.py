@@ -14,8 +14,7 @@ from .. import backends
 from ..backends.select import choose
 from ..checkpoints.registry import open_any
 from ..common.errors import AprError, MalformedFile, Refused
-from ..data.audit import Split, sides_of
-from ..data.conversations.instruct import open_side
+from ..data.audit import Split, open_shards, sides_of
 from ..data.open import windows_of
 from ..model.transformer import Model
 from ..training.evaluate import Loss, evaluate
@@ -69,8 +68,7 @@ def checkpoint_loss(r: Recorded, backend: ModuleType, dtype: str, dataset: str |
     if dataset is not None:
         folders = sides_of(Path(dataset))
     sides = [
-        Split(name, folder, open_side(folder, tokenizer, verify=False))  # type: ignore[arg-type]
-        for name, folder in folders.items()
+        Split(name, folder, open_shards(folder, tokenizer, verify=False)) for name, folder in folders.items()
     ]
     _, val = windows_of(r.settings, sides)
     want = r.config["data"]["val_sha256"]

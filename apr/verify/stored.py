@@ -12,8 +12,9 @@ from ..checkpoints.registry import open_any
 from ..checkpoints.state import saved_hashes, sha256
 from ..common.files import read_json
 from ..common.finding import Finding
-from ..data.batches import Batches
-from ..data.conversations.instruct import InstructShards, InstructWindows, open_side
+from ..data.audit import open_shards
+from ..data.batches import Batches, Windows
+from ..data.shards import Shards
 from ..evidence.adapters import checkpoint_merge_error
 from ..evidence.seal import EVIDENCE, compare
 from ..model.params import Layout
@@ -100,19 +101,19 @@ def data(r: Record) -> Finding:
         if not folder.is_dir():
             why = f"{folder} is not there; --dataset says where the shards are now"
             return Finding.skipped("data", why, bound)
-        shards = open_side(folder, tokenizer)
+        shards = open_shards(folder, tokenizer)
         if shards.sha256 != want[f"{side}_sha256"]:
             return Finding.of("data", False, f"{folder}: {shards.sha256[:12]}", bound)
         tokens += shards.total_tokens
-        if isinstance(shards, InstructShards) and side == "train" and (wrong := _miscounted(r, shards)):
+        if shards.masks and side == "train" and (wrong := _miscounted(r, shards)):
             return Finding.of("data", False, wrong, bound)
     return Finding.of("data", True, f"{tokens:,} tokens read", bound)
 
 
-def _miscounted(r: Record, shards: InstructShards) -> str:
+def _miscounted(r: Record, shards: Shards) -> str:
     """Find the first step whose trained tokens are not those of the windows that it read; "" for none."""
     s, counted = r.settings, 0
-    stream = Batches(InstructWindows(shards, s.seq_length), s.batch_size, s.seed, s.shuffle, s.on_exhausted)
+    stream = Batches(Windows(shards, s.seq_length), s.batch_size, s.seed, s.shuffle, s.on_exhausted)
     for line in r.steps:
         counted += stream.skip()
         if line["tokens_seen"] != counted:

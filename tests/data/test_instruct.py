@@ -19,21 +19,15 @@ from apr.checkpoints.hf import write_hf
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import MalformedFile, Refused
-from apr.data.batches import Batches
-from apr.data.conversations import instruct
-from apr.data.conversations.instruct import (
-    IGNORED,
-    Encoded,
-    Encoder,
-    InstructShards,
-    InstructWindows,
-    Skipped,
-    audit_instruct,
-    example_of,
-    fit,
-    pack,
-    prepare_instruct,
-)
+from apr.data.audit import audit
+from apr.data.batches import IGNORED, Batches, Windows
+from apr.data.conversations import prepare
+from apr.data.conversations.examples import example_of
+from apr.data.conversations.pack import best_fit, fit
+from apr.data.conversations.packed import PackedShards, guard_answers
+from apr.data.conversations.prepare import prepare_conversations
+from apr.data.conversations.render import EncodedExample, Encoder
+from apr.data.source import Skipped, Unusable
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
@@ -177,7 +171,7 @@ def test_alpaca_without_a_template_has_its_own_prompt():
     ],
 )
 def test_what_is_no_example_is_named(record, reason):
-    with pytest.raises(instruct.Unsuitable) as e:
+    with pytest.raises(Unusable) as e:
         example_of("x:1", record)
     assert e.value.reason == reason
 
@@ -221,7 +215,7 @@ def test_ids_that_are_not_the_text_are_refused(monkeypatch):
 
 def example(trained):
     t = np.array(trained, bool)
-    return Encoded(np.arange(t.size, dtype=np.uint32), t, 10 * int(t.sum()))
+    return EncodedExample(np.arange(t.size, dtype=np.uint32), t, 10 * int(t.sum()))
 
 
 @pytest.mark.parametrize(
@@ -250,12 +244,12 @@ def test_packing_holds_every_example_once_and_fills_rows(seed):
     rng = np.random.default_rng(seed)
     room = int(rng.integers(8, 60))
     sizes = rng.integers(1, room + 1, 500)
-    rows = pack(sizes, room)
+    rows = best_fit(sizes, room)
     assert sorted(i for row in rows for i in row) == list(range(500))
     sums = [int(sizes[row].sum()) for row in rows]
     assert max(sums) <= room
     assert len(rows) <= 11 / 9 * np.ceil(sizes.sum() / room) + 1  # best fit decreasing (Johnson 1974)
-    assert pack(sizes, room) == rows
+    assert best_fit(sizes, room) == rows
 
 
 CHATS = [
@@ -281,7 +275,7 @@ def prepared(tmp_path):
             data = zstandard.ZstdCompressor().compress(data)
         path.write_bytes(data)
         more.setdefault("template", template())
-        return prepare_instruct(
+        return prepare_conversations(
             str(path), tmp_path / "cache", own(), more["template"], seq_length, val_fraction
         )
 
@@ -290,7 +284,7 @@ def prepared(tmp_path):
 
 def test_a_folder_is_made_once_and_used_again(prepared, monkeypatch):
     first = prepared()
-    monkeypatch.setattr(instruct, "Encoder", None)
+    monkeypatch.setattr(prepare, "Encoder", None)
     assert prepared().folder == first.folder
     with pytest.raises(TypeError):
         prepared(seq_length=97)
@@ -298,25 +292,26 @@ def test_a_folder_is_made_once_and_used_again(prepared, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".ndjson"])
 def test_compressed_files_hold_the_same_examples(prepared, suffix):
-    plain, packed = (
-        InstructShards(prepared(name=n).sides["train"], own()) for n in ("a.jsonl", "a" + suffix)
-    )
+    plain, packed = (PackedShards(prepared(name=n).sides["train"], own()) for n in ("a.jsonl", "a" + suffix))
     assert plain.sha256 == packed.sha256
 
 
 def test_examples_share_windows_and_stay_apart(prepared):
     folder = prepared()
-    sides = audit_instruct(folder.sides, own(), VOCAB)
+    sides = audit(folder.sides, own(), model_vocab=VOCAB)
     shards = sides[0].shards
     m = shards.manifest
     assert m.separator == own().eos_id  # occurs in no rendered conversation
     assert m.rows < m.examples / 1.5
     assert m.examples + sides[1].shards.manifest.examples == len(CHATS)
-    windows = InstructWindows(shards, 96)
+    windows = Windows(shards, 96)
     ids, targets = windows.read(np.arange(len(windows)))
     assert (targets >= 0).sum() == m.trained == windows.targets
     assert ((targets == IGNORED) | (targets[:, :] == np.roll(ids, -1, 1)))[:, :-1].all()
     assert not ((ids == m.separator) & (targets >= 0)).any()
+    one = [windows.read(np.array([i])) for i in range(len(windows))]
+    np.testing.assert_array_equal(np.concatenate([i for i, _ in one]), ids)
+    np.testing.assert_array_equal(np.concatenate([t for _, t in one]), targets)
     texts = {own().decode(x) for row in ids for x in np.split(row, np.flatnonzero(row == m.separator))}
     assert any("<|user|>\nthe 3 in an hat<|end|>" in t for t in texts)
     assert all(v.passed for v in sides[0].findings)
@@ -326,11 +321,11 @@ def test_what_is_left_out_is_counted(prepared):
     long_ = {"messages": [{"role": "user", "content": "a" * 300}, {"role": "assistant", "content": "short"}]}
     never = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 300}]}
     rows = [*CHATS, CHATS[0], CHATS[1], "no json", {"text": 1}, long_, never]
-    m = InstructShards(prepared(rows).sides["train"], own()).manifest
+    m = PackedShards(prepared(rows).sides["train"], own()).manifest
     assert m.duplicates == 2
     assert m.skipped == {"broken JSON": 1, "no field": 1, "longer than --seq-length": 1}
     assert m.cut == 1
-    assert "broken JSON" in prepared(rows).left_out
+    assert "broken JSON" in prepared(rows).left_out()
 
 
 def test_a_side_without_examples_is_refused(prepared):
@@ -341,8 +336,8 @@ def test_a_side_without_examples_is_refused(prepared):
 
 
 def test_without_a_free_id_an_example_has_a_window_of_its_own(prepared, monkeypatch):
-    monkeypatch.setattr(instruct, "_separator", lambda inside, tokenizer: None)
-    shards = InstructShards(prepared().sides["train"], own())
+    monkeypatch.setattr(prepare, "separator_of", lambda inside, tokenizer: None)
+    shards = PackedShards(prepared().sides["train"], own())
     assert shards.manifest.rows == shards.manifest.examples
 
 
@@ -360,13 +355,13 @@ def small_model(batch, seq, document_end, dtype="float64"):
 
 
 def test_the_loss_of_packed_examples_is_that_of_each_alone(prepared, monkeypatch):
-    packed = InstructShards(prepared().sides["train"], own())
-    monkeypatch.setattr(instruct, "_separator", lambda inside, tokenizer: None)
-    alone = InstructShards(prepared(name="again.jsonl", seq_length=95).sides["train"], own())
+    packed = PackedShards(prepared().sides["train"], own())
+    monkeypatch.setattr(prepare, "separator_of", lambda inside, tokenizer: None)
+    alone = PackedShards(prepared(name="again.jsonl", seq_length=95).sides["train"], own())
     found = [
         losses_of(
             small_model(3, s.manifest.seq_length, s.manifest.separator),
-            InstructWindows(s, s.manifest.seq_length),
+            Windows(s, s.manifest.seq_length),
             3,
         )
         for s in (packed, alone)
@@ -374,16 +369,14 @@ def test_the_loss_of_packed_examples_is_that_of_each_alone(prepared, monkeypatch
     assert packed.manifest.rows < alone.manifest.rows
     assert found[0].tokens == found[1].tokens
     assert abs(found[0].mean - found[1].mean) <= 1e-12 * found[0].mean
-    leaky = losses_of(
-        small_model(3, 96, None), InstructWindows(packed, 96), 3
-    )  # the mask of borders left out
+    leaky = losses_of(small_model(3, 96, None), Windows(packed, 96), 3)  # the mask of borders left out
     assert abs(leaky.mean - found[0].mean) > 1e-6
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_the_mean_is_over_trained_tokens_whatever_the_micro_batch(prepared, micro):
-    shards = InstructShards(prepared().sides["train"], own())
-    windows = InstructWindows(shards, 96)
+    shards = PackedShards(prepared().sides["train"], own())
+    windows = Windows(shards, 96)
     ids, targets = Batches(windows, 4, seed=1).next()
     model = small_model(4, 96, shards.manifest.separator)
     count = int((targets >= 0).sum())
@@ -399,7 +392,7 @@ def test_the_mean_is_over_trained_tokens_whatever_the_micro_batch(prepared, micr
 
 
 def test_targets_read_follow_from_the_position_in_the_data(prepared):
-    windows = InstructWindows(InstructShards(prepared().sides["train"], own()), 96)
+    windows = Windows(PackedShards(prepared().sides["train"], own()), 96)
     batches, counted = Batches(windows, 3, seed=5), 0
     for _ in range(3 * len(windows)):
         counted += int((batches.next()[1] >= 0).sum())
@@ -420,24 +413,24 @@ def test_a_changed_or_cut_file_is_found(prepared, name):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     with pytest.raises(MalformedFile, match=name):
-        InstructShards(folder, own())
+        PackedShards(folder, own())
     path.write_bytes(whole[:9] + bytes([whole[9] ^ 1]) + whole[10:])
     with pytest.raises(MalformedFile):
-        InstructShards(folder, own())
+        PackedShards(folder, own())
 
 
 def test_guards_see_labels_behind_a_border_and_rows_without_an_answer(prepared):
     folder = prepared()
-    shards = InstructShards(folder.sides["train"], own())
+    shards = PackedShards(folder.sides["train"], own())
     m = shards.manifest
     trained = shards.trained.copy()
     row, at = (int(x[0]) for x in np.nonzero(shards.ids[:, :-1] == m.separator))
     trained[row, at + 1] = 1
-    shards.trained = trained
-    assert instruct._answers(shards).passed is False
+    shards.masks = [trained.reshape(-1)]
+    assert guard_answers(shards).passed is False
     trained[row] = 0
-    shards.counts = trained[:, 1:].sum(1)
-    assert instruct._answers(shards).passed is False
+    shards.row_targets = trained[:, 1:].sum(1)
+    assert guard_answers(shards).passed is False
 
 
 # Whole runs

@@ -105,7 +105,7 @@ def _result(splits: list[Split], picture: str | None, verdict: str) -> dict[str,
         "sides": {
             split.name: {
                 "folder": str(split.folder),
-                "figures": split.shards.manifest.audit if split.shards else None,
+                "figures": split.shards.figures if split.shards else None,
                 "guards": as_json(
                     split.findings,
                     verdict="verdict", guard="name", passed="passed", figure="measured", bound="bound", note="why",

@@ -1,0 +1,239 @@
+"""Read packed examples: `ids.bin` (uint32) and `trained.bin` (uint8), both (rows, seq_length + 1), beside an instruct.json.
+
+trained is 1 where a token is to be predicted: a token of an answer, or the one that ends its turn. Several examples share a
+row. Behind each stands the separator, an id that occurs inside none of them, and attention stops there, so an example is
+computed as if it were alone. Where every id of the vocabulary occurs, a row holds one example. The rest of a row is filled
+with the separator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...common.errors import InputNotFound, MalformedFile, Refused
+from ...common.files import read_json
+from ...common.finding import Finding
+from ...tokenizer.tokenizer import Tokenizer
+from ..guards import fits_model
+from ..shards import Shards, mapped
+from ..source import Skipped
+
+FORMAT = "apr-instruct-1"
+RECORD = "instruct.json"
+# Rows that are written or scanned at once.
+BLOCK_ROWS = 1024
+# Examples of the round trip.
+SAMPLED_EXAMPLES = 256
+# Counts in instruct.json that are never 0.
+POSITIVE = ("seq_length", "vocab_size", "rows", "examples", "tokens", "trained")
+# Fields of instruct.json that a run records.
+RECORDED = (
+    "examples",
+    "tokens",
+    "trained",
+    "rows",
+    "separator",
+    "duplicates",
+    "cut",
+    "skipped",
+    "template_sha256",
+)
+ADVICE = "and the next run makes it anew"
+
+
+@dataclass
+class PackManifest:
+    """instruct.json of one side.
+
+    tokens           of examples, without the fill of the rows
+    trained          tokens that a loss is computed for, with answer_bytes of UTF-8
+    cut              examples that lost the beginning of their context
+    examples_sha256  of the SHA-256 of ids and labels of each example, in their order
+    audit            statistics of the trained tokens, see manifest.figures
+    """
+
+    side: str
+    seq_length: int
+    separator: int | None
+    tokenizer_sha256: str
+    template_sha256: str | None
+    vocab_size: int
+    rows: int = 0
+    examples: int = 0
+    tokens: int = 0
+    trained: int = 0
+    answer_bytes: int = 0
+    duplicates: int = 0
+    cut: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    skipped_first: str = ""
+    ids_sha256: str = ""
+    trained_sha256: str = ""
+    examples_sha256: str = ""
+    audit: dict[str, Any] = field(default_factory=dict)
+    format: str = FORMAT
+
+    @classmethod
+    def read(cls, path: Path) -> PackManifest:
+        """Read instruct.json. Raises MalformedFile."""
+        d = read_json(path)
+        is_record = (
+            isinstance(d, dict) and d.get("format") == FORMAT and set(d) == set(cls.__dataclass_fields__)
+        )
+        if not is_record or not all(isinstance(d[key], int) and d[key] > 0 for key in POSITIVE):
+            raise MalformedFile(f"{path}: not a record of {FORMAT}; remove its folder, {ADVICE}")
+        return cls(**d)
+
+    def skip(self, item: Skipped) -> None:
+        """Count a record that cannot be used."""
+        self.skipped[item.reason] = self.skipped.get(item.reason, 0) + 1
+        self.skipped_first = self.skipped_first or f"{item.name}: {item.reason}: {item.detail}"
+
+
+class PackedShards(Shards):
+    """One side of packed examples. A loss of answers is compared with the figures, those of the trained tokens.
+
+    verify: read all of it and compare it with instruct.json. Raises InputNotFound, MalformedFile, Refused: another tokenizer."""
+
+    row_tokens: int
+    row_targets: np.ndarray
+
+    def __init__(self, folder: str | Path, tokenizer: Tokenizer | None = None, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        path = self.folder / RECORD
+        if not path.is_file():
+            raise InputNotFound(f"{path}: no such file; give the instruction data with --instruct")
+        m = self.manifest = PackManifest.read(path)
+        if tokenizer and tokenizer.sha256 != m.tokenizer_sha256:
+            raise Refused(
+                f"{path}: encoded with tokenizer {m.tokenizer_sha256[:12]}, {tokenizer.source} is {tokenizer.sha256[:12]}"
+            )
+        self.files = [self.folder / "ids.bin", self.folder / "trained.bin"]
+        self.row_tokens, self.border_id = m.seq_length + 1, m.separator
+        self.arrays = [_mapped(self.files[0], "<u4", m.rows * self.row_tokens)]
+        self.masks = [_mapped(self.files[1], "u1", m.rows * self.row_tokens)]
+        self.row_targets = self.trained[:, 1:].sum(1, dtype=np.int64)
+        self.vocab_size, self.tokenizer_sha256 = m.vocab_size, m.tokenizer_sha256
+        self.total_tokens, self.total_bytes, self.total_documents = m.trained, m.answer_bytes, m.examples
+        self.figures, self.facts = m.audit, {key: getattr(m, key) for key in RECORDED}
+        identity = f"{m.seq_length} {m.separator} {m.ids_sha256}{m.trained_sha256}"
+        self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
+        if verify:
+            self.check()
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Rows of ids, uint32 (rows, seq_length + 1)."""
+        return self.arrays[0].reshape(-1, self.row_tokens)
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Rows of the mask, uint8 (rows, seq_length + 1)."""
+        return self.masks[0].reshape(-1, self.row_tokens)
+
+    def check(self) -> None:
+        """Read all the data and compare it with instruct.json. Raises MalformedFile."""
+        m = self.manifest
+        for path, array, want in zip(
+            self.files, (*self.arrays, *self.masks), (m.ids_sha256, m.trained_sha256), strict=True
+        ):
+            if (sha256 := hashlib.sha256(array.data).hexdigest()) != want:
+                raise MalformedFile(
+                    f"{path}: sha256 is {sha256[:12]}, {RECORD} says {want[:12]}; remove {self.folder.parent}, {ADVICE}"
+                )
+        if (highest := int(self.ids.max())) >= m.vocab_size:
+            raise MalformedFile(f"{self.files[0]}: id {highest}, vocab_size is {m.vocab_size}")
+        if (targets := int(self.row_targets.sum())) != m.trained:
+            raise MalformedFile(f"{self.folder / RECORD}: trained = {m.trained}, the rows have {targets}")
+
+    def examples(self, rows: Iterable[int]) -> Iterator[np.ndarray]:
+        """Yield the ids of each example in some rows, without the separator."""
+        for row in (self.ids[r] for r in rows):
+            pieces = [row] if self.border_id is None else np.split(row, np.flatnonzero(row == self.border_id))
+            for piece in pieces:
+                piece = piece[piece != self.border_id] if self.border_id is not None else piece
+                if piece.size:
+                    yield piece
+
+
+def _mapped(path: Path, dtype: str, items: int) -> np.ndarray:
+    want, size = items * np.dtype(dtype).itemsize, path.stat().st_size if path.is_file() else None
+    if size != want:
+        there = "missing" if size is None else f"{size} bytes"
+        raise MalformedFile(
+            f"{path}: {there}, {RECORD} says {want} bytes; remove {path.parents[1]}, {ADVICE}"
+        )
+    return mapped(path, dtype)
+
+
+# Guards
+
+
+def guard_packed(shards: PackedShards, tokenizer: Tokenizer, model_vocab: int | None) -> list[Finding]:
+    """Check every guard of one side that agrees with its instruct.json."""
+    m = shards.manifest
+    measured = f"{m.rows:,} rows, {m.tokens:,} tokens"
+    findings = [
+        Finding.of("sha256, ids and labels", True, measured, "those of instruct.json"),
+        _round_trip(shards, tokenizer),
+        *([] if model_vocab is None else [fits_model(tokenizer, model_vocab)]),
+        guard_answers(shards),
+        Finding.of(
+            "trained tokens",
+            m.trained > 0,
+            f"{100 * m.trained / m.tokens:.1f} % of {m.tokens:,}",
+            "more than none",
+        ),
+    ]
+    if shards.figures["distinct_ids"] < 2:
+        findings.append(Finding.of("distinct ids", False, "one id in all answers", "several"))
+    return findings
+
+
+def guard_answers(shards: PackedShards) -> Finding:
+    """Require a target in every row, and none that crosses from one example into the next."""
+    empty, crossed = int((shards.row_targets == 0).sum()), 0
+    if shards.border_id is not None:
+        for first in range(0, shards.manifest.rows, BLOCK_ROWS):
+            block = slice(first, first + BLOCK_ROWS)
+            ids, trained = shards.ids[block], shards.trained[block]
+            crossed += int(((ids[:, :-1] == shards.border_id) & (trained[:, 1:] > 0)).sum())
+    measured = f"{empty} rows without one, {crossed} behind the border of an example"
+    bound = "a target in every row, none behind a border"
+    return Finding.of("answers", not empty and not crossed, measured, bound)
+
+
+def _round_trip(shards: PackedShards, tokenizer: Tokenizer) -> Finding:
+    """Encode the text of examples, spread over the rows, and compare the text of those ids."""
+    name, bound = "decode(encode(decode(ids))) = decode(ids)", "the same text"
+    if not tokenizer.byte_level:
+        why = "no byte-level vocabulary: asked of the text when it was encoded"
+        return Finding.of(name, None, "", bound, why)
+    rows = sorted({shards.manifest.rows * k // SAMPLED_EXAMPLES for k in range(SAMPLED_EXAMPLES)})
+    count = 0
+    for ids in islice(shards.examples(rows), SAMPLED_EXAMPLES):
+        text = tokenizer.decode(ids)
+        again = tokenizer.decode(tokenizer.encode_marked(text))
+        # A context may be cut inside a character.
+        if text != again and "\ufffd" not in text:
+            measured = f"{again[:40]!r} for {text[:40]!r}"
+            return Finding.of(name, False, measured, bound, "not the ids of this tokenizer")
+        count += 1
+    return Finding.of(name, True, f"{count} examples", bound)
+
+
+def guard_disjoint(train: PackedShards, val: PackedShards) -> Finding:
+    """Require that no example stands on both sides."""
+
+    def digests(s: PackedShards) -> set[bytes]:
+        return {hashlib.sha256(x.tobytes()).digest()[:16] for x in s.examples(range(s.manifest.rows))}
+
+    shared = len(digests(train) & digests(val))
+    return Finding.of("documents on both sides", shared == 0, f"{shared:,}", "0")
