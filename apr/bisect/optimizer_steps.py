@@ -62,13 +62,7 @@ def _optimizer_step(kind: type[Optimizer], judged: Model, g: np.ndarray) -> list
         tol, d, cause = max(in_pieces(judge, s.size), key=lambda f: (not f[1].err <= f[0], f[1].err - f[0]))
         rows.append(measured("optimizer", op, f"w.{s.hf}", d, tol, s.layer, s.shape, cause))
     rows.append(
-        holds(
-            "optimizer",
-            op,
-            "g",
-            not be.to_host(judged.g).any(),
-            "the gradients were not set to zero",
-        )
+        holds("optimizer", op, "g", not be.to_host(judged.g).any(), "the gradients were not set to zero")
     )
     return rows
 

@@ -13,7 +13,16 @@ from .report import ArrayComparison
 from .side import Batch, Side
 from .upload import FUSED_IN
 
-KEPT = ("w", "g", "cos", "sin", "total", "ids", "targets", "doc_start")  # buffers that are no scratch memory
+KEPT_BUFFERS = (
+    "w",
+    "g",
+    "cos",
+    "sin",
+    "total",
+    "ids",
+    "targets",
+    "doc_start",
+)  # buffers that are no scratch memory
 
 
 def state(
@@ -89,7 +98,7 @@ class _Runs:
     def spoil_scratch(self) -> None:
         """Fill scratch memory with NaN; the padding of logits stays zero."""
         for name, x in self.model.buffers.arrays.items():
-            if name.rsplit(".", 1)[-1] not in KEPT:
+            if name.rsplit(".", 1)[-1] not in KEPT_BUFFERS:
                 self.be.fill(x, np.nan)
         logits = self.model.buffers["logits"]
         if logits.shape[1] > self.model.cfg.vocab_size:

@@ -75,10 +75,7 @@ class Flags:
     )
     batch_size: int = option("sequences", 2, at_least=1, metavar="SEQUENCES")
     seq_length: int = option(
-        "tokens per sequence; one position would show no fault of attention",
-        32,
-        at_least=2,
-        metavar="TOKENS",
+        "tokens per sequence; one position would show no fault of attention", 32, at_least=2, metavar="TOKENS"
     )
     first: bool = option("stop at the first stage that finds a fault", False)
     backward: bool = option("also backward, optimizer and state; --no-backward: forward and loss", True)
