@@ -83,11 +83,11 @@ class Windows:
                 f"{self.shards.folder}: {held_out} of {self.count} windows held out leaves one side empty; "
                 "give --val-dataset, or lower --val-batches, --batch-size or --seq-length"
             )
-        train, held = copy(self), copy(self)
+        train, val = copy(self), copy(self)
         train.count -= held_out
-        held.first += train.count
-        held.count = held_out
-        return train, held
+        val.first += train.count
+        val.count = held_out
+        return train, val
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read (ids, targets) int32 (B, T) of the windows `indices` int64 (B,); targets are the next tokens, or IGNORED.

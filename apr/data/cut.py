@@ -44,26 +44,28 @@ class Cutter:
 
     def pieces(self, chunks: Iterable[str]) -> Iterator[str]:
         """Yield pieces of about PIECE_CHARACTERS characters of a text that comes in chunks. Raises CannotCut."""
-        held = ""
+        buffered = ""
         for chunk in _short(chunks):
-            held += chunk
-            while len(held) >= 2 * PIECE_CHARACTERS:
-                at = self._place(held)
+            buffered += chunk
+            while len(buffered) >= 2 * PIECE_CHARACTERS:
+                at = self._place(buffered)
                 if at is None:
-                    if len(held) > MAX_PIECE_CHARACTERS:
+                    if len(buffered) > MAX_PIECE_CHARACTERS:
                         raise CannotCut(
-                            f"{len(held)} characters, beginning {held[:40]!r}, without a place to cut"
+                            f"{len(buffered)} characters, beginning {buffered[:40]!r}, without a place to cut"
                         )
                     break
-                yield held[:at]
-                held = held[at:]
-        while len(held) >= 2 * PIECE_CHARACTERS and (at := self._place(held)) is not None:
-            yield held[:at]
-            held = held[at:]
-        if len(held) > MAX_PIECE_CHARACTERS:
-            raise CannotCut(f"{len(held)} characters, beginning {held[:40]!r}, without a place to cut")
-        if held:
-            yield held
+                yield buffered[:at]
+                buffered = buffered[at:]
+        while len(buffered) >= 2 * PIECE_CHARACTERS and (at := self._place(buffered)) is not None:
+            yield buffered[:at]
+            buffered = buffered[at:]
+        if len(buffered) > MAX_PIECE_CHARACTERS:
+            raise CannotCut(
+                f"{len(buffered)} characters, beginning {buffered[:40]!r}, without a place to cut"
+            )
+        if buffered:
+            yield buffered
 
     def _place(self, text: str) -> int | None:
         """Choose a place to cut: near PIECE_CHARACTERS, else behind it, else before it."""

@@ -57,15 +57,15 @@ def estimate(
         for source in of_kind[step // 2 :: step] or of_kind:
             sample = _read(Corpus([source], content_field, piece_bytes, separator), source)
             start = time.perf_counter()
-            found = sum(ids.size for ids in tokenizer.encode_batch(list(cutter.pieces(sample.texts))))
+            tokens_here = sum(ids.size for ids in tokenizer.encode_batch(list(cutter.pieces(sample.texts))))
             out.sample_seconds += time.perf_counter() - start
             out.sample_skipped += sample.skipped
             out.sample_documents += sample.documents
             out.sample_bytes += sample.sampled
-            out.sample_tokens += found
+            out.sample_tokens += tokens_here
             documents += sample.documents
             size += sample.bytes
-            tokens += found * sample.bytes / max(sample.sampled, 1)
+            tokens += tokens_here * sample.bytes / max(sample.sampled, 1)
             read += sample.read
         scale = sum(s.size for s in of_kind) / max(read, 1)
         out.documents += round(documents * scale)

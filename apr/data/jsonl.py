@@ -77,20 +77,20 @@ def text_record(name: str, line: bytes, keys: Sequence[str]) -> Item:
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
     """Yield lines without their ends; None for a line of more than MAX_RECORD_BYTES bytes, which is dropped."""
-    held: list[bytes] = []
+    parts: list[bytes] = []
     size = 0
     for block in blocks:
         first, *others = block.split(b"\n")
         size += len(first)
-        held.append(first)
+        parts.append(first)
         if size > MAX_RECORD_BYTES:
-            held.clear()
+            parts.clear()
         if others:
-            yield None if size > MAX_RECORD_BYTES else b"".join(held)
+            yield None if size > MAX_RECORD_BYTES else b"".join(parts)
             yield from others[:-1]
-            held, size = others[-1:], len(others[-1])
+            parts, size = others[-1:], len(others[-1])
     if size:
-        yield None if size > MAX_RECORD_BYTES else b"".join(held)
+        yield None if size > MAX_RECORD_BYTES else b"".join(parts)
 
 
 def _json_type(value: Any) -> str:

@@ -175,9 +175,9 @@ def _document_end(s: DataSettings, tokenizer: Tokenizer, train: Shards, val: Sha
     for shards in (train, val):
         used = shards.border_id
         if used != end:
-            found = "eos_policy none" if used is None else f"end-of-text id {used}, {source} has {end}"
+            encoding = "eos_policy none" if used is None else f"end-of-text id {used}, {source} has {end}"
             raise Refused(
-                f"--mask-documents: {shards.folder} was encoded with {found}, so nothing says where a document ends; encode "
+                f"--mask-documents: {shards.folder} was encoded with {encoding}, so nothing says where a document ends; encode "
                 "the corpus again, or leave the flag out"
             )
     return end

@@ -182,8 +182,8 @@ def _key(corpus: Corpus, made_by: str, val_fraction: float, progress: Progress |
             else ""
         )
         raise Refused(f"{corpus}: no text{why}")
-    for held, side in ((False, "train"), (True, "val")):
-        if not counts[held]:
+    for is_val, side in ((False, "train"), (True, "val")):
+        if not counts[is_val]:
             raise Refused(
                 f"val_fraction = {val_fraction} of {total} documents leaves none for {side}; "
                 "use another fraction, more files, or cut a long file into several"
@@ -207,8 +207,8 @@ def _read_record(path: Path) -> tuple[dict[str, Any] | None, str]:
 def _open(folder: Path, record: dict[str, Any], key: str) -> PreparedCorpus:
     tokenizer = Tokenizer.from_file(folder / "tokenizer")
     train, val = (TokenShards(folder / side, tokenizer) for side in ("train", "val"))
-    found = {"tokenizer_sha256": tokenizer.sha256, "train_sha256": train.sha256, "val_sha256": val.sha256}
-    for name, value in found.items():
+    hashes = {"tokenizer_sha256": tokenizer.sha256, "train_sha256": train.sha256, "val_sha256": val.sha256}
+    for name, value in hashes.items():
         if record.get(name) != value:
             raise Refused(f"{folder / RECORD}: {name} = {record.get(name)!r}, found {value!r}")
     return PreparedCorpus(folder, tokenizer, key, True, "reused")

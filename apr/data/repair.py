@@ -52,18 +52,18 @@ def repair_manifest(
             )
     arrays = [mapped(p) for p in paths]
     eos = tokenizer.eos_id
-    found = scan(arrays, tokenizer.vocab_size, eos, threads=cores(), progress=progress)
-    if found.outside:
-        index, position, i = found.outside
+    scanned = scan(arrays, tokenizer.vocab_size, eos, threads=cores(), progress=progress)
+    if scanned.outside:
+        index, position, i = scanned.outside
         raise MalformedFile(
             f"{paths[index]}: token {position} has id {i}, {tokenizer.source} has {tokenizer.vocab_size} ids: another "
             "tokenizer made it"
         )
-    policy = "none" if not found.ends else "after" if arrays[-1][-1] == eos else "between"
-    size = text_bytes(arrays, found.counts, tokenizer)
+    policy = "none" if not scanned.ends else "after" if arrays[-1][-1] == eos else "between"
+    size = text_bytes(arrays, scanned.counts, tokenizer)
     rows = [
         dict(name=p.name, tokens=a.size, sha256=sha, documents=None, partial=None, corpus_sha256=None)
-        for p, a, sha in zip(paths, arrays, found.sha256, strict=True)
+        for p, a, sha in zip(paths, arrays, scanned.sha256, strict=True)
     ]
     manifest = ShardManifest(
         tokenizer_sha256=tokenizer.sha256,
@@ -73,10 +73,10 @@ def repair_manifest(
         normalization=tokenizer.normalization,
         shard_count=len(rows),
         total_tokens=sum(a.size for a in arrays),
-        total_documents=max(1, found.ends + (policy == "between")),
+        total_documents=max(1, scanned.ends + (policy == "between")),
         total_bytes=size,
         shards=rows,
-        audit=figures(found.counts, size, tokenizer.unknown_id),
+        audit=figures(scanned.counts, size, tokenizer.unknown_id),
         made={"repaired": True},
         complete=True,
     )

@@ -128,19 +128,22 @@ class ShardWriter:
                     old.unlink()
         if m.shards:
             arrays = [open_shard(self.folder, s) for s in m.shards]
-            found = scan(arrays, m.vocab_size, m.eos_token_id, threads=cores())
-            check_scan(self.folder, m, found)
-            self._counts += found.counts
+            scanned = scan(arrays, m.vocab_size, m.eos_token_id, threads=cores())
+            check_scan(self.folder, m, scanned)
+            self._counts += scanned.counts
             last = m.shards[-1]
             if m.corpus_sha256 is None:
                 raise Refused(
                     f"{path}: corpus_sha256 = null: it was made of the shards and does not say where documents end, so that "
                     "nothing can be added; encode into another folder"
                 )
-            if m.eos_policy == "after" and (found.ends, found.tail) != (last["documents"], last["partial"]):
+            if m.eos_policy == "after" and (scanned.ends, scanned.tail) != (
+                last["documents"],
+                last["partial"],
+            ):
                 raise MalformedFile(
                     f"{path}: the last shard ends after {last['documents']} documents and {last['partial']} tokens, the shards "
-                    f"say {found.ends} and {found.tail}; encode into another folder"
+                    f"say {scanned.ends} and {scanned.tail}; encode into another folder"
                 )
             self._written, self._skip = last["documents"], last["partial"]
             self._check = (self._written, last["corpus_sha256"]) if self._written else None

@@ -124,25 +124,25 @@ class TokenShards(Shards):
 
         Raises MalformedFile."""
         m = self.manifest
-        found = scan(self.arrays, m.vocab_size, self.border_id, keep, against, cores(), progress)
-        check_scan(self.folder, m, found)
+        scanned = scan(self.arrays, m.vocab_size, self.border_id, keep, against, cores(), progress)
+        check_scan(self.folder, m, scanned)
         path = self.folder / MANIFEST
         unknown = self.unknown_id if self.unknown_id is not None and self.unknown_id < m.vocab_size else None
-        for key, value in figures(found.counts, m.total_bytes, unknown).items():
+        for key, value in figures(scanned.counts, m.total_bytes, unknown).items():
             if key != "unknown_tokens" or unknown is not None:
                 same_figure(f"{path}: audit.{key}", m.audit[key], value)
-        ends = int(found.counts[m.eos_token_id]) if m.eos_token_id is not None else 0
+        ends = int(scanned.counts[m.eos_token_id]) if m.eos_token_id is not None else 0
         if m.eos_policy == "none" and ends:
             raise MalformedFile(
                 f"{path}: eos_policy = 'none', but the shards hold {ends} end-of-text ids {m.eos_token_id}"
             )
         if m.eos_policy != "none":
-            documents = found.ends + (m.eos_policy == "between")
+            documents = scanned.ends + (m.eos_policy == "between")
             if documents != m.total_documents:
                 raise MalformedFile(
                     f"{path}: total_documents = {m.total_documents}, the shards' EOS tokens say {documents}"
                 )
-        return found
+        return scanned
 
 
 def _file_size(array: np.ndarray) -> int:
@@ -180,16 +180,16 @@ def mapped(path: Path, dtype: str = "<u4") -> np.ndarray:
         ) from e
 
 
-def check_scan(folder: Path, m: ShardManifest, found: Scan) -> None:
+def check_scan(folder: Path, m: ShardManifest, scanned: Scan) -> None:
     """Compare hashes and ids with a manifest. Raises MalformedFile, naming the shard."""
-    for shard, digest in zip(m.shards, found.sha256, strict=True):
+    for shard, digest in zip(m.shards, scanned.sha256, strict=True):
         if digest != shard["sha256"]:
             raise MalformedFile(
                 f"{folder / shard['name']}: sha256 is {digest}, {MANIFEST} says {shard['sha256']}; the file was changed or "
                 "damaged: encode the corpus again, or restore it"
             )
-    if found.outside:
-        index, position, i = found.outside
+    if scanned.outside:
+        index, position, i = scanned.outside
         raise MalformedFile(
             f"{folder / m.shards[index]['name']}: token {position} has id {i}, vocab_size is {m.vocab_size}"
         )

@@ -208,20 +208,20 @@ def _from(start: int, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 def _grouped(blocks: Iterator[bytes]) -> Iterator[bytes]:
     """Join blocks to at least BLOCK_BYTES; the rest comes last, before an error."""
-    held: list[bytes] = []
+    parts: list[bytes] = []
     size = 0
     # Not the exception itself, which would keep the file open in a reference cycle.
     damage: tuple[str, str] | None = None
     try:
         for block in blocks:
-            held.append(block)
+            parts.append(block)
             size += len(block)
             if size >= BLOCK_BYTES:
-                yield b"".join(held)
-                held, size = [], 0
+                yield b"".join(parts)
+                parts, size = [], 0
     except Unusable as e:
         damage = e.reason, e.detail
-    if held:
-        yield b"".join(held)
+    if parts:
+        yield b"".join(parts)
     if damage:
         raise Unusable(*damage)

@@ -111,26 +111,26 @@ def _whole(source: Source, blocks: Iterator[bytes]) -> Item:
 
 def _at_lines(blocks: Iterable[bytes], separator: bytes) -> Iterator[tuple[bytes, int]]:
     """Yield (bytes, length of the separator line behind them, or 0 where there is none yet)."""
-    held, within_line = b"", False
+    rest, within_line = b"", False
     for block in blocks:
-        held += block
+        rest += block
         # The rest of a line that is longer than the separator.
         if within_line:
-            end = held.find(b"\n") + 1
+            end = rest.find(b"\n") + 1
             if end:
-                yield held[:end], 0
-                held, within_line = held[end:], False
+                yield rest[:end], 0
+                rest, within_line = rest[end:], False
             else:
-                yield held, 0
-                held = b""
+                yield rest, 0
+                rest = b""
                 continue
-        end = held.rfind(b"\n") + 1
-        yield from _split_lines(held[:end], separator)
-        held = held[end:]
-        if len(held) > len(separator) + len(b"\r"):
-            yield held, 0
-            held, within_line = b"", True
-    yield from _split_lines(held, separator)
+        end = rest.rfind(b"\n") + 1
+        yield from _split_lines(rest[:end], separator)
+        rest = rest[end:]
+        if len(rest) > len(separator) + len(b"\r"):
+            yield rest, 0
+            rest, within_line = b"", True
+    yield from _split_lines(rest, separator)
 
 
 def _split_lines(lines: bytes, separator: bytes) -> Iterator[tuple[bytes, int]]:
@@ -154,11 +154,11 @@ def _pieces(source: Source, whole: Document | LongDocument, limit: int) -> Itera
     number = 0
     piece = _Growing(source, f"{source.name}#0", start)
     # Of the paragraph at hand, as long as it is open which piece it belongs to.
-    held: list[bytes] = []
+    paragraph: list[bytes] = []
     size, decided = 0, False
     for text, ended in _paragraphs(whole.chunks(), _has_blank_line(whole.chunks())):
         data = text.encode()
-        held.append(data)
+        paragraph.append(data)
         size += len(data)
         if not decided and (ended or piece.bytes + size > limit):
             if piece.bytes and piece.bytes + size > limit:
@@ -167,8 +167,8 @@ def _pieces(source: Source, whole: Document | LongDocument, limit: int) -> Itera
                 piece = _Growing(source, f"{source.name}#{number}", start)
             decided = True
         if decided:
-            piece.add(b"".join(held))
-            held, size, decided = [], 0, not ended
+            piece.add(b"".join(paragraph))
+            paragraph, size, decided = [], 0, not ended
     yield piece.finish()
 
 
