@@ -13,16 +13,8 @@ from .report import ArrayComparison
 from .side import Batch, Side
 from .upload import FUSED_IN
 
-KEPT_BUFFERS = (
-    "w",
-    "g",
-    "cos",
-    "sin",
-    "total",
-    "ids",
-    "targets",
-    "doc_start",
-)  # buffers that are no scratch memory
+# Buffers that are no scratch memory.
+KEPT_BUFFERS = ("w", "g", "cos", "sin", "total", "ids", "targets", "doc_start")
 
 
 def state(

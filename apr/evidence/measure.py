@@ -19,14 +19,14 @@ from ..model.hf_config import from_hf, to_hf
 from ..model.optim import Optimizer, State
 from ..model.transformer import Model
 
-# of the standard deviation of a random matrix, from its first elements
+# Of the standard deviation of a random matrix, measured on its first elements.
 MAX_STANDARD_ERRORS, MAX_ELEMENTS = 6.0, 1 << 20
 FOLLOWED_ELEMENTS = 4096  # of all parameters, through optimizer steps
 EPS32 = float(np.finfo(np.float32).eps)
 
 
 def device(backend: ModuleType, dtype: str) -> Finding:
-    """Error of a small matrix product on the device against NumPy in float64, relative to |x| |w|^T."""
+    """Measure the error of a small matrix product on the device against NumPy in float64, relative to |x| |w|^T."""
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 64), (48, 64)))
     arrays = [backend.empty(shape, dtype) for shape in ((32, 48), (32, 64), (48, 64))]
@@ -48,7 +48,7 @@ def device(backend: ModuleType, dtype: str) -> Finding:
 
 
 def memory(need: int, have: int | None) -> Finding:
-    """Bytes of all planned buffers against free bytes; have: None where the backend cannot tell."""
+    """Compare the bytes of all planned buffers with those that are free; have: None where the backend cannot tell."""
     gib = f"{need / 2**30:.2f} GiB planned"
     if have is None:
         return Finding.of(
@@ -170,7 +170,7 @@ def pretrained_loss(loss: float, entropy: float, share: float) -> Finding:
 
 
 def reproduced(gate: str, loss: float, recorded: float, tolerance: float) -> Finding:
-    """Relative difference of a validation loss from the recorded one, for start.reproduces or end.reload."""
+    """Measure the relative difference of a validation loss from the recorded one, for start.reproduces or end.reload."""
     off = abs(loss - recorded) / max(abs(recorded), 1e-9)
     return Finding.of(
         gate,
@@ -182,7 +182,7 @@ def reproduced(gate: str, loss: float, recorded: float, tolerance: float) -> Fin
 
 
 def causal(model: Model, ids: np.ndarray) -> Finding:
-    """Change of the final hidden states when the tokens in the second half of sequences (B,T) change: none before the
+    """Measure how final hidden states change when the tokens in the second half of sequences (B,T) change: none before the
     middle, some at every later position."""
     bound = "0 before the middle, above 0 after it"
     middle = ids.shape[1] // 2
@@ -198,7 +198,7 @@ def causal(model: Model, ids: np.ndarray) -> Finding:
 
 
 def _final_hidden(model: Model, ids: np.ndarray) -> np.ndarray:
-    """Hidden states behind the final norm, the input of the head: float32 (B,T,C)."""
+    """Compute the hidden states behind the final norm, the input of the head: float32 (B,T,C)."""
     seen: dict[str, np.ndarray] = {}
 
     def tap(layer: int | None, name: str, x: Any) -> None:
@@ -282,7 +282,7 @@ class Follow:
 
 
 def gradients(model: Model, scratch: Any) -> tuple[list[str], float]:
-    """(Names of tensors with an all-zero gradient, L2 norm of all gradients summed tensor by tensor). scratch (1,)
+    """Read (names of tensors with an all-zero gradient, L2 norm of all gradients summed tensor by tensor). scratch (1,)
     float64."""
     be, zero, total = model.be, [], 0.0
     for s in model.layout.slots:
@@ -296,7 +296,7 @@ def gradients(model: Model, scratch: Any) -> tuple[list[str], float]:
 
 
 def gradients_left(model: Model, scratch: Any) -> float:
-    """L2 norm of the gradient buffer before a step. Non-zero means that the previous step did not clear it."""
+    """Read the L2 norm of the gradient buffer before a step. Non-zero means that the previous step did not clear it."""
     model.be.fill(scratch, 0)
     model.be.add_sum_sq(scratch, model.g)
     return math.sqrt(max(0.0, float(model.be.to_host(scratch)[0])))
@@ -363,7 +363,7 @@ def learning(loss: float, entropy: float, tokens: int, per_decade: float) -> Fin
 
 
 def speed(flops: float, rate: float, most: float) -> Finding:
-    """FLOP/s of the fastest step against those of one large matrix product."""
+    """Compare FLOP/s of the fastest step with those of one large matrix product."""
     share = flops / rate
     return Finding.of(
         "end.speed",
