@@ -107,7 +107,7 @@ class TokenShards(Shards):
         self.arrays, self.masks = [open_shard(self.folder, s) for s in m.shards], []
         self.total_tokens, self.total_bytes = m.total_tokens, m.total_bytes
         self.total_documents, self.vocab_size = m.total_documents, m.vocab_size
-        self.tokenizer_sha256, self.eos_token_id = m.tokenizer_sha256, m.eos_token_id
+        self.tokenizer_sha256 = m.tokenizer_sha256
         self.border_id = None if m.eos_policy == "none" else m.eos_token_id
         self.figures, self.facts = m.audit, {}
         self.sha256 = hashlib.sha256("".join(s["sha256"] for s in m.shards).encode()).hexdigest()

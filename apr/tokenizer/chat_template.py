@@ -28,7 +28,7 @@ class ChatTemplate:
     text    of the template
     source  file or model, for messages
     tokens  texts of special tokens by name, such as bos_token
-    marks   written before and behind the text of {% generation %} blocks; a template with marks knows no date
+    marks   written before and behind the text of {% generation %} blocks; with marks, strftime_now is undefined
 
     Raises Refused: jinja2 is missing, or the text is no template."""
 
@@ -54,10 +54,6 @@ class ChatTemplate:
     def has_generation(self) -> bool:
         """True for a template that marks answers with {% generation %}."""
         return re.search(r"{%[-+]?\s*generation\s*[-+]?%}", self.text) is not None
-
-    def marking_answers(self, before: str, behind: str) -> ChatTemplate:
-        """Return the template with marks around {% generation %} blocks, and with strftime_now undefined."""
-        return ChatTemplate(self.text, self.source, self.tokens, (before, behind))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **more: Any) -> str:
         """Render a conversation as text; add_generation_prompt appends the words that begin an answer.

@@ -232,7 +232,7 @@ class Tokenizer:
         ids = self.encode(text)
         back = self.decode(ids)
         if self.byte_level:
-            return _difference(back, self.normalize(text))
+            return text_difference(back, self.normalize(text))
         again = self.encode(back)
         if not np.array_equal(ids, again):
             n = min(ids.size, again.size)
@@ -241,9 +241,9 @@ class Tokenizer:
             return f"token {at}: the decoded text has ids {got}, the text {want}"
         got, want = self.normalize(back), self.normalize(text)
         if self.format == SENTENCEPIECE:
-            return _difference(got, want)
+            return text_difference(got, want)
         if self.format == OTHER:
-            return _difference("".join(got.split()), "".join(want.split()))
+            return text_difference("".join(got.split()), "".join(want.split()))
         return None
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
@@ -303,7 +303,7 @@ def utf8_of(text: str) -> bytes:
         raise Refused(f"text holds a lone surrogate at character {e.start}; it is not Unicode text") from None
 
 
-def _difference(got: str, want: str) -> str | None:
+def text_difference(got: str, want: str) -> str | None:
     """Describe where two texts first differ; None for equal texts."""
     if got == want:
         return None

@@ -19,7 +19,7 @@ from apr.checkpoints.hf import write_hf
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import MalformedFile, Refused
-from apr.data.audit import audit
+from apr.data.audit import Split, audit
 from apr.data.batches import IGNORED, Batches, Windows
 from apr.data.conversations import prepare
 from apr.data.conversations.examples import example_of
@@ -27,6 +27,8 @@ from apr.data.conversations.pack import best_fit, fit
 from apr.data.conversations.packed import PackedShards, guard_answers
 from apr.data.conversations.prepare import prepare_conversations
 from apr.data.conversations.render import EncodedExample, Encoder
+from apr.data.open import windows_of
+from apr.data.settings import DataSettings
 from apr.data.source import Skipped, Unusable
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
@@ -34,6 +36,7 @@ from apr.model.transformer import Model
 from apr.tokenizer.chat_template import ChatTemplate
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.training.evaluate import evaluate
+from data_cases import windows_of as text_windows
 from finetune_cases import CONVERSATIONS, MARKED, OWN_TEMPLATE, llama_tokenizer, own_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/instruct.json").read_text())["cases"]
@@ -417,6 +420,33 @@ def test_a_changed_or_cut_file_is_found(prepared, name):
     path.write_bytes(whole[:9] + bytes([whole[9] ^ 1]) + whole[10:])
     with pytest.raises(MalformedFile):
         PackedShards(folder, own())
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_found(prepared):
+    folder = prepared().sides["val"]
+    windows = Windows(PackedShards(folder, own()), 96)
+    with (folder / "trained.bin").open("r+b") as f:
+        f.truncate(7)
+    with pytest.raises(MalformedFile, match=r"trained\.bin: became shorter"):
+        windows.read(np.arange(1))
+
+
+def test_packed_examples_are_audited_and_held_out_as_text_is(prepared, tmp_path, capsys):
+    folder = prepared().folder
+    own().save(tmp_path / "tok")
+    args = [str(folder), "--tokenizer", str(tmp_path / "tok"), "--picture", "none", "--json"]
+    assert main(["tokenize", "audit", *args]) == 0
+    sides = json.loads(capsys.readouterr().out)["sides"]
+    guards = {g["guard"]: g["verdict"] for g in sides["train"]["guards"]}
+    assert guards["answers"] == guards["documents on both sides"] == "PASS"
+    settings = DataSettings(dataset=str(folder), seq_length=96, batch_size=2, val_batches=1)
+    train = Split("train", folder / "train", PackedShards(folder / "train", own()))
+    rest, held = windows_of(settings, [train])
+    assert (len(rest), len(held)) == (train.shards.manifest.rows - 2, 2)
+    assert rest.targets + held.targets == train.shards.manifest.trained
+    text = Split("val", tmp_path, text_windows(tmp_path, own(), 2, 100).shards)
+    with pytest.raises(Refused, match="one holds packed examples, the other text"):
+        windows_of(settings, [train, text])
 
 
 def test_guards_see_labels_behind_a_border_and_rows_without_an_answer(prepared):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from ...common.atomic import write_json
 from ...common.files import make_folder
 from ...tokenizer.tokenizer import Tokenizer
 from ..manifest import figures
-from .packed import BLOCK_ROWS, RECORD, PackManifest
+from .packed import RECORD, PackManifest
 from .render import EncodedExample
 
 
@@ -72,25 +74,16 @@ def separator_of(inside: np.ndarray, tokenizer: Tokenizer) -> int | None:
 
 
 class Spool:
-    """Examples of one side, one behind the other in two files; then packed into rows. Use as a context manager."""
+    """Examples of one side, one behind the other in two temporary files on a stack; then packed into rows."""
 
-    def __init__(self, folder: Path, vocab_size: int) -> None:
+    def __init__(self, folder: Path, vocab_size: int, stack: ExitStack) -> None:
         self.folder = make_folder(folder)
         self.sizes: list[int] = []
         self.answer_bytes = 0
         # Occurrences of each id before the end of an example.
         self.inside = np.zeros(vocab_size, np.int64)
         self._digest = hashlib.sha256()
-        self._paths = [folder / "examples.ids", folder / "examples.trained"]
-
-    def __enter__(self) -> Spool:
-        self._files = [p.open("wb") for p in self._paths]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for f, p in zip(self._files, self._paths, strict=True):
-            f.close()
-            p.unlink(missing_ok=True)
+        self._files = [stack.enter_context(TemporaryFile(dir=folder)) for _ in range(2)]  # noqa: SIM115
 
     def add(self, e: EncodedExample, sha256: str) -> None:
         """Append an example; sha256: of its ids and labels."""
@@ -105,7 +98,7 @@ class Spool:
         """Write ids.bin, trained.bin and, with the counts filled in, instruct.json."""
         for f in self._files:
             f.flush()
-        ids, trained = (np.memmap(p, t, "r") for p, t in zip(self._paths, ("<u4", "u1"), strict=True))
+        ids, trained = (np.memmap(f, t, "r") for f, t in zip(self._files, ("<u4", "u1"), strict=True))
         sizes = np.array(self.sizes, np.int64)
         ends, room = np.cumsum(sizes), m.seq_length + 1
         costs = np.full(sizes.size, room)
@@ -114,24 +107,17 @@ class Spool:
         rows = best_fit(costs, room)
         counts, digests = np.zeros(m.vocab_size, np.int64), (hashlib.sha256(), hashlib.sha256())
         with open(self.folder / "ids.bin", "wb") as a, open(self.folder / "trained.bin", "wb") as b:
-            for first in range(0, len(rows), BLOCK_ROWS):
-                block = rows[first : first + BLOCK_ROWS]
-                x = np.full((len(block), room), m.separator or 0, "<u4")
-                y = np.zeros((len(block), room), np.uint8)
-                for r, row in enumerate(block):
-                    at = 0
-                    for i in row:
-                        size, end = int(sizes[i]), int(ends[i])
-                        x[r, at : at + size], y[r, at : at + size] = (
-                            ids[end - size : end],
-                            trained[end - size : end],
-                        )
-                        # The token before belongs to another example.
-                        y[r, at] = 0
-                        at += int(costs[i])
-                counts += np.bincount(x[y > 0], minlength=m.vocab_size)
-                for f, digest, part in zip((a, b), digests, (x, y), strict=True):
-                    f.write(part.data)
+            for row in rows:
+                x, y, at = np.full(room, m.separator or 0, "<u4"), np.zeros(room, np.uint8), 0
+                for i in row:
+                    here, there = slice(at, at + sizes[i]), slice(ends[i] - sizes[i], ends[i])
+                    x[here], y[here] = ids[there], trained[there]
+                    # The token before belongs to another example.
+                    y[at] = 0
+                    at += int(costs[i])
+                np.add.at(counts, x[y > 0], 1)
+                for out, digest, part in zip((a, b), digests, (x, y), strict=True):
+                    out.write(part.data)
                     digest.update(part.data)
         m.rows, m.examples, m.tokens, m.trained = len(rows), sizes.size, int(ends[-1]), int(counts.sum())
         m.answer_bytes, m.examples_sha256 = self.answer_bytes, self._digest.hexdigest()

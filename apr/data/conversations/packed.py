@@ -27,14 +27,14 @@ from ..source import Skipped
 
 FORMAT = "apr-instruct-1"
 RECORD = "instruct.json"
-# Rows that are written or scanned at once.
+# Rows that a guard reads at once.
 BLOCK_ROWS = 1024
 # Examples of the round trip.
 SAMPLED_EXAMPLES = 256
 # Counts in instruct.json that are never 0.
-POSITIVE = ("seq_length", "vocab_size", "rows", "examples", "tokens", "trained")
+POSITIVE = ["seq_length", "vocab_size", "rows", "examples", "tokens", "trained"]
 # Fields of instruct.json that a run records.
-RECORDED = (
+RECORDED = [
     "examples",
     "tokens",
     "trained",
@@ -44,7 +44,7 @@ RECORDED = (
     "cut",
     "skipped",
     "template_sha256",
-)
+]
 ADVICE = "and the next run makes it anew"
 
 
@@ -84,10 +84,11 @@ class PackManifest:
     def read(cls, path: Path) -> PackManifest:
         """Read instruct.json. Raises MalformedFile."""
         d = read_json(path)
-        is_record = (
-            isinstance(d, dict) and d.get("format") == FORMAT and set(d) == set(cls.__dataclass_fields__)
-        )
-        if not is_record or not all(isinstance(d[key], int) and d[key] > 0 for key in POSITIVE):
+        if (
+            not isinstance(d, dict)
+            or (d.get("format"), set(d)) != (FORMAT, set(cls.__dataclass_fields__))
+            or not all(isinstance(d[key], int) and d[key] > 0 for key in POSITIVE)
+        ):
             raise MalformedFile(f"{path}: not a record of {FORMAT}; remove its folder, {ADVICE}")
         return cls(**d)
 
@@ -141,9 +142,8 @@ class PackedShards(Shards):
     def check(self) -> None:
         """Read all the data and compare it with instruct.json. Raises MalformedFile."""
         m = self.manifest
-        for path, array, want in zip(
-            self.files, (*self.arrays, *self.masks), (m.ids_sha256, m.trained_sha256), strict=True
-        ):
+        arrays, digests = (*self.arrays, *self.masks), (m.ids_sha256, m.trained_sha256)
+        for path, array, want in zip(self.files, arrays, digests, strict=True):
             if (sha256 := hashlib.sha256(array.data).hexdigest()) != want:
                 raise MalformedFile(
                     f"{path}: sha256 is {sha256[:12]}, {RECORD} says {want[:12]}; remove {self.folder.parent}, {ADVICE}"
@@ -155,12 +155,12 @@ class PackedShards(Shards):
 
     def examples(self, rows: Iterable[int]) -> Iterator[np.ndarray]:
         """Yield the ids of each example in some rows, without the separator."""
-        for row in (self.ids[r] for r in rows):
-            pieces = [row] if self.border_id is None else np.split(row, np.flatnonzero(row == self.border_id))
-            for piece in pieces:
-                piece = piece[piece != self.border_id] if self.border_id is not None else piece
-                if piece.size:
-                    yield piece
+        # An id that no row holds, where there is no separator.
+        border = -1 if self.border_id is None else self.border_id
+        for row in (self.ids[r].astype(np.int64) for r in rows):
+            for piece in np.split(row, np.flatnonzero(row == border)):
+                if (ids := piece[piece != border]).size:
+                    yield ids
 
 
 def _mapped(path: Path, dtype: str, items: int) -> np.ndarray:
@@ -179,18 +179,16 @@ def _mapped(path: Path, dtype: str, items: int) -> np.ndarray:
 def guard_packed(shards: PackedShards, tokenizer: Tokenizer, model_vocab: int | None) -> list[Finding]:
     """Check every guard of one side that agrees with its instruct.json."""
     m = shards.manifest
-    measured = f"{m.rows:,} rows, {m.tokens:,} tokens"
+    measured, share = (
+        f"{m.rows:,} rows, {m.tokens:,} tokens",
+        f"{100 * m.trained / m.tokens:.1f} % of {m.tokens:,}",
+    )
     findings = [
         Finding.of("sha256, ids and labels", True, measured, "those of instruct.json"),
         _round_trip(shards, tokenizer),
         *([] if model_vocab is None else [fits_model(tokenizer, model_vocab)]),
         guard_answers(shards),
-        Finding.of(
-            "trained tokens",
-            m.trained > 0,
-            f"{100 * m.trained / m.tokens:.1f} % of {m.tokens:,}",
-            "more than none",
-        ),
+        Finding.of("trained tokens", m.trained > 0, share, "more than none"),
     ]
     if shards.figures["distinct_ids"] < 2:
         findings.append(Finding.of("distinct ids", False, "one id in all answers", "several"))

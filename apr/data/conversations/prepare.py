@@ -66,7 +66,9 @@ def prepare_conversations(
     A whole folder of an earlier call is used again. Copies are dropped, and the side of an example follows from its content
     alone. Raises InputNotFound, Refused: nothing to train on, a side without examples; IOFailure."""
     corpus = open_conversations(path)
-    folder = root / _key(corpus, tokenizer, template, seq_length, val_fraction)[:16]
+    rendering = [template.text, template.tokens] if template else None
+    made_by = [FORMAT, tokenizer.sha256, tokenizer.eos_token, rendering, seq_length, val_fraction]
+    folder = root / _digest(canonical(made_by), corpus)[:16]
     if not all((folder / side / RECORD).is_file() for side in SIDES):
         make_folder(folder)
         encoder = Encoder(tokenizer, template)
@@ -74,7 +76,7 @@ def prepare_conversations(
         m = PackManifest("", seq_length, None, tokenizer.sha256, template_sha, tokenizer.vocab_size)
         try:
             with locked(folder, "encoding into it"), ExitStack() as stack:
-                spools = {s: stack.enter_context(Spool(folder / s, m.vocab_size)) for s in SIDES}
+                spools = {s: Spool(folder / s, m.vocab_size, stack) for s in SIDES}
                 _encode(corpus, encoder, m, val_fraction, spools, progress)
                 separator = separator_of(spools["train"].inside + spools["val"].inside, tokenizer)
                 for side, spool in spools.items():
@@ -86,16 +88,9 @@ def prepare_conversations(
     return PreparedConversations(folder)
 
 
-def _key(
-    corpus: Conversations,
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-    seq_length: int,
-    val_fraction: float,
-) -> str:
-    rendering = [template.text, template.tokens] if template else None
-    made_by = [FORMAT, tokenizer.sha256, tokenizer.eos_token, rendering, seq_length, val_fraction]
-    digest = hashlib.sha256(canonical(made_by).encode())
+def _digest(made_by: str, corpus: Conversations) -> str:
+    """Hash the settings and every file."""
+    digest = hashlib.sha256(made_by.encode())
     for source in corpus.sources:
         digest.update(source.compression.encode() + b"\0")
         with open(source.path, "rb") as f:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...common.errors import Refused
 from ...tokenizer.chat_template import ChatTemplate, Message
-from ...tokenizer.tokenizer import Tokenizer
+from ...tokenizer.tokenizer import Tokenizer, text_difference
 from ..encode import ALWAYS_SAMPLED, SAMPLED_ONE_IN
 from ..source import Skipped, Unusable
 from .examples import ANSWER_END, ANSWER_START, Example
@@ -42,7 +42,9 @@ class Renderer:
     Today's date is undefined for the template: the same examples would be others tomorrow."""
 
     def __init__(self, template: ChatTemplate, special: re.Pattern[str]) -> None:
-        self._template, self._special = template.marking_answers(ANSWER_START, ANSWER_END), special
+        marks = ANSWER_START, ANSWER_END
+        self._template = ChatTemplate(template.text, template.source, template.tokens, marks)
+        self._special = special
 
     def __call__(self, example: Example) -> tuple[str, Spans]:
         """Return text and answers. Raises Unusable; Refused: a beginning that is rendered otherwise than within the whole."""
@@ -58,10 +60,9 @@ class Renderer:
             after = whole if k + 1 == len(messages) else self._render(messages[: k + 1], False)
             for part in (before, after):
                 if not whole.startswith(part):
-                    at = first_difference(part, whole)
                     raise Refused(
                         f"{example.name}: the chat template writes a conversation up to message {k + 1} otherwise than as the "
-                        f"beginning of the whole: from character {at} on {part[at : at + 30]!r} for {whole[at : at + 30]!r}, so "
+                        f"beginning of the whole: {text_difference(part, whole)}; so "
                         "nothing says which tokens are that answer; put {% generation %} and {% endgeneration %} around the "
                         "answers in the template (--chat-template FILE), or keep one answer to an example"
                     )
@@ -89,12 +90,6 @@ def _unmark(text: str) -> tuple[str, Spans]:
         out.append(part)
         size += len(part)
     return "".join(out), spans
-
-
-def first_difference(a: str, b: str) -> int:
-    """Find the first character in which two texts differ."""
-    shared = min(len(a), len(b))
-    return next((i for i in range(shared) if a[i] != b[i]), shared)
 
 
 class Encoder:
@@ -173,9 +168,8 @@ class Encoder:
         if not self.tokenizer.byte_level:
             back = self.tokenizer.normalize(back)
             back, want = ("".join(x.replace("\u2581", " ").split()) for x in (back, want))
-        if back != want:
-            at = first_difference(back, want)
+        if difference := text_difference(back, want):
             raise Refused(
-                f"{name}: encode, then decode is not the text: character {at}: got {back[at : at + 20]!r}, want "
-                f"{want[at : at + 20]!r}; is {self.tokenizer.source} the tokenizer of this checkpoint?"
+                f"{name}: encode, then decode is not the text: {difference}; is {self.tokenizer.source} the tokenizer of this "
+                "checkpoint?"
             )
