@@ -168,6 +168,10 @@ def write_gguf(
     if dtype is not None and dtype not in TYPES:
         raise UsageError(f"dtype = {dtype!r}: the matrices of a GGUF file are {', '.join(TYPES)}")
     gguf = package()
+    if cfg.family not in ARCHITECTURE:
+        raise Refused(
+            f"{path}: no architecture of llama.cpp is known for {cfg.family} models; export --format hf"
+        )
     arch = ARCHITECTURE[cfg.family]
     if cfg.rope_scaling is not None and arch not in ADJACENT:
         raise Refused(

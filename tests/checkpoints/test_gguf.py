@@ -331,6 +331,13 @@ def test_layers_of_other_parts_come_back(cfg: ModelConfig, tmp_path: Path) -> No
 # --- what is refused
 
 
+def test_a_family_that_llama_cpp_has_no_name_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(gguf.ARCHITECTURE, "llama")
+    with pytest.raises(Refused, match=r"no architecture of llama\.cpp is known for llama models"):
+        gguf.write_gguf(tmp_path / "m.gguf", PRESETS["llama-tiny"], {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_layers_that_llama_cpp_would_turn(tmp_path: Path) -> None:
     cfg = PRESETS["smollm3-tiny"]
     layout = Layout(cfg)
