@@ -23,9 +23,8 @@ MODULES = {
     "cpu": ("cpu.ops", "cpu.kernels"),
     "cuda": ("cuda.device", "cuda.ops"),
 }
-NUMPY = (
-    "cpu",
-)  # backends whose arrays are those of reference: plumbing that they do not define is that of reference
+# backends whose arrays are NumPy's: plumbing that they do not define is that of reference
+NUMPY = ("cpu",)
 NAMES = tuple(MODULES)
 
 

@@ -53,7 +53,7 @@ class Argument:
 
     @property
     def writes(self) -> str | None:
-        """How the op writes to the array: "" anew, "=" in place, "+" added to; None where it does not."""
+        """Way of writing: "" anew, "=" in place, "+" added to; None for an array that is not written."""
         return WRITES.get(self.role)
 
     def kind(self, dtype: Any) -> np.dtype:

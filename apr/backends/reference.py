@@ -27,7 +27,7 @@ Array = Any  # an array of this backend: numpy.ndarray here
 
 name = "reference"
 dtypes = ("float64", "float32")
-pad_vocab = False  # whether products are much faster with a vocabulary that is padded to a multiple of 64
+pad_vocab = False  # products are much faster with a vocabulary that is padded to a multiple of 64
 loss_elements = 1 << 23  # of logits held at once: enough work for a product, little memory
 _allocated = [0]
 
@@ -74,7 +74,7 @@ def memory() -> int:
 
 
 def set_threads(n: int) -> None:
-    """How many CPU threads later calls use; the reference computes on the caller's thread."""
+    """Use n CPU threads in later calls; the reference computes on the caller's thread."""
 
 
 def set_device(index: int) -> None:
@@ -84,7 +84,7 @@ def set_device(index: int) -> None:
 
 
 def describe() -> dict[str, str]:
-    """What computes, for the record of a run: names and versions."""
+    """Name the device and the versions of what computes, for the record of a run."""
     return {"backend": name, "cpu": cpu_name()}
 
 

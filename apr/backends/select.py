@@ -1,4 +1,4 @@
-"""Which backend a --device means, and what the machine has to offer."""
+"""Choose the backend and the GPU that a --device asks for."""
 
 from __future__ import annotations
 

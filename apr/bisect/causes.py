@@ -22,7 +22,7 @@ LIMIT = 1 << 21  # elements of the largest array that an op is computed again wi
 SUMS = "dw db dres total"  # outputs that are added to
 
 
-class Call(SimpleNamespace):
+class WrongCall(SimpleNamespace):
     """A call of an op: its arguments as attributes, with op, output, got, want and before (of the output).
 
     Called with changed arguments, it is the output that the reference gives for them, or the one named by `of`.
@@ -43,7 +43,7 @@ class Cause(NamedTuple):
     ops: str
     outputs: str
     words: str
-    fault: Callable[..., Any]  # of a Call
+    fault: Callable[..., Any]  # of a WrongCall
 
     def applies(self, op: str, output: str) -> bool:
         """Return True when this fault can spoil an output of an op."""
@@ -79,11 +79,11 @@ def _round(x: Array, kind: str) -> Array:
     return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(x.dtype)
 
 
-def _rounded_inputs(a: Call, kind: str, names: str) -> Array:
+def _rounded_inputs(a: WrongCall, kind: str, names: str) -> Array:
     return a(**{n: _round(a.args[n], kind) for n in names.split()})
 
 
-def _is_rounded(a: Call, kind: str) -> Any:
+def _is_rounded(a: WrongCall, kind: str) -> Any:
     unit = 2.0**-8 if kind == "bfloat16" else 2.0**-11
     close = np.abs(a.got - a.want) <= 1.01 * unit * np.maximum(np.abs(a.want), 2.0**-14)  # float16's smallest
     return np.array_equal(_round(a.got, kind), a.got) and bool(close.all()) and a.got
@@ -93,7 +93,7 @@ def _least_squares(got: Array, x: Array) -> Any:
     return (got * x).sum() / (x * x).sum()
 
 
-def _scaled(a: Call, base: Array = 0.0) -> Any:
+def _scaled(a: WrongCall, base: Array = 0.0) -> Any:
     c = _least_squares(a.got - base, a.want - base)
     if a.got.size < 4 or not abs(c) > 1e-4:
         return None
@@ -114,12 +114,12 @@ def _untransposed(x: Array) -> Array:
     return x.ndim == 2 and min(x.shape) > 1 and x.reshape(x.shape[::-1]).T
 
 
-def _constant(a: Call) -> Any:
+def _constant(a: WrongCall) -> Any:
     n = a.want.ndim > 1 and len(a.want) > 3
     return n and a.want + (a.got - a.want).mean(0)
 
 
-def _reordered_heads(a: Call) -> Any:
+def _reordered_heads(a: WrongCall) -> Any:
     if a.want.ndim < 3 or a.output == "lse":
         return None
     g, w = (np.moveaxis(x, -2, 0).reshape(x.shape[-2], -1) for x in (a.got, a.want))
@@ -127,44 +127,44 @@ def _reordered_heads(a: Call) -> Any:
     return a.want[..., order, :], ", ".join(map(str, order))
 
 
-def _only(a: Call, tokens: slice) -> Array:
+def _only(a: WrongCall, tokens: slice) -> Array:
     names = ("dx", "dres", "dy", "x", "res", "rstd", "ids")
     return a(**{n: a.args[n][tokens] for n in names if n in a.args})
 
 
-def _bias_of_other_columns(a: Call) -> Any:
+def _bias_of_other_columns(a: WrongCall) -> Any:
     plain = a(b=None)
     d, b = (a.got - plain).mean(0), np.zeros_like(a.b)
     b[np.argsort(d)] = np.sort(a.b)
     return len(a.x) > 2 and bool(np.all(np.abs(d - b) <= 1e-2 * np.abs(a.b).max())) and plain + b
 
 
-def _whole_tiles(a: Call, tile: int) -> Any:
+def _whole_tiles(a: WrongCall, tile: int) -> Any:
     return len(a.dy) >= tile and _only(a, slice(0, len(a.dy) // tile * tile))
 
 
-def _sum_stops(a: Call, tile: int) -> Array:
+def _sum_stops(a: WrongCall, tile: int) -> Array:
     n = a.x.shape[1] // tile * tile
     return n and a(x=a.x[:, :n], w=a.w[:, :n])
 
 
-def _norm_input(a: Call) -> Array:
+def _norm_input(a: WrongCall) -> Array:
     if a.op == "head_rmsnorm_fwd":
         return a.x
     return a.res_in if a.delta is None else a.res_in + a.delta
 
 
-def _norm(a: Call, x: Array, rstd: Array) -> Array:
+def _norm(a: WrongCall, x: Array, rstd: Array) -> Array:
     return rstd if a.output == "rstd" else x * rstd[..., None] * a.w
 
 
-def _centred(a: Call) -> Array:
+def _centred(a: WrongCall) -> Array:
     x = _norm_input(a)
     x = x - x.mean(-1, keepdims=True)
     return _norm(a, x, 1 / np.sqrt((x * x).mean(-1) + a.eps))
 
 
-def _eps(a: Call) -> Any:
+def _eps(a: WrongCall) -> Any:
     x = _norm_input(a)
     square = (x * x).mean(-1)
     rstd = a.got if a.output == "rstd" else a(of="rstd") * (a.got * a.want).sum(-1) / (a.want**2).sum(-1)
@@ -173,7 +173,7 @@ def _eps(a: Call) -> Any:
     return rstd.size > 1 and eps > 0 and (a(eps=eps), eps, a.eps)
 
 
-def _norm_gradient(a: Call, projection: float) -> Array:
+def _norm_gradient(a: WrongCall, projection: float) -> Array:
     x, base = (a.x, 0) if a.op == "head_rmsnorm_bwd" else (a.res, a.dres)
     xhat, g = x * a.rstd[..., None], a.dy * a.w
     return base + a.rstd[..., None] * (g - projection * xhat * (g * xhat).mean(-1, keepdims=True))
@@ -184,16 +184,16 @@ def _complex(x: Array) -> Array:
     return x[..., :h] + 1j * x[..., h:]
 
 
-def _turned(a: Call, z: Array, x: Array | None = None) -> Array:
+def _turned(a: WrongCall, z: Array, x: Array | None = None) -> Array:
     return a(x=a.x if x is None else x, cos=z.real, sin=z.imag)
 
 
-def _step(a: Call) -> tuple[Array, Array]:  # the table as numbers of length 1, and the turn per position
+def _step(a: WrongCall) -> tuple[Array, Array]:  # the table as numbers of length 1, and the turn per position
     z = a.cos + 1j * a.sin
     return z, (z[1] / z[0]) / np.abs(z[1] / z[0])
 
 
-def _run_on(a: Call) -> Any:
+def _run_on(a: WrongCall) -> Any:
     z, step = _step(a)
     n = len(z)
     return len(a.x) > 1 and np.concatenate(
@@ -201,7 +201,7 @@ def _run_on(a: Call) -> Any:
     )
 
 
-def _frequencies(a: Call) -> tuple[Array, Array, Array]:  # of got and of the table; the positions
+def _frequencies(a: WrongCall) -> tuple[Array, Array, Array]:  # of got and of the table; the positions
     z, step = _step(a)
     turn = (_complex(a.got) * _complex(a.x).conj()).sum((0, 2))
     got, want, t = 0.0, np.angle(step), 1
@@ -211,31 +211,31 @@ def _frequencies(a: Call) -> tuple[Array, Array, Array]:  # of got and of the ta
     return a.sign * got, want, first + np.arange(len(z))
 
 
-def _theta(a: Call) -> Any:
+def _theta(a: WrongCall) -> Any:
     got, want, positions = _frequencies(a)
     d = np.arange(len(want)) / len(want)
     theta, true = (np.exp(-_least_squares(np.log(f) * f, d * f)) for f in (got, want))
     return len(d) > 1 and (_turned(a, np.exp(1j * positions[:, None] * theta**-d)), theta, true)
 
 
-def _stretched(a: Call) -> Any:
+def _stretched(a: WrongCall) -> Any:
     got, want, positions = _frequencies(a)
     by = _least_squares(got, want)
     return _turned(a, np.exp(1j * positions[:, None] * want * by)), by
 
 
-def _neighbours(a: Call) -> Array:
+def _neighbours(a: WrongCall) -> Array:
     order = _apart(a.x.shape[-1])
     y = np.empty_like(a.x)
     y[..., order] = a(x=a.x[..., order])
     return y
 
 
-def _half(a: Call, first: bool) -> Array:
+def _half(a: WrongCall, first: bool) -> Array:
     return np.where((np.arange(a.x.shape[-1]) < a.x.shape[-1] // 2) == first, a.want, a.x)
 
 
-def _sin_scaled(a: Call) -> Any:
+def _sin_scaled(a: WrongCall) -> Any:
     straight = a(sin=0 * a.sin)
     f = _least_squares(a.got - straight, a.want - straight)
     return straight + f * (a.want - straight), f
@@ -246,7 +246,7 @@ def _sees(i: Array, j: Array, w: int) -> Array:
 
 
 def _attention(
-    a: Call,
+    a: WrongCall,
     sees: Callable[[Array, Array, int], Array] = _sees,
     scale: Callable[[int, int], float] = lambda h, d: d**-0.5,
     heads: Callable[[Array, int, int], Array] = lambda h, n, kv: h // (n // kv),
@@ -301,16 +301,16 @@ def _gelu(x: Array) -> Array:
     return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
-def _gated(act: Callable[[Array], Array]) -> Callable[[Call], Array]:
-    def fault(a: Call) -> Array:
+def _gated(act: Callable[[Array], Array]) -> Callable[[WrongCall], Array]:
+    def fault(a: WrongCall) -> Array:
         gate, up = np.split(a.gu, 2, -1)
         return act(gate) * up
 
     return fault
 
 
-def _gate_gradient(slope: Callable[[Array, Array], Array]) -> Callable[[Call], Array]:
-    def fault(a: Call) -> Array:  # slope: of the gate g, with s = sigmoid(g)
+def _gate_gradient(slope: Callable[[Array, Array], Array]) -> Callable[[WrongCall], Array]:
+    def fault(a: WrongCall) -> Array:  # slope: of the gate g, with s = sigmoid(g)
         gate, up = np.split(a.gu, 2, -1)
         wrong = a.dy * up * slope(gate, 1 / (1 + np.exp(-gate)))
         return np.concatenate([wrong, a.want[..., a.dy.shape[-1] :]], -1)
@@ -318,62 +318,62 @@ def _gate_gradient(slope: Callable[[Array, Array], Array]) -> Callable[[Call], A
     return fault
 
 
-def _once(a: Call, order: slice) -> Array:
+def _once(a: WrongCall, order: slice) -> Array:
     dw = a.dw.copy()
     dw[a.ids[order]] += a.dy[order]  # NumPy keeps the last of equal ids
     return dw
 
 
-def _one_hot(a: Call, targets: Array) -> Array:
+def _one_hot(a: WrongCall, targets: Array) -> Array:
     return (np.arange(a.logits.shape[1]) == targets[:, None]).astype(np.float64)
 
 
-def _ids(a: Call, by: int) -> Array:
+def _ids(a: WrongCall, by: int) -> Array:
     return np.where(a.targets < 0, a.targets, (a.targets + by) % a.logits.shape[1])
 
 
-def _first_columns(a: Call, n: int) -> Any:
+def _first_columns(a: WrongCall, n: int) -> Any:
     v = a.logits.shape[1]
     return 0 < n < v and (a(logits=np.where(np.arange(v) < n, a.logits, -np.inf)), n, v)
 
 
-def _whole_columns(a: Call, tile: int) -> Any:
+def _whole_columns(a: WrongCall, tile: int) -> Any:
     return _first_columns(a, a.logits.shape[1] // tile * tile)
 
 
-def _columns_used(a: Call) -> Any:
+def _columns_used(a: WrongCall) -> Any:
     used = np.flatnonzero(a.got.any(0))
     return used.size and _first_columns(a, int(used[-1]) + 1)
 
 
-def _lse(a: Call) -> Array:
+def _lse(a: WrongCall) -> Array:
     return np.logaddexp.reduce(a.logits, -1)
 
 
-def _stepped(a: Call, divisor: Callable[[Array, Array, float], Array]) -> Array:
+def _stepped(a: WrongCall, divisor: Callable[[Array, Array, float], Array]) -> Array:
     """AdamW's master with another divisor, a function of vhat, v and eps."""
     v = a(of="v")
     mhat, vhat = a(of="m") / (1 - a.beta1**a.step), v / (1 - a.beta2**a.step)
     return a.master - a.lr * (mhat / divisor(vhat, v, a.eps) + a.decay * a.master)
 
 
-def _decay(a: Call) -> Any:
+def _decay(a: WrongCall) -> Any:
     decay = a.decay + _least_squares(a.want - a.got, a.lr * a.master)
     return a.got.size > 3 and (a(decay=decay), decay, a.decay)
 
 
-def _rate(a: Call) -> Any:
+def _rate(a: WrongCall) -> Any:
     found = _scaled(a, a.master)
     return found and (*found, a.lr * _least_squares(a.got - a.master, a.want - a.master), a.lr)
 
 
-def _bits(a: Call, kind: Any, read: Any) -> Any:
+def _bits(a: WrongCall, kind: Any, read: Any) -> Any:
     x = a.want.astype(kind).view(np.uint16).view(read).astype(np.float64)
     same = np.isclose(a.got, x, 1e-2, 0, equal_nan=True)
     return bool(same.all() and a.got.any()) and np.where(np.isfinite(x), x, np.nan)
 
 
-def _other(a: Call) -> Any:
+def _other(a: WrongCall) -> Any:
     for name, x in a.others.items():
         if x.size == a.got.size and np.allclose(x.reshape(a.got.shape), a.got, 1e-2, 1e-6):
             return np.asarray(x, np.float64).reshape(a.got.shape), name
@@ -651,7 +651,7 @@ def _search(
     """The words of the row that explains best, of those that do about equally well the first."""
     args, got, want = _cropped(op, output, got, want, args)
     fits = _work(args) <= LIMIT
-    a = Call(**{**args, "args": args, "op": op, "output": output, "got": got, "want": want, **more})
+    a = WrongCall(**{**args, "args": args, "op": op, "output": output, "got": got, "want": want, **more})
     a.before = args.get(output)
     best, words = 3.0, ""
     for cause in CAUSES:

@@ -1,8 +1,8 @@
 """Round matrices to 8 bits for generation on the CPU: a quarter of the memory traffic per token.
 
-Outside the contract of the backends: no op is added to them. `backend` is the cpu backend with the two ops that read
-matrices taught to read such ones; a model computes with them when it is given Int8Weights. Only inference: there are no
-gradients, and nothing is saved in this form.
+Outside the contract of the backends: no op is added to them. `backend` gives the cpu backend with linear_fwd and
+embedding_fwd overridden to accept int8 matrices; a model computes with them when it is given Int8Weights. Only
+inference: there are no gradients, and nothing is saved in this form.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .. import backends
 from ..model.config import ModelConfig
 from ..model.params import FUSED, Layout
 
-LARGEST = 127
+MAX_INT8 = 127
 CHUNK_ROWS = 512  # rounded at once: intermediate values stay in the processor's cache
 
 
@@ -32,7 +32,7 @@ class Int8Matrix:
     @classmethod
     def of(cls, w: np.ndarray) -> Int8Matrix:
         """Round a float matrix to nearest."""
-        scale = np.abs(w).max(1).astype(np.float32) / np.float32(LARGEST)
+        scale = np.abs(w).max(1).astype(np.float32) / np.float32(MAX_INT8)
         q = np.empty(w.shape, np.int8)
         for at in range(0, len(w), CHUNK_ROWS):
             rows = slice(at, at + CHUNK_ROWS)

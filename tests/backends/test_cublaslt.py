@@ -49,7 +49,7 @@ def beta_zero(patch: pytest.MonkeyPatch) -> None:
 
 def transposed(name: str, a: int, b: int) -> Callable[[pytest.MonkeyPatch], None]:
     op = getattr(cublaslt, name)
-    return lambda patch: patch.setattr(cublaslt, name, _cublaslt.Op(op.name, a, b, op.adds))
+    return lambda patch: patch.setattr(cublaslt, name, _cublaslt.Product(op.name, a, b, op.adds))
 
 
 @pytest.mark.parametrize(

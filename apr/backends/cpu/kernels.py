@@ -159,7 +159,7 @@ def set_blas_threads(n):
 
 @njit(inline="always")
 def _cut(n, parts, p):
-    """Where part p of n begins, on a multiple of 16 so that BLAS works on whole tiles."""
+    """First index of part p of n, a multiple of 16 so that BLAS works on whole tiles."""
     return min(n, (n * p // parts + 15) // 16 * 16) if p < parts else n
 
 

@@ -72,7 +72,7 @@ def set_threads(n: int) -> None:
 
 @cache
 def _grid(parts: int, m: int, n: int) -> tuple[int, int]:
-    """How to cut an (m,n) product for `parts` threads: the grid that packs the fewest rows and columns."""
+    """Cut an (m,n) product for `parts` threads: the grid that packs the fewest rows and columns."""
     pairs = [(r, parts // r) for r in range(1, parts + 1) if parts % r == 0]
     return min(pairs, key=lambda rc: (rc[1] * m + rc[0] * n, rc))
 

@@ -1,4 +1,4 @@
-"""What is checked before a kernel is launched, where scratch lies: the part of launch.py without CuPy.
+"""Check the arguments of a kernel before it is launched, and lay out scratch: the part of launch.py without CuPy.
 
 A wrong argument would be read as something else on the device, or end the process' CUDA context; here it
 is a TypeError or ValueError that names kernel and parameter. Every check is a closure made once, because
@@ -82,7 +82,7 @@ def _array_check(where: str, p: Parameter, dtype: Any, array_type: Any) -> Check
 
 
 def _has_gaps(a: Array, most: int) -> bool:
-    """Whether the axes of a follow each other densely, except for `most` that are farther apart."""
+    """Tell whether the axes of `a` follow each other densely, except for `most` that are farther apart."""
     follows, gaps = a.itemsize, 0
     for axis in range(a.ndim - 1, -1, -1):
         size, stride = a.shape[axis], a.strides[axis]
@@ -129,7 +129,7 @@ def out_of_memory(asked: int, held: int, free: int, total: int) -> Refused:
 
 
 class Regions:
-    """Where slots lie in a buffer of `size` bytes: disjoint, each at a multiple of ALIGN."""
+    """Places of slots in a buffer of `size` bytes: disjoint, each at a multiple of ALIGN."""
 
     def __init__(self, size: int) -> None:
         self.size, self.used = size, 0

@@ -80,7 +80,7 @@ def sum_geometry(b: int, s: int, k: int, d: int) -> Geometry:
 
 @cache
 def split_count(b: int, s: int, h: int, k: int, d: int) -> int:
-    """How many blocks share the query heads of a key/value head: more than 1 only where one block for each
+    """Number of blocks that share the query heads of a key/value head: more than 1 only where one block for each
     tile of keys would leave multiprocessors idle; the partial sums cost memory traffic.
     """
     t = tiles(d)
@@ -97,7 +97,7 @@ def shared_bytes(d: int, backward: bool) -> int:
 
 
 def applies(q: Array, k: Array, v: Array, y: Array, most_shared: int, *gradients: Array) -> bool:
-    """Whether the kernels can read and write these arrays: bfloat16, a head width that is compiled, dense
+    """Tell whether the kernels can read and write these arrays: bfloat16, a head width that is compiled, dense
     heads, rows and sequences at multiples of 16 bytes; and whether they can run on a GPU whose blocks can
     have most_shared bytes of shared memory. With gradients (dq, dk, dv, dy): the kernels of backward.
     """

@@ -1,4 +1,4 @@
-"""Which cuBLASLt algorithm computes which product: choosing by time, checking, and remembering on disk."""
+"""Choose cuBLASLt algorithms for products by time, check their results, and remember them on disk."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def fastest(ms: list[float], right: Callable[[int], bool]) -> int:
 
 
 def same(result: np.ndarray, first: np.ndarray, rounding: float) -> bool:
-    """Whether two results of one product differ by rounding alone; never if one is not finite.
+    """Tell whether two results of one product differ by rounding alone; never if one is not finite.
 
     |result - first| <= rounding |first| + 2^-10 max|first|. The second term is for sums that cancel: two
     orders of summation in float32 differ by far less than 2^-10 of the largest result.
@@ -92,7 +92,7 @@ def digest(algorithms: dict[str, Algorithm]) -> str:
 
 
 def cache_file(gpu: str, version: str) -> Path:
-    """Where algorithms found on such a GPU with such a cuBLASLt are kept."""
+    """Path of the algorithms found on such a GPU with such a cuBLASLt."""
     return cache_dir() / "cublaslt" / f"{re.sub('[^A-Za-z0-9]+', '-', gpu).strip('-')}-{version}.json"
 
 
@@ -169,8 +169,8 @@ def _unpack(key: str, entry: Any) -> Algorithm:
     return Algorithm(data, workspace, float(ms))
 
 
-class Gpu:
-    """What a search needs of CuPy, on the stream of the products."""
+class SearchGpu:
+    """CuPy's arrays and events for a search, on the stream of the products."""
 
     def __init__(self, device: int, stream: int) -> None:
         import cupy
@@ -181,7 +181,7 @@ class Gpu:
         self.name = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
 
     def capturing(self) -> bool:
-        """Whether the stream records a graph."""
+        """Tell whether the stream records a graph."""
         return bool(self._cupy.cuda.runtime.streamIsCapturing(self._stream.ptr))
 
     def zero(self, d: Array) -> None:

@@ -48,7 +48,7 @@ _SIGNATURES = {
 
 
 @dataclass(frozen=True, eq=False)  # equal only to itself: hashing it is free
-class Op:
+class Product:
     """One product: which operands are transposed, whether D is added to, whether alpha and beta differ by call."""
 
     name: str
@@ -58,19 +58,19 @@ class Op:
     scaled: bool = False
 
 
-FORWARD = Op("forward", 1, 0, False)
-GRAD_INPUT = Op("grad_input", 0, 0, False)
-GRAD_WEIGHT = Op("grad_weight", 0, 1, True)
+FORWARD = Product("forward", 1, 0, False)
+GRAD_INPUT = Product("grad_input", 0, 0, False)
+GRAD_WEIGHT = Product("grad_weight", 0, 1, True)
 # by the flags of a and of b, of which b is A and a is B
 GEMM = {
-    (a, b): Op("gemm_" + "nt"[a] + "nt"[b], int(b), int(a), True, True)
+    (a, b): Product("gemm_" + "nt"[a] + "nt"[b], int(b), int(a), True, True)
     for a in (False, True)
     for b in (False, True)
 }
 
 
 class Key(NamedTuple):
-    """What decides which algorithms can compute a product. d (rows, cols), sums over inner; ld in elements,
+    """Properties of a product that decide which algorithms can compute it. d (rows, cols), sums over inner; ld in elements,
     alignments in bytes, of pointer and rows alike; bias 0 when there is none, else its alignment."""
 
     op: str
@@ -107,7 +107,7 @@ class Lt:
         self.library = library
 
     def create(self, function: str, *args: Any) -> c_void_p:
-        """What `function` makes and returns through its first parameter."""
+        """Call `function` and return the handle that it makes in its first parameter."""
         made = c_void_p()
         self.call(function, byref(made), *args)
         return made
@@ -128,7 +128,7 @@ class Lt:
         return f"{n // 10000}.{n // 100 % 100}.{n % 100}"
 
 
-def key_of(op: Op, d: Array, a: Array, b: Array, bias: Array | None) -> Key:
+def key_of(op: Product, d: Array, a: Array, b: Array, bias: Array | None) -> Key:
     """The key of D = op(A) op(B), D with cols = rows of op(A)^T. Raises ValueError for arrays that do not fit
     the product: dtype, shape, or rows whose elements are not side by side."""
     arrays = (a, b, d)

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of this machine, through ctypes: no CUDA package is loaded, no memory is taken."""
+"""Ask NVIDIA's driver for the GPUs of this machine, through ctypes: no CUDA package is loaded, no memory is taken."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from ...common.errors import DeviceError
-from .autotune import Algorithm, Cache, Gpu, cache_file, digest, fastest, same, time_all
+from .autotune import Algorithm, Cache, SearchGpu, cache_file, digest, fastest, same, time_all
 from .cublaslt import (
     COMPUTE_32F,
     DESC_BIAS_POINTER,
@@ -49,7 +49,7 @@ from .cublaslt import (
     Array,
     Key,
     Lt,
-    Op,
+    Product,
     Result,
     key_of,
     load,
@@ -67,7 +67,7 @@ _ONE_AT, _ZERO_AT = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
 
 
 @dataclass(slots=True, eq=False)
-class Plan:
+class ProductPlan:
     """A product ready to be called: cuBLASLt's descriptors, and the algorithm in use."""
 
     key: Key
@@ -98,8 +98,8 @@ class Products:
         self._handle, self._nbytes = lt.create("cublasLtCreate").value, nbytes
         self._context = self._handle, workspace, nbytes, stream
         self._matmul = lt.library.cublasLtMatmul
-        self._plans: dict[Key, Plan] = {}
-        self._ready: dict[tuple[Any, ...], Plan] = {}
+        self._plans: dict[Key, ProductPlan] = {}
+        self._ready: dict[tuple[Any, ...], ProductPlan] = {}
         self._alpha, self._beta = c_float(), c_float()  # of gemm
         self._tuning = False
         self._progress: Callable[[str], None] | None = None
@@ -152,7 +152,7 @@ class Products:
                 rows.append((str(p.key), p.algorithm.ms, flops / p.algorithm.ms / 1e9))
         return rows
 
-    def _multiply(self, op: Op, d: Array, a: Array, b: Array, bias: Array | None) -> None:
+    def _multiply(self, op: Product, d: Array, a: Array, b: Array, bias: Array | None) -> None:
         at_d, at_a, at_b = d.data.ptr, a.data.ptr, b.data.ptr
         seen = (
             op,
@@ -170,13 +170,13 @@ class Products:
         if status:
             raise DeviceError(f"cublasLtMatmul: {status_name(status)} for {plan.key}")
 
-    def _run(self, p: Plan, d: int, a: int, b: int) -> int:
+    def _run(self, p: ProductPlan, d: int, a: int, b: int) -> int:
         lt, ws, nbytes, to = self._context
         return self._matmul(
             lt, p.desc, p.alpha, a, p.a, b, p.b, p.beta, d, p.d, d, p.d, p.chosen, ws, nbytes, to
         )
 
-    def _plan(self, op: Op, d: Array, a: Array, b: Array, bias: Array | None) -> Plan:
+    def _plan(self, op: Product, d: Array, a: Array, b: Array, bias: Array | None) -> ProductPlan:
         """The plan for these arrays, with an algorithm: found by a search, remembered, or the heuristic's."""
         key = key_of(op, d, a, b, bias)
         plan = self._plans.get(key)
@@ -197,7 +197,7 @@ class Products:
         self._plans[key] = plan
         return plan
 
-    def _describe(self, op: Op, key: Key, d: Array, a: Array, b: Array) -> Plan:
+    def _describe(self, op: Product, key: Key, d: Array, a: Array, b: Array) -> ProductPlan:
         desc = self._lt.create("cublasLtMatmulDescCreate", COMPUTE_32F, TYPES["float32"])
         la, lb, ld = (
             self._lt.create("cublasLtMatrixLayoutCreate", TYPES[x.dtype.name], x.shape[1], x.shape[0], ld)
@@ -206,14 +206,14 @@ class Products:
         alpha, beta = _ONE_AT, _ONE_AT if op.adds else _ZERO_AT
         if op.scaled:
             alpha, beta = ctypes.addressof(self._alpha), ctypes.addressof(self._beta)
-        plan = Plan(key, d.dtype.name, desc, la, lb, ld, alpha, beta)
+        plan = ProductPlan(key, d.dtype.name, desc, la, lb, ld, alpha, beta)
         self._lt.put("MatmulDesc", desc, DESC_TRANSA, c_int(op.trans_a))
         self._lt.put("MatmulDesc", desc, DESC_TRANSB, c_int(op.trans_b))
         if key.bias:
             self._lt.put("MatmulDesc", desc, DESC_EPILOGUE, c_uint32(EPILOGUE_BIAS))
         return plan
 
-    def _candidates(self, p: Plan, most: int) -> list[Algorithm]:
+    def _candidates(self, p: ProductPlan, most: int) -> list[Algorithm]:
         """Up to `most` algorithms, the heuristic's favourite first. Raises DeviceError if there is none."""
         pref = self._lt.create("cublasLtMatmulPreferenceCreate")
         self._lt.put("MatmulPreference", pref, PREF_MAX_WORKSPACE, c_uint64(self._nbytes))
@@ -235,15 +235,15 @@ class Products:
             )
         return found
 
-    def _accepts(self, p: Plan, algorithm: Algorithm) -> bool:
-        """Whether a remembered algorithm can run here."""
+    def _accepts(self, p: ProductPlan, algorithm: Algorithm) -> bool:
+        """Tell whether a remembered algorithm can run here."""
         result = Result()
         status = self._lt.library.cublasLtMatmulAlgoCheck(
             self._handle, p.desc, p.a, p.b, p.d, p.d, algorithm.data, byref(result)
         )
         return status == 0 and result.state == 0 and result.workspace <= self._nbytes
 
-    def _search(self, p: Plan, d: Array, a: Array, b: Array) -> None:
+    def _search(self, p: ProductPlan, d: Array, a: Array, b: Array) -> None:
         """Time the candidates on these arrays and use the fastest whose result is the first one's."""
         at = d.data.ptr, a.data.ptr, b.data.ptr
 
@@ -277,7 +277,7 @@ class Products:
         if self._progress:
             self._progress(f"{p.key}: {ms[0]:.4f} -> {ms[best]:.4f} ms, {len(ms)} algorithms")
 
-    def _set_bias(self, p: Plan, pointer: int) -> None:
+    def _set_bias(self, p: ProductPlan, pointer: int) -> None:
         if pointer != p.bias:
             self._lt.put("MatmulDesc", p.desc, DESC_BIAS_POINTER, c_void_p(pointer))
             p.bias = pointer
@@ -294,6 +294,6 @@ def open(device: int, workspace: int, nbytes: int, stream: int) -> Products:
     `workspace` is the address of `nbytes` bytes (WORKSPACE_BYTES) that belong to the products alone.
     Raises DeviceError when cuBLASLt is missing or finds no GPU.
     """
-    lt, gpu = load(), Gpu(device, stream)
+    lt, gpu = load(), SearchGpu(device, stream)
     made_for = gpu.name, lt.version()
     return Products(lt, gpu, workspace, nbytes, stream, Cache(cache_file(*made_for), *made_for))

@@ -1,4 +1,4 @@
-"""The ops of the cuda backend that are our own CUDA kernels: what is launched, with which geometry.
+"""Launch the ops of the cuda backend that are our own CUDA kernels.
 
 Formulas and shapes stand in reference.py and in the .cu files. Nothing here needs CuPy or a GPU: `machine`
 launches, so that tests run the same geometry on the host. An op allocates nothing and waits for nothing.
@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 
 
 class Machine(Protocol):
-    """What launches kernels."""
+    """Launcher of kernels, and the memory they need."""
 
     shared_bytes: int  # of shared memory that a block can have
 
@@ -37,7 +37,7 @@ class Machine(Protocol):
         """An array that lives until the end of an op."""
 
     def address(self, x: Array) -> int:
-        """Where the first element lies."""
+        """Address of the first element."""
 
 
 machine: Any = None  # a Machine; set by cuda.set_device, and by tests
@@ -79,7 +79,7 @@ def _run(module: str, name: str, act: Any, grid: Shape, block: Shape, *args: Any
 
 
 def _vector(sizes: Shape, *arrays: Array) -> bool:
-    """Whether 16-byte accesses are possible: sizes (of rows, distances between rows) in bytes, and arrays."""
+    """Tell whether 16-byte accesses are possible: sizes (of rows, distances between rows) in bytes, and arrays."""
     return not any(n % 16 for n in sizes) and not any(
         x is not None and machine.address(x) % 16 for x in arrays
     )
@@ -87,7 +87,7 @@ def _vector(sizes: Shape, *arrays: Array) -> bool:
 
 @cache
 def _constant(module: str, name: str) -> int:
-    """The value of a constexpr int of a kernel file."""
+    """Value of a constexpr int of a kernel file."""
     found = re.search(rf"\b{name} = (\d+)[,;]", kernels.source(module))
     assert found, f"{module}.cu has no constant {name}"
     return int(found[1])

@@ -23,7 +23,7 @@ OLDEST = (8, 0)  # compute capability; bf16 tensor cores and cp.async begin here
 
 @dataclass(frozen=True)
 class Variants:
-    """What a module is compiled for: every combination of acts and defines, on every arch or on a few."""
+    """Compilations of a module: every combination of acts and defines, on every arch or on a few."""
 
     acts: tuple[str, ...] = tuple(ACTS)
     defines: dict[str, tuple[int, ...]] = field(default_factory=dict)
