@@ -11,7 +11,7 @@ from ..model.config import ModelConfig
 from ..model.families import layers_of
 from ..model.params import FUSED, Layout
 from ..model.transformer import Model
-from . import causes, rule
+from . import explain, rule
 from .comparisons import exact, holds, measured, same_bits, unequal
 from .difference import difference
 from .report import EXACT, ArrayComparison
@@ -46,7 +46,7 @@ def upload(model: Model, weights: np.ndarray) -> list[ArrayComparison]:
             continue
         d = unequal(got, want)
         others = {k: v for k, v in named.items() if k != s.hf and v.shape == s.shape}
-        cause = causes.explain_parameter(
+        cause = explain.explain_parameter(
             tap, got.astype(np.float64), want.astype(np.float64),
             {k: v.astype(np.float64) for k, v in others.items()} if s.size < 1 << 22 else {},
         )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..backends.contract import OPS
 from ..model.params import Layout
-from . import causes, rule
+from . import explain, rule
 from .difference import Difference, difference, error_and_tolerance
 from .lockstep import Call, Twin, host
 from .makers import overlap, span
@@ -248,7 +248,7 @@ class Forced(_Watch):
         kind = (call.op, name)
         if kind in self._explained or len(self._explained) >= MAX_EXPLAINED:
             return self._explained.get(kind, "")
-        self._explained[kind] = causes.explain(
+        self._explained[kind] = explain.explain(
             call.op, name, _wide(got), want.copy(), {k: _wide(v) for k, v in before.items()}, tol
         )
         return self._explained[kind]

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from apr.backends import reference
-from apr.bisect import causes
-from apr.bisect.causes import CAUSES, explain, explain_parameter
+from apr.bisect import explain as explaining
+from apr.bisect.causes import CAUSES
+from apr.bisect.explain import explain, explain_parameter
 from cases import BF16, CASES, WRITTEN, Row, make
 
 SIZES: dict[str, dict[str, int]] = {
@@ -671,14 +672,14 @@ def test_never_raises(
     "words", ["bias missing", "weight ignored", "factor ignored", "no causal mask", "summed, not"]
 )
 def test_large_arrays_are_cropped(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(causes, "LIMIT", 150)
+    monkeypatch.setattr(explaining, "LIMIT", 150)
     plant = next(p for p in PLANTS if words in p.words)
     a = call(plant.case, plant.number, plant.output, **plant.changes)
     assert plant.words in likely(a, plant.fault(a), 1e-9)
 
 
 def test_too_large_is_still_located(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(causes, "LIMIT", 10)
+    monkeypatch.setattr(explaining, "LIMIT", 10)
     a = call("attention", 0, "y")
     assert "sign flipped" in likely(a, -a.want)
     assert "head 1" in likely(a, patched(a.want, np.s_[:, :, 1], 7.0))
