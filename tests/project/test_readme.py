@@ -28,7 +28,7 @@ def test_paths_and_links_exist():
         path = ROOT / name if (ROOT / name).exists() else ROOT / folder / name  # `a/b.py`, `c.py`
         assert path.exists(), name
         folder = path.parent.relative_to(ROOT)
-    for link in re.findall(r"\]\(([^)]+)\)", README):
+    for link in re.findall(r"\]\(([^)#]+)", README):
         assert (ROOT / link).exists(), link
 
 
@@ -74,6 +74,14 @@ def test_a_first_trace_as_in_the_readme(tmp_path, monkeypatch, capsys):
     line = next(x for x in LINES if " trace " in x)
     assert main(shlex.split(line)[1:]) == 0
     assert "trace.safetensors" in capsys.readouterr().out
+
+
+def test_the_readme_is_short_and_has_a_line_for_each_room():
+    assert len(README.splitlines()) <= 200
+    table = README.split("## What is where")[1].split("##")[0]
+    for room in (ROOT / "apr").iterdir():
+        if room.is_dir() and room.name != "__pycache__":
+            assert f"| `apr/{room.name}/` |" in table, room.name
 
 
 def test_nothing_is_left_to_fill_in():
