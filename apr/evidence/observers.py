@@ -132,7 +132,7 @@ class StepGates:
         self.steps = self.tokens = self.trained = 0
         self.left = 0.0
         self.gradients: Callable[[float], Finding] | None = None
-        self.scratch = subject.backend.empty((1,), "float64")
+        self.scratch = subject.scratch
 
     def step_begun(self, e: StepBegun) -> None:
         """Count the targets of the batch; measure the gradients that the step before left."""

@@ -27,6 +27,7 @@ class Subject:
     init          checkpoint of --init
     adapted       adapters go on with --lora-init
     document_end  id at which attention stops; None where it does not
+    scratch       (1,) float64 on the device
     evaluated_on  conditions of a validation loss, beside the weights
     run           folder of the run
     """
@@ -43,5 +44,6 @@ class Subject:
     init: Checkpoint | None
     adapted: bool
     document_end: int | None
+    scratch: Any
     evaluated_on: dict[str, Any]
     run: Path

@@ -50,8 +50,6 @@ from .sample import sample_text
 from .signals import StopRequest, handled
 
 SAMPLE_TOKENS = 64  # of the continuation of --sample at each evaluation
-# Fields of states that an earlier version wrote.
-OBSOLETE = {"last_loss", "constant"}
 
 
 @dataclass
@@ -66,6 +64,7 @@ class Progress:
     evals_without_best    evaluations since the best one
     seconds               of steps and evaluations
     best_flops            FLOP/s of the fastest step
+    last_loss, constant   loss of the latest step, and the number of steps before it with the same loss
     gates                 findings so far
     """
 
@@ -80,6 +79,8 @@ class Progress:
     evals_without_best: int = 0
     seconds: float = 0.0
     best_flops: float = 0.0
+    last_loss: float | None = None
+    constant: int = 0
     gates: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -186,7 +187,7 @@ class Trainer:
         for note in damaged:
             self.emit(Noted(note))
         try:
-            self.progress = Progress(**{k: v for k, v in saved.items() if k not in OBSOLETE})
+            self.progress = Progress(**saved)
         except TypeError as e:
             raise MalformedFile(
                 f"{self.run.state}: a state of another version of apr, or none: {e}"
@@ -230,6 +231,8 @@ class Trainer:
         p.step += 1
         p.tokens_seen += tokens
         p.seconds += wall
+        p.constant = p.constant + 1 if loss == p.last_loss else 0
+        p.last_loss = loss
         p.epoch_losses.append(loss)
         p.grad_norm_max = max(p.grad_norm_max, norm)
         # The first step of a process compiles and tunes.

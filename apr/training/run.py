@@ -190,6 +190,7 @@ def _subject(t: Trainer) -> Subject:
         i.init,
         i.lora_init is not None,
         i.document_end,
+        t.sum_of_squares,
         evaluated_on(i),
         t.run.path,
     )
