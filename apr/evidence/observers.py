@@ -36,7 +36,6 @@ FOLLOWED_STEPS = (
     20  # first steps of a process in which the learning rate is measured; then every FOLLOW_EVERY
 )
 FOLLOW_EVERY = 10
-BEFORE_THE_LOG = ("run.finite", "run.placeholder")
 
 
 def is_followed(steps: int) -> bool:
@@ -189,24 +188,36 @@ class LogGates:
         self.log = self.lines()
 
     def measured(self, e: Measured) -> None:
-        """Judge a line: its numbers before it is written, what follows from it afterwards."""
+        """Judge that the numbers of a line are finite; keep its other findings for later."""
         self.log.append(e.line)
-        findings = judge(self.log, self.facts, len(self.log) - 1)
-        self.later = [f for f in findings if f.name not in BEFORE_THE_LOG]
-        for f in findings:
-            if f.name not in BEFORE_THE_LOG:
-                continue
-            if f.name == "run.finite" and f.verdict == FAIL and "train_loss" in e.line:
-                saved = self.states()
-                f = replace(f, why=f"{f.why}. Last saved state: {saved[-1] if saved else 'none'}")
-            self.gates.judge(f, e.line["step"])
+        finite, *self.later = judge(self.log, self.facts, len(self.log) - 1)
+        if finite.verdict == FAIL and "train_loss" in e.line:
+            saved = self.states()
+            finite = replace(finite, why=f"{finite.why}. Last saved state: {saved[-1] if saved else 'none'}")
+        self.gates.judge(finite, e.line["step"])
+
+    def judge_later(self, step: int) -> None:
+        """Keep the other findings of the line."""
+        for f in self.later:
+            self.gates.judge(f, step)
 
     def evaluated(self, e: Evaluated) -> None:
         """Keep the findings of an evaluation, and of the log only the lines that later ones are compared with."""
-        for f in self.later:
-            self.gates.judge(f, e.line["step"])
+        self.judge_later(e.line["step"])
         steps = [line for line in self.log if "train_loss" in line]
         self.log = [*steps[-int(self.facts.bound("constant_steps")) :], e.line]
+
+
+class PlaceholderGate:
+    """Gate run.placeholder, behind those of StepGates: sequences that are skipped make a loss of 0. Raises Aborted."""
+
+    def __init__(self, log: LogGates) -> None:
+        self.log = log
+
+    def measured(self, e: Measured) -> None:
+        """Judge the loss of a step beside those before it."""
+        if "train_loss" in e.line:
+            self.log.judge_later(e.line["step"])
 
 
 class LearningRateGate:

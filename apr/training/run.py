@@ -32,6 +32,7 @@ from ..evidence.observers import (
     DataGate,
     LearningRateGate,
     LogGates,
+    PlaceholderGate,
     SpotGate,
     StartGates,
     StepGates,
@@ -125,12 +126,14 @@ def _train(
         trainer = Trainer(inputs, run)
         subject = _subject(trainer)
         facts = Facts.of(run.read_config(), gates.given)
+        log_gates = LogGates(gates, facts, run.log.lines, run.states)
         trainer.findings = gates.state
         # A gate that comes before the display ends a run before its event is shown.
         trainer.observers = [
             SpotChecks(trainer.model, inputs.settings.spot_check, run.log, trainer.emit),
+            log_gates,
             StepGates(subject, gates),
-            LogGates(gates, facts, run.log.lines, run.states),
+            PlaceholderGate(log_gates),
             LearningRateGate(subject, gates),
             DataGate(subject, gates),
             show,

@@ -14,7 +14,7 @@ from apr.common.finding import FAIL, PASS, SUSPECT
 from apr.common.units import bits_per_byte
 from apr.evidence.gates import Gates
 from apr.evidence.judge import Facts, epoch_before, judge, target
-from apr.evidence.observers import LogGates
+from apr.evidence.observers import LogGates, PlaceholderGate
 
 FACTS = Facts(400, True, False, 5.0, 1000, 3000, None, {})
 STEPS = 4  # in an epoch
@@ -67,11 +67,13 @@ def test_a_run_judges_line_by_line_what_verify_judges_at_once(begun):
     live = LogGates(gates, FACTS, lambda: log[:begun], list)
     for f in judge(log[:begun], FACTS):
         gates.judge(f, f.where)
+    last = PlaceholderGate(live)
     live.started(Started(0, 12))
     for line in log[begun:]:
         if "spot_check" in line:
             continue
         live.measured(Measured(line))
+        last.measured(Measured(line))
         if "val_loss" in line:
             live.evaluated(Evaluated(line, []))
     found = {f.name: (f.verdict, f.measured, f.where, gates.evaluations[f.name]) for f in gates.in_order()}
