@@ -109,7 +109,8 @@ def read_apr(path: str | Path) -> AprFile:
         return AprFile(path, metadata, flags, size, TensorFile(path, f, entries))
 
 
-def _up(n: int) -> int:
+def aligned(n: int) -> int:
+    """n bytes, rounded up to where the next part of a file may begin."""
     return round_up(n, ALIGN)
 
 
@@ -140,12 +141,12 @@ def _read_header(f: BinaryIO, size: int, path: Path) -> tuple[int, int, int, int
             )
     if meta_size > MAX_METADATA:
         raise _bad(path, f"metadata of {meta_size} bytes; the limit is {MAX_METADATA}")
-    if meta_at != HEADER.size or index_at != _up(meta_at + meta_size):
+    if meta_at != HEADER.size or index_at != aligned(meta_at + meta_size):
         raise _bad(path, f"metadata at {meta_at} of {meta_size} bytes, then index at {index_at}")
     if not index_at <= data_at <= size - 4:
         raise _bad(path, f"truncated or wrong: index at {index_at}, data at {data_at}, file of {size} bytes")
     longest = 2 + MAX_NAME + 2 + 8 * MAX_NDIM + 16
-    if data_at - index_at > _up(count * longest):
+    if data_at - index_at > aligned(count * longest):
         raise _bad(path, f"index of {data_at - index_at} bytes for {count} tensors")
     return flags, count, meta_size, index_at, data_at
 
@@ -168,7 +169,7 @@ def _read_index(block: bytes, count: int, path: Path) -> list[_Row]:
                 raise _bad(path, f"tensor {rows[-1].name!r} is in the index {kind}")
     except (struct.error, UnicodeDecodeError) as e:
         raise _bad(path, f"tensor {len(rows)} of {count} in the index: {e}") from None
-    if _up(at) != len(block):
+    if aligned(at) != len(block):
         raise _bad(path, f"index of {len(block)} bytes, its {count} tensors take {at}")
     return rows
 
@@ -177,13 +178,13 @@ def _check_places(rows: list[_Row], data_at: int, size: int, path: Path) -> None
     """Raise MalformedFile unless tensors follow one another without overlap or gap up to the footer."""
     end = 0
     for row in sorted(rows, key=lambda r: r.offset):
-        if row.offset != _up(end):
+        if row.offset != aligned(end):
             what = "overlaps the one before" if row.offset < end else "leaves a gap before it"
             raise _bad(path, f"tensor {row.name!r} at {row.offset} {what}, which ends at {end}")
         end = row.offset + row.size
-    if data_at + _up(end) + 4 != size:
-        kind = "truncated" if data_at + _up(end) + 4 > size else "too long"
-        raise _bad(path, f"{kind}: {size} bytes, the index asks for {data_at + _up(end) + 4}")
+    if data_at + aligned(end) + 4 != size:
+        kind = "truncated" if data_at + aligned(end) + 4 > size else "too long"
+        raise _bad(path, f"{kind}: {size} bytes, the index asks for {data_at + aligned(end) + 4}")
 
 
 def _check_footer(f: BinaryIO, size: int, path: Path) -> None:
@@ -236,7 +237,7 @@ def write_apr(
         index += struct.pack(f"<H{len(raw)}sBB", len(raw), raw, TAGS[to], len(shape))
         index += struct.pack(f"<{len(shape)}Q2Q", *shape, offset, size)
         plan.append((name, to, size))
-        offset += _up(size)
+        offset += aligned(size)
     total = {
         "param_count": sum(size // to.itemsize for _, to, size in plan),
         "total_size": sum(size for _, _, size in plan),
@@ -257,15 +258,15 @@ def write_apr(
                 HAS_VOCAB if metadata.get("tokenizer.vocabulary") else 0, len(plan), len(text), len(index)
             )
         )
-        put(text.ljust(_up(len(text)), b"\0"))
-        put(index.ljust(_up(len(index)), b"\0"))
+        put(text.ljust(aligned(len(text)), b"\0"))
+        put(index.ljust(aligned(len(index)), b"\0"))
         for name, to, size in plan:
             start = f.tell()
             for piece in encode(f"{path}: {name}", tensors[name], to):
                 put(piece)
             if f.tell() - start != size:
                 raise Refused(f"{path}: tensor {name!r} changed its shape while it was written")
-            put(bytes(_up(size) - size))
+            put(bytes(aligned(size) - size))
         f.write(struct.pack("<I", crc))
 
 
@@ -276,7 +277,7 @@ def dump_metadata(metadata: dict[str, Any]) -> bytes:
 
 
 def _pack_header(flags: int, count: int, meta_size: int, index_size: int) -> bytes:
-    index_at = HEADER.size + _up(meta_size)
-    places = (HEADER.size, meta_size, index_at, index_at + _up(index_size))
+    index_at = HEADER.size + aligned(meta_size)
+    places = (HEADER.size, meta_size, index_at, index_at + aligned(index_size))
     raw = HEADER.pack(MAGIC, 2, 0, flags | ROW_MAJOR, count, *places, 0, bytes(20))
     return raw[:40] + struct.pack("<I", _header_crc(raw)) + raw[44:]

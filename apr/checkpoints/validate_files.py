@@ -93,7 +93,7 @@ def _apr_rows(checks: Checklist, subject: Subject, path: Path, f: BinaryIO, size
     def sections() -> str:
         if "header" not in state:
             raise Skip("no readable header")
-        p, up = places, apr2._up
+        p, up = places, apr2.aligned
         if (
             p.meta_at != apr2.HEADER.size
             or p.index_at != up(p.meta_at + p.meta_size)
@@ -118,16 +118,16 @@ def _apr_rows(checks: Checklist, subject: Subject, path: Path, f: BinaryIO, size
         longest = 2 + apr2.MAX_NAME + 2 + 8 * apr2.MAX_NDIM + 16
         if not state["places"] or places.data_at > size:
             raise Skip("the file does not reach to its end" if state["places"] else "its place is not known")
-        if places.data_at - places.index_at > apr2._up(places.count * longest):
+        if places.data_at - places.index_at > apr2.aligned(places.count * longest):
             raise Fault(f"{places.data_at - places.index_at} bytes for {places.count} tensors")
         f.seek(places.index_at)
         rows = apr2._read_index(f.read(places.data_at - places.index_at), places.count, path)
         end = 0
         for row in sorted(rows, key=lambda r: r.offset):
-            if row.offset != apr2._up(end):
+            if row.offset != apr2.aligned(end):
                 raise Fault(f"{row.name} at {row.offset}, the one before ends at {end}: an overlap or a gap")
             end = row.offset + row.size
-        state["rows"], state["end"] = rows, places.data_at + apr2._up(end) + 4
+        state["rows"], state["end"] = rows, places.data_at + apr2.aligned(end) + 4
         return f"{len(rows)} tensors, sorted, without overlap or gap"
 
     def dtypes() -> str:

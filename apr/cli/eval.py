@@ -32,6 +32,8 @@ from ..data.audit import sides_of, tokenizer_beside
 from ..data.guards import enforce, fits_model
 from ..data.manifest import MANIFEST
 from ..data.shards import TokenShards
+from ..evaluation import choices, humaneval, loss
+from ..evaluation.sandbox import Limits, in_words
 from ..evaluation.score import Opened, Scorer, fitting, open_model, prefix_ids
 from ..model.cost import check_positions
 from ..tokenizer.tokenizer import Tokenizer
@@ -181,8 +183,6 @@ def _seq_length(f: Flags, opened: Opened) -> int:
 
 
 def _loss(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
-    from ..evaluation import loss
-
     seq = _seq_length(f, opened)
     stride = f.stride if f.stride is not None else seq
     loss.check_stride(seq, stride)
@@ -240,8 +240,6 @@ def _shards(f: Flags, opened: Opened) -> tuple[Tokenizer, TokenShards]:
 
 
 def _choices(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
-    from ..evaluation import choices
-
     tokenizer = opened.need_tokenizer()
     items = choices.read_items(str(f.choices))[: f.limit]
     before = prefix_ids(tokenizer, f.bos)
@@ -268,9 +266,6 @@ def _choices(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
 
 
 def _humaneval(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
-    from ..evaluation import humaneval
-    from ..evaluation.sandbox import Limits
-
     temperature = f.temperature if f.temperature is not None else 0.0 if f.samples == 1 else 0.8
     settings = humaneval.HumanEvalSettings(
         f.samples, temperature, f.top_k, f.top_p, f.max_new_tokens, f.seed, Limits(f.timeout)
@@ -331,8 +326,6 @@ def _print(show: Show, f: Flags, mode: str, r: dict[str, Any]) -> None:
         cut = f"{r['contexts_cut']} choices with a cut context"
         rows += [("by chance", f"{r['chance']:.4f}"), ("questions", f"{r['items']:,}, {cut}")]
     else:
-        from ..evaluation.sandbox import in_words
-
         rows += [(f"pass@{k}", _plus_minus(**_renamed(v))) for k, v in r["pass_at_k"].items()]
         rows += [
             (

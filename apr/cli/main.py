@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ..common.errors import AprError
+from ..common.version import __version__
 
 COMMANDS = {
     "pretrain": "train a model; with no arguments: the demo job",
@@ -40,8 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's own); returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] == ["--version"]:
-        from ..common.version import __version__
-
         print(f"apr {__version__}")
         return 0
     if not args or args[0] in ("-h", "--help", "help"):

@@ -12,7 +12,7 @@ HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 def is_hub(source: str) -> bool:
-    """Whether a source names a repository of the Hub. Raises UsageError for any other address."""
+    """Tell a repository of the Hub from a path. Raises UsageError for any other address."""
     if HUB.fullmatch(source):
         return True
     if "://" in source:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.atomic import atomic_write
 from ..common.errors import Refused, UsageError
 from ..common.rounding import ceil_div
 from ..data.corpus import Corpus
@@ -79,9 +80,8 @@ class ByteCount:
             opens[added["id"]] = False
         self.table = table
         first = tokenizer.encode("a")
-        if (
-            len(first) and opens[first[0]] and int(table[first].sum()) == 2
-        ):  # a space that the text does not have
+        # Two bytes for one character: a space that the text does not have.
+        if len(first) and opens[first[0]] and int(table[first].sum()) == 2:
             self._opens = opens
 
     def of(self, before: np.ndarray, ids: np.ndarray) -> int:
@@ -295,8 +295,6 @@ def measure(
 def picture(rows: Iterable[dict[str, Any]], sums: Sums, title: str, path: str | Path) -> None:
     """Draw the loss by position in the window as a PNG: each position, and the means of `by_position`."""
     from matplotlib.figure import Figure
-
-    from ..common.atomic import atomic_write
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()

@@ -85,7 +85,7 @@ ELEMENTS: dict[type, Callable[[Any], Any]] = {
     set: set.__iter__,
     frozenset: frozenset.__iter__,
 }
-SAME: dict[type, Callable[[Any], Any]] = {
+SAFE_EQUALS: dict[type, Callable[[Any], Any]] = {
     int: int.__pos__,
     float: float.__pos__,
     complex: complex.__pos__,
@@ -239,7 +239,7 @@ def plain(value: Any) -> Any:
     for kind, elements in ELEMENTS.items():
         if isinstance(value, kind):
             return kind([plain(x) for x in elements(value)])
-    for kind, same in SAME.items():
+    for kind, same in SAFE_EQUALS.items():
         if isinstance(value, kind):
             return same(value)
     raise TypeError(f"returned a {type(value).__name__}, which is no plain value")

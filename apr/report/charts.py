@@ -15,16 +15,14 @@ from typing import Any
 import numpy as np
 
 SIDE = 1000  # units of the square that paths are drawn in
-MOST = 1500  # points of a series that are drawn
-MOST_MEAN = 750  # the same of a moving mean, which is smooth
-MOST_DOTS = 200
+MAX_POINTS = 1500  # of a series that are drawn
+MAX_MEAN_POINTS = 750  # of a moving mean, which is smooth
+MAX_DOTS = 200
 LARGE_DOTS = 40  # so many can be told from each other; more are drawn smaller
 DRAWABLE = 1e150  # larger figures are taken for infinite: differences and squares must not overflow
 OUTLIER = 0.5  # of the range of 98 % of a series: what lies further above them is marked at the border
-LABEL_WIDTH = (
-    0.95,
-    4.0,
-)  # percent of the plot that a letter and the rest of a mark's label take, at about 700 pixels
+# Percent of the plot that a letter and the rest of a mark's label take, at about 700 pixels.
+LABEL_WIDTH = (0.95, 4.0)
 
 TICK_ROOM = 45  # pixels of height for each label of the y axis
 LABEL_HEIGHT = 18  # pixels of a label's line
@@ -72,9 +70,8 @@ class Plot:
     legend: list[tuple[str, str]] = field(default_factory=list)  # class, text
     y_ticks: list[tuple[float, str]] = field(default_factory=list)
     x_ticks: list[tuple[float, str, str]] = field(default_factory=list)  # place, step, tokens
-    rules: list[tuple[float, str, bool, int]] = field(
-        default_factory=list
-    )  # place, label, below its line, from the right
+    # place, label, below its line, from the right
+    rules: list[tuple[float, str, bool, int]] = field(default_factory=list)
     marks: list[dict[str, Any]] = field(default_factory=list)
     mark_rows: int = 0
     beyond: list[float] = field(default_factory=list)  # where points lie above the chart
@@ -88,7 +85,7 @@ def finite(x: np.ndarray, y: np.ndarray, positive: bool = False) -> tuple[np.nda
     return x[keep], y[keep]
 
 
-def thin(x: np.ndarray, y: np.ndarray, most: int = MOST) -> np.ndarray:
+def thin(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> np.ndarray:
     """Indices of at most `most` points: first, last, and the smallest and largest of each of equal bins between."""
     n = len(y)
     if n <= most:
@@ -249,7 +246,7 @@ def _summary(title: str, unit: str, lines: Sequence[Line]) -> str:
 def _draw(p: Plot, line: Line, axis: _Axis, width: float, log: bool) -> None:
     """Path, legend and tooltip data of a series."""
     x, y = finite(line.x, line.y, log)
-    kept = thin(x, y, {"mean": MOST_MEAN, "dots": MOST_DOTS}.get(line.kind, MOST))
+    kept = thin(x, y, {"mean": MAX_MEAN_POINTS, "dots": MAX_DOTS}.get(line.kind, MAX_POINTS))
     places = list(zip((x[kept] / width * SIDE).tolist(), (axis(y[kept]) * SIDE / 100).tolist(), strict=True))
     style = f"{line.kind} {line.colour}"
     if line.kind == "dots":
@@ -322,9 +319,8 @@ def _place_rules(p: Plot, rules: Sequence[Rule], axis: _Axis, lines: Sequence[Li
             meets = any(box[0] < b and a < box[1] and box[2] < d and c < box[3] for a, b, c, d in taken)
             crossed = any(box[2] < other < box[3] for other, _ in shown if other != place)
             points = ((x > box[0]) & (x < box[1]) & (y > box[2]) & (y < box[3])).sum()
-            share = int(
-                20 * points / max(len(x), 1)
-            )  # coarse: a label moves inwards only where it gains by it
+            # Coarse: a label moves inwards only where it gains by it.
+            share = int(20 * points / max(len(x), 1))
             found.append((meets or top < -2 or top + tall > 101, crossed, share, right, points, below, box))
         *_, right, _, below, box = min(found)
         taken.append(box)

@@ -19,7 +19,18 @@ from apr.common.errors import InputNotFound, MalformedFile
 from apr.model.hf_config import to_hf
 from apr.model.presets import PRESETS
 from apr.report import page as report
-from apr.report.charts import MOST, Line, Mark, Rule, log_ticks, moving_mean, nice_ticks, plot, short, thin
+from apr.report.charts import (
+    MAX_POINTS,
+    Line,
+    Mark,
+    Rule,
+    log_ticks,
+    moving_mean,
+    nice_ticks,
+    plot,
+    short,
+    thin,
+)
 from apr.training.settings import Settings
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "circle", "rect"}
@@ -348,7 +359,7 @@ def test_a_long_run_makes_a_small_page_that_keeps_its_spike(tmp_path):
     assert len(page.named("tr")) < 150
     data = json.loads(re.findall(r'<script type="application/json">(.*?)</script>', text)[0])
     train = data["series"][0]
-    assert len(train["x"]) <= MOST
+    assert len(train["x"]) <= MAX_POINTS
     assert train["y"][train["x"].index(spike)] == 7.25
     at = re.findall(
         r"[ML]([\d.]+) ([\d.]+)",
@@ -448,10 +459,10 @@ def test_thinning_keeps_ends_and_extremes(n):
     y = np.sin(np.arange(n) / 7.0)
     y[n // 3], y[n // 2] = 50.0, -50.0
     kept = thin(np.arange(n), y)
-    assert len(kept) <= MOST
+    assert len(kept) <= MAX_POINTS
     assert (np.diff(kept) > 0).all()
     assert {0, n - 1, int(y.argmax()), int(y.argmin())} <= set(kept.tolist())
-    if n <= MOST:
+    if n <= MAX_POINTS:
         assert len(kept) == n
 
 

@@ -184,9 +184,8 @@ class Products:
             plan = self._describe(op, key, d, a, b)
         if bias is not None:  # before the heuristic, which looks at its alignment
             self._set_bias(plan, bias.data.ptr)
-        if (
-            plan.algorithm is None and self._tuning
-        ):  # what others have searched must not change what is not tuned
+        # Algorithms that others have searched must not change products that are not tuned.
+        if plan.algorithm is None and self._tuning:
             known = self._cache.get(str(key))
             if known and self._accepts(plan, known):
                 plan.use(known, "cache")

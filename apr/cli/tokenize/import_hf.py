@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...common.files import read_json
 from ...common.options import json_option, option, parse
@@ -62,8 +63,6 @@ def main(args: Sequence[str]) -> int:
 
 
 def _manifest(folder: str) -> dict[str, object]:
-    from pathlib import Path
-
     manifest = read_json(Path(folder) / "manifest.json")
     assert isinstance(manifest, dict)
     return manifest

@@ -1,0 +1,278 @@
+"""The layout of apr/: which rooms there are, which room may import which, and how comments and docstrings speak.
+
+Read from the source with ast and tokenize: nothing of apr is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+APR = ROOT / "apr"
+
+# Room: the rooms that it may import from, besides itself. The order is that of the layers.
+FOUNDATION = ("common",)
+ROOMS: dict[str, tuple[str, ...]] = {
+    "common": (),
+    "backends": FOUNDATION,
+    "tokenizer": FOUNDATION,
+    "model": FOUNDATION,
+    "data": (*FOUNDATION, "tokenizer"),
+    "checkpoints": (*FOUNDATION, "tokenizer", "model"),
+    "inference": (*FOUNDATION, "tokenizer", "model", "checkpoints", "backends"),
+    "bisect": (*FOUNDATION, "tokenizer", "model", "backends", "checkpoints", "data"),
+    "evaluation": (*FOUNDATION, "tokenizer", "model", "backends", "checkpoints", "data", "bisect", "inference"),
+    "evidence": (*FOUNDATION, "model", "checkpoints", "data"),
+    "report": (*FOUNDATION, "evidence"),
+    "training": (
+        *FOUNDATION, "tokenizer", "model", "backends", "checkpoints", "data", "inference", "bisect", "evaluation",
+        "evidence", "report",
+    ),
+    "verify": (
+        *FOUNDATION, "tokenizer", "model", "backends", "checkpoints", "data", "inference", "bisect", "evaluation",
+        "evidence", "report", "training",
+    ),
+}  # fmt: skip
+ROOMS["api"] = tuple(ROOMS)
+ROOMS["cli"] = tuple(ROOMS)
+# Of the room training, only this module may import these rooms.
+ORCHESTRATOR, ONLY_ORCHESTRATED = "apr.training.run", ("evidence", "report")
+# Imports inside functions: what is optional, or too heavy for every command to load, and of apr what loads such a thing.
+OPTIONAL = {
+    "cupy", "cupy_backends", "cuda", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numba", "pyarrow", "rich",
+    "scipy_openblas64", "readline", "tensorboardX", "tokenizers", "torch", "transformers", "wandb", "lm_eval", "zstandard",
+}  # fmt: skip
+OPENERS = ("What", "Whether", "How", "Where", "Which", "The one", "The same")
+
+
+def sources() -> list[Path]:
+    """Every module of apr/."""
+    return sorted(APR.rglob("*.py"))
+
+
+def module(path: Path) -> str:
+    """apr/data/shards.py -> apr.data.shards; a room's __init__ -> the room."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules() -> dict[str, Path]:
+    """Every module of apr by its name."""
+    return {module(p): p for p in sources()}
+
+
+def room(name: str) -> str:
+    """The room of a module: apr.data.shards -> data; apr itself -> ""."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def imports(path: Path, tree: ast.AST | None = None) -> Iterator[tuple[ast.stmt, str]]:
+    """(statement, module of apr or top-level package) of every import, at whatever depth, but for type checkers."""
+    tree = tree or ast.parse(path.read_text())
+    only_typing = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    known = modules()
+    here = module(path).split(".") + (["__init__"] if path.name == "__init__.py" else [])
+    for node in ast.walk(tree):
+        if id(node) in only_typing:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = (
+                ".".join([*here[: len(here) - node.level], *([node.module] if node.module else [])])
+                if node.level
+                else (node.module or "")
+            )
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield node, inner if inner in known else base
+
+
+def graph() -> dict[str, set[str]]:
+    """The modules of apr that each module imports, at whatever depth."""
+    known = modules()
+    return {name: {to for _, to in imports(path) if to in known} - {name} for name, path in known.items()}
+
+
+def forbidden() -> list[str]:
+    """Imports against the table, as "apr.data.x -> apr.training.y"."""
+    against = []
+    for name, targets in graph().items():
+        here = room(name)
+        for target in sorted(targets):
+            there = room(target)
+            allowed = here in ("", there) or there in ROOMS.get(here, ())
+            if name.startswith("apr.training.") and name != ORCHESTRATOR and there in ONLY_ORCHESTRATED:
+                allowed = False
+            if not allowed or (not here and target != "apr.common.version"):
+                against.append(f"{name} -> {target}")
+    return against
+
+
+def circle() -> list[str]:
+    """Modules of one import circle, in order, or nothing."""
+    edges = graph()
+    done: set[str] = set()
+
+    def walk(name: str, trail: list[str]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        for target in sorted(edges[name]):
+            if found := walk(target, [*trail, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(edges) if (found := walk(name, []))), [])
+
+
+def late_imports() -> list[str]:
+    """Imports inside functions of what is neither optional nor heavy, as "file:line name"."""
+    late, allowed = [], heavy()
+    for path in sources():
+        tree = ast.parse(path.read_text())
+        inside = {
+            id(node)
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+            for node in ast.walk(function)
+        }
+        for node, name in imports(path, tree):
+            lazy = path == APR / "__init__.py"  # `import apr` itself loads nothing
+            if id(node) in inside and name.split(".")[0] not in OPTIONAL and name not in allowed and not lazy:
+                late.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
+    return late
+
+
+def heavy() -> set[str]:
+    """Modules of apr that may be imported inside a function: those that load an optional or heavy package."""
+    return {
+        name
+        for name, path in modules().items()
+        if any(target.split(".")[0] in OPTIONAL for _, target in imports(path))
+    }
+
+
+def openers() -> list[str]:
+    """Docstrings that do not open with a verb or a formula, as "file:line text"."""
+    wrong = []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                if re.match(rf"({'|'.join(OPENERS)})\b", text):
+                    line = getattr(node, "lineno", 1)
+                    wrong.append(f"{path.relative_to(ROOT)}:{line} {text.splitlines()[0]}")
+    return wrong
+
+
+def comments_behind_brackets() -> list[str]:
+    """Lines that hold a closing bracket and a comment, and nothing else: the comment belongs on the line above."""
+    wrong = []
+    for path in sources():
+        for n, line in enumerate(path.read_text().splitlines(), 1):
+            if re.match(r"\s*[)\]}]+[,:]?\s+#(?! (fmt: |noqa|type: ))", line):
+                wrong.append(f"{path.relative_to(ROOT)}:{n} {line.strip()}")
+    return wrong
+
+
+def non_ascii_comments() -> list[str]:
+    """Comments with characters beyond ASCII."""
+    wrong = []
+    for path in sources():
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+            if token.type == tokenize.COMMENT and not token.string.isascii():
+                wrong.append(f"{path.relative_to(ROOT)}:{token.start[0]} {token.string}")
+    return wrong
+
+
+OLD_NAMES = r"\b(arena|Arena|Want|Wants|KEPT|SAME|PIECE|MOST_[A-Z_]+|_parts|_up)\b"
+
+
+def old_names() -> list[str]:
+    """Names that have better ones, as "file:line name"."""
+    wrong = []
+    for path in sources():
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+            if token.type == tokenize.NAME and re.fullmatch(OLD_NAMES, token.string):
+                wrong.append(f"{path.relative_to(ROOT)}:{token.start[0]} {token.string}")
+    return wrong
+
+
+def loose() -> list[str]:
+    """Modules that lie outside the rooms, rooms that are not in the table, and names with a leading underscore."""
+    wrong = [p.name for p in APR.glob("*.py") if p.name not in ("__init__.py", "api.py")]
+    wrong += [p.name for p in APR.iterdir() if p.is_dir() and p.name not in ROOMS and p.name != "__pycache__"]
+    wrong += [str(p.relative_to(ROOT)) for p in sources() if re.match(r"_(?!_)", p.name)]
+    return wrong
+
+
+# Files that may be longer, since they are one table or one kernel.
+MAX_LINES = 400
+LONG = {
+    "apr/backends/cpu/kernels.py": "one kernel after the other",
+    "apr/backends/cuda/ops.py": "one launcher after the other",
+    "apr/bisect/causes.py": "the table of causes",
+    "apr/bisect/planted/faults.py": "the table of faults",
+    "apr/bisect/planted/kernel_faults.py": "the table of edits",
+}
+
+
+def long_files() -> list[str]:
+    """Files of more than MAX_LINES lines that are not in LONG, and entries of LONG that are not needed."""
+    sizes = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources()}
+    wrong = [f"{name}: {n} lines" for name, n in sizes.items() if n > MAX_LINES and name not in LONG]
+    return wrong + [f"{name} is short enough" for name in LONG if sizes.get(name, 0) <= MAX_LINES]
+
+
+CHECKS = [
+    forbidden, circle, late_imports, openers, comments_behind_brackets, non_ascii_comments, old_names, loose, long_files,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+def test_house(check):
+    wrong = check()
+    assert not wrong, f"{len(wrong)}:\n" + "\n".join(wrong)
+
+
+PLANTED = {  # check: a file of apr/, its text, and a part of what the check says
+    forbidden: ("data/x.py", "from ..training import loop\n", "apr.data.x -> apr.training.loop"),
+    circle: ("training/loop.py", "from ..training import rundir\n", "apr.training.loop"),
+    late_imports: ("data/x.py", "def f():\n    from ..common import errors\n", "x.py:2 apr.common.errors"),
+    openers: ("data/x.py", '"""What it is."""\n', "x.py:1 What it is."),
+    comments_behind_brackets: ("data/x.py", "A = (\n    1,\n)  # a number\n", "x.py:3 )  # a number"),
+    non_ascii_comments: ("data/x.py", "A = 1  # \u2264 2\n", "x.py:1"),
+    old_names: ("data/x.py", "MOST_ROWS = 1\n", "x.py:1 MOST_ROWS"),
+    loose: ("_hidden.py", "", "_hidden.py"),
+    long_files: ("data/x.py", "A = 1\n" * (MAX_LINES + 1), "x.py: 401 lines"),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+def test_a_planted_slip_is_seen(check, tmp_path, monkeypatch):
+    monkeypatch.setattr("test_house.ROOT", tmp_path)
+    monkeypatch.setattr("test_house.APR", tmp_path / "apr")
+    monkeypatch.setattr("test_house.LONG", {})
+    for name in ("common/errors.py", "data/batches.py", "training/loop.py", "training/rundir.py"):
+        (tmp_path / "apr" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "apr" / name).write_text("")
+    (tmp_path / "apr/training/rundir.py").write_text("from . import loop\n")
+    assert not check()
+    name, text, words = PLANTED[check]
+    (tmp_path / "apr" / name).write_text(text)
+    assert any(words in line for line in check()), check()
