@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..common.events import Line
-from ..common.finding import Finding
+from ..common.finding import SKIPPED, Finding
 from ..common.units import LAST_STEPS, bits_per_byte
 from . import measure
 from .gates import BOUNDS
@@ -157,7 +157,7 @@ def _judge_epoch(line: Line, steps: list[Line], facts: Facts) -> list[Finding]:
     if facts.random_start:
         tokens, decade = steps[-1]["tokens_seen"], facts.bound("drop_per_decade")
         findings.append(measure.learning(loss, facts.entropy, tokens, decade))
-    return [replace(f, where=line["step"]) for f in findings]
+    return [f if f.verdict == SKIPPED else replace(f, where=line["step"]) for f in findings]
 
 
 def target(line: Line, target: float) -> Finding:

@@ -196,14 +196,14 @@ class LogGates:
             finite = replace(finite, why=f"{finite.why}. Last saved state: {saved[-1] if saved else 'none'}")
         self.gates.judge(finite, e.line["step"])
 
-    def judge_later(self, step: int) -> None:
-        """Keep the other findings of the line."""
+    def judge_later(self) -> None:
+        """Judge the other findings of the line."""
         for f in self.later:
-            self.gates.judge(f, step)
+            self.gates.judge(f, f.where if isinstance(f.where, int) else None)
 
     def evaluated(self, e: Evaluated) -> None:
         """Keep the findings of an evaluation, and of the log only the lines that later ones are compared with."""
-        self.judge_later(e.line["step"])
+        self.judge_later()
         steps = [line for line in self.log if "train_loss" in line]
         self.log = [*steps[-int(self.facts.bound("constant_steps")) :], e.line]
 
@@ -217,7 +217,7 @@ class PlaceholderGate:
     def measured(self, e: Measured) -> None:
         """Judge the loss of a step beside those before it."""
         if "train_loss" in e.line:
-            self.log.judge_later(e.line["step"])
+            self.log.judge_later()
 
 
 class LearningRateGate:
