@@ -106,17 +106,23 @@ def encode_pair(
     continuation: str,
     before: Sequence[int] = (),
     alone: int | None = None,
+    marked: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Encode a context and its continuation, as lm-evaluation-harness does: spaces at the context's end move to
-    the continuation, the whole string is encoded, and what goes past the length of the context's own ids is the
-    continuation. before: ids put in front of the context. alone: the id that stands for a context without any.
+    the continuation; the context keeps its own ids, also where a token of the whole string spans its end, and what the
+    whole string has past their number is the continuation. before: ids put in front of a context that does not begin with
+    them. alone: the id that stands for a context without any. marked: special tokens stand for themselves, as a chat
+    template writes them.
 
     Raises Refused: a continuation without tokens, or nothing that could stand before it."""
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
-    head = [int(i) for i in tokenizer.encode(context)] if context else []
-    whole = [int(i) for i in tokenizer.encode(context + continuation)]
-    ids, rest = [*before, *whole[: len(head)]], whole[len(head) :]
+    encode = tokenizer.encode_marked if marked else tokenizer.encode
+    head = [int(i) for i in encode(context)] if context else []
+    whole = [int(i) for i in encode(context + continuation)]
+    ids, rest = behind(before, head), whole[len(head) :]
+    if not ids and len(rest) > 1 and rest[0] == alone:
+        return rest[:1], rest[1:]
     if not rest:
         raise Refused(
             f"the continuation {continuation[:40]!r} has no token of its own behind {context[-40:]!r}"
@@ -128,6 +134,11 @@ def encode_pair(
             )
         ids = [alone]
     return ids, rest
+
+
+def behind(before: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Put ids before others that do not begin with them: a chat template may have written <s> itself."""
+    return list(ids) if list(ids[: len(before)]) == list(before) else [*before, *ids]
 
 
 def pair_window(

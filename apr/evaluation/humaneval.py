@@ -175,7 +175,7 @@ class Completer:
             top_k=s.top_k,
             top_p=s.top_p,
             seed=seed,
-            eos_id=self.tokenizer.eos_id,
+            eos_id=o.loaded.end_ids(),
             dtype=o.dtype,
         )
         return continuation(self.tokenizer, ids, stream, STOP)

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import AprError, Refused, UsageError
+from ..inference.chat import no_template
 from ..inference.generate import generate
+from ..tokenizer.chat_template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
-from .choices import encode_pair, pair_window
+from .choices import behind, encode_pair, pair_window
 from .humaneval import continuation
 from .score import Opened, Scorer, Window, fitting, open_model, prefix_ids
 
@@ -98,6 +100,45 @@ class AprLM(LM):
         """Tokens that the model reads at once."""
         return self._length
 
+    def _template(self) -> ChatTemplate:
+        found = self._opened.loaded.template()
+        if found is None:
+            raise no_template(self._opened.loaded.source)
+        return found
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Return the text of the checkpoint's template, for the log; "" where none is to be applied.
+
+        Raises Refused: no template; UsageError: a template by name."""
+        if isinstance(chat_template, str) and chat_template not in ("", "default"):
+            raise UsageError(
+                f"--apply_chat_template {chat_template}: apr applies the checkpoint's default template; leave the name out"
+            )
+        return self._template().text if chat_template else ""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Render messages as the context of a request; without add_generation_prompt the last message stays open.
+
+        A template that refuses is tried without the system message, as the harness does. Raises Refused."""
+        template = self._template()
+        try:
+            text = template.render(chat_history, add_generation_prompt)
+        except Refused:
+            chat_history = [m for m in chat_history if m["role"] != "system"]
+            text = template.render(chat_history, add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"]
+        at = text.rfind(last.strip())
+        if at < 0:
+            raise Refused(
+                f"{template.source}: its chat template does not show the last message, {last[:40]!r}"
+            )
+        kept = last.lstrip() if text.startswith(last.lstrip(), at) else last.strip()
+        return text[: at + len(kept)]
+
     def _scorer(self, windows: Sequence[Window]) -> Scorer:
         """Make or reuse a scorer for windows of these lengths."""
         seq = fitting(windows, self._length)
@@ -115,7 +156,7 @@ class AprLM(LM):
         for request in requests:
             context, following = request.args[:2]
             before = self._before if context else []
-            pair = encode_pair(self._tokenizer, context, following, before, self._alone)
+            pair = encode_pair(self._tokenizer, context, following, before, self._alone, marked=True)
             windows.append(pair_window(*pair, self._length, repr(following[:40]))[0])
         scored = self._scorer(windows).score(windows, greedy=True)
         results = [(-float(s.losses.sum()), bool(s.greedy)) for s in scored]
@@ -131,7 +172,7 @@ class AprLM(LM):
         windows: list[Window] = []
         counts = []
         for request in requests:
-            ids = [int(i) for i in self._tokenizer.encode(request.args[0])]
+            ids = [int(i) for i in self._tokenizer.encode_marked(request.args[0])]
             own = list(rolling_windows(ids, self._alone, self._length))
             windows += own
             counts.append(len(own))
@@ -141,7 +182,8 @@ class AprLM(LM):
         return results
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generate text behind each context up to the first of its stop strings, which is not part of the text."""
+        """Generate text behind each context up to the first of its stop strings, or what ends a text, be it an id or spelled
+        out; neither is part of the text."""
         results = []
         for number, request in enumerate(requests):
             context, options = request.args[:2]
@@ -158,6 +200,10 @@ class AprLM(LM):
             )
         stop = options.get("until") or []
         stop = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
+        ends, special = set(o.loaded.end_ids()), tokenizer.special_tokens()
+        # Special tokens are no part of a decoded text: where a stop string names one, its id is the stop.
+        ends |= {i for i, text in special.items() if any(s in text for s in stop)}
+        stop += [text for i in sorted(o.loaded.end_ids()) if (text := tokenizer.decode([i]))]
         most = int(next((options[k] for k in LENGTHS if options.get(k) is not None), NEW_TOKENS))
         temperature = float(options.get("temperature") or 0.0)
         if options.get("do_sample") is False:
@@ -169,12 +215,12 @@ class AprLM(LM):
             raise UsageError(
                 f"max_gen_toks = {most}: must be less than the {self._length} tokens that the model reads"
             )
-        ids = [*self._before, *(int(i) for i in tokenizer.encode(context))] or [*self._prefix()]
+        ids = behind(self._before, tokenizer.encode_marked(context).tolist()) or [*self._prefix()]
         ids = ids[-room:]
         stream = generate(
             o.cfg, o.backend, o.weights, ids, most,
             temperature=temperature, top_k=int(options.get("top_k") or 0), top_p=float(options.get("top_p") or 1.0),
-            seed=seed, eos_id=tokenizer.eos_id, dtype=o.dtype,
+            seed=seed, eos_id=ends, dtype=o.dtype,
         )  # fmt: skip
         return continuation(tokenizer, ids, stream, stop)[0]
 

@@ -139,7 +139,7 @@ def _repetitions(s: Specimen) -> str:
 def _loops(s: Specimen) -> str:
     ends = 0
     for tokens in s.samples[0]:
-        ends += bool(tokens) and tokens[-1] == s.tokenizer.eos_id
+        ends += bool(tokens) and tokens[-1] in s.loaded.end_ids()
         if (period := cycle(tokens)) is not None:
             raise Fault(f"the last {LOOP_TOKENS} tokens repeat a piece of {period}")
     return (

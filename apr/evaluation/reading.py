@@ -195,10 +195,9 @@ class Specimen:
         return texts, sum(map(len, texts)) / (time.perf_counter() - start)
 
     def _write(self, prompt: Sequence[int], seed: int, most: int) -> list[int]:
-        eos = self.tokenizer.eos_id
         return list(
             generate(
                 self.cfg, self.backend, self.weights, prompt, most,
-                temperature=TEMPERATURE, seed=seed, eos_id=eos, dtype=self.dtype,
+                temperature=TEMPERATURE, seed=seed, eos_id=self.loaded.end_ids(), dtype=self.dtype,
             )
         )  # fmt: skip

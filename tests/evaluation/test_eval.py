@@ -477,6 +477,35 @@ def test_contexts_are_cut_at_the_left_and_counted():
         choices.pair_window([1], range(7), 6, "i")
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "context", "following"),
+    [
+        ("stories260K/hf", "wan", "ted to play"),
+        ("stories260K/hf", "Once upon a ti", "me, there"),
+        ("qwen2-tokenizer", "\u4ed6\u662f\u4e2d\u534e\u4eba\u6c11\u5171", "\u548c\u56fd\u516c\u6c11"),
+        ("qwen2-tokenizer", "def read(pa", "th):"),
+    ],
+)
+def test_a_context_keeps_its_own_ids_where_a_token_spans_its_end(data, tokenizer, context, following):
+    t = Tokenizer.from_file(data(tokenizer))
+    own, whole = (t.encode(text).tolist() for text in (context, context + following))
+    assert whole[: len(own)] != own
+    assert choices.encode_pair(t, context, following, [1]) == ([1, *own], whole[len(own) :])
+
+
+def test_ids_that_stand_before_a_text_are_put_there_once(data):
+    t = Tokenizer.from_file(data("stories260K/hf"))
+    plain = t.encode("a b").tolist()
+    assert choices.behind([1], plain) == [1, *plain]
+    assert choices.behind([1], [1, *plain]) == [1, *plain]
+    assert choices.behind([], []) == []
+    head, rest = choices.encode_pair(t, "<s>user: a</s>", " b", [1], marked=True)
+    assert (head[0], head[-1], head.count(1)) == (1, 2, 1)
+    assert head + rest == t.encode_marked("<s>user: a</s> b").tolist()
+    assert 2 not in choices.encode_pair(t, "a</s>", " b", [1])[0]
+    assert choices.encode_pair(t, "", "<s>a", [], 1, marked=True)[0] == [1]
+
+
 def test_a_context_of_spaces_and_one_without_tokens(small):
     tokenizer = Tokenizer.from_file(small / "tok")
     head, rest = choices.encode_pair(tokenizer, "def f:  ", "return", [])

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -16,8 +17,10 @@ import pytest
 
 from apr.checkpoints.hf import write_hf
 from apr.common.errors import AprError, Refused, UsageError
+from apr.evaluation.score import Window
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
+from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.training import train_tokenizer
 from checks import GOLDEN
 
@@ -104,6 +107,12 @@ def test_loglikelihoods_are_those_of_transformers(harness, data):
     assert np.allclose([x[0] for x in alone], [x[0] for x in found[:3]], atol=1e-4)
 
 
+def test_a_token_that_spans_the_end_of_the_context(harness, data):
+    """The value is that of the harness's own model (lm_eval 0.4.13, HFLM)."""
+    model = harness.AprLM(str(data("stories260K/hf")), device="cpu")
+    assert model.loglikelihood([Request("wan", "ted to play")])[0][0] == pytest.approx(-11.1338, abs=1e-3)
+
+
 def test_rolling_windows_are_those_of_the_harness(harness):
     """The example in the docstring of the harness's LM.loglikelihood_rolling."""
     found = [(w.ids.tolist(), w.skip) for w in harness.rolling_windows(range(10), 99, 4)]
@@ -149,6 +158,87 @@ def test_generation_ends_before_a_stop_string(harness, data):
         model.generate_until([Request("x", {"num_beams": 4})])
     with pytest.raises(UsageError, match="max_gen_toks = 512"):
         model.generate_until([Request("x", {"max_gen_toks": 512})])
+
+
+def changed(data, tmp_path, **files):
+    """The stories model with other side files."""
+    folder = tmp_path / "m"
+    shutil.copytree(data("stories260K/hf"), folder)
+    for name, value in files.items():
+        path = folder / f"{name}.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**known, **value}))
+    return str(folder)
+
+
+def test_generation_ends_at_every_id_and_text_that_ends_a_text(harness, data, tmp_path):
+    plain = harness.AprLM(str(data("stories260K/hf")), device="cpu")
+    options = {"until": [], "do_sample": False, "max_gen_toks": 40}
+    whole = plain.generate_until([Request("Once upon a time", options)])[0]
+    tokenizer = Tokenizer.from_file(data("stories260K/hf"))
+    prompt = tokenizer.encode("Once upon a time", add_special_tokens=True)
+    new = tokenizer.encode("Once upon a time" + whole, add_special_tokens=True)[len(prompt) :].tolist()
+    ends = sorted({2, new[9]})
+    listed = changed(data, tmp_path, generation_config={"eos_token_id": ends})
+    text = harness.AprLM(listed, device="cpu").generate_until([Request("Once upon a time", options)])[0]
+    stopped = tokenizer.decode(new[: new.index(new[9])])
+    assert text.strip() == stopped
+    assert len(text) < len(whole)
+
+
+def test_a_special_token_in_until_ends_the_text(harness, data, monkeypatch):
+    model = harness.AprLM(str(data("stories260K/hf")), device="cpu")
+    seen = {}
+
+    def fake(*args, eos_id, **more):
+        seen["ends"] = set(eos_id)
+        return iter(model._tokenizer.encode("He said </s> and went").tolist())
+
+    monkeypatch.setattr(harness, "generate", fake)
+    options = {"until": ["<s>"], "max_gen_toks": 40}
+    assert model.generate_until([Request("Lily", options)])[0].strip() == "He said"  # the text of the end
+    assert seen["ends"] == {1, 2}
+
+
+TEMPLATE = (
+    "{% if messages[0].role == 'system' and deny %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+
+
+def test_a_chat_template_makes_the_contexts(harness, data, tmp_path):
+    folder = changed(data, tmp_path, tokenizer_config={"chat_template": TEMPLATE})
+    model = harness.AprLM(folder, device="cpu")
+    assert model.chat_template(True) == TEMPLATE
+    assert model.chat_template(False) == ""
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It is "}]
+    assert model.apply_chat_template(chat[:1]) == "<s>user: Who?</s><s>assistant:"
+    assert model.apply_chat_template(chat, False) == "<s>user: Who?</s><s>assistant: It is "
+    context = model.apply_chat_template(chat[:1])
+    found = model.loglikelihood([Request(context, " Lily")])[0][0]
+    ids = [1, *plain_ids(model, "user: Who?"), 2, 1, *plain_ids(model, "assistant: Lily")]
+    count = len(ids) - len(model._tokenizer.encode_marked(context))
+    window = Window(np.array(ids, np.int32), len(ids) - 1 - count)
+    assert model._tokenizer.encode_marked(context + " Lily").tolist() == ids
+    want = -float(next(model._scorer([window]).score([window])).losses.sum())
+    assert found == pytest.approx(want, abs=1e-4)
+    assert model.generate_until([Request(context, {"max_gen_toks": 5})])[0]
+    with pytest.raises(UsageError, match="default template"):
+        model.chat_template("tool_use")
+    with pytest.raises(Refused, match="no chat template"):
+        harness.AprLM(str(data("stories260K/hf")), device="cpu").apply_chat_template(chat)
+
+
+def plain_ids(model, text):
+    return model._tokenizer.encode(text).tolist()
+
+
+def test_a_template_that_refuses_a_system_message_is_asked_without(harness, data, tmp_path):
+    template = TEMPLATE.replace("and deny ", "")
+    model = harness.AprLM(changed(data, tmp_path, tokenizer_config={"chat_template": template}), device="cpu")
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    assert model.apply_chat_template(chat) == "<s>user: Hi</s><s>assistant:"
 
 
 def test_arguments(harness, tmp_path):
