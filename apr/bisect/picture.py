@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..common.atomic import write_figure
 from .report import FORCED, FREE, PASSES, ArrayComparison, Report
 
 GROUPS = ("forward", "loss", "backward", "gradients", "optimizer")
@@ -147,7 +148,7 @@ def picture(report: Report, path: Path) -> None:
         _legend(figure, wide, tall)
     else:
         figure.text(0.5, 0.4, "no op was compared", ha="center", color="grey")
-    figure.savefig(path, format="png")
+    write_figure(path, figure)
 
 
 def _legend(figure: Any, wide: float, tall: float) -> None:

@@ -1,4 +1,9 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, and in the place of regular files only.
+
+A name that is written to is free or that of a regular file: what else stands there (a folder, a device, a pipe, a socket, a
+link) is never replaced. Links are refused and not followed, for a folder of somebody else could lead anywhere; the folders
+on the way to a file may be links.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,36 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import IOFailure, Refused
+
+KINDS = (
+    (stat.S_ISLNK, "a link; name the file that it leads to, or remove it"),
+    (stat.S_ISDIR, "a folder; name a file"),
+    (stat.S_ISFIFO, "a pipe; name a file"),
+    (stat.S_ISSOCK, "a socket; name a file"),
+    (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a device; name a file"),
+)
+
+
+def check_output(path: str | Path) -> Path:
+    """Look at the place where a file is to be written. Raises IOFailure for all but a regular file or nothing."""
+    path = Path(path)
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except OSError as e:
+        raise IOFailure(explain(path, e)) from None
+    if not stat.S_ISREG(mode):
+        what = next((words for is_kind, words in KINDS if is_kind(mode)), "no regular file; name one")
+        raise IOFailure(f"{path}: cannot write: is {what}")
+    return path
 
 
 @contextmanager
@@ -22,9 +51,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
     The bytes go to a temporary name in the same folder, reach the disk, and are then renamed. When
     the block raises, the temporary is removed and the previous file stays as it was. Raises
-    IOFailure for every OSError, those of the block included.
+    IOFailure for every OSError, those of the block included, and for what check_output refuses.
     """
-    path = Path(path)
+    path = check_output(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     f: BinaryIO | None = None
     try:
@@ -33,7 +62,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         f.flush()
         os.fsync(f.fileno())
         f.close()
-        os.replace(temporary, path)
+        os.replace(temporary, check_output(path))
         _sync_folder(path.parent)
     except BaseException as e:
         if f is not None:
@@ -76,6 +105,13 @@ def write_json(path: str | Path, obj: Any) -> None:
     NaN and infinity are no JSON: ValueError, before the file is touched.
     """
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_figure(path: str | Path, figure: Any) -> None:
+    """Write a figure of matplotlib in one piece, in the format that the name ends in, else as PNG. Raises IOFailure."""
+    kind = Path(path).suffix[1:].lower()
+    with atomic_write(path) as f:
+        figure.savefig(f, format=kind if kind in figure.canvas.get_supported_filetypes() else "png")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.atomic import locked, write_json
+from ..common.atomic import check_output, locked, write_json
 from ..common.errors import IOFailure, Refused
 from ..common.files import make_folder, read_json
 from ..common.host import cores
@@ -320,7 +320,7 @@ class _Encoding:
     def _skipped_file(self) -> Iterator[Any]:
         path = self.folder / SKIPPED
         try:
-            with open(path, "w", encoding="utf-8") as f:
+            with open(check_output(path), "w", encoding="utf-8") as f:
                 yield f
         except OSError as e:
             raise IOFailure(f"{path}: cannot write: {e.strerror}; make room or write elsewhere") from e

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.atomic import atomic_write
+from ..common.atomic import write_figure
 from ..common.errors import Refused, UsageError
 from ..common.rounding import ceil_div
 from ..data.corpus import Corpus
@@ -318,5 +318,4 @@ def picture(rows: Iterable[dict[str, Any]], sums: Sums, title: str, path: str | 
     axes.set(xscale="log", xlabel="tokens of context", ylabel="loss (nats/token)", title=title)
     axes.grid(alpha=0.2)
     axes.legend()
-    with atomic_write(path) as f:
-        figure.savefig(f, format="png")
+    write_figure(path, figure)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..common.atomic import write_figure
+
 
 def loss_curve(metrics: list[dict[str, Any]], unigram_entropy: float, vocab_size: int, path: Path) -> None:
     """Draw train_loss, its moving mean, val_loss and two yardsticks against tokens seen, as a PNG."""
@@ -47,4 +49,4 @@ def loss_curve(metrics: list[dict[str, Any]], unigram_entropy: float, vocab_size
     axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats/token)", title=f"{path.parent.name}: loss")
     axes.grid(alpha=0.2)
     axes.legend(loc="lower left")
-    figure.savefig(path)
+    write_figure(path, figure)

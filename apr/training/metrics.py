@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..common.atomic import explain, write_text
+from ..common.atomic import check_output, explain, write_text
 from ..common.errors import IOFailure, MalformedFile
 from ..common.files import opened
 
@@ -46,7 +46,7 @@ class MetricsLog:
             samples = [line for line in read_lines(self.samples, strict=False) if line["step"] <= last]
             write_text(self.samples, "".join(json.dumps(line) + "\n" for line in samples))
         try:
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = check_output(self.path).open("a", encoding="utf-8")
         except OSError as e:
             raise IOFailure(explain(self.path, e)) from None
 
@@ -62,7 +62,7 @@ class MetricsLog:
     def write_sample(self, **line: Any) -> None:
         """Add a line to samples.jsonl."""
         try:
-            with self.samples.open("a", encoding="utf-8") as f:
+            with check_output(self.samples).open("a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
         except OSError as e:
             raise IOFailure(explain(self.samples, e)) from None

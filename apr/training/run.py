@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..common.atomic import explain, locked, write_text
+from ..common.atomic import locked, write_text
 from ..common.errors import (
     AprError,
     InputNotFound,
@@ -341,10 +341,7 @@ def _finish(
         show.note(f"\n{' sample ':-^68}\n{result['sample']}\n{'':-^68}\n")
     judge_end(subject, gates, last, p.best_flops)
     picture = run.path / "loss.png"
-    try:
-        loss_curve(lines, entropy, i.cfg.vocab_size, picture)
-    except OSError as e:
-        raise IOFailure(explain(picture, e)) from None
+    loss_curve(lines, entropy, i.cfg.vocab_size, picture)
     result["verdict"] = verdict.save_verdict(run.path, gates, status, p.step, last["val_loss"])
     Callbacks(heard, trainer.callback_failed).ended(result)
     _close(run, show)

@@ -89,10 +89,10 @@ def _draw(f: Flags, folder: Path, splits: list[Split], tokenizer: Tokenizer, sho
     path = Path(f.picture) if f.picture else folder / "audit.png"
     try:
         draw_audit(splits, tokenizer.vocab_size, path)
-    except OSError as e:
+    except IOFailure as e:
         if f.picture:
-            raise IOFailure(f"{path}: cannot write: {e.strerror}; choose another --picture, or none") from e
-        show.note(f"no picture: {path}: {e.strerror}; --picture FILE writes it elsewhere")
+            raise IOFailure(f"{e}; choose another --picture, or none") from e
+        show.note(f"no picture: {e}; --picture FILE writes it elsewhere")
         return None
     return str(path)
 

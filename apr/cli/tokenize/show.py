@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...common.atomic import write_figure
 from ...data.audit import Split
 from ...data.encode import Counts
 from ...data.scan import LENGTH_BINS
@@ -103,4 +104,4 @@ def draw_audit(splits: list[Split], vocab_size: int, path: Path) -> None:
             ha="center",
             fontsize=8,
         )
-    figure.savefig(path)
+    write_figure(path, figure)

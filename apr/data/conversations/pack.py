@@ -11,7 +11,7 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
-from ...common.atomic import write_json
+from ...common.atomic import check_output, write_json
 from ...common.files import make_folder
 from ...tokenizer.tokenizer import Tokenizer
 from ..manifest import figures
@@ -106,7 +106,8 @@ class Spool:
             costs = np.minimum(sizes + (ids[ends - 1] != m.separator), room)
         rows = best_fit(costs, room)
         counts, digests = np.zeros(m.vocab_size, np.int64), (hashlib.sha256(), hashlib.sha256())
-        with open(self.folder / "ids.bin", "wb") as a, open(self.folder / "trained.bin", "wb") as b:
+        places = [check_output(self.folder / name) for name in ("ids.bin", "trained.bin")]
+        with open(places[0], "wb") as a, open(places[1], "wb") as b:
             for row in rows:
                 x, y, at = np.full(room, m.separator or 0, "<u4"), np.zeros(room, np.uint8), 0
                 for i in row:

@@ -1,0 +1,126 @@
+"""Writing: what stands in the place of an output is a regular file or nothing, in every way of writing."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from apr.cli.main import main
+from apr.common.atomic import atomic_write, check_output, write_figure, write_json, write_text
+from apr.common.errors import IOFailure
+from apr.training.metrics import MetricsLog
+
+
+def _socket(path: Path) -> None:
+    here = Path.cwd()
+    os.chdir(path.parent)  # the name of a socket is short
+    try:
+        with socket.socket(socket.AF_UNIX) as s:
+            s.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+NO_OUTPUTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "folder": (lambda p: p.mkdir(), "is a folder"),
+    "pipe": (os.mkfifo, "is a pipe"),
+    "socket": (_socket, "is a socket"),
+    "link to a device": (lambda p: p.symlink_to("/dev/full"), "is a link"),
+    "link to a file": (lambda p: p.symlink_to("victim"), "is a link"),
+    "dangling link": (lambda p: p.symlink_to("gone"), "is a link"),
+    "circle of links": (lambda p: p.symlink_to(p.name), "is a link"),
+}
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "text": lambda p: write_text(p, "x"),
+    "json": lambda p: write_json(p, {}),
+    "figure": lambda p: write_figure(p, Figure()),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("kind", NO_OUTPUTS)
+def test_what_is_no_file_is_never_replaced(tmp_path: Path, kind: str, writer: str) -> None:
+    make, words = NO_OUTPUTS[kind]
+    (tmp_path / "victim").write_text("as it was")
+    path = tmp_path / "out"
+    make(path)
+    before, names = os.lstat(path), sorted(os.listdir(tmp_path))
+    with pytest.raises(IOFailure, match=rf"out: cannot write: {words}"):
+        WRITERS[writer](path)
+    assert os.lstat(path).st_ino == before.st_ino
+    assert os.lstat(path).st_mode == before.st_mode
+    assert sorted(os.listdir(tmp_path)) == names
+    assert (tmp_path / "victim").read_text() == "as it was"
+
+
+def test_devices_are_refused_by_name() -> None:
+    for device in ("/dev/null", "/dev/full"):
+        with pytest.raises(IOFailure, match=f"{device}: cannot write: is a device"):
+            check_output(device)
+
+
+def test_what_appears_while_the_file_is_written_stays(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+
+    def write() -> None:
+        with atomic_write(path) as f:
+            f.write(b"x")
+            os.mkfifo(path)
+
+    with pytest.raises(IOFailure, match="is a pipe"):
+        write()
+    assert os.listdir(tmp_path) == ["out"]
+    assert path.is_fifo()
+
+
+def test_files_are_replaced_and_folders_may_be_links(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "way").symlink_to("real")
+    for text in ("one", "two"):
+        write_text(tmp_path / "way" / "out", text)
+        assert (tmp_path / "real" / "out").read_text() == text
+
+
+def test_a_log_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.path.symlink_to("gone")
+    with pytest.raises(IOFailure, match="is a link"):
+        log.open(-1, -1)
+
+
+def test_figures_have_the_format_of_their_name(tmp_path: Path) -> None:
+    for name, begins in (
+        ("a.png", b"\x89PNG"),
+        ("a.svg", b"<?xml"),
+        ("a", b"\x89PNG"),
+        ("a.what", b"\x89PNG"),
+    ):
+        write_figure(tmp_path / name, Figure())
+        assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["import", "HF", "-o", "OUT", "--force"],
+        ["export", "HF", "--format", "gguf", "-o", "OUT", "--force"],
+        ["trace", "llama-tiny", "--tokens", "1,2,3", "-o", "OUT"],
+    ],
+)
+def test_commands_leave_a_pipe_where_it_is(
+    command: list[str], data: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out"
+    os.mkfifo(path)
+    names = {"HF": str(data("stories260K/hf")), "OUT": str(path)}
+    assert main([names.get(word, word) for word in command]) == 7
+    assert f"{path}: cannot write: is a pipe" in capsys.readouterr().err
+    assert path.is_fifo()
