@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
+from ..common.errors import InputNotFound, Refused, UsageError
+from ..common.files import text_of
 from ..data.batches import Batches, Windows
 from ..data.manifest import MANIFEST, read_manifest
 from ..data.shards import TokenShards
@@ -200,16 +201,11 @@ def can_show(batch: Batch) -> str:
 
 
 def read_text(name: str) -> str:
-    """Read a text file. Raises InputNotFound."""
+    """Read a text file. Raises InputNotFound, MalformedFile."""
     path = Path(name)
     if not path.is_file():
         raise InputNotFound(f"--text {name}: no such file")
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as e:
-        raise MalformedFile(
-            f"--text {name}: not UTF-8 at byte {e.start}; convert it, or give another file"
-        ) from None
+    return text_of(path.read_bytes(), f"--text {name}")
 
 
 def _thinned(targets: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.tensors import EMBED, HEAD, INV_FREQ
+from ..common.files import parse_json, read_text
 from ..model.config import ModelConfig
 from ..model.hf_config import SIZES
 from ..model.params import Layout
@@ -34,7 +35,7 @@ def rows(model: str, cfg: ModelConfig, host: np.ndarray) -> list[ArrayComparison
     files = _files(folder) if path.is_dir() else [path]
     if not (folder / "config.json").is_file() or not files or files[0].suffix != ".safetensors":
         return []
-    raw = json.loads((folder / "config.json").read_text("utf-8"))
+    raw = parse_json(read_text(folder / "config.json"), str(folder / "config.json"))
     out = [
         exact("configuration", "config.json", key, getattr(cfg, field), raw[key])
         for key, field in KEYS.items()
@@ -74,9 +75,8 @@ def _files(folder: Path) -> list[Path]:
     """The files of a folder that hold its weights; others may lie beside them."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [
-            folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        ]
+        weight_map = parse_json(read_text(index), str(index))["weight_map"]
+        return [folder / name for name in sorted(set(weight_map.values()))]
     return [p for p in [folder / "model.safetensors"] if p.is_file()]
 
 

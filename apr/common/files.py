@@ -7,6 +7,7 @@ judge: it must be the plain name of a file beside that one.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import math
@@ -23,6 +24,14 @@ from .errors import InputNotFound, IOFailure, MalformedFile
 MAX_TEXT = 100_000_000  # bytes; the limit of the safetensors library for its header, three times the largest tokenizer
 MAX_DEPTH = (
     100  # objects and lists inside each other: comparing, printing and writing a value recurse as deep
+)
+# UTF-32 before UTF-16, whose mark its mark begins with.
+_MARKS = (
+    (codecs.BOM_UTF8, "UTF-8"),
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 
 
@@ -58,10 +67,29 @@ def read_text(path: Path, what_to_try: str = "") -> str:
         if size > MAX_TEXT:
             raise MalformedFile(f"{path}: {size} bytes; no file of this kind has more than {MAX_TEXT}")
         data = f.read(size)
+    return text_of(data, str(path))
+
+
+def text_of(data: bytes, source: str) -> str:
+    """Decode the bytes of a whole file, without the byte order mark with which Windows begins a text.
+
+    Raises MalformedFile: not UTF-8."""
+    length, encoding = byte_order_mark(data)
+    if encoding != "UTF-8":
+        raise MalformedFile(
+            f"{source}: {encoding} by its byte order mark; convert it with iconv -f {encoding} -t UTF-8"
+        )
     try:
-        return data.decode("utf-8")
+        return data[length:].decode("utf-8")
     except UnicodeDecodeError as e:
-        raise MalformedFile(f"{path}: not UTF-8 at byte {e.start}; is it the right file?") from None
+        raise MalformedFile(
+            f"{source}: not UTF-8 at byte {length + e.start}; is it the right file?"
+        ) from None
+
+
+def byte_order_mark(head: bytes) -> tuple[int, str]:
+    """Find the byte order mark at the beginning of a file: (its length, its encoding); (0, "UTF-8") without one."""
+    return next(((len(mark), encoding) for mark, encoding in _MARKS if head.startswith(mark)), (0, "UTF-8"))
 
 
 def parse_value(text: str | bytes, source: str, unique: bool = False) -> Any:

@@ -5,15 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator
 
+from ..common.files import byte_order_mark
 from .source import Unusable
-
-# UTF-32 before UTF-16, whose mark its mark begins with.
-_OTHER_MARKS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"),
-    (codecs.BOM_UTF32_BE, "UTF-32"),
-    (codecs.BOM_UTF16_LE, "UTF-16"),
-    (codecs.BOM_UTF16_BE, "UTF-16"),
-)
 
 
 class Utf8:
@@ -41,13 +34,11 @@ class Utf8:
 
 def mark_length(head: bytes) -> int:
     """Measure the byte order mark at the beginning of a file. Raises Unusable for a mark of UTF-16 or UTF-32."""
-    if head.startswith(codecs.BOM_UTF8):
-        return len(codecs.BOM_UTF8)
-    for mark, encoding in _OTHER_MARKS:
-        if head.startswith(mark):
-            detail = f"{encoding} by its byte order mark; convert it with iconv -f {encoding} -t UTF-8"
-            raise Unusable("not UTF-8", detail)
-    return 0
+    length, encoding = byte_order_mark(head)
+    if encoding != "UTF-8":
+        detail = f"{encoding} by its byte order mark; convert it with iconv -f {encoding} -t UTF-8"
+        raise Unusable("not UTF-8", detail)
+    return length
 
 
 def without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
+from ..common.files import text_of
 from ..common.host import cores
 from ..inference.generate import generate
 from ..model.cost import check_fits, memory
@@ -70,9 +71,9 @@ def read_jsonl(path: str, what: str) -> list[tuple[int, dict[str, Any]]]:
         data = file.read_bytes()
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
-        lines = data.decode().split("\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
+    except (OSError, EOFError, zlib.error) as e:
         raise MalformedFile(f"{path}: cannot be read: {e}; download it again") from None
+    lines = text_of(data, path).split("\n")
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():

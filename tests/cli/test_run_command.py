@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -124,6 +126,29 @@ def test_prompts_of_a_file_get_what_each_gets_alone(capsys, checkpoint, tmp_path
         f"--- {i + 1}\n{row['prompt']}{row['text']}\n" for i, row in enumerate(d["results"])
     )
     assert f"{len(prompts)} prompts" in err
+
+
+def marked(path):
+    """Begin a file with the byte order mark that Windows' editors write."""
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+
+
+@pytest.mark.parametrize("form", ["lines", "jsonl"])
+def test_files_saved_on_windows_say_the_same(capsys, checkpoint, tmp_path, form):
+    shutil.copytree(checkpoint / "hf", tmp_path / "hf")
+    path = tmp_path / ("p.jsonl" if form == "jsonl" else "p.txt")
+    path.write_text('{"prompt": "def f(x):"}\n' if form == "jsonl" else "def f(x):\r\n", newline="")
+    args = ["--prompts", path, "--max-tokens", 5, "--temperature", 0]
+    plain = as_json(capsys, checkpoint / "hf", *args)["results"]
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages[-1].content }}")
+    chat = ["def f(x):", "--chat", "--chat-template", template, "--max-tokens", 5, "--temperature", 0]
+    said = json.loads(call(capsys, checkpoint / "hf", *chat, "--json")[1])
+    for file in [path, template, *(tmp_path / "hf").glob("*.json")]:
+        marked(file)
+    assert as_json(capsys, tmp_path / "hf", *args)["results"] == plain
+    again = json.loads(call(capsys, tmp_path / "hf", *chat, "--json")[1])
+    assert again["messages"] == said["messages"]
 
 
 def test_every_end_of_text_id_ends(capsys, checkpoint, tmp_path):

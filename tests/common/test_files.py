@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import tracemalloc
@@ -100,6 +101,28 @@ def test_memory_is_that_of_the_file_and_not_of_the_limit(tmp_path: Path) -> None
 def test_json_that_nobody_should_go_on_with(text: str | bytes, words: str) -> None:
     with pytest.raises(MalformedFile, match=f"^here: .*{words}"):
         parse_value(text, "here")
+
+
+def test_a_text_saved_on_windows_is_read_without_its_mark(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_bytes(codecs.BOM_UTF8 + b'{"a": 1}')
+    assert read_text(path) == '{"a": 1}'
+    assert read_json(path) == {"a": 1}
+    path.write_bytes(codecs.BOM_UTF8 + "\ufeffx".encode())
+    assert read_text(path) == "\ufeffx"  # one mark is the file's, what follows is text
+    path.write_bytes(codecs.BOM_UTF8 + b"ab\xff")
+    with pytest.raises(MalformedFile, match=r"t\.json: not UTF-8 at byte 5"):
+        read_text(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_text_of_another_encoding_is_named(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "t.json"
+    path.write_text('{"a": 1}', encoding)
+    with pytest.raises(
+        MalformedFile, match=f"{encoding.upper()} by its byte order mark; convert it with iconv"
+    ):
+        read_json(path)
 
 
 def test_json_that_is_read() -> None:

@@ -421,6 +421,14 @@ def test_the_three_formats():
     assert (item.context, item.continuations, item.choices, item.answer) == ("C", (" a", "b"), ("a", "b"), 1)
 
 
+def test_questions_saved_on_windows(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(
+        '{"context": "C", "choices": ["a", "b"], "answer": 1}\r\n' * 2, newline="", encoding="utf-8-sig"
+    )
+    assert [item.context for item in choices.read_items(str(path))] == ["C", "C"]
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [

@@ -404,7 +404,7 @@ def test_a_machine_that_cannot_judge_gives_no_score(monkeypatch):
         (b"[1]\n", "not a JSON object"),
         (b'{"task_id": "a"}\n', "prompt"),
         (b"\x1f\x8bxx", "cannot be read"),
-        (b"\xff\n", "cannot be read"),
+        (b"\xff\n", "not UTF-8 at byte 0"),
     ],
 )
 def test_broken_problem_files_are_named(tmp_path, content, words):
