@@ -78,23 +78,19 @@ def main() -> int:
         print(f"{e.status}: {e}", file=sys.stderr)
         return e.exit_code
     before = gpu_record.sources()
+    runs = [("gpu", [])]
+    if args.processes > 1:
+        runs = [("gpu and not alone", ["-n", str(args.processes)]), ("gpu and alone", [])]
+    reports = []
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
-        several = ["-n", str(args.processes)] if args.processes > 1 else []
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu",
-            f"--junitxml={report}",
-            *several,
-            *args.pytest,
-        ]
-        code = subprocess.run(command, cwd=ROOT).returncode
-        if not report.exists():
-            return code
-        tests = gpu_record.outcome(report.read_text())
+        for which, several in runs:
+            report = Path(folder) / f"{len(reports)}.xml"
+            pytest_command = [sys.executable, "-m", "pytest", "-m", which, f"--junitxml={report}"]
+            code = subprocess.run([*pytest_command, *several, *args.pytest], cwd=ROOT).returncode
+            if not report.exists():
+                return code
+            reports.append(report.read_text())
+    tests = gpu_record.outcome(*reports)
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     record = {
         "commit": git_commit(),

@@ -358,6 +358,7 @@ print(total - free, planned.total)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_is_as_planned(cuda: Any, recompute: bool) -> None:
     """What the driver says that a process takes, less what was taken before, is the plan within 3 %."""

@@ -53,11 +53,11 @@ def problems(record: dict[str, Any], now: dict[str, str]) -> list[str]:
     return found
 
 
-def outcome(junit: str, slowest: int = 10) -> dict[str, Any]:
-    """Counts, names and times from pytest's --junitxml."""
+def outcome(*junit: str, slowest: int = 10) -> dict[str, Any]:
+    """Add up counts, names and times of pytest's --junitxml, of one run or several."""
     counts = dict.fromkeys(("passed", "failed", "errors", "skipped"), 0)
     failed, skipped, times = [], {}, []
-    for case in ET.fromstring(junit).iter("testcase"):
+    for case in (case for text in junit for case in ET.fromstring(text).iter("testcase")):
         name = f"{case.get('classname')}::{case.get('name')}"
         times.append((name, round(float(case.get("time", 0)), 2)))
         kinds = {child.tag: child for child in case}
