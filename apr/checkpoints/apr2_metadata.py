@@ -56,7 +56,7 @@ def metadata_to_config(meta: dict[str, Any], source: str, names: Collection[str]
     Raises MalformedFile for a missing key, Refused for contradictions and what apr does not compute.
     """
     if "hf_config" not in meta:
-        return from_hf(_old_config(meta, source, names), source)
+        return from_hf(_old_config(meta, source, names), source, published=False)
     cfg = from_hf(meta["hf_config"], f"{source}: hf_config")
     for key, want in _typed(cfg).items():
         if meta.get(key) is not None and meta[key] != want:

@@ -16,7 +16,7 @@ import numpy as np
 from ..common.errors import MalformedFile, Refused
 from ..common.files import parse_json, read_text, short
 from ..model.config import ModelConfig
-from ..model.hf_config import from_hf, to_hf
+from ..model.hf_config import from_hf, hf_notes, to_hf
 from ..model.params import Layout
 from ..tokenizer.chat_template import ChatTemplate, named_tokens
 from ..tokenizer.tokenizer import Tokenizer
@@ -107,6 +107,12 @@ class Checkpoint:
             if from_hf(config, self.source) == self.cfg:
                 return config
         return to_hf(self.cfg)
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes on what its config.json leaves to defaults and what of it is not heeded; [] for a file as usual."""
+        config = self.metadata if self.kind == "hf" else self.metadata.get("hf_config")
+        return hf_notes(config, self.source) if isinstance(config, dict) else []
 
     @property
     def tokenizer_config(self) -> dict[str, Any]:

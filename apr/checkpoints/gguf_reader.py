@@ -336,7 +336,7 @@ def _config(keys: dict[str, Any], names: set[str], path: Path) -> ModelConfig:
         if isinstance(positions, float) and positions.is_integer():  # every factor is written as a float64
             scaling["original_max_position_embeddings"] = int(positions)
         d["rope_scaling"] = {"rope_type": "llama3", **scaling}
-    cfg = from_hf(d, str(path))
+    cfg = from_hf(d, str(path), published=False)
     if cfg.num_layers > len(names):
         raise MalformedFile(f"{path}: {cfg.num_layers} layers, {len(names)} tensors")
     return cfg

@@ -50,6 +50,7 @@ def vocabulary_keys(
             "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(model)],
         }
     elif tokenizer.format == SENTENCEPIECE and model.get("type") == "BPE":
+        _check_bytes(tokens, source)
         scores = _scores(model, tokens)
         unknown = model.get("unk_token")
         kinds = [_sentencepiece_kind(t, k, unknown) for t, k in zip(tokens, kinds, strict=True)]
@@ -81,6 +82,16 @@ def vocabulary_keys(
     if chat_template is not None:
         out["tokenizer.chat_template"] = chat_template
     return out
+
+
+def _check_bytes(tokens: list[str], source: str) -> None:
+    """Refuse a SentencePiece vocabulary without all byte pieces: llama.cpp ends its process where one is wanted."""
+    absent = sorted(set(FALLBACK_BYTES) - set(tokens))
+    if absent:
+        raise Refused(
+            f"{source}: {len(absent)} of the byte pieces '<0x00>'..'<0xFF>' are missing, first {absent[0]!r}; llama.cpp would "
+            "abort at the first character that is not in the vocabulary. Export --format hf"
+        )
 
 
 def _tokens(fields: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:

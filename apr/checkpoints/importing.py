@@ -98,6 +98,7 @@ def import_model(
         "eos_token_id": tok and tok.eos_id,
         "chat_template": checkpoint.chat_template is not None,
         "files": meta[PROVENANCE]["files"],
+        "notes": checkpoint.notes,
     }
 
 

@@ -18,7 +18,7 @@ from ..common.errors import AprError
 from ..common.files import opened, parse_json, read_text
 from ..common.finding import FILE, Checklist, Fault, Skip
 from ..model.config import ModelConfig
-from ..model.hf_config import from_hf
+from ..model.hf_config import from_hf, hf_notes
 from ..model.params import Layout
 from . import apr2, hf
 from .apr2_metadata import TOKENIZER, metadata_to_config
@@ -236,7 +236,8 @@ def _apr_config(subject: Subject) -> str:
     subject.cfg = metadata_to_config(subject.metadata, subject.source, names)
     said = subject.metadata.get("tie_word_embeddings")
     subject.tied = said if isinstance(said, bool) else subject.cfg.tie_word_embeddings
-    return _describe(subject.cfg)
+    config = subject.metadata.get("hf_config")
+    return "; ".join([_describe(subject.cfg), *(hf_notes(config, subject.source) if config else [])])
 
 
 def _describe(cfg: ModelConfig) -> str:
@@ -279,7 +280,7 @@ def hf_rows(checks: Checklist, subject: Subject, path: Path) -> None:
         subject.tied = subject.cfg.tie_word_embeddings
         eos = subject.metadata.get("eos_token_id")
         subject.eos = eos[0] if isinstance(eos, list) and eos else eos
-        return _describe(subject.cfg)
+        return "; ".join([_describe(subject.cfg), *hf_notes(subject.metadata, str(where))])
 
     def texts() -> str:
         names = [n for n in os.listdir(folder) if n.endswith(".json") and not n.endswith(".index.json")]

@@ -55,6 +55,7 @@ def main(args: Sequence[str]) -> int:
         ("compared", f"{done['compared_elements']:,} elements with the source: equal bits"),
         ("tokenizer", tokenizer),
         ("chat template", "yes" if done["chat_template"] else "none"),
+        *(("note", f"config.json: {note}") for note in done["notes"]),
     ]
     Show().table(done["output"], rows)
     return 0

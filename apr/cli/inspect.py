@@ -86,6 +86,7 @@ def _model(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         "tensor_bytes": size,
         "dtypes": sorted({t["dtype"] for t in tensors.values()}),
         "config": asdict(loaded.cfg),
+        "notes": loaded.notes,
         "weights_sha256": loaded.sha256,
         "tokenizer": _tokenizer(loaded),
         "chat_template": loaded.chat_template,
@@ -100,6 +101,7 @@ def _model(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         ("format", f"{result['format']}, whole: every parameter there and of the right shape, nothing left over"),
         ("parameters", f"{layout.num_parameters:,} in {len(tensors)} tensors of {', '.join(result['dtypes'])}, {_bytes(size)}"),
         *_config_rows(loaded.cfg),
+        *(("note", f"config.json: {note}") for note in loaded.notes),
         ("tokenizer", f"{t['vocab_size']:,} ids, end of text {t['eos_token']!r} ({t['eos_id']})" if t else "none"),
     ]  # fmt: skip
     if t and t["added_tokens"]:

@@ -1,4 +1,8 @@
-"""Read and write config.json of Hugging Face: `from_hf` refuses what apr would not compute."""
+"""Read and write config.json of Hugging Face: `from_hf` refuses what apr would not compute.
+
+A missing key with a published default gets that of the class in transformers; sizes get none. An unknown key that is off
+changes nothing. `hf_notes` says which of these a file has.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from ..common.errors import MalformedFile, Refused
 from .config import ModelConfig, RopeScaling
 from .families import FAMILIES
 from .hf_keys import HfKeys
+from .hf_unknown import describe, unheeded
 
 # key of config.json -> field; all are whole numbers above zero
 SIZES = {
@@ -32,7 +37,6 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
     "partial_rotary_factor": (1.0, 1, None),
-    "pretraining_tp": (1, None),
     "rope_interleaved": (False, None),
     "attention_dropout": (0.0, 0, None),
     "hidden_dropout": (0.0, 0, None),
@@ -48,43 +52,20 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "pruned_heads": ({}, None),
     "tie_encoder_decoder": (False,),
+    "is_causal": (True,),
+    "causal": (True,),
+    "use_rope": (True,),
+    "do_layer_norm_before": (True,),
+    "use_bidirectional_attention": (False,),
+    "per_layer_config": ({}, None),
+    "resid_pdrop": (0.0,),
+    "embd_pdrop": (0.0,),
+    "attn_pdrop": (0.0,),
+    "hidden_dropout_prob": (0.0,),
+    "attention_probs_dropout_prob": (0.0,),
 }
-
-# keys that cannot change a loss or a gradient; `architectures` is compared with the family
-IRRELEVANT = {
-    "architectures",
-    "model_type",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "use_cache",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "sep_token_id",
-    "decoder_start_token_id",
-    "initializer_range",
-    "max_window_layers",
-    "is_llama_config",
-    "transformers.js_config",
-    "auto_map",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-    "torchscript",
-    "use_bfloat16",
-    "chunk_size_feed_forward",
-    "finetuning_task",
-    "id2label",
-    "label2id",
-    "num_labels",
-    "problem_type",
-    "task_specific_params",
-    "tokenizer_class",
-    "prefix",
-    "tf_legacy_loss",
-    "cross_attention_hidden_size",
-}
+# null is no value of these: transformers fails on it too
+_NEVER_NULL = {"hidden_act"}
 
 # keys that from_hf reads whatever the family; sliding_window counts where the family reads it
 _USED = {
@@ -100,12 +81,24 @@ _USED = {
 }
 
 
-def from_hf(d: dict[str, Any], source: str = "config.json") -> ModelConfig:
-    """Read the dict of a Hugging Face config.json. Invents no number.
+def from_hf(d: dict[str, Any], source: str = "config.json", published: bool = True) -> ModelConfig:
+    """Read the dict of a Hugging Face config.json. Invents no size.
+
+    published: a missing key has the default of its class in transformers. Off for what is no config.json but was made of
+    another file, where a missing key is a fault.
 
     Raises Refused for an architecture or key that apr would compute wrongly, MalformedFile for a key
     that is missing or of the wrong type; both name `source`, the key and the value.
     """
+    return _read(d, source, published)[0]
+
+
+def hf_notes(d: dict[str, Any], source: str = "config.json") -> list[str]:
+    """Say what `from_hf` took as a default and what it did not heed; [] for a file that says everything and no more."""
+    return _read(d, source, True)[1]
+
+
+def _read(d: dict[str, Any], source: str, published: bool) -> tuple[ModelConfig, list[str]]:
     if not isinstance(d, dict):
         raise MalformedFile(f"{source}: expected a JSON object, found {type(d).__name__}")
     kind = d.get("model_type")
@@ -114,21 +107,23 @@ def from_hf(d: dict[str, Any], source: str = "config.json") -> ModelConfig:
             f"{source}: model_type = {kind!r} is not an architecture apr computes; "
             f"it knows {', '.join(sorted(FAMILIES))}"
         )
-    family, keys = FAMILIES[kind], HfKeys(d, source)
+    family = FAMILIES[kind]
+    keys = HfKeys(d, source, family.defaults if published else {})
     _refuse_what_differs(keys, kind)
-    sizes = {field: keys.number(key) for key, field in SIZES.items()}
+    sizes = {field: keys.number(key) for key, field in SIZES.items() if field != "num_kv_heads"}
+    sizes["num_kv_heads"] = _kv_heads(keys, sizes["num_heads"], published and family.kv_heads_follow)
     if sizes["num_layers"] > MAX_LAYERS:
         raise Refused(
             f"{source}: num_hidden_layers = {sizes['num_layers']}; apr computes at most {MAX_LAYERS}"
         )
     head_dim = _head_dim(keys, sizes["num_heads"], sizes["num_kv_heads"], family.head_dim_required)
-    tied = d.get("tie_word_embeddings")
+    tied = keys.get("tie_word_embeddings")
     if not isinstance(tied, bool):
         raise MalformedFile(
             f"{source}: tie_word_embeddings = {tied!r}; write true or false, apr does not guess"
         )
     theta, scaling = _rope(keys)
-    return ModelConfig(
+    cfg = ModelConfig(
         family=kind,
         head_dim=head_dim,
         rms_norm_eps=keys.number("rms_norm_eps", float),
@@ -140,32 +135,49 @@ def from_hf(d: dict[str, Any], source: str = "config.json") -> ModelConfig:
         **sizes,
         **family.read(keys, sizes["num_layers"]),
     )
+    return cfg, describe(d, keys.taken, kind, _known(kind))
+
+
+def _known(kind: str) -> set[str]:
+    """Name the keys of a config.json that are read, whatever their values."""
+    return {*_USED, *MUST_BE, *FAMILIES[kind].keys}
 
 
 def _refuse_what_differs(keys: HfKeys, kind: str) -> None:
     """Compare the keys of a config.json with what apr computes for a family."""
-    source, family = keys.source, FAMILIES[kind]
+    source, family, known = keys.source, FAMILIES[kind], _known(kind)
     names = keys.get("architectures") or []
     if not isinstance(names, list):
         raise MalformedFile(f"{source}: architectures = {names!r} is not a list")
     for name in names:
-        if name != family.architecture:
+        # the first Llama files have LLaMAForCausalLM
+        if not isinstance(name, str) or name.lower() != family.architecture.lower():
             raise Refused(f"{source}: architectures names {name!r}; apr computes {family.architecture} only")
     for key, value in keys.d.items():
-        if key in family.keys:
+        if key in family.keys or (value is None and key not in _NEVER_NULL):
             continue
         if key in MUST_BE:
             if value not in MUST_BE[key]:
                 raise Refused(
                     f"{source}: {key} = {value!r} is not supported; apr computes {MUST_BE[key][0]!r}"
                 )
-        elif key not in _USED and key not in IRRELEVANT and not key.startswith("_"):
+        elif key not in known and not unheeded(key, value):
             raise Refused(
                 f"{source}: unknown key {key!r} = {value!r}; apr refuses what it would not honour. "
                 "Remove the key if it does not change the mathematics"
             )
-    if "hidden_act" not in keys.d:
+    if keys.get("hidden_act") is None:
         raise MalformedFile(f"{source}: missing key 'hidden_act' (the families apr computes use \"silu\")")
+
+
+def _kv_heads(keys: HfKeys, heads: int, follow: bool) -> int:
+    """Number of heads of k and v: num_key_value_heads; null, or no key where the class says so, is one for each head."""
+    stated = "num_key_value_heads" in keys.d
+    if keys.get("num_key_value_heads") is None and (stated or follow):
+        keys.taken["num_key_value_heads"] = heads
+        return heads
+    found: int = keys.number("num_key_value_heads")
+    return found
 
 
 def _head_dim(keys: HfKeys, heads: int, kv_heads: int, required: bool) -> int:
@@ -190,7 +202,7 @@ def _head_dim(keys: HfKeys, heads: int, kv_heads: int, required: bool) -> int:
 
 def _rope(keys: HfKeys) -> tuple[float, RopeScaling | None]:
     """rope_theta and scaling, from the old places (top level) or the new (rope_parameters)."""
-    source, top = keys.source, keys.get("rope_theta")
+    source, top = keys.source, keys.d.get("rope_theta")
     rope: dict[str, Any] = {}
     for place in ("rope_scaling", "rope_parameters"):
         value = keys.get(place)
@@ -201,12 +213,17 @@ def _rope(keys: HfKeys) -> tuple[float, RopeScaling | None]:
         if rope.get("rope_theta", top) != top:
             raise Refused(f"{source}: two values of rope_theta: {top!r} and {rope['rope_theta']!r}")
         rope["rope_theta"] = top
+    elif "rope_theta" not in keys.d and "rope_theta" not in rope and keys.get("rope_theta") is not None:
+        rope["rope_theta"] = keys.get("rope_theta")
     inner = HfKeys(rope, f"{source}: rope_parameters" if keys.get("rope_parameters") else source)
     theta = inner.number("rope_theta", float)
     kind = rope.get("rope_type", rope.get("type", "default"))
     names = set(rope) - {"rope_theta", "rope_type", "type"}
     if rope.get("partial_rotary_factor") in (1, 1.0):
         names.discard("partial_rotary_factor")
+    # a factor of one divides no position
+    if kind == "linear" and rope.get("factor") == 1:
+        kind, names = "default", names - {"factor"}
     if kind == "default":
         if names:
             raise Refused(f"{source}: rope keys {sorted(names)} have no meaning for rope_type 'default'")

@@ -1,4 +1,4 @@
-"""HfKeys: the keys of a config.json, checked as they are read."""
+"""Read the keys of a config.json, each checked, and collect what its user should know."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from ..common.errors import MalformedFile, Refused
 
 
 class HfKeys:
-    """The dict of a config.json and the name of its file, which every message begins with."""
+    """Hold the dict of a config.json and the name of its file, which every message begins with.
 
-    def __init__(self, d: dict[str, Any], source: str) -> None:
-        self.d, self.source = d, source
+    defaults  value of a key that is missing, as transformers publishes it for the class; none for sizes
+    taken     the defaults that were read, by key
+    """
+
+    def __init__(self, d: dict[str, Any], source: str, defaults: dict[str, Any] | None = None) -> None:
+        self.d, self.source, self.defaults = d, source, defaults or {}
+        self.taken: dict[str, Any] = {}
 
     def get(self, key: str) -> Any:
-        """The value as it stands; None for a key that is missing."""
+        """Give the value as it stands; for a missing key its default, or None without one."""
+        if key not in self.d and key in self.defaults:
+            self.taken[key] = self.defaults[key]
+            return self.defaults[key]
         return self.d.get(key)
 
     def number(self, key: str, kind: type = int, zero: bool = False) -> Any:
         """A number above zero, or zero where that is allowed. Raises MalformedFile."""
-        value = self.d.get(key)
+        value = self.get(key)
         if value is None:
             raise MalformedFile(f"{self.source}: missing key {key!r}; apr invents no sizes, add it")
         good = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)

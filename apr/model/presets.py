@@ -10,7 +10,7 @@ from ..common.errors import InputNotFound
 from ..common.files import read_json
 from .config import ModelConfig, RopeScaling
 from .families import FAMILIES
-from .hf_config import from_hf
+from .hf_config import from_hf, hf_notes
 
 
 def _preset(family: str, sizes: str, **more: Any) -> ModelConfig:
@@ -74,9 +74,19 @@ def load_config(name: str) -> ModelConfig:
     """Configuration of a preset, or of the path of a config.json (or a folder that holds one)."""
     if name in PRESETS:
         return PRESETS[name]
+    path = _config_file(name)
+    return from_hf(read_json(path), str(path))
+
+
+def config_notes(name: str) -> list[str]:
+    """Read the notes on the config.json that `load_config` reads, as `hf_notes` gives them; [] for a preset."""
+    return [] if name in PRESETS else hf_notes(read_json(_config_file(name)), name)
+
+
+def _config_file(name: str) -> Path:
     path = Path(name)
     if os.path.isdir(path):
         path = path / "config.json"
     if not os.path.isfile(path):
         raise InputNotFound(f"{name}: neither a preset nor a config.json. Presets: {', '.join(PRESETS)}")
-    return from_hf(read_json(path), str(path))
+    return path

@@ -224,10 +224,9 @@ def _check_encoder(found: _Found, encoder: _Encoder) -> None:
         )
     if encoder.space_mark and not found.pieces:
         raise found.refuse("the encoder puts U+2581 for spaces", "every space would be unknown or left out")
-    absent = (
-        [b for b in FALLBACK_BYTES if b not in found.tokens] if encoder.model.get("byte_fallback") else []
-    )
-    if absent:
+    absent = [b for b in FALLBACK_BYTES if b not in found.tokens]
+    # without any byte piece the library gives the unknown token, as if byte_fallback were false
+    if encoder.model.get("byte_fallback") and 0 < len(absent) < len(FALLBACK_BYTES):
         raise found.refuse(
             "model.byte_fallback is true",
             f"{len(absent)} of '<0x00>'..'<0xFF>' are missing, first {absent[0]!r}",
@@ -239,7 +238,7 @@ def _check_decoder(found: _Found, encoder: _Encoder) -> None:
     needs: list[tuple[bool, bool, str]] = [
         (found.name == BYTE_LEVEL, _has(encoder.decoders, "ByteLevel"), "ByteLevel"),
         (found.name == SENTENCEPIECE, encoder.space_mark_undone, "Metaspace, or a Replace of U+2581,"),
-        (bool(encoder.model.get("byte_fallback")), _has(encoder.decoders, "ByteFallback"), "ByteFallback"),
+        (_falls_back(found, encoder.model), _has(encoder.decoders, "ByteFallback"), "ByteFallback"),
         (found.name == WORDPIECE, _has(encoder.decoders, "WordPiece"), "WordPiece"),
         (bool(encoder.model.get("end_of_word_suffix")), _has(encoder.decoders, "BPEDecoder"), "BPEDecoder"),
         # without one the library joins tokens with spaces
@@ -249,6 +248,11 @@ def _check_decoder(found: _Found, encoder: _Encoder) -> None:
         if needed and not there:
             has = "+".join(s["type"] for s in encoder.decoders) or "null"
             raise found.refuse(f"the decoder is {has}", f"it needs {name} to turn ids back into the text")
+
+
+def _falls_back(found: _Found, model: dict[str, Any]) -> bool:
+    """True when text without a token becomes byte pieces, which the vocabulary has."""
+    return bool(model.get("byte_fallback")) and not found.tokens.isdisjoint(FALLBACK_BYTES)
 
 
 def _unknown_id(found: _Found, model: dict[str, Any], source: str) -> int | None:
@@ -265,9 +269,10 @@ def _unknown_id(found: _Found, model: dict[str, Any], source: str) -> int | None
         named = None if token is None else model["vocab"].get(token)
         if token is not None and named is None and found.name != BYTE_LEVEL:
             raise MalformedFile(f"{source}: model.unk_token = {short(token)} is not in the vocabulary")
-    if named is None and found.name != BYTE_LEVEL and not model.get("byte_fallback"):
+    if named is None and found.name != BYTE_LEVEL and not _falls_back(found, model):
         raise found.refuse(
-            "the model has neither an unknown token nor byte_fallback",
+            "the model has neither an unknown token nor byte_fallback"
+            + (" with byte pieces" if model.get("byte_fallback") else ""),
             "text without a token would be left out without a word",
         )
     return named

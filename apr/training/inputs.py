@@ -19,7 +19,7 @@ from ..model.config import ModelConfig
 from ..model.cost import check_positions, choose_micro_batch
 from ..model.lora import LoraConfig, lora_config, lora_to_json
 from ..model.optim import optimizer_class
-from ..model.presets import load_config
+from ..model.presets import config_notes, load_config
 from .settings import Settings
 
 
@@ -42,6 +42,11 @@ class Inputs(OpenedData):
     lora: LoraConfig | None = None
     lora_init: LoadedAdapter | None = None
     carried: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config_notes(self) -> list[str]:
+        """Notes on what the model's config.json leaves to defaults and what of it is not heeded."""
+        return self.init.notes if self.init else config_notes(str(self.settings.model))
 
     def describe(self) -> dict[str, Any]:
         """Identify data, checkpoint and adapters, for the run's config.json."""

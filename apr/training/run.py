@@ -93,6 +93,7 @@ def train(
                 for note in (
                     inputs.left_out,
                     inputs.device_note and f"about the device: {inputs.device_note}",
+                    *(f"about config.json: {note}" for note in inputs.config_notes),
                 ):
                     if note:
                         show.note(note)

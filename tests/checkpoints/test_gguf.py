@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import interop_cases
+import tokenizer_cases
 from apr import backends
 from apr.checkpoints import gguf
 from apr.checkpoints.checkpoint import fill
@@ -282,6 +283,24 @@ def test_sentencepiece_scores_follow_the_merges(data: Callable[[str], Path], tmp
     kinds = keys["tokenizer.ggml.token_type"]
     assert [kinds[tokens.index(t)] for t in ("<unk>", "<s>", "</s>", "<0x0A>")] == [2, 3, 3, 6]
     assert (keys["tokenizer.ggml.bos_token_id"], keys["tokenizer.ggml.eos_token_id"]) == (1, 2)
+
+
+def test_sentencepiece_without_byte_pieces_is_refused() -> None:
+    """llama.cpp ends its process at the first character that is not in such a vocabulary."""
+
+    def make(kind: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return {**kind(), "added_tokens": [tokenizer_cases.added(0, "<unk>")]}
+
+    whole = make(tokenizer_cases.fallback)
+    size = len(whole["model"]["vocab"])
+    assert len(vocabulary_keys(json.dumps(whole), "t", size, 0)["tokenizer.ggml.tokens"]) == size
+    one = make(tokenizer_cases.fallback)
+    del one["model"]["vocab"]["<0x0A>"]
+    for missing, broken in ((1, one), (256, make(tokenizer_cases.without_bytes))):
+        for fallback in (False,) if missing == 1 else (False, True):
+            broken["model"]["byte_fallback"] = fallback
+            with pytest.raises(Refused, match=rf"^t: {missing} of the byte pieces .*llama\.cpp would abort"):
+                vocabulary_keys(json.dumps(broken), "t", size, 0)
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:

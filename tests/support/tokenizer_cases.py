@@ -106,6 +106,13 @@ def fallback(fill: tuple[str, ...] = ()) -> Fields:
     return fields_of(model, None, decoder, TO_MARK)
 
 
+def without_bytes() -> Fields:
+    """As small published models: byte_fallback, and not one byte piece to fall back on."""
+    d = fallback()
+    d["model"]["vocab"] = {t: i for i, t in enumerate(["<unk>", *WORDS])}
+    return d
+
+
 def with_letters() -> Fields:
     """A large sentencepiece vocabulary has the byte characters too: they are letters of Latin scripts."""
     return fallback(
@@ -166,6 +173,7 @@ SOUND: dict[str, tuple[Callable[[], Fields], str, str]] = {
     "many hexes": (many_hexes, "byte-level", "00ff 1a"),
     "metaspace": (metaspace, "sentencepiece", "ab a b"),
     "fallback": (fallback, "sentencepiece", "ab  a\n\u4e2d "),
+    "fallback without bytes": (without_bytes, "sentencepiece", "ab a"),
     "letters": (with_letters, "sentencepiece", "ab \u0120a\n\u4e2d "),
     "wordpiece": (wordpiece, "WordPiece", "Unaffable  a"),
     "wide wordpiece": (wide_wordpiece, "WordPiece", "Unaffable  \u4e01\u4e02"),

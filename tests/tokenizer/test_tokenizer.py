@@ -47,6 +47,7 @@ from tokenizer_cases import (
     seq,
     suffixed,
     with_letters,
+    without_bytes,
     wordlevel,
     wordpiece,
 )
@@ -347,6 +348,7 @@ FAULTS: dict[str, tuple[Callable[[], Fields], Callable[[Fields], None], str]] = 
     "no Replace": (fallback, put("normalizer", {"type": "NFC"}), "neither a Metaspace"),
     "Metaspace over plain pieces": (metaspace, no_marks, "puts U.2581 for spaces"),
     "byte fallback without bytes": (fallback, drop("<0x00>", "<0xFF>"), "byte_fallback is true: 2 of .* first '<0x00>'"),
+    "neither bytes nor unknown": (without_bytes, put("model.unk_token", None), "nor byte_fallback with byte pieces"),
     "byte-level without decoder": (gpt2_like, put("decoder", None), "decoder is null: it needs ByteLevel"),
     "byte-level with Metaspace decoder": (qwen_like, put("decoder", META), "decoder is Metaspace: it needs ByteLevel"),
     "sentencepiece with ByteLevel decoder": (metaspace, put("decoder", BL), "decoder is ByteLevel: it needs Metaspace"),
@@ -494,6 +496,17 @@ def test_steps_that_double_the_text_in_turn_are_refused(pattern: Fields) -> None
             Tokenizer.from_json(json.dumps(d), "memory")
     d["decoder"] = seq("decoders", *fallback()["decoder"]["decoders"], step)
     Tokenizer.from_json(json.dumps(d), "memory")
+
+
+def test_byte_fallback_without_byte_pieces_is_the_unknown_token() -> None:
+    """As the tokenizers library reads the file; with a part of the bytes it is damaged."""
+    text = json.dumps(without_bytes())
+    tokenizer = Tokenizer.from_json(text, "memory")
+    assert tokenizer.unknown_id == 0
+    for words in ("ab a", "a \u00e9", "\u4e2d\u4e2d", "a\x00b"):
+        want = Engine.from_str(text).encode(words).ids
+        assert tokenizer.encode(words).tolist() == want
+        assert (0 in want) == (words != "ab a")
 
 
 def test_byte_level_steps_in_a_row_are_refused() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config import ModelConfig
@@ -30,7 +30,7 @@ def window_by_layer(keys: HfKeys, layers: int, default: Callable[[], list[str]])
     default() gives the types where config.json has no `layer_types`.
     """
     if not keys.flag("use_sliding_window") or (
-        "sliding_window" in keys.d and keys.get("sliding_window") is None
+        "sliding_window" in {**keys.defaults, **keys.d} and keys.get("sliding_window") is None
     ):
         return no_window(keys, layers)
     window = keys.number("sliding_window")
@@ -60,6 +60,14 @@ def write_window(c: ModelConfig) -> dict[str, Any]:
 
 
 LLAMA = LayerSpec()
+# what transformers takes for a key that is missing, where all classes agree; sizes have no default here
+DEFAULTS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+WINDOW_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28}
 WINDOW_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 
 
@@ -73,6 +81,8 @@ class Family:
     write              keys of config.json, which `read` and transformers read back
     keys               keys of config.json that `read` looks at, or that change nothing in this family
     head_dim_required  config.json must have head_dim
+    defaults           value of a key that is missing, as the class of transformers has it
+    kv_heads_follow    without num_key_value_heads every head has its own keys and values
     """
 
     architecture: str
@@ -81,6 +91,8 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]] = lambda c: {}
     keys: frozenset[str] = frozenset()
     head_dim_required: bool = False
+    defaults: dict[str, Any] = field(default_factory=lambda: DEFAULTS)
+    kv_heads_follow: bool = False
 
     def layers(self, c: ModelConfig) -> tuple[LayerSpec, ...]:
         """Resolve the parts of every layer of a model."""

@@ -4,4 +4,8 @@ from __future__ import annotations
 
 from .family import Family
 
-FAMILY = Family("LlamaForCausalLM", write=lambda c: {"attention_bias": False, "mlp_bias": False})
+FAMILY = Family(
+    "LlamaForCausalLM",
+    write=lambda c: {"attention_bias": False, "mlp_bias": False},
+    kv_heads_follow=True,
+)

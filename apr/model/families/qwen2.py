@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..spec import LayerSpec
-from .family import WINDOW_KEYS, Family, window_on_upper_layers, write_window
+from .family import DEFAULTS, WINDOW_DEFAULTS, WINDOW_KEYS, Family, window_on_upper_layers, write_window
 
 FAMILY = Family(
     "Qwen2ForCausalLM",
@@ -11,4 +11,5 @@ FAMILY = Family(
     read=window_on_upper_layers,
     write=write_window,
     keys=WINDOW_KEYS,
+    defaults=DEFAULTS | WINDOW_DEFAULTS,
 )

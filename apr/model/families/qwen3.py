@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..spec import LayerSpec
-from .family import WINDOW_KEYS, Family, window_on_upper_layers, write_window
+from .family import DEFAULTS, WINDOW_DEFAULTS, WINDOW_KEYS, Family, window_on_upper_layers, write_window
 
 FAMILY = Family(
     "Qwen3ForCausalLM",
@@ -11,5 +11,6 @@ FAMILY = Family(
     read=window_on_upper_layers,
     write=lambda c: {"attention_bias": False, **write_window(c)},
     keys=WINDOW_KEYS,
+    defaults=DEFAULTS | WINDOW_DEFAULTS,
     head_dim_required=True,
 )

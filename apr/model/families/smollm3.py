@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..hf_keys import HfKeys
-from .family import FULL, SLIDING, WINDOW_KEYS, Family, window_by_layer, write_window
+from .family import DEFAULTS, FULL, SLIDING, WINDOW_KEYS, Family, window_by_layer, write_window
 
 
 def read(keys: HfKeys, layers: int) -> dict[str, Any]:
@@ -31,6 +31,7 @@ FAMILY = Family(
     "SmolLM3ForCausalLM",
     read=read,
     write=write,
-    # pretraining_tp is not read by the architecture
-    keys=WINDOW_KEYS | {"no_rope_layers", "no_rope_layer_interval", "pretraining_tp"},
+    keys=WINDOW_KEYS | {"no_rope_layers", "no_rope_layer_interval"},
+    defaults=DEFAULTS
+    | {"rope_theta": 2e6, "tie_word_embeddings": True, "sliding_window": None, "no_rope_layer_interval": 4},
 )
