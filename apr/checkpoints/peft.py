@@ -20,6 +20,7 @@ from ..model.config import ModelConfig
 from ..model.lora import LINEAR, PREFIX, AdapterLayout, LoraConfig
 from ..model.params import Layout, Slot
 from .hf import read_safetensors, write_safetensors
+from .tensors import EMBED, HEAD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Keys that change what an adapter computes, with the only value that apr honours (an empty one is always good).
@@ -51,6 +52,9 @@ HARMLESS = {
 }  # fmt: skip
 # Initial values of A and B; others also change the base, so that the adapter does not belong to it.
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# PEFT saves the untouched matrix of an adapted head beside A and B (save_embedding_layers="auto").
+_BASE = re.compile(rf"^{re.escape(PREFIX)}(?P<module>.+?)(\.base_layer)?\.weight$")
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 _NAME = re.compile(rf"^{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<letter>A|B)(\.default)?\.weight$")
 
 
@@ -97,9 +101,23 @@ class LoadedAdapter:
                 f"{self.source}: {what}, which --lora-init does not go on with; `apr merge` makes it part of the weights"
             )
         targets = tuple(name for name, peft in LINEAR.items() if peft in names)
-        pattern = c.get("alpha_pattern") or {}
-        alpha = next(iter(pattern.values())) if pattern else c["lora_alpha"]
-        return LoraConfig(ranks.pop(), float(alpha), targets, bool(c.get("use_rslora")))
+        # The first stands for all: ranks and scales are one.
+        alpha = _of_pattern(c, "alpha_pattern", next(iter(self.deltas)).removesuffix(".weight"))
+        return LoraConfig(ranks.pop(), alpha, targets, bool(c.get("use_rslora")))
+
+    @cached_property
+    def note(self) -> str:
+        """Name the patterns that match no adapted matrix, so that their numbers count for nothing; "" for none."""
+        modules = [hf.removesuffix(".weight") for hf in self.deltas]
+        idle = [
+            f"{key} {pattern!r}"
+            for key in PATTERNS
+            for pattern in self.config.get(key) or {}
+            if not any(_matches(key, pattern, module) for module in modules)
+        ]
+        return (
+            f"{self.source}: {', '.join(idle)}: matches no adapted matrix, and is passed over" if idle else ""
+        )
 
 
 def adapter_config(c: LoraConfig, base: str) -> dict[str, Any]:
@@ -139,8 +157,12 @@ def write_adapter(folder: Path, layout: AdapterLayout, flat: np.ndarray, base: s
     write_json(folder / CONFIG, adapter_config(layout.config, base))  # last: with it the folder is whole
 
 
-def read_adapter(source: str, cfg: ModelConfig) -> LoadedAdapter:
+def read_adapter(
+    source: str, cfg: ModelConfig, base: Mapping[str, np.ndarray] | None = None
+) -> LoadedAdapter:
     """Open a PEFT LoRA folder for a model; check files, configuration, names and shapes.
+
+    base: matrices of the model by Hugging Face name, to which those that the folder holds besides A and B must be equal.
 
     Raises InputNotFound, MalformedFile, Refused: a setting or tensor that would not be honoured, by name.
     """
@@ -162,9 +184,8 @@ def read_adapter(source: str, cfg: ModelConfig) -> LoadedAdapter:
     for name in tensors:
         match = _NAME.match(name)
         if match is None:
-            raise Refused(
-                f"{folder / WEIGHTS}: tensor {name!r} is no A or B of a linear map (lora_A, lora_B), which is all that apr adds"
-            )
+            _check_untouched(name, tensors[name], cfg, base or {}, str(folder / WEIGHTS))
+            continue
         pairs.setdefault(match["module"], {})[match["letter"]] = tensors[name]
     if not pairs:
         raise MalformedFile(f"{folder / WEIGHTS}: holds no adapter")
@@ -181,6 +202,26 @@ def read_adapter(source: str, cfg: ModelConfig) -> LoadedAdapter:
             raise Refused(f"{folder / WEIGHTS}: adapts {module}, which is no linear map of this model{hint}")
         deltas[slot.hf] = _delta(config, module, pair, slot, str(folder / WEIGHTS))
     return LoadedAdapter(config, deltas, source)
+
+
+def _check_untouched(
+    name: str, stored: np.ndarray, cfg: ModelConfig, base: Mapping[str, np.ndarray], source: str
+) -> None:
+    """Raise Refused unless a tensor is a matrix of the base, to the precision that either is stored in."""
+    match = _BASE.match(name)
+    hf = "" if match is None else f"{match['module']}.weight"
+    want = base.get(EMBED if hf == HEAD and cfg.tie_word_embeddings else hf)
+    if want is None:
+        raise Refused(
+            f"{source}: tensor {name!r} is no A or B of a linear map (lora_A, lora_B), which is all that apr adds"
+        )
+    if stored.shape != want.shape or not (
+        np.array_equal(stored.astype(want.dtype), want) or np.array_equal(want.astype(stored.dtype), stored)
+    ):
+        raise Refused(
+            f"{source}: tensor {name!r} differs from {hf} of the base: it was trained itself, or belongs to another base; "
+            "apr adds A and B only, so merge it with PEFT"
+        )
 
 
 def _check_config(config: dict[str, Any], source: str) -> None:
@@ -208,23 +249,33 @@ def _check_config(config: dict[str, Any], source: str) -> None:
     if config.get("peft_type") != "LORA":
         raise Refused(f"{source}: peft_type = {config.get('peft_type')!r}; apr merges LORA only")
     for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise MalformedFile(f"{source}: {key} = {value!r} is not a number above 0")
-    for key in ("rank_pattern", "alpha_pattern"):
+        _check_number(key, config.get(key), source)
+    for key in PATTERNS:
         if not isinstance(config.get(key) or {}, dict):
             raise MalformedFile(f"{source}: {key} = {config[key]!r} is not an object")
+        for pattern, value in (config.get(key) or {}).items():
+            _check_number(f"{key}: {pattern!r}", value, source)
 
 
-def _of_pattern(config: dict[str, Any], key: str, module: str, usual: str) -> float:
-    """Look up a number of a module: by the first pattern (a regular expression) that ends its name, else config[usual]."""
+def _check_number(name: str, value: Any, source: str) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise MalformedFile(f"{source}: {name} = {value!r} is not a number above 0")
+
+
+def _of_pattern(config: dict[str, Any], key: str, module: str) -> float:
+    """Look up a number of a module: by the first pattern that matches its name, else that of all modules."""
     for pattern, value in (config.get(key) or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return float(value)
-        except re.error as e:
-            raise MalformedFile(f"{key}: {pattern!r} is not a regular expression: {e}") from None
-    return float(config[usual])
+        if _matches(key, pattern, module):
+            return float(value)
+    return float(config[PATTERNS[key]])
+
+
+def _matches(key: str, pattern: str, module: str) -> bool:
+    """Ask if a pattern, a regular expression, ends the name of a module. Raises MalformedFile: it is none."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error as e:
+        raise MalformedFile(f"{key}: {pattern!r} is not a regular expression: {e}") from None
 
 
 def _delta(
@@ -233,13 +284,13 @@ def _delta(
     if set(pair) != {"A", "B"}:
         raise MalformedFile(f"{source}: {module} has lora_{next(iter(pair))} only")
     a, b = pair["A"], pair["B"]
-    rank = _of_pattern(config, "rank_pattern", module, "r")
+    rank = _of_pattern(config, "rank_pattern", module)
     if a.shape != (rank, slot.shape[1]) or b.shape != (slot.shape[0], rank):
         raise Refused(
             f"{source}: {module} has lora_A {a.shape} and lora_B {b.shape}; rank {rank:g} of this model's {slot.shape} takes "
             f"({rank:g}, {slot.shape[1]}) and ({slot.shape[0]}, {rank:g}): is it the adapter of another model?"
         )
-    alpha = _of_pattern(config, "alpha_pattern", module, "lora_alpha")
+    alpha = _of_pattern(config, "alpha_pattern", module)
     return Delta(a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 

@@ -9,6 +9,7 @@ Example: apr merge path/to/hf-folder runs/chat/ckpt/epoch-003-adapter -o chat.ap
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +56,14 @@ def main(args: Sequence[str]) -> int:
         raise Refused(f"{out}: is there already; choose another name, or --force")
     base = open_any(f.base)
     layout = Layout(base.cfg)
-    adapter = read_adapter(f.adapter, base.cfg)
+    tensors = parameters(layout, base)
+    adapter = read_adapter(f.adapter, base.cfg, tensors)
+    if adapter.note:
+        print(f"note: {adapter.note}", file=sys.stderr)
     host = np.zeros(layout.size, np.float32)
     fill(layout, host, base)
     add_adapter(layout, host, adapter)
-    stored = {t.dtype for t in parameters(layout, base).values()}
+    stored = {t.dtype for t in tensors.values()}
     dtype = f.dtype or ("bfloat16" if stored == {BF16} else "float32")
     meta: dict[str, Any] = config_to_metadata(base.cfg)
     meta |= {HF_FILES: base.texts} if base.texts else {}

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from ..backends.select import choose
-from ..checkpoints.checkpoint import HF_FILES, TEMPLATE, Checkpoint
+from ..checkpoints.checkpoint import HF_FILES, TEMPLATE, Checkpoint, parameters
 from ..checkpoints.peft import LoadedAdapter, read_adapter
 from ..checkpoints.registry import open_any
 from ..common.files import read_text
@@ -19,6 +19,7 @@ from ..model.config import ModelConfig
 from ..model.cost import check_positions, choose_micro_batch
 from ..model.lora import LoraConfig, lora_config, lora_to_json
 from ..model.optim import optimizer_class
+from ..model.params import Layout
 from ..model.presets import config_notes, load_config
 from .settings import Settings
 
@@ -63,7 +64,8 @@ def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
     cfg = init.cfg if init else load_config(str(s.model))
     check_positions(cfg, s.seq_length)
     data = open_data(s, cfg.vocab_size, init, progress)
-    adapter = read_adapter(s.lora_init, cfg) if s.lora_init else None
+    base = parameters(Layout(cfg), init) if s.lora_init and init else None
+    adapter = read_adapter(s.lora_init, cfg, base) if s.lora_init else None
     lora = adapter.lora_config(cfg) if adapter else lora_config(s.lora_rank, s.lora_alpha, s.lora_targets)
     s = dataclasses.replace(s, dtype=s.dtype or backend.dtypes[0])
     micro = choose_micro_batch(s, cfg, backend, s.batch_size, s.seq_length, lora, optimizer_class(s))

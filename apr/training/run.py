@@ -92,6 +92,7 @@ def train(
                 show.table("apr pretrain", summary.opening(inputs, run))
                 for note in (
                     inputs.left_out,
+                    inputs.lora_init and inputs.lora_init.note,
                     inputs.device_note and f"about the device: {inputs.device_note}",
                     *(f"about config.json: {note}" for note in inputs.config_notes),
                 ):

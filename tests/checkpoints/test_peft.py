@@ -196,6 +196,8 @@ def change(folder, **keys):
         ({"rank_pattern": {"q_proj": 3}}, Refused, "q_proj"),
         ({"rank_pattern": {"(": 3}}, MalformedFile, "regular expression"),
         ({"alpha_pattern": [1]}, MalformedFile, "alpha_pattern"),
+        ({"alpha_pattern": {"q_proj": "x"}}, MalformedFile, "'q_proj' = 'x' is not a number"),
+        ({"rank_pattern": {"none": None}}, MalformedFile, "'none' = None is not a number"),
     ],
 )
 def test_what_is_not_honoured_is_refused_by_name(golden, bases, tmp_path, keys, kind, said):
@@ -242,6 +244,75 @@ def test_an_adapter_that_differs_between_layers_is_merged_but_not_gone_on_with(g
         adapter = read_adapter(str(put_adapter(golden, case, tmp_path / case)), cfg)
         with pytest.raises(Refused, match="apr merge"):
             adapter.lora_config(cfg)
+
+
+def test_a_pattern_that_matches_nothing_counts_for_nothing(golden, bases, tmp_path, capsys):
+    base, _, _ = bases("qwen2")
+    cfg, folder = open_any(str(base)).cfg, put_adapter(golden, "train", tmp_path / "adapter")
+    plain = read_adapter(str(folder), cfg)
+    assert plain.note == ""
+    want = plain.lora_config(cfg)
+    change(folder, alpha_pattern={"embed_tokens": 64, "proj": 7}, rank_pattern={"lm_head": 9})
+    found = read_adapter(str(folder), cfg)
+    assert found.lora_config(cfg) == want
+    assert found.sha256 == plain.sha256
+    for idle in ("alpha_pattern 'embed_tokens'", "alpha_pattern 'proj'", "rank_pattern 'lm_head'"):
+        assert idle in found.note
+    assert main(["merge", str(base), str(folder), "-o", str(tmp_path / "m.apr")]) == 0
+    assert "note: " + found.note in capsys.readouterr().err
+    change(folder, alpha_pattern={"embed_tokens": 64, ".*_proj": 7}, rank_pattern={})
+    found = read_adapter(str(folder), cfg)
+    assert found.lora_config(cfg).alpha == 7
+    assert "_proj" not in found.note
+
+
+def test_an_adapted_head_as_peft_saves_it(golden, bases, tmp_path):
+    """save_embedding_layers="auto" stores the untouched matrix of the head beside A and B, True that of the embedding."""
+    base, _, _ = bases("qwen2-untied")
+    loaded = open_any(str(base))
+    folder = put_adapter(golden, "head", tmp_path / "adapter")
+    want = read_adapter(str(folder), loaded.cfg).sha256
+    whole = {k: np.array(v) for k, v in read_safetensors(folder / WEIGHTS).items()}
+    tensors = {k: np.array(v) for k, v in loaded.tensors.items()}
+    head, embedding = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+    key, prefix = "base_model.model.lm_head.base_layer.weight", "base_model.model."
+    rounded = head.astype(np.float16)
+    for more in ({key: head}, {key: rounded}, {key: head, f"{prefix}model.embed_tokens.weight": embedding}):
+        write_safetensors(folder / WEIGHTS, whole)
+        assert main(["merge", str(base), str(folder), "-o", str(tmp_path / "m.apr"), "--force"]) == 0
+        merged = open_any(str(tmp_path / "m.apr")).sha256
+        safetensors_file(folder / WEIGHTS, {**whole, **more})
+        assert read_adapter(str(folder), loaded.cfg, loaded.tensors).sha256 == want
+        assert main(["merge", str(base), str(folder), "-o", str(tmp_path / "m.apr"), "--force"]) == 0
+        assert open_any(str(tmp_path / "m.apr")).sha256 == merged
+    other = head.copy()
+    other[3, 4] += 0.01
+    for trained in (
+        {key: other},
+        {key: other.astype(np.float16)},
+        {f"{prefix}lm_head.weight": embedding[:, ::-1].copy()},
+    ):
+        safetensors_file(folder / WEIGHTS, {**whole, **trained})
+        with pytest.raises(Refused, match=r"lm_head.*differs from lm_head\.weight of the base"):
+            read_adapter(str(folder), loaded.cfg, loaded.tensors)
+    safetensors_file(folder / WEIGHTS, {**whole, f"{prefix}model.layers.9.mlp.up_proj.weight": head})
+    with pytest.raises(Refused, match="no A or B"):
+        read_adapter(str(folder), loaded.cfg, loaded.tensors)
+
+
+def safetensors_file(path, tensors):
+    """Write arrays in their own dtypes."""
+    header, at, kinds = {}, 0, {"float32": "F32", "float16": "F16"}
+    for name, x in tensors.items():
+        header[name] = {
+            "dtype": kinds[x.dtype.name],
+            "shape": list(x.shape),
+            "data_offsets": [at, at + x.nbytes],
+        }
+        at += x.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(x.tobytes() for x in tensors.values()))
 
 
 def test_merge_says_what_it_did_and_writes_over_nothing(golden, bases, tmp_path, capsys):
