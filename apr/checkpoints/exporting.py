@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.atomic import try_folder, try_output
 from ..common.errors import IOFailure, Refused, UsageError
 from ..common.files import parse_json
 from ..model.params import Layout
@@ -86,6 +87,7 @@ def _check_free(folder: Path, names: list[str]) -> None:
         raise Refused(
             f"{folder}: already holds {', '.join(old[:5])}; name a new folder or remove the old model first"
         )
+    try_folder(folder)
 
 
 def _texts_for(
@@ -149,6 +151,7 @@ def export_gguf(
         raise Refused(
             f"{path}: {kind}; --format gguf writes one file: name a new one, or --force to replace a file"
         )
+    try_output(path)
     tensors = parameters(Layout(checkpoint.cfg), checkpoint)
     keys = None
     tok = checkpoint.tokenizer

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..common.atomic import try_output
 from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..common.hub import download, is_hub
 from ..common.version import __version__
@@ -52,6 +53,7 @@ def import_model(
     output = Path(output)
     if os.path.lexists(output) and not force:
         raise Refused(f"{output}: exists already; name another file, or --force to replace it")
+    try_output(output)
     if is_hub(source):
         folder, revision = download(source, PATTERNS, revision)
         place = str(folder)

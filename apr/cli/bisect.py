@@ -5,6 +5,7 @@ Example: apr bisect qwen2-tiny --sides cuda/float32,cuda/bfloat16"""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from ..bisect.stages import Plan, host_bytes, run
 from ..bisect.token_ids import read_ids, read_targets
 from ..bisect.upload import configuration, upload
 from ..checkpoints.registry import HostModel, open_host
+from ..common.atomic import drawn, try_output
 from ..common.errors import IOFailure, Refused, UsageError
 from ..common.finding import FAIL, PASS, exit_code
 from ..common.host import available_memory
@@ -122,7 +124,7 @@ def main(args: Sequence[str]) -> int:
     # Last, so that the reports are printed even when the file cannot be written.
     for report, path in zip(reports, pictures, strict=True):
         if path:
-            picture(report, Path(path))
+            drawn(functools.partial(picture, report), path)
             console.print(f"picture: {path}", soft_wrap=True)
     return exit_code(PASS if all(r.agree for r in reports) else FAIL)
 
@@ -348,3 +350,5 @@ def _check_picture(f: Flags) -> None:
         raise IOFailure(
             f"--picture {f.picture}: {what}; name a file in a folder that exists, or --picture '' for none"
         )
+    if f.picture:
+        try_output(path)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import backends
-from ..common.atomic import write_text
+from ..common.atomic import drawn, try_output, write_text
 from ..common.errors import InputNotFound, Refused, UsageError
 from ..common.options import device_option, given, json_option, option, threads_option
 from ..common.provenance import versions
@@ -135,6 +135,8 @@ def main(args: Sequence[str]) -> int:
     mode = _mode(named)
     if f.backend == "reference" and mode == "humaneval" and f.dtype is None:
         f = replace(f, dtype="float32")  # a program needs thousands of tokens
+    for output in filter(None, (f.output, f.picture)):
+        try_output(output)
     opened = open_model(f.model, f.device, f.dtype, f.threads, f.backend, f.tokenizer)
     show = Show(quiet=f.json)
     run: Callable[[Flags, Opened, Show], dict[str, Any]] = {
@@ -144,9 +146,7 @@ def main(args: Sequence[str]) -> int:
         result = run(f, opened, show)
     finally:
         show.stop()
-    rows = result.pop("rows", None)
-    if f.output and rows is not None:
-        write_text(f.output, "".join(json.dumps(r) + "\n" for r in rows))
+    rows, draw = result.pop("rows", None), result.pop("draw", None)
     result |= {
         "model": f.model,
         "model_sha256": opened.loaded.sha256,
@@ -158,6 +158,11 @@ def main(args: Sequence[str]) -> int:
         print(json.dumps(result))
     else:
         _print(show, f, mode, result)
+    # Last, so that the figures are printed even when a file cannot be written.
+    if f.output and rows is not None:
+        write_text(f.output, "".join(json.dumps(r) + "\n" for r in rows))
+    if f.picture and draw is not None:
+        drawn(draw, f.picture)
     return 0
 
 
@@ -207,9 +212,7 @@ def _loss(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - start
     rows = sums.by_position()
-    if f.picture:
-        title = f"{Path(f.model).name} on {Path(str(f.dataset or f.text)).name}: loss by position"
-        loss.picture(rows, sums, title, f.picture)
+    title = f"{Path(f.model).name} on {Path(str(f.dataset or f.text)).name}: loss by position"
     return {
         **sums.figures(),
         "bytes_counted": count.how,
@@ -222,6 +225,7 @@ def _loss(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
         "tokenizer_sha256": tokenizer.sha256,
         **texts.facts,
         "by_position": rows,
+        "draw": lambda path: loss.picture(rows, sums, title, path),
     }
 
 

@@ -9,6 +9,7 @@ Example: apr merge path/to/hf-folder runs/chat/ckpt/epoch-003-adapter -o chat.ap
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ..checkpoints.checkpoint import HF_FILES, fill, parameters
 from ..checkpoints.peft import add_adapter, read_adapter
 from ..checkpoints.registry import open_any
 from ..checkpoints.tensors import BF16
+from ..common.atomic import try_output
 from ..common.errors import Refused, UsageError
 from ..common.options import json_option, option, parse
 from ..model.params import Layout
@@ -52,8 +54,9 @@ def main(args: Sequence[str]) -> int:
     out = Path(f.out)
     if out.suffix != ".apr":
         raise UsageError(f"--out {f.out}: give a file that ends in .apr, such as -o merged.apr")
-    if out.exists() and not f.force:
+    if os.path.lexists(out) and not f.force:
         raise Refused(f"{out}: is there already; choose another name, or --force")
+    try_output(out)
     base = open_any(f.base)
     layout = Layout(base.cfg)
     tensors = parameters(layout, base)

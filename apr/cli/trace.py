@@ -14,6 +14,7 @@ from ..bisect.token_ids import read_ids, read_targets
 from ..bisect.traces import record
 from ..checkpoints.hf import write_safetensors
 from ..checkpoints.registry import open_host
+from ..common.atomic import try_output
 from ..common.errors import Refused, UsageError
 from ..common.options import device_option, json_option, option, parse, threads_option
 from ..common.provenance import versions
@@ -67,6 +68,7 @@ def main(args: Sequence[str]) -> int:
     dtype = f.dtype or backend.dtypes[0]
     if dtype not in backend.dtypes:
         raise Refused(f"--dtype {dtype}: the {backend.name} backend computes in {', '.join(backend.dtypes)}")
+    try_output(f.output)
     source = open_host(f.model, dtype, f.seed)
     ids = read_ids(f.tokens, source.cfg.vocab_size, "--tokens", lowest=0)
     targets = read_targets(f.targets, ids, source.cfg.vocab_size)

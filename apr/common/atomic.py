@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +45,40 @@ def check_output(path: str | Path) -> Path:
     return path
 
 
+def try_output(path: str | Path) -> Path:
+    """Prove, before hours of work, that a file can be written: an empty one beside it is made and removed.
+
+    Raises IOFailure."""
+    path = check_output(path)
+    _try(path)
+    return path
+
+
+def try_folder(path: str | Path) -> Path:
+    """Prove that files can be written into a folder, which need not be there yet: nothing is made. Raises IOFailure."""
+    path = Path(path)
+    there = path
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise IOFailure(f"{path}: cannot make the folder: {there} is no folder")
+    _try(there / "file")
+    return path
+
+
+def _try(path: Path) -> None:
+    temporary = _temporary(path)
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        temporary.unlink()
+    except OSError as e:
+        raise IOFailure(explain(path, e)) from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file handle whose content takes the place of `path` when the block ends well.
@@ -54,7 +88,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     IOFailure for every OSError, those of the block included, and for what check_output refuses.
     """
     path = check_output(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    temporary = _temporary(path)
     f: BinaryIO | None = None
     try:
         f = open(temporary, "xb")  # noqa: SIM115 -- closed before the rename
@@ -112,6 +146,18 @@ def write_figure(path: str | Path, figure: Any) -> None:
     kind = Path(path).suffix[1:].lower()
     with atomic_write(path) as f:
         figure.savefig(f, format=kind if kind in figure.canvas.get_supported_filetypes() else "png")
+
+
+def drawn(draw: Callable[[Path], Any], path: str | Path) -> None:
+    """Draw a picture into a file. Raises IOFailure whatever is wrong, matplotlib included: figures are whole without it."""
+    try:
+        draw(Path(path))
+    except IOFailure:
+        raise
+    except OSError as e:
+        raise IOFailure(explain(Path(path), e)) from None
+    except Exception as e:  # whatever a damaged library raises, when it is imported too
+        raise IOFailure(f"{path}: no picture: {type(e).__name__}: {e}; check matplotlib") from None
 
 
 def _sync_folder(folder: Path) -> None:

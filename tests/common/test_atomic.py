@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -12,7 +13,16 @@ import pytest
 from matplotlib.figure import Figure
 
 from apr.cli.main import main
-from apr.common.atomic import atomic_write, check_output, write_figure, write_json, write_text
+from apr.common.atomic import (
+    atomic_write,
+    check_output,
+    drawn,
+    try_folder,
+    try_output,
+    write_figure,
+    write_json,
+    write_text,
+)
 from apr.common.errors import IOFailure
 from apr.training.metrics import MetricsLog
 
@@ -124,3 +134,87 @@ def test_commands_leave_a_pipe_where_it_is(
     assert main([names.get(word, word) for word in command]) == 7
     assert f"{path}: cannot write: is a pipe" in capsys.readouterr().err
     assert path.is_fifo()
+
+
+def test_an_output_is_tried_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("as it was")
+    (tmp_path / "way").mkdir()
+    for name in ("old", "new"):
+        assert try_output(tmp_path / name) == tmp_path / name
+    assert try_folder(tmp_path / "a" / "way") == tmp_path / "a" / "way"
+    assert try_folder(tmp_path) == tmp_path
+    assert sorted(os.listdir(tmp_path)) == ["old", "way"]
+    assert (tmp_path / "old").read_text() == "as it was"
+
+
+@pytest.mark.parametrize("kind", NO_OUTPUTS)
+def test_what_is_no_output_is_said_before_the_work(tmp_path: Path, kind: str) -> None:
+    make, words = NO_OUTPUTS[kind]
+    make(tmp_path / "out")
+    with pytest.raises(IOFailure, match=words):
+        try_output(tmp_path / "out")
+    if kind != "folder":
+        with pytest.raises(IOFailure, match="is no folder"):
+            try_folder(tmp_path / "out" / "deep")
+    with pytest.raises(IOFailure, match="nope does not exist"):
+        try_output("/nope/x")
+
+
+def test_a_picture_fails_with_a_message_whatever_is_wrong(tmp_path: Path) -> None:
+    def draw(path: Path) -> None:
+        raise ImportError("no module named kiwisolver")
+
+    with pytest.raises(IOFailure, match=r"p\.png: no picture: ImportError: no module named kiwisolver"):
+        drawn(draw, tmp_path / "p.png")
+
+
+# Commands of hours whose output cannot be written; none may begin to read or to compute.
+TRIED = [
+    ["import", "HF", "-o", "/nope/x"],
+    ["export", "MODEL", "--format", "gguf", "-o", "/nope/x"],
+    ["export", "MODEL", "-o", "/dev/null/x"],
+    ["merge", "HF", "adapter", "-o", "/nope/x.apr"],
+    ["eval", "HF", "--text", "TEXT", "--picture", "/nope/x"],
+    ["eval", "HF", "--choices", "TEXT", "--output", "/nope/x"],
+    ["trace", "llama-tiny", "--tokens", "1,2", "-o", "/nope/x"],
+    ["bisect", "llama-tiny", "--picture", "/nope/x"],
+    ["tokenize", "train", "TEXT", "-o", "/dev/null/x"],
+    ["tokenize", "import-hf", "HF", "-o", "/dev/null/x"],
+    ["tokenize", "audit", "HF", "--picture", "/nope/x"],
+]
+
+
+@pytest.mark.parametrize("command", TRIED, ids=lambda c: "-".join(c[:2]))
+def test_outputs_are_tried_before_the_work(
+    command: list[str],
+    data: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Other inputs are not there, or no models: had they been read first, the error would be about them."""
+    folder = tmp_path / "HF"
+    folder.mkdir()
+    names = {"HF": str(folder), "TEXT": str(tmp_path / "TEXT"), "MODEL": str(data("stories260K/hf"))}
+    for begun in ("write_hf", "gguf.write_gguf"):
+        monkeypatch.setattr(f"apr.checkpoints.exporting.{begun}", pytest.fail)
+    assert main([names.get(word, word) for word in command]) == 7
+    assert "/x" in capsys.readouterr().err
+
+
+def test_a_failure_at_the_end_does_not_take_the_score(
+    data: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*args: Any) -> None:
+        raise IOFailure("disk full")
+
+    (tmp_path / "t.txt").write_text("Once upon a time there was a little girl. " * 20)
+    monkeypatch.setattr("apr.evaluation.loss.picture", full)
+    command = ["eval", str(data("stories260K/hf")), "--text", str(tmp_path / "t.txt"), "--json"]
+    assert main([*command, "--backend", "reference", "--picture", str(tmp_path / "p.png")]) == 7
+    said = capsys.readouterr()
+    assert json.loads(said.out)["tokens"] > 100
+    assert "disk full" in said.err

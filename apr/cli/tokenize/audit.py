@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...common.atomic import drawn, try_output
 from ...common.errors import IOFailure
 from ...common.finding import as_json, exit_code, verdict_of
 from ...common.options import json_option, option, parse
@@ -58,6 +59,8 @@ def main(args: Sequence[str]) -> int:
     folder = Path(f.dataset)
     bounds = Bounds.parse(f.widen)
     show = Show(quiet=f.json)
+    if f.picture and f.picture != "none":
+        try_output(f.picture)
     tokenizer = tokenizer_of_shards(folder, f.tokenizer)
     sides = sides_of(folder)
     if f.val_dataset:
@@ -68,7 +71,7 @@ def main(args: Sequence[str]) -> int:
         splits = audit(sides, tokenizer, bounds, vocab_size, lenient=True, progress=show.preparing)
     finally:
         show.stop()
-    picture = _draw(f, folder, splits, tokenizer, show)
+    picture, failed = _draw(f, folder, splits, tokenizer, show)
     verdict = verdict_of(x for split in splits for x in split.findings)
     if f.json:
         print(json.dumps(_result(splits, picture, verdict), indent=2))
@@ -79,22 +82,26 @@ def main(args: Sequence[str]) -> int:
         if picture:
             show.note(f"picture  {picture}")
         show.note(verdict)
+    if failed is not None:
+        raise failed
     return exit_code(verdict)
 
 
-def _draw(f: Flags, folder: Path, splits: list[Split], tokenizer: Tokenizer, show: Show) -> str | None:
-    """Draw the picture; returns its path, None for no picture."""
+def _draw(
+    f: Flags, folder: Path, splits: list[Split], tokenizer: Tokenizer, show: Show
+) -> tuple[str | None, IOFailure | None]:
+    """Draw the picture; returns its path, None for no picture, and the error where one that was asked for failed."""
     if f.picture == "none" or not any(split.scan for split in splits):
-        return None
+        return None, None
     path = Path(f.picture) if f.picture else folder / "audit.png"
     try:
-        draw_audit(splits, tokenizer.vocab_size, path)
+        drawn(lambda place: draw_audit(splits, tokenizer.vocab_size, place), path)
     except IOFailure as e:
         if f.picture:
-            raise IOFailure(f"{e}; choose another --picture, or none") from e
+            return None, IOFailure(f"{e}; choose another --picture, or none")
         show.note(f"no picture: {e}; --picture FILE writes it elsewhere")
-        return None
-    return str(path)
+        return None, None
+    return str(path), None
 
 
 def _result(splits: list[Split], picture: str | None, verdict: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...common.atomic import try_folder
 from ...common.files import read_json
 from ...common.options import json_option, option, parse
 from ...tokenizer.families import FAMILIES
@@ -42,6 +43,7 @@ class Flags:
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr tokenize import-hf", __doc__ or "")
+    try_folder(f.output)
     tokenizer = import_hf(f.source, f.output, f.family, eos=f.eos)
     if f.json:
         print(json.dumps(_manifest(f.output), indent=2))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...common.atomic import try_folder
 from ...common.errors import Refused
 from ...common.options import json_option, option, parse
 from ...data.corpus import Corpus
@@ -56,6 +57,7 @@ def main(args: Sequence[str]) -> int:
     f = parse(Flags, args, "apr tokenize train", __doc__ or "")
     if (Path(f.output) / "tokenizer.json").exists():
         raise Refused(f"{f.output}: holds a tokenizer; remove it, or choose another folder")
+    try_folder(f.output)
     show = Show(quiet=f.json)
     start = time.perf_counter()
     corpus = Corpus(find_sources(f.inputs), f.content_field, separator=f.separator)
