@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.atomic import try_folder, try_output
+from ..common.atomic import remove_leftovers, try_folder, try_output
 from ..common.errors import IOFailure, Refused, UsageError
 from ..common.files import parse_json
 from ..model.params import Layout
@@ -77,6 +77,7 @@ def _check_free(folder: Path, names: list[str]) -> None:
     """Raise Refused when a folder holds weights or one of these files."""
     old = []
     if folder.is_dir():
+        remove_leftovers(folder)
         weights = (
             p.name for p in folder.iterdir() if ".safetensors" in p.name or p.name.startswith("pytorch_model")
         )

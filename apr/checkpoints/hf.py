@@ -11,7 +11,6 @@ import json
 import os
 import struct
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.atomic import atomic_write, write_json, write_text
+from ..common.atomic import atomic_write, remove_leftovers, write_json, write_text, writing_several
 from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused
 from ..common.files import MAX_TEXT, opened, parse_json, read_text
 from ..common.rounding import round_up
@@ -237,43 +236,43 @@ def write_hf(
     `tensors` are exactly the parameters of `cfg`. dtype None keeps theirs. texts: further files by name; a
     config.json among them takes the place of the one that `cfg` gives. Raises Refused when the tensors are not,
     or when the folder holds weights already (a failure half way would mix two models); IOFailure. On an
-    error no weights are left behind.
+    error, or a kill, no weights are left behind for good.
     """
     texts = dict(texts or {})
     folder = Path(folder)
     problem = mismatch(Layout(cfg), {name: tensors[name].shape for name in tensors})
     if problem:
         raise Refused(f"{folder}: not written, the tensors do not fit the config: {problem}")
+    if folder.is_dir():
+        remove_leftovers(folder)
     old = sorted(p.name for p in folder.glob("*.safetensors*")) if folder.is_dir() else []
     if old:
         raise Refused(f"{folder}: already holds {old[0]}; name a new folder or remove the old weights first")
     sizes = {name: t.size * saved_dtype(t, dtype).itemsize for name, t in tensors.items()}
     shards = _split(sizes, max_shard_bytes)
+    config = texts.pop("config.json", None)
+    if tokenizer_json is not None:
+        texts = {"tokenizer.json": tokenizer_json, **texts}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file, names in shards.items():
-            write_safetensors(folder / file, {name: tensors[name] for name in names}, dtype)
-        if len(shards) > 1:
-            where = {name: file for file, names in shards.items() for name in names}
-            write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
-        if tokenizer_json is not None:
-            write_text(folder / "tokenizer.json", tokenizer_json)
-        config = texts.pop("config.json", None)
-        for name, text in texts.items():
-            write_text(folder / name, text)
-        if config is None:
-            write_json(
-                folder / "config.json", {**to_hf(cfg), "torch_dtype": dtype or commonest_dtype(tensors)}
-            )
-        else:
-            write_text(folder / "config.json", config)
-    except BaseException as e:
-        for file in [*shards, INDEX]:
-            with suppress(OSError):
-                (folder / file).unlink()
-        if isinstance(e, OSError):
-            raise IOFailure(f"{folder}: cannot create the folder: {e}") from e
-        raise
+        with writing_several(folder, [*shards, INDEX, *texts, "config.json"]):
+            for file, names in shards.items():
+                write_safetensors(folder / file, {name: tensors[name] for name in names}, dtype)
+            if len(shards) > 1:
+                where = {name: file for file, names in shards.items() for name in names}
+                write_json(
+                    folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+                )
+            for name, text in texts.items():
+                write_text(folder / name, text)
+            if config is None:
+                write_json(
+                    folder / "config.json", {**to_hf(cfg), "torch_dtype": dtype or commonest_dtype(tensors)}
+                )
+            else:
+                write_text(folder / "config.json", config)
+    except OSError as e:
+        raise IOFailure(f"{folder}: cannot create the folder: {e}") from e
 
 
 def commonest_dtype(tensors: Mapping[str, np.ndarray]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
 from ..common.errors import AprError
 from ..common.version import __version__
+from ..training.signals import handled
 
 COMMANDS = {
     "pretrain": "train a model; with no arguments: the demo job",
@@ -55,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(name: str, args: Sequence[str]) -> int:
     """Run one sub-command with its own arguments; returns the exit code, of errors that of their class in errors.py."""
     try:
-        return importlib.import_module(f"apr.cli.{MODULES.get(name, name)}").main(args) or 0
+        # As Ctrl-C does, it removes what is half written.
+        with handled(signal.default_int_handler, (signal.SIGTERM,)):
+            return importlib.import_module(f"apr.cli.{MODULES.get(name, name)}").main(args) or 0
     except AprError as e:
         print(f"apr {name}: {e}", file=sys.stderr)
         if e.status != "FAILED":

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import IOFailure, Refused
 
+# Name of a temporary file: that of the file, the number of the process, and chance.
+LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp", re.DOTALL)
+# Name of the list of files that belong together, while they are written.
+SEVERAL = "writing"
 KINDS = (
     (stat.S_ISLNK, "a link; name the file that it leads to, or remove it"),
     (stat.S_ISDIR, "a folder; name a file"),
@@ -84,20 +90,23 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file handle whose content takes the place of `path` when the block ends well.
 
     The bytes go to a temporary name in the same folder, reach the disk, and are then renamed. When
-    the block raises, the temporary is removed and the previous file stays as it was. Raises
-    IOFailure for every OSError, those of the block included, and for what check_output refuses.
+    the block raises, the temporary is removed and the previous file stays as it was; those of processes
+    that were killed are removed too. Raises IOFailure for every OSError, those of the block included,
+    and for what check_output refuses.
     """
     path = check_output(path)
-    temporary = _temporary(path)
+    _clean_once(path.parent.absolute())
+    temporary = path
     f: BinaryIO | None = None
     try:
-        f = open(temporary, "xb")  # noqa: SIM115 -- closed before the rename
+        temporary, f = _open_temporary(path)
         yield f
         f.flush()
         os.fsync(f.fileno())
-        f.close()
         os.replace(temporary, check_output(path))
         _sync_folder(path.parent)
+        # Last: with the file its lock goes, and a temporary without one is taken for a leftover.
+        f.close()
     except BaseException as e:
         if f is not None:
             with suppress(OSError):  # closing flushes what is left, and that may fail again
@@ -107,6 +116,85 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         if isinstance(e, OSError):
             raise IOFailure(explain(path, e)) from e
         raise
+
+
+def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """Make a temporary file for a path, locked as long as it is open: by that others know that its process lives."""
+    while True:
+        temporary = _temporary(path)
+        f = open(temporary, "xb")  # noqa: SIM115 -- the caller closes it
+        if _lock(f.fileno()) is not False and temporary.exists():
+            return temporary, f
+        # Another process has removed it before it was locked.
+        f.close()
+
+
+def _lock(fd: int) -> bool | None:
+    """Lock an open file; False where another holds it, None where the file system has no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed, and the files of writing_several that they began.
+
+    A file that is being written is locked, and stays. What cannot be removed stays without a word."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if LEFTOVER.fullmatch(name):
+                with suppress(OSError, ValueError):  # ValueError: a name in a list that is none
+                    _remove_leftover(folder, name)
+
+
+_clean_once = functools.cache(remove_leftovers)
+
+
+def _remove_leftover(folder: Path, name: str) -> None:
+    fd = os.open(folder / name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or _lock(fd) is not True:
+            return
+        if name.startswith(f".{SEVERAL}."):
+            names = os.read(fd, 1 << 20).decode("utf-8", "replace").split("\n")
+            # With the last file the others are whole.
+            if not os.path.lexists(folder / names[-1]):
+                _remove(folder, [n for n in names if n == os.path.basename(n)])
+        os.unlink(folder / name)
+    finally:
+        os.close(fd)
+
+
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        with suppress(OSError, ValueError):
+            (folder / name).unlink()
+
+
+@contextmanager
+def writing_several(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Write files of a folder that make sense together only, the last of `names` last.
+
+    When the block raises, those that were not there before are removed; when the process is killed, the next one that
+    writes into the folder does that."""
+    remove_leftovers(folder)
+    made = [name for name in names if not os.path.lexists(folder / name)]
+    mark, f = _open_temporary(folder / SEVERAL)
+    try:
+        f.write("\n".join(made if names[-1] in made else ["", names[-1]]).encode())
+        f.flush()
+        yield
+    except BaseException:
+        _remove(folder, made)
+        raise
+    finally:
+        with suppress(OSError):
+            mark.unlink()
+        f.close()
 
 
 @contextmanager

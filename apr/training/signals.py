@@ -12,12 +12,17 @@ from typing import Any
 
 
 @contextmanager
-def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM inside the block. Does nothing outside the main thread: no other gets signals."""
+def handled(
+    handler: Callable[[int, FrameType | None], Any],
+    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT),
+) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM, or other signals, inside the block.
+
+    Does nothing outside the main thread: no other gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)}
+    old = {n: signal.signal(n, handler) for n in numbers}
     try:
         yield
     finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ from apr.common.atomic import (
     atomic_write,
     check_output,
     drawn,
+    remove_leftovers,
     try_folder,
     try_output,
     write_figure,
     write_json,
     write_text,
+    writing_several,
 )
 from apr.common.errors import IOFailure
 from apr.training.metrics import MetricsLog
@@ -218,3 +222,127 @@ def test_a_failure_at_the_end_does_not_take_the_score(
     said = capsys.readouterr()
     assert json.loads(said.out)["tokens"] > 100
     assert "disk full" in said.err
+
+
+# Processes that are killed
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from apr.common.atomic import atomic_write, write_text, writing_several
+folder = Path(sys.argv[1])
+with writing_several(folder, ["a", "b", "last"]):
+    write_text(folder / "a", "x")
+    with atomic_write(folder / "b") as f:
+        f.write(b"y" * 100)
+        f.flush()
+        if sys.argv[2] == "kill":
+            os.kill(os.getpid(), 9)
+        print("ready", flush=True)
+        input()
+    write_text(folder / "last", "x")
+"""
+
+
+def _start(folder: Path, what: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder), what],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / "of somebody").write_text("else")
+    with _start(tmp_path, "kill") as other:
+        assert other.wait() == -9
+    assert len(os.listdir(tmp_path)) == 4
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["of somebody"]
+
+
+def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    with _start(tmp_path, "wait") as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        before = sorted(os.listdir(tmp_path))
+        remove_leftovers(tmp_path)
+        write_text(tmp_path / "mine", "x")
+        assert sorted(os.listdir(tmp_path)) == sorted([*before, "mine"])
+        other.communicate("\n")
+    assert other.returncode == 0
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "last", "mine"]
+
+
+def test_only_temporaries_of_ours_are_leftovers(tmp_path: Path) -> None:
+    names = [".x.tmp", "x.1-deadbeef.tmp", ".x.1-dead.tmp", ".x.a-deadbeef.tmp", ".x.1-deadbeef.tmp.old"]
+    for name in names:
+        (tmp_path / name).write_text("")
+    (tmp_path / "victim").write_text("as it was")
+    (tmp_path / ".link.1-deadbeef.tmp").symlink_to("victim")
+    (tmp_path / ".folder.1-deadbeef.tmp").mkdir()
+    os.mkfifo(tmp_path / ".pipe.1-deadbeef.tmp")
+    before = sorted(os.listdir(tmp_path))
+    (tmp_path / ".x.1-deadbeef.tmp").write_text("")
+    (tmp_path / ".writing.1-deadbeef.tmp").write_text("../victim\n/etc/hostname\na\0b\n..\n\ngone")
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_files_that_became_whole_stay(tmp_path: Path) -> None:
+    for name in ("a", "last"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".writing.1-deadbeef.tmp").write_text("a\nlast")
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["a", "last"]
+
+
+def test_an_error_removes_what_is_new_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "b").write_text("as it was")
+
+    def write() -> None:
+        with writing_several(tmp_path, ["a", "b", "last"]):
+            write_text(tmp_path / "a", "x")
+            raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        write()
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_an_export_goes_over_what_a_killed_one_left(
+    data: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (
+        ".model.safetensors.99999-deadbeef.tmp",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.json",
+    ):
+        (tmp_path / name).write_text("")
+    listed = "model-00001-of-00002.safetensors\ntokenizer.json\nconfig.json"
+    (tmp_path / ".writing.99999-deadbeef.tmp").write_text(listed)
+    assert main(["export", str(data("stories260K/hf")), "-o", str(tmp_path)]) == 0
+    assert (tmp_path / "model.safetensors").exists()
+    assert not [name for name in os.listdir(tmp_path) if ".tmp" in name or "-of-" in name]
+
+
+STOPPED = """
+import os, signal, sys
+from apr.checkpoints import hf, apr2, tensors
+from apr.cli.main import main
+def stop(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield b""
+hf.encode = apr2.encode = stop
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_sigterm_leaves_nothing(command: str, data: Callable[[str], Path], tmp_path: Path) -> None:
+    args = [command, str(data("stories260K/hf")), "-o", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", STOPPED, *args], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, f"apr {command}: interrupted\n")
+    left = tmp_path / "out" if command == "export" else tmp_path
+    assert os.listdir(left) == []
