@@ -99,6 +99,7 @@ NOTED = {
         "tokenizer_padding_side",
         "attn_implementation",
         "use_flash_attn",
+        "use_flashattn",
         "use_flash_attention",
         "use_flash_attention_2",
     ),
