@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any, ClassVar
 
 from ..common.errors import Refused
+from .quoting import encode_quoted
 from .tokenizer import Tokenizer
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": TEXT}
@@ -182,9 +183,4 @@ def chat_ids(
     text = template.render(messages, True, **more)
     if not quoted:
         return [int(i) for i in tokenizer.encode_marked(text)]
-    back = {c: s for s, c in quoted.items()}
-    ids: list[int] = []
-    for part in re.split(f"([{''.join(back)}])", text):
-        encode = tokenizer.encode if part in back else tokenizer.encode_marked
-        ids += [int(i) for i in encode(back.get(part, part))]
-    return ids
+    return encode_quoted(tokenizer, text, {c: s for s, c in quoted.items()})

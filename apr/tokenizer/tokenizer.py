@@ -179,7 +179,7 @@ class Tokenizer:
         Returns ids, uint32 (n,), and the characters [start, end) of each token, int64 (n, 2)."""
         self._engine.encode_special_tokens = False
         try:
-            with self._encoding(texts):
+            with self.encoding_errors(texts):
                 rows = self._engine.encode_batch(list(texts), add_special_tokens=False)
         finally:
             self._engine.encode_special_tokens = True
@@ -200,12 +200,12 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[np.ndarray]:
         """Encode several texts on all cores, each uint32 (n,)."""
-        with self._encoding(texts):
+        with self.encoding_errors(texts):
             rows = self._engine.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [np.frombuffer(array.array("I", row.ids), np.uint32) for row in rows]
 
     @contextmanager
-    def _encoding(self, texts: Sequence[str]) -> Iterator[None]:
+    def encoding_errors(self, texts: Sequence[str]) -> Iterator[None]:
         """Raise Refused for a text with a lone surrogate, MalformedFile for errors of the library."""
         try:
             with _library(self.source, "text cannot be encoded"):
