@@ -112,8 +112,9 @@ def _texts_for(
                 "eos_token_id": tok.eos_id,
                 "bos_token_id": checkpoint.metadata.get("tokenizer.bos_token_id"),
             }
+    spoken, config = config, _for_older_readers(config)
     said = [key for key in ("dtype", "torch_dtype") if key in config]
-    if not kept or any(config[key] != name for key in said) or (dtype and not said):
+    if not kept or config != spoken or any(config[key] != name for key in said) or (dtype and not said):
         config = {**config, **dict.fromkeys(said or ["torch_dtype"], name)}
         texts[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     if tok is not None and TOKENIZER_CONFIG not in texts:
@@ -121,6 +122,17 @@ def _texts_for(
             json.dumps(_tokenizer_config(checkpoint, tok), indent=2, ensure_ascii=False) + "\n"
         )
     return texts
+
+
+def _for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
+    """Repeat `rope_parameters` in the old keys: readers before transformers 5 take a theta of 10000 without a word."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return config
+    old: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return config | {key: value for key, value in old.items() if config.get(key) is None}
 
 
 def _tokenizer_config(checkpoint: Checkpoint, tok: Tokenizer) -> dict[str, Any]:

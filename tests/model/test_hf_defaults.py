@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from apr.checkpoints.exporting import export_hf
 from apr.checkpoints.hf import write_hf
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
@@ -155,6 +157,25 @@ def test_the_first_spelling_of_the_architecture():
     for other in (["LlamaModel"], [5], ["Qwen2ForCausalLM"]):
         with pytest.raises(AprError, match="architectures"):
             from_hf({**d, "architectures": other})
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "llama3-tiny"])
+def test_an_export_has_the_rope_keys_that_older_readers_know(name: str, tmp_path: Path) -> None:
+    cfg = dataclasses.replace(PRESETS[name], rope_theta=5e5)
+    d = to_hf(cfg)
+    scaling = d.pop("rope_scaling", None)
+    d["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": d.pop("rope_theta")}
+    weights = Layout(cfg).named(start(cfg).astype(np.float32))
+    write_hf(tmp_path / "new", cfg, weights, texts={"config.json": json.dumps(d)})
+    export_hf(open_any(str(tmp_path / "new")), tmp_path / "out")
+    out = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (out["rope_theta"], out.get("rope_scaling")) == (5e5, scaling)
+    assert out["rope_parameters"] == d["rope_parameters"]
+    assert from_hf({k: v for k, v in out.items() if k != "rope_parameters"}) == cfg
+    export_hf(open_any(str(tmp_path / "out")), tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_bytes() == (
+        tmp_path / "out" / "config.json"
+    ).read_bytes()
 
 
 def test_the_user_sees_notes_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
