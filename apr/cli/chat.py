@@ -70,8 +70,9 @@ class Session:
 
     def _lines(self) -> Iterator[str]:
         if not self.terminal:
-            for line in sys.stdin:
-                yield line.rstrip("\r\n")
+            for number, line in enumerate(sys.stdin):
+                # A file saved on Windows begins with a byte order mark, which is no part of the first message.
+                yield (line if number else line.removeprefix("\ufeff")).rstrip("\r\n")
             return
         while True:
             try:

@@ -259,6 +259,8 @@ def test_a_message_a_line(capsys, monkeypatch, made, tmp_path):
         0,
         {"messages": [say("user", "hello"), say("assistant", one)], "forgotten": 0},
     )
+    windows = run(capsys, monkeypatch, "\ufeffhello\r\n", made / "hf", "--json")  # as Windows saves it
+    assert windows == (code, out, err)
 
 
 def test_a_message_on_the_command_line(capsys, made):
