@@ -30,7 +30,15 @@ from apr.model.transformer import Model
 from apr.training import evaluate, inputs, loop, spot
 from apr.training import run as running
 from apr.training.loop import Trainer
-from run_cases import RECIPE, VOCAB, cache, place, pretrain  # noqa: F401  cache and place are fixtures
+from run_cases import (  # noqa: F401  cache and place are fixtures
+    RECIPE,
+    VOCAB,
+    an_unused_weight_becomes_nan,
+    cache,
+    place,
+    pretrain,
+    the_learning_rate_is_ignored,
+)
 
 cpu = backends.get("cpu")
 
@@ -164,22 +172,6 @@ def attention_sees_the_future(m, place, folder):
         y[:, 0, 0, 0] += 1e-6 * v[:, -1, 0, 0]
 
     m.setattr(cpu, "attention_fwd", leaky)
-
-
-def an_unused_weight_becomes_nan(m, place, folder):
-    right = AdamW.step
-
-    def step(self, lr):
-        right(self, lr)
-        if self.steps == 2:
-            self.master[self.master.size - 1] = math.nan  # padding: no loss and no gradient sees it
-
-    m.setattr(AdamW, "step", step)
-
-
-def the_learning_rate_is_ignored(m, place, folder):
-    right = AdamW.step
-    m.setattr(AdamW, "step", lambda self, lr: right(self, 3e-3))
 
 
 def gradients_are_not_clipped(m, place, folder):

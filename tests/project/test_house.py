@@ -276,3 +276,13 @@ def test_a_planted_slip_is_seen(check, tmp_path, monkeypatch):
     name, text, words = PLANTED[check]
     (tmp_path / "apr" / name).write_text(text)
     assert any(words in line for line in check()), check()
+
+
+def test_no_test_imports_another():
+    """What tests share lies in tests/support: a file of tests must run alone."""
+    importing = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("*.py")
+        if re.search(r"^\s*(from|import) test_\w+", path.read_text(), re.M)
+    ]
+    assert not importing

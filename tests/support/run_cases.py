@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sysconfig
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from apr.cli.main import main
 from apr.model.hf_config import to_hf
+from apr.model.optim import AdamW
 from apr.model.presets import PRESETS
 
 RECIPE = [
@@ -45,3 +47,22 @@ def pretrain(place, run_dir, *more, model=True):
     args = ["--corpus", str(place / "corpus"), "--run-dir", str(run_dir)]
     args += ["--model", str(place / "config.json")] if model else []
     return main(["pretrain", *args, *RECIPE, *map(str, more)])
+
+
+# Faults: each gets pytest's monkeypatch, the place and a folder, and gives more arguments of the command line.
+
+
+def an_unused_weight_becomes_nan(m, place, folder):
+    right = AdamW.step
+
+    def step(self, lr):
+        right(self, lr)
+        if self.steps == 2:
+            self.master[self.master.size - 1] = math.nan  # padding: no loss and no gradient sees it
+
+    m.setattr(AdamW, "step", step)
+
+
+def the_learning_rate_is_ignored(m, place, folder):
+    right = AdamW.step
+    m.setattr(AdamW, "step", lambda self, lr: right(self, 3e-3))

@@ -17,7 +17,14 @@ from apr.common.errors import AprError
 from apr.evidence import seal as evidence
 from apr.evidence.seal import compare, hashes, seal
 from apr.training.rundir import RunDir
-from run_cases import RECIPE, cache, place, pretrain  # noqa: F401
+from run_cases import (  # noqa: F401
+    RECIPE,
+    an_unused_weight_becomes_nan,
+    cache,
+    place,
+    pretrain,
+    the_learning_rate_is_ignored,
+)
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +235,6 @@ def test_a_bad_verdict_cannot_be_turned_into_a_good_one(place, tmp_path, capsys)
 
 
 def test_a_run_that_was_aborted_is_true_too(place, tmp_path, monkeypatch, capsys):
-    from test_gates import an_unused_weight_becomes_nan
-
     with monkeypatch.context() as m:
         an_unused_weight_becomes_nan(m, place, tmp_path)
         assert pretrain(place, tmp_path / "run") == 6
@@ -247,8 +252,6 @@ def test_epochs_are_in_the_order_of_their_numbers(tmp_path):
 
 
 def test_a_run_that_saved_nothing_has_nothing_to_check(place, tmp_path, monkeypatch, capsys):
-    from test_gates import the_learning_rate_is_ignored
-
     with monkeypatch.context() as m:
         the_learning_rate_is_ignored(m, place, tmp_path)
         assert pretrain(place, tmp_path / "run") == 6
