@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, args: Sequence[str]) -> int:
     """Run one sub-command with its own arguments; returns the exit code, of errors that of their class in errors.py."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the terminal cannot show ends nothing.
+        sys.stdout.reconfigure(errors="replace")
     try:
         # As Ctrl-C does, it removes what is half written.
         with handled(signal.default_int_handler, (signal.SIGTERM,)):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..common.atomic import locked, write_text
+from ..common.atomic import drawn, locked, write_text
 from ..common.errors import (
     AprError,
     InputNotFound,
@@ -149,8 +149,8 @@ def _train(
         if trainer.resumed and trainer.progress.step >= inputs.settings.num_steps:
             show.note("all steps of this run are done: nothing is trained, its last gates are asked again")
         status = trainer.train()
-        show.stop()
-        return _finish(trainer, subject, gates, show, heard, status, start), trainer.failed
+        _say(show.stop)
+        result = _finish(trainer, subject, gates, show, status, start)
     except AprError as e:
         _record_end(run, show, gates, trainer, e, heard)
         raise
@@ -163,6 +163,8 @@ def _train(
         if trainer is not None:
             _record_end(run, show, gates, trainer, stopped, heard, at_once=True)
         raise stopped from None
+    _publish(trainer, gates, show, heard, result, start)
+    return result, trainer.failed
 
 
 def _judge_inputs(i: Inputs, gates: Gates) -> None:
@@ -227,7 +229,8 @@ def _close(run: RunDir, show: Display) -> None:
     try:
         write_text(run.path / "report.html", render(run.path, Settings))
     except Exception as e:  # whatever is wrong with the page, the run has ended and its files are whole
-        show.note(f"no report.html: {e}; `apr report {shlex.quote(str(run.path))}` tries again")
+        again = f"`apr report {shlex.quote(str(run.path))}` tries again"
+        _say(show.note, f"no report.html: {e}; {again}")
     seal(run.path)
 
 
@@ -312,43 +315,69 @@ def _check_same_data(i: Inputs, run: RunDir) -> None:
 
 
 def _finish(
-    trainer: Trainer,
-    subject: Subject,
-    gates: Gates,
-    show: Display,
-    heard: Sequence[Callback],
-    status: str,
-    start: float,
+    trainer: Trainer, subject: Subject, gates: Gates, show: Display, status: str, start: float
 ) -> dict[str, Any]:
-    """Judge the last gates, and write verdict, picture and page of a run that came to its end; returns its result."""
+    """Judge the last gates of a run that came to its end, and write its verdict; returns its result."""
     i, p, run = trainer.inputs, trainer.progress, trainer.run
-    lines, entropy, seconds = run.log.lines(), i.val.shards.unigram_entropy, time.perf_counter() - start
-    evaluations = [line for line in lines if "val_loss" in line]
-    if not evaluations:
-        raise MalformedFile(f"{run.log.path}: no evaluation in it; the checkpoints are whole")
-    last = evaluations[-1]
+    last = _last_evaluation(run)
     result = {
         "status": status,
         "steps": p.step,
         "val_loss": last["val_loss"],
         "best_val_loss": p.best_val,
         "val_bits_per_byte": last["val_bits_per_byte"],
-        "unigram_entropy": entropy,
+        "unigram_entropy": i.val.shards.unigram_entropy,
         "tokens_seen": p.tokens_seen,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - start,
         "run_dir": str(run.path),
     }
     if i.settings.sample is not None:
-        result["sample"] = sample_text(i, trainer.model, i.settings.sample, SAMPLE_TOKENS)
-        show.note(f"\n{' sample ':-^68}\n{result['sample']}\n{'':-^68}\n")
+        try:
+            result["sample"] = sample_text(i, trainer.model, i.settings.sample, SAMPLE_TOKENS)
+            text = f"\n{' sample ':-^68}\n{result['sample']}\n{'':-^68}\n"
+        except Exception as e:  # the weights are trained and saved, whatever they say
+            text = f"no sample: {type(e).__name__}: {e}"
+        _say(show.note, text)
     judge_end(subject, gates, last, p.best_flops)
-    picture = run.path / "loss.png"
-    loss_curve(lines, entropy, i.cfg.vocab_size, picture)
     result["verdict"] = verdict.save_verdict(run.path, gates, status, p.step, last["val_loss"])
-    Callbacks(heard, trainer.callback_failed).ended(result)
-    _close(run, show)
-    rows = summary.closing(i, run, p, last, result["verdict"], time.perf_counter() - start)
-    show.verdict(gates)
-    show.table("result", rows)
-    show.note(status)
     return result
+
+
+def _last_evaluation(run: RunDir) -> dict[str, Any]:
+    evaluations = [line for line in run.log.lines() if "val_loss" in line]
+    if not evaluations:
+        raise MalformedFile(f"{run.log.path}: no evaluation in it; the checkpoints are whole")
+    return evaluations[-1]
+
+
+def _publish(
+    trainer: Trainer,
+    gates: Gates,
+    show: Display,
+    heard: Sequence[Callback],
+    result: dict[str, Any],
+    start: float,
+) -> None:
+    """Draw the picture and write the page of a run whose verdict is written, seal it, and show its end.
+
+    What fails here takes neither verdict nor evidence from the run. Raises IOFailure: it cannot be sealed."""
+    i, run = trainer.inputs, trainer.run
+    lines, entropy = run.log.lines(), i.val.shards.unigram_entropy
+    try:
+        drawn(lambda path: loss_curve(lines, entropy, i.cfg.vocab_size, path), run.path / "loss.png")
+    except IOFailure as e:
+        _say(show.note, f"no loss.png: {e}")
+    finally:
+        Callbacks(heard, trainer.callback_failed).ended(result)
+    _close(run, show)
+    seconds = time.perf_counter() - start
+    rows = summary.closing(i, run, trainer.progress, _last_evaluation(run), result["verdict"], seconds)
+    _say(show.verdict, gates)
+    _say(show.table, "result", rows)
+    _say(show.note, result["status"])
+
+
+def _say(say: Callable[..., None], *args: Any) -> None:
+    """Show a part of the end; a terminal that is full, closed or cannot show a character takes nothing from the run."""
+    with suppress(OSError, ValueError):
+        say(*args)

@@ -29,6 +29,7 @@ from apr.data.shards import TokenShards
 from apr.evidence import end
 from apr.evidence import verdict as verdicts
 from apr.evidence.observers import StartGates
+from apr.evidence.seal import compare
 from apr.model.optim import AdamW
 from apr.training import evaluate
 from apr.training import run as running
@@ -514,8 +515,54 @@ def test_a_signal_in_the_closing_phase(job, undisturbed, run, monkeypatch, capsy
         on_call(m, module, where, 4 if where == "save_verdict" else 1, lambda: signal.raise_signal(number))
         assert start(job, run) == 130
     assert "the last saved state is step-000012" in said(capsys, 130, "apr pretrain --resume")
-    assert verdict(run)["status"] == "INTERRUPTED"
+    assert verdict(run)["status"] == ("DONE" if where == "seal" else "INTERRUPTED")
     equal(job, undisturbed, run)
+
+
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+# The quick runs of these tests have another.
+CLOSE = running._close
+AFTERWARDS = {
+    "a broken matplotlib": (running, "loss_curve", ImportError("no module named kiwisolver"), "no loss.png"),
+    "no room for the picture": (running, "loss_curve", OSError(errno.ENOSPC, "disk full"), "no loss.png"),
+    "a broken page": (running, "render", KeyError("x"), "no report.html"),
+    "a broken sample": (running, "sample_text", RuntimeError("x"), "no sample: RuntimeError: x"),
+    "a full log": (Show, "verdict", OSError(errno.ENOSPC, "disk full"), ""),
+    "a terminal of few characters": (Show, "verdict", UnicodeEncodeError("ascii", "\xe9", 0, 1, "no"), ""),
+    "a closed terminal": (Show, "table", ValueError("I/O operation on closed file"), ""),
+}
+
+
+@pytest.mark.parametrize("what", AFTERWARDS)
+def test_nothing_after_the_last_step_takes_verdict_and_evidence(job, run, monkeypatch, capsys, what):
+    where, name, error, words = AFTERWARDS[what]
+    with monkeypatch.context() as m:
+        if name == "table":  # the first one is the header of the run
+            on_call(m, Show, "table", 2, failing(error))
+        else:
+            m.setattr(where, name, failing(error))
+        if name == "render":
+            m.setattr(running, "_close", CLOSE)
+        assert start(job, run, "--sample", "x") == 0
+    assert words in capsys.readouterr().out
+    assert verdict(run)["status"] == "DONE"
+    assert verdict(run)["verdict"] == "PASS"
+    assert compare(run) == []
+
+
+def test_a_terminal_that_cannot_show_a_character_ends_nothing(job, run, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert start(job, run, "--sample", "caf\xe9 \U0001f600") == 0
+    out.flush()
+    assert b"caf? ?" in out.buffer.getvalue()
+    assert compare(run) == []
 
 
 @BOTH
