@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,12 +84,18 @@ class OpenedData:
 
 
 def open_data(
-    s: DataSettings, vocab_size: int, init: TextOfCheckpoint | None, progress: Progress | None = None
+    s: DataSettings,
+    vocab_size: int,
+    init: TextOfCheckpoint | None,
+    progress: Progress | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> OpenedData:
     """Open the data that the settings name, for a model of vocab_size ids.
 
-    init: the checkpoint to start from, whose tokenizer and chat template are the default. Raises AprError."""
-    tokenizer = Tokenizer.from_file(s.tokenizer) if s.tokenizer else None
+    init: the checkpoint to start from, whose tokenizer and chat template are the default. tokenizer: takes the place of the
+    one that the settings name. Raises AprError."""
+    if tokenizer is None and s.tokenizer:
+        tokenizer = Tokenizer.from_file(s.tokenizer)
     instruct = s.instruct or (s.dataset and holds_examples(sides_of(Path(s.dataset))["train"]))
     if instruct and init is None:
         raise Refused(f"{s.dataset}: instruction data fine-tunes a checkpoint: give it with --init")
@@ -146,17 +151,15 @@ def _prepare_corpus(
     progress: Progress | None,
 ) -> PreparedCorpus:
     """Encode raw text into the cache, or open the result of an earlier run."""
-    made_by = tokenizer.sha256 if tokenizer else f"vocab {vocab_size}"
-    where = "stdlib" if s.corpus == "stdlib" else str(Path(str(s.corpus)).resolve())
-    key = hashlib.sha256(f"{where} {made_by} {s.val_fraction} {s.content_field}".encode()).hexdigest()[:16]
     return prepare(
         _corpus(s),
-        cache_dir() / "corpora" / key,
+        cache_dir() / "corpora",
         vocab_size=None if tokenizer else vocab_size,
         tokenizer=tokenizer,
         val_fraction=s.val_fraction,
         bounds=bounds,
         progress=progress,
+        in_cache=True,
     )
 
 

@@ -72,20 +72,23 @@ def prepare(
     shard_tokens: int = 10_000_000,
     bounds: Bounds = USUAL,
     progress: Progress | None = None,
+    in_cache: bool = False,
 ) -> PreparedCorpus:
     """Split documents by content hash, train a tokenizer of vocab_size on the training side unless one is
     given, and encode both sides into out_dir/train and out_dir/val.
 
-    A second call with the same input reuses the folder after verifying it, or goes on where an earlier one was killed; a
-    folder that fails, or was made from other input, is built again. The input is read once to find out, and again to encode it.
+    in_cache: out_dir is a cache, and the folder is one in it, named by all that determines the result: no folder takes the
+    place of another. A second call with the same input reuses the folder after verifying it, or goes on where an earlier one
+    was killed; a folder that fails, or was made from other input, is built again. The input is read once to find out, and
+    again to encode it.
     Raises Refused: bad arguments, a side without documents, a guard; IOFailure."""
     if (vocab_size is None) == (tokenizer is None):
         raise Refused("give either a vocab_size to train a tokenizer with, or a tokenizer")
     if not 0.0 < val_fraction < 1.0:
         raise Refused(f"val_fraction = {val_fraction} is not between 0 and 1")
-    folder = Path(out_dir)
     made_by = f"{tokenizer.sha256} {tokenizer.eos_token}" if tokenizer else f"train {vocab_size}"
     key = _key(corpus, f"{made_by} {val_fraction!r} {shard_tokens}", val_fraction, progress)
+    folder = Path(out_dir) / key[:16] if in_cache else Path(out_dir)
     record, reason = _read_record(folder / RECORD)
     begun = record is not None and record.get("key") == key
     if record is not None and not begun:
@@ -215,7 +218,7 @@ def _open(folder: Path, record: dict[str, Any], key: str) -> PreparedCorpus:
 
 
 def _begin(folder: Path, key: str) -> None:
-    """Mark the folder as being built, and remove the files of an earlier call.
+    """Remove the files of an earlier call, and mark the folder as being built.
 
     Raises Refused for a tokenizer or shards in a folder without an earlier mark: they are somebody's data."""
     ours = (folder / RECORD).is_file()
@@ -224,10 +227,10 @@ def _begin(folder: Path, key: str) -> None:
     if theirs and not ours:
         raise Refused(f"{theirs[0]}: not made by an earlier run of this; choose an empty folder")
     make_folder(folder)
-    write_json(folder / RECORD, {"format": FORMAT, "key": key, "complete": False})
-    old += [p for p in (folder / ENCODED, folder / SKIPPED) if p.exists()]
+    # The record of the encoding first, and the new mark last: killed at any moment in between, the next call begins here.
     try:
-        for path in old:
-            path.unlink()
+        for path in (folder / ENCODED, folder / SKIPPED, *old):
+            path.unlink(missing_ok=True)
     except OSError as e:
         raise IOFailure(f"{e.filename}: cannot be replaced: {e.strerror}") from None
+    write_json(folder / RECORD, {"format": FORMAT, "key": key, "complete": False})

@@ -21,6 +21,7 @@ from ..model.lora import LoraConfig, lora_config, lora_to_json
 from ..model.optim import optimizer_class
 from ..model.params import Layout
 from ..model.presets import config_notes, load_config
+from ..tokenizer.tokenizer import Tokenizer
 from .settings import Settings
 
 
@@ -56,14 +57,16 @@ class Inputs(OpenedData):
         return facts | ({"lora_init_sha256": self.lora_init.sha256} if self.lora_init else {})
 
 
-def open_inputs(s: Settings, progress: Progress | None = None) -> Inputs:
-    """Open device, data, tokenizer and model description. Raises AprError where they do not fit together."""
+def open_inputs(s: Settings, progress: Progress | None = None, tokenizer: Tokenizer | None = None) -> Inputs:
+    """Open device, data, tokenizer and model description; tokenizer takes the place of the one that the settings name.
+
+    Raises AprError where they do not fit together."""
     chosen = choose(s.device, s.dtype, s.threads)
     backend = chosen.backend
     init = open_any(s.init) if s.init else None
     cfg = init.cfg if init else load_config(str(s.model))
     check_positions(cfg, s.seq_length)
-    data = open_data(s, cfg.vocab_size, init, progress)
+    data = open_data(s, cfg.vocab_size, init, progress, tokenizer)
     base = parameters(Layout(cfg), init) if s.lora_init and init else None
     adapter = read_adapter(s.lora_init, cfg, base) if s.lora_init else None
     lora = adapter.lora_config(cfg) if adapter else lora_config(s.lora_rank, s.lora_alpha, s.lora_targets)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from .reload import checkpoint_loss, recorded
 
 OTHER_BACKEND = {"float32": 1e-4, "bfloat16": 5e-3}  # of a loss: two backends round in other places
 OTHER_STEP = {"float32": 1e-3, "bfloat16": 2e-2}  # of a training loss some steps after a saved state
+NO_SHARDS = "the shards are not there; --dataset says where they are now"
 DECIDING = ("backend", "gpu", "cpu", "threads", "cuda", "cublaslt", "matmul_algorithms")
 
 
@@ -36,7 +35,7 @@ def validation_loss(r: Record) -> Finding:
     if other == "auto":
         other = "reference" if used == "cpu" else "cpu"
     if not all(f.is_dir() for f in r.folders().values()):
-        return Finding.skipped(name, "the shards are not there; --dataset says where they are now", bound)
+        return Finding.skipped(name, NO_SHARDS, bound)
     backend = backends.get(other) if other == "reference" else choose(other).backend
     loss = checkpoint_loss(said, backend, backend.dtypes[0], r.options.dataset).mean
     tolerance = OTHER_BACKEND[r.settings.dtype or "float32"]
@@ -51,6 +50,10 @@ def replay(r: Record) -> Finding:
     if not o.replay:
         why = "not asked for; --replay K computes K recorded steps again"
         return Finding.skipped("replay", why, bound)
+    if r.last is None:
+        return Finding.skipped("replay", NONE_SAVED, bound)
+    if not all(f.is_dir() for f in r.folders().values()):
+        return Finding.skipped("replay", NO_SHARDS, bound)
     bases = [0, *(int(p.stem[5:]) for p in r.run.states())]
     base_of = {line["step"]: max(b for b in bases if b < line["step"]) for line in r.steps}
     near = [step for step, base in base_of.items() if step - base <= o.within]
@@ -91,19 +94,19 @@ def _trainer(r: Record) -> tuple[Trainer, bool]:
     changes: dict[str, Any] = {"device": device, "resume": False, "spot_check": -1, "sample": None}
     if device == "cpu" and r.settings.dtype == "bfloat16":
         changes["dtype"] = "float32"
-    with TemporaryDirectory(prefix="apr-verify-") as folder:
-        if r.options.dataset:  # the tokenizer need not lie beside the shards: the checkpoint has it
-            changes |= {
-                "dataset": r.options.dataset,
-                "corpus": None,
-                "instruct": None,
-                "chat_template": None,
-                "tokenizer": folder,
-                "val_dataset": None,
-            }
-            text = open_any(str(r.run.checkpoints()[-1])).tokenizer_json
-            Path(folder, "tokenizer.json").write_text(text or "", encoding="utf-8")
-        inputs = open_inputs(dataclasses.replace(r.settings, **changes))
+    # The shards that the run was trained on: to encode its corpus again would write, and the corpus may have grown.
+    folders = r.folders()
+    changes |= {
+        "dataset": str(folders["train"]),
+        "val_dataset": str(folders["val"]) if "val" in folders else None,
+        "corpus": None,
+        "instruct": None,
+        "chat_template": None,
+        "tokenizer": None,
+    }
+    # The tokenizer need not lie beside the shards: the checkpoint has it.
+    tokenizer = open_any(str(r.run.checkpoints()[-1])).tokenizer
+    inputs = open_inputs(dataclasses.replace(r.settings, **changes), tokenizer=tokenizer)
     hashes = {
         "train_sha256": inputs.train.shards.sha256,
         "val_sha256": inputs.val.shards.sha256,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 import os
 import shutil
@@ -27,6 +28,7 @@ from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.training import train_tokenizer
 from data_cases import Memory, corpus, edit_json, files_of, flip_byte, write
 
+preparing = importlib.import_module("apr.data.prepare")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -168,6 +170,52 @@ def test_prepare_rebuilds_what_is_damaged(tmp_path: Path) -> None:
         assert reason in made.reason
         assert files_of(tmp_path) == good
     assert again().reused
+
+
+class Killed(BaseException):
+    """The end of a process."""
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_a_kill_while_another_input_takes_the_place_is_gone_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """After each file that is removed or written at the beginning."""
+    options: dict[str, Any] = {"vocab_size": 300, "val_fraction": 0.3}
+    made_from(corpus(30), tmp_path / "p", **options)
+    left = [moment]
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            real(*args, **kwargs)
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+
+        return call
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "unlink", counted(Path.unlink))
+        m.setattr(preparing, "write_json", counted(preparing.write_json))
+        with pytest.raises(Killed):
+            made_from(corpus(40), tmp_path / "p", **options)
+    made = made_from(corpus(40), tmp_path / "p", **options)
+    fresh = made_from(corpus(40), tmp_path / "fresh", **options)
+    assert made.key == fresh.key
+    for side in ("train", "val"):
+        assert files_of(made.folder / side) == files_of(fresh.folder / side)
+
+
+def test_a_cache_has_a_folder_for_each_input(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"vocab_size": 300, "val_fraction": 0.3, "in_cache": True}
+    first = made_from(corpus(30), tmp_path, **options)
+    was = {p: p.stat().st_mtime_ns for p in first.folder.rglob("*")}
+    other = made_from(corpus(40), tmp_path, **options)
+    assert other.folder != first.folder
+    assert {p: p.stat().st_mtime_ns for p in first.folder.rglob("*")} == was
+    again = made_from(corpus(30), tmp_path, **options)
+    assert (again.folder, again.reused) == (first.folder, True)
+    assert sorted(tmp_path.iterdir()) == sorted([first.folder, other.folder])
 
 
 def test_prepare_refuses(tmp_path: Path, tok: Tokenizer) -> None:

@@ -279,8 +279,25 @@ def test_shards_that_changed_or_went_away(run, place, tmp_path, capsys):
         run / "config.json",
         lambda d: d.update(data_folders={"train": str(data / "train"), "val": str(data / "val")}),
     )
-    verdicts = checks(capsys, run)[0]
-    assert (verdicts["data"], verdicts["validation loss"]) == ("SKIPPED", "SKIPPED")
+    verdicts = checks(capsys, run, "--replay", 1)[0]
+    assert [verdicts[k] for k in ("data", "validation loss", "replay")] == ["SKIPPED"] * 3
+
+
+def test_replay_writes_nowhere_though_the_corpus_has_grown(run, tmp_path, monkeypatch, capsys):
+    config = json.loads((run / "config.json").read_text())
+    data = Path(config["data_folders"]["train"]).parent
+    was = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in data.parent.rglob("*")}
+    monkeypatch.setenv("APR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no such folder"))
+    new = Path(config["settings"]["corpus"]) / "new.py"
+    new.write_text("# One more document.\n" * 40)
+    try:
+        assert checks(capsys, run, "--replay", 1, "--backend", "none")[0]["replay"] == "PASS"
+    finally:
+        new.unlink()
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in data.parent.rglob("*")} == was
+    assert not (tmp_path / "cache").exists()
+    assert compare(run) == []
 
 
 def test_what_is_no_run(tmp_path, run, capsys):
