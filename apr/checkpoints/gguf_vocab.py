@@ -12,7 +12,7 @@ from typing import Any
 from ..common.errors import MalformedFile, Refused
 from ..common.files import parse_json, short
 from ..tokenizer.families import FAMILIES, SPLIT, SPLIT_QWEN
-from ..tokenizer.tokenizer import Tokenizer
+from ..tokenizer.tokenizer import Tokenizer, library_spelling
 from ..tokenizer.vocab_format import BYTE_LEVEL, FALLBACK_BYTES, SENTENCEPIECE, SPACE_MARK
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
@@ -282,7 +282,8 @@ def tokenizer_json(keys: dict[str, Any], source: str) -> str | None:
         "post_processor": _post_processor(around, vocab | {tokens[i]: i for i in added}),
         "model": model,
     }  # fmt: skip
-    return json.dumps(d, ensure_ascii=False)
+    # As the library spells it: a tokenizer that apr trained has the bytes, and so the SHA-256, that it had.
+    return library_spelling(json.dumps(d, ensure_ascii=False), source)
 
 
 def special_of(keys: dict[str, Any], name: str, source: str) -> int | None:

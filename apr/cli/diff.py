@@ -86,7 +86,8 @@ def _print(show: Show, f: Flags, comparison: Comparison) -> None:
     for key, x, y in comparison.facts:
         show.note(f"{key}: {x!r} in a, {y!r} in b")
     counts = ", ".join(f"{n} {state}" for state, n in comparison.counts.items()) or "no tensors"
-    facts = f"; {len(comparison.facts)} facts differ" if comparison.facts else ""
+    number = len(comparison.facts)
+    facts = f"; {number} fact{'s differ' if number > 1 else ' differs'}" if number else ""
     show.note(f"{'EQUAL' if comparison.equal else 'DIFFERENT'}: {counts}{facts}")
 
 

@@ -295,6 +295,13 @@ class Tokenizer:
         write_json(folder / "manifest.json", manifest)
 
 
+def library_spelling(text: str, source: str) -> str:
+    """Spell a tokenizer.json as the tokenizers library writes it. Raises MalformedFile, Refused: see Tokenizer."""
+    check(parse_json(text, source, unique=True), source)
+    with _library(source, "not a tokenizer.json"):
+        return str(Engine.from_str(text).to_str(pretty=True))
+
+
 def utf8_of(text: str) -> bytes:
     """Encode a text as UTF-8. Raises Refused for a lone surrogate."""
     try:

@@ -106,10 +106,11 @@ def closing(
     speed = p.tokens_seen / max(p.seconds, 1e-9)
     checkpoint = run.checkpoints()[-1]
     facts = json.loads(checkpoint.with_suffix(".metadata.json").read_text(encoding="utf-8"))
+    epoch_steps = (p.step - 1) % i.settings.steps_per_epoch + 1
     return [
         ("validation loss", f"{loss:.4f} nats/token = {evaluation['val_bits_per_byte']:.3f} bits/byte"),
         ("", f"on {evaluation['val_tokens']:,} tokens that training never saw"),
-        ("training loss", f"{facts['train_loss_last']:.4f} nats/token in the last {LAST_STEPS} steps, "
+        ("training loss", f"{facts['train_loss_last']:.4f} nats/token in the last {min(LAST_STEPS, epoch_steps)} steps, "
          f"{facts['train_loss']:.4f} over the last epoch"),
         ("token frequencies", f"{entropy:.4f} nats/token, their entropy: the model is {relation}"),
         ("uniform guess", f"{math.log(i.cfg.vocab_size):.4f} nats/token, ln of the vocabulary"),

@@ -30,6 +30,7 @@ from apr.model.presets import PRESETS
 from apr.model.rope import rope_tables
 from apr.model.transformer import Model
 from apr.tokenizer.tokenizer import Tokenizer
+from apr.tokenizer.training import train_tokenizer
 
 package = pytest.importorskip("gguf", reason="needs the package gguf: pip install 'apr[gguf]'")
 
@@ -509,6 +510,13 @@ def test_tokenizers_there_and_back(changes: dict[str, Any], sources: Path) -> No
     for text in (*interop_cases.TEXT, "1234567 don't <|im_end|> \u00e9  \n\n x", ""):
         for special in (False, True):
             assert b.encode(text, special).tolist() == a.encode(text, special).tolist()
+
+
+def test_a_tokenizer_of_ours_has_its_bytes_again(tmp_path: Path) -> None:
+    """Shards name their tokenizer by its SHA-256: a GGUF file of a run must be scored on the shards of that run."""
+    ours = train_tokenizer(interop_cases.TEXT, 300, tmp_path / "tok")
+    made = tokenizer_json(vocabulary_keys(ours.json, "a", ours.vocab_size, ours.eos_id), "b")
+    assert made == ours.json
 
 
 def test_a_sentencepiece_tokenizer_there_and_back(data: Callable[[str], Path], tmp_path: Path) -> None:
