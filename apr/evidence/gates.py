@@ -97,7 +97,8 @@ GATES = {
             "start.pretrained", START, "abort",
             "a checkpoint that is said to be pretrained predicts text from the first step",
             "the entropy of token frequencies is what no context gives; a model that reads context is far below it",
-            "`apr bisect MODEL --against DIR`: biases, epsilon of the norms, pairing of rope, tokenizer",
+            "`apr bisect MODEL --against hf`: biases, epsilon of the norms, pairing of rope, tokenizer; "
+            "for data unlike all that the checkpoint knows: --bounds pretrained_share=1.5",
             {"pretrained_share": 0.75},
         ),
         Gate(
