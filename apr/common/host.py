@@ -7,10 +7,13 @@ import platform
 import re
 from pathlib import Path
 
+from . import cgroup
+
 
 def cores() -> int:
-    """Count the CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Count the CPU cores that this process may use: those it may run on, within the quota of its control groups."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(own, cgroup.cores() or own)
 
 
 def cpu_name() -> str:
@@ -23,18 +26,18 @@ def cpu_name() -> str:
 
 
 def available_memory() -> int | None:
-    """Measure the bytes of main memory available without swapping; None where the system does not report them."""
+    """Measure the bytes of main memory available without swapping, on the machine and within the control groups of this
+    process; None where the system does not report them."""
     limits = []
     try:
         found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-        if found:
-            limits.append(int(found[1]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        most, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
-        if most.strip() != "max":
-            limits.append(int(most) - int(used))
-    except (OSError, ValueError):
-        pass
+    except OSError:
+        found = None
+    if found:
+        limits.append(int(found[1]) * 1024)
+    within = cgroup.available_memory()
+    if within is not None:
+        limits.append(within)
     return min(limits) if limits else None
 
 
