@@ -13,6 +13,7 @@ from types import ModuleType
 from .. import backends
 from ..common.errors import DeviceError, Refused
 from ..common.host import cores
+from ..common.packages import pip_install
 from .cuda import kernels
 from .cuda.driver import Driver, DriverError, Gpu
 
@@ -151,7 +152,8 @@ def cupy_packages() -> dict[str, str]:
 def _check_packages(driver: tuple[int, int]) -> None:
     """Raise _NoCuda unless there is one CuPy that fits the driver, with the libraries it loads."""
     cuda = f"cuda{min(driver[0], 13)}"
-    extra = f"make install GPU={cuda} (or pip install '.[{cuda}]' in apr's folder)"
+    by_pip = pip_install(f".[{cuda}]")
+    extra = f"make install GPU={cuda} (or {by_pip} in apr's folder)"
     found = cupy_packages()
     if not found:
         raise _NoCuda("CuPy is not installed", extra)

@@ -16,6 +16,7 @@ from ..checkpoints.checkpoint import parameters
 from ..checkpoints.registry import open_any
 from ..checkpoints.tensors import EMBED, HEAD
 from ..common.errors import DeviceError, Refused
+from ..common.packages import pip_install
 from ..model.config import ModelConfig
 from ..model.families import layers_of
 from ..model.hf_config import to_hf
@@ -87,7 +88,7 @@ def _modules() -> tuple[Any, Any]:
         import transformers
     except ImportError as e:
         raise DeviceError(
-            f"a comparison with Hugging Face needs torch and transformers ({e}); try: pip install torch transformers"
+            f"a comparison with Hugging Face needs torch and transformers ({e}); {pip_install('torch', 'transformers')}"
         ) from None
     return torch, transformers
 

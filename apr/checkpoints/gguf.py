@@ -27,6 +27,7 @@ import numpy as np
 
 from ..common.atomic import atomic_write
 from ..common.errors import InputNotFound, Refused, UsageError
+from ..common.packages import pip_install
 from ..model.config import ModelConfig
 from ..model.families import FAMILIES
 from ..model.params import Layout, Slot
@@ -79,7 +80,7 @@ def package() -> ModuleType:
     try:
         import gguf
     except ImportError:
-        raise InputNotFound("GGUF files need the package gguf: pip install 'apr[gguf]'") from None
+        raise InputNotFound(f"writing GGUF files needs the package gguf: {pip_install('gguf')}") from None
     return gguf
 
 

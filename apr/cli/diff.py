@@ -36,6 +36,7 @@ class Flags:
     tolerance: float | None = option(
         "largest relative root mean square of a tensor's difference that counts as equal (default: equal bits)",
         at_least=0,
+        metavar="ERROR",
     )
     prefix: str = option("compare only tensors whose names start with PREFIX", "")
     top: int = option("rows to show; 0: all", 20, at_least=0, metavar="ROWS")

@@ -1,7 +1,7 @@
 """`apr eval MODEL`: score a checkpoint by one of four measures.
 
-  --dataset DIR     loss on token shards: nats/token, bits/byte, perplexity
-  --text FILE       the same on text, JSONL or Parquet (a file or a folder)
+  --dataset FOLDER  loss on token shards: nats/token, bits/byte, perplexity
+  --text PATH       the same on text, JSONL or Parquet (a file or a folder)
   --choices FILE    multiple choice by loss: ARC, PIQA and plain JSONL
   --humaneval FILE  programs that pass their tests: pass@k on HumanEval.jsonl.gz
 
@@ -67,7 +67,8 @@ class Flags:
     )
     stride: int | None = option(
         "tokens between the beginnings of windows; below --seq-length only the last STRIDE tokens of a window are scored, "
-        "each with more context (default: --seq-length)"
+        "each with more context (default: --seq-length)",
+        metavar="TOKENS",
     )
     max_tokens: int | None = option("score about so many tokens (default: all)", at_least=1)
     batch_size: int | None = option("windows at once (default: by memory)", at_least=1, metavar="WINDOWS")
@@ -78,13 +79,17 @@ class Flags:
     )
     content_field: str = option("key or column of the text in JSONL and Parquet", "text", metavar="KEY")
     mask_documents: bool = option("attention ends at the end-of-text ids of the shards", False)
-    limit: int | None = option("only the first so many questions or problems (default: all)", at_least=1)
-    samples: int = option("programs for each problem", 1, at_least=1)
+    limit: int | None = option(
+        "only the first so many questions or problems (default: all)", at_least=1, metavar="COUNT"
+    )
+    samples: int = option("programs for each problem", 1, at_least=1, metavar="PROGRAMS")
     temperature: float | None = option(
         "temperature of the draws (default: 0 for one sample, which takes the most likely tokens, else 0.8)"
     )
-    top_k: int = option("draw from the k most likely tokens only; 0: from all", 0)
-    top_p: float = option("draw from the fewest tokens that together have this probability", 1.0)
+    top_k: int = option("draw from so many of the likeliest tokens only; 0: from all", 0, metavar="TOKENS")
+    top_p: float = option(
+        "draw from the fewest tokens that together have this probability", 1.0, metavar="PROBABILITY"
+    )
     max_new_tokens: int = option("most tokens of a program", 512, at_least=1)
     timeout: float = option("seconds that a program may run", 5.0, above=0, metavar="SECONDS")
     seed: int = option("seed of the draws", 42)

@@ -45,12 +45,18 @@ class Flags:
     )
     max_tokens: int = option("most new tokens", 128)
     temperature: float = option("0 always takes the most likely token", 0.8)
-    top_k: int = option("draw from the k most likely tokens only; 0: from all", 0)
-    top_p: float = option("draw from the fewest tokens that together have this probability", 1.0)
-    min_p: float = option(
-        "draw from tokens at least so many times as likely as the likeliest; 0: from all", 0.0
+    top_k: int = option("draw from so many of the likeliest tokens only; 0: from all", 0, metavar="TOKENS")
+    top_p: float = option(
+        "draw from the fewest tokens that together have this probability", 1.0, metavar="PROBABILITY"
     )
-    repetition_penalty: float = option("above 1: tokens that occurred become less likely", 1.0)
+    min_p: float = option(
+        "draw from tokens at least so many times as likely as the likeliest; 0: from all",
+        0.0,
+        metavar="RATIO",
+    )
+    repetition_penalty: float = option(
+        "above 1: tokens that occurred become less likely", 1.0, metavar="FACTOR"
+    )
     stop: tuple[str, ...] = option(
         "text that ends the output and is no part of it; may be given several times", (), metavar="TEXT"
     )

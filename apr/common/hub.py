@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import InputNotFound, IOFailure, UsageError
+from .packages import pip_install
 
 HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -38,7 +39,7 @@ def download(source: str, patterns: Sequence[str], revision: str | None = None) 
         from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
     except ImportError:
         raise InputNotFound(
-            f"{name}: needs the package huggingface_hub: pip install huggingface_hub"
+            f"{name}: needs the package huggingface_hub: {pip_install('huggingface_hub')}"
         ) from None
     by_hand = f"download its files elsewhere ({', '.join(patterns[:3])}, ...) and give their folder"
     try:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..common.errors import UsageError
+from ..common.packages import pip_install
 from .documents import Document, Item
 from .jsonl import listed
 from .source import Skipped, Source, Unusable
@@ -55,7 +56,7 @@ def pyarrow_modules() -> Any:
         import pyarrow.compute
         import pyarrow.parquet
     except ImportError as e:
-        raise UsageError(f"reading Parquet needs pyarrow ({e}): pip install 'apr[parquet]'") from None
+        raise UsageError(f"reading Parquet needs pyarrow ({e}): {pip_install('pyarrow')}") from None
     return pyarrow, pyarrow.parquet, pyarrow.compute
 
 

@@ -24,6 +24,7 @@ class DataSettings:
     corpus: str | None = option(
         "raw text to train on: a file or folder of text, source code, JSONL or Parquet, or 'stdlib' for this "
         "Python's own standard library; tokenised once into a cache; a single text file is cut into about 100 documents",
+        metavar="PATH",
         path=True,
         names=("stdlib",),
     )

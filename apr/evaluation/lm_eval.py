@@ -3,7 +3,7 @@
     python -m apr.evaluation.lm_eval run --model apr --model_args pretrained=runs/demo/ckpt/epoch-010.apr --tasks arc_easy
 
 is the harness's own command line with this model known to it. In Python: lm_eval.simple_evaluate(model=AprLM(path), ...).
-Needs lm_eval: pip install 'apr[lm-eval]'.
+Needs lm_eval, the extra lm-eval.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import AprError, Refused, UsageError
+from ..common.packages import pip_install
 from ..inference.chat import no_template
 from ..inference.generate import generate
 from ..tokenizer.chat_template import ChatTemplate
@@ -27,9 +28,7 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ImportError as e:
-    raise UsageError(
-        f"lm-evaluation-harness cannot be loaded ({e}): pip install 'apr[lm-eval]', or 'lm_eval>=0.4.3'"
-    ) from None
+    raise UsageError(f"lm-evaluation-harness cannot be loaded ({e}): {pip_install('lm_eval')}") from None
 
 NEW_TOKENS = 256  # of a task that does not say
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

@@ -39,10 +39,12 @@ class OptimSettings:
         at_least=0,
     )
     schedule: str = option("decay of the learning rate", "cosine", choices=SCHEDULES)
-    weight_decay: float = option("AdamW decay of matrices; norms and biases have none", 0.1, at_least=0)
+    weight_decay: float = option(
+        "AdamW decay of matrices; norms and biases have none", 0.1, at_least=0, metavar="RATE"
+    )
     beta1: float = option("AdamW decay rate of the first moment", 0.9, at_least=0, below=1, metavar="RATE")
     beta2: float = option("AdamW decay rate of the second moment", 0.95, at_least=0, below=1, metavar="RATE")
-    eps: float = option("AdamW term added to the root of the second moment", 1e-8, above=0)
+    eps: float = option("AdamW term added to the root of the second moment", 1e-8, above=0, metavar="TERM")
     grad_clip: float = option(
         "largest global gradient norm; 0 does not clip", 1.0, at_least=0, metavar="NORM"
     )

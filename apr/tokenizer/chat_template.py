@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any, ClassVar
 
 from ..common.errors import Refused
+from ..common.packages import pip_install
 from .quoting import encode_quoted
 from .tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ class ChatTemplate:
         try:
             import jinja2
         except ImportError:
-            raise Refused("chat templates need jinja2; pip install 'jinja2>=3.1'") from None
+            raise Refused(f"chat templates need jinja2: {pip_install('jinja2')}") from None
         self._error = jinja2.TemplateError
         try:
             self._compiled = _environment(marks).from_string(text)

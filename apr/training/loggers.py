@@ -15,6 +15,7 @@ from typing import Any
 from ..common.atomic import write_json
 from ..common.errors import Refused, UsageError
 from ..common.files import read_json
+from ..common.packages import pip_install
 from .callbacks import Callback
 
 # {name of a logger: module that it imports}
@@ -36,8 +37,8 @@ def check(text: str | None) -> None:
     for name in names(text):
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise Refused(
-                f"--log {name} needs the package {PACKAGES[name]}, which is not installed: pip install 'apr[{name}]' "
-                f"(or pip install {PACKAGES[name]})"
+                f"--log {name} needs the package {PACKAGES[name]}, which is not installed: "
+                f"{pip_install(PACKAGES[name])}"
             )
 
 

@@ -216,7 +216,7 @@ UNUSABLE: list[tuple[str, dict[str, Any], str, str]] = [
         "libraries",
         dict(missing=["cuBLASLt", "CUDA's headers"]),
         "CuPy needs cuBLASLt and CUDA's headers, which cannot be found",
-        "make install GPU=cuda13 (or pip install '.[cuda13]' in apr's folder) installs all of it",
+        "-m pip install '.[cuda13]' in apr's folder) installs all of it",
     ),
     (
         "exclusive",

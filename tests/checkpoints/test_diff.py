@@ -65,7 +65,7 @@ def test_equal_whatever_the_format(files: Path, tmp_path: Path) -> None:
 
 
 def test_gguf_is_mapped_back(files: Path, tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="needs the package gguf: pip install 'apr[gguf]'")
+    pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
     from apr.checkpoints.exporting import export_gguf
 
     export_gguf(open_any(str(files / "m.apr")), tmp_path / "m.gguf")

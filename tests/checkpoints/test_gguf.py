@@ -32,7 +32,7 @@ from apr.model.transformer import Model
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.training import train_tokenizer
 
-package = pytest.importorskip("gguf", reason="needs the package gguf: pip install 'apr[gguf]'")
+package = pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/interop.json").read_text())["cases"]
 OWN = ("apr.", "general.name", "general.quantization_version")

@@ -520,7 +520,7 @@ def test_inspect_of_files_that_are_no_model_to_load(
     code, out, _ = call(capsys, "inspect", trace)
     assert code == 0
     assert "qwen3: 2 layers" in out
-    pytest.importorskip("gguf", reason="needs the package gguf: pip install 'apr[gguf]'")
+    pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
     assert call(capsys, "export", source, "--format", "gguf", "-o", tmp_path / "m.gguf")[0] == 0
     code, out, _ = call(capsys, "inspect", tmp_path / "m.gguf", "--json")
     assert code == 0
@@ -533,5 +533,5 @@ def test_gguf_without_the_package_says_what_to_install(
     monkeypatch.setitem(sys.modules, "gguf", None)
     code, _, err = call(capsys, "export", source, "--format", "gguf", "-o", tmp_path / "m.gguf")
     assert code == 3
-    assert "pip install 'apr[gguf]'" in err
+    assert "-m pip install 'gguf>=0.17'" in err
     assert not (tmp_path / "m.gguf").exists()

@@ -84,7 +84,7 @@ def harness(monkeypatch):
 def test_without_the_harness_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, HARNESS, raising=False)
-    with pytest.raises(AprError, match=r"pip install 'apr\[lm-eval\]'"):
+    with pytest.raises(AprError, match=r"-m pip install 'lm_eval>=0\.4\.3'"):
         importlib.import_module(HARNESS)
 
 
