@@ -198,18 +198,22 @@ def writing_several(folder: Path, names: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, doing: str) -> Iterator[None]:
+def locked(folder: Path, doing: str, waiting: Callable[[], Any] | None = None) -> Iterator[None]:
     """Hold a folder against other processes that ask for it; it is free again when the process ends, however it does.
 
-    doing: what the other process does, for the message. Raises Refused: it is held."""
+    doing: what the other process does, for the message. waiting: called once where another process holds the folder, which
+    is then waited for. Raises Refused: it is held, and there is no `waiting`."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refused(
-                f"{folder}: another process is {doing}; wait for it, or choose another folder"
-            ) from None
+            if waiting is None:
+                raise Refused(
+                    f"{folder}: another process is {doing}; wait for it, or choose another folder"
+                ) from None
+            waiting()
+            fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)

@@ -96,10 +96,19 @@ class _Piece:
     text: str | None
 
 
-def encode_corpus(
+def encode_corpus(corpus: Corpus, tokenizer: Tokenizer, out_dir: str | Path, **options: Any) -> EncodedCorpus:
+    """Hold OUT against other processes, and `encode_into` it with these options.
+
+    Raises Refused: another process holds the folder, and as encode_into; IOFailure."""
+    folder = make_folder(out_dir)
+    with locked(folder, "encoding into it"):
+        return encode_into(folder, corpus, tokenizer, **options)
+
+
+def encode_into(
+    folder: Path,
     corpus: Corpus,
     tokenizer: Tokenizer,
-    out_dir: str | Path,
     *,
     val_fraction: float = 0.01,
     eos_policy: str = "after",
@@ -110,15 +119,14 @@ def encode_corpus(
     workers: int | None = None,
     progress: EncodeProgress | None = None,
 ) -> EncodedCorpus:
-    """Write OUT/train and, with val_fraction above 0, OUT/val, OUT/tokenizer, OUT/encode.json and OUT/skipped.jsonl.
+    """Write train and, with val_fraction above 0, val, tokenizer, encode.json and skipped.jsonl into a folder that is held.
 
     A document's side follows from its content hash alone, so it is the same in every run with this fraction; copies are dropped.
     The bytes written depend on the documents and their order, not on `workers`, the threads that encode (default:
     all cores). `made` describes the input in the manifests; with resume the folder must have been begun with the same settings.
-    Raises Refused: bad arguments, a guard, a side without documents, a folder in use; IOFailure."""
+    Raises Refused: bad arguments, a guard, a side without documents; IOFailure."""
     if not 0.0 <= val_fraction < 1.0:
         raise Refused(f"val_fraction = {val_fraction} is not at least 0 and below 1")
-    folder = make_folder(out_dir)
     settings = {
         "tokenizer_sha256": tokenizer.sha256,
         "val_fraction": val_fraction,
@@ -126,25 +134,27 @@ def encode_corpus(
         "shard_tokens": shard_tokens,
         **(made or {}),
     }
-    with locked(folder, "encoding into it"):
-        _begin(folder, settings, resume)
-        tokenizer.save(folder / "tokenizer")
-        job = _Encoding(corpus, tokenizer, folder, val_fraction, bounds, workers or cores(), progress)
-        with contextlib.ExitStack() as stack:
-            stack.callback(job.seen.close)
-            for side in job.sides:
-                writer = ShardWriter(
-                    folder / side, tokenizer, shard_tokens, eos_policy, {"side": side, **settings}, resume
-                )
-                job.writers[side] = stack.enter_context(_kept(writer))
-            job.run()
-            manifests = job.close()
-        counts = job.counts
-        write_json(
-            folder / RECORD,
-            {"format": FORMAT, "complete": True, "settings": settings, "result": asdict(counts)},
-        )
-    return EncodedCorpus(folder, manifests["train"], manifests.get("val"), counts)
+    _begin(folder, settings, resume)
+    tokenizer.save(folder / "tokenizer")
+    job = _Encoding(corpus, tokenizer, folder, val_fraction, bounds, workers or cores(), progress)
+    with contextlib.ExitStack() as stack:
+        stack.callback(job.seen.close)
+        for side in job.sides:
+            writer = ShardWriter(
+                folder / side, tokenizer, shard_tokens, eos_policy, {"side": side, **settings}, resume
+            )
+            job.writers[side] = stack.enter_context(_kept(writer))
+        job.run()
+        manifests = job.close()
+    record = {"format": FORMAT, "complete": True, "settings": settings, "result": asdict(job.counts)}
+    write_json(folder / RECORD, record)
+    return EncodedCorpus(folder, manifests["train"], manifests.get("val"), job.counts)
+
+
+def is_encoded(folder: Path) -> bool:
+    """Tell whether an encoding into the folder came to its end."""
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+    return isinstance(record, dict) and record.get("format") == FORMAT and record.get("complete") is True
 
 
 class _Encoding:
@@ -341,8 +351,7 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> None:
     path = folder / RECORD
     record = read_json(path) if path.is_file() else None
     begun = record.get("settings") if isinstance(record, dict) and record.get("format") == FORMAT else None
-    complete = isinstance(record, dict) and record.get("complete") is True
-    ours = isinstance(begun, dict)
+    complete, ours = is_encoded(folder), isinstance(begun, dict)
     if not resume:
         there = [*our_files(folder / "train"), *our_files(folder / "val"), *([path] if ours else [])]
         if there:

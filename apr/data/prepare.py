@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from ..common.atomic import write_json
+from ..common.atomic import locked, write_json
 from ..common.errors import AprError, IOFailure, MalformedFile, Refused
 from ..common.files import make_folder, read_json
 from ..common.progress import Progress
@@ -19,7 +19,7 @@ from ..tokenizer.training import train_tokenizer
 from .corpus import Corpus
 from .documents import Document, LongDocument, is_held_out
 from .encode import RECORD as ENCODED
-from .encode import SKIPPED, Counts, encode_corpus
+from .encode import SKIPPED, Counts, encode_into, is_encoded
 from .guards import USUAL, Bounds
 from .seen import Seen
 from .shards import TokenShards, our_files
@@ -89,68 +89,122 @@ def prepare(
     made_by = f"{tokenizer.sha256} {tokenizer.eos_token}" if tokenizer else f"train {vocab_size}"
     key = _key(corpus, f"{made_by} {val_fraction!r} {shard_tokens}", val_fraction, progress)
     folder = Path(out_dir) / key[:16] if in_cache else Path(out_dir)
-    record, reason = _read_record(folder / RECORD)
-    begun = record is not None and record.get("key") == key
-    if record is not None and not begun:
-        reason = "made from other input"
-    elif record is not None and record.get("complete") is True:
-        try:
-            return _open(folder, record, key)
-        except AprError as e:
-            reason, begun = str(e), False
-    if not begun:
-        _begin(folder, key)
-    tokenizer = tokenizer or _trained(corpus, folder, vocab_size, val_fraction, begun, progress)
+    opened, reason = _reused(folder, key)
+    if opened:
+        return opened
 
-    def hear(counts: Counts, read: int, total: int) -> None:
+    def wait() -> None:
         if progress:
-            progress("encode", read, total)
+            progress("wait for another process, which prepares this corpus,", 0, 0)
 
-    encode_corpus(
-        corpus,
-        tokenizer,
-        folder,
-        val_fraction=val_fraction,
-        shard_tokens=shard_tokens,
-        bounds=bounds,
-        made={"prepared": key},
-        resume=begun and (folder / ENCODED).is_file(),
-        progress=hear,
-    )
-    sides = {side: TokenShards(folder / side, tokenizer, verify=False).sha256 for side in ("train", "val")}
-    write_json(
-        folder / RECORD,
-        {
-            "format": FORMAT,
-            "key": key,
-            "complete": True,
-            "val_fraction": val_fraction,
-            "tokenizer_sha256": tokenizer.sha256,
-            **{f"{side}_sha256": sha for side, sha in sides.items()},
-        },
-    )
+    with locked(make_folder(folder), "preparing a corpus in it", wait if in_cache else None):
+        # Another process may have made it while this one waited.
+        opened, reason = _reused(folder, key)
+        if opened:
+            return opened
+        record, _ = _read_record(folder / RECORD)
+        begun = record is not None and record.get("key") == key and record.get("complete") is not True
+        making = _Making(
+            corpus, folder, key, vocab_size, tokenizer, val_fraction, shard_tokens, bounds, progress
+        )
+        try:
+            made = making.go_on() if begun else making.begin()
+        except (Refused, MalformedFile):
+            # What an earlier call left may be damaged, or of another version: no reason to refuse the corpus.
+            if not begun:
+                raise
+            made = making.begin()
+        tokenizer, sides = made
+        write_json(
+            folder / RECORD,
+            {
+                "format": FORMAT,
+                "key": key,
+                "complete": True,
+                "val_fraction": val_fraction,
+                "tokenizer_sha256": tokenizer.sha256,
+                **{f"{side}_sha256": sha for side, sha in sides.items()},
+            },
+        )
     return PreparedCorpus(folder, tokenizer, key, False, reason)
 
 
-def _trained(
-    corpus: Corpus,
-    folder: Path,
-    vocab_size: int | None,
-    val_fraction: float,
-    begun: bool,
-    progress: Progress | None,
-) -> Tokenizer:
-    """Train a tokenizer on the training side, or open that of an earlier call that got as far as encoding."""
-    assert vocab_size is not None
-    if begun and (folder / ENCODED).is_file():
-        return Tokenizer.from_file(folder / "tokenizer")
-    texts = (
-        text
-        for item in _distinct(corpus, None)
-        if not is_held_out(item.sha256, val_fraction)
-        for text in item.chunks()
-    )
-    return train_tokenizer(texts, vocab_size, folder / "tokenizer", progress=progress)
+def _reused(folder: Path, key: str) -> tuple[PreparedCorpus | None, str]:
+    """Open a folder that was made whole from the input of this key; None and the reason where there is none."""
+    record, reason = _read_record(folder / RECORD)
+    if record is None or record.get("complete") is not True:
+        return None, reason
+    if record.get("key") != key:
+        return None, "made from other input"
+    try:
+        return _open(folder, record, key), "reused"
+    except AprError as e:
+        return None, str(e)
+
+
+@dataclass(frozen=True)
+class _Making:
+    """A call of `prepare` that makes the folder, which it holds."""
+
+    corpus: Corpus
+    folder: Path
+    key: str
+    vocab_size: int | None
+    tokenizer: Tokenizer | None
+    val_fraction: float
+    shard_tokens: int
+    bounds: Bounds
+    progress: Progress | None
+
+    def begin(self) -> tuple[Tokenizer, dict[str, str]]:
+        """Make it from the beginning: the tokenizer, and each side's hash."""
+        _begin(self.folder, self.key)
+        return self._encode(self.tokenizer or self._trained(), resume=False)
+
+    def go_on(self) -> tuple[Tokenizer, dict[str, str]]:
+        """Make what an earlier call, which was killed, did not get to: the tokenizer, and each side's hash."""
+        if not (self.folder / ENCODED).is_file():
+            return self._encode(self.tokenizer or self._trained(), resume=False)
+        tokenizer = self.tokenizer or Tokenizer.from_file(self.folder / "tokenizer")
+        # Killed between the end of the encoding and the record of this folder, both sides are there.
+        if is_encoded(self.folder):
+            return tokenizer, self._hashes(tokenizer, verify=True)
+        return self._encode(tokenizer, resume=True)
+
+    def _trained(self) -> Tokenizer:
+        """Train a tokenizer on the training side."""
+        assert self.vocab_size is not None
+        texts = (
+            text
+            for item in _distinct(self.corpus, None)
+            if not is_held_out(item.sha256, self.val_fraction)
+            for text in item.chunks()
+        )
+        return train_tokenizer(texts, self.vocab_size, self.folder / "tokenizer", progress=self.progress)
+
+    def _encode(self, tokenizer: Tokenizer, resume: bool) -> tuple[Tokenizer, dict[str, str]]:
+        def hear(counts: Counts, read: int, total: int) -> None:
+            if self.progress:
+                self.progress("encode", read, total)
+
+        encode_into(
+            self.folder,
+            self.corpus,
+            tokenizer,
+            val_fraction=self.val_fraction,
+            shard_tokens=self.shard_tokens,
+            bounds=self.bounds,
+            made={"prepared": self.key},
+            resume=resume,
+            progress=hear,
+        )
+        return tokenizer, self._hashes(tokenizer, verify=False)
+
+    def _hashes(self, tokenizer: Tokenizer, verify: bool) -> dict[str, str]:
+        return {
+            side: TokenShards(self.folder / side, tokenizer, verify=verify).sha256
+            for side in ("train", "val")
+        }
 
 
 def _distinct(corpus: Corpus, skipped: list[Skipped] | None) -> Iterator[Document | LongDocument]:

@@ -10,12 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from apr.common.atomic import locked
 from apr.common.errors import MalformedFile, Refused
 from apr.data.batches import Batches, Windows, sequential
 from apr.data.corpus import Corpus
@@ -204,6 +206,77 @@ def test_a_kill_while_another_input_takes_the_place_is_gone_over(
     assert made.key == fresh.key
     for side in ("train", "val"):
         assert files_of(made.folder / side) == files_of(fresh.folder / side)
+
+
+def test_a_kill_after_any_file_is_gone_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each file that is written, the last of the encoding and the record of the whole included."""
+    monkeypatch.setattr("apr.data.encode.BATCH_CHARACTERS", 300)
+    options: dict[str, Any] = {"vocab_size": 300, "val_fraction": 0.3, "shard_tokens": 700}
+    fresh = made_from(corpus(30), tmp_path / "fresh", **options)
+    real, kills = os.replace, 0
+
+    def dying(n: int) -> Callable[..., None]:
+        left = [n]
+
+        def replace(*args: Any, **kwargs: Any) -> None:
+            real(*args, **kwargs)
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+
+        return replace
+
+    for moment in range(100):
+        folder = tmp_path / str(moment)
+        with monkeypatch.context() as m:
+            m.setattr(os, "replace", dying(moment))
+            try:
+                made_from(corpus(30), folder, **options)
+                break
+            except Killed:
+                kills += 1
+        made_from(corpus(30), folder, **options)
+        assert files_of(folder) == files_of(fresh.folder)
+    assert kills > 10
+
+
+@pytest.mark.parametrize("left", ["shard-00000.bin", "manifest.json"])
+@pytest.mark.parametrize("moment", ["encoding", "encoded"])
+def test_what_a_killed_call_left_damaged_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, left: str
+) -> None:
+    monkeypatch.setattr("apr.data.encode.BATCH_CHARACTERS", 300)
+    options: dict[str, Any] = {"vocab_size": 300, "val_fraction": 0.3, "shard_tokens": 300}
+    fresh = made_from(corpus(40), tmp_path / "fresh", **options)
+    folder = tmp_path / "p"
+    if moment == "encoding":
+        with pytest.raises(KeyboardInterrupt):
+            prepare(Dies(corpus(40), 35, 3), folder, **options)
+    else:
+        made_from(corpus(40), folder, **options)
+        edit_json(folder / "prepared.json", complete=False)
+    (folder / "train" / left).write_bytes(b"damaged")
+    made_from(corpus(40), folder, **options)
+    assert files_of(folder) == files_of(fresh.folder)
+
+
+def test_calls_for_one_corpus_wait_for_each_other(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"vocab_size": 300, "val_fraction": 0.3, "in_cache": True}
+    stages: list[set[str]] = [set() for _ in range(3)]
+
+    def call(i: int) -> Any:
+        def hear(stage: str, done: int, total: int) -> None:
+            stages[i].add(stage)
+
+        return made_from(corpus(40), tmp_path, progress=hear, **options)
+
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(call, range(3)))
+    assert sorted(m.reused for m in made) == [False, True, True]
+    assert sum("encode" in s for s in stages) == 1
+    with locked(made[0].folder, "preparing a corpus in it"):
+        # A folder that is whole is opened without waiting.
+        assert call(0).reused
 
 
 def test_a_cache_has_a_folder_for_each_input(tmp_path: Path) -> None:
