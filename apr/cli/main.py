@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ..common.errors import AprError
 from ..common.version import __version__
-from ..training.signals import handled
+from ..training.signals import handled, unswallowed
 
 COMMANDS = {
     "pretrain": "train a model; with no arguments: the demo job",
@@ -62,7 +62,7 @@ def run_command(name: str, args: Sequence[str]) -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         # As Ctrl-C does, it removes what is half written.
-        with handled(signal.default_int_handler, (signal.SIGTERM,)):
+        with handled(signal.default_int_handler, (signal.SIGTERM,)), unswallowed():
             return importlib.import_module(f"apr.cli.{MODULES.get(name, name)}").main(args) or 0
     except AprError as e:
         print(f"apr {name}: {e}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,30 @@ def handled(
 def interrupting() -> Any:
     """Raise KeyboardInterrupt at SIGINT and SIGTERM, also where a shell ignores SIGINT for background processes."""
     return handled(signal.default_int_handler)
+
+
+@contextmanager
+def unswallowed() -> Iterator[None]:
+    """Send SIGTERM again where Python has dropped the KeyboardInterrupt of a signal.
+
+    It drops what is raised in a callback of C code (LLVM's, while Numba loads a kernel) or in a finalizer, and tells
+    sys.unraisablehook alone."""
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            previous(unraisable)
+            return
+        # Later, and not in the hook, which drops exceptions too.
+        timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 class StopRequest:
