@@ -1,0 +1,53 @@
+"""Faults of the campaign can be planted: their old text stands once, and the edited file is Python still."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from mutant_faults import FAULTS, Mutant  # noqa: E402
+from mutants import JOBS, from_patch, rates  # noqa: E402
+from mutants import Outcome as MutantOutcome  # noqa: E402
+
+
+@pytest.mark.parametrize("mutant", FAULTS, ids=lambda m: m.name)
+def test_a_fault_can_be_planted(mutant):
+    assert mutant.job in JOBS
+    assert mutant.edits
+    for path, old, new in mutant.edits:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert text.count(old) == 1, f"{path}: {text.count(old)} times"
+        assert old != new
+        compile(text.replace(old, new), path, "exec")
+    for test in mutant.tests:
+        assert (ROOT / test.split("::")[0]).exists(), test
+
+
+def test_names_are_given_once():
+    assert len({m.name for m in FAULTS}) == len(FAULTS)
+
+
+def test_a_patch_becomes_edits(tmp_path):
+    patch = tmp_path / "swapped.patch"
+    patch.write_text(
+        "diff --git a/apr/x.py b/apr/x.py\n--- a/apr/x.py\n+++ b/apr/x.py\n@@ -1,3 +1,3 @@\n a = 1\n-b = 2\n+b = 3\n c = 4\n"
+    )
+    mutant = from_patch(patch, "plain", ())
+    assert mutant.edits == (("apr/x.py", "a = 1\nb = 2\nc = 4", "a = 1\nb = 3\nc = 4"),)
+    patch.write_text("no patch\n")
+    with pytest.raises(SystemExit, match="no hunk"):
+        from_patch(patch, "plain", ())
+
+
+def test_rates_count_what_was_asked():
+    seen = [{"pretrain": "run.x", "bisect": "", "verify": ""}, {"pretrain": "", "bisect": ""}]
+    outcomes = [MutantOutcome(Mutant(str(i), "", ()), s) for i, s in enumerate(seen)]
+    counts = rates(outcomes)
+    assert counts["pretrain"] == [1, 2]
+    assert counts["verify"] == [0, 1]
+    assert counts["at run time"] == [1, 2]

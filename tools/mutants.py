@@ -1,0 +1,369 @@
+#!/usr/bin/env python
+"""Plant faults in a copy of apr, one at a time, and record which of its own checks sees each.
+
+Example: python tools/mutants.py --record bench/trust.json
+         python tools/mutants.py --patch fault.patch --job plain --tests tests/model
+
+A fault is an edit of the source (tools/mutant_faults.py, or a patch). It is planted in a copy of this checkout; there a
+standard job is trained, the run is verified by the faulty code and by the sound code, and `apr bisect` is asked; with
+--tests, so are the tests of the fault's area. Before the faults the sound copy does all of it, and nothing may be seen.
+Real data is found through $APR_TEST_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pinned_jobs
+from mutant_faults import FAULTS, Mutant
+
+from apr.common.atomic import write_json
+from apr.common.host import cpu_name
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = (
+    "apr",
+    "tools",
+    "tests",
+    "docs",
+    "README.md",
+    "pyproject.toml",
+    "setup.cfg",
+    "Makefile",
+    "mkdocs.yml",
+)
+LIMIT_S = 600
+SMALL = (
+    "--num-steps", "12", "--steps-per-epoch", "6", "--batch-size", "4", "--micro-batch-size", "2", "--lr", "3e-3",
+    "--warmup-steps", "2", "--val-batches", "4", "--val-fraction", "0.2", "--save-every", "3", "--keep-states", "9",
+    "--bounds", "speed=1000000,pretrained_share=9", "--widen", "max_top_share=0.9",
+)  # fmt: skip
+BASE = "runs/base/ckpt/epoch-002.apr"  # a checkpoint of the sound code, which the other jobs start from
+ANSWERS = (
+    "--init",
+    BASE,
+    "--instruct",
+    "chats.jsonl",
+    "--chat-template",
+    "template.jinja",
+    *SMALL,
+    "--seq-length",
+    "96",
+)
+PLAIN = ("--corpus", "corpus", "--model", "configs/qwen2.json", *SMALL, "--seq-length", "32")
+JOBS: dict[str, tuple[str, ...]] = {
+    "plain": PLAIN,
+    "masked": (
+        "--corpus", "corpus", "--model", "configs/llama3.json", *SMALL, "--seq-length", "64", "--mask-documents",
+        "--recompute", "--z-loss", "1e-3", "--schedule", "wsd", "--seed", "7",
+    ),
+    "window": ("--corpus", "corpus", "--model", "configs/mistral.json", *SMALL, "--seq-length", "32", "--no-shuffle"),
+    "qknorm": ("--corpus", "corpus", "--model", "configs/qwen3.json", *SMALL, "--seq-length", "32", "--grad-clip", "0.5",
+        "--beta1", "0.8", "--beta2", "0.97", "--eps", "1e-6", "--weight-decay", "0.03"),
+    "instruct": ANSWERS,
+    "lora": (*ANSWERS, "--lora-rank", "4"),
+    "resumed": ("--resume",),
+}  # fmt: skip
+# What counts as seen while a job runs.
+RUN_TIME = ("pretrain", "bisect", "verify")
+
+
+@dataclass
+class Outcome:
+    """Answers of the checks for one fault, by check; "" is silence."""
+
+    mutant: Mutant
+    seen: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def at_run_time(self) -> bool:
+        return any(self.seen.get(check) for check in RUN_TIME)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Folder with a sound copy and a faulty copy of the source, and the inputs of the jobs."""
+
+    folder: Path
+
+    @property
+    def sound(self) -> Path:
+        return self.folder / "sound"
+
+    @property
+    def faulty(self) -> Path:
+        return self.folder / "faulty"
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    def make(self) -> Bench:
+        """Copy the source twice, write the inputs, and train the run that the others start from."""
+        for copy in (self.sound, self.faulty):
+            for name in COPIED:
+                if (ROOT / name).is_dir():
+                    skip = shutil.ignore_patterns("__pycache__", "site", ".*")
+                    shutil.copytree(ROOT / name, copy / name, ignore=skip)
+                elif (ROOT / name).is_file():
+                    copy.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(ROOT / name, copy / name)
+        data = Path(os.environ.get("APR_TEST_DATA", ROOT.parent / "shared" / "data"))
+        inputs: Any = SimpleNamespace(work=self.work, data=data.resolve())
+        pinned_jobs.corpus(inputs)
+        pinned_jobs.chats(inputs)
+        pinned_jobs.template(inputs)
+        for family in pinned_jobs.CONFIGS:
+            pinned_jobs.config(inputs, family)
+        done = self.apr(self.sound, "pretrain", "--run-dir", "runs/base", *PLAIN)
+        if done.returncode:
+            raise SystemExit(f"the run to start from: exit code {done.returncode}\n{done.stderr}")
+        return self
+
+    def apr(self, copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `apr` of a copy in the work folder."""
+        return self._run([sys.executable, "-m", "apr.cli.main", *arguments], copy, self.work)
+
+    def _run(self, command: list[str], copy: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": str(copy), "APR_CACHE": str(self.folder / f"cache-{copy.name}")}
+        try:
+            return subprocess.run(
+                command, cwd=cwd, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False
+            )
+        except subprocess.TimeoutExpired as e:
+            return subprocess.CompletedProcess(e.cmd, 124, "", f"no end after {LIMIT_S} s")
+
+    def judge(self, mutant: Mutant, tests: bool) -> Outcome:
+        """Plant a fault, and ask every check."""
+        out = Outcome(mutant)
+        with self.planted(mutant):
+            run = f"runs/{mutant.name}"
+            shutil.rmtree(self.work / run, ignore_errors=True)
+            # What a faulty copy has prepared serves no other.
+            shutil.rmtree(self.folder / "cache-faulty", ignore_errors=True)
+            if mutant.job == "resumed":
+                self._cut(self.work / run)
+            done = self.apr(self.faulty, "pretrain", "--run-dir", run, *JOBS[mutant.job])
+            out.seen["pretrain"] = self._verdict(done, self.work / run)
+            bisect = ["bisect", BASE, "--picture", ""]
+            if mutant.job == "masked":
+                bisect += ["--mask-documents", "--seq-length", "48"]
+            elif mutant.job in ("window", "qknorm"):
+                preset = {"window": "mistral-tiny", "qknorm": "qwen3-tiny"}[mutant.job]
+                bisect = ["bisect", preset, "--picture", ""]
+            out.seen["bisect"] = _first_fault(self.apr(self.faulty, *bisect, "--json"))
+            if (self.work / run / "evidence.json").is_file():
+                for name, copy in (("verify", self.faulty), ("outside", self.sound)):
+                    answer = self.apr(copy, "verify", run, "--replay", "3", "--seed", "1", "--json")
+                    out.seen[name] = _failed_checks(answer)
+            if tests and mutant.tests:
+                command = [
+                    sys.executable,
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "-x",
+                    "-p",
+                    "no:cacheprovider",
+                    *mutant.tests,
+                ]
+                done = self._run(command, self.faulty, self.faulty)
+                red = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+                out.seen["tests"] = (
+                    red[0] if red else "" if not done.returncode else f"exit {done.returncode}"
+                )
+            shutil.rmtree(self.work / run, ignore_errors=True)
+        return out
+
+    @contextlib.contextmanager
+    def planted(self, mutant: Mutant) -> Iterator[None]:
+        """Put a fault into the faulty copy."""
+        was = {}
+        try:
+            for path, old, new in mutant.edits:
+                file = self.faulty / path
+                text = file.read_text(encoding="utf-8")
+                was.setdefault(file, (text, file.stat()))
+                if text.count(old) != 1:
+                    raise SystemExit(
+                        f"{mutant.name}: {path} has its text {text.count(old)} times, not once: {old!r}"
+                    )
+                file.write_text(text.replace(old, new), encoding="utf-8")
+            if any(path.startswith("apr/backends/cpu") for path, _, _ in mutant.edits):
+                # Numba's cache of a caller does not know that a callee has changed.
+                _forget_kernels(self.faulty)
+            yield
+        finally:
+            for file, (text, stat) in was.items():
+                file.write_text(text, encoding="utf-8")
+                os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            if any(path.startswith("apr/backends/cpu") for path, _, _ in mutant.edits):
+                _forget_kernels(self.faulty)
+
+    def _cut(self, run: Path) -> None:
+        """Make what a kill after step 8 would leave: the state of step 6, and lines of the log behind it."""
+        shutil.copytree(self.work / "runs" / "base", run)
+        later = [p for p in (run / "ckpt" / "state").glob("step-*.apr") if int(p.stem[5:]) > 6]
+        later += [p for p in (run / "ckpt").glob("epoch-*") if int(p.name[6:9]) * 6 > 6]
+        for path in [
+            *later,
+            *(run / n for n in ("verdict.json", "evidence.json", "report.html", "loss.png")),
+        ]:
+            path.unlink(missing_ok=True)
+        log = run / "metrics.jsonl"
+        lines = log.read_text().splitlines()
+        log.write_text("\n".join(line for line in lines if json.loads(line)["step"] <= 8) + "\n")
+
+    def _verdict(self, done: subprocess.CompletedProcess[str], run: Path) -> str:
+        """Report the gates that did not pass, or how the process ended."""
+        if not done.returncode:
+            return ""
+        path = run / "verdict.json"
+        gates = json.loads(path.read_text())["gates"] if path.is_file() else []
+        red = [g["id"] for g in gates if g["verdict"] in ("FAIL", "SUSPECT")]
+        return ", ".join(red) or f"exit {done.returncode}: {_last_line(done.stderr)}"
+
+
+def _forget_kernels(copy: Path) -> None:
+    for folder in (copy / "apr" / "backends" / "cpu").rglob("__pycache__"):
+        shutil.rmtree(folder)
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line not in ("FAILED", "REFUSED", "SUSPECT")]
+    return lines[-1][:160] if lines else ""
+
+
+def _first_fault(done: subprocess.CompletedProcess[str]) -> str:
+    """Report the op that bisect names."""
+    if not done.returncode:
+        return ""
+    try:
+        first = json.loads(done.stdout)["reports"][0]["first"]
+        return f"{first['stage']}: {first['op']}, {first['tap']}"
+    except (ValueError, KeyError, IndexError, TypeError):
+        return f"exit {done.returncode}: {_last_line(done.stderr)}"
+
+
+def _failed_checks(done: subprocess.CompletedProcess[str]) -> str:
+    """Report the checks of `apr verify` that failed."""
+    if not done.returncode:
+        return ""
+    try:
+        checks = json.loads(done.stdout)["checks"]
+        return ", ".join(c["check"] for c in checks if c["verdict"] in ("FAIL", "SUSPECT")) or "no verdict"
+    except (ValueError, KeyError):
+        return f"exit {done.returncode}: {_last_line(done.stderr)}"
+
+
+def from_patch(path: Path, job: str, tests: tuple[str, ...]) -> Mutant:
+    """Read a unified diff: one edit per hunk. Raises SystemExit for one that cannot be read."""
+    edits, file = [], ""
+    hunk: list[str] | None = None
+    for line in [*path.read_text(encoding="utf-8").splitlines(), "@@"]:
+        if line.startswith(("@@", "--- ", "diff ")):
+            if hunk:
+                old = "\n".join(x[1:] for x in hunk if x[:1] in (" ", "-"))
+                new = "\n".join(x[1:] for x in hunk if x[:1] in (" ", "+"))
+                edits.append((file, old, new))
+            hunk = [] if line.startswith("@@") else None
+        elif line.startswith("+++ "):
+            file = line[4:].split("\t")[0].removeprefix("b/")
+        elif hunk is not None and line[:1] in (" ", "-", "+"):
+            hunk.append(line)
+    if not edits:
+        raise SystemExit(f"{path}: no hunk of a unified diff; `git diff > {path}` writes one")
+    return Mutant(path.stem, f"patch {path.name}", tuple(edits), job, tests)
+
+
+def rates(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Count the faults that each check saw, of those it was asked about."""
+    checks = [*RUN_TIME, "outside", "tests"]
+    out: dict[str, Any] = {}
+    for check in checks:
+        asked = [o for o in outcomes if check in o.seen]
+        out[check] = [sum(bool(o.seen[check]) for o in asked), len(asked)]
+    out["at run time"] = [sum(o.at_run_time for o in outcomes), len(outcomes)]
+    out["by anything"] = [sum(any(o.seen.values()) for o in outcomes), len(outcomes)]
+    return out
+
+
+def show(out: Outcome) -> None:
+    """Print a fault's line: who saw it."""
+    print(
+        f"{'seen  ' if out.at_run_time else 'UNSEEN'} {out.mutant.name} ({out.mutant.job}): {out.mutant.what}"
+    )
+    for check, answer in out.seen.items():
+        print(f"         {check:9} {answer or '-'}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the campaign."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", metavar="REGEX", default="", help="only the faults whose names match")
+    parser.add_argument(
+        "--patch", metavar="FILE", type=Path, help="plant this unified diff instead of the list"
+    )
+    parser.add_argument("--job", choices=JOBS, default="plain", help="with --patch, the job that can show it")
+    parser.add_argument(
+        "--tests", nargs="*", metavar="PATH", help="also run tests: these, or those of each fault"
+    )
+    parser.add_argument("--record", metavar="FILE", type=Path, help="write answers and rates as JSON")
+    parser.add_argument(
+        "--keep-going", action="store_true", help="plant faults though the sound copy is accused"
+    )
+    f = parser.parse_args(argv)
+    faults = [m for m in FAULTS if re.search(f.only, m.name)]
+    if f.patch:
+        faults = [from_patch(f.patch, f.job, tuple(f.tests or ()))]
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory(prefix="apr-mutants-") as folder:
+        bench = Bench(Path(folder)).make()
+        false_alarms = []
+        for job in sorted({m.job for m in faults}):
+            sound = bench.judge(Mutant(f"sound-{job}", "nothing is planted", (), job), False)
+            show(sound)
+            false_alarms += [f"{job}: {check}: {answer}" for check, answer in sound.seen.items() if answer]
+        if false_alarms and not f.keep_going:
+            print("the sound copy is accused:", *false_alarms, sep="\n  ")
+            return 1
+        for mutant in faults:
+            outcomes.append(bench.judge(mutant, f.tests is not None))
+            show(outcomes[-1])
+            if f.record:
+                record = {
+                    "format": "apr-trust-1",
+                    "date": datetime.date.today().isoformat(),
+                    "processor": cpu_name(),
+                    "false_alarms": false_alarms,
+                    "rates": rates(outcomes),
+                    "faults": {
+                        o.mutant.name: {"what": o.mutant.what, "job": o.mutant.job, **o.seen}
+                        for o in outcomes
+                    },
+                }
+                write_json(f.record, record)
+    for check, (seen, asked) in rates(outcomes).items():
+        if asked:
+            print(f"{check:12} {seen} of {asked}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
