@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,7 @@ class AprLM(LM):
         """Tokens that the model reads at once."""
         return self._length
 
+    @cached_property
     def _template(self) -> ChatTemplate:
         found = self._opened.loaded.template()
         if found is None:
@@ -113,7 +115,7 @@ class AprLM(LM):
             raise UsageError(
                 f"--apply_chat_template {chat_template}: apr applies the checkpoint's default template; leave the name out"
             )
-        return self._template().text if chat_template else ""
+        return self._template.text if chat_template else ""
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -121,7 +123,7 @@ class AprLM(LM):
         """Render messages as the context of a request; without add_generation_prompt the last message stays open.
 
         A template that refuses is tried without the system message, as the harness does. Raises Refused."""
-        template = self._template()
+        template = self._template
         try:
             text = template.render(chat_history, add_generation_prompt)
         except Refused:

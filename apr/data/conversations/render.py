@@ -10,6 +10,7 @@ import numpy as np
 
 from ...common.errors import Refused
 from ...tokenizer.chat_template import ChatTemplate, Message
+from ...tokenizer.template_process import TemplateStopped
 from ...tokenizer.tokenizer import Tokenizer, text_difference
 from ..encode import ALWAYS_SAMPLED, SAMPLED_ONE_IN
 from ..source import Skipped, Unusable
@@ -72,6 +73,9 @@ class Renderer:
     def _render(self, messages: list[Message], prompt: bool) -> str:
         try:
             return self._template.render(messages, prompt)
+        except TemplateStopped:
+            # The template's fault, not the conversation's: no other one would fare better.
+            raise
         except Refused as e:
             raise Unusable("refused by the template", str(e)) from None
 
