@@ -73,11 +73,18 @@ GATES = {
             "the key that is named; `apr inspect`",
         ),
         Gate(
+            "before.settings", BEFORE, "refuse",
+            "model, optimizer, schedule, batches and evaluation are built with the numbers that were asked for",
+            "config.json as the file has it, the table of parameters and a second formula of the schedule: all equal",
+            "the setting that is named, on its way from the command line to the object",
+        ),
+        Gate(
             "before.weights", BEFORE, "refuse",
-            "the weights on the device are those of the checkpoint, or have the spread that was asked for",
+            "the weights on the device are those of the checkpoint, or random as was asked for",
             "a checkpoint: equal name sets and equal bits, read back from the device; random: the standard deviation "
-            "of every matrix within 6 standard errors, sigma / sqrt(2 n), of its own",
-            "`apr inspect`; --initializer-range",
+            "of every matrix within 6 standard errors, sigma / sqrt(2 n), of its own, no two rows with equal bits, no two "
+            "matrices correlated, and the bits of the seed's streams drawn again",
+            "`apr inspect`; --initializer-range, --seed",
         ),
         Gate(
             "before.resumed", BEFORE, "refuse",

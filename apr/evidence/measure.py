@@ -16,12 +16,9 @@ from ..common.errors import AprError
 from ..common.finding import SUSPECT, Finding
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, to_hf
-from ..model.optim import Optimizer, State
+from ..model.optim import Optimizer
 from ..model.transformer import Model
 
-# Of the standard deviation of a random matrix, measured on its first elements.
-MAX_STANDARD_ERRORS, MAX_ELEMENTS = 6.0, 1 << 20
-FOLLOWED_ELEMENTS = 4096  # of all parameters, through optimizer steps
 EPS32 = float(np.finfo(np.float32).eps)
 
 
@@ -81,10 +78,10 @@ def loaded_weights(model: Model, opt: Optimizer, init: Checkpoint) -> Finding:
             wide = part.astype(np.float32)
             back = be.to_host(opt.master[place])
             there = be.to_host(model.w[place])
-            exact = part.dtype.itemsize > 4 or np.array_equal(_bits(wide.astype(part.dtype)), _bits(part))
-            equal = np.array_equal(_bits(back), _bits(wide))
-            if not (exact and equal and np.array_equal(_bits(there), _bits(wide.astype(there.dtype)))):
-                at = int(np.argmax(_bits(back) != _bits(wide))) if not equal else 0
+            exact = part.dtype.itemsize > 4 or np.array_equal(bits(wide.astype(part.dtype)), bits(part))
+            equal = np.array_equal(bits(back), bits(wide))
+            if not (exact and equal and np.array_equal(bits(there), bits(wide.astype(there.dtype)))):
+                at = int(np.argmax(bits(back) != bits(wide))) if not equal else 0
                 measured = (
                     f"{s.hf}: element {start + at} is {part[at]} in the file and {back[at]} on the device"
                 )
@@ -98,34 +95,9 @@ def loaded_weights(model: Model, opt: Optimizer, init: Checkpoint) -> Finding:
     )
 
 
-def _bits(x: np.ndarray) -> np.ndarray:
+def bits(x: np.ndarray) -> np.ndarray:
+    """View an array as unsigned integers of its width."""
     return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
-
-
-def random_weights(model: Model, opt: Optimizer, std: float) -> Finding:
-    """Compare mean and standard deviation of random matrices with their initializer, vectors with their constants."""
-    worst, where = 0.0, ""
-    for s in model.layout.slots:
-        x = model.be.to_host(opt.master[s.offset : s.offset + min(s.size, MAX_ELEMENTS)]).astype(np.float64)
-        if s.param.init in ("ones", "zeros"):
-            if not (x == (s.param.init == "ones")).all():
-                return Finding.of(
-                    "before.weights", False, f"{s.hf} is not all {s.param.init}", f"all {s.param.init}"
-                )
-            continue
-        want = std if s.param.init == "in" else std / math.sqrt(2 * model.cfg.num_layers)
-        off = max(abs(x.std() / want - 1) * math.sqrt(2 * x.size), abs(x.mean()) / want * math.sqrt(x.size))
-        if not off <= worst:
-            worst, where = float(off), s.hf
-    matrices = sum(s.param.init in ("in", "out") for s in model.layout.slots)
-    measured = f"{matrices} matrices, the worst {worst:.1f} standard errors off ({where})"
-    return Finding.of(
-        "before.weights",
-        worst <= MAX_STANDARD_ERRORS,
-        measured,
-        f"at most {MAX_STANDARD_ERRORS:g}",
-        score=worst,
-    )
 
 
 def initial_loss(
@@ -207,78 +179,6 @@ def _final_hidden(model: Model, ids: np.ndarray) -> np.ndarray:
 
     model.forward(ids, tap)
     return seen["final_norm"].astype(np.float32).reshape(*ids.shape, -1)
-
-
-class Follow:
-    """Follows a sample of all parameters through an optimizer step: gradients into state, state into weights."""
-
-    def __init__(self, opt: Optimizer) -> None:
-        size = opt.w.size
-        self.opt, self.part = opt, slice(None, None, max(1, size // FOLLOWED_ELEMENTS) | 1)
-        places = np.arange(0, size, self.part.step)
-        self._decay = np.where(places < opt.decayed, opt.weight_decay, 0.0)
-
-    def before(self) -> None:
-        """Copy weights, state and gradients before a step."""
-        self._old, self._old_state, self._g = (
-            self._read(self.opt.master),
-            self._state(),
-            self._read(self.opt.g),
-        )
-
-    def after(self, lr: float, grad_norm: float, tolerance: float) -> Finding:
-        """Compare weights and state after a step with the optimizer's formula, gradient clipping included.
-
-        fitted lr = sum(moved * direction) / sum(direction^2). Rounding of the weights to float32 adds a random eps / 2
-        of each weight to its move, and the root of the sum of their squares to the fit."""
-        opt, old = self.opt, self._old
-        new, state = self._read(opt.master), self._state()
-        direction = opt.direction(old, state, self._decay)
-        moved = old - new
-        rounding = EPS32 * np.maximum(np.abs(old), np.abs(new))
-        weight = float(direction @ direction)
-        fitted = float(moved @ direction) / weight if weight else 0.0
-        noise = 3 * float(np.sqrt(((rounding * direction) ** 2).sum())) / weight if weight else 0.0
-        off = np.abs(moved - lr * direction) - (rounding + 1e-3 * lr * np.abs(direction) + 1e-30)
-        worst = int(off.argmax())
-        measured = f"log {lr:.6e}, weights {fitted:.6e}"
-        bound = f"equal within {tolerance:g} of it and {noise:.0e}"
-        why = ""
-        if not abs(fitted - lr) <= tolerance * lr + noise:
-            why = f"the log says a learning rate of {lr:.4e}, the weights moved by one of {fitted:.4e}"
-        elif off[worst] > 0:
-            name, asked = type(opt).__name__, lr * direction[worst]
-            why = f"an element moved by {moved[worst]:.3e} where {name} moves it by {asked:.3e}"
-        elif not np.array_equal(_bits(self._read_raw(opt.w)), _bits(self._rounded(new))):
-            why = "the weights that compute are not those that the optimizer moved"
-        elif not self._state_follows(grad_norm, state):
-            why = "the moments are not those of the gradients, clipped to the norm that was asked for"
-        return Finding.of(
-            "run.learning-rate", not why, measured, bound, why, score=abs(fitted - lr) / lr if lr else 0.0
-        )
-
-    def _state_follows(self, grad_norm: float, state: State) -> bool:
-        """Compare the state with the optimizer's formula for g' = g min(1, grad_clip / (norm + 1e-6))."""
-        opt, g = self.opt, self._g
-        clipped = g * min(1.0, opt.grad_clip / (grad_norm + 1e-6)) if opt.grad_clip else g
-        for name, want in opt.next_state(self._old_state, clipped).items():
-            size = np.abs(self._old_state[name]) + np.abs(clipped) ** opt.moments[name]
-            slack = 1e-5 * size + 1e-37  # float32, and where it loses its last bits
-            if not (np.abs(state[name] - want) <= slack).all():
-                return False
-        return True
-
-    def _state(self) -> State:
-        return {name: self._read(flat) for name, flat in self.opt.state.items()}
-
-    def _read_raw(self, flat: Any) -> np.ndarray:
-        return np.ascontiguousarray(self.opt.be.to_host(flat[self.part]))
-
-    def _read(self, flat: Any) -> np.ndarray:
-        return self._read_raw(flat).astype(np.float64)
-
-    def _rounded(self, new: np.ndarray) -> np.ndarray:
-        return new.astype(np.float32).astype(self._read_raw(self.opt.w[:1]).dtype)
 
 
 def gradients(model: Model, scratch: Any) -> tuple[list[str], float]:

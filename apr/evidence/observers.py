@@ -28,7 +28,10 @@ from ..common.finding import FAIL, SUSPECT, Finding
 from ..data.batches import sequential
 from . import measure, verdict
 from .adapters import adapter_gradients, base_loaded
+from .asked import is_learning_rate, learning_rate
+from .follow import Follow
 from .gates import Gates
+from .initial import random_weights
 from .judge import Facts, judge
 from .subject import Subject
 
@@ -67,7 +70,8 @@ class StartGates:
         elif t.init:
             gates.judge(measure.loaded_weights(t.model, t.optimizer, t.init))
         else:
-            gates.judge(measure.random_weights(t.model, t.optimizer, t.settings.initializer_range))
+            s = t.settings
+            gates.judge(random_weights(t.model, t.optimizer, s.initializer_range, s.seed))
         gates.skip("before.resumed", "the run began in this process")
 
     def started(self, e: Started) -> None:
@@ -224,7 +228,8 @@ class LearningRateGate:
     """Gate run.learning-rate: follows some elements of all parameters through optimizer steps. Raises Aborted."""
 
     def __init__(self, subject: Subject, gates: Gates) -> None:
-        self.gates, self.follow, self.steps = gates, measure.Follow(subject.optimizer), 0
+        self.gates, self.settings, self.steps = gates, subject.settings, 0
+        self.follow = Follow(subject.optimizer, subject.settings, (subject.adapters or subject.model).layout)
 
     def gradients_ready(self, e: GradientsReady) -> None:
         """Read weights, moments and gradients before the optimizer's step."""
@@ -232,13 +237,20 @@ class LearningRateGate:
             self.follow.before()
 
     def measured(self, e: Measured) -> None:
-        """Compare the move of the weights with the learning rate in the log."""
+        """Compare the learning rate in the log with that of the settings and with the move of the weights."""
         line = e.line
         if "train_loss" not in line:
             return
+        lr, step = line["lr"], line["step"]
+        if not is_learning_rate(lr, self.settings, step):
+            want = learning_rate(self.settings, step)
+            why = f"the log says a learning rate of {lr:.6e}, the settings ask for {want:.6e}"
+            self.gates.judge(
+                Finding.of("run.learning-rate", False, f"log {lr:.6e}", f"{want:.6e}", why), step
+            )
         if is_followed(self.steps):
             tolerance = self.gates.bound("learning_rate_tolerance")
-            self.gates.judge(self.follow.after(line["lr"], line["grad_norm"], tolerance), line["step"])
+            self.gates.judge(self.follow.after(lr, line["grad_norm"], tolerance, step), step)
         self.steps += 1
 
 

@@ -25,6 +25,7 @@ from ..common.host import cores
 from ..common.options import absolute_paths, flag
 from ..common.provenance import code_sha256, git_commit, versions
 from ..evidence import before, verdict
+from ..evidence.asked import settings_arrive
 from ..evidence.end import judge_end
 from ..evidence.gates import Gates, parse_bounds
 from ..evidence.judge import Facts
@@ -57,6 +58,7 @@ from .sample import sample_text
 from .settings import DEMO, Settings, check, resolve
 from .signals import interrupting
 from .spot import SpotChecks
+from .start import StartRecord
 
 SAMPLE_TOKENS = 160  # of the continuation of --sample at the end
 
@@ -98,7 +100,7 @@ def train(
                 ):
                     if note:
                         show.note(note)
-                result, failed = _train(inputs, run, show, gates, start, callbacks)
+                result, failed = _train(inputs, run, show, gates, start, callbacks, explicit or {})
     except KeyboardInterrupt:
         raise _stopped(run) from None
     finally:
@@ -118,7 +120,13 @@ def _stopped(run: RunDir | None) -> Interrupted:
 
 
 def _train(
-    inputs: Inputs, run: RunDir, show: Display, gates: Gates, start: float, callbacks: Sequence[Callback]
+    inputs: Inputs,
+    run: RunDir,
+    show: Display,
+    gates: Gates,
+    start: float,
+    callbacks: Sequence[Callback],
+    explicit: dict[str, Any],
 ) -> tuple[dict[str, Any], CallbackFailed | None]:
     """Run in the locked folder, from the first gate to the last; returns the result, and a callback's last error."""
     trainer, heard = None, list(callbacks)
@@ -127,12 +135,15 @@ def _train(
         _judge_inputs(inputs, gates)
         trainer = Trainer(inputs, run)
         subject = _subject(trainer)
+        asked = {} if inputs.settings.resume else explicit
+        gates.judge(settings_arrive(subject, trainer.schedule, run.read_config(), asked))
         facts = Facts.of(run.read_config(), gates.given)
         log_gates = LogGates(gates, facts, run.log.lines, run.states)
         trainer.findings = gates.state
         # A gate that comes before the display ends a run before its event is shown.
         trainer.observers = [
             SpotChecks(trainer.model, inputs.settings.spot_check, run.log, trainer.emit),
+            StartRecord(run, trainer.state),
             log_gates,
             StepGates(subject, gates),
             PlaceholderGate(log_gates),
@@ -297,7 +308,7 @@ def _record_device(show: Display, i: Inputs, run: RunDir) -> None:
                     "in the last bits from here on"
                 )
         facts = {**was, "went_on_with": [*was.get("went_on_with", []), facts]}
-    run.record_device(facts)
+    run.record("device", facts)
 
 
 def _check_same_data(i: Inputs, run: RunDir) -> None:

@@ -43,9 +43,9 @@ class RunDir:
             raise IOFailure(f"{self.path}: cannot make the run directory: {e.strerror}") from None
         write_json(self.path / "config.json", config)
 
-    def record_device(self, facts: dict[str, Any]) -> None:
-        """Record the device in config.json."""
-        write_json(self.path / "config.json", {**self.read_config(), "device": facts})
+    def record(self, key: str, facts: dict[str, Any]) -> None:
+        """Record facts that come later in config.json: "device", "start"."""
+        write_json(self.path / "config.json", {**self.read_config(), key: facts})
 
     def read_config(self) -> dict[str, Any]:
         """Read config.json of an existing run. Raises InputNotFound, MalformedFile."""

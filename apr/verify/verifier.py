@@ -9,6 +9,7 @@ from ..common.finding import Finding
 from . import log, stored
 from .record import Record
 from .replay import replay, validation_loss
+from .start import start
 
 CHECKS: dict[str, Callable[[Record], Finding]] = {
     "files": stored.files,
@@ -20,6 +21,7 @@ CHECKS: dict[str, Callable[[Record], Finding]] = {
     "states": stored.states,
     "adapters": stored.adapters,
     "data": stored.data,
+    "start": start,
     "validation loss": validation_loss,
     "replay": replay,
 }

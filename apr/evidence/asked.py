@@ -1,0 +1,182 @@
+"""Compare what a run has built with what it was asked for: its config.json, formulas, and the table of parameters.
+
+Nothing here is read from the object that is judged: an optimizer with another beta2 than the settings' would also
+judge itself by that one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..common.finding import Finding
+from ..common.options import absolute_paths
+from ..data.batches import Windows
+from ..model.hf_config import from_hf
+from ..model.lora import ALPHA_PER_RANK, Adapters, parse_targets
+from ..model.schedule import WSD_DECAY_SHARE
+from ..model.transformer import Model
+from .subject import Subject
+
+Row = tuple[str, Any, Any]
+# Settings of a process, not of the numbers that it computes.
+OF_THE_PROCESS = ("resume", "run_dir", "threads", "json", "config")
+SHOWN = 3
+
+
+def learning_rate(s: Any, step: int) -> float:
+    """lr step / warmup_steps, then lr_min + (lr - lr_min) r; r = cos^2(pi done / 2), or a line from 1 to 0."""
+    warm, steps = s.warmup_steps, s.num_steps
+    if step < warm:
+        return float(s.lr * step / warm)
+    if s.schedule == "constant":
+        return float(s.lr)
+    if s.schedule == "cosine":
+        done = min(1.0, (step - warm) / max(1, steps - warm))
+        return float(s.lr_min + (s.lr - s.lr_min) * math.cos(math.pi * done / 2) ** 2)
+    start = max(warm, steps - round(WSD_DECAY_SHARE * steps)) if s.schedule == "wsd" else warm
+    return float(np.interp(step, [start, max(start + 1, steps)], [s.lr, s.lr_min]))
+
+
+def is_learning_rate(got: float, s: Any, step: int) -> bool:
+    """Compare a learning rate with that of the settings, within the rounding of either formula."""
+    return abs(got - learning_rate(s, step)) <= 1e-9 * s.lr
+
+
+def settings_arrive(
+    subject: Subject, schedule: Any, config: Mapping[str, Any], explicit: Mapping[str, Any]
+) -> Finding:
+    """Compare every number that an object was built with with config.json (gate before.settings).
+
+    config: the run's config.json, as the file has it. explicit: settings of the command line or the configuration file.
+    """
+    given = absolute_paths(type(subject.settings), explicit)
+    rows = [*_rows(subject, schedule, config), *_given(config["settings"], given)]
+    wrong = [f"{name} is {_said(got)}, asked for {_said(want)}" for name, got, want in rows if got != want]
+    more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    why = "; ".join(wrong[:SHOWN]) + more
+    measured = f"{len(rows) - len(wrong)} of {len(rows)} numbers"
+    return Finding.of("before.settings", not wrong, measured, "all as config.json has them", why)
+
+
+def _said(x: Any) -> str:
+    text = repr(x)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _rows(t: Subject, schedule: Any, config: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield (name, as built, as asked)."""
+    s, data = config["settings"], config["data"]
+    built = absolute_paths(type(t.settings), dataclasses.asdict(t.settings))
+    for f in dataclasses.fields(t.settings):
+        # A run of an older version has no entry for a setting that came later.
+        if not f.metadata["may_change"] and f.name not in OF_THE_PROCESS and f.name in s:
+            yield f"setting {f.name}", built[f.name], s[f.name]
+    yield "model", t.model.cfg, from_hf(config["model"], "config.json")
+    yield from _model(t, s)
+    yield from _optimizer(t, s)
+    yield from _schedule(t, schedule, s)
+    yield from _batches(t, s, data)
+    if t.adapters is not None or s["lora_rank"] or s["lora_init"]:
+        yield from _adapters(t.adapters, s)
+    val, windows = t.val, s["val_batches"] and s["val_batches"] * s["batch_size"]
+    yield "validation, seq_length", val.seq_length, s["seq_length"]
+    yield "validation, shards", val.shards.sha256, data["val_sha256"]
+    yield "validation, number of windows", val.count, data["val_windows"]
+    yield "validation, windows of an evaluation", t.evaluated_on["val_windows"], windows
+
+
+def _model(t: Subject, s: Mapping[str, Any]) -> Iterator[Row]:
+    m: Model = t.model
+    shards = t.batches.windows.shards
+    end = shards.border_id if shards.masks or s["mask_documents"] else None
+    for name, built, key in (
+        ("sequences at once", m.batch, "micro_batch_size"),
+        ("seq_length", m.seq, "seq_length"),
+        ("dtype", m.dtype, "dtype"),
+        ("dtype of its weights", m.w.dtype.name, "dtype"),
+        ("recompute", m.recompute, "recompute"),
+        ("z_loss", m.z_loss, "z_loss"),
+    ):
+        yield f"model, {name}", built, s[key]
+    yield "model, id at which attention stops", m.document_end, end
+    if s["device"] != "auto":
+        yield "device", t.backend.name, s["device"].partition(":")[0]
+
+
+def _optimizer(t: Subject, s: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield what the optimizer was built with: it must hold the arrays that the passes read and write."""
+    opt, trained = t.optimizer, t.adapters or t.model
+    for f in dataclasses.fields(opt):
+        if f.kw_only:
+            yield f"{type(opt).__name__}, {f.name}", getattr(opt, f.name), s[f.name]
+    yield f"{type(opt).__name__}, weights", opt.w is trained.w, True
+    yield f"{type(opt).__name__}, gradients", opt.g is trained.g, True
+    for slot in trained.layout.slots:
+        decays = slot.offset + slot.size <= opt.decayed
+        yield f"{type(opt).__name__}, decay of {slot.hf}", decays, len(slot.shape) > 1
+
+
+def _schedule(t: Subject, schedule: Any, s: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield the numbers of the schedule, and learning rates where its parts meet."""
+    keys = {
+        "kind": "schedule",
+        "lr": "lr",
+        "lr_min": "lr_min",
+        "warmup_steps": "warmup_steps",
+        "num_steps": "num_steps",
+    }
+    for name, key in keys.items():
+        yield f"schedule, {name}", getattr(schedule, name), s[key]
+    steps, warm = s["num_steps"], s["warmup_steps"]
+    for step in sorted({1, warm, warm + 1, (warm + steps) // 2, round(0.9 * steps), steps - 1, steps}):
+        if 1 <= step <= steps:
+            got = schedule(step)
+            want = got if is_learning_rate(got, t.settings, step) else learning_rate(t.settings, step)
+            yield f"schedule, step {step}", got, want
+
+
+def _batches(t: Subject, s: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[Row]:
+    b, w = t.batches, t.batches.windows
+    for name in ("batch_size", "seed", "shuffle", "on_exhausted"):
+        yield f"batches, {name}", getattr(b, name), s[name]
+    yield "batches, sequences of a step", b.step_windows, s["batch_size"]
+    yield "batches, rank", b.rank, 0
+    yield "windows, seq_length", w.seq_length, s["seq_length"]
+    yield "windows, shards", w.shards.sha256, data["train_sha256"]
+    yield "windows, number", w.count, data["train_windows"]
+    if w.shards is not t.val.shards:
+        yield "windows, number by the sizes of the shards", w.count, _windows(w, s["seq_length"])
+
+
+def _windows(w: Windows, seq_length: int) -> int:
+    """Count the windows of shards whose tokens are each predicted once, or the rows of packed examples."""
+    row = w.shards.row_tokens
+    sizes = [array.size for array in w.shards.arrays]
+    return sum(n // row if row else max(0, n - 1) // seq_length for n in sizes)
+
+
+def _adapters(a: Adapters | None, s: Mapping[str, Any]) -> Iterator[Row]:
+    yield "adapters", a is not None, True
+    if a is None or s["lora_init"]:
+        return
+    alpha = ALPHA_PER_RANK * s["lora_rank"] if s["lora_alpha"] is None else s["lora_alpha"]
+    yield "adapters, rank", a.config.rank, s["lora_rank"]
+    yield "adapters, alpha", a.config.alpha, alpha
+    yield "adapters, scale", a.config.scale, alpha / s["lora_rank"]
+    yield "adapters, matrices", a.config.targets, parse_targets(s["lora_targets"])
+
+
+def _given(s: Mapping[str, Any], explicit: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield the settings that were asked for by name, beside config.json."""
+    for name, want in explicit.items():
+        if name in OF_THE_PROCESS or name not in s:
+            continue
+        got = s[name]
+        # A micro-batch is no larger than the batch.
+        want = min(want, s["batch_size"]) if name == "micro_batch_size" and want else want
+        yield f"config.json, {name}", got, want
