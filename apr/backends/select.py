@@ -12,7 +12,7 @@ from types import ModuleType
 
 from .. import backends
 from ..common.errors import DeviceError, Refused
-from ..common.host import cores
+from ..common.host import threads as default_threads
 from ..common.packages import pip_install
 from .cuda import kernels
 from .cuda.driver import Driver, DriverError, Gpu
@@ -74,7 +74,7 @@ def choose(device: str, dtype: str | None = None, threads: int | None = None) ->
         raise Refused(
             f"--dtype {dtype}: the {backend.name} backend computes in {', '.join(backend.dtypes)}{hint}"
         )
-    backend.set_threads(cores() if threads is None else threads)
+    backend.set_threads(default_threads() if threads is None else threads)
     return Selection(backend, note, avoidable)
 
 

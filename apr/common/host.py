@@ -16,6 +16,12 @@ def cores() -> int:
     return min(own, cgroup.cores() or own)
 
 
+def threads() -> int:
+    """Count the threads to compute with where nobody says: one a core, and no more than NUMBA_NUM_THREADS allows."""
+    most = os.environ.get("NUMBA_NUM_THREADS", "")
+    return min(cores(), int(most)) if most.isascii() and most.isdigit() and int(most) else cores()
+
+
 def cpu_name() -> str:
     """Read the model name of the processor, as the system reports it."""
     try:

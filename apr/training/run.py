@@ -21,7 +21,7 @@ from ..common.errors import (
     UsageError,
 )
 from ..common.files import make_folder
-from ..common.host import cores
+from ..common.host import threads
 from ..common.options import absolute_paths, flag
 from ..common.provenance import code_sha256, git_commit, versions
 from ..evidence import before, verdict
@@ -283,7 +283,7 @@ def _config(i: Inputs, run: RunDir) -> dict[str, Any]:
             **absolute_paths(Settings, dataclasses.asdict(s)),
             "resume": False,
             "run_dir": str(run.path),
-            "threads": s.threads or cores(),
+            "threads": s.threads or threads(),
         },
         "model": to_hf(i.cfg),
         "num_parameters": Layout(i.cfg).num_parameters,

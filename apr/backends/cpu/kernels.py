@@ -10,8 +10,6 @@ matrix products depend on it, all other sums are cut the same way whatever the n
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import llvmlite.binding
@@ -19,14 +17,26 @@ import numpy as np
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 
-
-def _openblas():
-    """Path of the OpenBLAS that the scipy-openblas64 package ships."""
-    package = Path(importlib.util.find_spec("scipy_openblas64").origin).parent
-    return str(next(p for p in sorted((package / "lib").iterdir()) if p.suffix in (".so", ".dylib", ".dll")))
+from .start import compile_all
 
 
-llvmlite.binding.load_library_permanently(_openblas())
+def _load_openblas():
+    """Load the OpenBLAS that the package scipy-openblas64 ships. Raises ImportError naming it: there is none that works."""
+    name = "scipy_openblas64"
+    found = importlib.util.find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    folder = Path(found.submodule_search_locations[0]) / "lib"
+    libraries = [p for p in sorted(folder.glob("*")) if p.suffix in (".so", ".dylib", ".dll")]
+    if not libraries:
+        raise ImportError(f"no library in {folder}", name=name)
+    try:
+        llvmlite.binding.load_library_permanently(str(libraries[0]))
+    except RuntimeError as e:
+        raise ImportError(str(e), name=name) from None
+
+
+_load_openblas()
 # GNU OpenMP's idle threads spin for milliseconds: 1 % faster on an idle machine, many times slower on
 # a busy one. Read when Numba starts its threads; somebody's own choice stays.
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -47,7 +57,6 @@ _PARALLEL = dict.fromkeys(
 _PARALLEL["prange"] = True
 # Sums may be reordered (they must be, to use vector registers); NaN and infinity keep their meaning.
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
-_WARMING = "APR_COMPILES_KERNELS"  # set in the process that fills Numba's cache
 _kernels = []
 
 
@@ -59,23 +68,6 @@ def _kernel(signature, parallel=True):
         return k
 
     return register
-
-
-def _compile_all():
-    """Compile the kernels or read them from Numba's cache on disk.
-
-    Code that Numba has just compiled may add in another order than the same code from its cache (a
-    parallel loop exists twice then, optimised apart), so that a first run would differ from the next
-    in the last bit. Therefore another process fills the cache, and this one always reads it.
-    """
-    first, signature = _kernels[0]
-    if _WARMING not in os.environ and first._cache.load_overload(signature, first.targetctx) is None:
-        print("apr: compiling the CPU kernels, once (about 20 s) ...", file=sys.stderr, flush=True)
-        env = {**os.environ, _WARMING: "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        subprocess.run([sys.executable, "-c", f"import {__name__}"], env=env, check=False)
-    for k, signature in reversed(_kernels):  # the first one last: where it is, all are
-        k.compile(signature)
-        k.disable_compile()  # other dtypes are an error
 
 
 # Helpers inlined into the kernels
@@ -647,4 +639,4 @@ def adamw(w, m, v, g, factor, rate, c1, c2, bias1, bias2, eps, shrink):
             wp[i] -= rate * (mi * bias1) / (np.sqrt(vi * bias2) + eps) + shrink * wp[i]
 
 
-_compile_all()
+compile_all(_kernels, __name__)

@@ -17,6 +17,7 @@ from ...common.errors import DeviceError, UsageError
 from ...common.host import cpu_name
 from .. import reference
 from . import kernels
+from .start import start_threads
 
 Array = Any
 
@@ -67,7 +68,7 @@ def set_threads(n: int) -> None:
     most = numba.config.NUMBA_NUM_THREADS
     if not 1 <= n <= most:
         raise UsageError(f"--threads {n}: this process can have 1 to {most} threads; give --threads {most}")
-    numba.set_num_threads(n)
+    start_threads(n)
 
 
 @cache
