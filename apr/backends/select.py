@@ -8,12 +8,14 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 from .. import backends
 from ..common.errors import DeviceError, Refused
 from ..common.host import threads as default_threads
 from ..common.packages import pip_install
+from ..common.temporary import is_writable, private_temporary
 from .cuda import kernels
 from .cuda.driver import Driver, DriverError, Gpu
 
@@ -82,6 +84,7 @@ def _cuda(index: int) -> tuple[ModuleType, str]:
     """The cuda backend on GPU `index`, and a warning or "". Raises _NoCuda for the first thing missing."""
     driver, gpu = _gpu(index)
     _check_packages(driver)
+    note = _cupy_cache()
     try:
         backend = backends.get("cuda")
     except DeviceError as e:
@@ -104,7 +107,23 @@ def _cuda(index: int) -> tuple[ModuleType, str]:
             f"GPU {index} ({gpu.name}) is in use by others: {free / 2**30:.1f} of {gpu.memory / 2**30:.1f} GiB "
             "are free (nvidia-smi lists its processes)"
         )
-    return backend, ""
+    return backend, note
+
+
+def _cupy_cache() -> str:
+    """Let CuPy keep compiled kernels among temporary files where its cache cannot be written; returns a note of it or ""."""
+    given = os.environ.get("CUPY_CACHE_DIR")
+    folder = Path(given or os.path.expanduser("~/.cupy/kernel_cache"))
+    if is_writable(folder):
+        return ""
+    temporary = private_temporary("cupy")
+    if temporary is None:  # compiled by each process
+        os.environ["CUPY_CACHE_IN_MEMORY"] = "1"
+        return f"CuPy's cache {folder} cannot be written; its kernels are compiled each time"
+    os.environ["CUPY_CACHE_DIR"] = str(temporary)
+    return (
+        f"CuPy's cache {folder} cannot be written; {temporary} takes its place (CUPY_CACHE_DIR names another)"
+    )
 
 
 def _gpu(index: int) -> tuple[tuple[int, int], Gpu]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.atomic import locked
+from ..common.cache import throwaway_cache
 from ..common.finding import as_json, exit_code, verdict_of
 from ..common.options import device_option, json_option, option, parse
 from ..verify.record import Options, Record
@@ -60,7 +61,8 @@ def main(args: Sequence[str]) -> int:
     options = Options(f.replay, f.within, seed, f.backend, f.device, f.dataset)
     with show.console.status("") as status:
         record = Record(Path(f.run_dir), options, status.update)
-        with locked(Path(f.run_dir), "training in it"):
+        # A GPU's products may search for algorithms, and would keep them.
+        with throwaway_cache("cublaslt"), locked(Path(f.run_dir), "training in it"):
             findings = list(verify(record))
     verdict = verdict_of(findings)
     if f.json:

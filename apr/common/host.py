@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from . import cgroup
+from .temporary import private_temporary
 
 
 def cores() -> int:
@@ -48,6 +49,15 @@ def available_memory() -> int | None:
 
 
 def cache_dir() -> Path:
-    """Locate the cache of tokenised corpora and GPU algorithms: $APR_CACHE, or apr in the user's cache folder."""
-    base = os.environ.get("APR_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "apr"
+    """Locate the cache of tokenised corpora and GPU algorithms: $APR_CACHE, or apr in the user's cache folder.
+
+    A user without a home has it among temporary files."""
+    base, caches = os.environ.get("APR_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base)
+    if caches:
+        return Path(caches) / "apr"
+    try:
+        return Path.home() / ".cache" / "apr"
+    except RuntimeError:
+        return private_temporary("cache") or Path(os.devnull)

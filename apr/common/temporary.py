@@ -36,8 +36,7 @@ def is_writable(folder: Path) -> bool:
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     try:
-        with tempfile.TemporaryFile(dir=folder) as f:
-            f.write(b"\0")
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         return False
     return True

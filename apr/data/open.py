@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sysconfig
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..common.cache import in_cache
 from ..common.errors import InputNotFound, Refused
 from ..common.finding import as_json
-from ..common.host import cache_dir
 from ..common.progress import Progress
 from ..tokenizer.chat_template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
@@ -114,10 +115,9 @@ def open_data(
     elif s.instruct:
         assert tokenizer is not None
         assert init is not None
-        template, root = init.template(s.chat_template), cache_dir() / "instruct"
-        packed = prepare_conversations(
-            s.instruct, root, tokenizer, template, s.seq_length, s.val_fraction, progress
-        )
+        encoded_by = tokenizer, init.template(s.chat_template), s.seq_length, s.val_fraction, progress
+        conversations = s.instruct
+        packed = in_cache("instruct", lambda root: prepare_conversations(conversations, root, *encoded_by))
         folders, left_out = packed.sides, packed.left_out()
     else:
         folders = sides_of(Path(str(s.dataset)))
@@ -151,9 +151,9 @@ def _prepare_corpus(
     progress: Progress | None,
 ) -> PreparedCorpus:
     """Encode raw text into the cache, or open the result of an earlier run."""
-    return prepare(
+    make = partial(
+        prepare,
         _corpus(s),
-        cache_dir() / "corpora",
         vocab_size=None if tokenizer else vocab_size,
         tokenizer=tokenizer,
         val_fraction=s.val_fraction,
@@ -161,6 +161,7 @@ def _prepare_corpus(
         progress=progress,
         in_cache=True,
     )
+    return in_cache("corpora", lambda folder: make(out_dir=folder))
 
 
 def _document_end(s: DataSettings, tokenizer: Tokenizer, train: Shards, val: Shards) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -116,9 +117,10 @@ class Machine:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     """A machine where all is well."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
     return Machine(monkeypatch)
 
 
@@ -128,6 +130,21 @@ def test_a_gpu_is_taken(machine: Machine, asked: str, index: int) -> None:
     assert (chosen.backend.name, chosen.note, machine.used) == ("cuda", "", [index])
     for dtype in ("bfloat16", "float32"):
         assert device.select(asked, dtype) is machine.backend
+
+
+@pytest.mark.parametrize("has_place", [True, False])
+def test_cupys_cache_cannot_be_written(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_place: bool
+) -> None:
+    """Work goes on: kernels are kept among temporary files, or in memory; one note says so."""
+    monkeypatch.setenv("CUPY_CACHE_DIR", "/proc/none")
+    monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "0")
+    monkeypatch.setattr(device, "private_temporary", lambda name: tmp_path / name if has_place else None)
+    chosen = device.choose("cuda")
+    assert chosen.backend is machine.backend
+    assert "CuPy's cache /proc/none cannot be written" in chosen.note
+    assert os.environ["CUPY_CACHE_DIR"] == (str(tmp_path / "cupy") if has_place else "/proc/none")
+    assert os.environ["CUPY_CACHE_IN_MEMORY"] == ("0" if has_place else "1")
 
 
 def test_cpu_means_cpu(machine: Machine) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -279,7 +281,13 @@ def prepared(tmp_path):
         path.write_bytes(data)
         more.setdefault("template", template())
         return prepare_conversations(
-            str(path), tmp_path / "cache", own(), more["template"], seq_length, val_fraction
+            str(path),
+            tmp_path / "cache",
+            own(),
+            more["template"],
+            seq_length,
+            val_fraction,
+            more.get("progress"),
         )
 
     return make
@@ -291,6 +299,25 @@ def test_a_folder_is_made_once_and_used_again(prepared, monkeypatch):
     assert prepared().folder == first.folder
     with pytest.raises(TypeError):
         prepared(seq_length=97)
+
+
+def test_a_second_process_waits_for_the_first(prepared, monkeypatch):
+    """It uses what the first has made."""
+    first, order = prepared(), []
+    train = first.folder / "train" / prepare.RECORD
+    record = train.read_bytes()
+    train.unlink()
+
+    def wait(stage, done, total):
+        order.append(stage)
+        os.close(fd)
+        train.write_bytes(record)
+
+    fd = os.open(first.folder, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    monkeypatch.setattr(prepare, "_encode", None)
+    assert prepared(progress=wait).folder == first.folder
+    assert order == ["wait for another process, which encodes these conversations,"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".ndjson"])

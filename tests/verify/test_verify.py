@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from apr.backends.cuda import autotune
+from apr.backends.cuda.cublaslt import ALGORITHM_BYTES
 from apr.checkpoints.apr2 import read_apr, write_apr
 from apr.checkpoints.state import sha256
+from apr.cli import verify as command
 from apr.cli.main import main
 from apr.common.atomic import locked
 from apr.common.errors import AprError
@@ -298,6 +301,22 @@ def test_replay_writes_nowhere_though_the_corpus_has_grown(run, tmp_path, monkey
     assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in data.parent.rglob("*")} == was
     assert not (tmp_path / "cache").exists()
     assert compare(run) == []
+
+
+def test_algorithms_that_a_gpu_finds_are_not_kept(true_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("APR_CACHE", str(tmp_path / "cache"))
+    sound = command.verify
+
+    def searching(record):
+        cache = autotune.Cache(autotune.cache_file("GPU", "13.0"), "GPU", "13.0")
+        cache.put("a", autotune.Algorithm(bytes(ALGORITHM_BYTES), 0, 1.0))
+        cache.save()
+        assert cache.path.is_file()
+        return sound(record)
+
+    monkeypatch.setattr(command, "verify", searching)
+    assert verify(true_run, "--backend", "none") == 0
+    assert not (tmp_path / "cache").exists()
 
 
 def test_what_is_no_run(tmp_path, run, capsys):

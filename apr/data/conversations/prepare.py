@@ -69,23 +69,33 @@ def prepare_conversations(
     rendering = [template.text, template.tokens] if template else None
     made_by = [FORMAT, tokenizer.sha256, tokenizer.eos_token, rendering, seq_length, val_fraction]
     folder = root / _digest(canonical(made_by), corpus)[:16]
-    if not all((folder / side / RECORD).is_file() for side in SIDES):
-        make_folder(folder)
+    if not _is_whole(folder):
         encoder = Encoder(tokenizer, template)
         template_sha = hashlib.sha256(template.text.encode()).hexdigest() if template else None
         m = PackManifest("", seq_length, None, tokenizer.sha256, template_sha, tokenizer.vocab_size)
+
+        def wait() -> None:
+            if progress:
+                progress("wait for another process, which encodes these conversations,", 0, 0)
+
         try:
-            with locked(folder, "encoding into it"), ExitStack() as stack:
-                spools = {s: Spool(folder / s, m.vocab_size, stack) for s in SIDES}
-                _encode(corpus, encoder, m, val_fraction, spools, progress)
-                separator = separator_of(spools["train"].inside + spools["val"].inside, tokenizer)
-                for side, spool in spools.items():
-                    spool.pack(replace(m, side=side, separator=separator))
+            with locked(make_folder(folder), "encoding into it", wait), ExitStack() as stack:
+                # Another process may have made it while this one waited.
+                if not _is_whole(folder):
+                    spools = {s: Spool(folder / s, m.vocab_size, stack) for s in SIDES}
+                    _encode(corpus, encoder, m, val_fraction, spools, progress)
+                    separator = separator_of(spools["train"].inside + spools["val"].inside, tokenizer)
+                    for side, spool in spools.items():
+                        spool.pack(replace(m, side=side, separator=separator))
         except OSError as e:
             raise IOFailure(
                 f"{e.filename or folder}: cannot write: {e.strerror}; make room or set APR_CACHE"
             ) from e
     return PreparedConversations(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / side / RECORD).is_file() for side in SIDES)
 
 
 def _digest(made_by: str, corpus: Conversations) -> str:
