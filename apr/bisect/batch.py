@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common.errors import InputNotFound, Refused, UsageError
-from ..common.files import text_of
+from ..common.errors import Refused, UsageError
+from ..common.files import opened
 from ..data.batches import Batches, Windows
 from ..data.manifest import MANIFEST, read_manifest
 from ..data.shards import TokenShards
@@ -123,7 +123,8 @@ def windows_rows(windows: Windows, path: Path) -> list[ArrayComparison]:
     t, rows = windows.seq_length, []
     raw = []
     for shard in read_manifest(path / MANIFEST).shards:
-        flat = np.fromfile(path / shard["name"], "<u4", count=min(shard["tokens"], MAX_WINDOWS * t + 1))
+        with opened(path / shard["name"]) as (f, _):
+            flat = np.fromfile(f, "<u4", count=min(shard["tokens"], MAX_WINDOWS * t + 1))
         raw += [flat[i * t : (i + 1) * t + 1] for i in range((len(flat) - 1) // t)]
         if len(raw) >= MAX_WINDOWS or len(flat) < shard["tokens"]:
             break
@@ -198,14 +199,6 @@ def can_show(batch: Batch) -> str:
     if batch.document_end is not None and not (batch.ids[:, :-1] == batch.document_end).any():
         return "no document ends before the last token, so no border is masked; give ids with some"
     return ""
-
-
-def read_text(name: str) -> str:
-    """Read a text file. Raises InputNotFound, MalformedFile."""
-    path = Path(name)
-    if not path.is_file():
-        raise InputNotFound(f"--text {name}: no such file")
-    return text_of(path.read_bytes(), f"--text {name}")
 
 
 def _thinned(targets: np.ndarray) -> np.ndarray:

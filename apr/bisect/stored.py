@@ -4,7 +4,6 @@ Both sides of a bisection get their weights from one reader, so a fault of that 
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.tensors import EMBED, HEAD, INV_FREQ
-from ..common.files import parse_json, read_text
+from ..common.files import opened, parse_json, read_text
 from ..model.config import ModelConfig
 from ..model.hf_config import SIZES
 from ..model.params import Layout
@@ -83,9 +82,9 @@ def _files(folder: Path) -> list[Path]:
 def _tensors(file: Path) -> Any:
     """(name, function that reads the values as float32 or float64, flat) of a safetensors file, which formats.hf has
     checked: 8 bytes of length, a JSON header, the data."""
-    with file.open("rb") as f:
+    with opened(file) as (f, _):
         size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(size))
+        header = parse_json(f.read(size), str(file))
     for name, entry in header.items():
         if name != "__metadata__":
             yield name, partial(_values, file, 8 + size, entry["dtype"], *entry["data_offsets"])
@@ -93,7 +92,9 @@ def _tensors(file: Path) -> Any:
 
 def _values(file: Path, data_at: int, dtype: str, start: int, end: int) -> np.ndarray:
     kind = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[dtype]
-    flat = np.fromfile(file, kind, (end - start) // np.dtype(kind).itemsize, offset=data_at + start)
+    with opened(file) as (f, _):
+        f.seek(data_at + start)
+        flat = np.fromfile(f, kind, (end - start) // np.dtype(kind).itemsize)
     if dtype == "BF16":  # the upper half of a float32
         flat = (flat.astype(np.uint32) << 16).view(np.float32)
     return flat if kind == "<f8" else flat.astype(np.float32)

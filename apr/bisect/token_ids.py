@@ -10,7 +10,7 @@ from tokenize import TokenError
 from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
+from numpy.lib.format import read_array_header_1_0
 
 from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..common.files import opened, read_json
@@ -77,18 +77,22 @@ def _npy_ids(path: Path) -> np.ndarray:
     """Map a .npy file: a header that promises more than the file has is then an error, and takes no memory."""
     with opened(path) as (f, _):
         start = f.read(len(NPY_MAGIC))
-    # Later versions are refused too: their headers may claim 4 GiB.
-    if start != NPY_MAGIC:
-        raise MalformedFile(
-            f"{path}: not an array of ids: starts with {start!r}, not {NPY_MAGIC!r}; save one with numpy.save"
-        )
-    try:
-        with warnings.catch_warnings():
-            # NumPy warns of a header that it would not write itself.
-            warnings.simplefilter("error")
-            return np.asarray(open_memmap(path, mode="r"))
-    except NPY_ERRORS as e:
-        raise MalformedFile(f"{path}: not an array of ids: {e}; save one with numpy.save") from None
+        # Later versions are refused too: their headers may claim 4 GiB.
+        if start != NPY_MAGIC:
+            raise MalformedFile(
+                f"{path}: not an array of ids: starts with {start!r}, not {NPY_MAGIC!r}; save one with numpy.save"
+            )
+        try:
+            with warnings.catch_warnings():
+                # NumPy warns of a header that it would not write itself.
+                warnings.simplefilter("error")
+                shape, is_fortran, dtype = read_array_header_1_0(f)
+                if dtype.hasobject:
+                    raise ValueError("an array of Python objects")
+                order: Any = "F" if is_fortran else "C"
+                return np.asarray(np.memmap(f, dtype, "r", f.tell(), shape, order))
+        except NPY_ERRORS as e:
+            raise MalformedFile(f"{path}: not an array of ids: {e}; save one with numpy.save") from None
 
 
 FILE_READERS: dict[str, Callable[[Path], Any]] = {".json": _json_ids, ".npy": _npy_ids}

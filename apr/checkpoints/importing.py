@@ -5,13 +5,13 @@ After writing, the file is read back and compared with the source, element by el
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 from ..common.atomic import try_output
 from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
+from ..common.files import sha256_of
 from ..common.hub import download, is_hub
 from ..common.version import __version__
 from ..model.params import Layout
@@ -122,12 +122,8 @@ def _files(checkpoint: Checkpoint, folder: Path) -> list[Path]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while piece := f.read(1 << 20):
-            digest.update(piece)
-        size = f.tell()
-    return {"name": path.name, "bytes": size, "sha256": digest.hexdigest()}
+    digest, size = sha256_of(path)
+    return {"name": path.name, "bytes": size, "sha256": digest}
 
 
 def _embed(meta: dict[str, Any], checkpoint: Checkpoint, folder: Path, other: str | None) -> Tokenizer | None:

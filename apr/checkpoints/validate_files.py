@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import zlib
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..common.errors import AprError
-from ..common.files import opened, parse_json, read_text
+from ..common.files import opened, parse_json, parse_value, read_text
 from ..common.finding import FILE, Checklist, Fault, Skip
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, hf_notes
@@ -286,9 +285,9 @@ def hf_rows(checks: Checklist, subject: Subject, path: Path) -> None:
         names = [n for n in os.listdir(folder) if n.endswith(".json") and not n.endswith(".index.json")]
         for name in sorted(set(names) - {"config.json"}):
             try:
-                json.loads(read_text(folder / name))
-            except (ValueError, RecursionError) as e:
-                raise Fault(f"{name}: {e}") from None
+                parse_value(read_text(folder / name), name)
+            except AprError as e:
+                raise Fault(str(e)) from None
         return ", ".join(sorted(names)) or "none"
 
     checks.ask(

@@ -30,6 +30,7 @@ from ..bisect.upload import configuration, upload
 from ..checkpoints.registry import HostModel, open_host
 from ..common.atomic import drawn, try_output
 from ..common.errors import IOFailure, Refused, UsageError
+from ..common.files import read_text
 from ..common.finding import FAIL, PASS, exit_code
 from ..common.host import available_memory
 from ..common.options import given, json_option, option, threads_option
@@ -254,7 +255,7 @@ def _given(f: Flags, source: HostModel) -> tuple[Batch, list[ArrayComparison]]:
         if f.text:
             raise Refused(f"{f.model}: no tokenizer in it, so --text cannot be read; give --tokens")
         return batches.at_random(source.cfg, shape, f.seed), []
-    text = batches.read_text(f.text) if f.text else batches.PASSAGE * (1 + shape[0] * shape[1] // 128)
+    text = read_text(Path(f.text)) if f.text else batches.PASSAGE * (1 + shape[0] * shape[1] // 128)
     return batches.from_text(text, source.tokenizer, shape, f.text or "a passage of prose and code")
 
 

@@ -15,7 +15,6 @@ docs/eval.md says what each figure is."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 from .. import backends
 from ..common.atomic import drawn, try_output, write_text
 from ..common.errors import InputNotFound, Refused, UsageError
+from ..common.files import sha256_of
 from ..common.options import device_option, given, json_option, option, threads_option
 from ..common.provenance import versions
 from ..data.audit import sides_of, tokenizer_beside
@@ -301,7 +301,7 @@ def _humaneval(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
 
 
 def _sha256(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return sha256_of(Path(path))[0]
 
 
 def _plus_minus(value: float, error: float | None, digits: int = 4) -> str:

@@ -1,5 +1,5 @@
 """Files of unknown origin: opened, read and parsed so that what they hold cannot hang the process, exhaust its memory, or
-come out as anything but an AprError.
+come out as anything but an AprError. Every file that a user or another file names is opened here.
 
 A name that the user gives may lead anywhere, through links too. A name that comes out of a file is for its reader to
 judge: it must be the plain name of a file beside that one.
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import codecs
 import errno
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -25,6 +27,10 @@ MAX_TEXT = 100_000_000  # bytes; the limit of the safetensors library for its he
 MAX_DEPTH = (
     100  # objects and lists inside each other: comparing, printing and writing a value recurse as deep
 )
+# Values in one JSON text, each of up to 120 bytes of memory: those of a vocabulary of a million ids with their scores.
+MAX_VALUES = 1 << 22
+CHUNK_BYTES = 1 << 22  # that are hashed at once
+MAX_LINE = 1 << 24  # bytes of a line of a log
 # UTF-32 before UTF-16, whose mark its mark begins with.
 _MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),
@@ -33,6 +39,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"')
 
 
 @contextmanager
@@ -49,6 +56,7 @@ def opened(path: Path, what_to_try: str = "") -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _open(path: Path, hint: str) -> BinaryIO:
+    cause: Exception | None = None
     try:
         # Opening a pipe would wait for its other side, and opening a device may do something: neither is touched.
         if stat.S_ISREG(os.stat(path).st_mode):
@@ -58,7 +66,33 @@ def _open(path: Path, hint: str) -> BinaryIO:
         if isinstance(e, OSError) and e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise IOFailure(f"{path}: cannot read: {e.strerror}; check its name and its rights") from e
         kind = "is not a file, but a link that leads nowhere" if os.path.lexists(path) else "no such file"
-    raise InputNotFound(f"{path}: {kind}{hint}")
+        cause = e
+    raise InputNotFound(f"{path}: {kind}{hint}") from cause
+
+
+def sha256_of(path: Path) -> tuple[str, int]:
+    """Hash a file: (SHA-256, length in bytes), as far as it reached when it was opened.
+
+    Raises InputNotFound, IOFailure."""
+    digest, done = hashlib.sha256(), 0
+    with opened(path) as (f, size):
+        while piece := f.read(min(CHUNK_BYTES, size - done)):
+            digest.update(piece)
+            done += len(piece)
+    return digest.hexdigest(), done
+
+
+def lines_of(f: BinaryIO, source: str) -> Iterator[bytes]:
+    """Yield the lines of an open file, with their ends. Raises MalformedFile: one of more than MAX_LINE bytes."""
+    for number in itertools.count(1):
+        line = f.readline(MAX_LINE + 1)
+        if not line:
+            return
+        if len(line) > MAX_LINE:
+            raise MalformedFile(
+                f"{source}: line {number} has more than {MAX_LINE} bytes; is it the right file?"
+            )
+        yield line
 
 
 def read_text(path: Path, what_to_try: str = "") -> str:
@@ -95,10 +129,11 @@ def byte_order_mark(head: bytes) -> tuple[int, str]:
 def parse_value(text: str | bytes, source: str, unique: bool = False) -> Any:
     """The value of a JSON text. unique: a key that occurs twice in an object is an error, else the last wins.
 
-    Raises MalformedFile for what is not JSON (NaN, infinity and numbers as large included), values more than MAX_DEPTH
-    deep, and halves of surrogate pairs, which no file could take up again."""
+    Raises MalformedFile for what is not JSON (NaN, infinity and numbers as large included), more than MAX_VALUES values,
+    values more than MAX_DEPTH deep, and halves of surrogate pairs, which no file could take up again."""
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
+        check_values(text, source)
         value = json.loads(
             text, parse_constant=_constant, parse_float=_finite, object_pairs_hook=_unique if unique else None
         )
@@ -121,6 +156,19 @@ def parse_json(text: str | bytes, source: str, unique: bool = False) -> dict[str
     if not isinstance(value, dict):
         raise MalformedFile(f"{source}: holds {short(value)}, not an object")
     return value
+
+
+def check_values(text: str, source: str) -> None:
+    """Count the values of JSON before they take memory. Raises MalformedFile: more than MAX_VALUES."""
+    if _marks(text) > MAX_VALUES and (values := _marks(_STRING.sub("", text))) > MAX_VALUES:
+        raise MalformedFile(
+            f"{source}: about {values:,} values; no file of this kind has more than {MAX_VALUES:,}"
+        )
+
+
+def _marks(text: str) -> int:
+    # Each value but the first has one of them before it.
+    return sum(map(text.count, ",:[{"))
 
 
 def _constant(word: str) -> Never:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused
+from ..common.files import opened
 from ..common.host import cores
 from ..tokenizer.tokenizer import Tokenizer
 from .manifest import MANIFEST, ShardManifest, figures, read_manifest, same_figure
@@ -171,10 +172,10 @@ def open_shard(folder: Path, shard: dict[str, Any]) -> np.ndarray:
 def mapped(path: Path, dtype: str = "<u4") -> np.ndarray:
     """Map the ids of a shard, uint32 (tokens,), or a mask. Raises IOFailure: no rights, or more shards than a process may map."""
     try:
-        with path.open("rb") as f:
+        with opened(path) as (f, _):
             return np.frombuffer(memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)), dtype)
     # ValueError: the file was emptied meanwhile.
-    except (OSError, ValueError) as e:
+    except (IOFailure, ValueError) as e:
         raise IOFailure(
             f"{path}: cannot be mapped: {e}; check its rights, or use fewer and larger shards"
         ) from e

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from ..common.errors import AprError
+from ..common.files import opened
+
 Kind = Literal["text", "jsonl", "parquet"]
 Compression = Literal["", "gz", "zst", "xz", "bz2"]
 
@@ -71,7 +74,7 @@ class Source:
     ) -> Iterator[bytes]:
         """Yield the bytes on disk, `step` at a time, but one by one from the block that begins at single_from."""
         try:
-            with open(self.path, "rb") as f:
+            with opened(self.path) as (f, _):
                 if start:
                     f.seek(start)
                 at, size = start, first
@@ -86,8 +89,8 @@ class Source:
                     if len(block) < size:
                         return
                     size = step
-        except OSError as e:
-            raise Unusable("unreadable", e.strerror or str(e)) from None
+        except AprError as e:
+            raise Unusable("unreadable", getattr(e.__cause__, "strerror", None) or str(e)) from None
 
     def _unpacked(self, advance: Callable[[int], None] | None) -> Iterator[bytes]:
         """Yield the content of the archive. Raises Unusable behind the last byte that can be unpacked."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
-from ..common.files import text_of
+from ..common.errors import MalformedFile, Refused, UsageError
+from ..common.files import MAX_TEXT, check_values, opened, parse_value, text_of
 from ..common.host import cores
+from ..data.source import Source, Unusable
 from ..inference.generate import generate
 from ..model.cost import check_fits, memory
 from ..tokenizer.tokenizer import Tokenizer
@@ -63,30 +61,40 @@ class HumanEvalSettings:
 
 
 def read_jsonl(path: str, what: str) -> list[tuple[int, dict[str, Any]]]:
-    """Read (line number from 1, object) of a .jsonl file, gzip-packed or not. Raises InputNotFound, MalformedFile."""
-    file = Path(path)
-    if not file.is_file():
-        raise InputNotFound(f"{path}: no such file; give {what}")
-    try:
-        data = file.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as e:
-        raise MalformedFile(f"{path}: cannot be read: {e}; download it again") from None
-    lines = text_of(data, path).split("\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise MalformedFile(f"{path}:{number}: not JSON: {e}") from None
-            if not isinstance(row, dict):
-                raise MalformedFile(f"{path}:{number}: not a JSON object; expected {what}")
-            rows.append((number, row))
+    """Read (line number from 1, object) of a .jsonl file, gzip-packed or not: at most MAX_TEXT bytes when unpacked.
+
+    Raises InputNotFound, MalformedFile, IOFailure."""
+    text = text_of(_unpacked(Path(path), what), path)
+    check_values(text, path)
+    lines = enumerate(text.split("\n"), 1)
+    rows = [(number, _object(line, f"{path}:{number}", what)) for number, line in lines if line.strip()]
     if not rows:
         raise MalformedFile(f"{path}: no lines; expected {what}")
     return rows
+
+
+def _unpacked(path: Path, what: str) -> bytes:
+    with opened(path, f"give {what}") as (f, size):
+        packed = f.read(2) == b"\x1f\x8b"
+    data = bytearray()
+    try:
+        for block in Source(path, str(path), "jsonl", "gz" if packed else "", size).blocks():
+            data += block
+            if len(data) > MAX_TEXT:
+                raise MalformedFile(f"{path}: more than {MAX_TEXT} bytes unpacked; expected {what}")
+    except Unusable as e:
+        raise MalformedFile(f"{path}: cannot be read: {e.reason}: {e.detail}; download it again") from None
+    return bytes(data)
+
+
+def _object(line: str, name: str, what: str) -> dict[str, Any]:
+    try:
+        value = parse_value(line, name)
+    except MalformedFile as e:
+        raise MalformedFile(f"{e}; expected {what}") from None
+    if not isinstance(value, dict):
+        raise MalformedFile(f"{name}: not a JSON object; expected {what}")
+    return value
 
 
 def read_problems(path: str) -> list[Problem]:

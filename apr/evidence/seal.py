@@ -11,10 +11,9 @@ from typing import Any
 
 from ..common.atomic import write_text
 from ..common.errors import InputNotFound, MalformedFile
-from ..common.files import read_json
+from ..common.files import read_json, read_text, sha256_of
 
 FORMAT, EVIDENCE = "apr-evidence-1", "evidence.json"
-CHUNK_BYTES = 1 << 22
 
 
 def seal(run: Path) -> None:
@@ -34,29 +33,28 @@ def resealed(run: Path, path: Path, text: str) -> None:
 
 def hashes(run: Path) -> dict[str, dict[str, Any]]:
     """Hash each file in a run directory but evidence.json: {path inside: {"bytes", "sha256"}}, sorted."""
-    found = sorted(_files(run))
+    found = sorted(name for name in _names(run) if not _why_not(run, name))
     with ThreadPoolExecutor() as pool:  # hashing does not hold the interpreter's lock
-        digests = pool.map(lambda name: file_sha(run / name), found)
+        digests = pool.map(lambda name: sha256_of(run / name), found)
         return {
-            name: {"bytes": (run / name).stat().st_size, "sha256": digest}
-            for name, digest in zip(found, digests, strict=True)
+            name: {"bytes": size, "sha256": digest}
+            for name, (digest, size) in zip(found, digests, strict=True)
         }
 
 
-def _files(run: Path) -> list[str]:
+def _names(run: Path) -> list[str]:
+    """List everything in a run directory that is no folder, but evidence.json."""
     out = []
     for folder, _, names in os.walk(run):
         out += [os.path.relpath(os.path.join(folder, name), run) for name in names]
     return [name for name in out if name != EVIDENCE]
 
 
-def file_sha(path: Path) -> str:
-    """Hash the bytes of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while piece := f.read(CHUNK_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+def _why_not(run: Path, name: str) -> str:
+    """Say why a name is left out of the evidence; "" for a file with a name that can be written down."""
+    if not name.isprintable():
+        return "has a name that cannot be written down"
+    return "" if os.path.isfile(run / name) else "is no regular file"
 
 
 def _text(files: dict[str, dict[str, Any]]) -> str:
@@ -78,8 +76,9 @@ def compare(run: Path) -> list[str]:
     if not isinstance(files, dict) or recorded.get("format") != FORMAT:
         raise MalformedFile(f"{path}: not a record of {FORMAT}")
     out = []
-    if path.read_text(encoding="utf-8", errors="replace") != _text(files):
+    if read_text(path) != _text(files):
         out.append(f"{EVIDENCE} was changed: its own SHA-256 is another one")
+    out += [f"{name} {why}" for name in sorted(_names(run)) if (why := _why_not(run, name))]
     found = hashes(run)
     for name in sorted(files.keys() | found.keys()):
         if name not in found:

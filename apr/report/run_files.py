@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputNotFound, MalformedFile
-from ..common.files import read_json
+from ..common.files import lines_of, opened, read_json
 from ..evidence.verdict import read_verdict
 from .charts import DRAWABLE
 
@@ -102,10 +102,11 @@ def _lines(path: Path, key: str) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     number = 0
-    with path.open("rb") as f:
-        lines = f.readlines(CHUNK_BYTES)
+    with opened(path) as (f, _):
+        chunks = _chunks(lines_of(f, str(path)))
+        lines = next(chunks, [])
         while lines:
-            following = f.readlines(CHUNK_BYTES)
+            following = next(chunks, [])
             try:  # one call for many lines is faster
                 found = json.loads(b"[" + b",".join(lines) + b"]")
             except (ValueError, RecursionError):
@@ -118,6 +119,19 @@ def _lines(path: Path, key: str) -> Iterator[dict[str, Any]]:
                     raise MalformedFile(f"{path}: line {number} is not a JSON object with a {key}")
                 yield d
             lines = following
+
+
+def _chunks(lines: Iterator[bytes]) -> Iterator[list[bytes]]:
+    """Group lines to at least CHUNK_BYTES."""
+    chunk: list[bytes] = []
+    size = 0
+    for line in lines:
+        chunk.append(line)
+        size += len(line)
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk
 
 
 def _parsed(line: bytes) -> Any:

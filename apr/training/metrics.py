@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from ..common.atomic import check_output, explain, write_text
 from ..common.errors import IOFailure, MalformedFile
-from ..common.files import opened
+from ..common.files import lines_of, opened
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -90,18 +90,18 @@ def read_lines(path: Path, strict: bool = True) -> Iterator[dict[str, Any]]:
     """Yield the lines of a log but a last one that a crash has cut short; without `strict`, but all damaged ones.
 
     Raises MalformedFile."""
-    with opened(path, "the saved state continues it; restore the file") as (f, size):
-        lines = f.read(size).split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for i, line in enumerate(lines):
-        try:
-            d = json.loads(line)
-        except (ValueError, RecursionError):  # no JSON, or no UTF-8
-            d = None
-        if isinstance(d, dict) and isinstance(d.get("step"), int):
-            yield d
-        elif strict and i + 1 < len(lines):
-            raise MalformedFile(
-                f"{path}: line {i + 1} is not a line of metrics; restore the file from a copy"
-            )
+    damaged = 0
+    with opened(path, "the saved state continues it; restore the file") as (f, _):
+        for number, line in enumerate(lines_of(f, str(path)), 1):
+            if damaged and strict and line.strip():
+                raise MalformedFile(
+                    f"{path}: line {damaged} is not a line of metrics; restore the file from a copy"
+                )
+            try:
+                d = json.loads(line)
+            except (ValueError, RecursionError):  # no JSON, or no UTF-8
+                d = None
+            if isinstance(d, dict) and isinstance(d.get("step"), int):
+                yield d
+            else:
+                damaged = damaged or number

@@ -12,11 +12,14 @@ from ..checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from ..checkpoints.state import TrainingState, sha256
 from ..common.atomic import write_json
 from ..common.errors import InputNotFound, Interrupted, IOFailure, MalformedFile, Refused
-from ..common.files import read_json
+from ..common.files import read_json, short
 from ..model.transformer import Model
 from ..tokenizer.tokenizer import Tokenizer
 from .callbacks import CallbackFailed
 from .metrics import METRICS, MetricsLog
+
+# Objects of config.json; the device is known, and written, when training begins.
+PARTS = ("settings", "model", "data", "data_folders", "device")
 
 
 class RunDir:
@@ -55,6 +58,9 @@ class RunDir:
         d = read_json(path)
         if not isinstance(d, dict) or not isinstance(d.get("settings"), dict):
             raise MalformedFile(f"{path}: no settings in it; the run cannot be resumed")
+        for key in PARTS:
+            if key in d and not isinstance(d[key], dict):
+                raise MalformedFile(f"{path}: {key} = {short(d[key])} is no object; restore the file")
         return d
 
     def clean(self) -> None:

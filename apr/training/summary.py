@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
+from ..common.files import read_json
 from ..common.finding import PASS
 from ..common.units import LAST_STEPS
 from ..model.lora import AdapterLayout
@@ -105,7 +105,7 @@ def closing(
     relation = f"{gain:.2f} below" if gain >= 0 else f"{-gain:.2f} above, not yet better than that"
     speed = p.tokens_seen / max(p.seconds, 1e-9)
     checkpoint = run.checkpoints()[-1]
-    facts = json.loads(checkpoint.with_suffix(".metadata.json").read_text(encoding="utf-8"))
+    facts = read_json(checkpoint.with_suffix(".metadata.json"))
     epoch_steps = (p.step - 1) % i.settings.steps_per_epoch + 1
     return [
         ("validation loss", f"{loss:.4f} nats/token = {evaluation['val_bits_per_byte']:.3f} bits/byte"),

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..common.errors import UsageError
+from ..common.errors import MalformedFile, UsageError
 from ..common.events import Line
+from ..common.files import short
+from ..common.finding import SEVERITY
 from ..data.audit import sides_of
 from ..evidence.gates import parse_bounds
 from ..evidence.judge import Facts, epoch_before
 from ..evidence.verdict import VERDICT, read_verdict
-from ..training.rundir import RunDir
+from ..training.rundir import PARTS, RunDir
 from ..training.settings import Settings, check
 
 NONE_SAVED = "no checkpoint was saved"
@@ -31,6 +34,20 @@ class Options:
     dataset: str | None = None
 
 
+def _whole(verdict: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Check the types of what `apr report` can do without. Raises MalformedFile."""
+    if type(verdict.get("steps")) is not int or verdict["steps"] < 0:
+        raise MalformedFile(f"{path}: steps = {short(verdict.get('steps'))} is not a number of steps")
+    if not isinstance(verdict.get("val_loss"), float | int | None):
+        raise MalformedFile(f"{path}: val_loss = {short(verdict['val_loss'])} is not a number")
+    for row in verdict["gates"]:
+        if row.get("verdict") not in SEVERITY:
+            raise MalformedFile(
+                f"{path}: gate {short(row['id'])} has no verdict: {short(row.get('verdict'))}"
+            )
+    return verdict
+
+
 class Record:
     """Everything that a run says of itself, as its files have it. announce: hears what is being checked.
 
@@ -40,12 +57,14 @@ class Record:
         self.run, self.options, self.announce = RunDir(path), options, announce
         self.config = self.run.read_config()
         self.settings = Settings(**check(self.config["settings"], str(path / "config.json")))
+        if missing := [key for key in PARTS if key not in self.config]:
+            raise MalformedFile(f"{path / 'config.json'}: no {missing[0]} in it; restore the file")
         verdict = read_verdict(path)
         if verdict is None:
             raise UsageError(
                 f"{path / VERDICT}: not there; the run is older than verdicts, or has not come to its first evaluation"
             )
-        self.verdict = verdict
+        self.verdict = _whole(verdict, path / VERDICT)
         self.log = self.run.log.lines()
         self.steps = [line for line in self.log if "train_loss" in line]
         self.evaluations = [line for line in self.log if "val_loss" in line]

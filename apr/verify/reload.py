@@ -14,6 +14,7 @@ from .. import backends
 from ..backends.select import choose
 from ..checkpoints.registry import open_any
 from ..common.errors import AprError, MalformedFile, Refused
+from ..common.files import read_json
 from ..data.audit import Split, open_shards, sides_of
 from ..data.open import windows_of
 from ..model.transformer import Model
@@ -48,9 +49,9 @@ def recorded(run: Path, checkpoint: Path) -> Recorded:
     config = RunDir(run).read_config()
     path = checkpoint.with_suffix(".metadata.json")
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = read_json(path)
         float(metadata["val_loss"])
-    except (OSError, ValueError, TypeError, KeyError) as e:
+    except (AprError, ValueError, TypeError, LookupError, OverflowError) as e:
         raise MalformedFile(f"{path}: no recorded val_loss to compare with: {e}") from None
     settings = Settings(**check(config["settings"], str(run / "config.json")))
     return Recorded(checkpoint, metadata, config, settings)

@@ -26,17 +26,22 @@ CHECKS: dict[str, Callable[[Record], Finding]] = {
     "replay": replay,
 }
 
+# What an entry raises that is missing, of another type or out of all proportion.
+DAMAGES = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RecursionError, MemoryError,
+)  # fmt: skip
+
 
 def verify(record: Record) -> Iterator[Finding]:
     """Make every check; one that cannot be made because something is missing or damaged fails, with the reason."""
     for name, check in CHECKS.items():
-        if name == "adapters" and "lora" not in record.config["data"]:
+        if name == "adapters" and "lora" not in record.config["data"]:  # an object: see Record
             continue
         record.announce(name)
         try:
             yield check(record)
         except AprError as e:
             yield Finding.of(name, False, str(e), "readable")
-        except (KeyError, TypeError, ValueError, IndexError) as e:
+        except DAMAGES as e:
             measured = f"an entry is missing or of the wrong kind: {e!r}"
             yield Finding.of(name, False, measured, "complete")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 import tracemalloc
@@ -12,8 +13,22 @@ from typing import Any
 
 import pytest
 
+from apr.common import files
 from apr.common.errors import MOST, AprError, InputNotFound, IOFailure, MalformedFile
-from apr.common.files import MAX_DEPTH, MAX_TEXT, opened, parse_json, parse_value, read_json, read_text, short
+from apr.common.files import (
+    MAX_DEPTH,
+    MAX_LINE,
+    MAX_TEXT,
+    MAX_VALUES,
+    lines_of,
+    opened,
+    parse_json,
+    parse_value,
+    read_json,
+    read_text,
+    sha256_of,
+    short,
+)
 from apr.model.presets import load_config
 
 NO_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -31,7 +46,7 @@ def test_what_is_no_file_is_an_error_and_no_hang(tmp_path: Path, kind: str) -> N
     make, words = NO_FILES[kind]
     path = tmp_path / "config.json"
     make(path)
-    for read in (read_text, read_json):
+    for read in (read_text, read_json, sha256_of):
         with pytest.raises(InputNotFound, match=rf"config\.json: .*{words}"):
             read(path)
     with pytest.raises(InputNotFound, match=r"config\.json"):
@@ -134,6 +149,39 @@ def test_json_that_is_read() -> None:
         parse_json('[{"a": 1, "a": 2}]', "here", unique=True)
     with pytest.raises(MalformedFile, match="here: holds a list of 1, not an object"):
         parse_json("[1]", "here")
+
+
+@pytest.mark.parametrize("value", ["0", "[]", "{}", '{"":0}', "[[0]]"])
+def test_values_are_counted_before_they_take_memory(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "[" + f"{value}," * (MAX_VALUES // 2) + f"{value}," * (MAX_VALUES // 2) + "0]"
+    monkeypatch.setattr(files.json, "loads", lambda *_, **__: pytest.fail("parsed"))
+    with pytest.raises(MalformedFile, match=r"^here: about .* values; no file of this kind has more"):
+        parse_value(text, "here")
+
+
+def test_marks_within_strings_are_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_VALUES", 10)
+    text = json.dumps({'a,:"[{' * 10: '\\",,,,,,,,,,,,', "b": [1, 2, 3]})
+    assert parse_value(text, "here")["b"] == [1, 2, 3]
+    with pytest.raises(MalformedFile, match="here: about 11 values"):
+        parse_value('{"\\",": [1, 2, 3, 4, 5, 6, 7, 8, 9]}', "here")
+
+
+def test_a_line_without_end_takes_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"a\n\nbc")
+    with opened(path) as (f, _):
+        assert list(lines_of(f, "here")) == [b"a\n", b"\n", b"bc"]
+    with path.open("r+b") as f:
+        f.truncate(1 << 40)  # a hole: it takes no disk
+    with opened(path) as (f, _), pytest.raises(MalformedFile, match=f"here: line 3 has more than {MAX_LINE}"):
+        list(lines_of(f, "here"))
+
+
+def test_a_hash_ends_where_the_file_ended_when_it_was_opened(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"abc")
+    assert sha256_of(path) == (hashlib.sha256(b"abc").hexdigest(), 3)
 
 
 def test_values_in_messages() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import zstandard
 
+from apr.common import files as files_module
 from apr.common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from apr.data import jsonl
 from apr.data import source as source_module
@@ -648,10 +649,11 @@ def test_an_error_in_the_middle_keeps_the_lines_before_it(
                 raise OSError(5, "Input/output error")
             return self.file.read(n)
 
+        fileno = lambda self: self.file.fileno()  # noqa: E731
         __enter__ = lambda self: self  # noqa: E731
         __exit__ = lambda self, *_: self.file.close()  # noqa: E731
 
-    monkeypatch.setattr(source_module, "open", Failing, raising=False)
+    monkeypatch.setattr(files_module, "open", Failing, raising=False)
     *documents, bad = Corpus(find_sources([path]))
     lines = (1 << 20) // 14
     assert len(documents) == lines

@@ -239,8 +239,82 @@ def long_files() -> list[str]:
     return wrong + [f"{name} is short enough" for name in LONG if sizes.get(name, 0) <= MAX_LINES]
 
 
+# Calls that open a file by its name, or parse what a file holds; `opened(path)` of apr/common/files.py gives the handle
+# `f`, parse_value the value of JSON.
+OPENING = {
+    "ParquetFile", "copy2", "copyfile", "copytree", "fdopen", "from_file", "fromfile", "genfromtxt", "loadtxt", "memmap",
+    "open", "open_memmap", "read_bytes", "read_text", "safe_open",
+}  # fmt: skip
+PARSING = {
+    "json.load",
+    "json.loads",
+    "np.load",
+    "gzip.decompress",
+    "zlib.decompress",
+    "lzma.decompress",
+    "bz2.decompress",
+}
+# module: functions that may, and why.
+OPENERS_OF_FILES = {
+    "apr.common.files": {"_open": "the one place", "parse_value": "the one place"},
+    "apr.common.atomic": {
+        "_try": "an output", "_open_temporary": "an output", "_remove_leftover": "a regular file, not followed",
+        "locked": "a folder", "_sync_folder": "a folder",
+    },
+    "apr.common.host": {"cpu_name": "/proc", "available_memory": "/proc and /sys"},
+    "apr.common.provenance": {"code_sha256": "our own source"},
+    "apr.backends.cuda.attention": {"tiles": "our own source"},
+    "apr.backends.cuda.autotune": {"_read": "our own cache"},
+    "apr.backends.cuda.device": {"__init__": "no file: a handle of cuBLASLt"},
+    "apr.backends.cuda.kernels": {"_paste": "our own source"},
+    "apr.cli.completion": {"script": "our own table"},
+    "apr.cli.inspect": {"_tokenizer": "JSON that Tokenizer has checked"},
+    "apr.cli.show": {"on_broken_pipe": "/dev/null"},
+    "apr.data.conversations.examples": {"_record": "a line of bounded length and number of values"},
+    "apr.data.conversations.pack": {"pack": "outputs"},
+    "apr.data.encode": {"_skipped_file": "an output"},
+    "apr.data.parquet": {"read_parquet": "pyarrow reads by name; data/find.py has looked at the file"},
+    "apr.evaluation.loss": {"_sentencepiece": "JSON that Tokenizer has checked"},
+    "apr.evaluation.sandbox": {"_verdict": "a bounded answer"},
+    "apr.evaluation.sandboxed": {"tester": "descriptors of the sandbox", "": "descriptors of the sandbox"},
+    "apr.evidence.end": {"in_fresh_process": "the answer of our own process"},
+    "apr.report.page": {"_template": "our own template"},
+    "apr.report.run_files": {"_lines": "lines of bounded length", "_parsed": "a line of bounded length"},
+    "apr.tokenizer.import_hf": {"_made": "JSON that Tokenizer has checked"},
+    "apr.training.loop": {"train": "no file: the log opens outputs"},
+    "apr.training.metrics": {
+        "open": "an output", "write_sample": "an output", "read_lines": "lines of bounded length",
+    },
+}  # fmt: skip
+
+
+def _calls(node: ast.AST, function: str = "") -> Iterator[tuple[str, ast.Call]]:
+    """(innermost function, call) of every call below a node."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Call):
+            yield function, child
+        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        yield from _calls(child, child.name if is_function else function)
+
+
+def openings() -> list[str]:
+    """Files that are opened or parsed elsewhere than in apr/common/files.py, as "module.function: call"."""
+    wrong = []
+    for name, path in modules().items():
+        for function, call in _calls(ast.parse(path.read_text())):
+            text = ast.unparse(call.func)
+            plain = isinstance(call.func, ast.Name) and text != "open"  # such as our own read_text(path)
+            is_handle = bool(call.args) and ast.unparse(call.args[0]) == "f"
+            ours = text in ("Tokenizer.from_file",)
+            opens = text.split(".")[-1] in OPENING and not (plain or is_handle or ours)
+            if (opens or text in PARSING) and function not in OPENERS_OF_FILES.get(name, {}):
+                wrong.append(f"{name}.{function}: {ast.unparse(call)[:80]}")
+    return wrong
+
+
 CHECKS = [
     forbidden, circle, late_imports, openers, comments_behind_brackets, non_ascii_comments, old_names, loose, long_files,
+    openings,
 ]  # fmt: skip
 
 
@@ -260,6 +334,7 @@ PLANTED = {  # check: a file of apr/, its text, and a part of what the check say
     old_names: ("data/x.py", "MOST_ROWS = 1\n", "x.py:1 MOST_ROWS"),
     loose: ("_hidden.py", "", "_hidden.py"),
     long_files: ("data/x.py", "A = 1\n" * (MAX_LINES + 1), "x.py: 401 lines"),
+    openings: ("data/x.py", "def f(p):\n    return p.read_bytes()\n", "apr.data.x.f: p.read_bytes()"),
 }
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import Refused
+from ...common.errors import MalformedFile, Refused
+from ...common.files import check_values
 from ..corpus import Corpus
 from ..documents import Document, Item
 from ..find import find_sources
@@ -59,8 +60,10 @@ def open_conversations(path: str) -> Conversations:
 def _record(name: str, line: bytes) -> Item:
     """Parse a record. Numbers keep their spelling's type: a template may write them."""
     try:
-        return example_of(name, json.loads(line.decode()))
-    except (ValueError, RecursionError) as e:
+        text = line.decode()
+        check_values(text, "the line")
+        return example_of(name, json.loads(text))
+    except (ValueError, RecursionError, MalformedFile) as e:
         return Skipped(name, "broken JSON", str(e))
     except Unusable as e:
         return Skipped(name, e.reason, e.detail)

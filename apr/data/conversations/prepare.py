@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...common.atomic import locked
 from ...common.errors import IOFailure, Refused
-from ...common.files import make_folder
+from ...common.files import make_folder, sha256_of
 from ...common.progress import Progress
 from ...tokenizer.chat_template import ChatTemplate
 from ...tokenizer.tokenizer import Tokenizer
@@ -103,8 +103,7 @@ def _digest(made_by: str, corpus: Conversations) -> str:
     digest = hashlib.sha256(made_by.encode())
     for source in corpus.sources:
         digest.update(source.compression.encode() + b"\0")
-        with open(source.path, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(source.path)[0]))
     return digest.hexdigest()
 
 
