@@ -134,7 +134,7 @@ def encode_into(
         "shard_tokens": shard_tokens,
         **(made or {}),
     }
-    _begin(folder, settings, resume)
+    settings = _begin(folder, settings, tokenizer, resume)
     tokenizer.save(folder / "tokenizer")
     job = _Encoding(corpus, tokenizer, folder, val_fraction, bounds, workers or cores(), progress)
     with contextlib.ExitStack() as stack:
@@ -154,7 +154,7 @@ def encode_into(
 def is_encoded(folder: Path) -> bool:
     """Tell whether an encoding into the folder came to its end."""
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
-    return isinstance(record, dict) and record.get("format") == FORMAT and record.get("complete") is True
+    return isinstance(record, dict) and (record.get("format"), record.get("complete")) == (FORMAT, True)
 
 
 class _Encoding:
@@ -346,10 +346,9 @@ def _uncuttable(cutter: Cutter, item: Document | LongDocument) -> str:
     return ""
 
 
-def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Mark the folder as being encoded into. Raises Refused: somebody's data, or other settings."""
-    path = folder / RECORD
-    record = read_json(path) if path.is_file() else None
+def _begin(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer, resume: bool) -> dict[str, Any]:
+    """Mark the folder as being encoded into; returns the settings of its begin. Raises Refused: somebody's data, or others."""
+    record = read_json(path) if (path := folder / RECORD).is_file() else None
     begun = record.get("settings") if isinstance(record, dict) and record.get("format") == FORMAT else None
     complete, ours = is_encoded(folder), isinstance(begun, dict)
     if not resume:
@@ -362,6 +361,8 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> None:
             )
             raise Refused(f"{there[0]}: the folder holds {how}, or choose another folder")
     elif isinstance(begun, dict):
+        if tokenizer.is_recorded_as(sha := begun.get("tokenizer_sha256")):
+            settings = {**settings, "tokenizer_sha256": sha}
         for key in {**begun, **settings}:
             if begun.get(key) != settings.get(key):
                 raise Refused(
@@ -371,6 +372,7 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> None:
         if complete:
             raise Refused(f"{path}: complete: nothing to resume; `apr tokenize audit {folder}` looks at it")
     write_json(path, {"format": FORMAT, "complete": False, "settings": settings, "result": None})
+    return settings
 
 
 @contextlib.contextmanager

@@ -264,8 +264,9 @@ def _read_record(path: Path) -> tuple[dict[str, Any] | None, str]:
 def _open(folder: Path, record: dict[str, Any], key: str) -> PreparedCorpus:
     tokenizer = Tokenizer.from_file(folder / "tokenizer")
     train, val = (TokenShards(folder / side, tokenizer) for side in ("train", "val"))
-    hashes = {"tokenizer_sha256": tokenizer.sha256, "train_sha256": train.sha256, "val_sha256": val.sha256}
-    for name, value in hashes.items():
+    if not tokenizer.is_recorded_as(record.get("tokenizer_sha256")):
+        raise Refused(f"{folder / RECORD}: made by another tokenizer than the one beside it")
+    for name, value in {"train_sha256": train.sha256, "val_sha256": val.sha256}.items():
         if record.get(name) != value:
             raise Refused(f"{folder / RECORD}: {name} = {record.get(name)!r}, found {value!r}")
     return PreparedCorpus(folder, tokenizer, key, True, "reused")

@@ -77,7 +77,7 @@ class ShardWriter:
         # (documents, digest that they must have), until so many were offered again.
         self._check: tuple[int, str | None] | None = None
         if resume:
-            self._resume()
+            self._resume(tokenizer)
         elif old := our_files(self.folder):
             raise Refused(
                 f"{old[0]}: the folder holds shards already; choose another, or go on with --resume"
@@ -98,12 +98,14 @@ class ShardWriter:
         """Number of tokens in shards and in the unfinished one."""
         return self.manifest.total_tokens + self.shard_tokens - self._room
 
-    def _resume(self) -> None:
+    def _resume(self, tokenizer: Tokenizer) -> None:
         """Take over the whole shards of a run that was stopped, and remove unfinished ones."""
         path = self.folder / MANIFEST
         ours = self.manifest
         if path.is_file():
             m = read_manifest(path, whole=False)
+            if tokenizer.is_recorded_as(m.tokenizer_sha256):
+                ours.tokenizer_sha256 = m.tokenizer_sha256
             for key in (
                 "tokenizer_sha256",
                 "vocab_size",

@@ -84,7 +84,7 @@ class TokenShards(Shards):
         if not os.path.isfile(path):
             raise InputNotFound(f"{path}: no such file; give a folder of token shards, or text with --corpus")
         m = self.manifest = read_manifest(path)
-        if tokenizer and tokenizer.sha256 != m.tokenizer_sha256:
+        if tokenizer and not tokenizer.is_recorded_as(m.tokenizer_sha256):
             raise Refused(
                 f"{path}: encoded with tokenizer {m.tokenizer_sha256}, given is {tokenizer.source} "
                 f"with {tokenizer.sha256}; give the tokenizer that made the shards, or encode the corpus again"

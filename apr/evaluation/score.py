@@ -99,7 +99,7 @@ def open_model(
     own = loaded.tokenizer
     if tokenizer is not None:
         given = Tokenizer.from_file(tokenizer)
-        if own is not None and own.sha256 != given.sha256:
+        if own is not None and not own.is_recorded_as(given.sha256):
             raise Refused(
                 f"--tokenizer {tokenizer}: sha256 {given.sha256[:12]}, the model holds another one, {own.sha256[:12]}; "
                 "leave --tokenizer out"

@@ -13,7 +13,7 @@ from typing import Any
 from ..common.events import Line
 from ..common.finding import SKIPPED, Finding
 from ..common.units import LAST_STEPS, bits_per_byte
-from . import measure
+from . import losses as of_losses
 from .gates import BOUNDS
 
 RELATIVE_TOLERANCE = 1e-9  # of a figure that is computed again from the same numbers
@@ -145,7 +145,7 @@ def _judge_epoch(line: Line, steps: list[Line], facts: Facts) -> list[Finding]:
     """Judge an evaluation beside the steps before it."""
     losses, loss = [s["train_loss"] for s in steps], line["val_loss"]
     share, error = facts.bound("val_below_train"), line["val_loss_stderr"]
-    findings = [measure.below_train(loss, error, losses[-LAST_STEPS:], losses, share)]
+    findings = [of_losses.below_train(loss, error, losses[-LAST_STEPS:], losses, share)]
     bits = line["val_bits_per_byte"]
     if facts.val_bytes and not near(bits, bits_per_byte(loss, facts.val_tokens, facts.val_bytes)):
         bits = -1.0
@@ -153,10 +153,10 @@ def _judge_epoch(line: Line, steps: list[Line], facts: Facts) -> list[Finding]:
         why = "an answer can follow from its question, so no loss is too low"
         findings.append(Finding.skipped("end.plausible", why))
     else:
-        findings.append(measure.plausible(bits, facts.bound("min_bits_per_byte")))
+        findings.append(of_losses.plausible(bits, facts.bound("min_bits_per_byte")))
     if facts.random_start:
         tokens, decade = steps[-1]["tokens_seen"], facts.bound("drop_per_decade")
-        findings.append(measure.learning(loss, facts.entropy, tokens, decade))
+        findings.append(of_losses.learning(loss, facts.entropy, tokens, decade))
     return [f if f.verdict == SKIPPED else replace(f, where=line["step"]) for f in findings]
 
 

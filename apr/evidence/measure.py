@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from ..checkpoints.checkpoint import Checkpoint, parameters
 from ..checkpoints.tensors import CHUNK
 from ..common.errors import AprError
-from ..common.finding import SUSPECT, Finding
+from ..common.finding import Finding
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, to_hf
 from ..model.optim import Optimizer
@@ -129,18 +128,6 @@ def initial_loss(
     )
 
 
-def pretrained_loss(loss: float, entropy: float, share: float) -> Finding:
-    """Compare the loss of a pretrained checkpoint with the entropy of token frequencies: PASS up to `share` of the
-    entropy, SUSPECT up to the entropy, FAIL above."""
-    finding = Finding.of(
-        "start.pretrained",
-        loss <= share * entropy,
-        f"{loss:.4f} nats/token, {loss / max(entropy, 1e-9):.2f} of the entropy of token frequencies {entropy:.4f}",
-        f"at most {share:g} of it",
-    )
-    return finding if finding.passed or not loss < entropy else replace(finding, verdict=SUSPECT)
-
-
 def reproduced(gate: str, loss: float, recorded: float, tolerance: float) -> Finding:
     """Measure the relative difference of a validation loss from the recorded one, for start.reproduces or end.reload."""
     off = abs(loss - recorded) / max(abs(recorded), 1e-9)
@@ -214,52 +201,6 @@ def gradient_norm(zero: Sequence[str], apart: float, logged: float) -> Finding:
             "run.gradients", False, measured, bound, f"no gradient reaches {', '.join(zero[:3])}{more}"
         )
     return Finding.of("run.gradients", not abs(apart - logged) > 1e-5 * max(apart, logged), measured, bound)
-
-
-def below_train(
-    val: float, stderr: float, last: Sequence[float], epoch: Sequence[float], share: float
-) -> Finding:
-    """Compare a validation loss with the training loss of the last steps; the mean over the epoch is of weights that were
-    worse."""
-    end, mean = float(np.mean(last)), float(np.mean(epoch))
-    noise = 5 * math.hypot(stderr, float(np.std(last)) / math.sqrt(len(last)))
-    low = (1 - share) * end - noise
-    return Finding.of(
-        "run.val-below-train",
-        val >= low,
-        f"validation {val:.4f}, training {end:.4f} in the last {len(last)} steps ({mean:.4f} over the epoch)",
-        f"at least {low:.4f}",
-        "" if val >= low else f"validation is {end - val:.4f} nats/token below training of the same moment",
-        score=low - val,
-    )
-
-
-def plausible(bits: float, least: float) -> Finding:
-    """Compare bits per byte with the least that any published model reaches."""
-    why = f"{bits:.3f} bits/byte is below what any published model reaches on real text"
-    return Finding.of(
-        "end.plausible",
-        bits >= least,
-        f"{bits:.3f} bits/byte",
-        f"at least {least:g}",
-        "" if bits >= least else why,
-    )
-
-
-def learning(loss: float, entropy: float, tokens: int, per_decade: float) -> Finding:
-    """Compare a validation loss with the lowest that `tokens` training tokens can reach from random weights."""
-    share = max(0.0, 1 - per_decade * math.log10(max(tokens, 1) / 1e4)) if tokens > 1e4 else 1.0
-    low = min(1.0, share) * entropy
-    why = f"{loss:.4f} nats/token after {tokens:,} tokens fell faster than they can explain"
-    is_possible = loss >= low - 0.05 * entropy
-    return Finding.of(
-        "end.learning",
-        is_possible,
-        f"{loss / max(entropy, 1e-9):.2f} of the entropy of token frequencies after {tokens:,} tokens",
-        f"at least {max(0.0, share - 0.05):.2f} of {entropy:.4f}",
-        "" if is_possible else why,
-        score=low - loss,
-    )
 
 
 def speed(flops: float, rate: float, most: float) -> Finding:

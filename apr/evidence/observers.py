@@ -30,15 +30,17 @@ from . import measure, verdict
 from .adapters import adapter_gradients, base_loaded
 from .asked import is_learning_rate, learning_rate
 from .follow import Follow
-from .gates import Gates
+from .gates import GATES, Gates
 from .initial import random_weights
 from .judge import Facts, judge
+from .losses import pretrained_loss
 from .subject import Subject
 
 FOLLOWED_STEPS = (
     20  # first steps of a process in which the learning rate is measured; then every FOLLOW_EVERY
 )
 FOLLOW_EVERY = 10
+SHUFFLED_TOKENS = 2048  # of validation windows, whose order start.pretrained takes away
 
 
 def is_followed(steps: int) -> bool:
@@ -49,8 +51,10 @@ def is_followed(steps: int) -> bool:
 class StartGates:
     """Gates of weights, causality and the first evaluation of a process. Raises Refused, Aborted."""
 
-    def __init__(self, subject: Subject, gates: Gates) -> None:
-        self.subject, self.gates = subject, gates
+    def __init__(
+        self, subject: Subject, gates: Gates, note: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.subject, self.gates, self.note = subject, gates, note
 
     def weights_ready(self, e: WeightsReady) -> None:
         """Compare the weights on the device with their origin: a saved state, a checkpoint or random numbers."""
@@ -96,7 +100,12 @@ class StartGates:
             return
         gates.skip("start.loss", "the weights come from a checkpoint")
         entropy = self.subject.val.shards.unigram_entropy
-        pretrained = measure.pretrained_loss(loss, entropy, gates.bound("pretrained_share"))
+        share, vocab = gates.bound("pretrained_share"), self.subject.cfg.vocab_size
+        pretrained = pretrained_loss(loss, entropy, share, vocab, self._shuffled)
+        if pretrained.passed and pretrained.why:
+            self.note(
+                f"start.pretrained: {pretrained.measured}. Look at: {GATES['start.pretrained'].look_at}"
+            )
         recorded = init.metadata.get("evaluation") if init.kind == "apr" else None
         if not isinstance(recorded, dict):
             gates.skip("start.reproduces", "no validation loss is recorded in the checkpoint")
@@ -111,6 +120,27 @@ class StartGates:
         else:
             self.reproduced(Reproduced(0, loss, recorded["val_loss"]))
             gates.skip("start.pretrained", "its recorded loss on these very windows is the better measure")
+
+    def _shuffled(self) -> tuple[np.ndarray, np.ndarray]:
+        """Compute the losses of some batches of validation windows, and of their tokens in random order."""
+        model, rng = self.subject.model, np.random.default_rng(0)
+        windows = max(4 * model.batch, SHUFFLED_TOKENS // model.seq)
+        losses: list[tuple[float, float]] = []
+        for ids, targets in sequential(self.subject.val, model.batch, windows):
+            rows = np.concatenate([ids, targets[:, -1:]], axis=1)
+            mixed = rng.permuted(np.where(rows < 0, ids[:, :1], rows), axis=1)
+            shuffled = np.where(targets < 0, targets, mixed[:, 1:])
+            losses.append((self._loss(ids, targets), self._loss(mixed[:, :-1], shuffled)))
+        here, apart = np.array(losses).T
+        return here, apart
+
+    def _loss(self, ids: np.ndarray, targets: np.ndarray) -> float:
+        """Compute the mean loss of a batch."""
+        model, be = self.subject.model, self.subject.backend
+        be.fill(model.total, 0)
+        model.forward(np.ascontiguousarray(ids, np.int32))
+        model.loss(np.ascontiguousarray(targets, np.int32))
+        return float(be.to_host(model.total)[0]) / max(1, int((targets >= 0).sum()))
 
     def _random_guess(self, loss: float) -> Finding:
         """Compare the loss of random weights with that of a random guess."""

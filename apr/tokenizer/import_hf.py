@@ -359,9 +359,9 @@ def _check_target(out: Path, source: Path, tokenizer: Tokenizer) -> None:
     try:
         there = read_text(old)
         eos = eos_of_config(out / CONFIG) if os.path.lexists(out / CONFIG) else tokenizer.eos_token
+        sha256 = Tokenizer.from_json(there, str(old)).sha256
     except AprError as e:
         raise Refused(f"{out}: holds something already ({e}); {elsewhere}") from None
-    sha256 = hashlib.sha256(there.encode()).hexdigest()
     if sha256 != tokenizer.sha256:
         raise Refused(
             f"{out}: holds another tokenizer, {sha256}; this one is {tokenizer.sha256}; {elsewhere}"

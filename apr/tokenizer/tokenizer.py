@@ -6,7 +6,7 @@ The file format is `tokenizer.json` of the tokenizers library, which the models 
 from __future__ import annotations
 
 import array
-import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as Engine
 from ..common.atomic import write_json, write_text
 from ..common.errors import MalformedFile, Refused
 from ..common.files import make_folder, parse_json, read_text, short
+from .identity import identity, older_identities
 from .vocab_format import BYTE_LEVEL, OTHER, SENTENCEPIECE, check
 
 # A forked child has none of the library's threads and would wait for them for ever (or, where the
@@ -48,7 +49,7 @@ class Tokenizer:
     vocab_size     the highest id + 1: the rows an embedding needs
     eos_token      text of the token that ends a document, or None
     eos_id         its id, or None
-    sha256         of the UTF-8 bytes of tokenizer.json
+    sha256         of the canonical content of tokenizer.json: identity.py
     json           the text of tokenizer.json
     normalization  "none" or the kind of normalizer, such as "NFC"
     format         of the vocabulary: one of vocab_format.FORMATS
@@ -76,7 +77,6 @@ class Tokenizer:
         self._engine.no_padding()
         self.json = text
         self.source = source
-        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         self.vocab_size = max(self._engine.get_vocab().values(), default=-1) + 1
         merges = fields["model"].get("merges") or []
         # The library passes over merges that are no list, for models other than BPE.
@@ -102,7 +102,7 @@ class Tokenizer:
         manifest = path.with_name("manifest.json")
         d = parse_json(read_text(manifest), str(manifest), unique=True) if os.path.lexists(manifest) else {}
         if d.get("format") == FORMAT:
-            if d.get("sha256") != tokenizer.sha256:
+            if not tokenizer.is_recorded_as(d.get("sha256")):
                 raise MalformedFile(
                     f"{path}: sha256 is {tokenizer.sha256}, {manifest} says {d.get('sha256')}; the file was changed: "
                     "make the tokenizer again, or remove the manifest where the change is meant"
@@ -121,6 +121,18 @@ class Tokenizer:
         eos: text or id of the added token that ends a document, where something beside the text says it.
         """
         return cls(text, source, eos)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash the canonical content of tokenizer.json, the identity of the tokenizer."""
+        return identity(json.loads(self.json))
+
+    def is_recorded_as(self, sha256: Any) -> bool:
+        """Compare with a recorded identity; of older versions, the hash of any spelling of this tokenizer."""
+        if sha256 == self.sha256 or not isinstance(sha256, str):
+            return sha256 == self.sha256
+        with _library(self.source, "not a tokenizer.json"):
+            return sha256 in older_identities(self.json, str(Engine.from_str(self.json).to_str(pretty=True)))
 
     def _check_added(self, added: list[dict[str, Any]], source: str) -> None:
         """Raise MalformedFile unless the engine gives each added token the id that the file says: the engine numbers

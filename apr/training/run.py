@@ -153,7 +153,7 @@ def _train(
             SpotGate(gates),
             VerdictFile(run.path, gates),
             Callbacks(heard, trainer.callback_failed),
-            StartGates(subject, gates),
+            StartGates(subject, gates, show.note),
         ]
         trainer.prepare(inputs.settings.resume)
         _record_device(show, inputs, run)
@@ -318,6 +318,8 @@ def _check_same_data(i: Inputs, run: RunDir) -> None:
         if key == "corpus":  # a name, which may be written in several ways; the hashes tell
             continue
         was = saved.get(key) if isinstance(saved, dict) else None
+        if key == "tokenizer_sha256" and i.tokenizer.is_recorded_as(was):
+            continue
         if was != value:
             raise Refused(
                 f"{run.path}/config.json: {key} was {was!r} when the run began and is {value!r} now; resume with the "

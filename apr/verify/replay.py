@@ -110,12 +110,13 @@ def _trainer(r: Record) -> tuple[Trainer, bool]:
     hashes = {
         "train_sha256": inputs.train.shards.sha256,
         "val_sha256": inputs.val.shards.sha256,
-        "tokenizer_sha256": inputs.tokenizer.sha256,
     }
     for key, found in hashes.items():
         want = r.config["data"][key]
         if found != want:
             raise Refused(f"replay: {key} is {found[:12]}, the run's {want[:12]}")
+    if not inputs.tokenizer.is_recorded_as(r.config["data"]["tokenizer_sha256"]):
+        raise Refused(f"replay: the tokenizer {inputs.tokenizer.source} is not the run's")
     trainer = Trainer(inputs, r.run)
     trainer.prepare(resume=False)
     was, now = r.config["device"], inputs.backend.describe()

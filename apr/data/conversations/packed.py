@@ -112,7 +112,7 @@ class PackedShards(Shards):
         if not path.is_file():
             raise InputNotFound(f"{path}: no such file; give the instruction data with --instruct")
         m = self.manifest = PackManifest.read(path)
-        if tokenizer and tokenizer.sha256 != m.tokenizer_sha256:
+        if tokenizer and not tokenizer.is_recorded_as(m.tokenizer_sha256):
             raise Refused(
                 f"{path}: encoded with tokenizer {m.tokenizer_sha256[:12]}, {tokenizer.source} is {tokenizer.sha256[:12]}"
             )
