@@ -22,8 +22,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+
+import ml_dtypes  # isort: skip -- behind NumPy, without which it prints a traceback
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 WRITES = {"out": "", "save": "", "inplace": "=", "acc": "+"}  # role -> "" anew, "=" in place, "+" added to

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - gives NumPy the name "bfloat16"
 import numpy as np
+
+import ml_dtypes  # noqa: F401 # isort: skip -- gives NumPy the name "bfloat16"; without NumPy it prints a traceback
 
 from ..model.config import ModelConfig
 from ..model.transformer import Model

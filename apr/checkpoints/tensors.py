@@ -12,8 +12,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
+
+import ml_dtypes  # isort: skip -- behind NumPy, without which it prints a traceback
 
 from ..common.errors import Refused, UsageError
 from ..model.params import Layout

@@ -8,7 +8,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ..common.errors import AprError
+from ..common.errors import AprError, DeviceError
+from ..common.packages import broken_package
 from ..common.version import __version__
 from ..training.signals import handled, unswallowed
 
@@ -73,15 +74,20 @@ def run_command(name: str, args: Sequence[str]) -> int:
         # The reader went away (`| head`): nothing is wrong.
         sys.stderr.close()
         return 0
-    except OSError as e:
-        print(f"apr {name}: {e.filename or 'output'}: {e.strerror or e}", file=sys.stderr)
-        return 7
     except KeyboardInterrupt:
         print(f"apr {name}: interrupted", file=sys.stderr)
         return 130
     except MemoryError:
         print(f"apr {name}: out of memory; `apr plan` shows what a job needs", file=sys.stderr)
         return 5
+    except Exception as e:
+        if broken := broken_package(e):
+            print(f"apr {name}: {broken}", file=sys.stderr)
+            return DeviceError.exit_code
+        if not isinstance(e, OSError):
+            raise
+        print(f"apr {name}: {e.filename or 'output'}: {e.strerror or e}", file=sys.stderr)
+        return 7
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from math import prod
 from types import ModuleType
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - gives NumPy the name "bfloat16"
 import numpy as np
+
+import ml_dtypes  # noqa: F401 # isort: skip -- gives NumPy the name "bfloat16"; without NumPy it prints a traceback
 
 from ..common.rounding import ceil_div, round_up
 from .config import ModelConfig
