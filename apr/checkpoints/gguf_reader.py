@@ -46,7 +46,7 @@ from .tensors import BF16, Stored, TensorFile
 MAGIC = b"GGUF"
 NUMBER_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-MAX_ITEMS = 1 << 22  # of an array; vocabularies have some 300,000 tokens and merges
+MAX_ITEMS = 1 << 22  # of all arrays; vocabularies have some 300,000 tokens, scores, kinds and merges
 MAX_NAME, MAX_NDIM = 1024, 4
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -175,7 +175,7 @@ class _HeaderReader:
     """Reads a header front to back; nothing is read or allocated that the file is too short for."""
 
     def __init__(self, f: BinaryIO, size: int, path: Path) -> None:
-        self._f, self._path, self._at, self._end = f, path, 0, size
+        self._f, self._path, self._at, self._end, self._items = f, path, 0, size, 0
         magic = self._take(4)
         if magic != MAGIC:
             raise _bad(path, f"starts with {magic!r}, not {MAGIC!r}")
@@ -213,7 +213,8 @@ class _HeaderReader:
             return self._string()
         if tag == ARRAY:
             inner, n = self._number("I"), self._number("Q")
-            if n > MAX_ITEMS or (inner not in NUMBER_CODES and inner != STRING):
+            self._items += n
+            if self._items > MAX_ITEMS or (inner not in NUMBER_CODES and inner != STRING):
                 raise _bad(self._path, f"{short(key)}: an array of {n} values of type {inner}")
             if inner == STRING:
                 return [self._string() for _ in range(n)]

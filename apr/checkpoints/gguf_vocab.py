@@ -15,6 +15,8 @@ from ..tokenizer.families import FAMILIES, SPLIT, SPLIT_QWEN
 from ..tokenizer.tokenizer import Tokenizer, library_spelling
 from ..tokenizer.vocab_format import BYTE_LEVEL, FALLBACK_BYTES, SENTENCEPIECE, SPACE_MARK
 
+# Sum of the squares of the lengths of all tokens, which are split at every place; vocabularies in use have 1/50 of it.
+MAX_SPLIT_CHARACTERS = 1 << 30
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 
 
@@ -261,6 +263,10 @@ def tokenizer_json(keys: dict[str, Any], source: str) -> str | None:
             raise MalformedFile(f"{source}: {len(tokens)} tokens, {len(scores)} scores; fetch the file again")
         fallback = all(b in vocab for b in FALLBACK_BYTES)
         model |= {"unk_token": unknown, "fuse_unk": True, "byte_fallback": fallback, "vocab": vocab}
+        if (work := sum(len(token) ** 2 for token in vocab)) > MAX_SPLIT_CHARACTERS:
+            raise MalformedFile(
+                f"{source}: tokens too long to split: {work:,} characters in all; fetch the file again"
+            )
         model["merges"] = _merges_of(vocab, scores)
     first = kind == "llama" or pre == "llama-bpe"  # llama.cpp's default
     around = [

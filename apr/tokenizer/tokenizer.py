@@ -75,9 +75,9 @@ class Tokenizer:
         # A tokenizer.json may carry the settings of its last use, which would cut documents short.
         self._engine.no_truncation()
         self._engine.no_padding()
+        self._check_around(source)
         self.json = text
         self.source = source
-        self.vocab_size = max(self._engine.get_vocab().values(), default=-1) + 1
         merges = fields["model"].get("merges") or []
         # The library passes over merges that are no list, for models other than BPE.
         self.merges = len(merges) if isinstance(merges, list) else 0
@@ -133,6 +133,16 @@ class Tokenizer:
             return sha256 == self.sha256
         with _library(self.source, "not a tokenizer.json"):
             return sha256 in older_identities(self.json, str(Engine.from_str(self.json).to_str(pretty=True)))
+
+    def _check_around(self, source: str) -> None:
+        """Raise MalformedFile unless the ids that stand around every text are ids of the vocabulary."""
+        self.vocab_size = max(self._engine.get_vocab().values(), default=-1) + 1
+        with _library(source, "post_processor"):
+            around = self._engine.encode("").ids
+        if self.vocab_size and max(around, default=0) >= self.vocab_size:
+            raise MalformedFile(
+                f"{source}: post_processor adds an id outside the {self.vocab_size:,} of the vocabulary"
+            )
 
     def _check_added(self, added: list[dict[str, Any]], source: str) -> None:
         """Raise MalformedFile unless the engine gives each added token the id that the file says: the engine numbers

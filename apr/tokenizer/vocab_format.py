@@ -15,6 +15,7 @@ from tokenizers import pre_tokenizers
 from ..common.errors import MalformedFile, Refused
 from ..common.files import short
 from ..common.rounding import ceil_div
+from .post_processors import check_templates
 
 BYTE_LEVEL, HEX_BYTES, SENTENCEPIECE, WORDPIECE, OTHER = FORMATS = (
     "byte-level",
@@ -82,6 +83,7 @@ def check(fields: dict[str, Any], source: str) -> VocabFormat:
             raise Refused(
                 f"{source}: its steps can make {growth:,} characters of one, apr takes at most {MAX_GROWTH}; {AGAIN}"
             )
+    check_templates(steps(fields.get("post_processor"), f"{source}: post_processor"), source)
     found = _Found.of(vocab, added, encoder, source)
     _check_encoder(found, encoder)
     _check_decoder(found, encoder)
@@ -341,8 +343,11 @@ def added_tokens(fields: dict[str, Any], vocab: dict[str, int], source: str) -> 
     return added
 
 
+SEQUENCES = ("normalizers", "pretokenizers", "processors", "decoders")
+
+
 def steps(node: Any, source: str) -> Iterator[dict[str, Any]]:
-    """Yield the single normalizers, pre-tokenizers or decoders of a step that may be a Sequence, in order.
+    """Yield the single normalizers, pre-tokenizers, post-processors or decoders of a step that may be a Sequence, in order.
 
     Raises MalformedFile: not an object with a type."""
     waiting = [] if node is None else [node]  # the next one last: a list is slow at its beginning
@@ -353,7 +358,7 @@ def steps(node: Any, source: str) -> Iterator[dict[str, Any]]:
         if step["type"] != "Sequence":
             yield step
             continue
-        inner = next((step[k] for k in ("normalizers", "pretokenizers", "decoders") if k in step), None)
+        inner = next((step[k] for k in SEQUENCES if k in step), None)
         if not isinstance(inner, list):
             raise MalformedFile(f"{source}: a Sequence without a list of steps")
         waiting += reversed(inner)

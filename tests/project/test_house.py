@@ -261,6 +261,9 @@ OPENERS_OF_FILES = {
         "_try": "an output", "_open_temporary": "an output", "_remove_leftover": "a regular file, not followed",
         "locked": "a folder", "_sync_folder": "a folder",
     },
+    "apr.common.cache": {"throwaway_cache": "our own cache"},
+    "apr.common.cgroup": {"_text": "/proc and /sys"},
+    "apr.tokenizer.template_worker": {"main": "the descriptors of our own process"},
     "apr.common.host": {"cpu_name": "/proc", "available_memory": "/proc and /sys"},
     "apr.common.provenance": {"code_sha256": "our own source"},
     "apr.backends.cuda.attention": {"tiles": "our own source"},
@@ -280,6 +283,8 @@ OPENERS_OF_FILES = {
     "apr.evidence.end": {"in_fresh_process": "the answer of our own process"},
     "apr.report.page": {"_template": "our own template"},
     "apr.report.run_files": {"_lines": "lines of bounded length", "_parsed": "a line of bounded length"},
+    "apr.tokenizer.identity": {"older_identities": "JSON that Tokenizer has checked"},
+    "apr.tokenizer.tokenizer": {"sha256": "JSON that Tokenizer has checked"},
     "apr.tokenizer.import_hf": {"_made": "JSON that Tokenizer has checked"},
     "apr.training.loop": {"train": "no file: the log opens outputs"},
     "apr.training.metrics": {

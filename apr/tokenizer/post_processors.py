@@ -1,0 +1,52 @@
+"""Bound what the post-processors of a tokenizer.json put around a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..common.errors import MalformedFile, Refused
+from ..common.files import short
+
+# Ids that are put around one text; tokenizers in use put two.
+MAX_AROUND = 1024
+# Times that a text may stand in its template, one step after the other.
+MAX_REPEATED = 4
+
+
+def check_templates(steps: Iterable[dict[str, Any]], source: str) -> None:
+    """Count the ids that templates add, and how often they repeat a text.
+
+    Raises MalformedFile: not a template; Refused: more than MAX_AROUND or MAX_REPEATED."""
+    around, repeated = 0, 1
+    for step in steps:
+        if step["type"] == "TemplateProcessing":
+            pieces, ids = [_pieces(step, key, source) for key in ("single", "pair")], _ids(step, source)
+            # Each piece stands before or after all that the steps before have made.
+            around = max(sum(ids.get(p, 1) for p in names) + around * texts for names, texts in pieces)
+            repeated *= max(1, *(texts for _, texts in pieces))
+        if around > MAX_AROUND or repeated > MAX_REPEATED:
+            raise Refused(
+                f"{source}: post_processor puts {around:,} ids around a text that it repeats {repeated:,} times; apr takes "
+                f"at most {MAX_AROUND} and {MAX_REPEATED}"
+            )
+
+
+def _pieces(step: dict[str, Any], key: str, source: str) -> tuple[list[str], int]:
+    """Read a template as (names of its special tokens, number of its texts)."""
+    pieces = step.get(key) or []
+    if not isinstance(pieces, list) or not all(isinstance(p, dict) for p in pieces):
+        raise MalformedFile(f"{source}: post_processor.{key} = {short(pieces)} is not a list of pieces")
+    named = [p["SpecialToken"] for p in pieces if "SpecialToken" in p]
+    return [str(n.get("id") if isinstance(n, dict) else n) for n in named], len(pieces) - len(named)
+
+
+def _ids(step: dict[str, Any], source: str) -> dict[str, int]:
+    """Map the special tokens of a template to the number of their ids."""
+    tokens = step.get("special_tokens") or {}
+    if not isinstance(tokens, dict) or not all(isinstance(t, dict) for t in tokens.values()):
+        raise MalformedFile(f"{source}: post_processor.special_tokens = {short(tokens)} is not an object")
+    lists = {name: token.get("ids") or [] for name, token in tokens.items()}
+    if wrong := next((name for name, ids in lists.items() if not isinstance(ids, list)), None):
+        raise MalformedFile(f"{source}: ids of {short(wrong)} = {short(lists[wrong])} is not a list")
+    return {name: len(ids) for name, ids in lists.items()}
