@@ -54,6 +54,18 @@ def difference(got: np.ndarray, want: np.ndarray) -> Difference:
     return Difference(err, at, largest, shape, *values)
 
 
+def root_mean_square(got: np.ndarray, want: np.ndarray | float = 0.0) -> float:
+    """sqrt(mean((got - want)^2)), in float64 and in pieces."""
+    g = got.reshape(-1)
+    w = np.ascontiguousarray(want).reshape(-1) if isinstance(want, np.ndarray) else None
+
+    def piece(at: slice) -> float:
+        off = g[at].astype(np.float64) - (want if w is None else w[at].astype(np.float64))
+        return float(np.square(off).sum())
+
+    return float(np.sqrt(sum(in_pieces(piece, g.size)) / max(1, g.size)))
+
+
 def error_and_tolerance(
     d: Difference,
     base: float,

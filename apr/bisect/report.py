@@ -12,6 +12,8 @@ from ..common.finding import FAIL, PASS, SKIPPED, Finding
 STAGES = ("configuration", "data", "upload", "forward", "loss", "backward", "optimizer", "state")
 PASSES = ("forward", "loss", "backward", "optimizer")  # stages whose comparisons are of ops
 FREE, FORCED, EXACT = "free", "forced", "exact"
+# Times its tolerance that an error may pile up to where every op alone agrees: it is rounding, and no fault.
+PILED_UP = 16.0
 WORDS = {PASS: "agree", FAIL: "DIFFER", SKIPPED: "skipped"}  # verdicts of stages, on screen and in JSON
 
 
@@ -110,11 +112,14 @@ class Report:
             return Finding.skipped(stage, self.skipped.get(stage, ""))
         worst = max(rows, key=lambda r: (not r.ok and r.mode != FREE, r.ratio))
         place = worst.place + (" (free)" if worst.mode == FREE else "")
+        bound = "at most 1 of the tolerance"
+        if not worst.ok and self._is_rounding(worst):
+            bound = f"every op alone at most 1 of the tolerance, errors that pile up at most {PILED_UP:g}"
         return Finding.of(
             stage,
-            all(r.ok for r in rows),
+            all(r.ok or self._is_rounding(r) for r in rows),
             ratio_text(worst.ratio),
-            "at most 1 of the tolerance",
+            bound,
             worst.cause,
             where=place if worst.ratio else "",
         )
@@ -124,9 +129,22 @@ class Report:
         """Comparisons beyond their tolerance, likely culprits first: FORCED and EXACT ones in order of computation, then
         those that only accumulate."""
         bad = sorted(
-            (r for r in self.rows if not r.ok), key=lambda r: (STAGES.index(r.stage), r.mode == EXACT)
+            (r for r in self.rows if not r.ok and not self._is_rounding(r)),
+            key=lambda r: (STAGES.index(r.stage), r.mode == EXACT),
         )
         return [r for r in bad if r.mode != FREE] + [r for r in bad if r.mode == FREE]
+
+    def _is_rounding(self, r: ArrayComparison) -> bool:
+        """Tell rounding that piled up: no op has a fault of its own, and every fact holds."""
+        if r.mode != FREE or not r.ratio <= PILED_UP:
+            return False
+        # Beside a trace there are accumulated errors alone, and nothing that clears them.
+        return any(x.mode == FORCED for x in self.rows) and all(x.ok for x in self.rows if x.mode != FREE)
+
+    @property
+    def piled_up(self) -> list[ArrayComparison]:
+        """Comparisons of accumulated errors that are beyond their tolerance and no fault."""
+        return [r for r in self.rows if not r.ok and self._is_rounding(r)]
 
     @property
     def first(self) -> ArrayComparison | None:

@@ -17,6 +17,10 @@ from ..backends.contract import BF16, OPS
 
 Array = Any
 Backend = Any  # a module, or a namespace with the functions of one
+# Elements of an array or a slice whose errors are also judged together, and standard errors that chance may take.
+FEWEST, SIGMAS = 4096, 6.0
+# Share of the true values that errors in one direction may have, where no single element is beyond its tolerance.
+SYSTEMATIC = 2.0**-11
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7}
 
 
@@ -62,6 +66,31 @@ def relative(got: np.ndarray, want: np.ndarray) -> list[float]:
         others = tuple(i for i in range(true.ndim) if i != axis)
         out.append(float(np.sqrt((wrong.mean(others) / np.maximum(true.mean(others), mean)).max())))
     return out
+
+
+def systematic(got: np.ndarray, want: np.ndarray) -> float:
+    """Measure the share of `want` by which `got` is off in one direction, beyond what chance explains.
+
+    Of the whole array, and of each slice across an axis with at least FEWEST elements: the slope <e, want> / <want, want>
+    and the mean of e = got - want over the root mean square of want, less SIGMAS of their standard errors; the largest,
+    at least 0. Rounding to the nearest goes either way, so it gives 0; a factor on one operand does not."""
+    e, w = got.astype(np.float64) - want, want.astype(np.float64)
+    largest = 0.0
+    for keep in (None, *range(w.ndim)):
+        others = tuple(i for i in range(w.ndim) if i != keep)
+        n = int(np.prod([w.shape[i] for i in others]))
+        if n < FEWEST or (keep is not None and w.ndim == 1):
+            continue
+        power = np.square(w).mean(others)
+        size = np.sqrt(power)
+        chance = np.sqrt(np.square(e).mean(others) / n)
+        with np.errstate(all="ignore"):
+            slope = np.abs((e * w).mean(others)) / power - SIGMAS * chance / size
+            shift = np.abs(e.mean(others)) / size - SIGMAS * chance / size
+        # A slice of zeros has neither.
+        worst = np.where(power > 0, np.maximum(slope, shift), 0.0).max()
+        largest = max(largest, float(worst))
+    return largest
 
 
 # Plain NumPy at lower precision

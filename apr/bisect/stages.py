@@ -127,4 +127,9 @@ def run(
     if plan.state and plan.backward:
         with stage("state"):
             report.add(state(side, weights, batch, tolerances))
+    if rounding := report.piled_up:
+        worst = max(rounding, key=lambda r: r.ratio)
+        report.notes.append(
+            f"rounding piled up to {worst.error} ({worst.place}); every op alone is within its tolerance, so it is no fault"
+        )
     return report

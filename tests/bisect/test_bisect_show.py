@@ -130,7 +130,7 @@ def test_text_lists_further_faults_up_to_a_number():
 
 
 def test_text_says_so_when_only_the_drift_is_beyond():
-    text = text_of(report(fault="1.qkv", ratio=0.5, free=3.0))
+    text = text_of(report(fault="1.qkv", ratio=0.5, free=30.0))
     assert "Each op that was judged on the reference's inputs agrees" in text
     assert "First beyond its tolerance" in text
 

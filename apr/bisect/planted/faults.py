@@ -813,7 +813,7 @@ def borders_of_the_first_batch(be: Any) -> Ops:
 # State
 
 
-@fault(r"state sequence_by_sequence grad\..*", frozenset({"micro"}))
+@fault(r"loss linear_bwd grad\.(embed|head)", frozenset({"micro"}))
 def weight_gradient_overwritten(be: Any) -> Ops:
     """The gradient of a matrix is overwritten: of several micro-batches the last one counts."""
 
