@@ -21,6 +21,7 @@ Backend = Any  # a module, or a namespace with the functions of one
 FEWEST, SIGMAS = 4096, 6.0
 # Share of the true values that errors in one direction may have, where no single element is beyond its tolerance.
 SYSTEMATIC = 2.0**-11
+TENSOR_CORE_TERMS = 16
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7}
 
 
@@ -42,15 +43,16 @@ def relative_tolerance(base: float, eps: float, factor: float) -> float:
     return factor * base + eps / 2
 
 
-def unit(kind: Any, dtype: Any) -> float:
+def unit(kind: Any, dtype: Any, terms: int = 0) -> float:
     """The unit in the last place, of 1, by which an array of dtype `kind` is judged in a job of `dtype`.
 
-    What is float32 in a bfloat16 job gets 16 units of float32: tensor cores cut off what they add, and
-    functions such as exp may be the hardware's.
+    What is float32 in a bfloat16 job gets 16 units of float32, for functions such as exp that may be the hardware's, and one
+    more for each 16 terms of a product: tensor cores add 16 at once and cut off what does not fit (Fasi, Higham, Mikaitis
+    and Pranesh 2021, "Numerical behavior of NVIDIA tensor cores"), always towards zero, so these errors add up.
     """
     if np.dtype(dtype) != BF16:
         return float(np.finfo(dtype).eps)
-    return 2.0**-7 if np.dtype(kind) == BF16 else 2.0**-19
+    return 2.0**-7 if np.dtype(kind) == BF16 else 2.0**-19 + terms / TENSOR_CORE_TERMS * 2.0**-23
 
 
 def relative(got: np.ndarray, want: np.ndarray) -> list[float]:

@@ -237,7 +237,8 @@ class Forced(_Watch):
             x = call.args[n]
             got = host(self.backends[1], x.sides[1], x.shape)
             in_order = summed_in_order(call.op, n, before, truth[n]) if self.dtype == "float32" else []
-            err, tol, d = self._judge(call.op, n, got, truth[n], [b[n] for b in bases], x, in_order)
+            terms = _terms(call, n)
+            err, tol, d = self._judge(call.op, n, got, truth[n], [b[n] for b in bases], x, terms, in_order)
             cause = "" if err <= tol else self._explain(call, n, got, truth[n], before, tol)
             self.rows.append(self._row(call, n, FORCED, err, tol, d, cause))
         for n in names:
@@ -259,7 +260,8 @@ class Forced(_Watch):
             out = []
             for n in names:
                 x = piece.args[n]
-                err, tol, d = self._judge(call.op, n, got[n][at], x.sides[0], [b[n] for b in bases], x)
+                ours, terms = got[n][at], _terms(call, n)
+                err, tol, d = self._judge(call.op, n, ours, x.sides[0], [b[n] for b in bases], x, terms)
                 cause = "" if err <= tol else self._explain(piece, n, got[n][at], x.sides[0], before, tol)
                 flat = d.flat + at.start * (got[n].size // length)
                 out.append((err, tol, replace(d, flat=flat, shape=got[n].shape), cause))
@@ -312,6 +314,7 @@ class Forced(_Watch):
         want: np.ndarray,
         bases: list[np.ndarray],
         x: Twin,
+        terms: int,
         in_order: list[float] = [],  # noqa: B006 - not changed
     ) -> tuple[float, float, Difference]:
         d = difference(got, want)
@@ -321,7 +324,7 @@ class Forced(_Watch):
             sound = [rule.relative(b, want) for b in bases]
             slices = rule.relative(got, want), [max(axis) for axis in zip(*sound, strict=True)]
         err, tol, _ = error_and_tolerance(
-            d, base, rule.unit(x.sides[1].dtype, self.dtype), rule.factor(op, name), *slices
+            d, base, rule.unit(x.sides[1].dtype, self.dtype, terms), rule.factor(op, name), *slices
         )
         if slices[0] and err <= tol:
             bound = rule.SYSTEMATIC + rule.factor(op, name) * max(rule.systematic(b, want) for b in bases)
@@ -368,6 +371,11 @@ def summed_in_order(op: str, name: str, low: dict[str, Any], want: np.ndarray) -
             total = total + low["b"][o] if name == "y" and low["b"] is not None else total
             out.append(abs(float(total) - float(want[n, o])))
     return out
+
+
+def _terms(call: Call, name: str) -> int:
+    """Count the terms of each sum of a product whose result is kept wide; 0 for other outputs."""
+    return int(call.args["dy"].shape[0]) if (call.op, name) == ("linear_bwd", "dw") else 0
 
 
 def _elements(call: Call, at: slice) -> Call:
