@@ -21,6 +21,7 @@ from typing import Any
 from .backends.select import select
 from .checkpoints.registry import open_any
 from .common.errors import Refused
+from .common.printable import printable
 from .inference.language_model import LanguageModel
 from .training import run
 from .training.callbacks import Callback
@@ -52,7 +53,7 @@ class Printed(Display):
 
     def note(self, text: str) -> None:
         """Print a line of text."""
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
     def verdict(self, gates: Any) -> None:
         """Print every gate with its figure."""

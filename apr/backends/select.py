@@ -15,6 +15,7 @@ from .. import backends
 from ..common.errors import DeviceError, Refused
 from ..common.host import threads as default_threads
 from ..common.packages import pip_install
+from ..common.printable import printable
 from ..common.temporary import is_writable, private_temporary
 from .cuda import kernels
 from .cuda.driver import Driver, DriverError, Gpu
@@ -47,7 +48,7 @@ def select(device: str, dtype: str | None = None, threads: int | None = None) ->
     """The backend of choose(); what there is to know about the choice goes to the standard error stream."""
     chosen = choose(device, dtype, threads)
     if chosen.note and chosen.avoidable:
-        print(f"about the device: {chosen.note}", file=sys.stderr)
+        print(printable(f"about the device: {chosen.note}"), file=sys.stderr)
     return chosen.backend
 
 

@@ -39,6 +39,7 @@ from ..model.cost import check_fits, check_positions, memory
 from ..model.presets import PRESETS
 from ..model.transformer import IGNORED
 from .bisect_tables import print_catalogue, print_report
+from .tables import cell
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def main(args: Sequence[str]) -> int:
     for report, path in zip(reports, pictures, strict=True):
         if path:
             drawn(functools.partial(picture, report), path)
-            console.print(f"picture: {path}", soft_wrap=True)
+            console.print(cell(f"picture: {path}"), soft_wrap=True)
     return exit_code(PASS if all(r.agree for r in reports) else FAIL)
 
 
@@ -150,7 +151,7 @@ def _beside_reference(f: Flags, console: Console) -> list[Report]:
         with console.status("") as status:
 
             def progress(stage: str, status: Any = status, side: Side = side) -> None:
-                status.update(f"{side.name}: {stage}")
+                status.update(cell(f"{side.name}: {stage}"))
 
             run(source.cfg, side, source.host, batch, report, plan, progress)
         reports.append(report)
@@ -178,7 +179,7 @@ def _against(f: Flags, console: Console) -> list[Report]:
     for side in _sides(f, want.source):
         report = Report(f.model, (want.name, side.name), batch.words)
         _check_memory(side, batch, Plan(free=True, backward=want.backward, optimizer=False, state=False))
-        with console.status(f"{side.name} beside {want.name}"):
+        with console.status(cell(f"{side.name} beside {want.name}")):
             model = side.model(host, batch.shape, train=want.backward)
             report.add(upload(model, host))
             report.add(

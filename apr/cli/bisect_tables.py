@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from ..bisect.report import EXACT, FORCED, FREE, STAGES, WORDS, ArrayComparison, Report, ratio_text
 from ..common.finding import FAIL, PASS, SKIPPED
-from .tables import plain_table
+from .tables import cell, plain_table
 
 if TYPE_CHECKING:
     from ..bisect.planted.catalogue import Planted
@@ -24,7 +23,8 @@ def print_report(report: Report, console: Console, rows: int = 8) -> None:
     """Print a report: its stages, the first fault, up to `rows` further ones, and the notes."""
 
     def say(x: Any, style: str = "") -> None:
-        console.print(Text(x, style) if isinstance(x, str) else x, soft_wrap=False, highlight=False)
+        text = cell(x, style, lines=True) if isinstance(x, str) else x
+        console.print(text, soft_wrap=False, highlight=False)
 
     say(f"{report.model}: {report.sides[1]} compared with {report.sides[0]}", "bold")
     say(f"batch: {report.batch}")
@@ -62,9 +62,9 @@ def _stages(report: Report) -> Table:
         counts = [str(sum(r.mode == m for r in rows) or "-") for m in (FORCED, FREE, EXACT)]
         place = finding.why if finding.verdict == SKIPPED else str(finding.where)
         seconds = f"{report.seconds[stage]:.1f}" if stage in report.seconds else "-"
-        verdict = Text(WORDS[finding.verdict], STYLES[finding.verdict])
-        cells = map(Text, (*counts, finding.measured or "-", place, seconds))
-        table.add_row(Text(stage), verdict, *cells)
+        verdict = cell(WORDS[finding.verdict], STYLES[finding.verdict])
+        cells = map(cell, (*counts, finding.measured or "-", place, seconds))
+        table.add_row(cell(stage), verdict, *cells)
     return table
 
 
@@ -106,14 +106,14 @@ def _fault(r: ArrayComparison, inputs: dict[str, str]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name, value in lines.items():
         if value:
-            table.add_row("  " + name, Text(value, "bold" if name == "cause" else ""))
+            table.add_row(cell("  " + name), cell(value, "bold" if name == "cause" else "", lines=True))
     return table
 
 
 def _further(rows: Sequence[ArrayComparison]) -> Table:
     table = plain_table("stage_", "where", "err/tol|", "likely cause")
     for r in rows:
-        table.add_row(*map(Text, (r.stage, r.place, ratio_text(r.ratio), r.cause or "-")))
+        table.add_row(*map(cell, (r.stage, r.place, ratio_text(r.ratio), r.cause or "-")))
     return table
 
 
@@ -140,7 +140,7 @@ def print_catalogue(planted: Sequence[Planted], console: Console) -> None:
         r = p.row
         stage, op, tap = (r.stage, r.op, r.tap) if r else ("NOT FOUND", "", "")
         named = op if p.is_named else f"{op}, NOT {p.fault.named.op}"
-        table.add_row(*map(Text, (p.fault.name, p.fault.what, stage, named, tap, f"{p.seconds:.2f}")))
+        table.add_row(*map(cell, (p.fault.name, p.fault.what, stage, named, tap, f"{p.seconds:.2f}")))
     console.print(table)
     count = sum(p.is_named for p in planted)
-    console.print(f"{count} of {len(planted)} faults were found and named as the catalogue says.")
+    console.print(cell(f"{count} of {len(planted)} faults were found and named as the catalogue says."))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
@@ -14,7 +13,9 @@ from typing import Any
 
 from ..common.atomic import write_json
 from ..common.errors import AprError, UsageError
+from ..common.printable import json_line, printable
 from ..inference.chat import Conversation
+from .tables import spoken
 
 HELP = """  /system TEXT  what the system's message says from now on; without TEXT: none
   /reset        forget the conversation, keep the system's message
@@ -30,11 +31,7 @@ def chat(conversation: Conversation, prompt: str, as_json: bool) -> int:
     else:
         session.run()
     if as_json:
-        print(
-            json.dumps(
-                {"messages": conversation.messages, "forgotten": conversation.forgotten}, ensure_ascii=False
-            )
-        )
+        print(json_line({"messages": conversation.messages, "forgotten": conversation.forgotten}))
     return 1 if session.failed else 0
 
 
@@ -91,7 +88,7 @@ class Session:
             for piece in pieces:
                 forgotten = self._say_forgotten(forgotten)
                 if not self.quiet:
-                    print(piece, end="", flush=True)
+                    print(spoken(piece), end="", flush=True)
                 if asked.is_set():
                     stopped = True
                     pieces.close()  # type: ignore[attr-defined]
@@ -139,7 +136,7 @@ class Session:
         return False
 
     def _note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -14,15 +14,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.text import Text
-
 from ..checkpoints.compare import Comparison, TensorDifference, compare
 from ..checkpoints.registry import open_contents
 from ..common.errors import UsageError
 from ..common.finding import exit_code
 from ..common.options import json_option, option, parse
 from .show import Show
-from .tables import plain_table
+from .tables import cell, plain_table
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def _print(show: Show, f: Flags, comparison: Comparison) -> None:
         )  # fmt: skip
         table.columns[0].min_width = min(56, max(len(r.name) for r in shown))
         for r in shown:
-            table.add_row(*map(Text, _cells(r)))
+            table.add_row(*map(cell, _cells(r)))
         show.console.print(table)
     if len(rows) > len(shown):
         show.note(f"... and {len(rows) - len(shown)} more that differ; --top 0 shows all")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
 
 from ..common.errors import AprError, DeviceError
 from ..common.packages import broken_package
+from ..common.printable import printable
 from ..common.version import __version__
 from ..training.signals import handled, unswallowed
 
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if args else 2
     if args[0] not in COMMANDS:
-        print(f"apr: unknown command {args[0]!r}\n\n{_usage()}", file=sys.stderr)
+        print(printable(f"apr: unknown command {args[0]!r}\n\n{_usage()}"), file=sys.stderr)
         return 2
     return run_command(args[0], args[1:])
 
@@ -66,7 +68,7 @@ def run_command(name: str, args: Sequence[str]) -> int:
         with handled(signal.default_int_handler, (signal.SIGTERM,)), unswallowed():
             return importlib.import_module(f"apr.cli.{MODULES.get(name, name)}").main(args) or 0
     except AprError as e:
-        print(f"apr {name}: {e}", file=sys.stderr)
+        print(printable(f"apr {name}: {e}"), file=sys.stderr)
         if e.status != "FAILED":
             print(e.status, file=sys.stderr)
         return e.exit_code
@@ -82,11 +84,14 @@ def run_command(name: str, args: Sequence[str]) -> int:
         return 5
     except Exception as e:
         if broken := broken_package(e):
-            print(f"apr {name}: {broken}", file=sys.stderr)
+            print(printable(f"apr {name}: {broken}"), file=sys.stderr)
             return DeviceError.exit_code
         if not isinstance(e, OSError):
             raise
-        print(f"apr {name}: {e.filename or 'output'}: {e.strerror or e}", file=sys.stderr)
+        print(
+            printable(f"apr {name}: {os.fsdecode(e.filename or 'output')}: {e.strerror or e}"),
+            file=sys.stderr,
+        )
         return 7
 
 

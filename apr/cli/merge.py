@@ -27,6 +27,7 @@ from ..checkpoints.tensors import BF16
 from ..common.atomic import try_output
 from ..common.errors import Refused, UsageError
 from ..common.options import json_option, option, parse
+from ..common.printable import printable
 from ..model.params import Layout
 
 
@@ -62,7 +63,7 @@ def main(args: Sequence[str]) -> int:
     tensors = parameters(layout, base)
     adapter = read_adapter(f.adapter, base.cfg, tensors)
     if adapter.note:
-        print(f"note: {adapter.note}", file=sys.stderr)
+        print(printable(f"note: {adapter.note}"), file=sys.stderr)
     host = np.zeros(layout.size, np.float32)
     fill(layout, host, base)
     add_adapter(layout, host, adapter)
@@ -88,7 +89,6 @@ def main(args: Sequence[str]) -> int:
         print(json.dumps(result, indent=2))
     else:
         ranks = ", ".join(map(str, result["ranks"]))
-        print(
-            f"{out}: {len(adapter.deltas)} matrices with adapters of rank {ranks}, {dtype}, weights {result['sha256'][:12]}"
-        )
+        words = f"{len(adapter.deltas)} matrices with adapters of rank {ranks}, {dtype}"
+        print(printable(f"{out}: {words}, weights {result['sha256'][:12]}"))
     return 0

@@ -20,6 +20,7 @@ from ..common.finding import as_json, exit_code
 from ..common.options import device_option, dtype_option, json_option, option, parse, threads_option
 from ..evaluation.qa import qa
 from .show import Show
+from .tables import cell
 from .validate import print_checklist
 
 
@@ -49,7 +50,11 @@ def main(args: Sequence[str]) -> int:
     backend = select(f.device, f.dtype, f.threads)
     show = Show(quiet=f.json)
     with show.console.status("") as status:
-        checks = qa(f.model, backend, f.dtype or backend.dtypes[0], text, f.min_tokens_per_sec, status.update)
+
+        def announce(what: str) -> None:
+            status.update(cell(what))
+
+        checks = qa(f.model, backend, f.dtype or backend.dtypes[0], text, f.min_tokens_per_sec, announce)
     if f.json:
         rows = as_json(checks.findings, check="name", verdict="verdict", figure="figure", bound="bound")
         print(json.dumps({"model": f.model, "verdict": checks.verdict, "checks": rows}, indent=2))

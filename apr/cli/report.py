@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..common.atomic import write_text
 from ..common.options import json_option, option, parse
+from ..common.printable import printable
 from ..evidence.seal import EVIDENCE, resealed
 from ..report.page import render
 from ..training.settings import Settings
@@ -37,5 +38,5 @@ def main(args: Sequence[str]) -> int:
         resealed(folder, path, page)  # a page of a newer apr is no tampering
     else:
         write_text(path, page)
-    print(json.dumps({"report": str(path)}) if f.json else f"report  {path}")
+    print(json.dumps({"report": str(path)}) if f.json else printable(f"report  {path}"))
     return 0

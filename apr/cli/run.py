@@ -8,7 +8,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,10 +19,12 @@ from ..api import load
 from ..common.errors import MalformedFile, Refused, UsageError
 from ..common.files import parse_json, read_text
 from ..common.options import device_option, dtype_option, json_option, option, parse, threads_option
+from ..common.printable import json_line, printable
 from ..inference.generate import Continuation, Sampling
 from ..inference.language_model import LanguageModel
 from ..inference.streaming import Text
 from .chat import chat
+from .tables import spoken
 
 
 @dataclass(frozen=True)
@@ -123,18 +124,18 @@ def _one(model: LanguageModel, f: Flags, sampling: Sampling) -> int:
     shown = model.tokenizer.decode(ids, skip_special=True)
     text, new, ended, first, start = "", [], list[Continuation](), 0.0, time.perf_counter()
     if not f.json:
-        print(shown, end="", flush=True)
+        print(spoken(shown), end="", flush=True)
     for piece, token in model.stream(ids, sampling, f.stop, ended):
         if token is not None:
             new.append(token)
             first = first or time.perf_counter()
         text += piece
         if not f.json:
-            print(piece, end="", flush=True)
+            print(spoken(piece), end="", flush=True)
     speed = _speed(len(ids), len(new), first - start, time.perf_counter() - first)
     if f.json:
         d = {"text": shown + text, "prompt_ids": ids, "ids": new, "ended": ended[0].ended, **speed}
-        print(json.dumps(d, ensure_ascii=False))
+        print(json_line(d))
     else:
         print(flush=True)
         _say(len(ids), len(new), speed, ended[0].ended)
@@ -147,7 +148,7 @@ def _several(model: LanguageModel, f: Flags, sampling: Sampling, prompts: list[s
     for i, result in model.each(prompts, sampling, f.stop, f.batch_size):
         done[i] = result
         while not f.json and shown in done:  # in the order of the file
-            print(f"--- {shown + 1}\n{prompts[shown]}{done[shown].text}", flush=True)
+            print(spoken(f"--- {shown + 1}\n{prompts[shown]}{done[shown].text}"), flush=True)
             shown += 1
     seconds = time.perf_counter() - start
     rows: list[dict[str, Any]] = [
@@ -162,13 +163,12 @@ def _several(model: LanguageModel, f: Flags, sampling: Sampling, prompts: list[s
     ]
     total = sum(len(row["ids"]) for row in rows)
     if f.json:
-        print(
-            json.dumps(
-                {"results": rows, "seconds": seconds, "tokens_per_sec": total / seconds}, ensure_ascii=False
-            )
-        )
+        print(json_line({"results": rows, "seconds": seconds, "tokens_per_sec": total / seconds}))
     else:
-        print(f"{len(rows)} prompts, {total:,} new tokens, {total / seconds:,.1f} tokens/s", file=sys.stderr)
+        print(
+            printable(f"{len(rows)} prompts, {total:,} new tokens, {total / seconds:,.1f} tokens/s"),
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -188,8 +188,5 @@ def _say(prompt: int, new: int, speed: dict[str, float | None], ended: str) -> N
         "length": "--max-tokens",
         "positions": "no more positions",
     }
-    print(
-        f"prompt: {prompt} tokens at {speed['prompt_tokens_per_sec']:,.1f} tokens/s; {new} new tokens{later}; "
-        f"ended by: {why[ended]}",
-        file=sys.stderr,
-    )
+    read = f"prompt: {prompt} tokens at {speed['prompt_tokens_per_sec']:,.1f} tokens/s"
+    print(printable(f"{read}; {new} new tokens{later}; ended by: {why[ended]}"), file=sys.stderr)

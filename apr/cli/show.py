@@ -17,7 +17,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from rich.text import Text
 
 from ..bisect.report import Report
 from ..common.events import Started, Stepped
@@ -25,7 +24,7 @@ from ..common.finding import PASS, Finding
 from ..evidence.gates import Gates
 from ..training.display import Display, Rows
 from .bisect_tables import print_report
-from .tables import print_findings
+from .tables import cell, print_findings
 
 
 class _Console(Console):
@@ -47,7 +46,7 @@ class Show(Display):
 
     def note(self, text: str) -> None:
         """Print a line of text."""
-        self.console.print(text, markup=False)
+        self.console.print(cell(text, lines=True))
 
     def preparing(self, stage: str, done: int, total: int) -> None:
         """Show progress of the corpus: the stage, documents done and in all."""
@@ -73,7 +72,7 @@ class Show(Display):
         )
 
     def _open(self, *columns: str) -> None:
-        texts = [TextColumn(c) for c in columns]
+        texts = [TextColumn(c, markup=False) for c in columns]
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self._bar = Progress(
             texts[0], BarColumn(), MofNCompleteColumn(), *texts[1:], *times,
@@ -97,7 +96,7 @@ class Show(Display):
 
     def verdict(self, gates: Gates) -> None:
         """Print the finding of every gate, those that are wrong last."""
-        self.console.print("gates")
+        self.note("gates")
         findings = sorted(gates.in_order(), key=lambda f: f.passed is False)
         print_findings(self.console, [_remarked(f, gates.changed(f.name)) for f in findings])
 
@@ -109,9 +108,9 @@ class Show(Display):
 
     def table(self, title: str, rows: Rows) -> None:
         """Print rows of names and values."""
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        table = Table(title=cell(title), title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, value in rows:
-            table.add_row(name, Text(value))
+            table.add_row(cell(name), cell(value, lines=True))
         self.console.print(table)
 
 

@@ -1,7 +1,9 @@
-"""Tables on a terminal: findings, and any other rows."""
+"""Text of unknown origin on a terminal: lines, findings and any other rows. Only cell() makes what rich prints: names and
+texts out of files are neither markup nor escape sequences."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -9,8 +11,19 @@ from rich.table import Table
 from rich.text import Text
 
 from ..common.finding import FAIL, PASS, SKIPPED, SUSPECT, Finding
+from ..common.printable import LINES, printable
 
 STYLES = {PASS: "", SKIPPED: "dim", SUSPECT: "bold yellow", FAIL: "bold red"}
+
+
+def cell(text: object, style: str = "", lines: bool = False) -> Text:
+    """Make a text that rich prints as it stands. lines: ends of lines and tabs in it are meant."""
+    return Text(printable(str(text), LINES if lines else ""), style)
+
+
+def spoken(text: str) -> str:
+    """Let a text of a model into a file or a pipe as it is; spell it out for a terminal."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def plain_table(*columns: str, title: str | None = None) -> Table:
@@ -20,7 +33,7 @@ def plain_table(*columns: str, title: str | None = None) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
         header_style="underline",
-        title=title,
+        title=title and cell(title),
         title_justify="left",
     )
     for name in columns:
@@ -37,7 +50,9 @@ def print_findings(
     """Print one row per finding: verdict, name and figure; under FAIL and SUSPECT also the bound and the remedy.
 
     bounds: print the bounds of all findings, in a column of their own, and no remedies."""
-    table = Table(box=None, padding=(0, 1), show_header=bounds, title=title, title_justify="left")
+    table = Table(
+        box=None, padding=(0, 1), show_header=bounds, title=title and cell(title), title_justify="left"
+    )
     for header in ("", "", "measured", *(["must be"] if bounds else [])):
         table.add_column(header, header_style="", overflow="fold")
     for f in findings:
@@ -50,5 +65,6 @@ def print_findings(
         if wrong and f.remedy and not bounds:
             lines.append(f"look at: {f.remedy}")
         cells = ["\n".join(lines)] + ([f.bound] if bounds else [])
-        table.add_row(f"  {f.verdict}", f.name, *map(Text, cells), style=STYLES[f.verdict])
+        texts = [cell(text, lines=True) for text in cells]
+        table.add_row(cell(f"  {f.verdict}"), cell(f.name), *texts, style=STYLES[f.verdict])
     console.print(table)

@@ -17,6 +17,7 @@ from ..checkpoints.registry import open_host
 from ..common.atomic import try_output
 from ..common.errors import Refused, UsageError
 from ..common.options import device_option, json_option, option, parse, threads_option
+from ..common.printable import printable
 from ..common.provenance import versions
 from ..model.cost import check_fits, memory
 from ..model.hf_config import to_hf
@@ -92,7 +93,6 @@ def main(args: Sequence[str]) -> int:
     if f.json:
         print(json.dumps(result))
     else:
-        print(
-            f"{f.output}: {len(tensors)} tensors, backend {backend.name} {dtype}, loss {loss[0]:.6f} nats/token"
-        )
+        words = f"{len(tensors)} tensors, backend {backend.name} {dtype}, loss {loss[0]:.6f} nats/token"
+        print(printable(f"{f.output}: {words}"))
     return 0

@@ -21,7 +21,7 @@ from ..common.options import device_option, json_option, option, parse
 from ..verify.record import Options, Record
 from ..verify.verifier import verify
 from .show import Show
-from .tables import print_findings
+from .tables import cell, print_findings
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def main(args: Sequence[str]) -> int:
     seed = secrets.randbelow(1 << 32) if f.seed is None else f.seed
     options = Options(f.replay, f.within, seed, f.backend, f.device, f.dataset)
     with show.console.status("") as status:
-        record = Record(Path(f.run_dir), options, status.update)
+        record = Record(Path(f.run_dir), options, lambda text: status.update(cell(text)))
         # A GPU's products may search for algorithms, and would keep them.
         with throwaway_cache("cublaslt"), locked(Path(f.run_dir), "training in it"):
             findings = list(verify(record))

@@ -221,8 +221,15 @@ def locked(folder: Path, doing: str, waiting: Callable[[], Any] | None = None) -
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text in one piece. Raises IOFailure."""
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise IOFailure(
+            f"{path}: cannot write: {text[max(e.start - 40, 0) : e.end + 20]!r} is not UTF-8; a file or folder whose name "
+            "is recorded must have a name in UTF-8: rename it"
+        ) from None
     with atomic_write(path) as f:
-        f.write(text.encode("utf-8"))
+        f.write(data)
 
 
 def write_json(path: str | Path, obj: Any) -> None:

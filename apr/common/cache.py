@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from .errors import IOFailure
 from .host import cache_dir
+from .printable import printable
 from .temporary import is_writable, private_temporary
 
 Made = TypeVar("Made")
@@ -38,7 +39,9 @@ def in_cache(name: str, make: Callable[[Path], Made]) -> Made:
     if temporary is None:
         raise IOFailure(f"{folder}: cannot be written; set APR_CACHE to a folder that can")
     print(
-        f"apr: {folder} cannot be written; {temporary / name} takes its place (APR_CACHE names another)",
+        printable(
+            f"apr: {folder} cannot be written; {temporary / name} takes its place (APR_CACHE names another)"
+        ),
         file=sys.stderr,
     )
     return make(temporary / name)

@@ -4,6 +4,8 @@ Every class carries the exit code of the process; `apr.cli.main` prints the mess
 without a traceback.
 """
 
+from .printable import printable
+
 MOST = 4000  # characters of a message: it may quote a value of a file, which may be anything
 
 
@@ -18,11 +20,7 @@ class AprError(Exception):
     def __init__(self, message: str = "") -> None:
         if len(message) > MOST:
             message = f"{message[: MOST - 1000]} ... {message[-900:]}"
-        super().__init__("".join(c if c.isprintable() or c == "\n" else _spelt(c) for c in message))
-
-
-def _spelt(c: str) -> str:
-    return c.encode("unicode_escape").decode()
+        super().__init__(printable(message))
 
 
 class UsageError(AprError):

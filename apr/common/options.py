@@ -7,13 +7,14 @@ import dataclasses
 import inspect
 import itertools
 import math
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import UsageError
+from .errors import IOFailure, UsageError
 
 T = TypeVar("T")
 
@@ -176,6 +177,18 @@ def check_ranges(cls: type, values: Mapping[str, Any]) -> None:
             continue
         if bound := _violated(f.metadata, value):
             raise UsageError(f"{flag(f.name)} = {value}: must be {bound}")
+
+
+def check_names(cls: type, values: Mapping[str, Any]) -> None:
+    """Raise IOFailure for a path, or a working folder, that could not be written into a record, which is UTF-8."""
+    paths = {flag(f.name): values.get(f.name) for f in dataclasses.fields(cls) if f.metadata["path"]}
+    for name, value in {"working folder": os.getcwd(), **paths}.items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise IOFailure(
+                f"{name} {value}: its name is not UTF-8 and cannot be recorded; rename it"
+            ) from None
 
 
 def _violated(meta: Mapping[str, Any], value: float) -> str:

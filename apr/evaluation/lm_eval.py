@@ -17,6 +17,7 @@ import numpy as np
 
 from ..common.errors import AprError, Refused, UsageError
 from ..common.packages import pip_install
+from ..common.printable import printable
 from ..inference.chat import no_template
 from ..inference.generate import generate
 from ..tokenizer.chat_template import ChatTemplate
@@ -244,7 +245,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except AprError as e:
-        print(f"apr: {e}", file=sys.stderr)
+        print(printable(f"apr: {e}"), file=sys.stderr)
         sys.exit(e.exit_code)
 
 

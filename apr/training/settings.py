@@ -15,6 +15,7 @@ from typing import Any
 from ..common.errors import InputNotFound, MalformedFile, UsageError
 from ..common.files import read_json
 from ..common.options import (
+    check_names,
     check_ranges,
     device_option,
     field_types,
@@ -200,6 +201,7 @@ def resolve(s: Settings) -> Settings:
     if s.dataset and not s.tokenizer and not tokenizer_beside(Path(s.dataset)).is_dir():
         raise UsageError("--dataset needs --tokenizer: the folder of the tokenizer that made the shards")
     check_ranges(Settings, vars(s))
+    check_names(Settings, vars(s))
     defaults: dict[str, Any] = MODES[mode]
     adapters = s.lora_rank is not None or s.lora_init is not None
     lr = (LORA_LR if adapters else defaults["lr"]) if s.lr is None else s.lr

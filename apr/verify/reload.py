@@ -15,6 +15,7 @@ from ..backends.select import choose
 from ..checkpoints.registry import open_any
 from ..common.errors import AprError, MalformedFile, Refused
 from ..common.files import read_json
+from ..common.printable import printable
 from ..data.audit import Split, open_shards, sides_of
 from ..data.open import windows_of
 from ..model.transformer import Model
@@ -98,7 +99,7 @@ def main(args: Sequence[str]) -> int:
         )
         print(json.dumps(checkpoint_loss(found, backend, dtype)))
     except AprError as e:
-        print(e, file=sys.stderr)
+        print(printable(str(e)), file=sys.stderr)
         return e.exit_code
     return 0
 

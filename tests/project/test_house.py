@@ -317,9 +317,62 @@ def openings() -> list[str]:
     return wrong
 
 
+# Functions that may print what printable() has not gone over, and why.
+PRINTERS = {
+    "apr.backends.cuda.autotune.to_stderr": "our own cache",
+    "apr.cli.chat.answer": "a model's text: spoken()",
+    "apr.cli.completion.main": "our own script",
+    "apr.cli.main.main": "our own usage",
+    "apr.cli.tables.print_findings": "headers of ours",
+    "apr.cli.tables.plain_table": "the titles of the caller's columns",
+}
+
+
+def _is_plain(node: ast.expr) -> bool:
+    """True for what a terminal shows and does not obey, whatever a file holds: constants, JSON in ASCII, cells."""
+    if isinstance(node, ast.Starred):
+        node = node.value
+    if isinstance(node, ast.IfExp):
+        return _is_plain(node.body) and _is_plain(node.orelse)
+    if isinstance(node, ast.BoolOp):
+        return _is_plain(node.values[-1])
+    if isinstance(node, ast.Call):
+        name, options = ast.unparse(node.func), {k.arg for k in node.keywords}
+        if name == "map":
+            return ast.unparse(node.args[0]) == "cell"
+        return name in ("printable", "spoken", "json_line", "cell") or (
+            name == "json.dumps" and "ensure_ascii" not in options
+        )
+    # Names: tables, cells, and usage texts of ours.
+    return isinstance(node, ast.Constant) or ast.unparse(node) in PLAIN_NAMES
+
+
+PLAIN_NAMES = {"USAGE", "_usage()", "table", "text", "texts", "cells", "verdict", "f'apr {__version__}'", "e.status",
+               "f'apr {name}: interrupted'", "f'apr {name}: out of memory; `apr plan` shows what a job needs'"}  # fmt: skip
+
+
+def raw_prints() -> list[str]:
+    """Texts that reach a terminal other than through printable() or cell(), as "module.function: call"."""
+    wrong = []
+    for name, path in modules().items():
+        for function, call in _calls(ast.parse(path.read_text())):
+            text = ast.unparse(call.func)
+            prints = text == "print" or text.endswith(
+                (".console.print", ".add_row", ".add_column", ".status")
+            )
+            prints |= text in ("console.print", "table.add_row", "console.status", "status.update")
+            titles = [k.value for k in call.keywords if k.arg == "title"] if text == "Table" else []
+            raw = [a for a in [*(call.args if prints else []), *titles] if not _is_plain(a)]
+            if raw and f"{name}.{function}" not in PRINTERS:
+                wrong.append(f"{name}.{function}: {ast.unparse(call)[:80]}")
+            if text == "Text" and room(name) == "cli" and function != "cell":
+                wrong.append(f"{name}.{function}: Text that cell() has not made")
+    return wrong
+
+
 CHECKS = [
     forbidden, circle, late_imports, openers, comments_behind_brackets, non_ascii_comments, old_names, loose, long_files,
-    openings,
+    openings, raw_prints,
 ]  # fmt: skip
 
 
@@ -340,6 +393,7 @@ PLANTED = {  # check: a file of apr/, its text, and a part of what the check say
     loose: ("_hidden.py", "", "_hidden.py"),
     long_files: ("data/x.py", "A = 1\n" * (MAX_LINES + 1), "x.py: 401 lines"),
     openings: ("data/x.py", "def f(p):\n    return p.read_bytes()\n", "apr.data.x.f: p.read_bytes()"),
+    raw_prints: ("data/x.py", "def f(name):\n    print(f'file {name}')\n", "apr.data.x.f: print(f'file"),
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...common.atomic import locked
 from ...common.errors import DeviceError
+from ...common.printable import printable
 from ...common.temporary import private_temporary
 
 
@@ -161,4 +162,4 @@ def _say_waiting():
 
 
 def _say(text):
-    print(f"apr: {text} ...", file=sys.stderr, flush=True)
+    print(printable(f"apr: {text} ..."), file=sys.stderr, flush=True)

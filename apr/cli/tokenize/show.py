@@ -12,6 +12,7 @@ from ...data.audit import Split
 from ...data.encode import Counts
 from ...data.scan import LENGTH_BINS
 from ..show import Show
+from ..tables import cell
 
 LINE_SECONDS = 10.0  # between lines where the output is no terminal
 
@@ -41,7 +42,7 @@ class EncodeProgress:
             f"{counts.text_bytes / 1e6 / seconds:.1f} MB/s  {clock(left)} left"
         )
         if self._status:
-            self._status.update(text)
+            self._status.update(cell(text))
         else:
             self._show.note(text)
 
