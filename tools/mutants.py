@@ -23,8 +23,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -139,7 +141,8 @@ class Bench:
         return self._run([sys.executable, "-m", "apr.cli.main", *arguments], copy, self.work)
 
     def _run(self, command: list[str], copy: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "PYTHONPATH": str(copy), "APR_CACHE": str(self.folder / f"cache-{copy.name}")}
+        path = os.pathsep.join([str(copy), *filter(None, [os.environ.get("PYTHONPATH")])])
+        env = {**os.environ, "PYTHONPATH": path, "APR_CACHE": str(self.folder / f"cache-{copy.name}")}
         try:
             return subprocess.run(
                 command, cwd=cwd, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False
@@ -192,7 +195,7 @@ class Bench:
     @contextlib.contextmanager
     def planted(self, mutant: Mutant) -> Iterator[None]:
         """Put a fault into the faulty copy."""
-        was = {}
+        was: dict[Path, tuple[str, os.stat_result]] = {}
         try:
             for path, old, new in mutant.edits:
                 file = self.faulty / path
@@ -324,6 +327,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tests", nargs="*", metavar="PATH", help="also run tests: these, or those of each fault"
     )
+    parser.add_argument(
+        "--processes", metavar="N", type=int, default=1, help="faults planted at once (default 1)"
+    )
     parser.add_argument("--record", metavar="FILE", type=Path, help="write answers and rates as JSON")
     parser.add_argument(
         "--keep-going", action="store_true", help="plant faults though the sound copy is accused"
@@ -333,19 +339,36 @@ def main(argv: list[str] | None = None) -> int:
     if f.patch:
         faults = [from_patch(f.patch, f.job, tuple(f.tests or ()))]
     outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory(prefix="apr-mutants-") as folder:
-        bench = Bench(Path(folder)).make()
+    with (
+        tempfile.TemporaryDirectory(prefix="apr-mutants-") as folder,
+        ThreadPoolExecutor(f.processes) as pool,
+    ):
+        # A bench for each process: two faults in one copy would be one fault.
+        benches: SimpleQueue[Bench] = SimpleQueue()
+        for made in pool.map(lambda i: Bench(Path(folder) / str(i)).make(), range(f.processes)):
+            benches.put(made)
+
+        def judge(mutant: Mutant) -> Outcome:
+            bench = benches.get()
+            try:
+                return bench.judge(mutant, f.tests is not None and bool(mutant.edits))
+            finally:
+                benches.put(bench)
+
         false_alarms = []
-        for job in sorted({m.job for m in faults}):
-            sound = bench.judge(Mutant(f"sound-{job}", "nothing is planted", (), job), False)
-            show(sound)
-            false_alarms += [f"{job}: {check}: {answer}" for check, answer in sound.seen.items() if answer]
+        sound = [
+            Mutant(f"sound-{job}", "nothing is planted", (), job) for job in sorted({m.job for m in faults})
+        ]
+        for outcome in pool.map(judge, sound):
+            show(outcome)
+            job = outcome.mutant.job
+            false_alarms += [f"{job}: {check}: {answer}" for check, answer in outcome.seen.items() if answer]
         if false_alarms and not f.keep_going:
             print("the sound copy is accused:", *false_alarms, sep="\n  ")
             return 1
-        for mutant in faults:
-            outcomes.append(bench.judge(mutant, f.tests is not None))
-            show(outcomes[-1])
+        for outcome in pool.map(judge, faults):
+            outcomes.append(outcome)
+            show(outcome)
             if f.record:
                 record = {
                     "format": "apr-trust-1",
