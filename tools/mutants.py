@@ -119,7 +119,8 @@ class Bench:
         for copy in (self.sound, self.faulty):
             for name in COPIED:
                 if (ROOT / name).is_dir():
-                    skip = shutil.ignore_patterns("__pycache__", "site", ".*")
+                    # Compiled kernels come along: Numba takes them for those of the copy, whose times are equal.
+                    skip = shutil.ignore_patterns("*.pyc", "site", ".*")
                     shutil.copytree(ROOT / name, copy / name, ignore=skip)
                 elif (ROOT / name).is_file():
                     copy.mkdir(parents=True, exist_ok=True)
@@ -195,6 +196,9 @@ class Bench:
     @contextlib.contextmanager
     def planted(self, mutant: Mutant) -> Iterator[None]:
         """Put a fault into the faulty copy."""
+        cache = self.faulty / "apr" / "backends" / "cpu" / "__pycache__"
+        kept = cache.with_name("kept")
+        compiled = cache.is_dir() and any(path.startswith("apr/backends/cpu") for path, _, _ in mutant.edits)
         was: dict[Path, tuple[str, os.stat_result]] = {}
         try:
             for path, old, new in mutant.edits:
@@ -206,16 +210,17 @@ class Bench:
                         f"{mutant.name}: {path} has its text {text.count(old)} times, not once: {old!r}"
                     )
                 file.write_text(text.replace(old, new), encoding="utf-8")
-            if any(path.startswith("apr/backends/cpu") for path, _, _ in mutant.edits):
+            if compiled:
                 # Numba's cache of a caller does not know that a callee has changed.
-                _forget_kernels(self.faulty)
+                cache.rename(kept)
             yield
         finally:
             for file, (text, stat) in was.items():
                 file.write_text(text, encoding="utf-8")
                 os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-            if any(path.startswith("apr/backends/cpu") for path, _, _ in mutant.edits):
-                _forget_kernels(self.faulty)
+            if kept.is_dir():
+                shutil.rmtree(cache, ignore_errors=True)
+                kept.rename(cache)
 
     def _cut(self, run: Path) -> None:
         """Make what a kill after step 8 would leave: the state of step 6, and lines of the log behind it."""
@@ -239,11 +244,6 @@ class Bench:
         gates = json.loads(path.read_text())["gates"] if path.is_file() else []
         red = [g["id"] for g in gates if g["verdict"] in ("FAIL", "SUSPECT")]
         return ", ".join(red) or f"exit {done.returncode}: {_last_line(done.stderr)}"
-
-
-def _forget_kernels(copy: Path) -> None:
-    for folder in (copy / "apr" / "backends" / "cpu").rglob("__pycache__"):
-        shutil.rmtree(folder)
 
 
 def _last_line(text: str) -> str:
