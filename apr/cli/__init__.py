@@ -1,1 +1,26 @@
 """The `apr` command: one thin module per sub-command, imported only when it is asked for."""
+
+import os
+import signal
+import sys
+
+PROGRAMS = ("apr", "-m", "main.py")  # sys.argv[0] of apr, and of python -m apr.cli.main
+
+
+def end_at_signals() -> None:
+    """End the process at SIGINT and SIGTERM with one line, until a command handles them: while modules are imported there is
+    nothing to clean up, and some of them drop exceptions. A SIGINT that is ignored stays so."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _end)
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    try:
+        os.write(2, b"apr: interrupted\n")
+    finally:
+        os._exit(130)
+
+
+if os.path.basename(sys.argv[0] if sys.argv else "") in PROGRAMS:
+    end_at_signals()

@@ -7,7 +7,9 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 from ..common.errors import AprError, DeviceError
 from ..common.packages import broken_package
@@ -36,6 +38,7 @@ COMMANDS = {
 }
 # Of commands whose name is a word of Python.
 MODULES = {"import": "import_"}
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def _usage() -> str:
@@ -47,11 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's own); returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] == ["--version"]:
-        print(f"apr {__version__}")
-        return 0
+        return _ended("--version", lambda: lambda: print(f"apr {__version__}"))
     if not args or args[0] in ("-h", "--help", "help"):
-        print(_usage())
-        return 0 if args else 2
+        return _ended("--help", lambda: lambda: print(_usage())) or (0 if args else 2)
     if args[0] not in COMMANDS:
         print(printable(f"apr: unknown command {args[0]!r}\n\n{_usage()}"), file=sys.stderr)
         return 2
@@ -60,39 +61,72 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, args: Sequence[str]) -> int:
     """Run one sub-command with its own arguments; returns the exit code, of errors that of their class in errors.py."""
+    return _ended(name, lambda: importlib.import_module(f"apr.cli.{MODULES.get(name, name)}").main, args)
+
+
+def _ended(name: str, find: Callable[[], Any], *args: Sequence[str]) -> int:
+    """Call what is found, and return its exit code or that of its error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the terminal cannot show ends nothing.
         sys.stdout.reconfigure(errors="replace")
     try:
-        # As Ctrl-C does, it removes what is half written.
-        with handled(signal.default_int_handler, (signal.SIGTERM,)), unswallowed():
-            return importlib.import_module(f"apr.cli.{MODULES.get(name, name)}").main(args) or 0
+        command = find()
+        # As Ctrl-C does, SIGTERM removes what is half written. A SIGINT that is ignored stays so.
+        numbers = [n for n in SIGNALS if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
+        with handled(signal.default_int_handler, tuple(numbers)), unswallowed():
+            try:
+                return command(*args) or 0
+            finally:
+                _flush()
     except AprError as e:
-        print(printable(f"apr {name}: {e}"), file=sys.stderr)
+        _say(f"apr {name}: {e}")
         if e.status != "FAILED":
-            print(e.status, file=sys.stderr)
+            _say(e.status)
         return e.exit_code
     except BrokenPipeError:
         # The reader went away (`| head`): nothing is wrong.
-        sys.stderr.close()
+        _drop_output()
         return 0
     except KeyboardInterrupt:
-        print(f"apr {name}: interrupted", file=sys.stderr)
+        _say(f"apr {name}: interrupted")
         return 130
     except MemoryError:
-        print(f"apr {name}: out of memory; `apr plan` shows what a job needs", file=sys.stderr)
+        _say(f"apr {name}: out of memory; `apr plan` shows what a job needs")
         return 5
     except Exception as e:
         if broken := broken_package(e):
-            print(printable(f"apr {name}: {broken}"), file=sys.stderr)
+            _say(f"apr {name}: {broken}")
             return DeviceError.exit_code
         if not isinstance(e, OSError):
             raise
-        print(
-            printable(f"apr {name}: {os.fsdecode(e.filename or 'output')}: {e.strerror or e}"),
-            file=sys.stderr,
-        )
+        _say(f"apr {name}: {os.fsdecode(e.filename or 'output')}: {e.strerror or e}")
+        if e.filename is None:
+            _drop_output()
         return 7
+
+
+def _flush() -> None:
+    """Write what waits to be printed, unless an error has come that matters more. Raises OSError."""
+    if sys.stdout and (sys.exception() is None or isinstance(sys.exception(), SystemExit)):
+        sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    """Print a line on the standard error stream, if there is room for it."""
+    with suppress(OSError):
+        print(printable(text), file=sys.stderr)
+
+
+def _drop_output() -> None:
+    """Let what is printed from now on, and what waits to be, go nowhere: Python would try again when it ends, and fail."""
+    with suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 if __name__ == "__main__":

@@ -272,6 +272,7 @@ OPENERS_OF_FILES = {
     "apr.backends.cuda.kernels": {"_paste": "our own source"},
     "apr.cli.completion": {"script": "our own table"},
     "apr.cli.inspect": {"_tokenizer": "JSON that Tokenizer has checked"},
+    "apr.cli.main": {"_drop_output": "/dev/null"},
     "apr.cli.show": {"on_broken_pipe": "/dev/null"},
     "apr.data.conversations.examples": {"_record": "a line of bounded length and number of values"},
     "apr.data.conversations.pack": {"pack": "outputs"},
