@@ -26,14 +26,14 @@ from .. import backends
 from ..common.atomic import drawn, try_output, write_text
 from ..common.errors import InputNotFound, Refused, UsageError
 from ..common.files import sha256_of
-from ..common.options import device_option, given, json_option, option, threads_option
+from ..common.options import MAX_INTEGER, device_option, given, json_option, option, threads_option
 from ..common.provenance import versions
 from ..data.audit import sides_of, tokenizer_beside
 from ..data.guards import enforce, fits_model
 from ..data.manifest import MANIFEST
 from ..data.shards import TokenShards
 from ..evaluation import choices, humaneval, loss
-from ..evaluation.sandbox import Limits, in_words
+from ..evaluation.sandbox import MAX_SECONDS, Limits, in_words
 from ..evaluation.score import Opened, Scorer, fitting, open_model, prefix_ids
 from ..model.cost import check_positions
 from ..tokenizer.tokenizer import Tokenizer
@@ -63,15 +63,21 @@ class Flags:
     seq_length: int | None = option(
         f"tokens that the model reads at once (default: {SEQ_LENGTH}, or as many as the model can)",
         at_least=1,
+        at_most=MAX_INTEGER,
         metavar="TOKENS",
     )
     stride: int | None = option(
         "tokens between the beginnings of windows; below --seq-length only the last STRIDE tokens of a window are scored, "
         "each with more context (default: --seq-length)",
+        at_most=MAX_INTEGER,
         metavar="TOKENS",
     )
-    max_tokens: int | None = option("score about so many tokens (default: all)", at_least=1)
-    batch_size: int | None = option("windows at once (default: by memory)", at_least=1, metavar="WINDOWS")
+    max_tokens: int | None = option(
+        "score about so many tokens (default: all)", at_least=1, at_most=MAX_INTEGER
+    )
+    batch_size: int | None = option(
+        "windows at once (default: by memory)", at_least=1, at_most=MAX_INTEGER, metavar="WINDOWS"
+    )
     bos: str = option(
         "ids before each text: auto, those that the tokenizer itself puts there; eos, the end-of-text id; none",
         "auto",
@@ -80,19 +86,39 @@ class Flags:
     content_field: str = option("key or column of the text in JSONL and Parquet", "text", metavar="KEY")
     mask_documents: bool = option("attention ends at the end-of-text ids of the shards", False)
     limit: int | None = option(
-        "only the first so many questions or problems (default: all)", at_least=1, metavar="COUNT"
+        "only the first so many questions or problems (default: all)",
+        at_least=1,
+        at_most=MAX_INTEGER,
+        metavar="COUNT",
     )
-    samples: int = option("programs for each problem", 1, at_least=1, metavar="PROGRAMS")
+    samples: int = option("programs for each problem", 1, at_least=1, at_most=10_000, metavar="PROGRAMS")
     temperature: float | None = option(
-        "temperature of the draws (default: 0 for one sample, which takes the most likely tokens, else 0.8)"
+        "temperature of the draws (default: 0 for one sample, which takes the most likely tokens, else 0.8)",
+        at_least=0,
+        at_most=1e6,
     )
-    top_k: int = option("draw from so many of the likeliest tokens only; 0: from all", 0, metavar="TOKENS")
+    top_k: int = option(
+        "draw from so many of the likeliest tokens only; 0: from all",
+        0,
+        at_least=0,
+        at_most=MAX_INTEGER,
+        metavar="TOKENS",
+    )
     top_p: float = option(
-        "draw from the fewest tokens that together have this probability", 1.0, metavar="PROBABILITY"
+        "draw from the fewest tokens that together have this probability",
+        1.0,
+        above=0,
+        at_most=1,
+        metavar="PROBABILITY",
     )
-    max_new_tokens: int = option("most tokens of a program", 512, at_least=1)
-    timeout: float = option("seconds that a program may run", 5.0, above=0, metavar="SECONDS")
-    seed: int = option("seed of the draws", 42)
+    max_new_tokens: int = option("most tokens of a program", 512, at_least=1, at_most=MAX_INTEGER)
+    timeout: float = option(
+        "seconds that a program may run", 5.0, above=0, at_most=MAX_SECONDS, metavar="SECONDS"
+    )
+    allow_unsafe: bool = option(
+        "run programs also where nothing keeps them from the files and processes of this machine", False
+    )
+    seed: int = option("seed of the draws", 42, at_least=0, at_most=MAX_INTEGER)
     picture: str | None = option("PNG of the loss by position in the window", metavar="FILE", path=True)
     output: str | None = option(
         "JSONL with a line for each question or program", short="o", metavar="FILE", path=True
@@ -127,6 +153,7 @@ HONOURED = {
         "top_p",
         "max_new_tokens",
         "timeout",
+        "allow_unsafe",
         "seed",
         "output",
     },
@@ -277,7 +304,15 @@ def _choices(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
 def _humaneval(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
     temperature = f.temperature if f.temperature is not None else 0.0 if f.samples == 1 else 0.8
     settings = humaneval.HumanEvalSettings(
-        f.samples, temperature, f.top_k, f.top_p, f.max_new_tokens, f.seed, Limits(f.timeout)
+        f.samples,
+        temperature,
+        f.top_k,
+        f.top_p,
+        f.max_new_tokens,
+        f.seed,
+        Limits(f.timeout),
+        f.allow_unsafe,
+        str(f.humaneval),
     )
     settings.check()
     problems = humaneval.read_problems(str(f.humaneval))[: f.limit]

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from .errors import IOFailure, UsageError
 
 T = TypeVar("T")
+MAX_INTEGER = 2**63 - 1  # that a number of the arrays and files can be
 
 
 def option(
@@ -26,6 +27,7 @@ def option(
     choices: Sequence[str] = (),
     above: float | None = None,
     at_least: float | None = None,
+    at_most: float | None = None,
     below: float | None = None,
     positional: bool = False,
     needed: bool = False,
@@ -38,7 +40,8 @@ def option(
     """Declare a dataclass field that is an option.
 
     choices                 the only values allowed
-    above, at_least, below  range of a number; every float must be finite as well
+    above, at_least         range of a number; every float must be finite as well
+    below, at_most
     positional, short       an argument without a flag; a second flag of one letter
     needed                  the flag must be given
     metavar                 placeholder of the value in --help (default: the last word of the name)
@@ -193,16 +196,16 @@ def check_names(cls: type, values: Mapping[str, Any]) -> None:
 
 def _violated(meta: Mapping[str, Any], value: float) -> str:
     """Put the range that a number leaves into words; "" for a number within its range."""
-    above, least, below = meta["above"], meta["at_least"], meta["below"]
-    # A negated comparison, so that NaN violates every range.
-    inside = [
-        above is None or value > above,
-        least is None or value >= least,
-        below is None or value < below,
-    ]
-    if not all(inside):
-        words = {"above": above, "at least": least, "below": below}
-        return " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
+    # Negated comparisons, so that NaN violates every range.
+    violates = {
+        "above": lambda bound: not value > bound,
+        "at least": lambda bound: not value >= bound,
+        "below": lambda bound: not value < bound,
+        "at most": lambda bound: not value <= bound,
+    }
+    bounds = {words: bound for words in violates if (bound := meta[words.replace(" ", "_")]) is not None}
+    if any(violates[words](bound) for words, bound in bounds.items()):
+        return " and ".join(f"{words} {bound}" for words, bound in bounds.items())
     return "" if isinstance(value, int) or math.isfinite(value) else "a finite number"
 
 

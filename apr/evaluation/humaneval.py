@@ -17,7 +17,7 @@ from ..data.source import Source, Unusable
 from ..inference.generate import generate
 from ..model.cost import check_fits, memory
 from ..tokenizer.tokenizer import Tokenizer
-from .sandbox import Judgement, Limits, Program, judge_all, proven
+from .sandbox import MAX_SECONDS, Judgement, Limits, Program, judge_all, proven
 from .score import Opened
 
 # Chen et al. 2021, section 3.1: a completion ends before the first of these.
@@ -38,7 +38,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class HumanEvalSettings:
-    """Options of drawing and judging completions. temperature 0 takes the most likely tokens."""
+    """Options of drawing and judging completions.
+
+    temperature   0 takes the most likely tokens
+    allow_unsafe  run programs also where nothing keeps them from the files and processes of this machine
+    benchmark     file of the problems and their solutions, which no program may read
+    """
 
     samples: int = 1
     temperature: float = 0.0
@@ -47,6 +52,8 @@ class HumanEvalSettings:
     max_new_tokens: int = 512
     seed: int = 42
     limits: Limits = field(default_factory=Limits)
+    allow_unsafe: bool = False
+    benchmark: str = ""
 
     def check(self) -> None:
         """Raises UsageError."""
@@ -56,8 +63,10 @@ class HumanEvalSettings:
             raise UsageError(
                 f"--samples {self.samples} at --temperature 0 would be the same program each time; give --temperature 0.8"
             )
-        if not self.limits.seconds > 0:
-            raise UsageError(f"--timeout {self.limits.seconds:g}: must be above 0 seconds")
+        if not 0 < self.limits.seconds <= MAX_SECONDS:
+            raise UsageError(
+                f"--timeout {self.limits.seconds:g}: must be above 0 and at most {MAX_SECONDS} seconds"
+            )
 
 
 def read_jsonl(path: str, what: str) -> list[tuple[int, dict[str, Any]]]:
@@ -199,9 +208,9 @@ def run(
     """Draw and judge completions. complete(prompt, seed) gives (completion, tokens).
 
     The sandbox is proven first, so that no score comes of a machine that cannot run programs. Raises Refused: every
-    completion is empty; NoSandbox."""
+    completion is empty, or nothing isolates the programs; NoSandbox."""
     settings.check()
-    isolation = proven(settings.limits)
+    isolation = proven(settings.limits, settings.allow_unsafe, settings.benchmark)
     rows: list[dict[str, Any]] = []
     total = len(problems) * settings.samples
     for i, p in enumerate(problems):

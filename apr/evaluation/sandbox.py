@@ -2,34 +2,44 @@
 
 Each program runs in a process of its own (python -I -S, its own session, an empty environment and working directory,
 standard streams to nowhere, limits of time, memory, file size and processes) and its tests in another one; see
-`sandboxed.py`, which both run. On Linux x86-64 a seccomp filter leaves the program only what computing takes: no sockets,
-no new processes or threads, no signals to others (trying one ends it), no file opened to write. Where the system lets it,
-a user and network namespace of its own comes on top; where there is no seccomp, an audit hook of Python stands in, which a
-program written to get around it can. What was in force is part of every verdict.
+`sandboxed.py`, which both run. It sees no file but what Python needs and no process of others: a root of its own, made by
+bubblewrap where that is found, else by a user namespace; Landlock besides, or where there are no namespaces (`walls.py`).
+On Linux x86-64 a seccomp filter leaves it only what computing takes: no sockets, no new processes or threads, no signals to
+others (trying one ends it), no file opened to write. Where the system offers too little of that, nothing is judged, unless
+the caller allows it: an audit hook of Python then stands in, which a program written to get around it can. What was in
+force is part of every verdict.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import AprError
-from . import sandboxed
+from ..common.errors import AprError, Refused
+from . import sandboxed, walls
 
 SCRIPT = Path(sandboxed.__file__)
+BUBBLEWRAP = "on, by bubblewrap"
+PROBE_SECONDS = 30.0  # for bubblewrap to show that it starts Python
+PR_GET_DUMPABLE = 3
 SLACK_SECONDS = 2.0  # on top of the limit, for two interpreters to start on a busy machine
+MAX_SECONDS = 86_400  # of one program
 MAX_VERDICT_BYTES = 1 << 16
 
 
@@ -75,12 +85,15 @@ def judge(program: Program, limits: Limits = Limits()) -> Judgement:
 
     Raises NoSandbox: a process cannot be started."""
     start = time.monotonic()
+    around = bubblewrap(sys.executable, shutil.which("bwrap")) if "namespace" in limits.layers else ()
     job = {
         "program": program.source,
         "prompt": program.prompt,
         "test": program.test,
         "entry_point": program.entry_point,
         "layers": list(limits.layers),
+        "files": _files(),
+        "inside": BUBBLEWRAP if around else "",
         "limits": {
             "cpu_seconds": math.ceil(limits.seconds),
             "memory_bytes": limits.memory_bytes,
@@ -89,7 +102,7 @@ def judge(program: Program, limits: Limits = Limits()) -> Judgement:
     }
     with tempfile.TemporaryDirectory(prefix="apr-eval-", ignore_cleanup_errors=True) as folder:
         try:
-            with _pair(folder) as (candidate, tester):
+            with _memory_closed(), _pair(folder, around) as (candidate, tester):
                 said = _verdict(tester, json.dumps(job).encode(), limits.seconds + SLACK_SECONDS)
                 ended = _ended(candidate)
         except OSError as e:
@@ -103,9 +116,61 @@ def judge(program: Program, limits: Limits = Limits()) -> Judgement:
     return Judgement(bool(said["passed"]), why, said["isolation"], seconds)
 
 
+@functools.cache
+def _files() -> dict[str, list[str]]:
+    return walls.python_files()
+
+
+@functools.cache
+def bubblewrap(python: str, program: str | None) -> tuple[str, ...]:
+    """Make the command line up to Python's own arguments; () where bubblewrap is not found or starts no Python."""
+    if program is None:
+        return ()
+    started = os.path.realpath(python)
+    command = [
+        *walls.bubblewrap_command(program, _files(), [str(SCRIPT), walls.__file__, started]),
+        started,
+        "-I",
+        "-S",
+    ]
+    nowhere = subprocess.DEVNULL
+    try:
+        done = subprocess.run(
+            [*command, "-c", ""], stdin=nowhere, stdout=nowhere, stderr=nowhere, env={}, timeout=PROBE_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return () if done.returncode else tuple(command)
+
+
+_closing, _closed = threading.Lock(), 0
+
+
 @contextlib.contextmanager
-def _pair(folder: str) -> Iterator[tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]]:
+def _memory_closed() -> Iterator[None]:
+    """Close the memory and the environment of this process to others of its user, as long as programs run."""
+    global _closed
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    with _closing:
+        was = libc.prctl(PR_GET_DUMPABLE, 0, 0, 0, 0) if libc and not _closed else 0
+        if libc and was:
+            libc.prctl(sandboxed.PR_SET_DUMPABLE, 0, 0, 0, 0)
+        _closed += 1
+    try:
+        yield
+    finally:
+        with _closing:
+            _closed -= 1
+            if libc and not _closed:
+                libc.prctl(sandboxed.PR_SET_DUMPABLE, 1, 0, 0, 0)
+
+
+@contextlib.contextmanager
+def _pair(
+    folder: str, around: Sequence[str]
+) -> Iterator[tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]]:
     """Start the processes of the program and of its tests, with a pipe in each direction; end both afterwards."""
+    command = around or (sys.executable, "-I", "-S")
     calls, replies = os.pipe(), os.pipe()
     ours = [*calls, *replies]
     started: list[subprocess.Popen[bytes]] = []
@@ -116,7 +181,7 @@ def _pair(folder: str) -> Iterator[tuple[subprocess.Popen[bytes], subprocess.Pop
         ):
             started.append(
                 subprocess.Popen(
-                    [sys.executable, "-I", "-S", str(SCRIPT), role, *map(str, ends)],
+                    [*command, str(SCRIPT), role, *map(str, ends)],
                     stdin=streams[0],
                     stdout=streams[1],
                     stderr=subprocess.DEVNULL,
@@ -167,7 +232,8 @@ def _ended(process: subprocess.Popen[bytes]) -> str:
         -signal.SIGSYS: "stopped at a system call that is forbidden",
         sandboxed.FORBIDDEN: "stopped at something that is forbidden, or exit code 77",
     }
-    return said.get(code) or (f"signal {-code}" if code < 0 else f"exit code {code}")
+    # bubblewrap ends with 128 + N where the program ended by signal N.
+    return said.get(code) or said.get(128 - code) or (f"signal {-code}" if code < 0 else f"exit code {code}")
 
 
 RIGHT = "def answer(x):\n    return x + 1\n"
@@ -180,9 +246,21 @@ WRONG = {
 }
 
 
-def proven(limits: Limits) -> dict[str, Any]:
-    """Prove, before anything is judged, that a right program passes here and that wrong and forbidden ones do not; what
-    is in force. Raises NoSandbox."""
+# Only asked where the system hides files and processes: what must fail then.
+PRYING = {
+    "a file of this machine": "open({path!r}, 'rb').read(1)\n",
+    "a process of this machine": "import os\nopen('/proc/%d/cmdline' % os.getppid(), 'rb').read(1)\n",
+}
+
+
+def proven(limits: Limits, allow_unsafe: bool = False, secret: str = "") -> dict[str, Any]:
+    """Prove, before anything is judged, that a right program passes here and that wrong, forbidden and prying ones do not;
+    what is in force.
+
+    allow_unsafe  judge also where the system cannot hide its files and processes from a program
+    secret        a file that no program may read, the benchmark's for instance
+
+    Raises NoSandbox; Refused: too little isolation."""
     test = "def check(candidate):\n    assert candidate(1) == 2\n"
     good = judge(Program(RIGHT, "answer", test), limits)
     if not good.passed:
@@ -190,10 +268,27 @@ def proven(limits: Limits) -> dict[str, Any]:
             f"programs cannot be judged here: one that is right did not pass ({good.why}); is {sys.executable} able to run "
             "with -I -S and an empty environment?"
         )
-    for what, source in WRONG.items():
+    wrong = dict(WRONG)
+    if is_walled := isolated(good.isolation):
+        path = os.path.abspath(secret or __file__)
+        wrong |= {what: source.format(path=path) + RIGHT for what, source in PRYING.items()}
+    for what, source in wrong.items():
         if judge(Program(source, "answer", test), limits).passed:
             raise NoSandbox(f"programs cannot be judged safely here: one with {what} passed")
+    if not is_walled and not allow_unsafe:
+        raise Refused(
+            "programs that a model wrote are not run here: nothing keeps them from the files and processes of this machine "
+            f"({in_words(good.isolation)}); install bubblewrap, use Linux 5.13 or newer with Landlock, or give --allow-unsafe "
+            "to run them all the same"
+        )
     return good.isolation
+
+
+def isolated(isolation: dict[str, Any]) -> bool:
+    """Tell whether the system itself, not Python, keeps a program from files, processes and the network."""
+    found = isolation.get("program", {})
+    keeps_calls = found.get("seccomp") == "on" or found.get("namespace") == BUBBLEWRAP
+    return sandboxed.hides_files(found) and keeps_calls
 
 
 def judge_all(programs: Iterable[Program], limits: Limits, workers: int) -> Iterator[Judgement]:
@@ -209,6 +304,13 @@ def in_words(isolation: dict[str, Any]) -> str:
         parts = ["seccomp (no sockets, no new processes, no signals, no files written)"]
     else:
         parts = [f"Python's audit hook, which can be got around (seccomp: {found.get('seccomp', 'unknown')})"]
-    space = found.get("namespace", "unknown")
-    parts.append("a user and network namespace" if space == "on" else f"no namespace ({space})")
+    space, lock = found.get("namespace", "unknown"), found.get("landlock", "unknown")
+    if space.startswith("on"):
+        by = " made by bubblewrap" if space == BUBBLEWRAP else ""
+        parts.append(f"a root of its own{by}, without this machine's files, processes and network")
+    else:
+        parts.append(f"no root of its own ({space})")
+    parts.append("Landlock (no files but Python's own)" if lock == "on" else f"no Landlock ({lock})")
+    if not sandboxed.hides_files(found):
+        parts.append("files hidden by Python's audit hook, which can be got around")
     return "; ".join([*parts, "limits of time, memory and processes; tests in a process apart"])

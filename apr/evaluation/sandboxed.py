@@ -7,7 +7,7 @@ The program never shares a process with the tests: whatever it does to its own i
 output, the one way to a good verdict is to send back the right values. What it sends is read by an unpickler that builds
 plain values and nothing else.
 
-Standard library alone: neither the path of apr nor site-packages are there.
+Standard library alone, and `walls.py` beside this file: neither the path of apr nor site-packages are there.
 """
 
 from __future__ import annotations
@@ -28,9 +28,15 @@ from typing import Any, BinaryIO
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_ITEMS = 1_000_000  # taken of an iterator that the program returns
-LAYERS = ("namespace", "seccomp")
+LAYERS = ("namespace", "landlock", "seccomp")
+if __package__:
+    from . import walls
+else:
+    # Without the path of apr, as a script: the file beside this one.
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    walls = __import__("walls")
+    del sys.path[0]
 
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 SIGKILL, EPERM = 9, 1
 
@@ -74,6 +80,8 @@ AUDITED = (
     "os.setxattr", "os.removexattr", "os.utime", "os.mkfifo", "os.mknod", "shutil.", "tempfile.", "ctypes.", "pty.",
     "signal.pthread_kill", "resource.setrlimit", "resource.prlimit",
 )  # fmt: skip
+# Also with seccomp: what fails before any system call where walls hide the folder, and ends the process where they do not.
+AUDITED_ALWAYS = ("shutil.",)
 FORBIDDEN = 77  # exit code of a process that the audit hook ends
 NO_IMPORT = ("_ctypes", "ctypes")
 
@@ -128,14 +136,25 @@ def rules() -> list[tuple[int, int, int, int]]:
     return [*out, deny]
 
 
-def confine(limits: Mapping[str, int], layers: list[str]) -> dict[str, str]:
-    """Give up, for good, what computing does not need; returns the isolation in words. limits: cpu_seconds, memory_bytes,
-    file_bytes. layers: those of LAYERS to use where the system lets them."""
+def confine(job: Mapping[str, Any]) -> dict[str, str]:
+    """Give up, for good, what computing does not need; returns the isolation in words.
+
+    limits  cpu_seconds, memory_bytes, file_bytes
+    layers  those of LAYERS to use where the system lets them
+    files   what stays readable (walls.python_files)
+    inside  the isolation that the process was started in, or ""
+    """
+    limits, layers, files = job["limits"], job["layers"], job["files"]
     libc = ctypes.CDLL(None, use_errno=True)
+    found = dict.fromkeys(LAYERS, "not asked for")
+    if "namespace" in layers:
+        found["namespace"] = job["inside"] or walls.own_root(libc, files)
+    if "landlock" in layers:
+        found["landlock"] = walls.landlock(libc, files)
     if sys.platform == "linux":
+        walls.drop_capabilities(libc)
         libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no debugger, no /proc/PID/mem for others of this user
-    found = {"namespace": _namespace(libc) if "namespace" in layers else "not asked for"}
     for kind, most in (
         (resource.RLIMIT_CPU, limits["cpu_seconds"]),
         (resource.RLIMIT_AS, limits["memory_bytes"]),
@@ -146,19 +165,21 @@ def confine(limits: Mapping[str, int], layers: list[str]) -> dict[str, str]:
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (most, most))
-    found["seccomp"] = _seccomp(libc) if "seccomp" in layers else "not asked for"
+    if "seccomp" in layers:
+        found["seccomp"] = _seccomp(libc)
+    if not hides_files(found):
+        sys.addaudithook(walls.reading_hook(files))
+        found["files"] = "hidden by an audit hook alone"
     if found["seccomp"] != "on":
         sys.addaudithook(_refuse)
         found["audit hook"] = "on"
+    sys.addaudithook(_end_always)
     return found
 
 
-def _namespace(libc: Any) -> str:
-    if not sys.platform.startswith("linux"):
-        return f"none on {sys.platform}"
-    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET):
-        return f"refused: {os.strerror(ctypes.get_errno())}"
-    return "on"
+def hides_files(isolation: Mapping[str, str]) -> bool:
+    """Tell from an isolation in words that the system itself hides the files and processes of the machine."""
+    return isolation.get("namespace", "").startswith("on") or isolation.get("landlock") == "on"
 
 
 def _seccomp(libc: Any) -> str:
@@ -192,6 +213,16 @@ def _refuse(
         raise denied(f"{args[0]} is not allowed here")
     if event == "open" and isinstance(args[2], int) and args[2] & writing:
         raise denied(f"opening {args[0]!r} to write is not allowed here")
+
+
+def _end_always(
+    event: str,
+    args: tuple[Any, ...],
+    forbidden: tuple[str, ...] = AUDITED_ALWAYS,
+    end: Callable[[int], Any] = os._exit,
+) -> None:
+    if event.startswith(forbidden):
+        end(FORBIDDEN)
 
 
 class Failure(Exception):
@@ -266,7 +297,7 @@ def _text(error: BaseException) -> str:
 def candidate(calls: BinaryIO, replies: BinaryIO) -> None:
     """Run a program and answer calls of its function until there are no more."""
     job = receive(calls)
-    send(replies, confine(job["limits"], job["layers"]))
+    send(replies, confine(job))
     names: dict[str, Any] = {"__name__": "candidate"}
     kind, what, text = _outcome(lambda: exec(compile(job["program"], "<program>", "exec"), names))
     function = names.get(job["entry_point"])
@@ -308,8 +339,9 @@ def tester(calls: BinaryIO, replies: BinaryIO) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
-    send(calls, {k: job[k] for k in ("program", "entry_point", "limits", "layers")})
-    own = confine(job["limits"], job["layers"])
+    # First: nobody reads the tests here once the program runs.
+    own = confine(job)
+    send(calls, {k: job[k] for k in ("program", "entry_point", "limits", "layers", "files", "inside")})
     verdict: dict[str, Any] = {"passed": False, "why": "", "isolation": {}}
     try:
         verdict["isolation"] = {"program": receive(replies), "tests": own}

@@ -34,6 +34,7 @@ class Flags(Model):
     lr: float | None = option("peak rate", above=0, metavar="RATE")
     num_steps: int = option("steps", 10, at_least=1)
     beta: float = option("decay", 0.9, at_least=0, below=1)
+    hours: float = option("time", 1.0, above=0, at_most=24)
     target: float | None = option("any finite number")
     quiet: bool = option("print nothing", False)
     out_dir: str | None = option("folder to write", path=True, may_change=True)
@@ -49,6 +50,8 @@ class Flags(Model):
         ("num_steps", 0, "at least 1"),
         ("beta", -0.1, "at least 0 and below 1"),
         ("beta", 1.0, "at least 0 and below 1"),
+        ("hours", 1e10, "above 0 and at most 24"),
+        ("hours", math.nan, "above 0 and at most 24"),
         ("target", math.nan, "a finite number"),
         ("target", -math.inf, "a finite number"),
     ],
@@ -62,7 +65,15 @@ def test_a_number_out_of_its_range(name, value, bound):
 
 
 def test_numbers_within_their_ranges():
-    edges = {"lr": 1e-300, "num_steps": 1, "beta": 0, "target": -1e300, "quiet": False, "init": None}
+    edges = {
+        "lr": 1e-300,
+        "num_steps": 1,
+        "beta": 0,
+        "hours": 24,
+        "target": -1e300,
+        "quiet": False,
+        "init": None,
+    }
     check_ranges(Flags, edges | {"num_steps": 10**400})
     assert given(Flags, ["--beta", "0", "--num-steps", "1"], "apr", "") == {"beta": 0.0, "num_steps": 1}
 
@@ -76,7 +87,7 @@ def test_the_help_has_headings_and_placeholders(capsys):
         assert f"\n  {row} " in text, row
     assert [(heading, [f.name for f in fields]) for heading, fields in groups(Flags)] == [
         ("Model: what is trained", ["model", "init"]),
-        ("", ["lr", "num_steps", "beta", "target", "quiet", "out_dir"]),
+        ("", ["lr", "num_steps", "beta", "hours", "target", "quiet", "out_dir"]),
     ]
 
 

@@ -13,8 +13,10 @@ import pytest
 from apr.checkpoints.apr2 import write_apr
 from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.hf import write_hf
+from apr.cli.eval import Flags
 from apr.cli.main import main
 from apr.common.errors import Aborted, MalformedFile, Refused, UsageError
+from apr.common.options import check_ranges, field_types
 from apr.data.batches import Windows
 from apr.data.shards import TokenShards
 from apr.evaluation import choices
@@ -541,6 +543,11 @@ def test_a_context_of_spaces_and_one_without_tokens(small):
         (["HF", "--text", "T", "--max-tokens", "0"], 2, "--max-tokens = 0"),
         (["HF", "--text", "T", "--samples", "3"], 2, "--samples goes with --humaneval"),
         (["HF", "--humaneval", "T", "--stride", "3"], 2, "--stride goes with"),
+        (["HF", "--humaneval", "T", "--timeout", "1e10"], 2, "--timeout = 10000000000.0: must be above 0 and at most"),
+        (["HF", "--humaneval", "T", "--timeout", "1e400"], 2, "--timeout = inf"),
+        (["HF", "--humaneval", "T", "--samples", "9" * 30], 2, "--samples = 9"),
+        (["HF", "--humaneval", "T", "--seed", "9" * 30], 2, "--seed = 9"),
+        (["HF", "--humaneval", "T", "--top-p", "7"], 2, "--top-p = 7.0: must be above 0 and at most 1"),
         (["HF", "--dataset", "S", "--bos", "eos"], 2, "--bos goes with"),
         (["HF", "--text", "none.txt"], 3, "none.txt"),
         (["HF", "--dataset", "none"], 3, "--dataset none: no token shards"),
@@ -578,6 +585,19 @@ def test_bad_input_is_one_clear_line(capsys, small, tmp_path, args, code, words)
     assert got == code, err
     assert words in err
     assert "Traceback" not in out + err
+
+
+def test_every_number_has_a_range():
+    """Of those without one here, --stride depends on --seq-length and --threads on the machine."""
+    kinds = field_types(Flags)
+    numeric = {f.name: f.metadata for f in dataclasses.fields(Flags) if kinds[f.name] in (int, float)}
+    assert {"timeout", "samples", "top_k", "limit"} <= set(numeric)
+    bounded = [n for n, m in numeric.items() if m["at_most"] is not None]
+    assert set(numeric) - set(bounded) == {"threads"}
+    for name in bounded:
+        for value in (10**30, math.inf, math.nan, *([-1, -(10**30)] if name != "stride" else [])):
+            with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} = .*at most"):
+                check_ranges(Flags, {name: value})
 
 
 def test_damaged_files_are_named(capsys, small, tmp_path):

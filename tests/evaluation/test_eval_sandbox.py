@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gzip
 import json
 import os
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from apr.common.errors import InputNotFound, MalformedFile, Refused, UsageError
-from apr.evaluation import sandbox
+from apr.evaluation import humaneval, sandbox, sandboxed, walls
 from apr.evaluation.humaneval import (
     HumanEvalSettings,
     Problem,
@@ -29,7 +30,7 @@ from apr.evaluation.humaneval import (
 from apr.evaluation.sandbox import Judgement, Limits, NoSandbox, Program, in_words, judge, judge_all, proven
 from apr.evaluation.sandboxed import ALLOWED, FATAL, NOT_BITS, ONE_OF, plain
 
-LAYERS = {"all layers": ("namespace", "seccomp"), "audit hook alone": ()}
+LAYERS = {"all layers": sandboxed.LAYERS, "audit hook alone": ()}
 QUICK = 3.0  # seconds for a program that never ends
 LONG = 20.0  # for one that must pass, however busy the machine is
 TEST = "def check(candidate):\n    assert candidate(2) == 3\n    assert candidate(5) == 6\n"
@@ -61,7 +62,7 @@ def children() -> list[str]:
     return found
 
 
-def said(source: str, layers=("namespace", "seccomp"), test: str = TEST, **limits) -> Judgement:
+def said(source: str, layers=sandboxed.LAYERS, test: str = TEST, **limits) -> Judgement:
     return judge(Program(source, "answer", test), Limits(layers=layers, **{"seconds": QUICK, **limits}))
 
 
@@ -208,6 +209,209 @@ def test_no_file_is_written(name, layers, valuables):
     assert "PermissionError" in verdict.why
 
 
+# Each with what the system itself must offer; None: found on PATH.
+WALLS = {
+    "bubblewrap": (("namespace", "seccomp"), None),
+    "a root of its own": (("namespace", "seccomp"), ""),
+    "Landlock": (("landlock", "seccomp"), ""),
+    "all of them": (sandboxed.LAYERS, None),
+}
+LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None)\n"
+BY_LIBC = (
+    LIBC
+    + "def raw(path):\n    fd = libc.open(os.fsencode(path), 0)\n    buffer = ctypes.create_string_buffer(1 << 20)\n"
+    "    size = libc.read(fd, buffer, 1 << 20)\n    return buffer.raw[: max(0, size)]\n"
+)
+# Programs that look for SOLUTION, in the file PATH or the process PID and its environment, and return what they find.
+PRYING = {
+    "the file by its name": "def answer(x):\n    return open(PATH).read()\n",
+    "the file past Python": BY_LIBC + "def answer(x):\n    return raw(PATH).decode()\n",
+    "the file by its parent's command line": (
+        "import os\ndef answer(x):\n    for a in open('/proc/%d/cmdline' % PID, 'rb').read().split(b'\\0'):\n"
+        "        if os.path.isfile(a): return open(a).read()\n    return open(PATH).read()\n"
+    ),
+    "the file by way of another root": (
+        BY_LIBC + "def answer(x):\n    roots = ['/proc/self/root', '/proc/1/root', '/proc/%d/root' % PID, '/proc/self/cwd/..']\n"
+        "    return b''.join(raw(r + PATH) for r in roots).decode()\n"
+    ),
+    "the file past the top": (
+        BY_LIBC + "def answer(x):\n    up = '/..' * 40\n"
+        "    return (raw(up + PATH) + raw(os.path.dirname(os.__file__) + up + PATH) + raw('.' + up + PATH)).decode()\n"
+    ),
+    "open descriptors": (
+        "import os\ndef answer(x):\n    found = b''\n    for fd in range(3, 300):\n        try: found += os.pread(fd, 9999, 0)\n"
+        "        except OSError: pass\n    return found.decode()\n"
+    ),
+    "its folder": "import os\ndef answer(x):\n    return ' '.join(os.listdir(os.path.dirname(PATH)))\n",
+    "packages that lie beside the library": (
+        BY_LIBC + "def answer(x):\n    return raw(PACKAGE).decode()\n"
+    ),
+    "the code of apr": BY_LIBC + "def answer(x):\n    return raw(CODE).decode()\n",
+}  # fmt: skip
+MEMORY = {
+    "the environment of another process": (
+        BY_LIBC + "def answer(x):\n    return raw('/proc/%d/environ' % PID).decode()\n"
+    ),
+    "the memory of another process": (
+        LIBC + "def answer(x):\n    fd = libc.open(b'/proc/%d/mem' % PID, 0)\n"
+        "    buffer = ctypes.create_string_buffer(64)\n"
+        "    libc.pread(fd, buffer, 64, ctypes.c_long(ADDRESS))\n    return buffer.raw.decode()\n"
+    ),
+    "the memory past /proc": (
+        LIBC + "def answer(x):\n    buffer = ctypes.create_string_buffer(64)\n"
+        "    ours = (ctypes.c_void_p * 2)(ctypes.addressof(buffer), 64)\n    theirs = (ctypes.c_void_p * 2)(ADDRESS, 64)\n"
+        "    libc.syscall(310, PID, ours, 1, theirs, 1, 0)\n    return buffer.raw.decode()\n"
+    ),
+    "the tests": (
+        BY_LIBC + "def answer(x):\n    found, near = b'', range(os.getpid() - 5, os.getpid() + 5)\n"
+        "    for pid in {PID, *near} - {os.getpid()}:\n"
+        "        found += raw('/proc/%d/environ' % pid) + raw('/proc/%d/mem' % pid) + raw('/proc/%d/maps' % pid)\n"
+        "    return 'SOLUTION ' * bool(found)\n"
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def secrets(tmp_path, monkeypatch):
+    """Names for a program that looks for SOLUTION: in a file, in this process, in a package."""
+    monkeypatch.setenv("SOLUTION", "SOLUTION")
+    (tmp_path / "SOLUTION.jsonl").write_text("SOLUTION " * 9)
+    held = ctypes.create_string_buffer(b"SOLUTION " * 9)
+    package = Path(walls.python_files()["hidden"][0]) / "apr_test_SOLUTION.py"
+    package.write_text("SOLUTION")
+    names = {
+        "PATH": str(tmp_path / "SOLUTION.jsonl"),
+        "PID": os.getpid(),
+        "ADDRESS": ctypes.addressof(held),
+        "PACKAGE": str(package),
+        "CODE": sandbox.__file__,
+    }
+    try:
+        yield "".join(f"{k} = {v!r}\n" for k, v in names.items())
+    finally:
+        package.unlink()
+
+
+FOUND = "def check(candidate):\n    assert 'SOLUTION' in candidate(1) or 'def judge' in candidate(1)\n"
+
+
+@pytest.mark.parametrize("wall", WALLS)
+@pytest.mark.parametrize("name", {**PRYING, **MEMORY})
+def test_a_program_sees_no_file_and_no_process_of_others(name, wall, secrets, monkeypatch):
+    layers, bubblewrap = WALLS[wall]
+    if bubblewrap is not None:
+        monkeypatch.setattr(sandbox.shutil, "which", lambda program: None)
+    verdict = said(secrets + {**PRYING, **MEMORY}[name], layers, test=FOUND, seconds=LONG)
+    inside = verdict.isolation.get("program", {})
+    if wall == "bubblewrap" and inside.get("namespace") != sandbox.BUBBLEWRAP:
+        pytest.skip("bubblewrap is not found, or makes no namespaces here")
+    if not sandbox.isolated(verdict.isolation):
+        pytest.skip(f"this machine offers no {wall}: {inside}")
+    assert not verdict.passed, verdict
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_without_walls_processes_are_closed_all_the_same(name, secrets):
+    """Where the kernel gives neither namespaces nor Landlock: no capability, and nobody can be read."""
+    verdict = said(secrets + MEMORY[name], ("seccomp",), test=FOUND, seconds=LONG)
+    assert not verdict.passed, verdict
+
+
+def test_without_walls_an_audit_hook_hides_files(secrets):
+    verdict = said(secrets + PRYING["the file by its name"], (), test=FOUND, seconds=LONG)
+    assert "PermissionError" in verdict.why
+    assert verdict.isolation["program"]["files"] == "hidden by an audit hook alone"
+
+
+def test_a_secret_in_the_open_is_found_by_these_programs(secrets, monkeypatch, tmp_path):
+    """The programs above do look in the right places."""
+    files = walls.python_files()
+    monkeypatch.setattr(
+        sandbox,
+        "_files",
+        lambda: {"readable": [*files["readable"], str(tmp_path), sandbox.__file__], "hidden": []},
+    )
+    for name in (
+        "the file by its name",
+        "the file past Python",
+        "the file past the top",
+        "its folder",
+        *list(PRYING)[-2:],
+    ):
+        verdict = said(secrets + PRYING[name], ("landlock", "seccomp"), test=FOUND, seconds=LONG)
+        assert verdict.passed, (name, verdict)
+
+
+def test_without_isolation_nothing_is_judged_unless_a_flag_says_so():
+    for layers in ((), ("seccomp",), ("landlock",)):
+        with pytest.raises(Refused, match="--allow-unsafe") as e:
+            proven(Limits(LONG, layers=layers))
+        assert e.value.exit_code == 5
+        assert proven(Limits(LONG, layers=layers), allow_unsafe=True)["program"]
+    with pytest.raises(Refused, match="--allow-unsafe"):
+        run(
+            lambda p, s: ("    return x + 1\n", 1),
+            [PROBLEM],
+            HumanEvalSettings(limits=Limits(LONG, layers=())),
+        )
+    allowed = HumanEvalSettings(limits=Limits(LONG, layers=()), allow_unsafe=True)
+    assert run(lambda p, s: ("    return x + 1\n", 1), [PROBLEM], allowed)["passed"] == 1
+
+
+def test_walls_with_a_gap_are_found_before_anything_is_judged(tmp_path, monkeypatch):
+    (tmp_path / "benchmark.jsonl").write_text("x")
+    assert proven(Limits(LONG), secret=str(tmp_path / "benchmark.jsonl"))
+    files = walls.python_files()
+    gap = {"readable": [*files["readable"], str(tmp_path)], "hidden": files["hidden"]}
+    monkeypatch.setattr(sandbox, "_files", lambda: gap)
+    with pytest.raises(NoSandbox, match="a file of this machine passed"):
+        proven(Limits(LONG, layers=("landlock", "seccomp")), secret=str(tmp_path / "benchmark.jsonl"))
+    monkeypatch.setattr(sandbox, "_files", lambda: {**gap, "readable": [*files["readable"], "/proc"]})
+    with pytest.raises(NoSandbox, match="a process of this machine passed"):
+        proven(Limits(LONG, layers=("landlock", "seccomp")))
+
+
+def test_the_benchmark_is_the_secret(monkeypatch):
+    asked = []
+    monkeypatch.setattr(humaneval, "proven", lambda *args: asked.append(args) or {})
+    run(lambda p, s: ("    return x + 1\n", 1), [PROBLEM], HumanEvalSettings(benchmark="h.jsonl"))
+    assert asked == [(Limits(), False, "h.jsonl")]
+
+
+def test_a_bubblewrap_that_does_not_work_is_not_used(tmp_path, monkeypatch):
+    for name, text in (("fails", "#!/bin/sh\nexit 1\n"), ("is none", "no program")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+        assert sandbox.bubblewrap(sys.executable, str(tmp_path / name)) == ()
+    assert sandbox.bubblewrap(sys.executable, str(tmp_path / "nothing")) == ()
+    assert sandbox.bubblewrap(sys.executable, None) == ()
+    command = walls.bubblewrap_command("bwrap", walls.python_files(), ["/script"])
+    assert command[:2] == ["bwrap", "--unshare-all"]
+    at = command.index("/script")
+    assert command[at - 1 : at + 2] == ["--ro-bind", "/script", "/script"]
+    assert str(Path.home()) not in command
+
+
+def test_the_memory_of_this_process_is_closed_while_programs_run():
+    libc = ctypes.CDLL(None)
+
+    def dumpable():
+        return libc.prctl(sandbox.PR_GET_DUMPABLE, 0, 0, 0, 0)
+
+    before = dumpable()
+    with sandbox._memory_closed():
+        assert dumpable() == 0
+        with sandbox._memory_closed():
+            assert dumpable() == 0
+        assert dumpable() == 0
+    assert dumpable() == before == 1
+
+
+def test_no_reference_solution_is_kept(data):
+    problems, solutions = canonical(data, 16)
+    assert not any(solution in repr(vars(p)) for p, solution in zip(problems, solutions, strict=True))
+
+
 @pytest.mark.parametrize("call", ["getpid", "fork", "kill"])
 def test_system_calls_without_python(call):
     """ctypes reaches the kernel past every audit hook: the filter itself must hold."""
@@ -278,6 +482,8 @@ def test_isolation_in_words():
     on = {"program": {"seccomp": "on", "namespace": "on"}}
     off = {"program": {"seccomp": "refused: x", "namespace": "refused: y", "audit hook": "on"}}
     assert "seccomp" in in_words(on)
+    assert "a root of its own," in in_words(on)
+    assert "bubblewrap" in in_words({"program": {"namespace": sandbox.BUBBLEWRAP}})
     assert "can be got around" in in_words(off)
     assert "refused: y" in in_words(off)
 

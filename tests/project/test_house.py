@@ -281,6 +281,7 @@ OPENERS_OF_FILES = {
     "apr.evaluation.loss": {"_sentencepiece": "JSON that Tokenizer has checked"},
     "apr.evaluation.sandbox": {"_verdict": "a bounded answer"},
     "apr.evaluation.sandboxed": {"tester": "descriptors of the sandbox", "": "descriptors of the sandbox"},
+    "apr.evaluation.walls": {"own_root": "/proc/self", "_build": "a mount point", "landlock": "folders of Python's own"},
     "apr.evidence.end": {"in_fresh_process": "the answer of our own process"},
     "apr.report.page": {"_template": "our own template"},
     "apr.report.run_files": {"_lines": "lines of bounded length", "_parsed": "a line of bounded length"},
