@@ -9,7 +9,7 @@ from typing import Any
 
 from ..common.finding import FAIL, PASS, SKIPPED, Finding
 
-STAGES = ("configuration", "data", "upload", "forward", "loss", "backward", "optimizer", "state")
+STAGES = ("configuration", "data", "upload", "forward", "loss", "backward", "optimizer", "state", "formulas")
 PASSES = ("forward", "loss", "backward", "optimizer")  # stages whose comparisons are of ops
 FREE, FORCED, EXACT = "free", "forced", "exact"
 # Times its tolerance that an error may pile up to where every op alone agrees: it is rounding, and no fault.

@@ -18,6 +18,7 @@ from ..model.config import ModelConfig
 from ..model.cost import memory
 from ..model.optim import OPTIMIZERS
 from ..model.params import Layout
+from .golden import golden_steps
 from .optimizer_steps import optimizer_steps
 from .passes import forced, free
 from .report import Report
@@ -86,7 +87,7 @@ def run(
     with stage("configuration"):
         report.add(configuration(truth, side.cfg))
     if Layout(truth).slots != Layout(side.cfg).slots:
-        for name in ("upload", "forward", "loss", "backward", "optimizer", "state"):
+        for name in ("upload", "forward", "loss", "backward", "optimizer", "state", "formulas"):
             report.skipped[name] = "the two sides do not have the same parameters"
         return report
     if done():
@@ -127,6 +128,8 @@ def run(
     if plan.state and plan.backward:
         with stage("state"):
             report.add(state(side, weights, batch, tolerances))
+    with stage("formulas"):
+        report.add(golden_steps(side.backend, side.cfg.family))
     if rounding := report.piled_up:
         worst = max(rounding, key=lambda r: r.ratio)
         report.notes.append(

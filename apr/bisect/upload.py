@@ -67,7 +67,7 @@ def tables(model: Model) -> list[ArrayComparison]:
     c = model.cfg
     rows = []
     positions = model.cos.shape[0]
-    angles = np.array([[t * _frequency(c, i) for i in range(c.head_dim // 2)] for t in range(positions)])
+    angles = np.outer(np.arange(positions), [_frequency(c, i) for i in range(c.head_dim // 2)])
     for name, table, want in (("cos", model.cos, np.cos(angles)), ("sin", model.sin, np.sin(angles))):
         d = difference(model.be.to_host(table), want)
         eps = rule.EPS[WIDE[model.dtype]]

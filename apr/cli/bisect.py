@@ -190,7 +190,7 @@ def _against(f: Flags, console: Console) -> list[Report]:
         broken = [k for k, x in want.tensors.items() if not np.isfinite(x).all() and not k.endswith("lse")]
         if broken:
             report.notes.append(f"the trace itself holds NaN or infinity, first in {broken[0]}")
-        for stage in ("configuration", "data", "optimizer", "state"):
+        for stage in ("configuration", "data", "optimizer", "state", "formulas"):
             if not report.of(stage):
                 report.skipped[stage] = "a trace does not show it"
         reports.append(report)

@@ -132,6 +132,15 @@ class SpotChecked(Event):
 
 
 @dataclass(frozen=True)
+class FormulasChecked(Event):
+    """Steps of stock models were computed again. rows: bisect.report.ArrayComparisons, of golden steps and of rope tables"""
+
+    step: int
+    rows: list[Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Saved(Event):
     """The checkpoint of an epoch is written, `facts` beside it."""
 

@@ -36,7 +36,8 @@ def judge_end(t: Subject, gates: Gates, evaluation: Line, best_flops: float) -> 
         gates.judge(base_unchanged(t.adapters), step)
     else:
         gates.skip("end.base", "no adapters: every weight is trained")
-    _reload(t, gates, evaluation)
+    with gates.timed("end.reload"):
+        _reload(t, gates, evaluation)
     if s.spot_check < 0:
         gates.skip("start.ops", "--spot-check -1")
     if t.init is not None:

@@ -6,7 +6,9 @@ takes the measurements. A gate that cannot be judged is SKIPPED with the reason,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -131,6 +133,42 @@ GATES = {
             "the attention mask, and position 0 of everything that shifts",
         ),
         Gate(
+            "start.validation", START, "abort",
+            "the validation loss is the mean over the targets of the windows that were asked for",
+            "once per process: windows cut from the shards by the settings, in other pieces and order, losses of rows summed "
+            "on the host, 32 of them computed from their logits: equal within 1e-5, in bfloat16 2e-3, the count exactly",
+            "`apr eval`; what was averaged: windows, rows, targets",
+        ),
+        Gate(
+            "start.slope", START, "abort",
+            "gradients are slopes of the loss, in the shapes of the job",
+            "once per process, a micro-batch of the first step: (L(w + e u) - L(w - e u)) / 2e along random signs u, two for "
+            "each kind of tensor, within 1 % of the size of g . u (bfloat16: 10 %) and the rounding of the loss",
+            "the backward pass of the kind of tensor that is named: `apr bisect`; --recompute and --z-loss off",
+        ),
+        Gate(
+            "start.borders", START, "abort",
+            "no token sees another document or example of its row, where that was asked for",
+            "with other tokens before a border, what the head reads behind the border has the same bits, and what it reads "
+            "before it has not",
+            "--mask-documents; the id that ends a document",
+        ),
+        Gate(
+            "start.formulas", START, "abort",
+            "formulas are those of published models: norms, epsilons, windows, rotary embedding, AdamW",
+            "once per process: cos and sin of all positions of the job computed one by one, and a training step of a small model "
+            "of the family in float32 beside what transformers computed in float64, within 2e-4 of the norm of each array",
+            "`apr bisect`, stage formulas; docs/golden.md",
+        ),
+        Gate(
+            "start.averages", START, "abort",
+            "loss and gradients of a batch do not depend on the pieces that it is computed in",
+            "once per process, the batch of the first step from its last row to its first, one row alone and then a "
+            "micro-batch at a time: same count of targets, loss within 1e-5, norm 1e-4, gradients 1e-3 (bfloat16: 2e-3, 2e-2, "
+            "0.1)",
+            "the scale of the loss, and what is summed over micro-batches",
+        ),
+        Gate(
             "run.finite", RUNNING, "abort",
             "every loss, norm and weight is a finite number",
             "the loss of each step and the L2 norms of all gradients and of all weights after it",
@@ -139,8 +177,9 @@ GATES = {
         Gate(
             "run.learning-rate", RUNNING, "abort",
             "the learning rate in the log is the one that moved the weights",
-            "4,096 elements spread over all parameters, in the first 20 steps of a process and every 10th: the step that "
-            "AdamW's formula gives from their moments, fitted to how far they moved, within 1e-3 and the rounding of "
+            "that of a second formula of the schedule; 4,096 elements spread over all matrices and as many over all vectors, in "
+            "the first 20 steps of a process and every 10th: the step that AdamW's formula gives from their moments with the "
+            "numbers of the settings, fitted to how far they moved, within 1e-3 and the rounding of "
             "float32; none moved otherwise; their moments are those of the clipped gradients",
             "the optimizer, the schedule, weight decay",
             {"learning_rate_tolerance": 1e-3},
@@ -249,12 +288,23 @@ class Gates:
     findings     {gate: finding}; `where` is the step
     evaluations  {gate: number of times it was judged}
     given        bounds that replace those of the table
+    seconds      {gate: time that measuring it has taken}, of those that take any
     """
 
     def __init__(self, bounds: Mapping[str, float]) -> None:
         self.given = dict(bounds)
         self.findings: dict[str, Finding] = {}
         self.evaluations: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, gate: str) -> Iterator[None]:
+        """Add the time of the block to what a gate has cost."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[gate] = self.seconds.get(gate, 0.0) + time.perf_counter() - start
 
     def bound(self, name: str) -> float:
         """Return a bound of the table, or the user's in its place."""
@@ -330,6 +380,7 @@ class Gates:
                     "changed": self.changed(gate.id),
                     "step": finding.where,
                     "evaluations": self.evaluations[gate.id] if finding.verdict != SKIPPED else 0,
+                    "seconds": round(self.seconds.get(gate.id, 0.0), 3),
                     "protects": gate.protects,
                     "bound_from": gate.bound_from,
                     "look_at": finding.remedy,
@@ -344,7 +395,12 @@ class Gates:
             gate="name", verdict="verdict", measured="measured", bound="bound", why="why", step="where",
         )  # fmt: skip
         return [
-            {**row, "evaluations": self.evaluations[row["gate"]], "score": self.findings[row["gate"]].score}
+            {
+                **row,
+                "evaluations": self.evaluations[row["gate"]],
+                "seconds": self.seconds.get(row["gate"], 0.0),
+                "score": self.findings[row["gate"]].score,
+            }
             for row in rows
         ]
 
@@ -355,6 +411,7 @@ class Gates:
             if gate not in GATES or (GATES[gate].when == BEFORE and gate in self.findings):
                 continue
             self.evaluations[gate] = row["evaluations"]
+            self.seconds[gate] = self.seconds.get(gate, 0.0) + row.get("seconds", 0.0)
             self.findings[gate] = Finding(
                 gate, row["verdict"], row["measured"], row["bound"], row["why"], row["step"], row["score"]
             )

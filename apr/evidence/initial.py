@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..common.finding import Finding
+from ..model.lora import Adapters
 from ..model.optim import Optimizer
 from ..model.params import Slot
 from ..model.transformer import Model
@@ -53,6 +54,20 @@ def random_weights(model: Model, opt: Optimizer, std: float, seed: int) -> Findi
     )
     bound = f"at most {MAX_STANDARD_ERRORS:g}, no two rows equal, the bits of the seed"
     return Finding.of("before.weights", not why, why if why else measured, bound, score=worst)
+
+
+def new_adapters(adapters: Adapters, opt: Optimizer, seed: int) -> str:
+    """Find what differs from new adapters of a seed: A uniform in +-1 / sqrt(I) from its own stream, B zero; "" for nothing."""
+    for number, s in enumerate(adapters.layout.in_order()):
+        x = adapters.be.to_host(opt.master[s.offset : s.offset + s.size])
+        again = np.zeros(s.size, np.float32)
+        if s.hf.endswith("lora_A.weight"):
+            most = 1 / math.sqrt(s.shape[1])
+            rng = np.random.Generator(np.random.PCG64([seed, number]))
+            again = (2 * most * rng.random(s.size) - most).astype(np.float32)
+        if not np.allclose(again, x, rtol=0, atol=1e-6):
+            return f"{s.hf} is not that of new adapters by the seed {seed}"
+    return ""
 
 
 def _other_stream(x: np.ndarray, s: Slot, std: float, seed: int, number: int) -> str:

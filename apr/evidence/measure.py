@@ -149,14 +149,14 @@ def causal(model: Model, ids: np.ndarray) -> Finding:
         return Finding.of("start.causal", None, "", bound, "sequences of one token have no future")
     other = ids.copy()
     other[:, middle:] = (other[:, middle:] + 1) % model.cfg.vocab_size
-    a, b = _final_hidden(model, ids), _final_hidden(model, other)
+    a, b = final_hidden(model, ids), final_hidden(model, other)
     change = np.abs(a - b)
     before, after = float(change[:, :middle].max()), float(change[:, middle:].max(axis=(1, 2)).min())
     measured = f"changes before the middle {before:.3g}, after it {after:.3g}, {ids.shape[0]} x {ids.shape[1]} tokens"
     return Finding.of("start.causal", before == 0 and after > 0, measured, bound)
 
 
-def _final_hidden(model: Model, ids: np.ndarray) -> np.ndarray:
+def final_hidden(model: Model, ids: np.ndarray) -> np.ndarray:
     """Compute the hidden states behind the final norm, the input of the head: float32 (B,T,C)."""
     seen: dict[str, np.ndarray] = {}
 

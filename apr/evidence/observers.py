@@ -13,6 +13,7 @@ import numpy as np
 from ..common.errors import MalformedFile
 from ..common.events import (
     Evaluated,
+    FormulasChecked,
     GradientsReady,
     Line,
     Measured,
@@ -31,7 +32,7 @@ from .adapters import adapter_gradients, base_loaded
 from .asked import is_learning_rate, learning_rate
 from .follow import Follow
 from .gates import GATES, Gates
-from .initial import random_weights
+from .initial import new_adapters, random_weights
 from .judge import Facts, judge
 from .losses import pretrained_loss
 from .subject import Subject
@@ -69,19 +70,25 @@ class StartGates:
             is_same = e.saved in (e.sha256, None)
             gates.judge(Finding.of("before.resumed", is_same, measured, bound), e.step)
             return
-        if t.adapters and t.init:
-            gates.judge(base_loaded(t.adapters, t.init))
-        elif t.init:
-            gates.judge(measure.loaded_weights(t.model, t.optimizer, t.init))
-        else:
-            s = t.settings
-            gates.judge(random_weights(t.model, t.optimizer, s.initializer_range, s.seed))
+        with gates.timed("before.weights"):
+            gates.judge(self._weights())
         gates.skip("before.resumed", "the run began in this process")
+
+    def _weights(self) -> Finding:
+        t = self.subject
+        if t.adapters and t.init:
+            loaded = base_loaded(t.adapters, t.init)
+            why = "" if t.adapted else new_adapters(t.adapters, t.optimizer, t.settings.seed)
+            return replace(loaded, verdict=FAIL, measured=why, why=why) if why else loaded
+        if t.init:
+            return measure.loaded_weights(t.model, t.optimizer, t.init)
+        return random_weights(t.model, t.optimizer, t.settings.initializer_range, t.settings.seed)
 
     def started(self, e: Started) -> None:
         """Change the second half of sequences, and compare what the head reads."""
         ids, _ = next(iter(sequential(self.subject.val, min(self.subject.model.batch, 2))))
-        self.gates.judge(measure.causal(self.subject.model, ids), e.step)
+        with self.gates.timed("start.causal"):
+            self.gates.judge(measure.causal(self.subject.model, ids), e.step)
 
     def reproduced(self, e: Reproduced) -> None:
         """Compare the evaluation that a resumed run repeats with the one it continues."""
@@ -171,7 +178,8 @@ class StepGates:
         """Count the targets of the batch; measure the gradients that the step before left."""
         model = self.subject.model
         self.tokens, self.trained = int(np.count_nonzero(e.targets >= 0)), model.tokens_trained
-        self.left = measure.gradients_left(model, self.scratch) if is_followed(self.steps) else 0.0
+        with self.gates.timed("run.gradients"):
+            self.left = measure.gradients_left(model, self.scratch) if is_followed(self.steps) else 0.0
 
     def gradients_ready(self, e: GradientsReady) -> None:
         """Read the gradients of every tensor, in the first step of this process."""
@@ -264,7 +272,8 @@ class LearningRateGate:
     def gradients_ready(self, e: GradientsReady) -> None:
         """Read weights, moments and gradients before the optimizer's step."""
         if is_followed(self.steps):
-            self.follow.before()
+            with self.gates.timed("run.learning-rate"):
+                self.follow.before()
 
     def measured(self, e: Measured) -> None:
         """Compare the learning rate in the log with that of the settings and with the move of the weights."""
@@ -280,7 +289,8 @@ class LearningRateGate:
             )
         if is_followed(self.steps):
             tolerance = self.gates.bound("learning_rate_tolerance")
-            self.gates.judge(self.follow.after(lr, line["grad_norm"], tolerance, step), step)
+            with self.gates.timed("run.learning-rate"):
+                self.gates.judge(self.follow.after(lr, line["grad_norm"], tolerance, step), step)
         self.steps += 1
 
 
@@ -308,6 +318,7 @@ class SpotGate:
     def spot_checked(self, e: SpotChecked) -> None:
         """Judge the comparison with the float64 reference."""
         report: Any = e.report
+        self.gates.seconds["start.ops"] = self.gates.seconds.get("start.ops", 0.0) + e.seconds
         if not report.rows:
             self.gates.skip("start.ops", report.skipped["forward"])
             return
@@ -322,6 +333,25 @@ class SpotGate:
             )
         bound, score = "every array within its tolerance", 0.0 if why else worst
         self.gates.judge(Finding.of("start.ops", not why, measured, bound, why, score=score), e.step)
+
+
+class FormulasGate:
+    """Gate start.formulas. Raises Aborted, naming the array that is another."""
+
+    def __init__(self, gates: Gates) -> None:
+        self.gates = gates
+
+    def formulas_checked(self, e: FormulasChecked) -> None:
+        """Judge rope tables of all positions, and the golden steps of the family."""
+        self.gates.seconds["start.formulas"] = self.gates.seconds.get("start.formulas", 0.0) + e.seconds
+        worst: Any = max(e.rows, key=lambda r: r.ratio)
+        wrong = [r for r in e.rows if not r.ok]
+        measured = f"{len(e.rows)} arrays, the worst {worst.ratio:.2f} of its tolerance: {worst.tap}"
+        why = f"{wrong[0].tap} and {len(wrong) - 1} more are not what stock models compute" if wrong else ""
+        bound = "every array within its tolerance"
+        self.gates.judge(
+            Finding.of("start.formulas", not wrong, measured, bound, why, score=worst.ratio), e.step
+        )
 
 
 class VerdictFile:

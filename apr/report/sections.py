@@ -129,6 +129,7 @@ def gate_rows(run: Run) -> list[dict[str, Any]]:
                 "id": g["id"],
                 "step": step if isinstance(step, int) else None,
                 "evaluations": g.get("evaluations"),
+                "seconds": or_nan(g.get("seconds")),
                 "otherwise": OTHERWISE.get(str(g.get("then")), ""),
             }
         )

@@ -31,6 +31,7 @@ from ..evidence.gates import Gates, parse_bounds
 from ..evidence.judge import Facts
 from ..evidence.observers import (
     DataGate,
+    FormulasGate,
     LearningRateGate,
     LogGates,
     PlaceholderGate,
@@ -40,6 +41,7 @@ from ..evidence.observers import (
     VerdictFile,
 )
 from ..evidence.seal import EVIDENCE, seal
+from ..evidence.start import FirstStep
 from ..evidence.subject import Subject
 from ..model.cost import memory
 from ..model.hf_config import to_hf
@@ -57,7 +59,7 @@ from .rundir import RunDir, next_free, resume_command
 from .sample import sample_text
 from .settings import DEMO, Settings, check, resolve
 from .signals import interrupting
-from .spot import SpotChecks
+from .spot import FormulaChecks, SpotChecks
 from .start import StartRecord
 
 SAMPLE_TOKENS = 160  # of the continuation of --sample at the end
@@ -92,15 +94,10 @@ def train(
                 # The hashes of an earlier end are not those of a run that goes on.
                 (run.path / EVIDENCE).unlink(missing_ok=True)
                 show.table("apr pretrain", summary.opening(inputs, run))
-                for note in (
-                    inputs.left_out,
-                    inputs.lora_init and inputs.lora_init.note,
-                    inputs.device_note and f"about the device: {inputs.device_note}",
-                    *(f"about config.json: {note}" for note in inputs.config_notes),
-                ):
-                    if note:
-                        show.note(note)
-                result, failed = _train(inputs, run, show, gates, start, callbacks, explicit or {})
+                for note in summary.notes(inputs):
+                    show.note(note)
+                asked = {} if settings.resume else explicit or {}
+                result, failed = _train(inputs, run, show, gates, start, callbacks, asked)
     except KeyboardInterrupt:
         raise _stopped(run) from None
     finally:
@@ -126,7 +123,7 @@ def _train(
     gates: Gates,
     start: float,
     callbacks: Sequence[Callback],
-    explicit: dict[str, Any],
+    asked: dict[str, Any],
 ) -> tuple[dict[str, Any], CallbackFailed | None]:
     """Run in the locked folder, from the first gate to the last; returns the result, and a callback's last error."""
     trainer, heard = None, list(callbacks)
@@ -135,7 +132,6 @@ def _train(
         _judge_inputs(inputs, gates)
         trainer = Trainer(inputs, run)
         subject = _subject(trainer)
-        asked = {} if inputs.settings.resume else explicit
         gates.judge(settings_arrive(subject, trainer.schedule, run.read_config(), asked))
         facts = Facts.of(run.read_config(), gates.given)
         log_gates = LogGates(gates, facts, run.log.lines, run.states)
@@ -149,6 +145,9 @@ def _train(
             PlaceholderGate(log_gates),
             LearningRateGate(subject, gates),
             DataGate(subject, gates),
+            FirstStep(subject, gates),
+            FormulasGate(gates),
+            FormulaChecks(trainer.model, trainer.emit),
             show,
             SpotGate(gates),
             VerdictFile(run.path, gates),
@@ -298,8 +297,10 @@ def _config(i: Inputs, run: RunDir) -> dict[str, Any]:
 
 def _record_device(show: Display, i: Inputs, run: RunDir) -> None:
     """Record device and memory in config.json, and note where they differ from those of the resumed run."""
-    facts = {**i.backend.describe(), "memory_bytes": str(i.backend.memory())}
-    was = run.read_config().get("device")
+    facts, was = (
+        {**i.backend.describe(), "memory_bytes": str(i.backend.memory())},
+        run.read_config().get("device"),
+    )
     if i.settings.resume and isinstance(was, dict):
         for key in ("backend", "gpu", "cpu", "cuda", "cublaslt", "matmul_algorithms"):
             if was.get(key) != facts.get(key):

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..bisect.golden import golden_steps
 from ..bisect.spot import spot_check
-from ..common.events import Event, SpotChecked, StepBegun
+from ..bisect.upload import tables
+from ..common.events import Event, FormulasChecked, SpotChecked, StepBegun
 from ..model.transformer import Model
 from .metrics import MetricsLog
 
@@ -42,3 +44,17 @@ class SpotChecks:
             wall_ms=1e3 * seconds,
         )
         self.emit(SpotChecked(e.step, report, seconds))
+
+
+class FormulaChecks:
+    """Replays the golden steps of the model's family before the first step of a process, and checks the rope tables."""
+
+    def __init__(self, model: Model, emit: Callable[[Event], None]) -> None:
+        self.model, self.emit, self.has_checked = model, emit, False
+
+    def step_begun(self, e: StepBegun) -> None:
+        """Compare with what stock models computed. Raises Aborted through its observers."""
+        if not self.has_checked:
+            self.has_checked, start = True, time.perf_counter()
+            rows = [*tables(self.model), *golden_steps(self.model.be, self.model.cfg.family)]
+            self.emit(FormulasChecked(e.step, rows, time.perf_counter() - start))

@@ -37,6 +37,16 @@ def opening(i: Inputs, run: RunDir) -> Rows:
     ]  # fmt: skip
 
 
+def notes(i: Inputs) -> list[str]:
+    """List what a person should know of the inputs: documents left out, the device, keys of the configuration."""
+    found = [
+        i.left_out,
+        i.lora_init.note if i.lora_init else "",
+        i.device_note and f"about the device: {i.device_note}",
+    ]
+    return [note for note in (*found, *(f"about config.json: {note}" for note in i.config_notes)) if note]
+
+
 def _adapters(i: Inputs) -> Rows:
     """Describe the adapters, where they are trained."""
     if i.lora is None:

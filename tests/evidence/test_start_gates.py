@@ -20,7 +20,7 @@ from apr.model.schedule import SCHEDULES, Schedule
 from apr.model.transformer import Model
 from apr.training import loop
 from apr.training import run as running
-from run_cases import cache, place, pretrain  # noqa: F401
+from run_cases import cache, is_of_the_run, place, pretrain  # noqa: F401
 
 cpu = backends.get("cpu")
 
@@ -167,7 +167,7 @@ def a_rate_drifts(m):
     right = AdamW.update
 
     def update(self, *a):
-        self.beta2 = 0.9
+        self.beta2 = 0.9 if is_of_the_run(self) else self.beta2
         right(self, *a)
 
     m.setattr(AdamW, "update", update)
@@ -177,7 +177,7 @@ def clipping_is_twice_as_wide(m):
     right = AdamW.step
 
     def step(self, lr):
-        self.grad_clip = 0.2
+        self.grad_clip = 0.2 if is_of_the_run(self) else self.grad_clip
         right(self, lr)
 
     m.setattr(AdamW, "step", step)
@@ -186,7 +186,11 @@ def clipping_is_twice_as_wide(m):
 
 def norms_decay(m):
     right = AdamW.update
-    m.setattr(AdamW, "update", lambda self, part, lr, decay: right(self, part, lr, self.weight_decay))
+
+    def update(self, part, lr, decay):
+        right(self, part, lr, self.weight_decay if is_of_the_run(self) else decay)
+
+    m.setattr(AdamW, "update", update)
 
 
 def the_rate_of_the_step_before(m):

@@ -482,7 +482,11 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault):
-    right_step, right_merge = AdamW.step, Adapters.merge
+    right_step, right_merge, steps = AdamW.step, Adapters.merge, []
+
+    def is_of_adapters(opt):
+        return isinstance(getattr(opt.after_update, "__self__", None), Adapters)
+
     if fault == "base_drifts":
 
         def drift(self):
@@ -493,13 +497,17 @@ def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault)
         monkeypatch.setattr(Adapters, "merge", drift)
     elif fault == "adapters_are_not_merged":
 
-        def unmerged(self):
-            if not any(b.any() for _, b in self.layout.views(self.w)):
-                right_merge(self)
+        def step(self, lr):
+            steps.extend([lr] * is_of_adapters(self))
+            right_step(self, lr)
 
-        monkeypatch.setattr(Adapters, "merge", unmerged)
+        # From the first step on: moved before it, start.slope would see them.
+        monkeypatch.setattr(Adapters, "merge", lambda self: None if steps else right_merge(self))
+        monkeypatch.setattr(AdamW, "step", step)
     else:
-        monkeypatch.setattr(AdamW, "step", lambda self, lr: right_step(self, 1.1 * lr))
+        monkeypatch.setattr(
+            AdamW, "step", lambda self, lr: right_step(self, (1 + 0.1 * is_of_adapters(self)) * lr)
+        )
     gate, code = FAULTS[fault]
     out = tmp_path / "run"
     assert pretrain(place, out, "--lora-rank", "4", "--spot-check", "-1") == code

@@ -229,6 +229,7 @@ LONG = {
     "apr/bisect/causes.py": "the table of causes",
     "apr/bisect/planted/faults.py": "the table of faults",
     "apr/bisect/planted/kernel_faults.py": "the table of edits",
+    "apr/evidence/gates.py": "the table of gates",
 }
 
 

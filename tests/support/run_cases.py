@@ -14,6 +14,7 @@ import pytest
 from apr.cli.main import main
 from apr.model.hf_config import to_hf
 from apr.model.optim import AdamW
+from apr.model.params import Layout
 from apr.model.presets import PRESETS
 
 RECIPE = [
@@ -63,6 +64,11 @@ def an_unused_weight_becomes_nan(m, place, folder):
     m.setattr(AdamW, "step", step)
 
 
+def is_of_the_run(optimizer):
+    """Tell the optimizer of the run from those of golden steps, whose models have other sizes."""
+    return optimizer.w.size == Layout(dataclasses.replace(PRESETS["qwen2-tiny"], vocab_size=VOCAB)).size
+
+
 def the_learning_rate_is_ignored(m, place, folder):
     right = AdamW.step
-    m.setattr(AdamW, "step", lambda self, lr: right(self, 3e-3))
+    m.setattr(AdamW, "step", lambda self, lr: right(self, 3e-3 if is_of_the_run(self) else lr))

@@ -209,6 +209,12 @@ CHANGES = {
     "a setting": (lambda r: rewrite(r / "config.json", lambda d: d["settings"].update(lr=1e-3)), "learning rate"),
     "a hash of the data": (lambda r: rewrite(r / "config.json", lambda d: d["data"].update(val_sha256="0" * 64)), "data"),
     "a gate that is gone": (lambda r: rewrite(r / "verdict.json", lambda d: d["gates"].pop()), "verdict"),
+    "a seed": (lambda r: rewrite(r / "config.json", lambda d: d["settings"].update(seed=43)), "start"),
+    "the order of the data": (lambda r: rewrite(r / "config.json", lambda d: d["settings"].update(shuffle=False)), "start"),
+    "the spread of the first weights": (
+        lambda r: rewrite(r / "config.json", lambda d: d["settings"].update(initializer_range=0.03)), "start"),
+    "the hash of the first batch": (
+        lambda r: rewrite(r / "config.json", lambda d: d["start"].update(batch_sha256="0" * 64)), "start"),
     "an entry that is gone": (lambda r: rewrite(r / "config.json", lambda d: d["data"].pop("val_sha256")), "data"),
 }  # fmt: skip
 

@@ -1,0 +1,105 @@
+"""Score validation windows without the evaluation loop: other reading, other pieces, sums on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..common.events import Line
+from ..common.finding import Finding
+from ..data.open import HELD_OUT_BATCHES
+from ..data.shards import Shards
+from ..model.transformer import Model
+from .subject import Subject
+
+Row = tuple[np.ndarray, np.ndarray]
+LOSS = {"float32": 1e-5, "bfloat16": 2e-3}  # relative difference of a mean
+ROWS_BY_HAND = 32  # whose losses are also computed from logits on the host
+BY_HAND = {"float32": 1e-5, "bfloat16": 2e-2}  # nats/token, beside the size of the logits
+
+
+def places(shards: Shards, seq_length: int) -> list[tuple[int, int]]:
+    """List (shard, first token) of every window: tokens of a text are each predicted once, examples lie in rows."""
+    row, found = shards.row_tokens, []
+    for i, array in enumerate(shards.arrays):
+        first = 0
+        while first + seq_length + 1 <= array.size:
+            found.append((i, first))
+            first += row or seq_length
+    return found
+
+
+def chosen(t: Subject) -> list[tuple[int, int]]:
+    """Choose the windows of an evaluation, by the settings alone."""
+    s, shards = t.settings, t.val.shards
+    every = places(shards, s.seq_length)
+    if shards is t.batches.windows.shards:  # the last of the training shards are held out
+        every = every[-(s.val_batches or HELD_OUT_BATCHES) * s.batch_size :]
+    if s.val_batches is None or s.val_batches * s.batch_size >= len(every):
+        return every
+    most = s.val_batches * s.batch_size
+    return [every[i * len(every) // most] for i in range(most)]
+
+
+def _read(shards: Shards, windows: list[tuple[int, int]], seq_length: int) -> Row:
+    """Read ids and targets (B,T) int32; a target is -1 where the shards mask it."""
+    ids = np.zeros((len(windows), seq_length), np.int32)
+    targets = np.zeros_like(ids)
+    for i, (shard, first) in enumerate(windows):
+        tokens = np.asarray(shards.arrays[shard][first : first + seq_length + 1])
+        ids[i], targets[i] = tokens[:seq_length], tokens[1:]
+        if shards.masks:
+            mask = np.asarray(shards.masks[shard][first + 1 : first + seq_length + 1])
+            targets[i][mask == 0] = -1
+    return ids, targets
+
+
+def validation(t: Subject, line: Line) -> Finding:
+    """Compare the validation loss of a line of the log, and its number of targets (gate start.validation)."""
+    gate, model, dtype = "start.validation", t.model, t.model.dtype
+    windows, total, tokens = chosen(t)[::-1], 0.0, 0
+    size = max(1, model.batch - 1)
+    by_hand = 0.0
+    for first in range(0, len(windows), size):
+        ids, targets = _read(t.val.shards, windows[first : first + size], t.settings.seq_length)
+        rows, logits = _losses(model, ids, targets, not first)
+        if logits is not None:
+            by_hand = _off(rows[: len(logits)], logits, targets.reshape(-1))
+        total += float(rows.sum())
+        tokens += int((targets >= 0).sum())
+    loss = total / max(1, tokens)
+    off = abs(line["val_loss"] - loss) / max(abs(loss), 1e-9)
+    measured = (
+        f"{line['val_loss']:.6f} on {line['val_tokens']:,} targets, scored apart {loss:.6f} on {tokens:,}; "
+        f"{ROWS_BY_HAND} rows from their logits within {by_hand:.1e}"
+    )
+    is_same = off <= LOSS[dtype] and tokens == line["val_tokens"] and by_hand <= BY_HAND[dtype]
+    return Finding.of(gate, is_same, measured, f"equal, the loss within {LOSS[dtype]:g} of it", score=off)
+
+
+def _losses(model: Model, ids: np.ndarray, targets: np.ndarray, keep: bool) -> tuple[np.ndarray, Any]:
+    """Compute the losses of rows (B*T,) float64, and where asked the logits of the first ones."""
+    seen: dict[str, np.ndarray] = {}
+
+    def tap(layer: int | None, name: str, x: Any) -> None:
+        if name in ("logits", "logits.0"):
+            seen["logits"] = np.asarray(model.be.to_host(x[:ROWS_BY_HAND]), np.float64)
+
+    model.forward(ids)
+    if keep:
+        model.loss(targets, tap=tap)
+    else:
+        model.loss(targets)
+    rows = model.be.to_host(model.buffers["loss"][: ids.size]).astype(np.float64)
+    return rows, seen.get("logits")
+
+
+def _off(rows: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> float:
+    """Largest difference of losses from log(sum of exp(logits)) - logit of the target, as a share of 1 + |logits|."""
+    top = logits.max(axis=1)
+    want = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+    place = targets[: len(logits)]
+    want -= logits[np.arange(len(logits)), np.maximum(place, 0)]
+    want[place < 0] = 0
+    return float((np.abs(rows - want) / (1 + np.abs(logits).max(axis=1))).max())

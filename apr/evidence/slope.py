@@ -1,0 +1,231 @@
+"""Compare gradients with slopes of the loss, in the shapes of the job (gate start.slope).
+
+A gradient that two implementations share, wrong in both, agrees with itself. The loss does not know of it: along a
+direction u, (L(w + e u) - L(w - e u)) / 2e is g . u whatever computes g. Directions are random signs on all tensors of a
+kind, so that a part of a gradient that is missing, added or scaled shows in most of them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..common.finding import Finding
+from ..common.host import available_memory
+from ..model.lora import Adapters
+from ..model.optim import Optimizer
+from ..model.params import Slot
+from ..model.transformer import Model
+from .measure import EPS32
+
+# Of the size of g . u for random signs: what a gradient may be off by.
+TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
+# Of a row's loss, by rounding on its way through the model.
+ROUNDING = {"float32": 4 * EPS32, "bfloat16": 2.0**-10}
+# Steps along u, in units of the tensor's root mean square: the first one along which the loss is nearly a parabola. The
+# first of all is for slopes that rounding would hide.
+STEPS, STRAIGHT = (0.3, 0.1, 0.03, 0.01), 0.05
+DIRECTIONS = 2
+# Constant vectors get noise, as adapters that begin as zeros do: a fault of a bias of 0 would not show.
+NOISE = 0.05
+# Elements of a kind that move, and logits on the host for the slope of a z-loss.
+MAX_MOVED, MAX_LOGITS = 1 << 23, 1 << 26
+
+Batch = tuple[np.ndarray, np.ndarray]
+# Place in the flat buffer, and u there.
+Direction = list[tuple[slice, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Slope of one direction: g . u, the loss's own, the size of g . u for random signs, and what the two may differ by."""
+
+    kind: str
+    gradient: float
+    loss: float
+    size: float
+    allowed: float
+
+    @property
+    def ratio(self) -> float:
+        """Difference in units of what is allowed."""
+        return abs(self.gradient - self.loss) / self.allowed
+
+
+class Job:
+    """A model in training as the slopes need it: loss and gradient of one micro-batch, weights that move and come back.
+
+    The weights that the optimizer updates, and those that compute, have their bits again after `restore`.
+    """
+
+    def __init__(
+        self, model: Model, opt: Optimizer, adapters: Adapters | None, batch: Batch, scale: float, graph: bool
+    ) -> None:
+        self.model, self.opt, self.adapters, self.scale, self.graph = model, opt, adapters, scale, graph
+        self.layout = (adapters or model).layout
+        self.ids, self.targets = batch
+        if model.z_loss:
+            rows = max(1, MAX_LOGITS // (self.ids.shape[1] * model.cfg.vocab_size))
+            self.ids, self.targets = self.ids[:rows], self.targets[:rows]
+        self.saved = model.be.to_host(opt.master)
+        self.trained = model.tokens_trained
+
+    def shake(self) -> None:
+        """Add noise to constant tensors: norms, biases, and the B of new adapters."""
+        self.start, rng = self.saved.astype(np.float32), np.random.default_rng(0)
+        for s in self.layout.slots:
+            x = self.start[s.offset : s.offset + s.size]
+            if (x == x[0]).all():
+                x += NOISE * rng.standard_normal(x.size, np.float32)
+        self.opt.set_weights(self.start)
+
+    def restore(self) -> bool:
+        """Put the weights back and clear gradients and sums; True where all bits are those of before."""
+        be, model = self.model.be, self.model
+        self.opt.set_weights(self.saved)
+        be.fill(model.g, 0)
+        be.fill(self.opt.g, 0)
+        be.fill(model.total, 0)
+        model.tokens_trained = self.trained
+        return np.array_equal(be.to_host(self.opt.master).view(np.uint32), self.saved.view(np.uint32))
+
+    def gradient(self) -> np.ndarray:
+        """Compute the gradient as a step of the job does; where passes are recorded, by the recorded pass."""
+        be, model = self.model.be, self.model
+        for _ in range(3 if self.graph else 1):
+            be.fill(model.g, 0)
+            model.micro_step(self.ids, self.targets, self.scale, self.graph)
+        if self.adapters:
+            self.adapters.collect_gradients()
+        return np.asarray(be.to_host(self.opt.g), np.float32)
+
+    def loss(self) -> float:
+        """Sum the losses of all rows on the host, in float64."""
+        model, z_part = self.model, 0.0
+        model.forward(self.ids)
+
+        def tap(layer: int | None, name: str, x: Any) -> None:
+            nonlocal z_part
+            if name.startswith("logits"):
+                first = int(name.partition(".")[2] or 0)
+                logits = np.asarray(model.be.to_host(x), np.float64)
+                top = logits.max(axis=1)
+                lse = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+                counted = self.targets.reshape(-1)[first : first + len(lse)] >= 0
+                z_part += float(np.square(lse[counted]).sum())
+
+        if model.z_loss:
+            model.loss(self.targets, tap=tap)
+        else:
+            model.loss(self.targets)
+        rows = model.be.to_host(model.buffers["loss"][: self.ids.size])
+        return self.scale * (float(rows.astype(np.float64).sum()) + model.z_loss * z_part)
+
+    def move(self, direction: Direction, step: float) -> float:
+        """Compute the loss at w + step u."""
+        for place, u in direction:
+            self.model.be.from_host(self.opt.w[place], self.start[place] + np.float32(step) * u)
+        self.opt.after_update()
+        return self.loss()
+
+    def back(self, direction: Direction) -> None:
+        """Return from a direction."""
+        for place, _ in direction:
+            self.model.be.from_host(self.opt.w[place], self.start[place])
+
+    def rounded(self, x: np.ndarray) -> np.ndarray:
+        """Round a float32 array to the dtype of the weights that move."""
+        return x.astype(np.dtype(self.opt.w.dtype.name)).astype(np.float64)
+
+
+def slopes(job: Job) -> Iterator[Slope]:
+    """Measure the slope along directions of each kind of tensor."""
+    job.shake()
+    g, kinds = job.gradient(), dict[str, list[Slot]]()
+    for s in job.layout.slots:
+        kinds.setdefault(s.param.name, []).append(s)
+    loss = job.loss()
+    rows = max(1, int(np.count_nonzero(job.targets >= 0)))
+    noise = ROUNDING[job.model.dtype] * max(loss, rows * job.scale) / np.sqrt(rows)
+    for kind, slots in kinds.items():
+        for number in range(DIRECTIONS):
+            direction = _signs(job, slots, f"{kind} {number}")
+            yield _slope(job, kind, direction, g, noise)
+            job.back(direction)
+
+
+def _signs(job: Job, slots: list[Slot], name: str) -> Direction:
+    """Draw random signs for tensors, in units of their root mean square; in a large kind for a block of rows of each."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    share = min(1.0, MAX_MOVED / sum(s.size for s in slots))
+    direction = []
+    for s in slots:
+        width, rows = s.shape[-1], s.size // s.shape[-1]
+        count = max(1, round(share * rows))
+        first = s.offset + int(rng.integers(rows - count + 1)) * width
+        place = slice(first, first + count * width)
+        rms = np.sqrt(np.square(job.start[place], dtype=np.float64).mean())
+        bits = np.unpackbits(rng.integers(0, 256, -(-count * width // 8), np.uint8))[: count * width]
+        direction.append((place, np.float32(rms) * (2 * bits.astype(np.float32) - 1)))
+    return direction
+
+
+def _slope(job: Job, kind: str, direction: Direction, g: np.ndarray, noise: float) -> Slope:
+    """Measure the slope with two step sizes: what is left of the cubic term of the loss falls as their square."""
+    size = float(np.sqrt(sum(np.square(g[place].astype(np.float64) * u).sum() for place, u in direction)))
+    tolerance = TOLERANCE[job.model.dtype] * size
+    for step in STEPS[int(4 * noise / STEPS[1] < tolerance) :]:
+        far, near = (_difference(job, direction, g, e) for e in (step, step / 2))
+        bend, rounding = abs(far[0] - near[0]), 4 * noise / step
+        off, claimed = (4 * near[0] - far[0]) / 3, near[1]
+        found = Slope(kind, claimed, claimed + off, size, tolerance + 0.1 * bend + rounding + 1e-30)
+        if found.ratio > 1:
+            nearer = _difference(job, direction, g, step / 4)
+            # Far from a parabola the difference depends on the step; that of a wrong gradient does not.
+            if abs((4 * nearer[0] - near[0]) / 3 - off) <= 0.5 * abs(off):
+                break
+        elif bend <= STRAIGHT * size + rounding:
+            break
+    return found
+
+
+def _difference(job: Job, direction: Direction, g: np.ndarray, step: float) -> tuple[float, float]:
+    """(slope of the loss less g . u, g . u), by the weights as they are rounded."""
+    ends = [job.move(direction, sign * step) for sign in (1, -1)]
+    claimed = 0.0
+    for place, u in direction:
+        start, far = job.start[place], np.float32(step) * u
+        moved = job.rounded(start + far) - job.rounded(start - far)
+        claimed += float(g[place].astype(np.float64) @ moved) / (2 * step)
+    return (ends[0] - ends[1]) / (2 * step) - claimed, claimed
+
+
+def slope_finding(job: Job) -> Finding:
+    """Judge the slopes along all directions, and that the weights have their bits again."""
+    need = 4 * job.saved.nbytes
+    have = available_memory()
+    if have is not None and need > have:
+        why = (
+            f"weights and gradients on the host take {need / 2**30:.1f} GiB, {have / 2**30:.1f} GiB are free"
+        )
+        return Finding.skipped("start.slope", why)
+    try:
+        found = list(slopes(job))
+    finally:
+        is_back = job.restore()
+    if not is_back:
+        why = "the weights do not come back to their bits after they were moved"
+        return Finding.of("start.slope", False, why, "equal bits", why)
+    worst = max(found, key=lambda s: s.ratio)
+    measured = (
+        f"{len(found)} directions in {job.ids.shape[0]} x {job.ids.shape[1]} tokens, {worst.kind}: gradient "
+        f"{worst.gradient:.4g}, loss {worst.loss:.4g}, {worst.ratio:.2f} of what may differ"
+    )
+    wrong = list(dict.fromkeys(s.kind for s in found if not s.ratio <= 1))
+    why = f"the gradient of {', '.join(wrong[:4])} is not the slope of the loss: {measured}" if wrong else ""
+    bound = f"equal within {TOLERANCE[job.model.dtype]:g} of the size, and rounding"
+    return Finding.of("start.slope", not wrong, measured, bound, why, score=worst.ratio)
