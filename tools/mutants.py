@@ -170,7 +170,8 @@ class Bench:
                 preset = {"window": "mistral-tiny", "qknorm": "qwen3-tiny"}[mutant.job]
                 bisect = ["bisect", preset, "--picture", ""]
             out.seen["bisect"] = _first_fault(self.apr(self.faulty, *bisect, "--json"))
-            if (self.work / run / "evidence.json").is_file():
+            # A run that was refused or aborted has said so itself.
+            if done.returncode in (0, 9) and (self.work / run / "evidence.json").is_file():
                 for name, copy in (("verify", self.faulty), ("outside", self.sound)):
                     answer = self.apr(copy, "verify", run, "--replay", "3", "--seed", "1", "--json")
                     out.seen[name] = _failed_checks(answer)
