@@ -14,7 +14,7 @@ from ..common.errors import MalformedFile, Refused, UsageError
 from ..common.files import MAX_TEXT, check_values, opened, parse_value, text_of
 from ..common.host import cores
 from ..data.source import Source, Unusable
-from ..inference.generate import generate
+from ..inference.generate import drawable_ids, generate
 from ..model.cost import check_fits, memory
 from ..tokenizer.tokenizer import Tokenizer
 from .sandbox import MAX_SECONDS, Judgement, Limits, Program, judge_all, proven
@@ -183,6 +183,7 @@ class Completer:
         """Complete a prompt; returns (completion, tokens). Raises Refused: logits not finite, nothing generated."""
         s, o = self.settings, self.opened
         ids = [int(i) for i in self.tokenizer.encode(prompt, add_special_tokens=True)]
+        ends = o.loaded.end_ids()
         stream = generate(
             o.cfg,
             o.backend,
@@ -193,8 +194,9 @@ class Completer:
             top_k=s.top_k,
             top_p=s.top_p,
             seed=seed,
-            eos_id=o.loaded.end_ids(),
+            eos_id=ends,
             dtype=o.dtype,
+            among=drawable_ids(self.tokenizer, o.cfg.vocab_size, ends),
         )
         return continuation(self.tokenizer, ids, stream, STOP)
 

@@ -19,7 +19,7 @@ from ..common.errors import AprError, Refused, UsageError
 from ..common.packages import pip_install
 from ..common.printable import printable
 from ..inference.chat import no_template
-from ..inference.generate import generate
+from ..inference.generate import drawable_ids, generate
 from ..tokenizer.chat_template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
 from .choices import behind, encode_pair, pair_window
@@ -223,6 +223,7 @@ class AprLM(LM):
             o.cfg, o.backend, o.weights, ids, most,
             temperature=temperature, top_k=int(options.get("top_k") or 0), top_p=float(options.get("top_p") or 1.0),
             seed=seed, eos_id=ends, dtype=o.dtype,
+            among=drawable_ids(tokenizer, o.cfg.vocab_size, ends),
         )  # fmt: skip
         return continuation(tokenizer, ids, stream, stop)[0]
 

@@ -18,7 +18,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.registry import open_any
 from ..common.errors import AprError
 from ..common.finding import Skip
-from ..inference.generate import generate
+from ..inference.generate import drawable_ids, generate
 from ..model.config import ModelConfig
 from ..model.cost import check_fits, memory
 from ..model.transformer import IGNORED, Model
@@ -195,9 +195,11 @@ class Specimen:
         return texts, sum(map(len, texts)) / (time.perf_counter() - start)
 
     def _write(self, prompt: Sequence[int], seed: int, most: int) -> list[int]:
+        ends = self.loaded.end_ids()
         return list(
             generate(
                 self.cfg, self.backend, self.weights, prompt, most,
-                temperature=TEMPERATURE, seed=seed, eos_id=self.loaded.end_ids(), dtype=self.dtype,
+                temperature=TEMPERATURE, seed=seed, eos_id=ends, dtype=self.dtype,
+                among=drawable_ids(self.loaded.tokenizer, self.cfg.vocab_size, ends),
             )
         )  # fmt: skip

@@ -13,6 +13,7 @@ from ..common.errors import Refused, UsageError
 from ..model.config import ModelConfig
 from ..model.cost import Memory, memory
 from ..model.transformer import Model
+from ..tokenizer.tokenizer import Tokenizer
 
 PROMPT_CHUNK_TOKENS = 256  # of prefill at a time, so that long prompts need no long buffers
 SORTED_TOKENS = 1024  # likeliest ones, sorted first; the others only when a draw falls on them
@@ -67,7 +68,9 @@ def pick(
         raise Refused("the model's logits are not finite: its weights are damaged")
     if temperature == 0:
         return int(logits.argmax())
-    weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    # Near 0 a temperature makes the quotients infinite, and all weights but those of the likeliest 0.
+    with np.errstate(over="ignore"):
+        weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
     draw = rng.random()
     for count in (min(top_k or SORTED_TOKENS, len(logits)), len(logits)):
         order = _likeliest(logits, count)
@@ -85,6 +88,16 @@ def pick(
         if whole or at < keep:
             return int(order[min(at, keep - 1)])
     raise AssertionError("the second turn has all tokens")
+
+
+def drawable_ids(tokenizer: Tokenizer | None, vocab_size: int, ends: Collection[int]) -> np.ndarray | None:
+    """List the ids that may be drawn, int64 (n,) ascending: those with a token, and the ends; None: all vocab_size of them.
+
+    Models have more rows than their tokenizer has tokens, for speed; nothing was trained in those rows."""
+    if tokenizer is None:
+        return None
+    ids = np.union1d(tokenizer.ids, np.fromiter(ends, np.int64))
+    return None if ids.size >= vocab_size else ids
 
 
 def _likeliest(logits: np.ndarray, count: int) -> np.ndarray:
@@ -127,13 +140,18 @@ class Continuation:
         """Position of the latest token."""
         return len(self.prompt) + len(self.new) - 1
 
-    def draw(self, logits: np.ndarray, ends: Collection[int], positions: int) -> int:
-        """Draw the next token from logits (V,)."""
+    def draw(
+        self, logits: np.ndarray, ends: Collection[int], positions: int, among: np.ndarray | None = None
+    ) -> int:
+        """Draw the next token from logits (V,); among: the ids that may be drawn (see drawable_ids)."""
         s = self.sampling
         logits = penalise(
             logits, self.prompt + self.new if s.repetition_penalty != 1 else (), s.repetition_penalty
         )
-        token = pick(logits, self._rng, s.temperature, s.top_k, s.top_p, s.min_p)
+        token = pick(
+            logits if among is None else logits[among], self._rng, s.temperature, s.top_k, s.top_p, s.min_p
+        )
+        token = token if among is None else int(among[token])
         self.new.append(token)
         if token in ends:
             self.ended = "end"
@@ -147,7 +165,8 @@ class Continuation:
 class Generator:
     """A model with buffers and a KV cache for up to `rows` sequences of up to `slots` positions together.
 
-    weights: flat parameters on the backend (Layout order). chunk: most tokens of a prompt computed at once.
+    weights: flat parameters on the backend (Layout order). chunk: most tokens of a prompt computed at once. among: ids that
+    may be drawn (see drawable_ids).
     """
 
     def __init__(
@@ -159,8 +178,10 @@ class Generator:
         dtype: str = "float32",
         rows: int = 1,
         chunk: int = PROMPT_CHUNK_TOKENS,
+        among: np.ndarray | None = None,
     ) -> None:
         self.cfg, self.slots, self.rows, self.chunk = cfg, slots, rows, min(chunk, slots)
+        self._among = among
         self.model = Model(
             cfg, backend, rows, self.chunk, dtype, train=False, loss_rows=rows, cache=slots, w=weights
         )
@@ -199,7 +220,7 @@ class Generator:
         self._seen = self._seen[:known]
         for row, s in enumerate(live):
             self._read(s.prompt, row, end - len(s.prompt), known, len(live) == 1)
-            yield s, s.draw(self.model.last_logits()[0], ends, most)
+            yield s, s.draw(self.model.last_logits()[0], ends, most, self._among)
             self._check_turn(turn)
         live = self._compact(live, end)
         while live:
@@ -209,7 +230,7 @@ class Generator:
             if len(options) == 1:
                 self._seen.append(int(tokens[0]))
             for s, logits in zip(live, self.model.last_logits(), strict=True):
-                yield s, s.draw(logits, ends, most)
+                yield s, s.draw(logits, ends, most, self._among)
                 self._check_turn(turn)
             live = self._compact(live, end)
 
@@ -303,12 +324,13 @@ def generate(
     seed: int = 42,
     eos_id: int | Collection[int] | None = None,
     dtype: str = "float32",
+    among: np.ndarray | None = None,
     **more: float,
 ) -> Iterator[int]:
     """Generate token ids after a prompt, until max_tokens, an end-of-text id or the last position.
 
-    weights: flat parameters on the backend (Layout order). more: min_p, repetition_penalty. Raises UsageError for
-    options out of range or an empty prompt, Refused for ids outside the vocabulary or a prompt that is too long.
+    weights: flat parameters on the backend (Layout order). among: ids that may be drawn (see drawable_ids). more: min_p,
+    repetition_penalty. Raises UsageError for options out of range or an empty prompt, Refused for ids outside the vocabulary or a prompt that is too long.
     """
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed, **more)
     ids = check_prompt(cfg, prompt)
@@ -320,6 +342,7 @@ def generate(
         slots_needed(cfg, [(len(ids), max_tokens)]),
         dtype,
         chunk=min(len(ids), PROMPT_CHUNK_TOKENS),
+        among=among,
     )
     for _, token in generator.run([ids], sampling, ends):
         yield token

@@ -30,6 +30,7 @@ from .generate import (
     Generator,
     Sampling,
     check_prompt,
+    drawable_ids,
     generator_memory,
     grouped,
     slots_needed,
@@ -333,7 +334,10 @@ class LanguageModel:
             need = generator_memory(self.config, self.backend, self.dtype, rows, slots)
             held = dataclasses.replace(need, weights=0)
             check_fits(held, self.backend, "give fewer max_tokens or prompts at once")
-            self._generator = Generator(self.config, self.backend, self.weights, slots, self.dtype, rows)
+            among = drawable_ids(self.tokenizer, self.config.vocab_size, self.ends)
+            self._generator = Generator(
+                self.config, self.backend, self.weights, slots, self.dtype, rows, among=among
+            )
         assert self._generator is not None
         return self._generator
 

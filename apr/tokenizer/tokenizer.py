@@ -281,6 +281,11 @@ class Tokenizer:
             start = end + 1
         return "\ufffd".join(parts)
 
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """Ids that have a token, int64 (n,) ascending; there may be holes below vocab_size."""
+        return np.unique(np.fromiter(self._engine.get_vocab().values(), np.int64))
+
     def token_bytes(self) -> np.ndarray | None:
         """Count the bytes of UTF-8 text that each id stands for, int64 (vocab_size,): 0 for special tokens and holes.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from apr.common.errors import Refused, UsageError
 from apr.inference.generate import (
     Generator,
     Sampling,
+    drawable_ids,
     generate,
     generator_memory,
     grouped,
@@ -23,7 +26,10 @@ from apr.inference.streaming import StopText, TextStream
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
+from apr.tokenizer.tokenizer import Tokenizer
+from apr.tokenizer.vocab_format import BYTE_CHARACTERS
 from cases import overlay
+from tokenizer_cases import BL, bpe, fields_of
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.3, 0.15]))
 FAMILIES = [name for name in PRESETS if name.endswith("-tiny")]
@@ -437,3 +443,37 @@ def test_text_of_a_real_tokenizer_in_pieces_is_the_text_at_once(data):
             stream = TextStream(tokenizer, ids[:cut])
             got = "".join(stream.feed(i) for i in ids[cut:]) + stream.end()
             assert tokenizer.decode(ids[:cut]) + got == tokenizer.decode(ids)
+
+
+def test_a_temperature_near_0_is_that_of_0_without_a_warning():
+    for temperature in (5e-324, 1e-320, 1e-300):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert pick(LOGITS, np.random.default_rng(0), temperature, 0, 1.0) == 1
+            assert pick(LOGITS * 1e30, np.random.default_rng(0), temperature, 3, 0.9) == 1
+
+
+def test_ids_without_a_token_are_never_drawn(tmp_path):
+    """At a high temperature all ids are about as likely; half of them have no token, one of those between others."""
+    cfg = dataclasses.replace(PRESETS["llama-tiny"], vocab_size=600)
+    model = bpe(list(BYTE_CHARACTERS), ["a b"])
+    model["vocab"]["ab"] = 300
+    fields = fields_of(model, BL, BL)
+    tokenizer = Tokenizer.from_json(json.dumps(fields), "made")
+    among = drawable_ids(tokenizer, cfg.vocab_size, ())
+    assert among.tolist() == [*range(256), 300]
+    w, be = weights(cfg), backends.get("cpu")
+    free = set(generate(cfg, be, w, [1], 60, temperature=50.0))
+    assert not free <= set(among.tolist())
+    drawn = list(generate(cfg, be, w, [1], 60, temperature=50.0, among=among))
+    assert set(drawn) <= set(among.tolist())
+    assert len(set(drawn)) > 10
+    # What ends a text may be drawn: the model's config names it.
+    assert drawable_ids(tokenizer, cfg.vocab_size, [599]).tolist() == [*among.tolist(), 599]
+    # Where every id has a token, the draws are those of before.
+    assert drawable_ids(tokenizer, 257, ()) is None
+    assert drawable_ids(None, 64, ()) is None
+    every = np.arange(cfg.vocab_size)
+    for options in ({}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.8, "repetition_penalty": 1.3}):
+        plain, subset = (list(generate(cfg, be, w, [1], 20, among=a, **options)) for a in (None, every))
+        assert plain == subset
