@@ -28,11 +28,12 @@ CONFIG, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+GENERATION_CONFIG, SPECIAL_TOKENS = "generation_config.json", "special_tokens_map.json"
 SIDE_FILES = (  # small files of a Hugging Face folder that an APR file keeps as they are
     CONFIG,
-    "generation_config.json",
+    GENERATION_CONFIG,
     TOKENIZER_CONFIG,
-    "special_tokens_map.json",
+    SPECIAL_TOKENS,
     "added_tokens.json",
     TEMPLATE,
 )
@@ -123,19 +124,15 @@ class Checkpoint:
     @property
     def chat_template(self) -> str | None:
         """Text of the chat template: chat_template.jinja, else tokenizer_config.json's, else the metadata's."""
-        if TEMPLATE in self.texts:
-            return self.texts[TEMPLATE]
-        template = self.tokenizer_config.get("chat_template", self.metadata.get("chat_template"))
-        if isinstance(template, list):  # several by name
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named.get("default")
+        found = template_in(self.texts)
+        template = self.metadata.get("chat_template") if found is None else found
         return template if isinstance(template, str) else None
 
     @property
     def named_tokens(self) -> dict[str, str]:
         """Texts of bos_token, eos_token and such, as the side files or the metadata spell them."""
-        special = self.texts.get("special_tokens_map.json")
-        maps = [parse_json(special, f"{self.source}: special_tokens_map.json")] if special else []
+        special = self.texts.get(SPECIAL_TOKENS)
+        maps = [parse_json(special, f"{self.source}: {SPECIAL_TOKENS}")] if special else []
         tokens = named_tokens([*maps, self.tokenizer_config])
         vocabulary = self.metadata.get("tokenizer.vocabulary") or []
         for name in ("bos_token", "eos_token"):
@@ -154,15 +151,14 @@ class Checkpoint:
     def end_ids(self) -> frozenset[int]:
         """Collect the ids that end a text: the tokenizer's, and those of generation_config.json and config.json, which
         may list several."""
-        text = self.texts.get("generation_config.json")
-        where = f"{self.source}: generation_config.json"
-        ids: list[Any] = (
-            [] if self.tokenizer is None or self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-        )
-        for value in (
-            parse_json(text, where).get("eos_token_id") if text else None,
-            self.metadata.get("eos_token_id"),
-        ):
+        values: list[Any] = [self.metadata.get("eos_token_id")]
+        if isinstance(original := self.metadata.get("hf_config"), dict):
+            values.append(original.get("eos_token_id"))
+        for name in (GENERATION_CONFIG, CONFIG):
+            if name in self.texts:
+                values.append(parse_json(self.texts[name], f"{self.source}: {name}").get("eos_token_id"))
+        ids = [] if self.tokenizer is None or self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        for value in values:
             ids += value if isinstance(value, list) else [value]
         size = self.cfg.vocab_size
         return frozenset(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < size)
@@ -173,6 +169,17 @@ class Checkpoint:
         host = np.zeros(layout.size, np.float32)
         fill(layout, host, self)
         return upload(backend, host, dtype)
+
+
+def template_in(texts: Mapping[str, str]) -> str | None:
+    """Take the chat template of side files: chat_template.jinja, else tokenizer_config.json's, of several the default one."""
+    if TEMPLATE in texts:
+        return texts[TEMPLATE]
+    template = parse_json(texts.get(TOKENIZER_CONFIG, "{}"), TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def read_side_files(folder: Path) -> dict[str, str]:
@@ -273,6 +280,23 @@ def special_id(
         return added.get(said)
     i = first_id(config.get(f"{name}_token_id"))
     return i if i in added.values() else None
+
+
+def end_of_text(
+    tokenizer_json: str | None, tokenizer_config: Mapping[str, Any], config: Mapping[str, Any]
+) -> Any:
+    """Find what ends a text, of all the ids that end one: the added token that tokenizer_config.json names, else the first
+    that config.json lists."""
+    said, eos = token_text(tokenizer_config.get("eos_token")), config.get("eos_token_id")
+    try:
+        added = parse_json(tokenizer_json, TOKENIZER).get("added_tokens") if said and tokenizer_json else None
+    # Whoever asks for the tokenizer hears of it.
+    except MalformedFile:
+        added = None
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict) and token.get("content") == said and isinstance(token.get("id"), int):
+            return token["id"]
+    return (eos[0] if eos else None) if isinstance(eos, list) else eos
 
 
 def token_text(token: Any) -> str | None:

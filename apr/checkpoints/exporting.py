@@ -17,11 +17,21 @@ from ..common.files import parse_json
 from ..model.params import Layout
 from ..tokenizer.tokenizer import Tokenizer
 from . import gguf
-from .checkpoint import CONFIG, TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Checkpoint, parameters, special_id
+from .checkpoint import (
+    CONFIG,
+    TEMPLATE,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    Checkpoint,
+    parameters,
+    special_id,
+    template_in,
+)
 from .gguf_reader import read_gguf
 from .gguf_vocab import is_qwen2, vocabulary_keys
 from .hf import commonest_dtype, read_hf, write_hf
 from .readback import compare_written
+from .side_files import turn_end, with_one_template
 from .tensors import SAVED
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -38,7 +48,7 @@ def export_hf(
     if dtype is not None and dtype not in SAVED:
         raise UsageError(f"--dtype {dtype}: a Hugging Face folder holds {', '.join(SAVED)}")
     tensors = parameters(Layout(checkpoint.cfg), checkpoint)
-    texts = _texts_for(checkpoint, tensors, dtype)
+    texts = texts_for(checkpoint, tensors, dtype)
     _check_free(folder, [*texts, TOKENIZER])
     write_hf(folder, checkpoint.cfg, tensors, dtype, max_shard_bytes, checkpoint.tokenizer_json, texts)
     written = read_hf(folder)
@@ -91,11 +101,9 @@ def _check_free(folder: Path, names: list[str]) -> None:
     try_folder(folder)
 
 
-def _texts_for(
-    checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray], dtype: str | None
-) -> dict[str, str]:
+def texts_for(checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray], dtype: str | None) -> dict[str, str]:
     """Collect the side files of an export: the originals, and replacements for a checkpoint that apr trained."""
-    texts, config = dict(checkpoint.texts), checkpoint.config
+    texts, config = with_one_template(checkpoint.texts), checkpoint.config
     kept = CONFIG in texts and config == parse_json(texts[CONFIG], CONFIG)
     name = dtype or commonest_dtype(tensors)
     tok = checkpoint.tokenizer
@@ -108,8 +116,9 @@ def _texts_for(
             "pad_token_id": None,
         }
         if tok is not None:
+            ends = [tok.eos_id, *sorted(checkpoint.end_ids() - {tok.eos_id})]
             config |= {
-                "eos_token_id": tok.eos_id,
+                "eos_token_id": ends if len(ends) > 1 else tok.eos_id,
                 "bos_token_id": checkpoint.metadata.get("tokenizer.bos_token_id"),
             }
     spoken, config = config, _for_older_readers(config)
@@ -117,6 +126,8 @@ def _texts_for(
     if not kept or config != spoken or any(config[key] != name for key in said) or (dtype and not said):
         config = {**config, **dict.fromkeys(said or ["torch_dtype"], name)}
         texts[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    if checkpoint.chat_template is not None and TOKENIZER_CONFIG in texts and template_in(texts) is None:
+        texts[TEMPLATE] = checkpoint.chat_template
     if tok is not None and TOKENIZER_CONFIG not in texts:
         texts[TOKENIZER_CONFIG] = (
             json.dumps(_tokenizer_config(checkpoint, tok), indent=2, ensure_ascii=False) + "\n"
@@ -142,7 +153,7 @@ def _tokenizer_config(checkpoint: Checkpoint, tok: Tokenizer) -> dict[str, Any]:
         "model_max_length": checkpoint.cfg.max_position_embeddings,
     }
     if tok.eos_token is not None:
-        d["eos_token"] = tok.eos_token
+        d["eos_token"] = tok.eos_token if (end := turn_end(checkpoint)) is None else tok.decode([end])
     bos = checkpoint.metadata.get("tokenizer.bos_token_id")
     if isinstance(bos, int):
         d["bos_token"] = tok.decode([bos])
@@ -177,6 +188,7 @@ def export_gguf(
             special_id(tok.json, checkpoint.tokenizer_config, checkpoint.config, "bos"),
             special_id(tok.json, checkpoint.tokenizer_config, checkpoint.config, "pad"),
             checkpoint.chat_template,
+            turn_end(checkpoint),
         )
     types = gguf.write_gguf(
         path, checkpoint.cfg, tensors, dtype, keys, Path(checkpoint.source).stem or "model"

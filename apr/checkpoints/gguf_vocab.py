@@ -28,8 +28,9 @@ def vocabulary_keys(
     bos_id: int | None = None,
     pad_id: int | None = None,
     chat_template: str | None = None,
+    eot_id: int | None = None,
 ) -> dict[str, Any]:
-    """Translate a tokenizer.json to header keys and values, padded to vocab_size tokens.
+    """Translate a tokenizer.json to header keys and values, padded to vocab_size tokens. eot_id: ends a turn, not a text.
 
     Raises Refused, naming the rule, for a tokenizer that llama.cpp would run otherwise: its encoder has no such
     pre-tokenizer or normalizer, or there is no end of text (it would take id 11 for one)."""
@@ -78,7 +79,7 @@ def vocabulary_keys(
         "tokenizer.ggml.add_eos_token": after is not None,
     }
     unk = next((i for i, t in enumerate(tokens) if t == model.get("unk_token")), None)
-    for name, i in (("unknown", unk), ("padding", pad_id)):
+    for name, i in (("unknown", unk), ("padding", pad_id), ("eot", eot_id)):
         if i is not None:
             out[f"tokenizer.ggml.{name}_token_id"] = i
     if chat_template is not None:

@@ -24,10 +24,9 @@ from .checkpoint import (
     SIDE_FILES,
     TOKENIZER,
     Checkpoint,
-    first_id,
+    end_of_text,
     parameters,
     special_id,
-    token_text,
 )
 from .hf import INDEX, SINGLE
 from .readback import compare_written
@@ -140,9 +139,7 @@ def _embed(meta: dict[str, Any], checkpoint: Checkpoint, folder: Path, other: st
             raise InputNotFound(f"--tokenizer {other}: holds no {TOKENIZER}")
         return None
     text, config = found
-    eos: str | int | None = token_text(config.get("eos_token"))
-    if eos is None:
-        eos = first_id(checkpoint.metadata.get("eos_token_id"))
+    eos = end_of_text(text, config, checkpoint.metadata)
     tok = Tokenizer.from_json(text, str(place / TOKENIZER), eos)
     if tok.vocab_size > checkpoint.cfg.vocab_size:
         raise Refused(

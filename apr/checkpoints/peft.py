@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from ..common.atomic import write_json
+from ..common.atomic import write_json, write_text
 from ..common.errors import InputNotFound, MalformedFile, Refused
 from ..common.files import parse_json, read_text
 from ..model.config import ModelConfig
 from ..model.lora import LINEAR, PREFIX, AdapterLayout, LoraConfig
 from ..model.params import Layout, Slot
+from .checkpoint import TEMPLATE
 from .hf import read_safetensors, write_safetensors
 from .tensors import EMBED, HEAD
 
@@ -146,14 +147,19 @@ def adapter_config(c: LoraConfig, base: str) -> dict[str, Any]:
     }
 
 
-def write_adapter(folder: Path, layout: AdapterLayout, flat: np.ndarray, base: str) -> None:
-    """Write adapters for PEFT.from_pretrained.  flat (layout.size,) on the host; base: name of the base model, for people
+def write_adapter(
+    folder: Path, layout: AdapterLayout, flat: np.ndarray, base: str, template: str | None = None
+) -> None:
+    """Write adapters for PEFT.from_pretrained.  flat (layout.size,) on the host; base: name of the base model, for people;
+    template: the chat template that the adapters were trained with
 
     Raises IOFailure, Refused: not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(x) for name, x in layout.named(flat).items()}
     write_safetensors(folder / WEIGHTS, tensors, "float32")
+    if template is not None:
+        write_text(folder / TEMPLATE, template)
     write_json(folder / CONFIG, adapter_config(layout.config, base))  # last: with it the folder is whole
 
 

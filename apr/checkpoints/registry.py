@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputNotFound, MalformedFile, Refused
-from ..common.files import opened
+from ..common.files import opened, parse_json, read_text
 from ..common.finding import Checklist
 from ..model.config import ModelConfig
 from ..model.params import Layout
@@ -29,12 +29,22 @@ from ..tokenizer.tokenizer import Tokenizer
 from .apr2 import MAGIC as APR_MAGIC
 from .apr2 import read_apr
 from .apr2_metadata import extract_tokenizer, metadata_to_config
-from .checkpoint import Checkpoint, fill, parameters, upload
+from .checkpoint import (
+    GENERATION_CONFIG,
+    HF_FILES,
+    TOKENIZER_CONFIG,
+    Checkpoint,
+    end_of_text,
+    fill,
+    parameters,
+    upload,
+)
 from .contents import Contents, apr_contents, folder_contents, gguf_contents, safetensors_contents
 from .gguf_reader import MAGIC as GGUF_MAGIC
 from .gguf_reader import read_gguf
 from .gguf_vocab import special_of, tokenizer_json
 from .hf import read_hf
+from .side_files import as_text
 from .validate import Subject, content_rows
 from .validate_files import apr_rows, gguf_rows, hf_rows
 
@@ -69,9 +79,9 @@ def _read_apr(path: Path, source: str) -> Checkpoint:
 
 def _read_hf(path: Path, source: str) -> Checkpoint:
     hf = read_hf(path)
-    eos = hf.config.get("eos_token_id")
-    if isinstance(eos, list):  # transformers: any of several ends a text
-        eos = eos[0] if eos else None
+    beside = (path if path.is_dir() else path.parent) / TOKENIZER_CONFIG
+    said = parse_json(read_text(beside), str(beside)) if os.path.lexists(beside) else {}
+    eos = end_of_text(hf.tokenizer_json, said, hf.config)
     return Checkpoint(hf.cfg, hf.tensors, hf.tokenizer_json, hf.config, source, "hf", eos)
 
 
@@ -86,6 +96,10 @@ def _read_gguf(path: Path, source: str) -> Checkpoint:
     }
     if text is not None:
         meta |= {"tokenizer.eos_token_id": eos, "tokenizer.vocabulary": keys["tokenizer.ggml.tokens"]}
+    # Such as the end of a turn.
+    others = [i for name in ("eot", "eom") if (i := special_of(keys, name, source)) not in (None, eos)]
+    if others:
+        meta[HF_FILES] = {GENERATION_CONFIG: as_text({"eos_token_id": [eos, *others]})}
     if bos != eos:  # a header names one always: without a bos the end of text
         meta["tokenizer.bos_token_id"] = bos
     if isinstance(template := keys.get("tokenizer.chat_template"), str):

@@ -20,15 +20,18 @@ import numpy as np
 
 from ..checkpoints.apr2 import write_apr
 from ..checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
-from ..checkpoints.checkpoint import HF_FILES, fill, parameters
+from ..checkpoints.checkpoint import HF_FILES, TEMPLATE, fill, parameters, template_in
 from ..checkpoints.peft import add_adapter, read_adapter
 from ..checkpoints.registry import open_any
+from ..checkpoints.side_files import with_one_template, with_turn_ends
 from ..checkpoints.tensors import BF16
 from ..common.atomic import try_output
 from ..common.errors import Refused, UsageError
+from ..common.files import read_text
 from ..common.options import json_option, option, parse
 from ..common.printable import printable
 from ..model.params import Layout
+from ..tokenizer.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,21 @@ def main(args: Sequence[str]) -> int:
     stored = {t.dtype for t in tensors.values()}
     dtype = f.dtype or ("bfloat16" if stored == {BF16} else "float32")
     meta: dict[str, Any] = config_to_metadata(base.cfg)
-    meta |= {HF_FILES: base.texts} if base.texts else {}
+    texts = base.texts
+    # As apr and TRL save it beside an adapter for conversations.
+    if os.path.lexists(template := Path(f.adapter) / TEMPLATE):
+        chat = ChatTemplate(read_text(template), str(template), base.named_tokens)
+        texts = with_one_template({**texts, TEMPLATE: chat.text})
+        if base.tokenizer:
+            texts = with_turn_ends(texts, chat, base.tokenizer, sorted(base.end_ids()))
+    meta |= {HF_FILES: texts} if texts else {}
+    if base.chat_template is not None and template_in(texts) is None:
+        meta["chat_template"] = base.chat_template
     meta["merged"] = {"base_sha256": base.sha256, "adapter_sha256": adapter.sha256, "adapter": adapter.config}
     tokenizer = base.tokenizer
     if tokenizer:
-        embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id)
+        bos = base.metadata.get("tokenizer.bos_token_id")
+        embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id, bos)
     write_apr(out, meta, layout.named(host), dtype)
     result: dict[str, Any] = {
         "out": str(out),

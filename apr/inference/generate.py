@@ -330,7 +330,8 @@ def generate(
     """Generate token ids after a prompt, until max_tokens, an end-of-text id or the last position.
 
     weights: flat parameters on the backend (Layout order). among: ids that may be drawn (see drawable_ids). more: min_p,
-    repetition_penalty. Raises UsageError for options out of range or an empty prompt, Refused for ids outside the vocabulary or a prompt that is too long.
+    repetition_penalty. Raises UsageError for options out of range or an empty prompt, Refused for ids outside the vocabulary
+    or a prompt that is too long.
     """
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed, **more)
     ids = check_prompt(cfg, prompt)

@@ -13,9 +13,9 @@ import numpy as np
 
 from ..checkpoints.apr2 import write_apr
 from ..checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import HF_FILES, Checkpoint
+from ..checkpoints.exporting import texts_for
 from ..checkpoints.hf import write_hf
-from ..common.atomic import write_text
 from ..common.errors import Refused, UsageError
 from ..model.cost import check_fits
 from ..model.params import Layout
@@ -361,25 +361,20 @@ class LanguageModel:
         path, layout = Path(path), Layout(self.config)
         tensors = layout.named(self.backend.to_host(self.weights))
         stored, texts = dtype or self.dtype, self.checkpoint.texts
-        if path.suffix == ".apr":
-            meta = config_to_metadata(self.config)
-            if self.tokenizer is not None:
-                bos = self.checkpoint.metadata.get("tokenizer.bos_token_id")
-                embed_tokenizer(meta, self.tokenizer.json, self.tokenizer.eos_id, bos)
-            kept = {name: text for name, text in texts.items() if name != "config.json"}
-            if kept:
-                meta["hf_files"] = kept
-            if self.chat_template is not None:
-                meta["chat_template"] = self.chat_template.text
-            write_apr(path, meta, tensors, stored)
+        if path.suffix != ".apr":
+            tokenizer = None if self.tokenizer is None else self.tokenizer.json
+            texts = texts_for(self.checkpoint, tensors, stored)
+            write_hf(path, self.config, tensors, stored, tokenizer_json=tokenizer, texts=texts)
             return
-        tokenizer = None if self.tokenizer is None else self.tokenizer.json
-        write_hf(path, self.config, tensors, stored, tokenizer_json=tokenizer)
-        for name, text in texts.items():
-            if name != "config.json":
-                write_text(path / name, text)
-        if self.chat_template is not None and self.checkpoint.chat_template is not None:
-            write_text(path / "chat_template.jinja", self.chat_template.text)
+        meta = config_to_metadata(self.config)
+        if self.tokenizer is not None:
+            bos = self.checkpoint.metadata.get("tokenizer.bos_token_id")
+            embed_tokenizer(meta, self.tokenizer.json, self.tokenizer.eos_id, bos)
+        if texts:
+            meta[HF_FILES] = texts
+        if self.chat_template is not None:
+            meta["chat_template"] = self.chat_template.text
+        write_apr(path, meta, tensors, stored)
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:

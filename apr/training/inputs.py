@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..backends.select import choose
-from ..checkpoints.checkpoint import HF_FILES, TEMPLATE, Checkpoint, parameters
+from ..checkpoints.checkpoint import HF_FILES, TEMPLATE, Checkpoint, parameters, template_in
 from ..checkpoints.peft import LoadedAdapter, read_adapter
 from ..checkpoints.registry import open_any
-from ..common.files import read_text
+from ..checkpoints.side_files import with_one_template, with_turn_ends
 from ..common.progress import Progress
 from ..data.open import OpenedData, open_data
 from ..model.config import ModelConfig
@@ -50,6 +49,11 @@ class Inputs(OpenedData):
         """Notes on what the model's config.json leaves to defaults and what of it is not heeded."""
         return self.init.notes if self.init else config_notes(str(self.settings.model))
 
+    @property
+    def chat_template(self) -> str | None:
+        """Text of the template that writes the conversations of the run; None without one."""
+        return template_in(self.carried.get(HF_FILES, {})) if self.settings.instruct else None
+
     def describe(self) -> dict[str, Any]:
         """Identify data, checkpoint and adapters, for the run's config.json."""
         facts = super().describe() | {"init_sha256": self.init.sha256 if self.init else None}
@@ -81,13 +85,23 @@ def open_inputs(s: Settings, progress: Progress | None = None, tokenizer: Tokeni
         device_note=chosen.note if chosen.avoidable else "",
         lora=lora,
         lora_init=adapter,
-        carried=_carried(s, init),
+        carried=_carried(s, init, data.tokenizer),
     )
 
 
-def _carried(s: Settings, init: Checkpoint | None) -> dict[str, Any]:
-    """Collect the Hugging Face side files of --init for every checkpoint of the run, with the chat template in use."""
-    texts = dict(init.texts) if init and not s.tokenizer else {}
-    if s.chat_template:
-        texts[TEMPLATE] = read_text(Path(s.chat_template))
-    return {HF_FILES: texts} if texts else {}
+def _carried(s: Settings, init: Checkpoint | None, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Collect what the checkpoints of the run keep of --init: its side files, the chat template in use and, of a run on
+    conversations, the id that ends their turns among those that end a text."""
+    if init is None:
+        return {}
+    texts = {} if s.tokenizer else dict(init.texts)
+    if s.instruct and (template := init.template(s.chat_template)):
+        if s.chat_template or template_in(texts) is None:
+            texts = with_one_template({**texts, TEMPLATE: template.text})
+        known = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        texts = with_turn_ends(texts, template, tokenizer, known)
+    elif not s.tokenizer and init.chat_template is not None and template_in(texts) is None:
+        texts[TEMPLATE] = init.chat_template
+    bos = init.metadata.get("tokenizer.bos_token_id")
+    kept = {"tokenizer.bos_token_id": bos} if bos is not None and not s.tokenizer else {}
+    return kept | ({HF_FILES: texts} if texts else {})

@@ -307,7 +307,7 @@ class Trainer:
         path = self.run.save_epoch(epoch, self.model, self.state, i.tokenizer, facts, evaluation, i.carried)
         if self.lora:
             folder, flat = self.run.ckpt / f"epoch-{epoch:03d}-adapter", i.backend.to_host(self.lora.w)
-            write_adapter(folder, self.lora.layout, flat, str(self.s.init))
+            write_adapter(folder, self.lora.layout, flat, str(self.s.init), i.chat_template)
         p.epoch_losses, p.grad_norm_max = [], 0.0
         self.emit(Saved(path, facts))
 

@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 import zstandard
 
+from apr.api import load
 from apr.backends import reference
 from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.checkpoint import fill
+from apr.checkpoints.exporting import export_gguf, export_hf
+from apr.checkpoints.gguf_reader import read_gguf
 from apr.checkpoints.hf import write_hf
+from apr.checkpoints.importing import import_model
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import MalformedFile, Refused
@@ -562,6 +566,46 @@ def test_the_checkpoint_carries_the_template(run):
     assert "chat_template" in json.dumps(read_apr(run / "ckpt/epoch-002.apr").metadata["hf_files"])
 
 
+def ends_of(tokenizer):
+    """The end of a turn and the end of a text."""
+    return {i for i, text in tokenizer.special_tokens().items() if text in ("<|end|>", "<|endoftext|>")}
+
+
+def test_the_end_of_a_turn_ends_a_text_in_every_file_that_is_written(run, tmp_path):
+    tuned = open_any(str(run / "ckpt/epoch-002.apr"))
+    ends = ends_of(tuned.tokenizer)
+    assert tuned.end_ids() == ends
+    assert len(ends) == 2
+    turn = max(ends - {tuned.tokenizer.eos_id})
+    export_hf(tuned, tmp_path / "hf")
+    for name in ("config.json", "generation_config.json"):
+        assert set(json.loads((tmp_path / "hf" / name).read_text())["eos_token_id"]) == ends
+    assert json.loads((tmp_path / "hf/tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
+    export_gguf(tuned, tmp_path / "x.gguf")
+    keys = read_gguf(tmp_path / "x.gguf").keys
+    assert {keys["tokenizer.ggml.eos_token_id"], keys["tokenizer.ggml.eot_token_id"]} == ends
+    assert keys["tokenizer.ggml.eot_token_id"] == turn
+    import_model(str(tmp_path / "hf"), tmp_path / "hf.apr")
+    import_model(str(tmp_path / "x.gguf"), tmp_path / "gguf.apr")
+    load(str(tmp_path / "gguf.apr")).save(tmp_path / "again")
+    load(str(tmp_path / "again")).save(tmp_path / "again.apr")
+    for name in ("hf", "x.gguf", "hf.apr", "gguf.apr", "again", "again.apr"):
+        got = open_any(str(tmp_path / name))
+        assert got.end_ids() == ends, name
+        assert got.chat_template == OWN_TEMPLATE, name
+    assert (
+        open_any(str(tmp_path / "hf")).tokenizer.eos_id == open_any(str(tmp_path / "hf.apr")).tokenizer.eos_id
+    )
+
+
+def test_a_checkpoint_that_was_not_tuned_keeps_its_side_files(place, tmp_path):
+    base = open_any(str(place / "hf"))
+    assert base.end_ids() == {base.tokenizer.eos_id}
+    export_hf(base, tmp_path / "hf")
+    for name in ("config.json", "tokenizer_config.json"):
+        assert (tmp_path / "hf" / name).read_text() == (place / "hf" / name).read_text()
+
+
 def test_a_merged_adapter_carries_the_template_too(place, tmp_path):
     run = tmp_path / "run"
     assert pretrain(place, run, "--lora-rank", "3", "--num-steps", "3", "--spot-check", "-1") in (0, 9)
@@ -569,6 +613,7 @@ def test_a_merged_adapter_carries_the_template_too(place, tmp_path):
     assert main(["merge", str(place / "hf"), str(run / "ckpt/epoch-001-adapter"), "-o", str(out)]) == 0
     merged, checkpoint = open_any(str(out)), open_any(str(run / "ckpt/epoch-001.apr"))
     assert merged.chat_template == checkpoint.chat_template == OWN_TEMPLATE
+    assert merged.end_ids() == checkpoint.end_ids() == ends_of(merged.tokenizer)
     a, b = (fill_of(x) for x in (merged, checkpoint))
     np.testing.assert_allclose(a, b, rtol=0, atol=4e-7)
 
@@ -587,7 +632,12 @@ def test_a_template_that_is_given_is_the_one_that_is_carried(place, tmp_path):
     run = tmp_path / "run"
     more = ["--num-steps", "3", "--spot-check", "-1", "--chat-template", tmp_path / "other.jinja"]
     assert pretrain(place, run, *more) in (0, 9)
-    assert open_any(str(run / "ckpt/epoch-001.apr")).chat_template == other
+    tuned = open_any(str(run / "ckpt/epoch-001.apr"))
+    assert tuned.chat_template == other
+    # The template of --init stands nowhere any more, whichever place a reader looks at.
+    export_hf(tuned, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/tokenizer_config.json").read_text())["chat_template"] == other
+    assert (tmp_path / "hf/chat_template.jinja").read_text() == other
 
 
 def test_apr_verify_passes_and_sees_a_changed_count(run, tmp_path, capsys):
