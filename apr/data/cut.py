@@ -67,6 +67,15 @@ class Cutter:
         if buffered:
             yield buffered
 
+    def uncuttable(self, chunks: Iterable[str]) -> str:
+        """Say why a text cannot be cut into pieces, "" if it can, before its first piece is used."""
+        try:
+            for _ in self.pieces(chunks):
+                pass
+        except CannotCut as e:
+            return str(e)
+        return ""
+
     def _place(self, text: str) -> int | None:
         """Choose a place to cut: near PIECE_CHARACTERS, else behind it, else before it."""
         near, far = PIECE_CHARACTERS // 2, 3 * PIECE_CHARACTERS // 2

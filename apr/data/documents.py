@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NoReturn
@@ -92,6 +92,38 @@ def is_held_out(sha256: str, fraction: float) -> bool:
 
     So a document lies on one side of the split whatever else the corpus holds, and its copies lie on the same side."""
     return int(sha256[:16], 16) < fraction * 2.0**64
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A rule for the side of each document of one corpus: held out by its hash (see is_held_out), `moved` on the other side.
+
+    A corpus of a few documents may leave a side without any by chance; the document whose hash is nearest to that side is
+    then moved there. So a larger corpus is divided by hash alone, and a small one has two sides from two documents on."""
+
+    fraction: float
+    moved: str = ""
+
+    @classmethod
+    def of(cls, hashes: Iterable[str], fraction: float) -> Sides:
+        """Find the rule for these content hashes; reads no further than to one of each side."""
+        low = high = ""
+        for sha256 in hashes:
+            low, high = min(low or sha256, sha256), max(high, sha256)
+            if is_held_out(low, fraction) and not is_held_out(high, fraction):
+                return cls(fraction)
+        if low == high:
+            return cls(fraction)
+        return cls(fraction, high if is_held_out(low, fraction) else low)
+
+    def hold_out(self, sha256: str) -> bool:
+        """True for a document of the validation side."""
+        return is_held_out(sha256, self.fraction) != (sha256 == self.moved)
+
+
+def hashes_of(items: Iterable[Item]) -> Iterator[str]:
+    """Yield the content hash of each document among items of a corpus."""
+    return (item.sha256 for item in items if not isinstance(item, Skipped))
 
 
 def _on_disk(source: Source) -> tuple[int, int]:

@@ -20,8 +20,8 @@ from ..common.files import make_folder, read_json
 from ..common.host import cores
 from ..tokenizer.tokenizer import Tokenizer
 from .corpus import Corpus
-from .cut import PIECE_CHARACTERS, CannotCut, Cutter
-from .documents import Document, LongDocument, is_held_out
+from .cut import PIECE_CHARACTERS, Cutter
+from .documents import Document, LongDocument, Sides, hashes_of
 from .guards import USUAL, Bounds, enforce, plausible
 from .manifest import ShardManifest
 from .seen import Seen
@@ -112,6 +112,8 @@ def encode_into(
     *,
     val_fraction: float = 0.01,
     eos_policy: str = "after",
+    bos: str = "auto",
+    sides: Sides | None = None,
     shard_tokens: int = 10_000_000,
     bounds: Bounds = USUAL,
     made: dict[str, Any] | None = None,
@@ -121,7 +123,8 @@ def encode_into(
 ) -> EncodedCorpus:
     """Write train and, with val_fraction above 0, val, tokenizer, encode.json and skipped.jsonl into a folder that is held.
 
-    A document's side follows from its content hash alone, so it is the same in every run with this fraction; copies are dropped.
+    A document's side follows from its content hash alone, so it is the same in every run with this fraction (see Sides); copies
+    are dropped. bos: "auto" puts the tokenizer's prefix_ids before each document, "none" nothing. sides: where they are known.
     The bytes written depend on the documents and their order, not on `workers`, the threads that encode (default:
     all cores). `made` describes the input in the manifests; with resume the folder must have been begun with the same settings.
     Raises Refused: bad arguments, a guard, a side without documents; IOFailure."""
@@ -133,10 +136,13 @@ def encode_into(
         "eos_policy": eos_policy,
         "shard_tokens": shard_tokens,
         **(made or {}),
+        **({"bos_ids": list(tokenizer.prefix_ids)} if bos == "auto" and tokenizer.prefix_ids else {}),
     }
     settings = _begin(folder, settings, tokenizer, resume)
     tokenizer.save(folder / "tokenizer")
     job = _Encoding(corpus, tokenizer, folder, val_fraction, bounds, workers or cores(), progress)
+    job.rule = sides or (Sides.of(hashes_of(corpus), val_fraction) if val_fraction else Sides(0))
+    job.bos = np.array(settings.get("bos_ids", ()), np.uint32)
     with contextlib.ExitStack() as stack:
         stack.callback(job.seen.close)
         for side in job.sides:
@@ -176,6 +182,7 @@ class _Encoding:
         self.sides = ["train", "val"] if val_fraction else ["train"]
         self.writers: dict[str, ShardWriter] = {}
         self.counts = Counts()
+        self.bos, self.rule = np.empty(0, np.uint32), Sides(val_fraction)
         self.seen = Seen()
         self._offered = dict.fromkeys(self.sides, 0)
         # Of the text whose ids are written, unfinished documents included.
@@ -222,9 +229,9 @@ class _Encoding:
             if not self.seen.add(item.sha256):
                 self.counts.duplicates += 1
                 continue
-            side = "val" if self.val_fraction and is_held_out(item.sha256, self.val_fraction) else "train"
+            side = "val" if self.rule.hold_out(item.sha256) else "train"
             long = isinstance(item, LongDocument) or len(item.text) > 2 * PIECE_CHARACTERS
-            if long and (why := _uncuttable(cutter, item)):
+            if long and (why := cutter.uncuttable(item.chunks())):
                 self._skip(Skipped(item.name, "cannot be cut", why))
                 continue
             number = self._offered[side]
@@ -277,8 +284,8 @@ class _Encoding:
                 writer.begin(document.sha256, document.num_bytes)
                 self.counts.text_bytes += document.num_bytes
                 self.counts.round_trips += piece.is_sampled
-            writer.append(ids)
             text = piece.text
+            writer.append(np.concatenate([self.bos, ids]) if piece.is_first and text is not None else ids)
             self._bytes[piece.side] += document.num_bytes if text is None else len(text.encode())
             if piece.is_last:
                 writer.end()
@@ -334,16 +341,6 @@ class _Encoding:
                 yield f
         except OSError as e:
             raise IOFailure(f"{path}: cannot write: {e.strerror}; make room or write elsewhere") from e
-
-
-def _uncuttable(cutter: Cutter, item: Document | LongDocument) -> str:
-    """Say why a document cannot be cut into pieces, "" if it can, before its first piece is written."""
-    try:
-        for _ in cutter.pieces(item.chunks()):
-            pass
-    except CannotCut as e:
-        return str(e)
-    return ""
 
 
 def _begin(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer, resume: bool) -> dict[str, Any]:

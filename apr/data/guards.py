@@ -178,8 +178,11 @@ def round_trip(shards: Shards, tokenizer: Tokenizer) -> Finding:
     if not documents:
         why = f"none of those sampled is below {MAX_SAMPLED_TOKENS} tokens"
         return Finding.of(name, None, "0 documents", bound, why)
-    texts = [tokenizer.decode(ids) for _, ids in documents]
-    for (place, ids), again in zip(documents, tokenizer.encode_batch(texts), strict=True):
+    prefix = np.array(shards.prefix_ids, np.uint32)
+    # What stands before a document is no part of its text; a document without it fails below.
+    texts = [tokenizer.decode(ids[prefix.size :]) for _, ids in documents]
+    for (place, ids), body in zip(documents, tokenizer.encode_batch(texts), strict=True):
+        again = np.concatenate([prefix, body])
         if not np.array_equal(ids, again):
             same = min(ids.size, again.size)
             differing = np.flatnonzero(ids[:same] != again[:same])

@@ -115,7 +115,7 @@ def open_data(
     elif s.instruct:
         assert tokenizer is not None
         assert init is not None
-        encoded_by = tokenizer, init.template(s.chat_template), s.seq_length, s.val_fraction, progress
+        encoded_by = tokenizer, init.template(s.chat_template), s.seq_length, s.val_fraction, progress, s.bos
         conversations = s.instruct
         packed = in_cache("instruct", lambda root: prepare_conversations(conversations, root, *encoded_by))
         folders, left_out = packed.sides, packed.left_out()
@@ -160,6 +160,7 @@ def _prepare_corpus(
         bounds=bounds,
         progress=progress,
         in_cache=True,
+        bos=s.bos,
     )
     return in_cache("corpora", lambda folder: make(out_dir=folder))
 

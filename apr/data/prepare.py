@@ -17,7 +17,7 @@ from ..common.progress import Progress
 from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.training import train_tokenizer
 from .corpus import Corpus
-from .documents import Document, LongDocument, is_held_out
+from .documents import Document, LongDocument, Sides
 from .encode import RECORD as ENCODED
 from .encode import SKIPPED, Counts, encode_into, is_encoded
 from .guards import USUAL, Bounds
@@ -73,6 +73,7 @@ def prepare(
     bounds: Bounds = USUAL,
     progress: Progress | None = None,
     in_cache: bool = False,
+    bos: str = "auto",
 ) -> PreparedCorpus:
     """Split documents by content hash, train a tokenizer of vocab_size on the training side unless one is
     given, and encode both sides into out_dir/train and out_dir/val.
@@ -87,7 +88,9 @@ def prepare(
     if not 0.0 < val_fraction < 1.0:
         raise Refused(f"val_fraction = {val_fraction} is not between 0 and 1")
     made_by = f"{tokenizer.sha256} {tokenizer.eos_token}" if tokenizer else f"train {vocab_size}"
-    key = _key(corpus, f"{made_by} {val_fraction!r} {shard_tokens}", val_fraction, progress)
+    if tokenizer and tokenizer.prefix_ids and bos == "auto":
+        made_by += f" behind {tokenizer.prefix_ids}"
+    key, sides = _key(corpus, f"{made_by} {val_fraction!r} {shard_tokens}", val_fraction, progress)
     folder = Path(out_dir) / key[:16] if in_cache else Path(out_dir)
     opened, reason = _reused(folder, key)
     if opened:
@@ -105,7 +108,17 @@ def prepare(
         record, _ = _read_record(folder / RECORD)
         begun = record is not None and record.get("key") == key and record.get("complete") is not True
         making = _Making(
-            corpus, folder, key, vocab_size, tokenizer, val_fraction, shard_tokens, bounds, progress
+            corpus,
+            folder,
+            key,
+            vocab_size,
+            tokenizer,
+            val_fraction,
+            shard_tokens,
+            bounds,
+            progress,
+            bos,
+            sides,
         )
         try:
             made = making.go_on() if begun else making.begin()
@@ -114,7 +127,7 @@ def prepare(
             if not begun:
                 raise
             made = making.begin()
-        tokenizer, sides = made
+        tokenizer, hashes = made
         write_json(
             folder / RECORD,
             {
@@ -123,7 +136,7 @@ def prepare(
                 "complete": True,
                 "val_fraction": val_fraction,
                 "tokenizer_sha256": tokenizer.sha256,
-                **{f"{side}_sha256": sha for side, sha in sides.items()},
+                **{f"{side}_sha256": sha for side, sha in hashes.items()},
             },
         )
     return PreparedCorpus(folder, tokenizer, key, False, reason)
@@ -155,6 +168,8 @@ class _Making:
     shard_tokens: int
     bounds: Bounds
     progress: Progress | None
+    bos: str
+    sides: Sides
 
     def begin(self) -> tuple[Tokenizer, dict[str, str]]:
         """Make it from the beginning: the tokenizer, and each side's hash."""
@@ -177,7 +192,7 @@ class _Making:
         texts = (
             text
             for item in _distinct(self.corpus, None)
-            if not is_held_out(item.sha256, self.val_fraction)
+            if not self.sides.hold_out(item.sha256)
             for text in item.chunks()
         )
         return train_tokenizer(texts, self.vocab_size, self.folder / "tokenizer", progress=self.progress)
@@ -192,6 +207,8 @@ class _Making:
             self.corpus,
             tokenizer,
             val_fraction=self.val_fraction,
+            bos=self.bos,
+            sides=self.sides,
             shard_tokens=self.shard_tokens,
             bounds=self.bounds,
             made={"prepared": self.key},
@@ -221,17 +238,18 @@ def _distinct(corpus: Corpus, skipped: list[Skipped] | None) -> Iterator[Documen
         seen.close()
 
 
-def _key(corpus: Corpus, made_by: str, val_fraction: float, progress: Progress | None) -> str:
-    """Hash everything that determines the result. Raises Refused for a side without documents."""
+def _key(corpus: Corpus, made_by: str, val_fraction: float, progress: Progress | None) -> tuple[str, Sides]:
+    """Hash everything that determines the result, and find the side of each document.
+
+    Raises Refused for fewer documents than sides."""
     digest = hashlib.sha256(f"{FORMAT} tokenizers {tokenizers.__version__} {made_by}".encode())
-    counts = {False: 0, True: 0}
+    total, low, high = 0, "", ""
     skipped: list[Skipped] = []
     for item in _distinct(corpus, skipped):
         digest.update(bytes.fromhex(item.sha256))
-        counts[is_held_out(item.sha256, val_fraction)] += 1
+        total, low, high = total + 1, min(low or item.sha256, item.sha256), max(high, item.sha256)
         if progress:
             progress("read corpus", corpus.bytes_read, corpus.total_bytes)
-    total = counts[False] + counts[True]
     if not total:
         why = (
             f"; the first that cannot be used: {skipped[0].name}: {skipped[0].reason}: {skipped[0].detail}"
@@ -239,13 +257,12 @@ def _key(corpus: Corpus, made_by: str, val_fraction: float, progress: Progress |
             else ""
         )
         raise Refused(f"{corpus}: no text{why}")
-    for is_val, side in ((False, "train"), (True, "val")):
-        if not counts[is_val]:
-            raise Refused(
-                f"val_fraction = {val_fraction} of {total} documents leaves none for {side}; "
-                "use another fraction, more files, or cut a long file into several"
-            )
-    return digest.hexdigest()
+    if total == 1:
+        raise Refused(
+            f"{corpus}: one document cannot be divided into one to train on and one to validate with; give more files, "
+            "or cut a long file into several"
+        )
+    return digest.hexdigest(), Sides.of((low, high), val_fraction)
 
 
 def _read_record(path: Path) -> tuple[dict[str, Any] | None, str]:

@@ -77,11 +77,22 @@ def repair_manifest(
         total_bytes=size,
         shards=rows,
         audit=figures(scanned.counts, size, tokenizer.unknown_id),
-        made={"repaired": True},
+        made={"repaired": True}
+        | ({"bos_ids": list(tokenizer.prefix_ids)} if _begun(arrays, tokenizer) else {}),
         complete=True,
     )
     write_json(folder / MANIFEST, asdict(manifest))
     return manifest
+
+
+def _begun(arrays: list[np.ndarray], tokenizer: Tokenizer) -> bool:
+    """True where the tokenizer's prefix_ids stand before each document, as far as it begins and ends in one shard."""
+    prefix, eos = np.array(tokenizer.prefix_ids, np.uint32), tokenizer.eos_id
+    if not prefix.size:
+        return False
+    starts = [(a, int(at) + 1) for a in arrays for at in np.flatnonzero(a == eos)] if eos is not None else []
+    begun = [a[at : at + prefix.size] for a, at in [(arrays[0], 0), *starts] if at + prefix.size <= a.size]
+    return bool(begun) and all(np.array_equal(x, prefix) for x in begun)
 
 
 def text_bytes(arrays: list[np.ndarray], counts: np.ndarray, tokenizer: Tokenizer) -> int:

@@ -47,6 +47,12 @@ class DataSettings:
     tokenizer: str | None = option(
         "tokenizer folder; with --corpus and none given, one is trained", metavar="FOLDER", path=True
     )
+    bos: str = option(
+        "ids before each document of --corpus, and before each prompt of --instruct that no chat template writes: auto, those "
+        "that the tokenizer itself puts before a text, as evaluation and generation do; none",
+        "auto",
+        choices=("auto", "none"),
+    )
     val_dataset: str | None = option(
         "folder of token shards that training never sees", metavar="FOLDER", path=True
     )
@@ -71,6 +77,8 @@ def check_data(s: DataSettings) -> None:
     exactly_one(s, ("corpus", "dataset", "instruct"), "what to train on")
     if s.chat_template and not s.instruct:
         raise UsageError("--chat-template goes with --instruct; give both or none")
+    if s.bos != "auto" and s.dataset:
+        raise UsageError("--bos goes with --corpus or --instruct; token shards begin as they were encoded")
     if s.instruct and s.val_dataset:
         raise UsageError("--val-dataset goes with --dataset; with --instruct, give --val-fraction")
     if (s.corpus or s.instruct) and not s.val_fraction:

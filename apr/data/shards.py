@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused
-from ..common.files import opened
+from ..common.files import opened, short
 from ..common.host import cores
 from ..tokenizer.tokenizer import Tokenizer
 from .manifest import MANIFEST, ShardManifest, figures, read_manifest, same_figure
@@ -28,6 +28,7 @@ class Shards:
     masks            uint8  (tokens,)  beside arrays: 1 where the token is a target; [] where every token is one
     row_tokens       tokens of a packed row, None where windows are cut from running text
     row_targets      int64  (rows,)    number of targets of each packed row
+    prefix_ids       ids that stand before each document, () where none do or nobody noted it
     border_id        id that ends a document, None where nothing does
     total_tokens     of the tokens that are targets, with their total_bytes of UTF-8 text
     figures          statistics of those tokens, see manifest.figures
@@ -41,6 +42,7 @@ class Shards:
     masks: list[np.ndarray]
     row_tokens: int | None = None
     row_targets: np.ndarray | None = None
+    prefix_ids: tuple[int, ...] = ()
     border_id: int | None
     vocab_size: int
     tokenizer_sha256: str
@@ -110,7 +112,7 @@ class TokenShards(Shards):
         self.total_documents, self.vocab_size = m.total_documents, m.vocab_size
         self.tokenizer_sha256 = m.tokenizer_sha256
         self.border_id = None if m.eos_policy == "none" else m.eos_token_id
-        self.figures, self.facts = m.audit, {}
+        self.figures, self.facts, self.prefix_ids = m.audit, {}, _prefix_of(path, m)
         self.sha256 = hashlib.sha256("".join(s["sha256"] for s in m.shards).encode()).hexdigest()
         if verify:
             self.check()
@@ -144,6 +146,14 @@ class TokenShards(Shards):
                     f"{path}: total_documents = {m.total_documents}, the shards' EOS tokens say {documents}"
                 )
         return scanned
+
+
+def _prefix_of(path: Path, m: ShardManifest) -> tuple[int, ...]:
+    """Read the ids that stand before each document from a manifest. Raises MalformedFile."""
+    ids = m.made.get("bos_ids", []) if isinstance(m.made, dict) else []
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < m.vocab_size for i in ids):
+        raise MalformedFile(f"{path}: made.bos_ids = {short(ids)} are no ids of its vocabulary")
+    return tuple(ids)
 
 
 def _file_size(array: np.ndarray) -> int:

@@ -167,7 +167,7 @@ class Completer:
         """Raises Refused: a prompt is too long, or the longest takes more memory than there is."""
         cfg, longest = self.opened.cfg, 0
         for p in problems:
-            n = len(self.tokenizer.encode(p.prompt, add_special_tokens=True))
+            n = len(self.tokenizer.encode_text(p.prompt))
             if n >= cfg.max_position_embeddings:
                 raise Refused(
                     f"{p.task_id}: the prompt has {n} tokens, the model reads {cfg.max_position_embeddings}; it cannot be "
@@ -182,7 +182,7 @@ class Completer:
     def complete(self, prompt: str, seed: int) -> tuple[str, int]:
         """Complete a prompt; returns (completion, tokens). Raises Refused: logits not finite, nothing generated."""
         s, o = self.settings, self.opened
-        ids = [int(i) for i in self.tokenizer.encode(prompt, add_special_tokens=True)]
+        ids = self.tokenizer.encode_text(prompt)
         ends = o.loaded.end_ids()
         stream = generate(
             o.cfg,

@@ -111,7 +111,7 @@ class Specimen:
         """Texts that are long enough, as tokens."""
         most = MAX_TEXT_TOKENS // (1 if len(self.texts) == 1 else 4)
         passages = [
-            Passage(n, self.tokenizer.encode(t, add_special_tokens=True)[:most].astype(np.int64))
+            Passage(n, np.array(self.tokenizer.encode_text(t)[:most], np.int64))
             for n, t in self.texts.items()
         ]
         long = [p for p in passages if len(p.ids) >= MIN_TEXT_TOKENS]

@@ -219,19 +219,12 @@ def _check_ids(ids: np.ndarray, vocab_size: int, source: str) -> None:
         )
 
 
-def bos_ids(tokenizer: Tokenizer) -> list[int]:
-    """Find the ids that the tokenizer itself puts before a text: <s> of Llama, [] of Qwen."""
-    plain, whole = (tokenizer.encode("a", add_special_tokens=special).tolist() for special in (False, True))
-    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-    return [int(i) for i in whole[:at]]
-
-
 def prefix_ids(tokenizer: Tokenizer, how: str) -> list[int]:
     """List the ids before each text. how: auto (the tokenizer's own), eos (the end-of-text id), none."""
     if how == "none":
         return []
     if how == "auto":
-        return bos_ids(tokenizer)
+        return list(tokenizer.prefix_ids)
     if tokenizer.eos_id is None:
         raise Refused(f"--bos eos: {tokenizer.source} has no end-of-text id")
     return [tokenizer.eos_id]

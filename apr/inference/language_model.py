@@ -311,11 +311,13 @@ class LanguageModel:
         return template, self.tokenizer
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Encode a prompt, with the special tokens that the tokenizer puts before a text. An empty prompt is the
-        end-of-text token, which stands before every document. Raises Refused: no tokenizer; UsageError: nothing to begin with."""
+        """Encode a prompt as the beginning of a text (see Tokenizer.prefix_ids).
+
+        An empty prompt of a tokenizer that puts nothing there is the end-of-text token, which stands before every document but
+        the first. Raises Refused: no tokenizer; UsageError: nothing to begin with."""
         if self.tokenizer is None:
             raise _no_tokenizer(self.source)
-        ids = [int(t) for t in self.tokenizer.encode(text, add_special_tokens=True)]
+        ids = self.tokenizer.encode_text(text)
         if not ids and self.tokenizer.eos_id is None:
             raise UsageError("an empty prompt needs a tokenizer with an end-of-text token; give some text")
         return ids or [int(self.tokenizer.eos_id or 0)]

@@ -191,6 +191,21 @@ class Tokenizer:
         """Encode a text as token ids, uint32 (n,). Refused: a lone surrogate, which no UTF-8 file can hold."""
         return self.encode_batch([text], add_special_tokens)[0]
 
+    @cached_property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Ids that the tokenizer itself puts before a text: <s> of Llama, <bos> of Gemma, nothing for Qwen and for our own.
+
+        Every text begins with them: a document in shards, a prompt with its response, a text or context that is scored, a prompt
+        that is continued. What a chat template writes begins as the template says, and a window that begins inside a text
+        with the text. transformers and lm-evaluation-harness do the same."""
+        plain, whole = (self.encode("a", add_special_tokens=special).tolist() for special in (False, True))
+        at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        return tuple(int(i) for i in whole[:at])
+
+    def encode_text(self, text: str) -> list[int]:
+        """Encode a text from its beginning: prefix_ids, then its own ids."""
+        return [*self.prefix_ids, *(int(i) for i in self.encode(text))]
+
     def encode_marked(self, text: str) -> np.ndarray:
         """Encode a text in which special tokens stand for themselves, as a chat template writes them, uint32 (n,)."""
         return self.encode_spans([text])[0][0]

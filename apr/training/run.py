@@ -249,7 +249,8 @@ def _continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
     if settings.run_dir is None:
         raise UsageError("--resume needs --run-dir: the folder of the run to go on with")
     path = Path(settings.run_dir)
-    saved = check(RunDir(path).read_config()["settings"], str(path / "config.json"))
+    # Runs from before this setting put nothing before a document.
+    saved = check({"bos": "none", **RunDir(path).read_config()["settings"]}, str(path / "config.json"))
     for key in ("dataset", "val_dataset", "tokenizer"):
         if saved.get(key) and not Path(saved[key]).exists():
             raise InputNotFound(f"{saved[key]}: gone; the run in {path} reads it as its {key}: put it back")

@@ -9,7 +9,8 @@ from .inputs import Inputs
 
 def sample_text(i: Inputs, model: Model, prompt: str, tokens: int) -> str:
     """Return prompt and continuation, drawn with temperature 0.7 and top-p 0.95, seed of the run."""
-    ids = list(i.tokenizer.encode(prompt)) or [i.tokenizer.eos_id or 0]
+    # As a document of the training data begins.
+    ids = [*i.train.shards.prefix_ids, *i.tokenizer.encode(prompt)] or [i.tokenizer.eos_id or 0]
     ends = () if i.tokenizer.eos_id is None else (i.tokenizer.eos_id,)
     among = drawable_ids(i.tokenizer, i.cfg.vocab_size, ends)
     new = generate(

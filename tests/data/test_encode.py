@@ -20,7 +20,7 @@ import pytest
 from apr.common.atomic import locked
 from apr.common.errors import IOFailure, Refused
 from apr.data import cut, encode
-from apr.data.documents import Document, is_held_out
+from apr.data.documents import Document, Sides, is_held_out
 from apr.data.encode import Counts, EncodedCorpus, encode_corpus
 from apr.data.guards import Bounds
 from apr.data.seen import Seen
@@ -264,11 +264,46 @@ def test_two_encodings_of_one_folder_are_refused(tok: Tokenizer, tmp_path: Path)
     run(corpus(14), tok, tmp_path)
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 0.2, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_a_few_documents_are_divided_whatever_their_hashes(
+    tok: Tokenizer, tmp_path: Path, fraction: float, count: int
+) -> None:
+    """The document that the fraction leaves over is the one of the lowest hash, or of the highest."""
+    docs = corpus(count)
+    counts = run(docs, tok, tmp_path, val_fraction=fraction).counts.documents
+    assert min(counts.values()) >= 1
+    by_hash = [is_held_out(d.sha256, fraction) for d in docs]
+    if any(by_hash) and not all(by_hash):
+        assert counts["val"] == sum(by_hash)
+        return
+    side, chosen = ("val", min) if not any(by_hash) else ("train", max)
+    assert counts[side] == 1
+    want = chosen(docs, key=lambda d: d.sha256)
+    assert tok.decode(stream(tmp_path / side)[:-1]) == want.text
+
+
+def test_a_corpus_with_both_sides_is_read_no_further_and_moves_nothing() -> None:
+    read = []
+
+    def hashes() -> Iterator[str]:
+        for d in corpus(40):
+            read.append(d.sha256)
+            yield d.sha256
+
+    sides = Sides.of(hashes(), 0.5)
+    assert sides == Sides(0.5)
+    assert len(read) < 40
+    for d in corpus(40):
+        assert sides.hold_out(d.sha256) == is_held_out(d.sha256, 0.5)
+
+
 def test_refusals(tok: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"val_fraction = 1\.0"):
         run(corpus(14), tok, tmp_path, val_fraction=1.0)
-    with pytest.raises(Refused, match="leaves none for val; use another --val-fraction, more documents"):
-        run(corpus(14), tok, tmp_path / "a", val_fraction=1e-9)
+    for same in (corpus(1), corpus(1) * 3):
+        with pytest.raises(Refused, match="leaves none for val; use another --val-fraction, more documents"):
+            run(same, tok, tmp_path / f"a{len(same)}", val_fraction=1e-9)
     with pytest.raises(
         Refused, match=r"no document to encode; 1 could not be used, the first: x: not UTF-8: byte 2"
     ):

@@ -65,7 +65,10 @@ def marked(name, text):
 
 
 def encoded(encoder, conversations=CONVERSATIONS):
-    return encoder([example_of(f"test:{i}", {"messages": c}) for i, c in enumerate(conversations)])
+    """One text of each conversation, or why it is left out."""
+    got = encoder([example_of(f"test:{i}", {"messages": c}) for i, c in enumerate(conversations)])
+    assert all(isinstance(e, Skipped) or len(e) == 1 for e in got)
+    return [e if isinstance(e, Skipped) else e[0] for e in got]
 
 
 def labels(e):
@@ -135,7 +138,7 @@ def test_the_labels_of_trl_differ_by_newlines_only(real, name):
 
 def test_a_prompt_and_its_response_without_a_template():
     encoder = Encoder(own())
-    (e,) = encoder([example_of("x:1", {"prompt": "the answer:", "response": " then"})])
+    ((e,),) = encoder([example_of("x:1", {"prompt": "the answer:", "response": " then"})])
     text = own()
     assert text.decode(e.ids) == "the answer: then<|endoftext|>"
     assert text.decode(e.ids[e.trained]) == " then<|endoftext|>"
@@ -151,7 +154,7 @@ def test_a_prompt_and_its_response_without_a_template():
     ],
 )
 def test_pairs_become_conversations_where_there_is_a_template(record, asked):
-    (e,) = Encoder(own(), template())([example_of("x:1", record)])
+    ((e,),) = Encoder(own(), template())([example_of("x:1", record)])
     assert own().decode(e.ids) == f"<|bos|><|user|>\n{asked}<|end|>\n<|assistant|>\nc<|end|>\n"
     assert own().decode(e.ids[e.trained]) == "c<|end|>"
 
@@ -194,9 +197,105 @@ def test_a_special_token_spelled_out_in_a_message_leaves_the_example_out():
     assert e.reason == "special token in its text"
 
 
-def test_a_template_that_rewrites_what_came_before_is_refused():
-    text = "{% for m in messages %}{{ loop.length }}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    with pytest.raises(Refused, match="otherwise than as the beginning of the whole"):
+# As Qwen3's: what the assistant thought is written of its last answer only, an empty thought too.
+THINKING = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% set parts = m.content.split('</think>') %}<|assistant|>\n"
+    "{% if loop.last %}<think>{{ (parts[0] if parts|length > 1 else '')|replace('<think>', '') }}</think>{% endif %}"
+    "{{ parts[-1] }}<|end|>\n{% else %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "<think>so</think>yes one"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "yes two"},
+    {"role": "user", "content": "three?"},
+    {"role": "assistant", "content": "<think>why</think>yes three"},
+]
+
+
+def rendered_by_hand(render, conversation, end):
+    """Texts with their answers, told by rendering alone: the prompt of each answer, and what stands behind it up to `end`."""
+    for k, m in enumerate(conversation):
+        if m["role"] == "assistant":
+            prompt, whole = render(conversation[:k], True), render(conversation[: k + 1], False)
+            assert whole.startswith(prompt)
+            yield whole, whole[len(prompt) : whole.rindex(end) + len(end)]
+
+
+def test_answers_of_a_template_that_drops_earlier_thoughts_are_trained_by_turn():
+    chat, tokenizer = template(THINKING), own()
+    (got,) = Encoder(tokenizer, chat)([example_of("x:1", {"messages": TALK})])
+    want = list(rendered_by_hand(chat.render, TALK, "<|end|>"))
+    assert [tokenizer.decode(e.ids) for e in got] == [text for text, _ in want]
+    assert [tokenizer.decode(e.ids[e.trained]) for e in got] == [answer for _, answer in want]
+    assert [answer for _, answer in want] == [
+        "<think>so</think>yes one<|end|>", "<think></think>yes two<|end|>", "<think>why</think>yes three<|end|>",
+    ]  # fmt: skip
+    # A conversation that goes on behind its last answer: what stands behind is no part of any text.
+    (again,) = Encoder(tokenizer, chat)([example_of("x:1", {"messages": [*TALK, TALK[0]]})])
+    assert [e.ids.tolist() for e in again] == [e.ids.tolist() for e in got]
+
+
+def test_answers_that_a_text_agrees_with_share_it():
+    """Here the first answer alone is written otherwise once the conversation goes on."""
+    text = OWN_TEMPLATE.replace(
+        "{{ m.content }}", "{{ m.content }}{% if loop.index == 2 and not loop.last %} (first){% endif %}"
+    )
+    chat, tokenizer = template(text), own()
+    (got,) = Encoder(tokenizer, chat)([example_of("x:1", {"messages": TALK})])
+    assert len(got) == 2
+    want = [answer for _, answer in rendered_by_hand(chat.render, TALK, "<|end|>")]
+    assert tokenizer.decode(got[0].ids[got[0].trained]) == want[0]
+    assert tokenizer.decode(got[1].ids[got[1].trained]) == want[1] + want[2]
+    assert tokenizer.decode(got[1].ids) == chat.render(TALK, False)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 5])
+def test_the_template_of_qwen3_trains_every_answer(data, turns):
+    """Qwen3's own template, of which no copy is ours: $APR_TEST_DATA/chat-templates/qwen3.jinja."""
+    text = data("chat-templates/qwen3.jinja").read_text(encoding="utf-8")
+    tokenizer = Tokenizer.from_json((data("qwen2-tokenizer") / "tokenizer.json").read_text(), "qwen")
+    chat = ChatTemplate(text, "qwen3")
+    talk = [m for i in range(turns) for m in (
+        {"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}
+    )]  # fmt: skip
+    (got,) = Encoder(tokenizer, chat)([example_of("x:1", {"messages": talk})])
+    want = list(rendered_by_hand(chat.render, talk, "<|im_end|>"))
+    assert [tokenizer.decode(e.ids) for e in got] == [text for text, _ in want]
+    assert [tokenizer.decode(e.ids[e.trained]) for e in got] == [answer for _, answer in want]
+
+
+def test_turns_of_a_conversation_stay_on_one_side(prepared):
+    rows = [
+        {"messages": [
+            {"role": r, "content": f"{c} {i} {k}"} for k in range(3) for r, c in (("user", "ask"), ("assistant", "say"))
+        ]}
+        for i in range(12)
+    ]  # fmt: skip
+    folder = prepared(rows, template=template(THINKING), val_fraction=0.3)
+    shards = {side: PackedShards(path, own()) for side, path in folder.sides.items()}
+    assert {s.manifest.by_turn for s in shards.values()} == {12}
+    assert "12 conversations are trained on turn by turn" in folder.left_out()
+    texts = {s: [own().decode(x) for x in shards[s].examples(range(shards[s].manifest.rows))] for s in shards}
+    assert sum(map(len, texts.values())) == 36
+    of = {side: {t.split("ask ")[1].split(" ")[0] for t in texts[side]} for side in texts}
+    assert not of["train"] & of["val"]
+    assert len(of["train"]) + len(of["val"]) == 12
+
+
+def test_a_record_of_before_turns_were_counted_is_read(prepared):
+    path = prepared().sides["train"] / "instruct.json"
+    d = json.loads(path.read_text())
+    assert d.pop("by_turn") == 0
+    path.write_text(json.dumps(d))
+    assert "by_turn" not in PackedShards(path.parent, own()).facts
+
+
+def test_a_generation_prompt_that_no_answer_begins_with_is_refused():
+    text = OWN_TEMPLATE.replace("%}<|assistant|>\n{% endif", "%}<|assistant|>\nthinking{% endif")
+    with pytest.raises(Refused, match="otherwise with its generation prompt"):
         encoded(Encoder(own(), template(text)))
 
 
@@ -287,7 +386,7 @@ def prepared(tmp_path):
         return prepare_conversations(
             str(path),
             tmp_path / "cache",
-            own(),
+            more.get("tokenizer", own()),
             more["template"],
             seq_length,
             val_fraction,
@@ -363,10 +462,22 @@ def test_what_is_left_out_is_counted(prepared):
 
 
 def test_a_side_without_examples_is_refused(prepared):
-    with pytest.raises(Refused, match="leaves none for val"):
-        prepared(CHATS[:1], val_fraction=1e-9)
+    for same in (CHATS[:1], CHATS[:1] * 3):
+        with pytest.raises(Refused, match="one example cannot be divided"):
+            prepared(same, val_fraction=0.5)
     with pytest.raises(Refused, match="no example to train on"):
         prepared(["{}"])
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.2, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_a_few_examples_are_divided_whatever_their_hashes(prepared, fraction, count):
+    folder = prepared(CHATS[:count], val_fraction=fraction)
+    counts = {side: PackedShards(path, own()).manifest.examples for side, path in folder.sides.items()}
+    assert sum(counts.values()) == count
+    assert min(counts.values()) >= 1
+    if fraction != 0.2:
+        assert counts["val" if fraction < 0.2 else "train"] == 1
 
 
 def test_without_a_free_id_an_example_has_a_window_of_its_own(prepared, monkeypatch):

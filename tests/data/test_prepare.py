@@ -299,11 +299,21 @@ def test_prepare_refuses(tmp_path: Path, tok: Tokenizer) -> None:
     for fraction in (0.0, 1.0, -1.0, math.nan):
         with pytest.raises(Refused, match="val_fraction"):
             made_from(docs, tmp_path, vocab_size=300, val_fraction=fraction)
-    with pytest.raises(Refused, match="leaves none for val"):
-        made_from(docs, tmp_path, vocab_size=300, val_fraction=1e-9)
-    with pytest.raises(Refused, match="leaves none for train"):
-        made_from(docs, tmp_path, vocab_size=300, val_fraction=1 - 1e-9)
+    for same in (docs[:1], docs[:1] * 3):
+        with pytest.raises(Refused, match="one document cannot be divided"):
+            made_from(same, tmp_path, vocab_size=300, val_fraction=0.5)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_prepare_divides_a_few_documents(tmp_path: Path, fraction: float) -> None:
+    """The one that moves to the empty side is no text that the tokenizer is trained on, or the only one."""
+    docs = corpus(10)
+    made = made_from(docs, tmp_path, vocab_size=300, val_fraction=fraction)
+    one = "val" if fraction < 0.5 else "train"
+    counts = {side: TokenShards(path).total_documents for side, path in made.sides.items()}
+    assert counts == {"train": 9, "val": 9} | {one: 1}
+    assert made_from(docs, tmp_path, vocab_size=300, val_fraction=fraction).reused
 
 
 def test_prepare_never_removes_what_it_did_not_make(tmp_path: Path, tok: Tokenizer) -> None:

@@ -21,7 +21,7 @@ from apr.data.batches import Windows
 from apr.data.shards import TokenShards
 from apr.evaluation import choices
 from apr.evaluation.loss import ByteCount, Sums, measure, shard_windows, text_windows, window_at, windows_in
-from apr.evaluation.score import Scored, Scorer, Window, bos_ids, open_model
+from apr.evaluation.score import Scored, Scorer, Window, open_model
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
@@ -197,7 +197,7 @@ def test_greedy_is_that_of_transformers(data):
     for c in WANT["choices"]:
         item = choices._item("i", c["item"])
         for text, score in zip(item.continuations, c["scores"], strict=True):
-            before = bos_ids(opened.tokenizer) if item.context else []
+            before = opened.tokenizer.prefix_ids if item.context else []
             pair = choices.encode_pair(opened.tokenizer, item.context, text, before, 1)
             windows.append(choices.pair_window(*pair, 128, "i")[0])
             want.append(score["greedy"])

@@ -47,6 +47,12 @@ class Flags:
     eos_policy: str = option(
         "an end-of-text id after each document, between two, or none", "after", choices=EOS_POLICIES
     )
+    bos: str = option(
+        "ids before each document: auto, those that the tokenizer itself puts before a text, as evaluation and generation do; "
+        "none",
+        "auto",
+        choices=("auto", "none"),
+    )
     content_field: str = option(
         "key of the text in JSONL records (a.b for one inside another) and Parquet files",
         "text",
@@ -106,6 +112,7 @@ def main(args: Sequence[str]) -> int:
                 f.output,
                 val_fraction=f.val_fraction,
                 eos_policy=f.eos_policy,
+                bos=f.bos,
                 shard_tokens=f.shard_tokens,
                 bounds=bounds,
                 made=described(f),
@@ -227,6 +234,9 @@ def _print(show: Show, f: Flags, e: EncodedCorpus, seconds: float) -> None:
     norm = e.train.normalization
     normalized = "" if norm == "none" else f" after the tokenizer's normalization ({norm})"
     listed = f" (listed in {e.folder / SKIPPED})" if c.skipped else ""
+    if before := e.train.made.get("bos_ids"):
+        tokens = Tokenizer.from_file(f.tokenizer).decode(before)
+        rows.append(("begins a document", f"{tokens} {before}, as it begins a text (--bos none: nothing)"))
     rows += [
         ("copies dropped", f"{c.duplicates:,}"),
         ("skipped", skipped + listed),

@@ -14,7 +14,7 @@ from ...common.atomic import try_folder
 from ...common.errors import Refused
 from ...common.options import json_option, option, parse
 from ...data.corpus import Corpus
-from ...data.documents import is_held_out
+from ...data.documents import Sides, hashes_of
 from ...data.find import find_sources
 from ...data.source import Skipped
 from ...tokenizer.training import train_tokenizer
@@ -120,12 +120,14 @@ class _Texts:
         self.names: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
+        fraction = self._val_fraction
+        sides = Sides.of(hashes_of(self._corpus), fraction) if fraction else Sides(0)
         for item in self._corpus:
             if isinstance(item, Skipped):
                 self.skipped[item.reason] = self.skipped.get(item.reason, 0) + 1
                 self.names.append(f"{item.name}: {item.reason}")
                 continue
-            if self._val_fraction and is_held_out(item.sha256, self._val_fraction):
+            if sides.hold_out(item.sha256):
                 continue
             self.documents += 1
             self.bytes += item.num_bytes

@@ -55,6 +55,7 @@ class PackManifest:
     tokens           of examples, without the fill of the rows
     trained          tokens that a loss is computed for, with answer_bytes of UTF-8
     cut              examples that lost the beginning of their context
+    by_turn          conversations whose answers are examples of their own, see render.Renderer
     examples_sha256  of the SHA-256 of ids and labels of each example, in their order
     audit            statistics of the trained tokens, see manifest.figures
     """
@@ -72,6 +73,7 @@ class PackManifest:
     answer_bytes: int = 0
     duplicates: int = 0
     cut: int = 0
+    by_turn: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_first: str = ""
     ids_sha256: str = ""
@@ -84,6 +86,8 @@ class PackManifest:
     def read(cls, path: Path) -> PackManifest:
         """Read instruct.json. Raises MalformedFile."""
         d = read_json(path)
+        # Records from before this count have none.
+        d = {"by_turn": 0, **d} if isinstance(d, dict) else d
         if (
             not isinstance(d, dict)
             or (d.get("format"), set(d)) != (FORMAT, set(cls.__dataclass_fields__))
@@ -124,6 +128,7 @@ class PackedShards(Shards):
         self.vocab_size, self.tokenizer_sha256 = m.vocab_size, m.tokenizer_sha256
         self.total_tokens, self.total_bytes, self.total_documents = m.trained, m.answer_bytes, m.examples
         self.figures, self.facts = m.audit, {key: getattr(m, key) for key in RECORDED}
+        self.facts |= {"by_turn": m.by_turn} if m.by_turn else {}
         identity = f"{m.seq_length} {m.separator} {m.ids_sha256}{m.trained_sha256}"
         self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
         if verify:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ...common.atomic import locked
 from ...common.errors import IOFailure, Refused
@@ -15,13 +16,13 @@ from ...common.files import make_folder, sha256_of
 from ...common.progress import Progress
 from ...tokenizer.chat_template import ChatTemplate
 from ...tokenizer.tokenizer import Tokenizer
-from ..documents import is_held_out
+from ..documents import Sides
 from ..seen import Seen
 from ..source import Skipped
 from .examples import Conversations, Example, canonical, open_conversations
 from .pack import Spool, fit, separator_of
 from .packed import FORMAT, RECORD, PackManifest
-from .render import Encoder
+from .render import EncodedExample, Encoder
 
 # Examples that are encoded at once.
 BATCH_EXAMPLES = 256
@@ -45,6 +46,11 @@ class PreparedConversations:
         if m.skipped:
             counts = ", ".join(f"{n:,} {reason}" for reason, n in sorted(m.skipped.items()))
             lines.append(f"examples that cannot be used: {counts}; the first: {m.skipped_first}")
+        if m.by_turn:
+            lines.append(
+                f"{m.by_turn:,} conversations are trained on turn by turn: the chat template writes earlier turns otherwise than "
+                "the last, so an answer is an example of its own, in the conversation up to it, where they differ"
+            )
         if m.cut:
             lines.append(
                 f"{m.cut:,} examples longer than {m.seq_length} tokens lost the beginning of their context"
@@ -60,33 +66,37 @@ def prepare_conversations(
     seq_length: int,
     val_fraction: float,
     progress: Progress | None = None,
+    bos: str = "auto",
 ) -> PreparedConversations:
     """Render, encode and pack the examples of a path into a folder below `root`, named by all that determines it.
 
     A whole folder of an earlier call is used again. Copies are dropped, and the side of an example follows from its content
-    alone. Raises InputNotFound, Refused: nothing to train on, a side without examples; IOFailure."""
+    alone (see Sides). bos: "auto" puts the tokenizer's prefix_ids before a prompt that no template writes. Raises
+    InputNotFound, Refused: nothing to train on, a side without examples; IOFailure."""
     corpus = open_conversations(path)
     rendering = [template.text, template.tokens] if template else None
-    made_by = [FORMAT, tokenizer.sha256, tokenizer.eos_token, rendering, seq_length, val_fraction]
+    made_by: list[Any] = [FORMAT, tokenizer.sha256, tokenizer.eos_token, rendering, seq_length, val_fraction]
+    if template is None and bos == "auto" and tokenizer.prefix_ids:
+        made_by.append(list(tokenizer.prefix_ids))
     folder = root / _digest(canonical(made_by), corpus)[:16]
     if not _is_whole(folder):
-        encoder = Encoder(tokenizer, template)
+        encoder = Encoder(tokenizer, template, bos)
         template_sha = hashlib.sha256(template.text.encode()).hexdigest() if template else None
-        m = PackManifest("", seq_length, None, tokenizer.sha256, template_sha, tokenizer.vocab_size)
+        empty = PackManifest("", seq_length, None, tokenizer.sha256, template_sha, tokenizer.vocab_size)
 
         def wait() -> None:
             if progress:
                 progress("wait for another process, which encodes these conversations,", 0, 0)
 
         try:
-            with locked(make_folder(folder), "encoding into it", wait), ExitStack() as stack:
+            with locked(make_folder(folder), "encoding into it", wait):
                 # Another process may have made it while this one waited.
                 if not _is_whole(folder):
-                    spools = {s: Spool(folder / s, m.vocab_size, stack) for s in SIDES}
-                    _encode(corpus, encoder, m, val_fraction, spools, progress)
-                    separator = separator_of(spools["train"].inside + spools["val"].inside, tokenizer)
-                    for side, spool in spools.items():
-                        spool.pack(replace(m, side=side, separator=separator))
+                    sides = Sides(val_fraction)
+                    found = _pack(corpus, encoder, empty, sides, folder, progress)
+                    # All examples fell on one side: once more, and one of them moves.
+                    if found != sides:
+                        _pack(corpus, encoder, empty, found, folder, progress)
         except OSError as e:
             raise IOFailure(
                 f"{e.filename or folder}: cannot write: {e.strerror}; make room or set APR_CACHE"
@@ -116,42 +126,88 @@ def _examples(corpus: Conversations, m: PackManifest) -> Iterator[Example]:
             yield item
 
 
+def _pack(
+    corpus: Conversations,
+    encoder: Encoder,
+    empty: PackManifest,
+    sides: Sides,
+    folder: Path,
+    progress: Progress | None,
+) -> Sides:
+    """Encode and pack both sides; returns the rule that gives both sides examples, with which nothing is packed yet if it is
+    another than `sides`. Raises Refused: no example, or only one."""
+    m = replace(empty, skipped={})
+    with ExitStack() as stack:
+        spools = {s: Spool(folder / s, m.vocab_size, stack) for s in SIDES}
+        hashes = _encode(corpus, encoder, m, sides, spools, progress)
+        counts = {side: len(spool.sizes) for side, spool in spools.items()}
+        if not any(counts.values()):
+            why = f"; the first that cannot be used: {m.skipped_first}" if m.skipped_first else ""
+            raise Refused(f"--instruct {corpus}: no example to train on{why}")
+        if not all(counts.values()):
+            if len(set(hashes)) < 2 or sides.moved:
+                raise Refused(
+                    f"--instruct {corpus}: one example cannot be divided into one to train on and one to validate with; give "
+                    "more examples"
+                )
+            return Sides.of(hashes, sides.fraction)
+        separator = separator_of(spools["train"].inside + spools["val"].inside, encoder.tokenizer)
+        for side, spool in spools.items():
+            spool.pack(replace(m, side=side, separator=separator))
+    return sides
+
+
 def _encode(
     corpus: Conversations,
     encoder: Encoder,
     m: PackManifest,
-    val_fraction: float,
+    sides: Sides,
     spools: dict[str, Spool],
     progress: Progress | None,
-) -> None:
-    """Encode examples into the spool of their side; in m, count those that are skipped, cut, or copies."""
-    room, examples = m.seq_length + 1, _examples(corpus, m)
+) -> tuple[str, str]:
+    """Encode examples into the spool of their side; in m, count those that are skipped, cut, or copies.
+
+    All texts of a conversation are on the side of its last one. Returns the lowest and the highest hash of those."""
+    examples, low, high = _examples(corpus, m), "", ""
     with closing(Seen()) as seen:
         while batch := list(islice(examples, BATCH_EXAMPLES)):
             for example, encoded in zip(batch, encoder(batch), strict=True):
                 if isinstance(encoded, Skipped):
                     m.skip(encoded)
                     continue
-                fitted = fit(encoded, room)
-                if fitted is None:
-                    detail = f"{encoded.ids.size} tokens, and no whole answer in {room}"
-                    m.skip(Skipped(example.name, "longer than --seq-length", detail))
+                kept = _fitted(example.name, encoded, m)
+                if not kept:
                     continue
-                sha256 = hashlib.sha256(fitted.ids.tobytes() + fitted.trained.tobytes()).hexdigest()
-                if not seen.add(sha256):
-                    m.duplicates += 1
-                    continue
-                m.cut += fitted is not encoded
-                spools["val" if is_held_out(sha256, val_fraction) else "train"].add(fitted, sha256)
+                m.by_turn += len(encoded) > 1
+                side = kept[-1].sha256
+                low, high = min(low or side, side), max(high, side)
+                spool = spools["val" if sides.hold_out(side) else "train"]
+                for text in kept:
+                    if seen.add(text.sha256):
+                        spool.add(text.encoded, text.sha256)
+                        m.cut += text.is_cut
+                    else:
+                        m.duplicates += 1
             if progress:
                 progress("encode examples", corpus.bytes_read, corpus.total_bytes)
-    counts = {side: len(spool.sizes) for side, spool in spools.items()}
-    if not any(counts.values()):
-        why = f"; the first that cannot be used: {m.skipped_first}" if m.skipped_first else ""
-        raise Refused(f"--instruct {corpus}: no example to train on{why}")
-    for side, n in counts.items():
-        if not n:
-            raise Refused(
-                f"--instruct {corpus}: --val-fraction {val_fraction} of {sum(counts.values())} examples leaves none for {side}; "
-                "give another fraction, or more examples"
-            )
+    return low, high
+
+
+class _Fitted(NamedTuple):
+    encoded: EncodedExample
+    sha256: str
+    is_cut: bool
+
+
+def _fitted(name: str, texts: list[EncodedExample], m: PackManifest) -> list[_Fitted]:
+    """Cut the texts of an example to the length of a row; in m, count those that are left out."""
+    out, room = [], m.seq_length + 1
+    for encoded in texts:
+        fitted = fit(encoded, room)
+        if fitted is None:
+            detail = f"{encoded.ids.size} tokens, and no whole answer in {room}"
+            m.skip(Skipped(name, "longer than --seq-length", detail))
+            continue
+        sha256 = hashlib.sha256(fitted.ids.tobytes() + fitted.trained.tobytes()).hexdigest()
+        out.append(_Fitted(fitted, sha256, fitted is not encoded))
+    return out

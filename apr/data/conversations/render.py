@@ -38,8 +38,8 @@ class Renderer:
     """Write conversations by a chat template, with the characters of the answers.
 
     Answers stand between {% generation %} and {% endgeneration %}, where the template has those. Otherwise an answer is the
-    difference of the conversation up to and with it and of the conversation before it with the generation prompt; both must
-    be the beginning of the whole text. White space behind the special token that ends a turn is no part of an answer.
+    difference of the conversation up to and with it and of the conversation before it with the generation prompt. White
+    space behind the special token that ends a turn is no part of an answer.
     Today's date is undefined for the template: the same examples would be others tomorrow."""
 
     def __init__(self, template: ChatTemplate, special: re.Pattern[str]) -> None:
@@ -47,28 +47,34 @@ class Renderer:
         self._template = ChatTemplate(template.text, template.source, template.tokens, marks)
         self._special = special
 
-    def __call__(self, example: Example) -> tuple[str, Spans]:
-        """Return text and answers. Raises Unusable; Refused: a beginning that is rendered otherwise than within the whole."""
+    def __call__(self, example: Example) -> list[tuple[str, Spans]]:
+        """Return texts with their answers: one, or several where the template writes earlier turns otherwise than the last.
+
+        Qwen3's drops what the assistant thought before its latest answer, for one. Then an answer is trained on in the
+        conversation up to it, as it was generated; those that a text agrees with share it. Raises Unusable; Refused: a
+        generation prompt that is not the beginning of the answer's own turn."""
         messages = list(example.messages)
         whole = self._render(messages, False)
         if self._template.has_generation:
-            return _unmark(whole)
-        spans = []
-        for k, m in enumerate(messages):
-            if m["role"] != "assistant" or not m["content"].strip():
-                continue
+            return [_unmark(whole)]
+        out, text = [], whole
+        spans: Spans = []
+        answers = [k for k, m in enumerate(messages) if m["role"] == "assistant" and m["content"].strip()]
+        for k in reversed(answers):
             before = self._render(messages[:k], True)
             after = whole if k + 1 == len(messages) else self._render(messages[: k + 1], False)
-            for part in (before, after):
-                if not whole.startswith(part):
-                    raise Refused(
-                        f"{example.name}: the chat template writes a conversation up to message {k + 1} otherwise than as the "
-                        f"beginning of the whole: {text_difference(part, whole)}; so "
-                        "nothing says which tokens are that answer; put {% generation %} and {% endgeneration %} around the "
-                        "answers in the template (--chat-template FILE), or keep one answer to an example"
-                    )
-            spans.append((len(before), len(before) + len(self._turn(after[len(before) :]))))
-        return whole, spans
+            if not after.startswith(before):
+                raise Refused(
+                    f"{example.name}: the chat template begins message {k + 1} otherwise with its generation prompt than "
+                    f"when the answer is there: {text_difference(before, after)}; so "
+                    "nothing says which tokens are that answer; put {% generation %} and {% endgeneration %} around the "
+                    "answers in the template (--chat-template FILE)"
+                )
+            if not text.startswith(after):
+                out.append((text, spans))
+                text, spans = after, []
+            spans.insert(0, (len(before), len(before) + len(self._turn(after[len(before) :]))))
+        return [part for part in reversed([*out, (text, spans)]) if part[1]] or [(whole, [])]
 
     def _render(self, messages: list[Message], prompt: bool) -> str:
         try:
@@ -97,33 +103,39 @@ def _unmark(text: str) -> tuple[str, Spans]:
 
 
 class Encoder:
-    """Encode examples by a chat template; without one: prompt, response and the end of the text."""
+    """Encode examples by a chat template; without one: what begins a text, prompt, response and the end of the text."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None, bos: str = "auto") -> None:
         self.tokenizer, self._special = tokenizer, tokenizer.special_pattern
         self._renderer = Renderer(template, self._special) if template else None
+        self._prefix = np.array(tokenizer.prefix_ids if bos == "auto" else (), np.uint32)
         self._samples = 0
 
-    def __call__(self, examples: Sequence[Example]) -> list[EncodedExample | Skipped]:
-        """Encode examples, in their order. Raises Refused: see Renderer; messages without a template; ids that do not give
-        the text back."""
+    def __call__(self, examples: Sequence[Example]) -> list[list[EncodedExample] | Skipped]:
+        """Encode examples, in their order, each to one text or several (see Renderer). Raises Refused: see Renderer; messages
+        without a template; ids that do not give the text back."""
         rendered = [self._render(e) for e in examples]
-        rows = iter(self.tokenizer.encode_spans([r[0] for r in rendered if not isinstance(r, Skipped)]))
-        return [
-            r if isinstance(r, Skipped) else self._label(e.name, *r, *next(rows))
-            for e, r in zip(examples, rendered, strict=True)
-        ]
+        texts = [text for r in rendered if not isinstance(r, Skipped) for text, _ in r]
+        rows = iter(self.tokenizer.encode_spans(texts))
+        out: list[list[EncodedExample] | Skipped] = []
+        for e, r in zip(examples, rendered, strict=True):
+            if isinstance(r, Skipped):
+                out.append(r)
+                continue
+            labelled = [self._label(e.name, text, spans, *next(rows)) for text, spans in r]
+            kept = [x for x in labelled if isinstance(x, EncodedExample)]
+            out.append(kept or next(x for x in labelled if isinstance(x, Skipped)))
+        return out
 
-    def _render(self, e: Example) -> tuple[str, Spans] | Skipped:
+    def _render(self, e: Example) -> list[tuple[str, Spans]] | Skipped:
         try:
-            text, spans = self._text(e)
+            parts = self._texts(e)
         except Unusable as u:
             return Skipped(e.name, u.reason, u.detail)
-        if not any(a < b for a, b in spans):
-            return Skipped(e.name, "no answer", "the template writes no answer of it")
-        return text, spans
+        kept = [(text, spans) for text, spans in parts if any(a < b for a, b in spans)]
+        return kept or Skipped(e.name, "no answer", "the template writes no answer of it")
 
-    def _text(self, e: Example) -> tuple[str, Spans]:
+    def _texts(self, e: Example) -> list[tuple[str, Spans]]:
         for m in e.messages:
             if token := self._special.search(m["content"]):
                 detail = f"{token[0]!r} in a message would become the token itself"
@@ -135,7 +147,7 @@ class Encoder:
                 f"{e.name}: has messages, and the checkpoint has no chat template to write them with; give one with "
                 "--chat-template FILE, or write the examples as prompt and response"
             )
-        return e.prompt + e.response, [(len(e.prompt), len(e.prompt) + len(e.response))]
+        return [(e.prompt + e.response, [(len(e.prompt), len(e.prompt) + len(e.response))])]
 
     def _label(
         self, name: str, text: str, spans: Spans, ids: np.ndarray, offsets: np.ndarray
@@ -156,7 +168,8 @@ class Encoder:
                     f"{self.tokenizer.source}: no end-of-text id, so nothing would end a response; give a tokenizer with one, or "
                     "a --chat-template"
                 )
-            ids, trained = np.append(ids, np.uint32(eos)), np.append(trained, True)
+            ids = np.concatenate([self._prefix, ids, np.array([eos], np.uint32)])
+            trained = np.concatenate([np.zeros(self._prefix.size, bool), trained, [True]])
         # Nothing precedes the first token, so nothing predicts it.
         trained[:1] = False
         if not trained.any():
