@@ -29,11 +29,12 @@ ROUNDING = {"float32": 4 * EPS32, "bfloat16": 2.0**-10}
 # Steps along u, in units of the tensor's root mean square: the first one along which the loss is nearly a parabola. The
 # first of all is for slopes that rounding would hide.
 STEPS, STRAIGHT = (0.3, 0.1, 0.03, 0.01), 0.05
-DIRECTIONS = 2
+# Directions of a kind of tensor: one where a forward pass takes more than so many FLOP.
+DIRECTIONS, MANY_FLOP = 2, 1e13
 # Constant vectors get noise, as adapters that begin as zeros do: a fault of a bias of 0 would not show.
 NOISE = 0.05
 # Elements of a kind that move, and logits on the host for the slope of a z-loss.
-MAX_MOVED, MAX_LOGITS = 1 << 23, 1 << 26
+MAX_MOVED, MAX_LOGITS = 1 << 21, 1 << 21
 
 Batch = tuple[np.ndarray, np.ndarray]
 # Place in the flat buffer, and u there.
@@ -69,8 +70,9 @@ class Job:
         self.layout = (adapters or model).layout
         self.ids, self.targets = batch
         if model.z_loss:
-            rows = max(1, MAX_LOGITS // (self.ids.shape[1] * model.cfg.vocab_size))
-            self.ids, self.targets = self.ids[:rows], self.targets[:rows]
+            seq = min(self.ids.shape[1], max(2, MAX_LOGITS // model.cfg.vocab_size))
+            piece = slice(max(1, MAX_LOGITS // (seq * model.cfg.vocab_size))), slice(seq)
+            self.ids, self.targets = (np.ascontiguousarray(x[piece]) for x in (self.ids, self.targets))
         self.saved = model.be.to_host(opt.master)
         self.trained = model.tokens_trained
 
@@ -152,7 +154,7 @@ def slopes(job: Job) -> Iterator[Slope]:
     rows = max(1, int(np.count_nonzero(job.targets >= 0)))
     noise = ROUNDING[job.model.dtype] * max(loss, rows * job.scale) / np.sqrt(rows)
     for kind, slots in kinds.items():
-        for number in range(DIRECTIONS):
+        for number in range(1 if 2.0 * job.layout.size * job.ids.size > MANY_FLOP else DIRECTIONS):
             direction = _signs(job, slots, f"{kind} {number}")
             yield _slope(job, kind, direction, g, noise)
             job.back(direction)
