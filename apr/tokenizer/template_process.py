@@ -32,6 +32,7 @@ WALL_SECONDS = 120.0
 # Of the environment, all that a template's text may depend on, and what Python may need to start.
 PASSED_ON = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 PIPE_BYTES = 1 << 16
+HEAD = struct.Struct("<cQ")
 
 
 class TemplateStopped(Refused):
@@ -110,11 +111,9 @@ class TemplateProcess:
             process.stdin.write(struct.pack("<Q", len(data)) + data)
             process.stdin.flush()
             deadline = time.monotonic() + WALL_SECONDS + len(data) / template_worker.BYTES_PER_SECOND
-            kind = _read(process, 1, deadline)
-            (size,) = struct.unpack("<Q", _read(process, 8, deadline))
-            if size > TEXT_BYTES + TEXT_PER_BYTE * len(data) + template_worker.MAX_REASON * 4:
-                raise EOFError
-            text = _read(process, size, deadline).decode()
+            most = TEXT_BYTES + TEXT_PER_BYTE * len(data) + PIPE_BYTES
+            kind, answer = _read(process, most, deadline)
+            text = answer.decode()
         except BaseException as e:
             self._close()
             # Anything else, Ctrl-C for instance: the next request finds a process of its own.
@@ -158,21 +157,22 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
         process.wait()
 
 
-def _read(process: subprocess.Popen[bytes], size: int, deadline: float) -> bytes:
-    """Read so many bytes of a process. Raises EOFError, TimeoutError."""
+def _read(process: subprocess.Popen[bytes], most: int, deadline: float) -> tuple[bytes, bytes]:
+    """Read an answer: (kind, its bytes). Raises EOFError, for one of more than `most` bytes too; TimeoutError."""
     assert process.stdout is not None
-    descriptor, parts = process.stdout.fileno(), []
+    descriptor, got, size = process.stdout.fileno(), bytearray(), HEAD.size
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
-        while size:
+        while len(got) < size:
             if not selector.select(max(0.0, deadline - time.monotonic())):
                 raise TimeoutError
-            part = os.read(descriptor, min(size, PIPE_BYTES))
-            if not part:
+            part = os.read(descriptor, PIPE_BYTES)
+            got += part
+            if len(got) >= HEAD.size:
+                size = HEAD.size + HEAD.unpack_from(got)[1]
+            if not part or size > most:
                 raise EOFError
-            parts.append(part)
-            size -= len(part)
-    return b"".join(parts)
+    return bytes(got[:1]), bytes(got[HEAD.size :])
 
 
 def _ended(code: int | None) -> str:

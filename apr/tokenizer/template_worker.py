@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 OK, SYNTAX, REFUSED, TOO_MUCH = b"O", b"S", b"R", b"M"
 MAX_ELEMENTS = 1_000_000  # that a multiplication inside a template may make
 # Of one request; each grows with the conversation, so that a long one is not refused for its length.
-CPU_SECONDS = 3
+CPU_SECONDS = 2
 MEMORY_BYTES = 1 << 30
 TEXT_BYTES = 64 << 20
 BYTES_PER_SECOND = 1 << 20  # of a conversation, that a template may take a second longer for
