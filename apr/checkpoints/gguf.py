@@ -204,14 +204,24 @@ def write_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             if divisors is not None:
-                writer.write_tensor_data(divisors)
+                _put_tensor(writer, divisors)
             for s in slots:
                 x, heads = tensors[s.hf], turned_heads(cfg, s)
                 x = convert(f"{path}: {s.hf}", to_adjacent(x, heads) if heads else x, kinds[s.hf])
-                writer.write_tensor_data(x.view(np.uint16) if x.dtype == BF16 else x)
+                _put_tensor(writer, x.view(np.uint16) if x.dtype == BF16 else x)
         finally:
             writer.close()
     return {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))}
+
+
+def _put_tensor(writer: Any, x: np.ndarray) -> None:
+    """Write a tensor as the writer does, but for NumPy's tofile: it does not tell when the last bytes find no room.
+
+    Raises OSError."""
+    (f,) = writer.fout
+    writer.write_padding(f, f.tell())
+    f.write(np.ascontiguousarray(x).data)
+    writer.write_padding(f, x.nbytes)
 
 
 def _model_keys(writer: Any, cfg: ModelConfig, arch: str, name: str, kinds: list[str]) -> None:

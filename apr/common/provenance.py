@@ -36,7 +36,9 @@ def git_commit() -> str | None:
 
 
 def _git(folder: Path, *args: str) -> str:
-    done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    # Without the optional lock: status would write the index, and leave its lock behind where the disk is full.
+    command = ["git", "--no-optional-locks", *args]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
 
 
