@@ -13,6 +13,7 @@ import numpy as np
 
 from ..backends import reference
 from ..common.errors import Refused
+from ..common.units import plural
 from ..model.transformer import Model
 from . import rule
 from .difference import Difference, difference, error_and_tolerance
@@ -65,7 +66,7 @@ def _fitted(
     """The trace in the shapes of taps, rows of tokens (B*T,...), after comparing names and shapes."""
     strange = [name for name in want if name not in truth]
     if strange or not want:
-        what = f"{len(strange)} tensors that this model does not compute, such as {strange[:1]}"
+        what = f"{plural(len(strange), 'tensor')} that this model does not compute, such as {strange[:1]}"
         raise Refused(
             f"the trace has {what if strange else 'no tensors'}; give a trace of this model, and "
             "compare a training model where it has gradients"

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..common.errors import Refused, UsageError
 from ..common.files import opened
+from ..common.units import plural
 from ..data.batches import Batches, Windows
 from ..data.manifest import MANIFEST, read_manifest
 from ..data.shards import TokenShards
@@ -58,7 +59,8 @@ def from_text(
     ids = np.asarray(tokenizer.encode(text), np.int32)
     if len(ids) < b * t + 1:
         raise Refused(
-            f"{source}: {len(ids)} tokens, {b} sequences of {t} and one more are {b * t + 1}; give a longer text, "
+            f"{source}: {plural(len(ids), 'token')}, {plural(b, 'sequence')} of {t} and one more are "
+            f"{b * t + 1}; give a longer text, "
             "or lower --batch-size or --seq-length"
         )
     back = tokenizer.decode(ids)
@@ -103,13 +105,14 @@ def from_dataset(
     shards = TokenShards(path)
     if shards.vocab_size > vocab_size:
         raise Refused(
-            f"{path}: encoded with {shards.vocab_size} ids, the model has {vocab_size}; give the dataset that the model was "
+            f"{path}: encoded with {plural(shards.vocab_size, 'id')}, the model has {vocab_size}; give "
+            f"the dataset that the model was "
             "trained on, or one that was encoded with its tokenizer"
         )
     windows = Windows(shards, shape[1])
     if len(windows) < shape[0]:
         raise Refused(
-            f"{path}: {len(windows)} windows of {shape[1]} tokens, asked for {shape[0]}; lower --batch-size"
+            f"{path}: {plural(len(windows), 'window')} of {plural(shape[1], 'token')}, asked for {shape[0]}; lower --batch-size"
         )
     ids, targets = Batches(windows, shape[0], seed).next()
     batch = Batch(
@@ -154,7 +157,7 @@ def _equal(op: str, tap: str, got: np.ndarray, want: np.ndarray) -> ArrayCompari
         return ArrayComparison("data", op, tap, EXACT, 0.0, 0.0, None, want.shape)
     at = tuple(int(i) for i in bad[0])
     shifted = got.shape == want.shape and bool((got[:, 1:] == want[:, :-1]).all())
-    cause = "shifted by one token" if shifted else f"{len(bad)} of {want.size} ids are others"
+    cause = "shifted by one token" if shifted else f"{len(bad)} of {plural(want.size, 'id')} are others"
     return ArrayComparison(
         "data", op, tap, EXACT, float(abs(int(got[at]) - int(want[at]))) or np.inf, 0.0, None, want.shape, at,
         int(got[at]), int(want[at]), cause,
@@ -193,7 +196,8 @@ def can_show(batch: Batch) -> str:
     distinct = len(np.unique(batch.ids))
     if distinct < FEWEST_DISTINCT or t < 3:
         return (
-            f"only {distinct} different ids in {b} x {t} positions: so few show little of RoPE, mask and grouped heads; give "
+            f"only {plural(distinct, 'different id')} in {b} x {t} positions: so few show little of "
+            f"RoPE, mask and grouped heads; give "
             "real text"
         )
     if batch.document_end is not None and not (batch.ids[:, :-1] == batch.document_end).any():

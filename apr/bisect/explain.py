@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..backends.contract import OPS
+from ..common.units import plural
 from .causes import BWD, CAUSES, FWD, Array, WrongCall, least_squares
 
 LIMIT = 1 << 21  # elements of the largest array that an op is computed again with; larger ones are cropped
@@ -126,7 +127,7 @@ def _not_finite(got: Array, before: Any) -> str:
         return "all NaN: never written, or computed from NaN"
     first = tuple(map(int, np.argwhere(bad)[0]))
     kind = "NaN" if np.isnan(got).any() else "Inf"
-    return f"{kind} in {int(bad.sum())} of {got.size} values, first at {first}"
+    return f"{kind} in {int(bad.sum())} of {plural(got.size, 'value')}, first at {first}"
 
 
 def _axes(op: str, output: str, ndim: int) -> tuple[str, ...]:
@@ -162,7 +163,7 @@ def _where(got: Array, want: Array, tol: float, names: tuple[str, ...]) -> str:
         if len(at) < bad.shape[axis]:
             parts.append(_range(names[axis] if axis < len(names) else f"axis {axis}", at, bad.shape[axis]))
     if count < 0.3 * area:
-        return f"{count} of {got.size} values, scattered" if count <= got.size / 10 else ""
+        return f"{count} of {plural(got.size, 'value')}, scattered" if count <= got.size / 10 else ""
     parts = [p for p in parts if p]
     if not parts:
         return ""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..common.atomic import write_figure
+from ..common.units import plural
 from .report import FORCED, FREE, PASSES, ArrayComparison, Report
 
 GROUPS = ("forward", "loss", "backward", "gradients", "optimizer")
@@ -168,7 +169,11 @@ def _legend(figure: Any, wide: float, tall: float) -> None:
 
 def _title(figure: Any, report: Report, wide: float, tall: float) -> None:
     first = report.first
-    verdict = f"agree: {len(report.rows)} arrays within tolerance" if report.agree else "nothing was compared"
+    verdict = (
+        f"agree: {plural(len(report.rows), 'array')} within tolerance"
+        if report.agree
+        else "nothing was compared"
+    )
     colour = WITHIN[2] if report.agree else "grey"
     if first:
         verdict, colour = f"DIFFER: first in {first.stage}, {first.place}", BEYOND[2]

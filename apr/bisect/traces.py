@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..checkpoints.apr2 import MAGIC as APR_MAGIC
+from ..checkpoints.gguf_reader import MAGIC as GGUF_MAGIC
 from ..checkpoints.hf import read_safetensors
 from ..checkpoints.tensors import is_float
 from ..common.errors import MalformedFile, Refused, UsageError
-from ..common.files import parse_json
+from ..common.files import opened, parse_json
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf
 from ..model.taps import Record
@@ -68,6 +70,7 @@ def read_trace(
     ids, targets: what went in, where the file does not hold it. Raises InputNotFound, MalformedFile, Refused.
     """
     path = Path(path)
+    _check_trace(path)
     file = read_safetensors(path)
     tensors, metadata = dict(file), file.metadata
     if metadata.get("dtype") not in rule.EPS:
@@ -85,6 +88,19 @@ def read_trace(
         if not is_float(x.dtype):
             raise MalformedFile(f"{path}: tensor {name!r} is {x.dtype}; taps are floating point")
     return Trace(tensors, metadata, ids, targets)
+
+
+def _check_trace(path: Path) -> None:
+    """Raise Refused for a checkpoint, which is no trace of a pass, whatever its format."""
+    is_model = path.is_dir()
+    if path.is_file():
+        with opened(path) as (f, _):
+            is_model = f.read(4) in (APR_MAGIC, GGUF_MAGIC)
+    if is_model:
+        raise Refused(
+            f"{path}: is a checkpoint, not a trace; make a trace of it with apr trace {path} --tokens ... -o T.safetensors, "
+            "or compare two checkpoints with apr diff"
+        )
 
 
 def given_or_stored(

@@ -31,6 +31,7 @@ from ..common.atomic import atomic_write
 from ..common.errors import MalformedFile, Refused
 from ..common.files import opened, parse_json
 from ..common.rounding import round_up
+from ..common.units import plural
 from .tensors import BF16, Stored, TensorFile, encode, saved_dtype
 
 MAGIC = b"APR\0"
@@ -128,7 +129,7 @@ def _read_header(f: BinaryIO, size: int, path: Path) -> tuple[int, int, int, int
     if raw[:4] != MAGIC:
         raise _bad(path, f"starts with {raw[:4]!r}, not {MAGIC!r}")
     if len(raw) < HEADER.size:
-        raise _bad(path, f"truncated: {size} bytes, shorter than a header")
+        raise _bad(path, f"truncated: {plural(size, 'byte')}, shorter than a header")
     _, major, minor, flags, count, meta_at, meta_size, index_at, data_at, crc, rest = HEADER.unpack(raw)
     if crc != _header_crc(raw):
         raise _bad(path, f"header CRC is {_header_crc(raw):#010x}, stored {crc:#010x}")
@@ -140,14 +141,17 @@ def _read_header(f: BinaryIO, size: int, path: Path) -> tuple[int, int, int, int
                 f"{path}: flag {bit:#06x}: {REFUSED_FLAGS.get(bit, 'unknown')}; apr does not read this"
             )
     if meta_size > MAX_METADATA:
-        raise _bad(path, f"metadata of {meta_size} bytes; the limit is {MAX_METADATA}")
+        raise _bad(path, f"metadata of {plural(meta_size, 'byte')}; the limit is {MAX_METADATA}")
     if meta_at != HEADER.size or index_at != aligned(meta_at + meta_size):
-        raise _bad(path, f"metadata at {meta_at} of {meta_size} bytes, then index at {index_at}")
+        raise _bad(path, f"metadata at {meta_at} of {plural(meta_size, 'byte')}, then index at {index_at}")
     if not index_at <= data_at <= size - 4:
-        raise _bad(path, f"truncated or wrong: index at {index_at}, data at {data_at}, file of {size} bytes")
+        raise _bad(
+            path,
+            f"truncated or wrong: index at {index_at}, data at {data_at}, file of {plural(size, 'byte')}",
+        )
     longest = 2 + MAX_NAME + 2 + 8 * MAX_NDIM + 16
     if data_at - index_at > aligned(count * longest):
-        raise _bad(path, f"index of {data_at - index_at} bytes for {count} tensors")
+        raise _bad(path, f"index of {plural(data_at - index_at, 'byte')} for {plural(count, 'tensor')}")
     return flags, count, meta_size, index_at, data_at
 
 
@@ -162,7 +166,9 @@ def _read_index(block: bytes, count: int, path: Path) -> list[_Row]:
             *shape, offset, size = struct.unpack_from(f"<{ndim}Q2Q", block, at)
             at += 8 * (ndim + 2)
             if not 0 < n <= MAX_NAME or ndim > MAX_NDIM:
-                raise _bad(path, f"tensor {len(rows)}: name of {n} bytes, {ndim} dimensions")
+                raise _bad(
+                    path, f"tensor {len(rows)}: name of {plural(n, 'byte')}, {plural(ndim, 'dimension')}"
+                )
             rows.append(_Row(raw.decode("utf-8"), tag, tuple(shape), offset, size))
             if len(rows) > 1 and not rows[-2].name < rows[-1].name:
                 kind = "twice" if rows[-2].name == rows[-1].name else "out of order"
@@ -170,7 +176,9 @@ def _read_index(block: bytes, count: int, path: Path) -> list[_Row]:
     except (struct.error, UnicodeDecodeError) as e:
         raise _bad(path, f"tensor {len(rows)} of {count} in the index: {e}") from None
     if aligned(at) != len(block):
-        raise _bad(path, f"index of {len(block)} bytes, its {count} tensors take {at}")
+        raise _bad(
+            path, f"index of {plural(len(block), 'byte')}, of which {plural(count, 'tensor')} fill {at}"
+        )
     return rows
 
 
@@ -184,7 +192,7 @@ def _check_places(rows: list[_Row], data_at: int, size: int, path: Path) -> None
         end = row.offset + row.size
     if data_at + aligned(end) + 4 != size:
         kind = "truncated" if data_at + aligned(end) + 4 > size else "too long"
-        raise _bad(path, f"{kind}: {size} bytes, the index asks for {data_at + aligned(end) + 4}")
+        raise _bad(path, f"{kind}: {plural(size, 'byte')}, the index asks for {data_at + aligned(end) + 4}")
 
 
 def _check_footer(f: BinaryIO, size: int, path: Path) -> None:
@@ -211,7 +219,7 @@ def _stored(row: _Row, data_at: int, path: Path) -> Stored:
         raise _bad(path, f"tensor {row.name!r} has unknown dtype tag {row.tag}")
     dtype = DTYPES[row.tag]
     if row.size == 0 or prod(row.shape) * dtype.itemsize != row.size:
-        raise _bad(path, f"tensor {row.name!r}: {dtype} {row.shape} in {row.size} bytes")
+        raise _bad(path, f"tensor {row.name!r}: {dtype} {row.shape} in {plural(row.size, 'byte')}")
     return Stored(row.name, dtype, row.shape, data_at + row.offset)
 
 
@@ -244,7 +252,9 @@ def write_apr(
     }
     text = dump_metadata({**metadata, **total})
     if len(text) > MAX_METADATA:
-        raise Refused(f"{path}: metadata of {len(text)} bytes; an APR v2 file holds at most {MAX_METADATA}")
+        raise Refused(
+            f"{path}: metadata of {plural(len(text), 'byte')}; an APR v2 file holds at most {MAX_METADATA}"
+        )
     with atomic_write(path) as f:
         crc = 0
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..common.errors import MalformedFile, Refused
 from ..common.files import parse_json, read_text, short
+from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, hf_notes, to_hf
 from ..model.params import Layout
@@ -83,7 +84,7 @@ class Checkpoint:
         tokenizer = Tokenizer.from_json(self.tokenizer_json, self.source, self.eos)
         if tokenizer.vocab_size > self.cfg.vocab_size:
             raise Refused(
-                f"{self.source}: its tokenizer has {tokenizer.vocab_size} ids, the model {self.cfg.vocab_size}"
+                f"{self.source}: its tokenizer has {plural(tokenizer.vocab_size, 'id')}, the model {self.cfg.vocab_size}"
             )
         return tokenizer
 

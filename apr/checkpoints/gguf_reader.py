@@ -25,6 +25,7 @@ import numpy as np
 
 from ..common.errors import MalformedFile, Refused
 from ..common.files import MAX_TEXT, opened, short
+from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.families import FAMILIES
 from ..model.hf_config import from_hf
@@ -185,11 +186,13 @@ class _HeaderReader:
         self._tensors, self._keys = self._number("Q"), self._number("Q")
         for count, least, what in ((self._tensors, 25, "tensors"), (self._keys, 13, "keys")):
             if count * least > size:
-                raise _bad(path, f"{count} {what} in a file of {size} bytes")
+                raise _bad(path, f"{count} {what} in a file of {plural(size, 'byte')}")
 
     def _take(self, n: int) -> bytes:
         if n > min(self._end, MAX_TEXT) - self._at:
-            raise _bad(self._path, f"header truncated or too long: {n} bytes from byte {self._at} on")
+            raise _bad(
+                self._path, f"header truncated or too long: {plural(n, 'byte')} from byte {self._at} on"
+            )
         self._at += n
         data = self._f.read(n)
         if len(data) < n:
@@ -215,7 +218,7 @@ class _HeaderReader:
             inner, n = self._number("I"), self._number("Q")
             self._items += n
             if self._items > MAX_ITEMS or (inner not in NUMBER_CODES and inner != STRING):
-                raise _bad(self._path, f"{short(key)}: an array of {n} values of type {inner}")
+                raise _bad(self._path, f"{short(key)}: an array of {plural(n, 'value')} of type {inner}")
             if inner == STRING:
                 return [self._string() for _ in range(n)]
             return list(self._numbers(NUMBER_CODES[inner], n))
@@ -243,7 +246,7 @@ class _HeaderReader:
         for _ in range(self._tensors):
             name, ndim = self._string(), self._number("I")
             if ndim > MAX_NDIM or len(name) > MAX_NAME or name in out:
-                raise _bad(self._path, f"tensor {short(name)} of {ndim} dimensions, or there twice")
+                raise _bad(self._path, f"tensor {short(name)} of {plural(ndim, 'dimension')}, or there twice")
             shape = tuple(reversed(self._numbers("Q", ndim)))
             tag, offset = self._number("I"), self._number("Q")
             if tag not in TYPES:
@@ -275,7 +278,7 @@ def _check_places(infos: list[tuple[Stored, str]], data: tuple[int, int], size: 
         infos[i] = Stored(e.name, e.dtype, e.shape, data_at + e.offset), kind
     if not data_at + end <= size <= data_at + padded:
         what = "truncated" if size < data_at + end else "too long"
-        raise _bad(path, f"{what}: {size} bytes, the header asks for {data_at + end}")
+        raise _bad(path, f"{what}: {plural(size, 'byte')}, the header asks for {data_at + end}")
 
 
 def _heads(cfg: ModelConfig, slot: Slot | None, entry: Stored) -> int:
@@ -339,7 +342,7 @@ def _config(keys: dict[str, Any], names: set[str], path: Path) -> ModelConfig:
         d["rope_scaling"] = {"rope_type": "llama3", **scaling}
     cfg = from_hf(d, str(path), published=False)
     if cfg.num_layers > len(names):
-        raise MalformedFile(f"{path}: {cfg.num_layers} layers, {len(names)} tensors")
+        raise MalformedFile(f"{path}: {plural(cfg.num_layers, 'layer')}, {plural(len(names), 'tensor')}")
     return cfg
 
 

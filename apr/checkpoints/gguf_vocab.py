@@ -11,6 +11,7 @@ from typing import Any
 
 from ..common.errors import MalformedFile, Refused
 from ..common.files import parse_json, short
+from ..common.units import plural
 from ..tokenizer.families import FAMILIES, SPLIT, SPLIT_QWEN
 from ..tokenizer.tokenizer import Tokenizer, library_spelling
 from ..tokenizer.vocab_format import BYTE_LEVEL, FALLBACK_BYTES, SENTENCEPIECE, SPACE_MARK
@@ -261,12 +262,14 @@ def tokenizer_json(keys: dict[str, Any], source: str) -> str | None:
         unknown = next((t for t, k in zip(tokens, kinds, strict=True) if k == UNKNOWN), None)
         scores = _list_of(keys, "scores", float, source)
         if len(scores) != len(tokens):
-            raise MalformedFile(f"{source}: {len(tokens)} tokens, {len(scores)} scores; fetch the file again")
+            raise MalformedFile(
+                f"{source}: {plural(len(tokens), 'token')}, {plural(len(scores), 'score')}; fetch the file again"
+            )
         fallback = all(b in vocab for b in FALLBACK_BYTES)
         model |= {"unk_token": unknown, "fuse_unk": True, "byte_fallback": fallback, "vocab": vocab}
         if (work := sum(len(token) ** 2 for token in vocab)) > MAX_SPLIT_CHARACTERS:
             raise MalformedFile(
-                f"{source}: tokens too long to split: {work:,} characters in all; fetch the file again"
+                f"{source}: tokens too long to split: {plural(work, 'character')} in all; fetch the file again"
             )
         model["merges"] = _merges_of(vocab, scores)
     first = kind == "llama" or pre == "llama-bpe"  # llama.cpp's default
@@ -298,7 +301,9 @@ def special_of(keys: dict[str, Any], name: str, source: str) -> int | None:
     i = keys.get(f"tokenizer.ggml.{name}_token_id")
     tokens = keys.get("tokenizer.ggml.tokens") or []
     if i is not None and (type(i) is not int or not 0 <= i < len(tokens)):
-        raise MalformedFile(f"{source}: {name}_token_id = {short(i)} is no id of its {len(tokens)} tokens")
+        raise MalformedFile(
+            f"{source}: {name}_token_id = {short(i)} is no id of its {plural(len(tokens), 'token')}"
+        )
     return i
 
 
@@ -321,7 +326,8 @@ def _rows(keys: dict[str, Any], source: str) -> tuple[list[str], list[int]]:
     )
     if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
         raise MalformedFile(
-            f"{source}: {len(tokens)} tokens, {len(set(tokens))} of them distinct, {len(kinds)} types; fetch the file again"
+            f"{source}: {plural(len(tokens), 'token')}, {len(set(tokens))} of them distinct, "
+            f"{plural(len(kinds), 'type')}; fetch the file again"
         )
     return tokens, kinds
 

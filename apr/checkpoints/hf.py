@@ -22,6 +22,7 @@ from ..common.atomic import atomic_write, remove_leftovers, write_json, write_te
 from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused
 from ..common.files import MAX_TEXT, opened, parse_json, read_text
 from ..common.rounding import round_up
+from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, to_hf
 from ..model.params import Layout
@@ -111,7 +112,7 @@ def _read_index(path: Path) -> dict[str, np.ndarray]:
         for names, what in ((want - set(shard), "lacks"), (set(shard) - want, "holds, against the index,")):
             if names:
                 raise MalformedFile(
-                    f"{shard.path}: {what} {len(names)} tensors: {', '.join(sorted(names)[:5])}"
+                    f"{shard.path}: {what} {plural(len(names), 'tensor')}: {', '.join(sorted(names)[:5])}"
                 )
         tensors |= shard
     return tensors
@@ -130,7 +131,7 @@ def read_safetensors(path: str | Path) -> TensorFile:
     with opened(path) as (f, size):
         (n,) = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))
         if not 2 <= n <= min(size - 8, MAX_TEXT):
-            raise _bad(path, f"header of {n} bytes in a file of {size}")
+            raise _bad(path, f"header of {plural(n, 'byte')} in a file of {size}")
         raw = f.read(n)
         if raw[:1] != b"{":
             raise _bad(path, f"header starts with {raw[:1]!r}")
@@ -150,7 +151,8 @@ def read_safetensors(path: str | Path) -> TensorFile:
             end += e.nbytes
         if end != size:
             raise _bad(
-                path, f"{'truncated' if end > size else 'too long'}: {size} bytes, the header asks for {end}"
+                path,
+                f"{'truncated' if end > size else 'too long'}: {plural(size, 'byte')}, the header asks for {end}",
             )
         return TensorFile(path, f, entries, metadata)
 

@@ -13,6 +13,8 @@ from ..common.atomic import try_output
 from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..common.files import sha256_of
 from ..common.hub import download, is_hub
+from ..common.run_paths import instead_of, is_state
+from ..common.units import plural
 from ..common.version import __version__
 from ..model.params import Layout
 from ..tokenizer.import_hf import read_tokenizer
@@ -66,7 +68,11 @@ def import_model(
     except MalformedFile:
         kind = ""
     if kind not in ("hf", "gguf"):
-        raise UsageError(f"{source}: import reads Hugging Face folders, .safetensors files and GGUF files")
+        instead = instead_of(Path(place))
+        raise UsageError(
+            f"{source}: import reads Hugging Face folders, .safetensors files and GGUF files"
+            + (f"; {instead}" if (instead and kind != "apr") or is_state(Path(place)) else "")
+        )
     checkpoint = open_any(place)
     tensors = parameters(Layout(checkpoint.cfg), checkpoint)
     meta = config_to_metadata(checkpoint.cfg)
@@ -143,7 +149,7 @@ def _embed(meta: dict[str, Any], checkpoint: Checkpoint, folder: Path, other: st
     tok = Tokenizer.from_json(text, str(place / TOKENIZER), eos)
     if tok.vocab_size > checkpoint.cfg.vocab_size:
         raise Refused(
-            f"{place}: its tokenizer has {tok.vocab_size} ids, the model {checkpoint.cfg.vocab_size}"
+            f"{place}: its tokenizer has {plural(tok.vocab_size, 'id')}, the model {checkpoint.cfg.vocab_size}"
         )
     embed_tokenizer(meta, text, tok.eos_id, special_id(text, config, checkpoint.metadata, "bos"))
     return tok

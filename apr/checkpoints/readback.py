@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..common.errors import IOFailure
+from ..common.units import plural
 from .tensors import CHUNK, EMBED, HEAD, INV_FREQ, encode, saved_dtype
 
 
@@ -44,7 +45,7 @@ def compare_written(
             at += part.size
         if at != flat.size:
             raise IOFailure(
-                f"{path}: tensor {name} has {flat.size} elements, the source {at}; write it again"
+                f"{path}: tensor {name} has {plural(flat.size, 'element')}, the source {at}; write it again"
             )
         count += at
     return count

@@ -22,6 +22,8 @@ import numpy as np
 from ..common.errors import InputNotFound, MalformedFile, Refused
 from ..common.files import opened, parse_json, read_text
 from ..common.finding import Checklist
+from ..common.run_paths import instead_of, is_state
+from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.params import Layout
 from ..model.presets import PRESETS
@@ -71,6 +73,7 @@ class Format:
 
 def _read_apr(path: Path, source: str) -> Checkpoint:
     file = read_apr(path)
+    _check_no_state(path, source)
     meta = file.metadata
     cfg = metadata_to_config(meta, source, file.tensors)
     eos = meta.get("tokenizer.eos_token_id")
@@ -140,7 +143,7 @@ def format_of(source: str) -> Format:
             f"{source}: not found. Looked for an .apr file, a GGUF file, a folder with config.json and model.safetensors "
             f"(or model.safetensors.index.json), and a .safetensors file with config.json beside it{hint}"
         )
-    _check_run_folder(path)
+    _check_meant(path)
     magic = b""
     if not path.is_dir():
         with opened(path) as (f, _):
@@ -148,19 +151,40 @@ def format_of(source: str) -> Format:
     for form in FORMATS:
         if form.detect(path, magic):
             return form
+    hint = _instead_of_file(path)
     raise MalformedFile(
-        f"{source}: starts with {magic!r}: neither an APR v2 nor a GGUF file; a safetensors file ends in .safetensors"
+        f"{source}: starts with {magic!r}: neither an APR v2 nor a GGUF file; {hint or 'a safetensors file ends in .safetensors'}"
     )
 
 
-def _check_run_folder(path: Path) -> None:
-    """Raise InputNotFound, naming the latest checkpoint, for the folder of a run or of its checkpoints."""
-    if path.is_dir() and not any(path.glob("*.safetensors*")):
-        epochs = sorted([*path.glob("epoch-*.apr"), *path.glob("ckpt/epoch-*.apr")])
-        if epochs:
-            raise InputNotFound(
-                f"{path}: is the folder of a run; give a checkpoint in it, such as {epochs[-1]}"
-            )
+def _check_meant(path: Path) -> None:
+    """Raise InputNotFound, naming what was meant, for a folder of a run and for any other that holds no model."""
+    if not path.is_dir() or any(path.glob("*.safetensors*")):
+        return
+    if instead := instead_of(path):
+        raise InputNotFound(f"{path}: is a folder of a run; {instead}")
+    if os.path.lexists(path / "config.json"):
+        return
+    files = sorted(p for p in path.iterdir() if p.suffix in (".apr", ".gguf"))
+    if files:
+        raise InputNotFound(f"{path}: is a folder of checkpoints; give one, such as {files[-1]}")
+    raise InputNotFound(
+        f"{path}: no model in it, neither config.json nor safetensors; give a Hugging Face folder, or an .apr or GGUF file"
+    )
+
+
+def _instead_of_file(path: Path) -> str:
+    """Name the checkpoint that was meant by another file of a run, or the folder by the config.json of a model."""
+    if path.name == "config.json" and any(path.parent.glob("*.safetensors*")):
+        return f"give its folder, {path.parent}"
+    return instead_of(path)
+
+
+def _check_no_state(path: Path, source: str) -> None:
+    """Raise Refused, naming the latest checkpoint, for a saved state."""
+    if is_state(path):
+        instead = instead_of(path) or "give an epoch-NNN.apr of the run"
+        raise Refused(f"{source}: is a saved state, from which a run is resumed; {instead}")
 
 
 def open_contents(source: str) -> Contents:
@@ -173,7 +197,9 @@ def validate(source: str) -> Checklist:
 
     Raises InputNotFound, and MalformedFile for a file of no format that apr knows: there is nothing to check in it."""
     checks, subject = Checklist(), Subject(source)
-    format_of(source).check(checks, subject, Path(source))
+    form = format_of(source)
+    _check_no_state(Path(source), source)
+    form.check(checks, subject, Path(source))
     content_rows(checks, subject)
     return checks
 
@@ -188,7 +214,9 @@ def open_any(source: str) -> Checkpoint:
     checkpoint = format_of(source).read(Path(source), source)
     layers = checkpoint.cfg.num_layers
     if layers > len(checkpoint.tensors):  # before a table of a billion layers is made
-        raise Refused(f"{source}: {layers} layers in the config, but only {len(checkpoint.tensors)} tensors")
+        raise Refused(
+            f"{source}: {plural(layers, 'layer')} in the config, but only {plural(len(checkpoint.tensors), 'tensor')}"
+        )
     parameters(Layout(checkpoint.cfg), checkpoint)
     return checkpoint
 

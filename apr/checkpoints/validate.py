@@ -14,6 +14,7 @@ import numpy as np
 
 from ..common.errors import AprError, Refused
 from ..common.finding import Checklist, Fault, Skip
+from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.params import Layout
 from ..tokenizer.import_hf import PROBE
@@ -88,7 +89,7 @@ def content_rows(checks: Checklist, s: Subject) -> None:
         count, wrong = each(judge)
         if wrong:
             raise Fault(f"not finite: {few(wrong)}")
-        return f"{count} tensors, {sum(x.size for x in s.need_tensors().values()):,} values"
+        return f"{plural(count, 'tensor')}, {plural(sum(x.size for x in s.need_tensors().values()), 'value')}"
 
     def varied() -> str:
         def judge(name: str, x: np.ndarray) -> str | None:
@@ -100,7 +101,7 @@ def content_rows(checks: Checklist, s: Subject) -> None:
         count, wrong = each(judge)
         if wrong:
             raise Fault(few(wrong))
-        return f"{count} tensors, none all zero or constant"
+        return f"{plural(count, 'tensor')}, none all zero or constant"
 
     def dtype_sane() -> str:
         smallest, largest = np.inf, 0.0
@@ -140,7 +141,7 @@ def content_rows(checks: Checklist, s: Subject) -> None:
         ]
         if wrong:
             raise Fault("; ".join(wrong))
-        return f"{len(have)} tensors, as the configuration wants"
+        return f"{plural(len(have), 'tensor')}, as the configuration wants"
 
     def shapes() -> str:
         tensors, layout = s.need_tensors(), _layout(s)
@@ -190,7 +191,7 @@ def content_rows(checks: Checklist, s: Subject) -> None:
             other = _vocabulary_differs(listed, s.tokenizer_json)
             if other:
                 raise Fault(other)
-        return f"{tok.vocab_size:,} ids, end of text {tok.eos_token!r} ({tok.eos_id})"
+        return f"{plural(tok.vocab_size, 'id')}, end of text {tok.eos_token!r} ({tok.eos_id})"
 
     def fits() -> str:
         cfg = s.need_cfg()
@@ -201,8 +202,8 @@ def content_rows(checks: Checklist, s: Subject) -> None:
         except AprError:
             raise Skip("the tokenizer cannot be read") from None
         if tok.vocab_size > cfg.vocab_size:
-            raise Fault(f"{tok.vocab_size:,} ids, the model has {cfg.vocab_size:,}")
-        return f"{tok.vocab_size:,} of {cfg.vocab_size:,} ids of the model"
+            raise Fault(f"{plural(tok.vocab_size, 'id')}, the model has {cfg.vocab_size:,}")
+        return f"{tok.vocab_size:,} of {plural(cfg.vocab_size, 'id')} of the model"
 
     for name, bound, check in (
         ("names", "every parameter there, nothing left over", names),
@@ -252,7 +253,9 @@ def figures_of(x: np.ndarray) -> Figures:
 def _layout(s: Subject) -> Layout:
     cfg, tensors = s.need_cfg(), s.need_tensors()
     if cfg.num_layers > max(len(tensors), 1):
-        raise Refused(f"{cfg.num_layers} layers in the config, but only {len(tensors)} tensors")
+        raise Refused(
+            f"{plural(cfg.num_layers, 'layer')} in the config, but only {plural(len(tensors), 'tensor')}"
+        )
     return Layout(cfg)
 
 
@@ -262,7 +265,8 @@ def _vocabulary_differs(listed: Any, text: str) -> str | None:
     embed_tokenizer(meta, text, None)
     want = meta["tokenizer.vocabulary"]
     if not isinstance(listed, list) or len(listed) != len(want):
-        return f"tokenizer.vocabulary has {len(listed) if isinstance(listed, list) else 0} tokens, tokenizer.json {len(want)}"
+        have = plural(len(listed) if isinstance(listed, list) else 0, "token")
+        return f"tokenizer.vocabulary has {have}, tokenizer.json {len(want)}"
     at = next((i for i, (a, b) in enumerate(zip(listed, want, strict=True)) if a != b), None)
     return (
         None

@@ -16,6 +16,7 @@ import numpy as np
 from ..common.errors import AprError
 from ..common.files import opened, parse_json, parse_value, read_text
 from ..common.finding import FILE, Checklist, Fault, Skip
+from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, hf_notes
 from ..model.params import Layout
@@ -53,7 +54,7 @@ def _apr_rows(checks: Checklist, subject: Subject, path: Path, f: BinaryIO, size
 
     def header() -> str:
         if len(head) < apr2.HEADER.size:
-            raise Fault(f"{size} bytes, shorter than a header")
+            raise Fault(f"{plural(size, 'byte')}, shorter than a header")
         magic, major, minor, flags, count, meta_at, meta_size, index_at, data_at, _, rest = (
             apr2.HEADER.unpack(head)
         )
@@ -66,7 +67,7 @@ def _apr_rows(checks: Checklist, subject: Subject, path: Path, f: BinaryIO, size
         places.flags, places.count, places.meta_at, places.meta_size = flags, count, meta_at, meta_size
         places.index_at, places.data_at = index_at, data_at
         state["header"] = True
-        return f"APR 2.0, {count} tensors"
+        return f"APR 2.0, {plural(count, 'tensor')}"
 
     def checksum() -> str:
         if len(head) < apr2.HEADER.size:
@@ -99,26 +100,28 @@ def _apr_rows(checks: Checklist, subject: Subject, path: Path, f: BinaryIO, size
             or p.data_at < p.index_at
         ):
             raise Fault(
-                f"metadata at {p.meta_at} of {p.meta_size} bytes, index at {p.index_at}, data at {p.data_at}"
+                f"metadata at {p.meta_at} of {plural(p.meta_size, 'byte')}, index at {p.index_at}, data at {p.data_at}"
             )
         if p.meta_size > apr2.MAX_METADATA:
-            raise Fault(f"metadata of {p.meta_size} bytes")
+            raise Fault(f"metadata of {plural(p.meta_size, 'byte')}")
         state["places"] = True
-        return f"metadata {p.meta_size:,} bytes, index {p.data_at - p.index_at:,} bytes"
+        return f"metadata {plural(p.meta_size, 'byte')}, index {plural(p.data_at - p.index_at, 'byte')}"
 
     def metadata() -> str:
         if not state["places"] or places.meta_at + places.meta_size > size:
             raise Skip("the file does not reach to its end" if state["places"] else "its place is not known")
         f.seek(places.meta_at)
         subject.metadata = parse_json(f.read(places.meta_size), "metadata")
-        return f"{len(subject.metadata)} keys"
+        return f"{plural(len(subject.metadata), 'key')}"
 
     def index() -> str:
         longest = 2 + apr2.MAX_NAME + 2 + 8 * apr2.MAX_NDIM + 16
         if not state["places"] or places.data_at > size:
             raise Skip("the file does not reach to its end" if state["places"] else "its place is not known")
         if places.data_at - places.index_at > apr2.aligned(places.count * longest):
-            raise Fault(f"{places.data_at - places.index_at} bytes for {places.count} tensors")
+            raise Fault(
+                f"{plural(places.data_at - places.index_at, 'byte')} for {plural(places.count, 'tensor')}"
+            )
         f.seek(places.index_at)
         rows = apr2._read_index(f.read(places.data_at - places.index_at), places.count, path)
         end = 0
@@ -127,7 +130,7 @@ def _apr_rows(checks: Checklist, subject: Subject, path: Path, f: BinaryIO, size
                 raise Fault(f"{row.name} at {row.offset}, the one before ends at {end}: an overlap or a gap")
             end = row.offset + row.size
         state["rows"], state["end"] = rows, places.data_at + apr2.aligned(end) + 4
-        return f"{len(rows)} tensors, sorted, without overlap or gap"
+        return f"{plural(len(rows), 'tensor')}, sorted, without overlap or gap"
 
     def dtypes() -> str:
         if state["rows"] is None:
@@ -139,15 +142,15 @@ def _apr_rows(checks: Checklist, subject: Subject, path: Path, f: BinaryIO, size
 
     def length() -> str:
         if state["places"] and places.data_at + 4 > size:
-            raise Fault(f"{size:,} bytes, truncated: the tensors would begin at {places.data_at:,}")
+            raise Fault(f"{plural(size, 'byte')}, truncated: the tensors would begin at {places.data_at:,}")
         if state["end"] is None:
             raise Skip("no readable index says how long it must be")
         if size != state["end"]:
             raise Fault(
-                f"{size:,} bytes, {'truncated' if size < state['end'] else 'too long'}: must be {state['end']:,}"
+                f"{plural(size, 'byte')}, {'truncated' if size < state['end'] else 'too long'}: must be {state['end']:,}"
             )
         state["whole"] = True
-        return f"{size:,} bytes"
+        return f"{plural(size, 'byte')}"
 
     def footer() -> str:
         if "whole" not in state:
@@ -155,7 +158,7 @@ def _apr_rows(checks: Checklist, subject: Subject, path: Path, f: BinaryIO, size
         crc, stored = _crc(f, size)
         if crc != stored:
             raise Fault(f"{crc:#010x}, stored {stored:#010x}: a byte has changed since it was written")
-        return f"{crc:#010x} over {size - 4:,} bytes"
+        return f"{crc:#010x} over {plural(size - 4, 'byte')}"
 
     def counts() -> str:
         if subject.metadata is None or "entries" not in state:
@@ -172,7 +175,7 @@ def _apr_rows(checks: Checklist, subject: Subject, path: Path, f: BinaryIO, size
             raise Fault("; ".join(wrong))
         if not any(said.get(k) is not None for k in have):
             raise Skip("the metadata do not say")
-        return f"{have['param_count']:,} elements, {have['total_size']:,} bytes"
+        return f"{plural(have['param_count'], 'element')}, {plural(have['total_size'], 'byte')}"
 
     def vocabulary_flag() -> str:
         if subject.metadata is None or "header" not in state:
@@ -240,7 +243,9 @@ def _apr_config(subject: Subject) -> str:
 
 
 def _describe(cfg: ModelConfig) -> str:
-    return f"{cfg.family}, {cfg.num_layers} layers of {cfg.hidden_size}, vocabulary {cfg.vocab_size:,}"
+    return (
+        f"{cfg.family}, {plural(cfg.num_layers, 'layer')} of {cfg.hidden_size}, vocabulary {cfg.vocab_size:,}"
+    )
 
 
 def _recorded(subject: Subject, path: Path) -> str:
@@ -270,7 +275,7 @@ def hf_rows(checks: Checklist, subject: Subject, path: Path) -> None:
         tensors = hf.read_folder(path) if path.is_dir() else hf.read_safetensors(path)
         subject.tensors = tensors
         size = sum(t.nbytes for t in tensors.values())
-        return f"{len(tensors)} tensors, {size:,} bytes: headers, offsets, lengths and index agree"
+        return f"{plural(len(tensors), 'tensor')}, {plural(size, 'byte')}: headers, offsets, lengths and index agree"
 
     def config() -> str:
         where = folder / "config.json"
@@ -317,7 +322,8 @@ def gguf_rows(checks: Checklist, subject: Subject, path: Path) -> None:
         with opened(path) as (f, size):
             state["header"] = found = read_header(f, size, path)
         kinds = sorted({kind for _, kind in found.infos})
-        return f"{len(found.keys)} keys, {len(found.infos)} tensors of {', '.join(kinds)}, {size:,} bytes"
+        tensors = f"{plural(len(found.infos), 'tensor')} of {', '.join(kinds)}"
+        return f"{plural(len(found.keys), 'key')}, {tensors}, {plural(size, 'byte')}"
 
     def config() -> str:
         if "header" not in state:

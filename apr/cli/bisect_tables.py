@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..bisect.report import EXACT, FORCED, FREE, STAGES, WORDS, ArrayComparison, Report, ratio_text
 from ..common.finding import FAIL, PASS, SKIPPED
+from ..common.units import plural
 from .tables import cell, plain_table
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _agreement(report: Report) -> str:
     nearest = (
         f"; the largest error is {ratio_text(worst.ratio)} of its tolerance, {worst.place} ({worst.mode})"
     )
-    return f"All {len(report.rows)} arrays agree{nearest if worst.ratio else ' exactly'}."
+    return f"All {plural(len(report.rows), 'array')} agree{nearest if worst.ratio else ' exactly'}."
 
 
 def _inputs(report: Report) -> dict[str, str]:
@@ -126,7 +127,7 @@ def _drift(report: Report) -> str:
     worst = max(bad, key=lambda r: r.ratio)
     verb = "drifts" if len(bad) == 1 else "drift"
     return (
-        f"On its own inputs, {len(bad)} of {total} arrays {verb} beyond rounding, from {bad[0].tap} on; "
+        f"On its own inputs, {len(bad)} of {plural(total, 'array')} {verb} beyond rounding, from {bad[0].tap} on; "
         f"at most {ratio_text(worst.ratio)} times the tolerance, {worst.place}."
     )
 
@@ -143,4 +144,6 @@ def print_catalogue(planted: Sequence[Planted], console: Console) -> None:
         table.add_row(*map(cell, (p.fault.name, p.fault.what, stage, named, tap, f"{p.seconds:.2f}")))
     console.print(table)
     count = sum(p.is_named for p in planted)
-    console.print(cell(f"{count} of {len(planted)} faults were found and named as the catalogue says."))
+    console.print(
+        cell(f"{count} of {plural(len(planted), 'fault')} were found and named as the catalogue says.")
+    )

@@ -14,6 +14,7 @@ from typing import Any
 from ..common.atomic import write_json
 from ..common.errors import AprError, UsageError
 from ..common.printable import json_line, printable
+from ..common.units import plural
 from ..inference.chat import Conversation
 from .tables import spoken
 
@@ -99,16 +100,16 @@ class Session:
         if stopped:
             self._note("(stopped)")
         elif c.latest is not None and c.latest.ended == "length":
-            self._note(f"(cut after {len(c.latest.new)} tokens: --max-tokens)")
+            self._note(f"(cut after {plural(len(c.latest.new), 'token')}: --max-tokens)")
         elif c.latest is not None and c.latest.ended == "positions":
-            self._note(f"(cut: the model reads {c.positions} tokens)")
+            self._note(f"(cut: the model reads {plural(c.positions, 'token')})")
 
     def _say_forgotten(self, before: int) -> int:
         now = self.conversation.forgotten
         if now > before:
             self._note(
-                f"(the conversation no longer fits into {self.conversation.positions} tokens: its oldest "
-                f"{now - before} messages are forgotten)"
+                f"(the conversation no longer fits into {plural(self.conversation.positions, 'token')}: "
+                f"{plural(now - before, 'message')} forgotten, the oldest)"
             )
         return now
 
@@ -128,7 +129,7 @@ class Session:
             self._note("(the system's message is set)" if rest else "(no system's message)")
         elif name == "/save" and rest:
             write_json(Path(rest), {"messages": c.messages})
-            self._note(f"({len(c.messages)} messages in {rest})")
+            self._note(f"({plural(len(c.messages), 'message')} in {rest})")
         else:
             raise UsageError(
                 f"{line.strip()}: no such command; /help lists them, and // begins a message with a slash"

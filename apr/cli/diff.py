@@ -37,7 +37,9 @@ class Flags:
         metavar="ERROR",
     )
     prefix: str = option("compare only tensors whose names start with PREFIX", "")
-    top: int = option("rows to show; 0: all", 20, at_least=0, metavar="ROWS")
+    top: int = option(
+        "rows to show, with --json tensors to list, worst first; 0: all", 20, at_least=0, metavar="ROWS"
+    )
     json: bool = json_option()
 
 
@@ -54,7 +56,7 @@ def main(args: Sequence[str]) -> int:
             "equal": comparison.equal,
             "counts": comparison.counts,
             "facts": [{"key": k, "a": x, "b": y} for k, x, y in comparison.facts],
-            "tensors": [_plain(asdict(r)) for r in comparison.rows],
+            "tensors": [_plain(asdict(r)) for r in comparison.rows[: f.top or None]],
         }
         print(json.dumps(document, indent=2))
     else:

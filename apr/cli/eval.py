@@ -28,6 +28,7 @@ from ..common.errors import InputNotFound, Refused, UsageError
 from ..common.files import sha256_of
 from ..common.options import MAX_INTEGER, device_option, given, json_option, option, threads_option
 from ..common.provenance import versions
+from ..common.units import plural
 from ..data.audit import sides_of, tokenizer_beside
 from ..data.guards import enforce, fits_model
 from ..data.manifest import MANIFEST
@@ -353,28 +354,33 @@ def _print(show: Show, f: Flags, mode: str, r: dict[str, Any]) -> None:
                 f"{r['bits_per_byte']:.4f}" if r["bits_per_byte"] is not None else "no bytes to count",
             ),
             ("perplexity", f"{r['perplexity']:.4g}"),
-            ("scored", f"{r['tokens']:,} tokens, {r['bytes'] or 0:,} bytes, {r['documents']:,} documents"),
-            ("windows", f"{r['windows']:,} of {r['seq_length']} tokens, {r['stride']} apart"),
-            ("speed", f"{r['tokens_per_sec']:,.0f} tokens/s, {r['batch_size']} windows at once"),
+            (
+                "scored",
+                f"{plural(r['tokens'], 'token')}, {plural(r['bytes'] or 0, 'byte')}, {plural(r['documents'], 'document')}",
+            ),
+            ("windows", f"{r['windows']:,} of {plural(r['seq_length'], 'token')}, {r['stride']} apart"),
+            ("speed", f"{r['tokens_per_sec']:,.0f} tokens/s, {plural(r['batch_size'], 'window')} at once"),
         ]
         if mode == "text":
             rows.append(("before each text", f"{r['bos_ids'] or 'nothing'} (--bos {r['bos']})"))
             if r["documents_too_short"]:
-                rows.append(("without a prediction", f"{r['documents_too_short']:,} documents of one token"))
+                rows.append(
+                    ("without a prediction", f"{plural(r['documents_too_short'], 'document')} of one token")
+                )
         if r["left_out"]:
             rows.append(("left out", f"{r['left_out']:,}, the first: {r['left_out_first'][0]}"))
     elif mode == "choices":
         rows += [
             (f"accuracy, {k.replace('_', ' ')}", _plus_minus(**_renamed(v))) for k, v in r["accuracy"].items()
         ]
-        cut = f"{r['contexts_cut']} choices with a cut context"
+        cut = f"{plural(r['contexts_cut'], 'choice')} with a cut context"
         rows += [("by chance", f"{r['chance']:.4f}"), ("questions", f"{r['items']:,}, {cut}")]
     else:
         rows += [(f"pass@{k}", _plus_minus(**_renamed(v))) for k, v in r["pass_at_k"].items()]
         rows += [
             (
                 "programs",
-                f"{r['passed']:,} of {r['problems'] * r['samples']:,} passed ({r['problems']} problems)",
+                f"{r['passed']:,} of {r['problems'] * r['samples']:,} passed ({plural(r['problems'], 'problem')})",
             ),
             ("drawn", f"{r['samples']} for each problem at temperature {r['temperature']:g}"),
             ("kept in by", in_words(r["isolation"])),

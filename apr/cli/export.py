@@ -18,6 +18,7 @@ from ..checkpoints.gguf import TYPES
 from ..checkpoints.registry import open_any
 from ..common.errors import UsageError
 from ..common.options import json_option, option, parse
+from ..common.units import plural
 from .show import Show
 
 
@@ -60,7 +61,7 @@ def _rows(done: dict[str, object]) -> list[tuple[str, str]]:
         note = [("note", str(done["note"]))] if done["note"] else []
         return [
             ("tensors", f"{done['tensors']} of {', '.join(done['dtypes'])}"),  # type: ignore[arg-type]
-            ("compared", f"{done['compared_elements']:,} elements read back: equal bits"),
+            ("compared", f"{plural(int(str(done['compared_elements'])), 'element')} read back: equal bits"),
             ("files", ", ".join(done["files"])),  # type: ignore[arg-type]
             *note,
         ]

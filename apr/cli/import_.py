@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ..checkpoints.importing import import_model
 from ..common.options import json_option, option, parse
+from ..common.units import plural
 from .show import Show
 
 
@@ -45,14 +46,17 @@ def main(args: Sequence[str]) -> int:
         return 0
     ids = done["tokenizer_ids"]
     tokenizer = (
-        f"{ids:,} ids, end of text {done['eos_token']!r} ({done['eos_token_id']})"
+        f"{plural(ids, 'id')}, end of text {done['eos_token']!r} ({done['eos_token_id']})"
         if ids
         else "none in the source"
     )
     rows = [
         ("source", f"{done['source']}{' at ' + done['revision'] if done['revision'] else ''}"),
-        ("parameters", f"{done['parameters']:,} in {done['tensors']} tensors of {', '.join(done['dtypes'])}"),
-        ("compared", f"{done['compared_elements']:,} elements with the source: equal bits"),
+        (
+            "parameters",
+            f"{done['parameters']:,} in {plural(done['tensors'], 'tensor')} of {', '.join(done['dtypes'])}",
+        ),
+        ("compared", f"{plural(done['compared_elements'], 'element')} with the source: equal bits"),
         ("tokenizer", tokenizer),
         ("chat template", "yes" if done["chat_template"] else "none"),
         *(("note", f"config.json: {note}") for note in done["notes"]),

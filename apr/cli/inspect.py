@@ -20,6 +20,7 @@ from ..checkpoints.importing import PROVENANCE
 from ..checkpoints.registry import TITLES, is_bare, open_any, open_contents
 from ..checkpoints.validate import figures_of
 from ..common.options import json_option, option, parse
+from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.params import Layout
 from .show import Show
@@ -99,20 +100,25 @@ def _model(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     t = result["tokenizer"]
     rows = [
         ("format", f"{result['format']}, whole: every parameter there and of the right shape, nothing left over"),
-        ("parameters", f"{layout.num_parameters:,} in {len(tensors)} tensors of {', '.join(result['dtypes'])}, {_bytes(size)}"),
+        ("parameters", f"{layout.num_parameters:,} in {plural(len(tensors), 'tensor')} of "
+        f"{', '.join(result['dtypes'])}, {_bytes(size)}"),
         *_config_rows(loaded.cfg),
         *(("note", f"config.json: {note}") for note in loaded.notes),
-        ("tokenizer", f"{t['vocab_size']:,} ids, end of text {t['eos_token']!r} ({t['eos_id']})" if t else "none"),
+        ("tokenizer", f"{plural(t['vocab_size'], 'id')}, end of text {t['eos_token']!r} ({t['eos_id']})" if t else "none"),
     ]  # fmt: skip
     if t and t["added_tokens"]:
         rows.append(("added tokens", _few([f"{i} {c!r}" for i, c in t["added_tokens"].items()])))
     template = loaded.chat_template
-    rows.append(("chat template", f"{len(template):,} characters" if template is not None else "none"))
+    rows.append(
+        ("chat template", f"{plural(len(template), 'character')}" if template is not None else "none")
+    )
     if loaded.metadata.get(HF_FILES):
         rows.append(("kept files", ", ".join(sorted(loaded.texts))))
     if p := result["provenance"]:
         at = f" at {p['revision']}" if p.get("revision") else ""
-        rows.append(("from", f"{p.get('source')}{at}, {len(p.get('files') or [])} files, by {p.get('by')}"))
+        rows.append(
+            ("from", f"{p.get('source')}{at}, {plural(len(p.get('files') or []), 'file')}, by {p.get('by')}")
+        )
     rows.append(("weights sha256", loaded.sha256))
     return result, rows
 
@@ -162,8 +168,10 @@ def _loose(f: Flags) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 def _config_rows(c: ModelConfig) -> list[tuple[str, str]]:
     window = f"{c.sliding_window or 'none'}" + _but_not(c.full_attention_layers)
     return [
-        ("architecture", f"{c.family}: {c.num_layers} layers of {c.hidden_size}, heads {c.num_heads}/{c.num_kv_heads} of "
-         f"{c.head_dim}, MLP {c.intermediate_size}, vocabulary {c.vocab_size:,}, {c.max_position_embeddings:,} positions"),
+        ("architecture", f"{c.family}: {plural(c.num_layers, 'layer')} of {c.hidden_size}, heads "
+        f"{c.num_heads}/{c.num_kv_heads} of "
+         f"{c.head_dim}, MLP {c.intermediate_size}, vocabulary {c.vocab_size:,}, "
+         f"{plural(c.max_position_embeddings, 'position')}"),
         ("switches", f"rms_norm_eps {c.rms_norm_eps:g}, rope_theta {c.rope_theta:g}, scaling {c.rope_scaling or 'none'}, "
          f"tied {c.tie_word_embeddings}, qkv_bias {c.qkv_bias}, qk_norm {c.qk_norm}, window {window}"
          + (f", rotary embedding{_but_not(c.no_rope_layers)}" if c.no_rope_layers else "")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..common.errors import AprError, DeviceError
+from ..common.errors import AprError, DeviceError, Interrupted, IOFailure, Refused
 from ..common.packages import broken_package
 from ..common.printable import printable
 from ..common.version import __version__
@@ -78,31 +79,45 @@ def _ended(name: str, find: Callable[[], Any], *args: Sequence[str]) -> int:
                 return command(*args) or 0
             finally:
                 _flush()
-    except AprError as e:
-        _say(f"apr {name}: {e}")
-        if e.status != "FAILED":
-            _say(e.status)
-        return e.exit_code
     except BrokenPipeError:
         # The reader went away (`| head`): nothing is wrong.
         _drop_output()
         return 0
-    except KeyboardInterrupt:
-        _say(f"apr {name}: interrupted")
-        return 130
-    except MemoryError:
-        _say(f"apr {name}: out of memory; `apr plan` shows what a job needs")
-        return 5
-    except Exception as e:
-        if broken := broken_package(e):
-            _say(f"apr {name}: {broken}")
-            return DeviceError.exit_code
-        if not isinstance(e, OSError):
+    except (Exception, KeyboardInterrupt) as e:
+        explained = _explained(e)
+        if explained is None:
             raise
-        _say(f"apr {name}: {os.fsdecode(e.filename or 'output')}: {e.strerror or e}")
-        if e.filename is None:
+        message, status, code = explained
+        if args and _wants_json(args[0]):
+            with suppress(OSError):
+                print(json.dumps({"error": message, "status": status, "exit_code": code}), flush=True)
+        _say(f"apr {name}: {message}")
+        if status != AprError.status:
+            _say(status)
+        if isinstance(e, OSError) and e.filename is None:
             _drop_output()
-        return 7
+        return code
+
+
+def _explained(e: BaseException) -> tuple[str, str, int] | None:
+    """Describe an error: a message, a status in one word, the exit code; None for a fault of apr's own."""
+    if isinstance(e, AprError):
+        return str(e), e.status, e.exit_code
+    if isinstance(e, MemoryError):
+        return "out of memory; `apr plan` shows what a job needs", AprError.status, Refused.exit_code
+    if isinstance(e, KeyboardInterrupt):
+        return "interrupted", AprError.status, Interrupted.exit_code
+    if broken := broken_package(e):
+        return broken, AprError.status, DeviceError.exit_code
+    if isinstance(e, OSError):
+        place = os.fsdecode(e.filename or "output")
+        return f"{place}: {e.strerror or e}", IOFailure.status, IOFailure.exit_code
+    return None
+
+
+def _wants_json(args: Sequence[str]) -> bool:
+    """Tell from a command line that may be wrong if it asks for a JSON document."""
+    return [a for a in args if a in ("--json", "--no-json")][-1:] == ["--json"]
 
 
 def _flush() -> None:

@@ -30,6 +30,7 @@ from ..common.errors import Refused, UsageError
 from ..common.files import read_text
 from ..common.options import json_option, option, parse
 from ..common.printable import printable
+from ..common.units import plural
 from ..model.params import Layout
 from ..tokenizer.chat_template import ChatTemplate
 
@@ -44,7 +45,9 @@ class Flags:
         path=True,
     )
     adapter: str = option("folder of the adapter", positional=True, path=True)
-    out: str = option("file to write, .apr", "", needed=True, short="o", metavar="FILE", path=True)
+    output: str = option(
+        "file to write, .apr", "", needed=True, short="o", metavar="FILE", path=True, also="out"
+    )
     dtype: str | None = option(
         "dtype of the weights in the file (default: as in the base)", choices=("float32", "bfloat16")
     )
@@ -55,9 +58,9 @@ class Flags:
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr merge", __doc__ or "")
-    out = Path(f.out)
+    out = Path(f.output)
     if out.suffix != ".apr":
-        raise UsageError(f"--out {f.out}: give a file that ends in .apr, such as -o merged.apr")
+        raise UsageError(f"--output {f.output}: give a file that ends in .apr, such as -o merged.apr")
     if os.path.lexists(out) and not f.force:
         raise Refused(f"{out}: is there already; choose another name, or --force")
     try_output(out)
@@ -90,6 +93,8 @@ def main(args: Sequence[str]) -> int:
         embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id, bos)
     write_apr(out, meta, layout.named(host), dtype)
     result: dict[str, Any] = {
+        "output": str(out),
+        # The key of older versions.
         "out": str(out),
         "dtype": dtype,
         "matrices": len(adapter.deltas),
@@ -102,6 +107,6 @@ def main(args: Sequence[str]) -> int:
         print(json.dumps(result, indent=2))
     else:
         ranks = ", ".join(map(str, result["ranks"]))
-        words = f"{len(adapter.deltas)} matrices with adapters of rank {ranks}, {dtype}"
+        words = f"{plural(len(adapter.deltas), 'matrix')} with adapters of rank {ranks}, {dtype}"
         print(printable(f"{out}: {words}, weights {result['sha256'][:12]}"))
     return 0

@@ -1,5 +1,7 @@
 """`apr plan`: parameters, FLOPs and bytes of a job, before anything is allocated.
 
+Exit code 5 where the job does not fit.
+
 Example: apr plan --model qwen2.5-0.5b --micro-batch-size 2 --seq-length 1024"""
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from typing import Any
 
 from ..backends.select import select
 from ..checkpoints.registry import open_any
-from ..common.errors import UsageError
+from ..common.errors import Refused, UsageError
 from ..common.options import device_option, dtype_option, json_option, option, parse, threads_option
+from ..common.units import plural
 from ..model.cost import check_positions, flops_per_token, matmul_rate, memory
-from ..model.lora import AdapterLayout, lora_config
+from ..model.lora import AdapterLayout, check_rank, lora_config
 from ..model.params import Layout
 from ..model.presets import PRESETS, load_config
 from .show import Show
@@ -59,6 +62,8 @@ def main(args: Sequence[str]) -> int:
         raise UsageError("--lora-rank is about training, --no-train has none; give one of them")
     cfg = open_any(f.init).cfg if f.init else load_config(str(f.model))
     check_positions(cfg, f.seq_length)
+    if lora:
+        check_rank(cfg, lora)
     backend = select(f.device, f.dtype, f.threads)
     dtype = f.dtype or backend.dtypes[0]
     layout, micro = Layout(cfg), min(f.micro_batch_size or f.batch_size, f.batch_size)
@@ -87,14 +92,15 @@ def main(args: Sequence[str]) -> int:
     if steps is not None:
         result["flops"] = flops * steps * f.batch_size * f.seq_length
         result["hours_at_limit"] = result["flops"] / rate / 3600
+    code = 0 if result["fits"] else Refused.exit_code
     if f.json:
         print(json.dumps(result, indent=2))
-        return 0
+        return code
     show, gib = Show(), 2**30
     parts = [(name, f"{value / gib:9.3f} GiB") for name, value in vars(need).items() if value]
     rows = [
-        ("parameters", f"{layout.num_parameters:,} in {len(layout.slots)} tensors"),
-        *([("trained", f"{adapters.num_parameters:,} in {len(adapters.slots)} adapters")] if adapters else []),
+        ("parameters", f"{layout.num_parameters:,} in {plural(len(layout.slots), 'tensor')}"),
+        *([("trained", f"{adapters.num_parameters:,} in {plural(len(adapters.slots), 'adapter')}")] if adapters else []),
         ("FLOPs per token", f"{flops / 1e9:.3f} G{' (forward and backward)' if f.train else ' (forward)'}"),
         ("device", f"{backend.name}, {dtype}"),
         *parts,
@@ -108,4 +114,4 @@ def main(args: Sequence[str]) -> int:
     show.table(f"plan: {f.init or f.model}", rows)
     if not result["fits"]:
         show.note("DOES NOT FIT: use a smaller --micro-batch-size, --seq-length or model, or --recompute")
-    return 0
+    return code

@@ -11,15 +11,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..api import load
 from ..common.errors import MalformedFile, Refused, UsageError
 from ..common.files import parse_json, read_text
-from ..common.options import device_option, dtype_option, json_option, option, parse, threads_option
+from ..common.options import TOO_MANY, device_option, dtype_option, json_option, option, parse, threads_option
 from ..common.printable import json_line, printable
+from ..common.units import plural
 from ..inference.generate import Continuation, Sampling
 from ..inference.language_model import LanguageModel
 from ..inference.streaming import Text
@@ -32,7 +33,11 @@ class Flags:
     """Options of `apr run`."""
 
     model: str = option("an .apr or GGUF file or a Hugging Face folder", positional=True, path=True)
-    prompt: str = option("text to continue; with --chat, a message to answer", "", positional=True)
+    prompt: str = option(
+        "text to continue (default: the standard input, where it is a pipe or a file); with --chat, a message to answer",
+        "",
+        positional=True,
+    )
     prompts: str | None = option(
         'file of prompts to continue, several at once: one a line, or .jsonl with a "prompt" in each line; prompt number '
         "i, from 0, is drawn with --seed + i and gets the text that it gets alone",
@@ -80,7 +85,7 @@ class Flags:
 
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code. Errors are raised."""
-    f = parse(Flags, args, "apr run", __doc__ or "")
+    f = _parse(args)
     sampling = Sampling(f.max_tokens, f.temperature, f.top_k, f.top_p, f.seed, f.min_p, f.repetition_penalty)
     if f.prompts is not None and (f.prompt or f.chat):
         raise UsageError("--prompts takes the place of a prompt and of --chat; give one of them")
@@ -96,6 +101,23 @@ def main(args: Sequence[str]) -> int:
     if prompts is not None:
         return _several(model, f, sampling, prompts)
     return _one(model, f, sampling)
+
+
+def _parse(args: Sequence[str]) -> Flags:
+    """Read the command line; without a prompt, the prompt from a pipe or a file at the standard input."""
+    try:
+        f = parse(Flags, args, "apr run", __doc__ or "")
+    except UsageError as e:
+        several = "; several prompts go into a file: --prompts FILE" if TOO_MANY in str(e) else ""
+        raise UsageError(f"{e}{several}") from None
+    if f.prompt or f.prompts is not None or f.chat or sys.stdin is None or sys.stdin.isatty():
+        return f
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise MalformedFile(f"standard input: not UTF-8 at byte {e.start}; convert the prompt") from None
+    # The line end that a shell or an editor puts behind a text is no part of it.
+    return replace(f, prompt=text.removesuffix("\n").removesuffix("\r"))
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -166,7 +188,9 @@ def _several(model: LanguageModel, f: Flags, sampling: Sampling, prompts: list[s
         print(json_line({"results": rows, "seconds": seconds, "tokens_per_sec": total / seconds}))
     else:
         print(
-            printable(f"{len(rows)} prompts, {total:,} new tokens, {total / seconds:,.1f} tokens/s"),
+            printable(
+                f"{plural(len(rows), 'prompt')}, {plural(total, 'new token')}, {total / seconds:,.1f} tokens/s"
+            ),
             file=sys.stderr,
         )
     return 0
@@ -188,5 +212,5 @@ def _say(prompt: int, new: int, speed: dict[str, float | None], ended: str) -> N
         "length": "--max-tokens",
         "positions": "no more positions",
     }
-    read = f"prompt: {prompt} tokens at {speed['prompt_tokens_per_sec']:,.1f} tokens/s"
-    print(printable(f"{read}; {new} new tokens{later}; ended by: {why[ended]}"), file=sys.stderr)
+    read = f"prompt: {plural(prompt, 'token')} at {speed['prompt_tokens_per_sec']:,.1f} tokens/s"
+    print(printable(f"{read}; {plural(new, 'new token')}{later}; ended by: {why[ended]}"), file=sys.stderr)

@@ -19,6 +19,7 @@ from ..common.errors import Refused, UsageError
 from ..common.options import device_option, json_option, option, parse, threads_option
 from ..common.printable import printable
 from ..common.provenance import versions
+from ..common.units import plural
 from ..model.cost import check_fits, memory
 from ..model.hf_config import to_hf
 from ..model.presets import PRESETS
@@ -93,6 +94,8 @@ def main(args: Sequence[str]) -> int:
     if f.json:
         print(json.dumps(result))
     else:
-        words = f"{len(tensors)} tensors, backend {backend.name} {dtype}, loss {loss[0]:.6f} nats/token"
+        words = (
+            f"{plural(len(tensors), 'tensor')}, backend {backend.name} {dtype}, loss {loss[0]:.6f} nats/token"
+        )
         print(printable(f"{f.output}: {words}"))
     return 0

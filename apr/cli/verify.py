@@ -18,6 +18,7 @@ from ..common.atomic import locked
 from ..common.cache import throwaway_cache
 from ..common.finding import as_json, exit_code, verdict_of
 from ..common.options import device_option, json_option, option, parse
+from ..common.units import plural
 from ..verify.record import Options, Record
 from ..verify.verifier import verify
 from .show import Show
@@ -71,7 +72,9 @@ def main(args: Sequence[str]) -> int:
         print(json.dumps({"run_dir": f.run_dir, "verdict": verdict, "checks": checks}, indent=2))
     else:
         v = record.verdict
-        show.note(f"apr verify {f.run_dir}: {v['status']} after {v['steps']:,} steps, verdict {v['verdict']}")
+        show.note(
+            f"apr verify {f.run_dir}: {v['status']} after {plural(v['steps'], 'step')}, verdict {v['verdict']}"
+        )
         print_findings(show.console, findings)
         show.note(verdict)
     return exit_code(verdict)

@@ -30,7 +30,7 @@ class UsageError(AprError):
 
 
 class InputNotFound(AprError):
-    """A file, folder, preset or device name that does not exist."""
+    """A file, folder, preset or device name that does not exist, or a download that cannot be had."""
 
     exit_code = 3
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Never
 
 from .errors import InputNotFound, IOFailure, MalformedFile
+from .units import plural
 
 MAX_TEXT = 100_000_000  # bytes; the limit of the safetensors library for its header, three times the largest tokenizer
 MAX_DEPTH = (
@@ -99,7 +100,9 @@ def read_text(path: Path, what_to_try: str = "") -> str:
     """The text of a UTF-8 file of at most MAX_TEXT bytes. Raises InputNotFound, MalformedFile, IOFailure."""
     with opened(path, what_to_try) as (f, size):
         if size > MAX_TEXT:
-            raise MalformedFile(f"{path}: {size} bytes; no file of this kind has more than {MAX_TEXT}")
+            raise MalformedFile(
+                f"{path}: {plural(size, 'byte')}; no file of this kind has more than {MAX_TEXT}"
+            )
         data = f.read(size)
     return text_of(data, str(path))
 
@@ -162,7 +165,7 @@ def check_values(text: str, source: str) -> None:
     """Count the values of JSON before they take memory. Raises MalformedFile: more than MAX_VALUES."""
     if _marks(text) > MAX_VALUES and (values := _marks(_STRING.sub("", text))) > MAX_VALUES:
         raise MalformedFile(
-            f"{source}: about {values:,} values; no file of this kind has more than {MAX_VALUES:,}"
+            f"{source}: about {plural(values, 'value')}; no file of this kind has more than {MAX_VALUES:,}"
         )
 
 

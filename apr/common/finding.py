@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import AprError
+from .units import plural
 
 PASS, SUSPECT, FAIL, SKIPPED = "PASS", "SUSPECT", "FAIL", "SKIPPED"
 SEVERITY = (SKIPPED, PASS, SUSPECT, FAIL)  # ascending
@@ -133,3 +134,11 @@ class Checklist:
             for verdict, text in ((PASS, "passed"), (FAIL, "failed"), (SKIPPED, "skipped"))
             if verdict in verdicts
         )
+
+
+def guards_passed(findings: Iterable[Finding]) -> str:
+    """Count the guards of data that passed among those asked: "9 of 9 guards passed, 2 not asked"."""
+    verdicts = [f.verdict for f in findings]
+    skipped = verdicts.count(SKIPPED)
+    asked = plural(len(verdicts) - skipped, "guard")
+    return f"{verdicts.count(PASS)} of {asked} passed" + (f", {skipped} not asked" if skipped else "")

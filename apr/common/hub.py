@@ -25,7 +25,7 @@ def download(source: str, patterns: Sequence[str], revision: str | None = None) 
     """Folder with those files of a repository whose names match the patterns, and the commit they are of.
 
     revision: beside the source or in it, a branch, tag or commit. Raises UsageError for two of them, InputNotFound for no
-    such repository or package, IOFailure for the network."""
+    such repository or package and where the Hub cannot be reached, IOFailure where the files cannot be written."""
     hub = HUB.fullmatch(source)
     if hub is None:
         raise UsageError(f"{source}: not hf://org/name[@revision]")
@@ -49,7 +49,21 @@ def download(source: str, patterns: Sequence[str], revision: str | None = None) 
             f"{name}: no such repository or revision, or one that needs a login; check the name, log in with "
             f"'hf auth login', or {by_hand}"
         ) from None
+    except OSError as e:
+        if e.errno is not None and e.filename is not None:
+            # The disk, not the network.
+            raise IOFailure(f"{e.filename}: {e.strerror}; make room, or {by_hand}") from None
+        raise _unreachable(name, e, by_hand) from None
     except Exception as e:  # whatever the library's network layer raises
-        first = str(e).strip().split("\n")[0]
-        raise IOFailure(f"{name}: cannot be downloaded: {first}; check the network, or {by_hand}") from None
+        raise _unreachable(name, e, by_hand) from None
     return Path(folder), Path(folder).name
+
+
+def _unreachable(name: str, e: Exception, by_hand: str) -> InputNotFound:
+    """Make the error of a download that failed, of the first line of the library's message."""
+    first = str(e).strip().split("\n")[0].strip()
+    # "Connection error. Got: [Errno -2] ..." goes on with what the library was given, which may be nothing.
+    first = re.sub(r"[ .:]*\bGot:?\s*$", "", first).rstrip(" .:")
+    return InputNotFound(
+        f"{name}: cannot be downloaded: {first or type(e).__name__}; check the network, or {by_hand}"
+    )

@@ -34,6 +34,7 @@ def option(
     short: str = "",
     metavar: str = "",
     path: bool = False,
+    also: str = "",
     names: Sequence[str] = (),
     may_change: bool = False,
 ) -> Any:
@@ -44,6 +45,7 @@ def option(
     below, at_most
     positional, short       an argument without a flag; a second flag of one letter
     needed                  the flag must be given
+    also                    an older name, which is taken too
     metavar                 placeholder of the value in --help (default: the last word of the name)
     path, names             the value is a file or folder; values with a meaning of their own
     may_change              a resumed run may set it anew
@@ -88,8 +90,15 @@ def placeholder(f: dataclasses.Field[Any]) -> str:
     return "PATH" if meta["path"] and not meta["names"] else f.name.split("_")[-1].upper()
 
 
+# Part of the message for an argument that no place is left for.
+TOO_MANY = "one argument too many"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
+        extra = message.removeprefix("unrecognized arguments: ")
+        if extra != message and not any(word.startswith("-") for word in extra.split()):
+            raise UsageError(f"{extra}: {TOO_MANY}; a text with spaces needs quotes around it")
         raise UsageError(f"{message}; --help lists the options")
 
 
@@ -148,6 +157,7 @@ def _add(parser: Any, f: dataclasses.Field[Any], kind: type) -> None:
         parser.add_argument(flag(f.name), help=text, action=argparse.BooleanOptionalAction)
         return
     names = [f.name] if meta["positional"] else [flag(f.name)]
+    names += [flag(meta["also"])] if meta["also"] else []
     names += ["-" + meta["short"]] if meta["short"] else []
     how: dict[str, Any] = {"help": text, "metavar": placeholder(f)}
     if kind is tuple:

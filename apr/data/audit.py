@@ -10,6 +10,7 @@ from pathlib import Path
 from ..common.errors import AprError, InputNotFound
 from ..common.finding import Finding
 from ..common.progress import Progress
+from ..common.units import plural
 from ..tokenizer.tokenizer import Tokenizer
 from .conversations.packed import RECORD, PackedShards, guard_disjoint, guard_packed
 from .guards import USUAL, Bounds, disjoint, enforce, fits_model, plausible, round_trip
@@ -124,12 +125,12 @@ def _read(split: Split, other: Scan | None, keep: bool, lenient: bool, progress:
     with _caught(split, name, bound, lenient):
         split.scan = split.shards.check(keep, other.identities if other else None, count)
         m = split.shards.manifest
-        measured = f"{m.shard_count:,} shards, {m.total_tokens:,} tokens, {m.total_documents:,} documents"
+        measured = f"{plural(m.shard_count, 'shard')}, {plural(m.total_tokens, 'token')}, {plural(m.total_documents, 'document')}"
         split.findings.append(Finding.of(name, True, measured, bound))
 
 
 def _opened(shards: TokenShards) -> Finding:
-    measured = f"tokenizer {shards.tokenizer_sha256[:12]}, {shards.vocab_size:,} ids"
+    measured = f"tokenizer {shards.tokenizer_sha256[:12]}, {plural(shards.vocab_size, 'id')}"
     return Finding.of("manifest, sizes and tokenizer", True, measured, "those of the files")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import AprError, Refused
+from ..common.units import plural
 from .scan import mix
 from .shards import Shards
 
@@ -57,7 +58,7 @@ class Windows:
         if not self.count:
             raise Refused(
                 f"{shards.folder}: no window of seq_length = {seq_length} + 1 tokens in "
-                f"{shards.total_tokens} tokens (largest shard {sizes.max()}); "
+                f"{plural(shards.total_tokens, 'token')} (largest shard {sizes.max()}); "
                 "lower --seq-length or use more data"
             )
 
@@ -80,7 +81,7 @@ class Windows:
         Raises Refused when either side is empty."""
         if not 0 < held_out < self.count:
             raise Refused(
-                f"{self.shards.folder}: {held_out} of {self.count} windows held out leaves one side empty; "
+                f"{self.shards.folder}: {held_out} of {plural(self.count, 'window')} held out leaves one side empty; "
                 "give --val-dataset, or lower --val-batches, --batch-size or --seq-length"
             )
         train, val = copy(self), copy(self)
@@ -169,7 +170,7 @@ class Batches:
             raise Refused(f"on_exhausted = {on_exhausted!r}; choose cycle or stop")
         if on_exhausted == "stop" and batch_size * world > windows.count:
             raise Refused(
-                f"{windows.shards.folder}: a step takes {batch_size * world} windows, there are "
+                f"{windows.shards.folder}: a step takes {plural(batch_size * world, 'window')}, there are "
                 f"{windows.count}; lower --batch-size or --seq-length"
             )
         self.windows = windows
@@ -214,7 +215,7 @@ class Batches:
         n = self.windows.count
         if self.on_exhausted == "stop" and self._read + self.step_windows > n:
             raise Exhausted(
-                f"{self.windows.shards.folder}: {max(0, n - self._read)} of {n} windows left, a step takes "
+                f"{self.windows.shards.folder}: {max(0, n - self._read)} of {plural(n, 'window')} left, a step takes "
                 f"{self.step_windows}; allow another pass with --on-exhausted cycle"
             )
         batch = self._ahead.popleft().result() if self._ahead else self._draw(self._read)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from ..common.errors import UsageError
+from ..common.units import plural
 from .documents import MAX_HELD_BYTES, Item
 from .find import Sources
 from .jsonl import read_jsonl, text_record
@@ -84,7 +85,7 @@ class Corpus:
                 is_empty = False
                 yield item
             if is_empty:
-                yield Skipped(source.name, "empty", f"{size} bytes on disk without a document")
+                yield Skipped(source.name, "empty", f"{plural(size, 'byte')} on disk without a document")
             self._done, self._now = self._done + size, 0
 
     def _read(self, source: Source, advance: Callable[[int], None]) -> Iterator[Item]:

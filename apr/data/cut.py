@@ -9,6 +9,7 @@ from itertools import islice
 import numpy as np
 
 from ..common.errors import AprError
+from ..common.units import plural
 from ..tokenizer.tokenizer import Tokenizer
 
 # Of a piece, about: small enough to keep all cores busy with one document.
@@ -52,7 +53,7 @@ class Cutter:
                 if at is None:
                     if len(buffered) > MAX_PIECE_CHARACTERS:
                         raise CannotCut(
-                            f"{len(buffered)} characters, beginning {buffered[:40]!r}, without a place to cut"
+                            f"{plural(len(buffered), 'character')}, beginning {buffered[:40]!r}, without a place to cut"
                         )
                     break
                 yield buffered[:at]
@@ -62,7 +63,7 @@ class Cutter:
             buffered = buffered[at:]
         if len(buffered) > MAX_PIECE_CHARACTERS:
             raise CannotCut(
-                f"{len(buffered)} characters, beginning {buffered[:40]!r}, without a place to cut"
+                f"{plural(len(buffered), 'character')}, beginning {buffered[:40]!r}, without a place to cut"
             )
         if buffered:
             yield buffered

@@ -16,22 +16,20 @@ import numpy as np
 
 from ..common.atomic import check_output, locked, write_json
 from ..common.errors import IOFailure, Refused
-from ..common.files import make_folder, read_json
+from ..common.files import make_folder
 from ..common.host import cores
+from ..common.units import plural
 from ..tokenizer.tokenizer import Tokenizer
 from .corpus import Corpus
 from .cut import PIECE_CHARACTERS, Cutter
 from .documents import Document, LongDocument, Sides, hashes_of
+from .encode_folder import FORMAT, RECORD, SKIPPED, begin, clear
 from .guards import USUAL, Bounds, enforce, plausible
 from .manifest import ShardManifest
 from .seen import Seen
 from .shard_writer import ShardWriter
-from .shards import our_files
 from .source import Skipped
 
-FORMAT = "apr-encoded-1"
-RECORD = "encode.json"
-SKIPPED = "skipped.jsonl"
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 # Characters that a thread encodes at once.
 BATCH_CHARACTERS = 1 << 17
@@ -138,29 +136,37 @@ def encode_into(
         **(made or {}),
         **({"bos_ids": list(tokenizer.prefix_ids)} if bos == "auto" and tokenizer.prefix_ids else {}),
     }
-    settings = _begin(folder, settings, tokenizer, resume)
+    settings = begin(folder, settings, tokenizer, resume)
+    new_tokenizer = not (folder / "tokenizer").exists()
     tokenizer.save(folder / "tokenizer")
     job = _Encoding(corpus, tokenizer, folder, val_fraction, bounds, workers or cores(), progress)
     job.rule = sides or (Sides.of(hashes_of(corpus), val_fraction) if val_fraction else Sides(0))
     job.bos = np.array(settings.get("bos_ids", ()), np.uint32)
-    with contextlib.ExitStack() as stack:
-        stack.callback(job.seen.close)
-        for side in job.sides:
-            writer = ShardWriter(
-                folder / side, tokenizer, shard_tokens, eos_policy, {"side": side, **settings}, resume
-            )
-            job.writers[side] = stack.enter_context(_kept(writer))
-        job.run()
-        manifests = job.close()
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(job.seen.close)
+            for side in job.sides:
+                writer = ShardWriter(
+                    folder / side, tokenizer, shard_tokens, eos_policy, {"side": side, **settings}, resume
+                )
+                job.writers[side] = stack.enter_context(_kept(writer))
+            job.run()
+            manifests = job.close()
+    except _Resumable:
+        raise
+    except Refused as e:
+        # Other settings are needed, and with them nothing of this can be gone on with.
+        if resume:
+            raise Refused(f"{e}; encode into another folder") from None
+        clear(folder, new_tokenizer)
+        raise
     record = {"format": FORMAT, "complete": True, "settings": settings, "result": asdict(job.counts)}
     write_json(folder / RECORD, record)
     return EncodedCorpus(folder, manifests["train"], manifests.get("val"), job.counts)
 
 
-def is_encoded(folder: Path) -> bool:
-    """Tell whether an encoding into the folder came to its end."""
-    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
-    return isinstance(record, dict) and (record.get("format"), record.get("complete")) == (FORMAT, True)
+class _Resumable(Refused):
+    """A guard of plausibility ended an encoding, which may go on with wider bounds."""
 
 
 class _Encoding:
@@ -307,7 +313,10 @@ class _Encoding:
             # After a kill, ids on disk count already, their text only as it is read again.
             if not w.is_behind
         }
-        enforce(sides, "go on with --resume {widen}")
+        try:
+            enforce(sides, "go on with --resume {widen}")
+        except Refused as e:
+            raise _Resumable(str(e)) from None
 
     def close(self) -> dict[str, ShardManifest]:
         """Finish both sides, or neither."""
@@ -322,7 +331,7 @@ class _Encoding:
         for side in self.sides:
             if not c.documents[side]:
                 raise Refused(
-                    f"val_fraction = {self.val_fraction} of {c.all} documents leaves none for {side}; use another "
+                    f"val_fraction = {self.val_fraction} of {plural(c.all, 'document')} leaves none for {side}; use another "
                     "--val-fraction, more documents, or cut long files into several with --piece-bytes"
                 )
         self._judge("at the end")
@@ -341,35 +350,6 @@ class _Encoding:
                 yield f
         except OSError as e:
             raise IOFailure(f"{path}: cannot write: {e.strerror}; make room or write elsewhere") from e
-
-
-def _begin(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer, resume: bool) -> dict[str, Any]:
-    """Mark the folder as being encoded into; returns the settings of its begin. Raises Refused: somebody's data, or others."""
-    record = read_json(path) if (path := folder / RECORD).is_file() else None
-    begun = record.get("settings") if isinstance(record, dict) and record.get("format") == FORMAT else None
-    complete, ours = is_encoded(folder), isinstance(begun, dict)
-    if not resume:
-        there = [*our_files(folder / "train"), *our_files(folder / "val"), *([path] if ours else [])]
-        if there:
-            how = (
-                "an unfinished encoding; go on with --resume"
-                if ours and not complete
-                else "shards already; remove them"
-            )
-            raise Refused(f"{there[0]}: the folder holds {how}, or choose another folder")
-    elif isinstance(begun, dict):
-        if tokenizer.is_recorded_as(sha := begun.get("tokenizer_sha256")):
-            settings = {**settings, "tokenizer_sha256": sha}
-        for key in {**begun, **settings}:
-            if begun.get(key) != settings.get(key):
-                raise Refused(
-                    f"{path}: {key} = {begun.get(key)!r} when it was begun, {settings.get(key)!r} now; resume with the "
-                    "settings of then, or encode into another folder"
-                )
-        if complete:
-            raise Refused(f"{path}: complete: nothing to resume; `apr tokenize audit {folder}` looks at it")
-    write_json(path, {"format": FORMAT, "complete": False, "settings": settings, "result": None})
-    return settings
 
 
 @contextlib.contextmanager

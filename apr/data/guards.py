@@ -18,6 +18,7 @@ import numpy as np
 from ..common.errors import Refused
 from ..common.finding import FAIL, Finding
 from ..common.options import numbers
+from ..common.units import plural
 from ..tokenizer.tokenizer import Tokenizer
 from .shards import Shards
 
@@ -92,7 +93,7 @@ def plausible(
         ("bytes per token", rate, f"{rate:.3f}", "min_bytes_per_token", "max_bytes_per_token"),
     ):
         if tokens < MIN_TOKENS:
-            why = f"{tokens} tokens are too few to judge, {MIN_TOKENS} are not"
+            why = f"too few to judge: {plural(tokens, 'token')}, fewer than {MIN_TOKENS}"
             findings.append(Finding.of(name, None, measured, "plausible", why))
         else:
             findings.append(_between(name, value, measured, low, high, usual, given))
@@ -163,7 +164,7 @@ def fits_model(tokenizer: Tokenizer, vocab_size: int) -> Finding:
     return Finding.of(
         "vocabulary",
         tokenizer.vocab_size <= vocab_size,
-        f"{tokenizer.vocab_size:,} ids",
+        f"{plural(tokenizer.vocab_size, 'id')}",
         f"at most the model's vocab_size = {vocab_size:,}",
     )
 
@@ -193,7 +194,7 @@ def round_trip(shards: Shards, tokenizer: Tokenizer) -> Finding:
             )
             why = "the shards are not what this tokenizer makes of their text"
             return Finding.of(name, False, measured, bound, why)
-    return Finding.of(name, True, f"{len(documents)} documents", bound)
+    return Finding.of(name, True, f"{plural(len(documents), 'document')}", bound)
 
 
 def sample_documents(shards: Shards, count: int = SAMPLED_DOCUMENTS) -> Iterable[tuple[str, np.ndarray]]:

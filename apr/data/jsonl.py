@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from ..common.units import plural
 from .documents import Document, Item
 from .source import Skipped, Source, Unusable
 from .utf8 import bad_byte, without_mark
@@ -43,7 +44,9 @@ def read_jsonl(
 def text_record(name: str, line: bytes, keys: Sequence[str]) -> Item:
     """Parse a record that holds a text; keys: path to the text."""
     if len(line) > MAX_VALUE_BYTES and (outside := len(_STRING.sub(b"", line))) > MAX_VALUE_BYTES:
-        return Skipped(name, "too long", f"{outside} bytes of it are not text, more than {MAX_VALUE_BYTES}")
+        return Skipped(
+            name, "too long", f"{plural(outside, 'byte')} of it are not text, more than {MAX_VALUE_BYTES}"
+        )
     try:
         value = _JSON.decode(line.decode())
     except UnicodeDecodeError as e:

@@ -18,8 +18,9 @@ from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.training import train_tokenizer
 from .corpus import Corpus
 from .documents import Document, LongDocument, Sides
-from .encode import RECORD as ENCODED
-from .encode import SKIPPED, Counts, encode_into, is_encoded
+from .encode import Counts, encode_into
+from .encode_folder import RECORD as ENCODED
+from .encode_folder import SKIPPED, is_encoded
 from .guards import USUAL, Bounds
 from .seen import Seen
 from .shards import TokenShards, our_files

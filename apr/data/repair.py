@@ -12,6 +12,7 @@ import numpy as np
 from ..common.atomic import write_json
 from ..common.errors import InputNotFound, MalformedFile
 from ..common.host import cores
+from ..common.units import plural
 from ..tokenizer.tokenizer import Tokenizer
 from .manifest import MANIFEST, ShardManifest, figures, shard_name
 from .scan import scan
@@ -47,7 +48,8 @@ def repair_manifest(
             raise MalformedFile(f"{folder / shard_name(i)}: missing; the next shard is {path.name}")
         if size == 0 or size % 4:
             raise MalformedFile(
-                f"{path}: {size} bytes are no whole number of 4-byte ids: it was cut off; remove it when it is the last "
+                f"{path}: a size of {plural(size, 'byte')} is no whole number of 4-byte ids: it was cut off; "
+                f"remove it when it is the last "
                 "one, or restore it"
             )
     arrays = [mapped(p) for p in paths]
@@ -56,7 +58,7 @@ def repair_manifest(
     if scanned.outside:
         index, position, i = scanned.outside
         raise MalformedFile(
-            f"{paths[index]}: token {position} has id {i}, {tokenizer.source} has {tokenizer.vocab_size} ids: another "
+            f"{paths[index]}: token {position} has id {i}, {tokenizer.source} has {plural(tokenizer.vocab_size, 'id')}: another "
             "tokenizer made it"
         )
     policy = "none" if not scanned.ends else "after" if arrays[-1][-1] == eos else "between"

@@ -15,6 +15,7 @@ from ..common.atomic import atomic_write, write_json
 from ..common.errors import IOFailure, MalformedFile, Refused
 from ..common.files import make_folder
 from ..common.host import cores
+from ..common.units import plural
 from ..tokenizer.tokenizer import Tokenizer
 from .manifest import EOS_POLICIES, MANIFEST, ShardManifest, figures, read_manifest, shard_name
 from .scan import scan
@@ -144,7 +145,8 @@ class ShardWriter:
                 last["partial"],
             ):
                 raise MalformedFile(
-                    f"{path}: the last shard ends after {last['documents']} documents and {last['partial']} tokens, the shards "
+                    f"{path}: the last shard ends after {plural(last['documents'], 'document')} and "
+                    f"{plural(last['partial'], 'token')}, the shards "
                     f"say {scanned.ends} and {scanned.tail}; encode into another folder"
                 )
             self._written, self._skip = last["documents"], last["partial"]
@@ -201,7 +203,8 @@ class ShardWriter:
         if self._check and self.total_documents == self._check[0]:
             if self._corpus.hexdigest() != self._check[1]:
                 raise Refused(
-                    f"{self.folder}: the first {self.total_documents} documents are not those that were encoded here: the input "
+                    f"{self.folder}: the first {plural(self.total_documents, 'document')} are not those "
+                    f"that were encoded here: the input "
                     "has changed; encode it into another folder"
                 )
             self._check = None
@@ -286,7 +289,8 @@ class ShardWriter:
         if self._check or self._skip:
             self.abandon()
             raise Refused(
-                f"{self.folder}: holds {self._written} documents, and now there are {self.total_documents}: the input has "
+                f"{self.folder}: holds {plural(self._written, 'document')}, and now there are "
+                f"{self.total_documents}: the input has "
                 "changed; encode it into another folder"
             )
         if self._room < self.shard_tokens:

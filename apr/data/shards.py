@@ -15,6 +15,7 @@ import numpy as np
 from ..common.errors import InputNotFound, IOFailure, MalformedFile, Refused
 from ..common.files import opened, short
 from ..common.host import cores
+from ..common.units import plural
 from ..tokenizer.tokenizer import Tokenizer
 from .manifest import MANIFEST, ShardManifest, figures, read_manifest, same_figure
 from .scan import Scan, scan
@@ -67,7 +68,7 @@ class Shards:
             size = _file_size(array)
             if size < array.nbytes:
                 raise MalformedFile(
-                    f"{path}: became shorter while it was read: {size} bytes, it had {array.nbytes}; restore it, and "
+                    f"{path}: became shorter while it was read: {plural(size, 'byte')}, it had {array.nbytes}; restore it, and "
                     "go on with --resume"
                 )
 
@@ -103,7 +104,7 @@ class TokenShards(Shards):
         extra = sorted(p.name for p in self.folder.glob("*.bin") if p.name not in names)
         if extra:
             raise MalformedFile(
-                f"{self.folder / extra[0]}: not in {path}, which lists {m.shard_count} shards"
+                f"{self.folder / extra[0]}: not in {path}, which lists {plural(m.shard_count, 'shard')}"
             )
         self.unknown_id = tokenizer.unknown_id if tokenizer else None
         self.files = [self.folder / s["name"] for s in m.shards]
@@ -168,12 +169,14 @@ def open_shard(folder: Path, shard: dict[str, Any]) -> np.ndarray:
     path = folder / shard["name"]
     if not os.path.isfile(path):
         raise MalformedFile(
-            f"{path}: missing; {MANIFEST} lists it with {shard['tokens']} tokens; restore it, or encode the corpus again"
+            f"{path}: missing; {MANIFEST} lists it with {plural(shard['tokens'], 'token')}; restore it, "
+            f"or encode the corpus again"
         )
     size = path.stat().st_size
     if size != 4 * shard["tokens"]:
         raise MalformedFile(
-            f"{path}: {size} bytes, {MANIFEST} says {shard['tokens']} tokens of 4 bytes; restore it, or make a manifest of "
+            f"{path}: {plural(size, 'byte')}, {MANIFEST} says {plural(shard['tokens'], 'token')} of 4 "
+            f"bytes; restore it, or make a manifest of "
             "what is there with apr tokenize repair-manifest"
         )
     return mapped(path)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import MalformedFile, Refused
+from ..common.units import plural
 from ..tokenizer.tokenizer import Tokenizer
 from .humaneval import read_jsonl
 from .score import Scorer, Window
@@ -69,7 +70,7 @@ def _arc(name: str, row: dict[str, Any]) -> Item:
     labels = choices["label"]
     if len(labels) != len(texts) or len(texts) < 2:
         raise MalformedFile(
-            f"{name}: {len(texts)} choices with {len(labels)} labels; expected as many, at least 2"
+            f"{name}: {plural(len(texts), 'choice')} with {plural(len(labels), 'label')}; expected as many, at least 2"
         )
     if labels.count(row["answerKey"]) != 1:
         raise MalformedFile(f"{name}: answerKey = {row['answerKey']!r} is not one of the labels {labels}")
@@ -94,7 +95,8 @@ def _plain(name: str, row: dict[str, Any]) -> Item:
         answer = texts.index(answer)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(texts):
         raise MalformedFile(
-            f"{name}: answer = {row.get('answer')!r}; expected an index of the {len(texts)} choices from 0, or the text of one"
+            f"{name}: answer = {row.get('answer')!r}; expected an index of the "
+            f"{plural(len(texts), 'choice')} from 0, or the text of one"
         )
     stripped = tuple(t[1:] if t[:1] == " " and len(t) > 1 else t for t in texts)
     return Item(name, _text(name, "context", row["context"], empty=True), texts, stripped, answer)
@@ -149,7 +151,7 @@ def pair_window(
     Raises Refused: the continuation alone is too long."""
     if len(continuation) > seq:
         raise Refused(
-            f"{name}: a continuation has {len(continuation)} tokens, a window {seq}; raise --seq-length"
+            f"{name}: a continuation has {plural(len(continuation), 'token')}, a window {seq}; raise --seq-length"
         )
     ids = np.array([*context, *continuation], np.int32)
     cut = len(ids) > seq + 1

@@ -13,6 +13,7 @@ import numpy as np
 from ..common.errors import MalformedFile, Refused, UsageError
 from ..common.files import MAX_TEXT, check_values, opened, parse_value, text_of
 from ..common.host import cores
+from ..common.units import plural
 from ..data.source import Source, Unusable
 from ..inference.generate import drawable_ids, generate
 from ..model.cost import check_fits, memory
@@ -170,7 +171,8 @@ class Completer:
             n = len(self.tokenizer.encode_text(p.prompt))
             if n >= cfg.max_position_embeddings:
                 raise Refused(
-                    f"{p.task_id}: the prompt has {n} tokens, the model reads {cfg.max_position_embeddings}; it cannot be "
+                    f"{p.task_id}: the prompt has {plural(n, 'token')}, the model reads "
+                    f"{cfg.max_position_embeddings}; it cannot be "
                     "evaluated on this file"
                 )
             longest = max(longest, n)
@@ -221,7 +223,9 @@ def run(
             rows.append({"task_id": p.task_id, "sample": sample, "completion": text, "tokens": tokens})
             progress("complete", len(rows), total)
     if not any(r["completion"].strip() for r in rows):
-        raise Refused(f"all {total} completions are empty: the model generates nothing that could be judged")
+        raise Refused(
+            f"all {plural(total, 'completion')} are empty: the model generates nothing that could be judged"
+        )
     programs = [
         Program(p.prompt + r["completion"], p.entry_point, p.test, p.prompt)
         for p, r in zip((p for p in problems for _ in range(settings.samples)), rows, strict=True)

@@ -18,6 +18,7 @@ import numpy as np
 from ..common.errors import AprError, Refused, UsageError
 from ..common.packages import pip_install
 from ..common.printable import printable
+from ..common.units import plural
 from ..inference.chat import no_template
 from ..inference.generate import drawable_ids, generate
 from ..tokenizer.chat_template import ChatTemplate
@@ -215,7 +216,7 @@ class AprLM(LM):
         room = self._length - most
         if room < 1:
             raise UsageError(
-                f"max_gen_toks = {most}: must be less than the {self._length} tokens that the model reads"
+                f"max_gen_toks = {most}: must be less than the {plural(self._length, 'token')} that the model reads"
             )
         ids = behind(self._before, tokenizer.encode_marked(context).tolist()) or [*self._prefix()]
         ids = ids[-room:]

@@ -15,6 +15,7 @@ from types import ModuleType
 from ..checkpoints.exporting import export_hf
 from ..checkpoints.registry import open_any, validate
 from ..common.finding import FAIL, Checklist, Fault, Skip
+from ..common.units import plural
 from ..tokenizer.import_hf import PROBE
 from .reading import SAMPLE_TOKENS, SAMPLES, Specimen
 from .texts import TEXTS
@@ -88,7 +89,7 @@ def _tokenizer(s: Specimen) -> str:
         raise Fault("none in it: nobody could give it text; import or train with one")
     if s.loaded.tokenizer.eos_id is None:  # type: ignore[union-attr]
         raise Fault("it names no end of text, so no answer would end")
-    return f"{s.tokenizer.vocab_size:,} ids, end of text {s.tokenizer.eos_token!r} ({s.tokenizer.eos_id})"
+    return f"{plural(s.tokenizer.vocab_size, 'id')}, end of text {s.tokenizer.eos_token!r} ({s.tokenizer.eos_id})"
 
 
 def _round_trip(s: Specimen) -> str:
@@ -97,27 +98,35 @@ def _round_trip(s: Specimen) -> str:
         if why := s.tokenizer.check_round_trip(text):
             raise Fault(f"{name}: {why}")
         count += len(text)
-    return f"{count:,} characters come back"
+    return f"{plural(count, 'character')} come back"
 
 
 def _finite(s: Specimen) -> str:
     broken = [name for name, r in s.readings.items() if not r.is_finite]
     if broken:
         raise Fault(f"NaN or infinity on the {', '.join(broken)}")
-    return f"{sum(r.positions for r in s.readings.values()):,} positions"
+    return f"{plural(sum(r.positions for r in s.readings.values()), 'position')}"
 
 
 def _vary(s: Specimen) -> str:
     r = s.readings[s.best.name]
-    figure = f"{r.choices} different most likely tokens at {r.positions} positions, spread {r.spread:.3g}"
+    figure = f"{r.choices} different most likely tokens at {plural(r.positions, 'position')}, spread {r.spread:.3g}"
     if not (r.choices > max(2, r.positions // 50) and r.spread > 1e-3):
         raise Fault(figure)
     return figure
 
 
 def _loss(s: Specimen) -> str:
-    figures = [f"{p.name} {s.readings[p.name].loss:.3f} of {p.entropy:.3f}" for p in s.passages]
-    figure = f"{', '.join(figures)} nats/token"
+    figures: dict[bool, list[str]] = {True: [], False: []}
+    for p in s.passages:
+        loss = s.readings[p.name].loss
+        figures[loss < MAX_LOSS_SHARE * p.entropy].append(f"{p.name} {loss:.3f} of {p.entropy:.3f}")
+    parts = [
+        f"{word}: {', '.join(figures[known])}"
+        for known, word in ((True, "knows"), (False, "does not know"))
+        if figures[known]
+    ]
+    figure = f"{'; '.join(parts)} nats/token"
     if not s.readings[s.best.name].loss < MAX_LOSS_SHARE * s.best.entropy:
         raise Fault(figure)
     return figure
@@ -159,7 +168,7 @@ def _export(s: Specimen) -> str:
         raise Fault(f"other logits after export and reload: loss {after.loss:.6f}, before {before.loss:.6f}")
     if tokenizer is None or tokenizer.encode(PROBE).tolist() != s.tokenizer.encode(PROBE).tolist():
         raise Fault("another tokenizer after export and reload")
-    return f"logits of {after.positions} positions have equal bits after Hugging Face export and reload"
+    return f"logits of {plural(after.positions, 'position')} have equal bits after Hugging Face export and reload"
 
 
 def _speed(s: Specimen, min_tokens_per_sec: float) -> str:

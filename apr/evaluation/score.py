@@ -17,6 +17,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.registry import open_any
 from ..common.errors import Aborted, MalformedFile, Refused, UsageError
 from ..common.rounding import round_up
+from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.cost import check_fits, check_positions, memory
 from ..model.transformer import IGNORED, Model
@@ -106,7 +107,7 @@ def open_model(
             )
         if given.vocab_size > loaded.cfg.vocab_size:
             raise Refused(
-                f"--tokenizer {tokenizer}: {given.vocab_size} ids, {source} has {loaded.cfg.vocab_size}"
+                f"--tokenizer {tokenizer}: {plural(given.vocab_size, 'id')}, {source} has {loaded.cfg.vocab_size}"
             )
         own = own or given
     return Opened(loaded, module, kind, own)
@@ -159,7 +160,9 @@ class Scorer:
         for row, w in enumerate(windows):
             n = len(w.ids) - 1
             if not 0 <= w.skip < n <= self.seq:
-                raise ValueError(f"window of {n} tokens, {w.skip} of them context, in a scorer of {self.seq}")
+                raise ValueError(
+                    f"window of {plural(n, 'token')}, {w.skip} of them context, in a scorer of {self.seq}"
+                )
             _check_ids(w.ids, self.model.cfg.vocab_size, self._source)
             ids[row, :n] = w.ids[:-1]
             targets[row, w.skip : n] = w.ids[w.skip + 1 :]
@@ -215,7 +218,7 @@ def _runs(wanted: np.ndarray) -> Iterator[tuple[int, int]]:
 def _check_ids(ids: np.ndarray, vocab_size: int, source: str) -> None:
     if int(ids.max()) >= vocab_size:
         raise MalformedFile(
-            f"token id {int(ids.max())} is outside the vocabulary of {source}, which has {vocab_size} ids"
+            f"token id {int(ids.max())} is outside the vocabulary of {source}, which has {plural(vocab_size, 'id')}"
         )
 
 

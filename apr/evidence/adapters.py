@@ -13,6 +13,7 @@ from ..checkpoints.checkpoint import Checkpoint, parameters
 from ..checkpoints.peft import LoadedAdapter
 from ..checkpoints.tensors import CHUNK
 from ..common.finding import FAIL, Finding
+from ..common.units import plural
 from ..model.lora import Adapters
 from ..model.params import Layout
 from .measure import gradient_norm, gradients
@@ -61,7 +62,9 @@ def base_loaded(adapters: Adapters, init: Checkpoint) -> Finding:
                     "before.weights", False, f"{s.hf} is not that of the file on the device", "equal bits"
                 )
             count += there.size
-    measured = f"{len(tensors)} tensors, {count:,} values of the base read back from the device"
+    measured = (
+        f"{plural(len(tensors), 'tensor')}, {plural(count, 'value')} of the base read back from the device"
+    )
     return Finding.of("before.weights", True, measured, "equal bits")
 
 

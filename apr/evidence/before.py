@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from ..common.finding import FAIL, PASS, Finding
+from ..common.finding import FAIL, Finding, guards_passed
 from ..data.audit import Split
 from ..model.config import ModelConfig
 from . import measure
@@ -37,8 +37,7 @@ def data(splits: Sequence[Split]) -> Finding:
     of_guards = [(split.name, f) for split in splits for f in split.findings]
     failed = [f"{name}: {f}" for name, f in of_guards if f.verdict == FAIL]
     remarks = [f"{name}: {f.name}: {f.why}" for name, f in of_guards if f.why]
-    passed = sum(f.verdict == PASS for _, f in of_guards)
-    measured = f"{passed} of {len(of_guards)} guards passed"
+    measured = guards_passed(f for _, f in of_guards)
     return Finding.of("before.data", not failed, measured, "none failed", "; ".join(failed or remarks))
 
 
@@ -52,5 +51,5 @@ def disjoint(splits: Sequence[Split], train: Any, val: Any) -> Finding:
     for split in splits:
         for f in split.findings:
             if f.name == "documents on both sides":
-                return Finding(gate, f.verdict, f"{f.measured} documents", bound, f.why)
+                return Finding(gate, f.verdict, f"documents: {f.measured}", bound, f.why)
     return Finding.skipped(gate, "the documents of the two sides were not compared", bound)

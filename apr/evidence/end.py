@@ -12,6 +12,7 @@ from pathlib import Path
 from ..common.events import Line
 from ..common.finding import SKIPPED, Finding
 from ..common.host import cores
+from ..common.units import plural
 from ..model.cost import matmul_rate, memory
 from . import measure
 from .adapters import base_unchanged
@@ -84,6 +85,7 @@ def _speed(t: Subject, flops: float, most: float) -> Finding:
         rate, tries = max(rate, matmul_rate(be, t.model.dtype)), tries + 1
     finding, load = measure.speed(flops, rate, most), os.getloadavg()[0]
     if not finding.passed and be.name == "cpu" and load > cores():
-        why = f"a load of {load:.1f} on {cores()} cores: the rate of a product cannot be measured beside other processes"
+        busy = f"a load of {load:.1f} on {plural(cores(), 'core')}"
+        why = f"{busy}: the rate of a product cannot be measured beside other processes"
         return replace(finding, verdict=SKIPPED, why=why)
     return finding

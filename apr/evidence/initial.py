@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..common.finding import Finding
+from ..common.units import plural
 from ..model.lora import Adapters
 from ..model.optim import Optimizer
 from ..model.params import Slot
@@ -49,7 +50,7 @@ def random_weights(model: Model, opt: Optimizer, std: float, seed: int) -> Findi
     elif related > MAX_STANDARD_ERRORS:
         why = f"{pair} are correlated, by {related:.1f} standard errors"
     measured = (
-        f"{matrices} matrices, the worst {worst:.1f} standard errors off ({where}), two of them correlated by at most "
+        f"{plural(matrices, 'matrix')}, the worst {worst:.1f} standard errors off ({where}), two of them correlated by at most "
         f"{related:.1f}; no two rows equal; drawn again, the same bits"
     )
     bound = f"at most {MAX_STANDARD_ERRORS:g}, no two rows equal, the bits of the seed"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..common.finding import Finding
+from ..common.units import plural
 
 # Of ln V: the loss of a checkpoint that knows nothing lies there or above; the order of tokens gains it nothing.
 NEAR_CHANCE, SHUFFLED_GAIN = 0.9, 0.03
@@ -51,7 +52,8 @@ def below_train(
     return Finding.of(
         "run.val-below-train",
         val >= low,
-        f"validation {val:.4f}, training {end:.4f} at the end of the last {len(last)} steps ({mean:.4f} over the epoch)",
+        f"validation {val:.4f}, training {end:.4f} at the end of the last {plural(len(last), 'step')} "
+        f"({mean:.4f} over the epoch)",
         f"at least {low:.4f}",
         "" if val >= low else f"validation is {end - val:.4f} nats/token below training of the same moment",
         score=low - val,
@@ -93,12 +95,12 @@ def learning(loss: float, entropy: float, tokens: int, per_decade: float) -> Fin
     """Compare a validation loss with the lowest that `tokens` training tokens can reach from random weights."""
     share = max(0.0, 1 - per_decade * math.log10(max(tokens, 1) / 1e4)) if tokens > 1e4 else 1.0
     low = min(1.0, share) * entropy
-    why = f"{loss:.4f} nats/token after {tokens:,} tokens fell faster than they can explain"
+    why = f"{loss:.4f} nats/token after {plural(tokens, 'token')} fell faster than they can explain"
     is_possible = loss >= low - 0.05 * entropy
     return Finding.of(
         "end.learning",
         is_possible,
-        f"{loss / max(entropy, 1e-9):.2f} of the entropy of token frequencies after {tokens:,} tokens",
+        f"{loss / max(entropy, 1e-9):.2f} of the entropy of token frequencies after {plural(tokens, 'token')}",
         f"at least {max(0.0, share - 0.05):.2f} of {entropy:.4f}",
         "" if is_possible else why,
         score=low - loss,

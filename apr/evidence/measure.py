@@ -13,6 +13,7 @@ from ..checkpoints.checkpoint import Checkpoint, parameters
 from ..checkpoints.tensors import CHUNK
 from ..common.errors import AprError
 from ..common.finding import Finding
+from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, to_hf
 from ..model.optim import Optimizer
@@ -61,7 +62,7 @@ def architecture(cfg: ModelConfig, source: str) -> Finding:
     except AprError as e:
         return Finding.of("before.architecture", False, str(e), "the same configuration")
     return Finding.of(
-        "before.architecture", same, f"{len(written)} keys of {source}", "the same configuration"
+        "before.architecture", same, f"{plural(len(written), 'key')} of {source}", "the same configuration"
     )
 
 
@@ -89,7 +90,7 @@ def loaded_weights(model: Model, opt: Optimizer, init: Checkpoint) -> Finding:
     return Finding.of(
         "before.weights",
         True,
-        f"{len(tensors)} tensors, {count:,} values read back from the device",
+        f"{plural(len(tensors), 'tensor')}, {plural(count, 'value')} read back from the device",
         "equal bits",
     )
 

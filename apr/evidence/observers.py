@@ -26,6 +26,7 @@ from ..common.events import (
     WeightsReady,
 )
 from ..common.finding import FAIL, SUSPECT, Finding
+from ..common.units import plural
 from ..data.batches import sequential
 from . import measure, verdict
 from .adapters import adapter_gradients, base_loaded
@@ -304,7 +305,7 @@ class DataGate:
         """Compare the passes after a step."""
         b = self.batches
         expected = e.line["tokens_seen"] // b.windows.targets
-        measured = f"{b.passes} complete passes, {b.windows_read:,} windows read"
+        measured = f"{plural(b.passes, 'complete pass')}, {plural(b.windows_read, 'window')} read"
         bound = f"{expected} by the tokens trained on"
         self.gates.judge(Finding.of("run.data", b.passes == expected, measured, bound))
 
@@ -323,7 +324,9 @@ class SpotGate:
             self.gates.skip("start.ops", report.skipped["forward"])
             return
         worst = max(r.ratio for r in report.rows)
-        measured = f"{len(report.rows)} arrays of {report.batch}, the worst {worst:.2f} of its tolerance"
+        measured = (
+            f"{plural(len(report.rows), 'array')} of {report.batch}, the worst {worst:.2f} of its tolerance"
+        )
         why, first = "", report.first
         if not report.agree:
             cause = f": {first.cause}" if first.cause else ""
@@ -346,7 +349,9 @@ class FormulasGate:
         self.gates.seconds["start.formulas"] = self.gates.seconds.get("start.formulas", 0.0) + e.seconds
         worst: Any = max(e.rows, key=lambda r: r.ratio)
         wrong = [r for r in e.rows if not r.ok]
-        measured = f"{len(e.rows)} arrays, the worst {worst.ratio:.2f} of its tolerance: {worst.tap}"
+        measured = (
+            f"{plural(len(e.rows), 'array')}, the worst {worst.ratio:.2f} of its tolerance: {worst.tap}"
+        )
         why = f"{wrong[0].tap} and {len(wrong) - 1} more are not what stock models compute" if wrong else ""
         bound = "every array within its tolerance"
         self.gates.judge(

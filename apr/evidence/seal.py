@@ -12,6 +12,7 @@ from typing import Any
 from ..common.atomic import write_text
 from ..common.errors import InputNotFound, MalformedFile
 from ..common.files import read_json, read_text, sha256_of
+from ..common.units import plural
 
 FORMAT, EVIDENCE = "apr-evidence-1", "evidence.json"
 
@@ -87,6 +88,6 @@ def compare(run: Path) -> list[str]:
             out.append(f"{name} was added")
         elif files[name] != found[name]:
             out.append(
-                f"{name} was changed: {found[name]['bytes']} bytes, SHA-256 {found[name]['sha256'][:12]}"
+                f"{name} was changed: {plural(found[name]['bytes'], 'byte')}, SHA-256 {found[name]['sha256'][:12]}"
             )
     return out

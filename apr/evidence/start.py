@@ -10,6 +10,7 @@ import numpy as np
 
 from ..common.events import Evaluated, GradientsReady, Measured, StepBegun
 from ..common.finding import Finding
+from ..common.units import plural
 from ..model.transformer import Model
 from . import scorer
 from .gates import Gates
@@ -154,7 +155,8 @@ def borders(t: Subject, ids: np.ndarray) -> Finding:
     change = np.abs(_hidden(t.model, ids) - _hidden(t.model, other)).max(axis=2)
     changed = ids != other
     after, least = float(change[behind].max()), float(change[changed].min())
-    measured = f"changes behind the border {after:.3g}, before it {least:.3g}, {len(ids)} rows of {ids.shape[1]} tokens"
+    size = f"{plural(len(ids), 'row')} of {plural(ids.shape[1], 'token')}"
+    measured = f"changes behind the border {after:.3g}, before it {least:.3g}, {size}"
     return Finding.of(gate, after == 0 and least > 0, measured, bound)
 
 

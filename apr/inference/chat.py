@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..common.errors import Refused, UsageError
+from ..common.units import plural
 from ..tokenizer.chat_template import ChatTemplate, Message, answer_ends, chat_ids
 from ..tokenizer.tokenizer import Tokenizer
 from .generate import Continuation, Generator, Sampling
@@ -94,7 +95,8 @@ class Conversation:
                 if len(ids) < self.positions:
                     return ids
                 raise Refused(
-                    f"the message has {len(ids)} tokens with what belongs to it, the model reads {self.positions}; shorten it"
+                    f"the message has {plural(len(ids), 'token')} with what belongs to it, the model "
+                    f"reads {self.positions}; shorten it"
                 )
             self.forgotten += ends[0] - turns[0]
             del self.messages[turns[0] : ends[0]]

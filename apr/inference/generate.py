@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import Refused, UsageError
+from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.cost import Memory, memory
 from ..model.transformer import Model
@@ -212,7 +213,8 @@ class Generator:
             or slots_needed(self.cfg, [(len(s.prompt), s.sampling.max_tokens) for s in live]) > self.slots
         ):
             raise Refused(
-                f"{len(live)} prompts do not fit a cache of {self.rows} rows of {self.slots} positions"
+                f"no room for {plural(len(live), 'prompt')} in a cache of {plural(self.rows, 'row')} of "
+                f"{plural(self.slots, 'position')}"
             )
         turn = self._turn = object()
         most, end = self.cfg.max_position_embeddings, max((len(s.prompt) for s in live), default=0)
@@ -277,7 +279,7 @@ def check_prompt(cfg: ModelConfig, prompt: Sequence[int] | np.ndarray) -> list[i
         raise Refused(f"token id {bad} is outside the model's vocabulary of {cfg.vocab_size}")
     if len(ids) >= cfg.max_position_embeddings:
         raise Refused(
-            f"the prompt has {len(ids)} tokens, the model reads {cfg.max_position_embeddings}; shorten the prompt"
+            f"the prompt has {plural(len(ids), 'token')}, the model reads {cfg.max_position_embeddings}; shorten the prompt"
         )
     return [int(i) for i in ids]
 

@@ -17,6 +17,7 @@ from ..checkpoints.checkpoint import HF_FILES, Checkpoint
 from ..checkpoints.exporting import texts_for
 from ..checkpoints.hf import write_hf
 from ..common.errors import Refused, UsageError
+from ..common.units import plural
 from ..model.cost import check_fits
 from ..model.params import Layout
 from ..model.transformer import Model
@@ -146,7 +147,7 @@ class LanguageModel:
             bad = batch.min() if batch.min() < 0 else batch.max()
             raise Refused(f"token id {bad} is outside the model's vocabulary of {size}")
         if batch.shape[1] > most + (least == 2):
-            raise Refused(f"{batch.shape[1]} tokens, the model reads {most}")
+            raise Refused(f"{plural(batch.shape[1], 'token')}, the model reads {most}")
         return np.ascontiguousarray(batch, np.int32)
 
     def _pieces(self, batch: np.ndarray) -> Iterator[tuple[slice, Model]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..common.errors import MalformedFile, Refused
+from ..common.units import plural
 
 
 class HfKeys:
@@ -53,6 +54,6 @@ class HfKeys:
         if strange or len(values) != layers:
             what = " or ".join(map(repr, allowed))
             raise Refused(
-                f"{self.source}: {key} = {values!r}; apr computes {what}, one for each of {layers} layers"
+                f"{self.source}: {key} = {values!r}; apr computes {what}, one for each of {plural(layers, 'layer')}"
             )
         return values

@@ -10,6 +10,7 @@ of the model. No dropout. All weights have gradients; optimizer state, and a flo
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -64,6 +65,17 @@ def lora_config(rank: int | None, alpha: float | None, targets: str | None) -> L
             raise UsageError("--lora-alpha and --lora-targets are about adapters: give --lora-rank too")
         return None
     return LoraConfig(rank, ALPHA_PER_RANK * rank if alpha is None else alpha, parse_targets(targets))
+
+
+def check_rank(cfg: ModelConfig, config: LoraConfig) -> None:
+    """Raise UsageError for a rank that no adapted matrix can use: above the smaller side of each."""
+    layout = AdapterLayout(cfg, dataclasses.replace(config, rank=1))
+    most = max((min(pair.base.shape) for pair in layout.pairs), default=config.rank)
+    if config.rank > most:
+        raise UsageError(
+            f"--lora-rank {config.rank}: the adapted matrices have at most {most} rows or columns, and a higher rank adds "
+            f"nothing; give at most {most}, usual are 8 to 64"
+        )
 
 
 def parse_targets(text: str | None) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.errors import InputNotFound
 from ..common.files import read_json
+from ..common.run_paths import instead_of
 from .config import ModelConfig, RopeScaling
 from .families import FAMILIES
 from .hf_config import from_hf, hf_notes
@@ -87,6 +88,10 @@ def _config_file(name: str) -> Path:
     path = Path(name)
     if os.path.isdir(path):
         path = path / "config.json"
+    if (path.parent / "ckpt").is_dir() and (instead := instead_of(path)):
+        raise InputNotFound(f"{name}: is of a run, not the config.json of a model; with --init, {instead}")
+    if path.suffix in (".apr", ".gguf") and path.is_file():
+        raise InputNotFound(f"{name}: holds weights; give it as --init to start from them, or as MODEL")
     if not os.path.isfile(path):
         raise InputNotFound(f"{name}: neither a preset nor a config.json. Presets: {', '.join(PRESETS)}")
     return path

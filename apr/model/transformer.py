@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import Refused
+from ..common.units import plural
 from .block import START, Block, CachePosition
 from .buffers import Buffers, Shapes, block_buffers, plan_buffers, scratch_buffers
 from .config import ModelConfig
@@ -74,7 +75,7 @@ class Model:
             raise Refused(f"backend {backend.name} computes in {', '.join(backend.dtypes)}, not {dtype}")
         if max(seq, cache) > cfg.max_position_embeddings:
             raise Refused(
-                f"{max(seq, cache)} positions asked of a model with max_position_embeddings = "
+                f"{plural(max(seq, cache), 'position')} asked of a model with max_position_embeddings = "
                 f"{cfg.max_position_embeddings}; use a smaller --seq-length"
             )
         if cache and document_end is not None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..common.errors import InputNotFound, MalformedFile
 from ..common.files import lines_of, opened, read_json
+from ..common.run_paths import run_of
 from ..evidence.verdict import read_verdict
 from .charts import DRAWABLE
 
@@ -53,10 +54,10 @@ class Run:
 def load(run_dir: Path) -> Run:
     """Read a run directory, finished or not. Raises InputNotFound, MalformedFile."""
     path = run_dir / "config.json"
-    if not run_dir.is_dir():
-        raise InputNotFound(f"{run_dir}: no such folder; give the --run-dir of `apr pretrain`")
     if not path.is_file():
-        raise InputNotFound(f"{path}: no such file; give a folder that `apr pretrain` wrote")
+        run = run_of(run_dir)
+        hint = "give the --run-dir of `apr pretrain`" if run is None else f"the folder of the run is {run}"
+        raise InputNotFound(f"{run_dir}: {'no run in it' if run_dir.is_dir() else 'no such folder'}; {hint}")
     config = read_json(path)
     if not isinstance(config, dict):
         raise MalformedFile(f"{path}: expected a JSON object")

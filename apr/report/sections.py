@@ -12,6 +12,7 @@ import numpy as np
 
 from ..common.files import read_json
 from ..common.finding import FAIL, PASS, SKIPPED, SUSPECT
+from ..common.units import plural
 from .run_files import Run
 from .words import as_text, clock, decimal, magnitude, or_nan, perplexity
 
@@ -55,7 +56,7 @@ def progress(run: Run) -> dict[str, Any] | None:
         or (run.verdict and run.verdict["status"] == "DONE")
     ):
         return None
-    return {"text": f"{step:,} of {total:,} steps", "percent": round(100 * step / total, 1)}
+    return {"text": f"{step:,} of {plural(total, 'step')}", "percent": round(100 * step / total, 1)}
 
 
 def counts(verdict: dict[str, Any] | None) -> str:
@@ -100,7 +101,7 @@ def tiles(run: Run) -> list[dict[str, str]]:
             )
     if run.step.size:
         seconds, tokens = float(np.nansum(run.series["wall_ms"])) / 1e3, run.tokens_at(run.step[-1])
-        tile("Tokens trained on", magnitude(tokens), "", f"{last_step(run):,} steps")
+        tile("Tokens trained on", magnitude(tokens), "", f"{plural(last_step(run), 'step')}")
         if seconds > 0:
             speed = run.series["tokens_per_sec"]
             middle = float(np.nanmedian(speed)) if np.isfinite(speed).any() else math.nan
@@ -111,7 +112,7 @@ def tiles(run: Run) -> list[dict[str, str]]:
     parameters = run.config.get("num_parameters")
     if isinstance(parameters, int):
         m = run.part("model")
-        shape = f"{m.get('num_hidden_layers')} layers of {m.get('hidden_size')}" if m else ""
+        shape = f"{plural(m.get('num_hidden_layers') or 0, 'layer')} of {m.get('hidden_size')}" if m else ""
         tile("Parameters", magnitude(parameters), "", shape)
     return tiles
 
@@ -155,7 +156,7 @@ def check_sentences(run: Run) -> list[str]:
             f"{worst:.3g} of its tolerance."
         )
     if len(asked) < len(run.spot_checks):
-        out.append(f"{len(run.spot_checks) - len(asked)} spot checks were skipped.")
+        out.append(f"{plural(len(run.spot_checks) - len(asked), 'spot check')} skipped.")
     if run.passes:
         last = run.passes[-1]
         out.append(f"Passes over the data: {last['passes']}, the last complete at step {last['step']:,}.")

@@ -17,6 +17,7 @@ from typing import Any
 from ..common.errors import AprError, InputNotFound, MalformedFile, Refused, UsageError
 from ..common.files import parse_json, read_text, short
 from ..common.hub import download, is_hub
+from ..common.units import plural
 from .families import FAMILIES, Family
 from .tokenizer import Tokenizer, eos_of_config
 from .vocab_format import added_tokens, check_id, steps, vocabulary_ids
@@ -187,7 +188,7 @@ def _from_vocab(files: _Files, main: dict[str, Any], family_name: str | None) ->
     if not stated:
         if len(vocab) != family.base:
             raise Refused(
-                f"{path}: has {len(vocab):,} tokens, {family_name} has {family.base:,}: its special ids would collide or "
+                f"{path}: has {plural(len(vocab), 'token')}, {family_name} has {family.base:,}: its special ids would collide or "
                 f"leave holes; name another family, or put the model's {CONFIG} beside it"
             )
         stated = {i: _added(i, content, special) for i, (content, special) in family.added.items()}
@@ -243,7 +244,8 @@ def _check_reached(vocab: dict[str, int], merges: list[str], added: set[str], pa
     lost = [t for t in vocab if len(t) > 1 and t not in made and t not in added]
     if lost:
         raise MalformedFile(
-            f"{path}: {len(lost):,} tokens of the vocabulary come of no merge, first {short(lost[0])} (id {vocab[lost[0]]}); is "
+            f"{path}: {plural(len(lost), 'token')} of the vocabulary without a merge, first "
+            f"{short(lost[0])} (id {vocab[lost[0]]}); is "
             "the file whole, and of the same model?"
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..common.errors import MalformedFile, Refused
 from ..common.files import short
+from ..common.units import plural
 
 # Ids that are put around one text; tokenizers in use put two.
 MAX_AROUND = 1024
@@ -27,7 +28,8 @@ def check_templates(steps: Iterable[dict[str, Any]], source: str) -> None:
             repeated *= max(1, *(texts for _, texts in pieces))
         if around > MAX_AROUND or repeated > MAX_REPEATED:
             raise Refused(
-                f"{source}: post_processor puts {around:,} ids around a text that it repeats {repeated:,} times; apr takes "
+                f"{source}: post_processor puts {plural(around, 'id')} around a text that it repeats "
+                f"{repeated:,} times; apr takes "
                 f"at most {MAX_AROUND} and {MAX_REPEATED}"
             )
 

@@ -14,11 +14,13 @@ from tokenizers import Tokenizer as Engine
 
 from ..common.errors import Refused
 from ..common.progress import Progress
+from ..common.units import plural
 from .families import SPLIT
 from .tokenizer import Tokenizer, utf8_of
 from .vocab_format import BYTE_CHARACTERS
 
 MAX_VOCAB = 200_000  # ids, special tokens included: as many as an embedding can sensibly hold
+LEAST_VOCABULARY = 257  # 256 bytes and the end of text
 NORMALIZERS = {"none": None, "nfc": normalizers.NFC}
 # The trainer passes over a whole word for each merge inside it, so that its time grows with the square of a word's
 # length: seconds at 2^16 characters, hours at 2^20.
@@ -80,7 +82,7 @@ def _check_training(vocab_size: int, special: list[str], min_frequency: int, nor
     least = len(BYTE_CHARACTERS) + len(special)
     if not least <= vocab_size <= MAX_VOCAB:
         raise Refused(
-            f"vocab_size = {vocab_size} is not in {least}..{MAX_VOCAB}: 256 bytes and {len(special)} special tokens "
+            f"vocab_size = {vocab_size} is not in {least}..{MAX_VOCAB}: 256 bytes and {plural(len(special), 'special token')} "
             "are the least"
         )
     if min_frequency < 1:

@@ -15,6 +15,7 @@ from tokenizers import pre_tokenizers
 from ..common.errors import MalformedFile, Refused
 from ..common.files import short
 from ..common.rounding import ceil_div
+from ..common.units import plural
 from .post_processors import check_templates
 
 BYTE_LEVEL, HEX_BYTES, SENTENCEPIECE, WORDPIECE, OTHER = FORMATS = (
@@ -81,7 +82,7 @@ def check(fields: dict[str, Any], source: str) -> VocabFormat:
     for part in (encoder.normalizers + encoder.pre_tokenizers, encoder.decoders):
         if (growth := _growth(part)) > MAX_GROWTH:
             raise Refused(
-                f"{source}: its steps can make {growth:,} characters of one, apr takes at most {MAX_GROWTH}; {AGAIN}"
+                f"{source}: its steps can make {plural(growth, 'character')} of one, apr takes at most {MAX_GROWTH}; {AGAIN}"
             )
     check_templates(steps(fields.get("post_processor"), f"{source}: post_processor"), source)
     found = _Found.of(vocab, added, encoder, source)
@@ -89,7 +90,8 @@ def check(fields: dict[str, Any], source: str) -> VocabFormat:
     _check_decoder(found, encoder)
     ids = set(vocab.values()) | {t["id"] for t in added}
     holes = max(ids) + 1 - len(ids)
-    figures = f"{found}; {len(ids):,} ids up to {max(ids):,}, {holes:,} holes; {len(added):,} added tokens"
+    there = f"{plural(len(ids), 'id')} up to {max(ids):,}, {plural(holes, 'hole')}"
+    figures = f"{found}; {there}; {plural(len(added), 'added token')}"
     return VocabFormat(found.name, figures, holes, _unknown_id(found, model, source))
 
 
@@ -197,9 +199,11 @@ def _check_encoder(found: _Found, encoder: _Encoder) -> None:
     """Raise Refused unless the pre-tokenizer and the model cut text into pieces that the vocabulary has."""
     model_is = f"model.type is {encoder.type}"
     if encoder.byte_level and (found.missing or found.name != BYTE_LEVEL):
-        lacks = f"{len(found.missing)} byte characters have no token, first {found.missing[:1]}"
+        lacks = f"{plural(len(found.missing), 'byte character')} without a token, first {found.missing[:1]}"
         why = (
-            lacks if found.missing else f"{found.foreign:,} tokens hold characters that ByteLevel never makes"
+            lacks
+            if found.missing
+            else f"{plural(found.foreign, 'token')} with characters that ByteLevel never makes"
         )
         raise found.refuse("the pre_tokenizer is ByteLevel", why)
     if found.name == BYTE_LEVEL and not encoder.byte_level:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..common.events import Evaluated, Noted, PassEnded, SpotChecked, Started, Stepped
+from ..common.units import plural
 
 Rows = Sequence[tuple[str, str]]
 
@@ -47,11 +48,13 @@ class Display:
         """Show a line every tenth of the run."""
         step, loss, lr, speed = (e.line[key] for key in ("step", "train_loss", "lr", "tokens_per_sec"))
         if step % max(1, self.num_steps // 10) == 0:
-            self.note(f"step {step}/{self.num_steps}  train {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s")
+            self.note(f"step {step:>5}  train {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s")
 
     def pass_ended(self, e: PassEnded) -> None:
         """Show that the data begins again."""
-        self.note(f"step {e.step:>5}  pass {e.passes} over the {e.windows:,} windows of the data is complete")
+        self.note(
+            f"step {e.step:>5}  pass {e.passes} over the {plural(e.windows, 'window')} of the data is complete"
+        )
 
     def evaluated(self, e: Evaluated) -> None:
         """Show an evaluation, and the mean training loss of the epoch that ends there."""
@@ -67,7 +70,7 @@ class Display:
         elif report.agree:
             worst = max(r.ratio for r in report.rows)
             self.note(
-                f"step {e.step:>5}  spot check: {len(report.rows)} arrays of {report.batch} agree with the float64 "
+                f"step {e.step:>5}  spot check: {plural(len(report.rows), 'array')} of {report.batch} agree with the float64 "
                 f"reference (worst {worst:.2f} of its tolerance, {e.seconds:.1f} s)"
             )
         else:

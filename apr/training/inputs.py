@@ -12,15 +12,17 @@ from ..checkpoints.checkpoint import HF_FILES, TEMPLATE, Checkpoint, parameters,
 from ..checkpoints.peft import LoadedAdapter, read_adapter
 from ..checkpoints.registry import open_any
 from ..checkpoints.side_files import with_one_template, with_turn_ends
+from ..common.errors import Refused
 from ..common.progress import Progress
 from ..data.open import OpenedData, open_data
 from ..model.config import ModelConfig
 from ..model.cost import check_positions, choose_micro_batch
-from ..model.lora import LoraConfig, lora_config, lora_to_json
+from ..model.lora import LoraConfig, check_rank, lora_config, lora_to_json
 from ..model.optim import optimizer_class
 from ..model.params import Layout
 from ..model.presets import config_notes, load_config
 from ..tokenizer.tokenizer import Tokenizer
+from ..tokenizer.training import LEAST_VOCABULARY
 from .settings import Settings
 
 
@@ -69,11 +71,14 @@ def open_inputs(s: Settings, progress: Progress | None = None, tokenizer: Tokeni
     backend = chosen.backend
     init = open_any(s.init) if s.init else None
     cfg = init.cfg if init else load_config(str(s.model))
+    _check_vocabulary(s, cfg)
     check_positions(cfg, s.seq_length)
     data = open_data(s, cfg.vocab_size, init, progress, tokenizer)
     base = parameters(Layout(cfg), init) if s.lora_init and init else None
     adapter = read_adapter(s.lora_init, cfg, base) if s.lora_init else None
     lora = adapter.lora_config(cfg) if adapter else lora_config(s.lora_rank, s.lora_alpha, s.lora_targets)
+    if s.lora_rank is not None and lora is not None:
+        check_rank(cfg, lora)
     s = dataclasses.replace(s, dtype=s.dtype or backend.dtypes[0])
     micro = choose_micro_batch(s, cfg, backend, s.batch_size, s.seq_length, lora, optimizer_class(s))
     return Inputs(
@@ -87,6 +92,16 @@ def open_inputs(s: Settings, progress: Progress | None = None, tokenizer: Tokeni
         lora_init=adapter,
         carried=_carried(s, init, data.tokenizer),
     )
+
+
+def _check_vocabulary(s: Settings, cfg: ModelConfig) -> None:
+    """Raise Refused where a tokenizer would have to be trained that is smaller than any can be."""
+    if s.corpus and not s.init and not s.tokenizer and cfg.vocab_size < LEAST_VOCABULARY:
+        raise Refused(
+            f"--model {s.model}: a vocabulary of {cfg.vocab_size} is too small for text, which needs the 256 bytes and an "
+            "end of text. The presets that end in -tiny are for tests of the mathematics: take llama-demo or qwen2-3m, or a "
+            f"config.json with vocab_size = {LEAST_VOCABULARY} or more"
+        )
 
 
 def _carried(s: Settings, init: Checkpoint | None, tokenizer: Tokenizer) -> dict[str, Any]:

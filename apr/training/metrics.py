@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from ..common.atomic import check_output, explain, write_text
 from ..common.errors import IOFailure, MalformedFile
 from ..common.files import lines_of, opened
+from ..common.units import plural
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -37,7 +38,8 @@ class MetricsLog:
             have = [line["step"] for line in kept if "train_loss" in line]
             if have != list(range(1, max(step, 0) + 1)):
                 raise MalformedFile(
-                    f"{self.path}: has {len(have)} steps up to step {step}, which the saved state continues; restore the "
+                    f"{self.path}: has {plural(len(have), 'step')} up to step {step}, which the saved "
+                    f"state continues; restore the "
                     f"file, or go on from an earlier state by moving the later ones out of {self.path.parent}/ckpt/state"
                 )
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))

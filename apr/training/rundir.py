@@ -13,6 +13,7 @@ from ..checkpoints.state import TrainingState, sha256
 from ..common.atomic import write_json
 from ..common.errors import InputNotFound, Interrupted, IOFailure, MalformedFile, Refused
 from ..common.files import read_json, short
+from ..common.run_paths import run_of
 from ..model.transformer import Model
 from ..tokenizer.tokenizer import Tokenizer
 from .callbacks import CallbackFailed
@@ -54,7 +55,9 @@ class RunDir:
         """Read config.json of an existing run. Raises InputNotFound, MalformedFile."""
         path = self.path / "config.json"
         if not path.is_file():
-            raise InputNotFound(f"{path}: no run here; give the folder of one")
+            run = run_of(self.path)
+            hint = "give the folder of one" if run is None else f"the folder of the run is {run}"
+            raise InputNotFound(f"{path}: no run here; {hint}")
         d = read_json(path)
         if not isinstance(d, dict) or not isinstance(d.get("settings"), dict):
             raise MalformedFile(f"{path}: no settings in it; the run cannot be resumed")

@@ -84,7 +84,8 @@ class RunSettings:
         may_change=True,
     )
     mode: str | None = option(
-        "defaults for lr and warm-up; follows from --model or --init", choices=tuple(MODES)
+        "defaults for lr and warm-up; follows from --model or --init; from-scratch with --init: continued pretraining",
+        choices=tuple(MODES),
     )
     device: str = device_option()
     threads: int | None = threads_option()
@@ -192,8 +193,6 @@ def resolve(s: Settings) -> Settings:
     check_data(s)
     check_model(s)
     mode = s.mode or ("finetune" if s.init else "from-scratch")
-    if mode == "from-scratch" and s.init:
-        raise UsageError("--mode from-scratch starts from random weights; drop --init or use --mode finetune")
     if mode == "finetune" and not s.init:
         raise UsageError("--mode finetune needs --init: a checkpoint to start from")
     if s.instruct and not s.init:

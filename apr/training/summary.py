@@ -6,14 +6,15 @@ import math
 from typing import Any
 
 from ..common.files import read_json
-from ..common.finding import PASS
-from ..common.units import LAST_STEPS
+from ..common.finding import guards_passed
+from ..common.units import LAST_STEPS, plural
 from ..model.lora import AdapterLayout
 from ..model.params import Layout
 from .display import Rows
 from .inputs import Inputs
 from .loop import Progress
 from .rundir import RunDir
+from .settings import Settings
 
 
 def opening(i: Inputs, run: RunDir) -> Rows:
@@ -24,15 +25,16 @@ def opening(i: Inputs, run: RunDir) -> Rows:
     return [
         ("corpus", i.corpus_name),
         ("", _split(i)),
-        ("tokenizer", f"{i.tokenizer.vocab_size:,} ids, {train.total_bytes / train.total_tokens:.2f} bytes/token"),
+        ("tokenizer", f"{plural(i.tokenizer.vocab_size, 'id')}, {train.total_bytes / train.total_tokens:.2f} bytes/token"),
         ("data", _guarded(i)),
-        ("model", f"{c.family}, {Layout(c).num_parameters:,} parameters: {c.num_layers} layers of {c.hidden_size},"),
+        ("model", f"{c.family}, {plural(Layout(c).num_parameters, 'parameter')}: "
+        f"{plural(c.num_layers, 'layer')} of {c.hidden_size},"),
         ("", f"heads {c.num_heads}/{c.num_kv_heads} of {c.head_dim}, MLP {c.intermediate_size}"),
         *_adapters(i),
-        ("job", f"{s.num_steps:,} steps of {s.batch_size} x {s.seq_length} tokens = {_millions(tokens)} tokens"),
-        ("", f"{s.schedule} learning rate up to {s.lr:g}, {s.warmup_steps} warm-up steps, seed {s.seed}"),
+        ("job", f"{plural(s.num_steps, 'step')} of {s.batch_size} x {s.seq_length} tokens = {_millions(tokens)} tokens"),
+        ("", f"{s.schedule} learning rate up to {s.lr:g}, {plural(s.warmup_steps or 0, 'warm-up step')}, seed {s.seed}"),
         ("device", f"{i.backend.name}{chosen}: {what.get('gpu') or what['cpu']}"),
-        ("", f"{s.dtype}, {s.micro_batch_size} sequences at once{', recomputing blocks' if s.recompute else ''}"),
+        ("", f"{s.dtype}, {plural(s.micro_batch_size or 1, 'sequence')} at once{', recomputing blocks' if s.recompute else ''}"),
         ("run directory", str(run.path)),
     ]  # fmt: skip
 
@@ -43,6 +45,7 @@ def notes(i: Inputs) -> list[str]:
         i.left_out,
         i.lora_init.note if i.lora_init else "",
         i.device_note and f"about the device: {i.device_note}",
+        warmup_note(i.settings),
     ]
     return [note for note in (*found, *(f"about config.json: {note}" for note in i.config_notes)) if note]
 
@@ -53,7 +56,9 @@ def _adapters(i: Inputs) -> Rows:
         return []
     n, c = AdapterLayout(i.cfg, i.lora).num_parameters, i.lora
     share = 100 * n / Layout(i.cfg).num_parameters
-    text = f"{n:,} parameters ({share:.2g} %), rank {c.rank}, alpha {c.alpha:g}: {', '.join(c.modules)}"
+    text = (
+        f"{plural(n, 'parameter')} ({share:.2g} %), rank {c.rank}, alpha {c.alpha:g}: {', '.join(c.modules)}"
+    )
     return [("adapters", text + (f", going on with {i.settings.lora_init}" if i.lora_init else ""))]
 
 
@@ -69,9 +74,13 @@ def _split(i: Inputs) -> str:
         return _examples(train.facts, val.facts, i.train.seq_length)
     if val is not train:
         documents = f"{val.total_documents:,} document{'s' if val.total_documents != 1 else ''}"
-        return f"{train.total_tokens:,} tokens to train on, {val.total_tokens:,} held out ({documents})"
+        return (
+            f"{plural(train.total_tokens, 'token')} to train on, {val.total_tokens:,} held out ({documents})"
+        )
     held = len(i.val) * i.val.seq_length
-    return f"{train.total_tokens - held:,} tokens to train on, the last {held:,} of the shards held out"
+    return (
+        f"{plural(train.total_tokens - held, 'token')} to train on, the last {held:,} of the shards held out"
+    )
 
 
 def _examples(train: dict[str, Any], val: dict[str, Any], seq_length: int) -> str:
@@ -79,10 +88,10 @@ def _examples(train: dict[str, Any], val: dict[str, Any], seq_length: int) -> st
     packed = "examples share windows" if train["separator"] is not None else "an example to a window"
     tokens, trained, rows = train["tokens"], train["trained"], train["rows"]
     return (
-        f"{train['examples']:,} examples, {val['examples']:,} held out; {train['duplicates']:,} copies dropped\n"
-        f"{trained:,} of {tokens:,} tokens are answers ({100 * trained / tokens:.1f} %), which are trained on; "
+        f"{plural(train['examples'], 'example')}, {val['examples']:,} held out; {plural(train['duplicates'], 'copy')} dropped\n"
+        f"{trained:,} of {plural(tokens, 'token')} are answers ({100 * trained / tokens:.1f} %), which are trained on; "
         f"{val['trained']:,} held out\n"
-        f"{packed}: {rows:,} of {seq_length} tokens, {100 * tokens / (rows * (seq_length + 1)):.0f} % full"
+        f"{packed}: {rows:,} of {plural(seq_length, 'token')}, {100 * tokens / (rows * (seq_length + 1)):.0f} % full"
     )
 
 
@@ -95,15 +104,27 @@ def _guarded(i: Inputs) -> str:
         for f in split.findings:
             if f.why:
                 odd.setdefault((split.name, f.passed is None, f.why), []).append(f.name)
-    passed = sum(f.verdict == PASS for f in findings)
     text = (
-        f"{passed} of {len(findings)} guards passed: {figures['distinct_ids']:,} distinct ids, the commonest "
+        f"{guards_passed(findings)}: {plural(figures['distinct_ids'], 'distinct id')}, the commonest "
         f"{100 * figures['top_id_share']:.1f} %, entropy {figures['unigram_entropy_nats']:.2f} nats/token"
     )
     for (split_name, skipped, why), guards in odd.items():
-        which = guards[0] if len(guards) == 1 else f"{len(guards)} guards"
+        which = guards[0] if len(guards) == 1 else f"{plural(len(guards), 'guard')}"
         text += f"\n{split_name}: {which}{' not asked' if skipped else ''}: {why}"
     return text
+
+
+def warmup_note(s: Settings) -> str:
+    """Say that the learning rate never arrives at its peak; "" where it does."""
+    warmup = s.warmup_steps or 0
+    if warmup < s.num_steps:
+        return ""
+    share = s.num_steps / warmup if warmup else 1.0
+    reached = "its peak only in the last step" if share >= 1 else f"only {share:.2g} of its peak"
+    return (
+        f"about the schedule: --warmup-steps {warmup} of --num-steps {s.num_steps}: the learning rate reaches {reached}, "
+        "and nothing of the run is decay"
+    )
 
 
 def closing(
@@ -119,12 +140,13 @@ def closing(
     epoch_steps = (p.step - 1) % i.settings.steps_per_epoch + 1
     return [
         ("validation loss", f"{loss:.4f} nats/token = {evaluation['val_bits_per_byte']:.3f} bits/byte"),
-        ("", f"on {evaluation['val_tokens']:,} tokens that training never saw"),
-        ("training loss", f"{facts['train_loss_last']:.4f} nats/token in the last {min(LAST_STEPS, epoch_steps)} steps, "
+        ("", f"on {plural(evaluation['val_tokens'], 'token')} that training never saw"),
+        ("training loss", f"{facts['train_loss_last']:.4f} nats/token in the last "
+        f"{plural(min(LAST_STEPS, epoch_steps), 'step')}, "
          f"{facts['train_loss']:.4f} over the last epoch"),
         ("token frequencies", f"{entropy:.4f} nats/token, their entropy: the model is {relation}"),
         ("uniform guess", f"{math.log(i.cfg.vocab_size):.4f} nats/token, ln of the vocabulary"),
-        ("trained on", f"{p.tokens_seen:,} tokens in {p.step:,} steps, {speed:,.0f} tokens/s with evaluations"),
+        ("trained on", f"{plural(p.tokens_seen, 'token')} in {plural(p.step, 'step')}, {speed:,.0f} tokens/s with evaluations"),
         ("checkpoint", str(checkpoint)),
         ("report", str(run.path / "report.html")),
         ("time", f"{seconds:.0f} s in all"),

@@ -7,6 +7,7 @@ from contextlib import suppress
 from ..common.errors import AprError
 from ..common.files import read_json
 from ..common.finding import FAIL, PASS, SEVERITY, SKIPPED, Finding, verdict_of
+from ..common.units import plural
 from ..evidence.gates import GATES, Gates
 from ..evidence.judge import judge, near, target
 from ..model.schedule import Schedule
@@ -21,7 +22,9 @@ def metrics(r: Record) -> Finding:
     numbers = [line["step"] for line in r.steps]
     # Not a list of the steps that verdict.json claims, which may be any number.
     if numbers != list(range(1, len(numbers) + 1)) or len(numbers) not in (last, last - r.is_cut):
-        return Finding.of("metrics", False, f"{len(numbers)} steps, not 1 to {last} each once", bound)
+        return Finding.of(
+            "metrics", False, f"{plural(len(numbers), 'step')}, not 1 to {last} each once", bound
+        )
     for finding in judge(r.steps, r.facts):
         if finding.verdict == FAIL:
             return Finding.of("metrics", False, f"step {finding.where}: {finding.measured}", bound)
@@ -38,7 +41,9 @@ def metrics(r: Record) -> Finding:
     # The data may end between two evaluations.
     if found not in (due, [*due, last]) and not (r.is_cut and found == due[:-1]):
         return Finding.of("metrics", False, f"evaluations at steps {found}, due at {due}", bound)
-    return Finding.of("metrics", True, f"{len(numbers):,} steps, {len(found)} evaluations", bound)
+    return Finding.of(
+        "metrics", True, f"{plural(len(numbers), 'step')}, {plural(len(found), 'evaluation')}", bound
+    )
 
 
 def learning_rate(r: Record) -> Finding:
@@ -50,7 +55,9 @@ def learning_rate(r: Record) -> Finding:
     schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)
     wrong = [line["step"] for line in r.steps if not near(line["lr"], schedule(line["step"]))]
     bound = f"{s.schedule} up to {s.lr:g}, {s.warmup_steps} warm-up steps"
-    measured = f"step {wrong[0]} and {len(wrong) - 1} more differ" if wrong else f"{len(r.steps):,} steps"
+    measured = (
+        f"step {wrong[0]} and {len(wrong) - 1} more differ" if wrong else f"{plural(len(r.steps), 'step')}"
+    )
     return Finding.of("learning rate", not wrong, measured, bound)
 
 
@@ -80,7 +87,7 @@ def verdict(r: Record) -> Finding:
             return failed(
                 f"{f.name} is {recorded[f.name]} in verdict.json, {f.verdict} by the log: {f.measured}"
             )
-    measured = f"{v['verdict']}, {len(again)} gates asked again from the log"
+    measured = f"{v['verdict']}, {plural(len(again), 'gate')} asked again from the log"
     return Finding.of("verdict", True, measured, bound)
 
 
@@ -111,6 +118,6 @@ def epochs(r: Record) -> Finding:
                 measured = f"{path.name}: {key} = {facts[key]}, {value} by the log"
                 return Finding.of("epochs", False, measured, bound)
     if len(found) != evaluated and not (r.is_cut and len(found) == evaluated - 1):
-        measured = f"{len(found)} epochs, {evaluated} evaluations after training"
+        measured = f"{plural(len(found), 'epoch')}, {plural(evaluated, 'evaluation')} after training"
         return Finding.of("epochs", False, measured, bound)
-    return Finding.of("epochs", True, f"{len(found)} epochs", bound)
+    return Finding.of("epochs", True, f"{plural(len(found), 'epoch')}", bound)

@@ -13,6 +13,7 @@ from ..checkpoints.registry import open_any
 from ..common.errors import Refused
 from ..common.finding import Finding
 from ..common.provenance import code_sha256
+from ..common.units import plural
 from ..training.inputs import open_inputs
 from ..training.loop import Trainer
 from .record import NONE_SAVED, Record
@@ -76,14 +77,19 @@ def replay(r: Record) -> Finding:
             if line["step"] not in wanted:
                 continue
             was = lines[line["step"]]
-            off = max(abs(line[k] - was[k]) / max(abs(was[k]), 1e-9) for k in ("train_loss", "grad_norm"))
-            if off > tolerance:
-                measured = f"step {line['step']}: loss {line['train_loss']!r}, recorded {was['train_loss']!r}"
+            apart = {k: abs(line[k] - was[k]) / max(abs(was[k]), 1e-9) for k in ("train_loss", "grad_norm")}
+            key, off = max(apart.items(), key=lambda pair: pair[1])
+            if not off <= tolerance:
+                measured = (
+                    f"step {line['step']}: {key} {line[key]!r}, recorded {was[key]!r}, {off:.1e} of it apart"
+                )
                 bound = "equal bits" if is_same else f"within {tolerance:g} of it"
                 return Finding.of("replay", False, measured, bound)
             worst = max(worst, off)
     steps = ", ".join(map(str, chosen[:8])) + (" ..." if len(chosen) > 8 else "")
-    measured = f"{len(chosen)} of {len(near):,} steps in reach ({steps}; seed {o.seed}), worst {worst:.1e}"
+    measured = (
+        f"{len(chosen)} of {plural(len(near), 'step')} in reach ({steps}; seed {o.seed}), worst {worst:.1e}"
+    )
     bound = "equal bits" if is_same else f"within {tolerance:g}: another backend or version"
     return Finding.of("replay", True, measured, bound)
 

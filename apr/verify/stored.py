@@ -12,6 +12,7 @@ from ..checkpoints.registry import open_any
 from ..checkpoints.state import saved_hashes, sha256
 from ..common.files import read_json
 from ..common.finding import Finding
+from ..common.units import plural
 from ..data.audit import open_shards
 from ..data.batches import Batches, Windows
 from ..data.shards import Shards
@@ -27,7 +28,7 @@ def files(r: Record) -> Finding:
     differences = compare(r.run.path)
     count = 0 if differences else len(read_json(r.run.path / EVIDENCE)["files"])  # not hashed twice
     more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-    measured = "; ".join(differences[:3]) + more if differences else f"{count} files"
+    measured = "; ".join(differences[:3]) + more if differences else f"{plural(count, 'file')}"
     return Finding.of("files", not differences, measured, "the SHA-256 of evidence.json")
 
 
@@ -38,7 +39,7 @@ def checkpoints(r: Record) -> Finding:
     if not found and not ends and r.is_cut:
         return Finding.skipped("checkpoints", NONE_SAVED, bound)
     if {p.stem for p in found} != {p.name.removesuffix(".metadata.json") for p in ends}:
-        measured = f"{len(found)} checkpoints, {len(ends)} with metadata"
+        measured = f"{plural(len(found), 'checkpoint')}, {len(ends)} with metadata"
         return Finding.of("checkpoints", False, measured, "the same epochs")
     for path in found:
         said, loaded = recorded(r.run.path, path), open_any(str(path))
@@ -50,7 +51,7 @@ def checkpoints(r: Record) -> Finding:
         if loaded.metadata["evaluation"]["val_loss"] != said.val_loss:
             measured = f"{path.name}: another val_loss inside than in its metadata"
             return Finding.of("checkpoints", False, measured, "equal")
-    return Finding.of("checkpoints", bool(found), f"{len(found)} checkpoints", bound)
+    return Finding.of("checkpoints", bool(found), f"{plural(len(found), 'checkpoint')}", bound)
 
 
 def states(r: Record) -> Finding:
@@ -69,7 +70,7 @@ def states(r: Record) -> Finding:
         if end and end["optimizer_state_sha"] != optimizer_sha:
             measured = f"{path.name}: its moments are not those of epoch {end['epoch']}"
             return Finding.of("states", False, measured, bound)
-    return Finding.of("states", bool(found), f"{len(found)} states", bound)
+    return Finding.of("states", bool(found), f"{plural(len(found), 'state')}", bound)
 
 
 def adapters(r: Record) -> Finding:
@@ -107,7 +108,7 @@ def data(r: Record) -> Finding:
         tokens += shards.total_tokens
         if shards.masks and side == "train" and (wrong := _miscounted(r, shards)):
             return Finding.of("data", False, wrong, bound)
-    return Finding.of("data", True, f"{tokens:,} tokens read", bound)
+    return Finding.of("data", True, f"{plural(tokens, 'token')} read", bound)
 
 
 def _miscounted(r: Record, shards: Shards) -> str:

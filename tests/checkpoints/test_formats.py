@@ -392,7 +392,7 @@ def test_hostile_apr(tmp_path: Path, fault: str) -> None:
 
 def test_an_index_longer_than_its_tensors_is_not_even_read(tmp_path: Path) -> None:
     bad = assemble(META, [bytes(1 << 20)], b"", count=1)
-    with pytest.raises(MalformedFile, match="index of 1048576 bytes for 1 tensors"):
+    with pytest.raises(MalformedFile, match="index of 1,048,576 bytes for 1 tensor"):
         read_apr(put(tmp_path / "x.apr", bad))
 
 
@@ -929,8 +929,8 @@ def test_index_and_shards_must_agree(sharded: Path) -> None:
     other = next(f for f in json.loads(good)["weight_map"].values() if f != shard)
     for change, error, word in (
         (lambda m: m.update({norm: other}), MalformedFile, norm),
-        (lambda m: m.update({"extra": other}), MalformedFile, "lacks 1 tensors: extra"),
-        (lambda m: m.pop(norm), MalformedFile, f"against the index, 1 tensors: {norm}"),
+        (lambda m: m.update({"extra": other}), MalformedFile, "lacks 1 tensor: extra"),
+        (lambda m: m.pop(norm), MalformedFile, f"against the index, 1 tensor: {norm}"),
         (lambda m: m.update({norm: "gone.safetensors"}), InputNotFound, r"gone\.safetensors"),
         (lambda m: m.clear(), MalformedFile, "empty"),
     ):
@@ -959,7 +959,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         open_any(str(tmp_path / "nothing"))
     with pytest.raises(InputNotFound, match="preset has sizes but no weights"):
         open_any("llama-tiny")
-    with pytest.raises(InputNotFound, match=r"no config\.json"):
+    with pytest.raises(InputNotFound, match=r"no model in it, neither config\.json nor safetensors"):
         open_any(str(tmp_path))
     write_json(tmp_path / "config.json", to_hf(PRESETS["llama-tiny"]))
     with pytest.raises(InputNotFound, match=r"neither model\.safetensors nor"):

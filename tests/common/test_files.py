@@ -90,7 +90,7 @@ def test_memory_is_that_of_the_file_and_not_of_the_limit(tmp_path: Path) -> None
     assert peak < 100_000
     with path.open("r+b") as f:
         f.truncate(MAX_TEXT + 1)  # a hole: it takes no disk
-    with pytest.raises(MalformedFile, match=f"{MAX_TEXT + 1} bytes"):
+    with pytest.raises(MalformedFile, match=f"{MAX_TEXT + 1:,} bytes"):
         read_text(path)
 
 

@@ -316,7 +316,7 @@ def test_repair_refuses_what_is_no_shard(tok: Tokenizer, tmp_path: Path) -> None
         repair_manifest(tmp_path, tok)
     (tmp_path / "shard-00099.bin").rename(tmp_path / "shard-00001.bin")
     (tmp_path / "shard-00000.bin").write_bytes(b"\0" * 7)
-    with pytest.raises(MalformedFile, match="7 bytes are no whole number of 4-byte ids"):
+    with pytest.raises(MalformedFile, match="a size of 7 bytes is no whole number of 4-byte ids"):
         repair_manifest(tmp_path, tok)
     (tmp_path / "shard-00000.bin").write_bytes(b"\xff" * 8)
     with pytest.raises(MalformedFile, match="token 0 has id 4294967295"):

@@ -22,7 +22,7 @@ from apr.common.errors import MalformedFile, Refused
 from apr.data.batches import Batches, Windows, sequential
 from apr.data.corpus import Corpus
 from apr.data.documents import Document, is_held_out
-from apr.data.encode import RECORD as ENCODED
+from apr.data.encode_folder import RECORD as ENCODED
 from apr.data.find import find_sources
 from apr.data.prepare import PreparedCorpus, prepare
 from apr.data.shards import TokenShards

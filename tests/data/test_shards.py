@@ -132,10 +132,10 @@ ROW_FAULTS: list[tuple[dict[str, Any], str]] = [
 ]
 FILE_FAULTS: list[tuple[Callable[[Path], Any], str]] = [
     (flip_byte, r"shard-00001\.bin: sha256 is \w+, manifest.json says \w+"),
-    (lambda f: cut(f, 4), r"shard-00000\.bin: 3996 bytes, .* 1000 tokens"),
-    (lambda f: cut(f, 1), r"shard-00000\.bin: 3999 bytes"),
-    (lambda f: append(f, 1), r"shard-00000\.bin: 4001 bytes"),
-    (lambda f: append(f, 4), r"shard-00000\.bin: 4004 bytes"),
+    (lambda f: cut(f, 4), r"shard-00000\.bin: 3,996 bytes, .* 1,000 tokens"),
+    (lambda f: cut(f, 1), r"shard-00000\.bin: 3,999 bytes"),
+    (lambda f: append(f, 1), r"shard-00000\.bin: 4,001 bytes"),
+    (lambda f: append(f, 4), r"shard-00000\.bin: 4,004 bytes"),
     (lambda f: cut(f, 4000), r"shard-00000\.bin: 0 bytes"),
     (lambda f: (f / "shard-00001.bin").unlink(), r"shard-00001\.bin: missing"),
     (lambda f: (f / "shard-00077.bin").write_bytes(b"\0" * 8), r"shard-00077\.bin: not in"),
@@ -183,7 +183,7 @@ def test_without_verify_only_the_data_goes_unread(shard_dir: Path) -> None:
     flip_byte(shard_dir)
     assert TokenShards(shard_dir, verify=False).total_documents == 40
     append(shard_dir, 4)
-    with pytest.raises(MalformedFile, match="4004 bytes"):
+    with pytest.raises(MalformedFile, match="4,004 bytes"):
         TokenShards(shard_dir, verify=False)
 
 

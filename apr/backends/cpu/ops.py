@@ -15,6 +15,7 @@ import numpy as np
 
 from ...common.errors import DeviceError, UsageError
 from ...common.host import cpu_name
+from ...common.units import plural
 from .. import reference
 from . import kernels
 from .start import start_threads
@@ -67,7 +68,9 @@ def set_threads(n: int) -> None:
     """Use n threads from now on. Raises UsageError when the process cannot have that many."""
     most = numba.config.NUMBA_NUM_THREADS
     if not 1 <= n <= most:
-        raise UsageError(f"--threads {n}: this process can have 1 to {most} threads; give --threads {most}")
+        raise UsageError(
+            f"--threads {n}: this process can have 1 to {plural(most, 'thread')}; give --threads {most}"
+        )
     start_threads(n)
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ...common.atomic import drawn, try_output
-from ...common.errors import IOFailure
+from ...common.errors import InputNotFound, IOFailure
 from ...common.finding import as_json, exit_code, verdict_of
 from ...common.options import json_option, option, parse
-from ...data.audit import Split, audit, sides_of, tokenizer_of_shards
+from ...data.audit import Split, audit, holds_examples, sides_of, tokenizer_of_shards
 from ...data.guards import Bounds
 from ...data.settings import widen_option
+from ...data.shards import our_files
 from ...model.presets import PRESETS, load_config
 from ...tokenizer.tokenizer import Tokenizer
 from ..show import Show
@@ -64,8 +65,14 @@ def main(args: Sequence[str]) -> int:
     tokenizer = tokenizer_of_shards(folder, f.tokenizer)
     sides = sides_of(folder)
     if f.val_dataset:
-        given = Path(f.val_dataset)
-        sides["val"] = given / "val" if (given / "val").is_dir() else given
+        other = Path(f.val_dataset)
+        sides["val"] = other / "val" if (other / "val").is_dir() else other
+    for side, given in sides.items():
+        if not (our_files(given) or holds_examples(given)):
+            flag = "--val-dataset " if side == "val" and f.val_dataset else ""
+            raise InputNotFound(
+                f"{flag}{given}: no token shards there; apr tokenize encode-corpus makes them of text"
+            )
     vocab_size = load_config(f.model).vocab_size if f.model else None
     try:
         splits = audit(sides, tokenizer, bounds, vocab_size, lenient=True, progress=show.preparing)

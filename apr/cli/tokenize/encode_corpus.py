@@ -16,8 +16,10 @@ from typing import Any
 from ...common.errors import Interrupted, UsageError
 from ...common.options import json_option, option, parse
 from ...common.rounding import ceil_div
+from ...common.units import plural
 from ...data.corpus import Corpus
-from ...data.encode import RECORD, SKIPPED, Counts, EncodedCorpus, encode_corpus
+from ...data.encode import Counts, EncodedCorpus, encode_corpus
+from ...data.encode_folder import RECORD, SKIPPED
 from ...data.estimate import Estimate, estimate
 from ...data.find import Sources, find_sources
 from ...data.guards import Bounds
@@ -25,7 +27,7 @@ from ...data.manifest import EOS_POLICIES
 from ...data.settings import widen_option
 from ...tokenizer.tokenizer import Tokenizer
 from ..show import Show
-from .show import EncodeProgress, clock, plural
+from .show import EncodeProgress, clock
 
 
 @dataclass(frozen=True)
@@ -187,9 +189,10 @@ def _estimate(f: Flags, found: Sources, tokenizer: Tokenizer, show: Show) -> int
     show.table(
         "estimate",
         [
-            ("sample", f"the beginnings of files: {e.sample_documents:,} documents, {e.sample_bytes / 1e6:.3g} MB of text"),
+            ("sample", f"the beginnings of files: {plural(e.sample_documents, 'document')}, "
+            f"{e.sample_bytes / 1e6:.3g} MB of text"),
             ("", f"{e.sample_skipped:,} that cannot be used"),
-            ("corpus", f"{e.files:,} files, {e.disk_bytes / 1e6:,.1f} MB on disk, {e.text_bytes / 1e6:,.1f} MB of text"),
+            ("corpus", f"{plural(e.files, 'file')}, {e.disk_bytes / 1e6:,.1f} MB on disk, {e.text_bytes / 1e6:,.1f} MB of text"),
             ("documents", f"about {e.documents:,}"),
             ("tokens", f"about {e.tokens / 1e6:,.3g} M ({e.bytes_per_token:.2f} bytes/token), copies not yet dropped"),
             ("shards", f"about {shards:,}, {4 * e.tokens / 1e9:,.3g} GB"),
@@ -223,11 +226,12 @@ def _print(show: Show, f: Flags, e: EncodedCorpus, seconds: float) -> None:
             rows.append(
                 (
                     name,
-                    f"{plural(m.total_documents, 'document')}, {m.total_tokens:,} tokens in {plural(m.shard_count, 'shard')}",
+                    f"{plural(m.total_documents, 'document')}, {plural(m.total_tokens, 'token')} in "
+                    f"{plural(m.shard_count, 'shard')}",
                 )
             )
             a = m.audit
-            ids = f"{a['distinct_ids']:,} distinct ids, entropy {a['unigram_entropy_nats']:.3f} nats/token"
+            ids = f"{plural(a['distinct_ids'], 'distinct id')}, entropy {a['unigram_entropy_nats']:.3f} nats/token"
             rows.append(("", f"{a['bytes_per_token']:.2f} bytes/token, {ids}"))
     skipped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(c.skipped.items())) or "none"
     resumed = ", what was there already only read" if f.resume else ""
@@ -240,7 +244,7 @@ def _print(show: Show, f: Flags, e: EncodedCorpus, seconds: float) -> None:
     rows += [
         ("copies dropped", f"{c.duplicates:,}"),
         ("skipped", skipped + listed),
-        ("decoded again", f"{c.round_trips:,} documents, each its own text{normalized}"),
+        ("decoded again", f"{plural(c.round_trips, 'document')}, each its own text{normalized}"),
         (
             "speed",
             f"{c.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s, {c.text_bytes / 1e6 / seconds:.1f} MB/s{resumed}",

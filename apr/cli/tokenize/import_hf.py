@@ -13,6 +13,7 @@ from pathlib import Path
 from ...common.atomic import try_folder
 from ...common.files import read_json
 from ...common.options import json_option, option, parse
+from ...common.units import plural
 from ...tokenizer.families import FAMILIES
 from ...tokenizer.import_hf import import_hf
 from ..show import Show
@@ -55,7 +56,7 @@ def main(args: Sequence[str]) -> int:
         [
             ("source", f"{f.source}{f', family {f.family}' if f.family else ''}"),
             ("format", f"{tokenizer.format}, normalization {tokenizer.normalization}"),
-            ("vocabulary", f"{tokenizer.vocab_size:,} ids, {tokenizer.merges:,} merges"),
+            ("vocabulary", f"{plural(tokenizer.vocab_size, 'id')}, {plural(tokenizer.merges, 'merge')}"),
             ("end of text", eos),
             ("sha256", str(m["sha256"])),
             ("written to", f.output),

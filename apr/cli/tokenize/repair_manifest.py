@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ...common.errors import AprError, Refused
 from ...common.options import json_option, option, parse
+from ...common.units import plural
 from ...data.audit import tokenizer_of_shards
 from ...data.manifest import MANIFEST
 from ...data.repair import repair_manifest
@@ -50,9 +51,9 @@ def main(args: Sequence[str]) -> int:
         "apr tokenize repair-manifest",
         [
             ("written to", str(folder / MANIFEST)),
-            ("shards", f"{m.shard_count:,}, {m.total_tokens:,} tokens"),
+            ("shards", f"{m.shard_count:,}, {plural(m.total_tokens, 'token')}"),
             ("documents", f"{m.total_documents:,}, eos_policy {m.eos_policy}"),
-            ("text", f"{m.total_bytes:,} bytes, {m.audit['bytes_per_token']:.2f} bytes/token"),
+            ("text", f"{plural(m.total_bytes, 'byte')}, {m.audit['bytes_per_token']:.2f} bytes/token"),
         ],
     )
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ...common.atomic import write_figure
+from ...common.units import plural
 from ...data.audit import Split
 from ...data.encode import Counts
 from ...data.scan import LENGTH_BINS
@@ -38,7 +39,7 @@ class EncodeProgress:
         seconds = now - self._start
         left = seconds * (total - read) / read if read else 0.0
         text = (
-            f"{100 * read / max(total, 1):3.0f} %  {counts.all:,} documents  {counts.tokens / 1e6:,.1f} M tokens  "
+            f"{100 * read / max(total, 1):3.0f} %  {plural(counts.all, 'document')}  {counts.tokens / 1e6:,.1f} M tokens  "
             f"{counts.text_bytes / 1e6 / seconds:.1f} MB/s  {clock(left)} left"
         )
         if self._status:
@@ -51,11 +52,6 @@ class EncodeProgress:
         if self._status:
             self._status.stop()
         return time.perf_counter() - self._start
-
-
-def plural(n: int, word: str) -> str:
-    """Format a count: "1 shard", "2 shards"."""
-    return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 
 def clock(seconds: float) -> str:
@@ -76,7 +72,7 @@ def draw_audit(splits: list[Split], vocab_size: int, path: Path) -> None:
             continue
         counts = np.sort(split.scan.counts[split.scan.counts > 0])[::-1]
         share = counts / counts.sum()
-        label = f"{split.name}: {counts.size:,} of {vocab_size:,} ids occur"
+        label = f"{split.name}: {counts.size:,} of {plural(vocab_size, 'id')} occur"
         ranks.loglog(np.arange(1, counts.size + 1), share, color=colour, label=label)
         found = split.scan.lengths
         if not found.any():
@@ -85,7 +81,12 @@ def draw_audit(splits: list[Split], vocab_size: int, path: Path) -> None:
         edges = 2.0 ** (np.arange(first, last + 2) / LENGTH_BINS)
         part = found[first : last + 1] / found.sum()
         lengths.stairs(
-            part, edges, color=colour, fill=True, alpha=0.4, label=f"{split.name}: {found.sum():,} documents"
+            part,
+            edges,
+            color=colour,
+            fill=True,
+            alpha=0.4,
+            label=f"{split.name}: {plural(found.sum(), 'document')}",
         )
     ranks.set(xlabel="rank of the id", ylabel="share of all tokens", title="token frequencies")
     ranks.axhline(1 / vocab_size, color="grey", linewidth=0.8, linestyle="--")

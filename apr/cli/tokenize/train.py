@@ -13,6 +13,7 @@ from pathlib import Path
 from ...common.atomic import try_folder
 from ...common.errors import Refused
 from ...common.options import json_option, option, parse
+from ...common.units import plural
 from ...data.corpus import Corpus
 from ...data.documents import Sides, hashes_of
 from ...data.find import find_sources
@@ -102,7 +103,10 @@ def main(args: Sequence[str]) -> int:
         "apr tokenize train",
         [
             ("documents", f"{texts.documents:,}, {texts.bytes / 1e6:,.1f} MB of text{left_out}"),
-            ("vocabulary", f"{tokenizer.vocab_size:,} ids, {tokenizer.merges:,} merges{fewer}"),
+            (
+                "vocabulary",
+                f"{plural(tokenizer.vocab_size, 'id')}, {plural(tokenizer.merges, 'merge')}{fewer}",
+            ),
             ("end of text", eos),
             ("written to", f"{f.output} in {result['seconds']:.0f} s"),
         ],

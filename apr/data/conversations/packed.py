@@ -20,6 +20,7 @@ import numpy as np
 from ...common.errors import InputNotFound, MalformedFile, Refused
 from ...common.files import read_json
 from ...common.finding import Finding
+from ...common.units import plural
 from ...tokenizer.tokenizer import Tokenizer
 from ..guards import fits_model
 from ..shards import Shards, mapped
@@ -171,9 +172,9 @@ class PackedShards(Shards):
 def _mapped(path: Path, dtype: str, items: int) -> np.ndarray:
     want, size = items * np.dtype(dtype).itemsize, path.stat().st_size if path.is_file() else None
     if size != want:
-        there = "missing" if size is None else f"{size} bytes"
+        there = "missing" if size is None else f"{plural(size, 'byte')}"
         raise MalformedFile(
-            f"{path}: {there}, {RECORD} says {want} bytes; remove {path.parents[1]}, {ADVICE}"
+            f"{path}: {there}, {RECORD} says {plural(want, 'byte')}; remove {path.parents[1]}, {ADVICE}"
         )
     return mapped(path, dtype)
 
@@ -185,7 +186,7 @@ def guard_packed(shards: PackedShards, tokenizer: Tokenizer, model_vocab: int | 
     """Check every guard of one side that agrees with its instruct.json."""
     m = shards.manifest
     measured, share = (
-        f"{m.rows:,} rows, {m.tokens:,} tokens",
+        f"{plural(m.rows, 'row')}, {plural(m.tokens, 'token')}",
         f"{100 * m.trained / m.tokens:.1f} % of {m.tokens:,}",
     )
     findings = [
@@ -208,7 +209,7 @@ def guard_answers(shards: PackedShards) -> Finding:
             block = slice(first, first + BLOCK_ROWS)
             ids, trained = shards.ids[block], shards.trained[block]
             crossed += int(((ids[:, :-1] == shards.border_id) & (trained[:, 1:] > 0)).sum())
-    measured = f"{empty} rows without one, {crossed} behind the border of an example"
+    measured = f"{plural(empty, 'row')} without one, {crossed} behind the border of an example"
     bound = "a target in every row, none behind a border"
     return Finding.of("answers", not empty and not crossed, measured, bound)
 
@@ -229,7 +230,7 @@ def _round_trip(shards: PackedShards, tokenizer: Tokenizer) -> Finding:
             measured = f"{again[:40]!r} for {text[:40]!r}"
             return Finding.of(name, False, measured, bound, "not the ids of this tokenizer")
         count += 1
-    return Finding.of(name, True, f"{count} examples", bound)
+    return Finding.of(name, True, f"{plural(count, 'example')}", bound)
 
 
 def guard_disjoint(train: PackedShards, val: PackedShards) -> Finding:

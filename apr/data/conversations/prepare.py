@@ -14,6 +14,7 @@ from ...common.atomic import locked
 from ...common.errors import IOFailure, Refused
 from ...common.files import make_folder, sha256_of
 from ...common.progress import Progress
+from ...common.units import plural
 from ...tokenizer.chat_template import ChatTemplate
 from ...tokenizer.tokenizer import Tokenizer
 from ..documents import Sides
@@ -53,7 +54,7 @@ class PreparedConversations:
             )
         if m.cut:
             lines.append(
-                f"{m.cut:,} examples longer than {m.seq_length} tokens lost the beginning of their context"
+                f"{plural(m.cut, 'example')} longer than {plural(m.seq_length, 'token')} lost the beginning of their context"
             )
         return "\n".join(lines)
 
@@ -205,7 +206,7 @@ def _fitted(name: str, texts: list[EncodedExample], m: PackManifest) -> list[_Fi
     for encoded in texts:
         fitted = fit(encoded, room)
         if fitted is None:
-            detail = f"{encoded.ids.size} tokens, and no whole answer in {room}"
+            detail = f"{plural(encoded.ids.size, 'token')}, and no whole answer in {room}"
             m.skip(Skipped(name, "longer than --seq-length", detail))
             continue
         sha256 = hashlib.sha256(fitted.ids.tobytes() + fitted.trained.tobytes()).hexdigest()
