@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from ..backends.select import choose
 from ..checkpoints.checkpoint import HF_FILES, TEMPLATE, Checkpoint, parameters, template_in
 from ..checkpoints.peft import LoadedAdapter, read_adapter
 from ..checkpoints.registry import open_any
 from ..checkpoints.side_files import with_one_template, with_turn_ends
+from ..checkpoints.tensors import EMBED, HEAD
 from ..common.errors import Refused
 from ..common.progress import Progress
 from ..data.open import OpenedData, open_data
@@ -55,6 +59,33 @@ class Inputs(OpenedData):
     def chat_template(self) -> str | None:
         """Text of the template that writes the conversations of the run; None without one."""
         return template_in(self.carried.get(HF_FILES, {})) if self.settings.instruct else None
+
+    @property
+    def blank_rows_note(self) -> str:
+        """Name the special tokens of conversations whose embedding is 0, or that of another of them: --init never learnt them."""
+        if not self.settings.instruct or self.init is None:
+            return ""
+        ids = np.unique(np.concatenate([np.unique(a) for a in self.train.shards.arrays]))
+        # Nothing is computed from what stands between examples.
+        names = {
+            t: text for t, text in self.tokenizer.special_tokens().items() if t != self.train.shards.border_id
+        }
+        # A tied matrix may be stored under the head's name.
+        table = self.init.tensors[EMBED if EMBED in self.init.tensors else HEAD]
+        rows = {int(t): np.asarray(table[t], np.float32) for t in ids if int(t) in names}
+        count = Counter(row.tobytes() for row in rows.values())
+        blank = [
+            f"{names[t]} ({t}, norm {np.linalg.norm(row):.3g})"
+            for t, row in rows.items()
+            if not row.any() or count[row.tobytes()] > 1
+        ]
+        if not blank:
+            return ""
+        return (
+            f"embeddings that are 0, or alike, of special tokens in the conversations: {', '.join(blank)}; the checkpoint never "
+            "learnt these tokens"
+            + (", and adapters leave embeddings as they are: train all weights" if self.lora else "")
+        )
 
     def describe(self) -> dict[str, Any]:
         """Identify data, checkpoint and adapters, for the run's config.json."""

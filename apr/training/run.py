@@ -79,7 +79,7 @@ def train(
     try:
         with interrupting():
             if settings.resume:
-                settings = _continued(settings, explicit or {})
+                settings = continued(settings, explicit or {})
             settings = resolve(settings)
             gates = Gates(parse_bounds(settings.bounds))
             loggers.check(settings.log)
@@ -244,7 +244,7 @@ def _close(run: RunDir, show: Display) -> None:
     seal(run.path)
 
 
-def _continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
+def continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
     """Read the settings of the run that is resumed; only what cannot change its numbers may differ."""
     if settings.run_dir is None:
         raise UsageError("--resume needs --run-dir: the folder of the run to go on with")

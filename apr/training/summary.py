@@ -44,6 +44,7 @@ def notes(i: Inputs) -> list[str]:
     found = [
         i.left_out,
         i.lora_init.note if i.lora_init else "",
+        i.blank_rows_note,
         i.device_note and f"about the device: {i.device_note}",
         warmup_note(i.settings),
     ]

@@ -20,7 +20,7 @@ from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.exporting import export_gguf, export_hf
 from apr.checkpoints.gguf_reader import read_gguf
-from apr.checkpoints.hf import write_hf
+from apr.checkpoints.hf import write_hf, write_safetensors
 from apr.checkpoints.importing import import_model
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
@@ -42,6 +42,8 @@ from apr.model.transformer import Model
 from apr.tokenizer.chat_template import ChatTemplate
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.training.evaluate import evaluate
+from apr.training.inputs import open_inputs
+from apr.training.settings import Settings
 from data_cases import windows_of as text_windows
 from finetune_cases import CONVERSATIONS, MARKED, OWN_TEMPLATE, llama_tokenizer, own_tokenizer
 
@@ -715,6 +717,35 @@ def test_a_checkpoint_that_was_not_tuned_keeps_its_side_files(place, tmp_path):
     export_hf(base, tmp_path / "hf")
     for name in ("config.json", "tokenizer_config.json"):
         assert (tmp_path / "hf" / name).read_text() == (place / "hf" / name).read_text()
+
+
+def test_special_tokens_that_the_base_never_learnt_are_named(place, tmp_path):
+    base, folder = open_any(str(place / "hf")), tmp_path / "base"
+    shutil.copytree(place / "hf", folder)
+    (folder / "model.safetensors").unlink()
+    tensors = {name: np.array(t) for name, t in base.tensors.items()}
+    ids = {text: i for i, text in base.tokenizer.special_tokens().items()}
+    table = tensors["model.embed_tokens.weight"]
+    table[ids["<|end|>"]] = 0
+    table[ids["<|user|>"]] = table[ids["<|assistant|>"]]
+    # No conversation uses it.
+    table[ids["<|endoftext|>"]] = 0
+    write_safetensors(folder / "model.safetensors", tensors)
+
+    def note(init, **more):
+        settings = Settings(
+            init=str(init), instruct=str(place / "chats.jsonl"), seq_length=96, val_fraction=0.2, **more
+        )
+        return open_inputs(settings).blank_rows_note
+
+    assert note(place / "hf") == ""
+    for rank in (None, 3):
+        said = note(folder, lora_rank=rank)
+        for name in ("<|end|>", "<|user|>", "<|assistant|>"):
+            assert f"{name} ({ids[name]}, norm" in said
+        assert "<|endoftext|>" not in said
+        assert f"<|end|> ({ids['<|end|>']}, norm 0)" in said
+        assert ("adapters leave embeddings" in said) == bool(rank)
 
 
 def test_a_merged_adapter_carries_the_template_too(place, tmp_path):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 from pathlib import Path
 
 import apr
 from apr.model.optim import OPTIMIZERS
+from apr.training.run import continued
 from apr.training.settings import DEMO, RunSettings, Settings
 
 APR = Path(apr.__file__).parent
@@ -62,3 +64,14 @@ def test_a_resumed_run_keeps_what_decides_its_numbers():
     }  # fmt: skip
     assert not may_change & set(DEMO)
     assert {f.name for f in dataclasses.fields(RunSettings)} - may_change == {"mode"}
+
+
+def test_a_run_from_before_bos_goes_on_without_it(tmp_path):
+    """Its shards have nothing before a document; another default would make others of the same corpus."""
+    settings = dataclasses.asdict(Settings(corpus="c", model="llama-demo", run_dir=str(tmp_path)))
+    for said, want in ((None, "none"), ("auto", "auto"), ("none", "none")):
+        settings.pop("bos", None)
+        settings |= {"bos": said} if said else {}
+        (tmp_path / "config.json").write_text(json.dumps({"settings": settings}))
+        going_on = continued(Settings(run_dir=str(tmp_path), resume=True), {})
+        assert (going_on.bos, going_on.corpus, going_on.resume) == (want, "c", True)
