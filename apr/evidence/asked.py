@@ -104,8 +104,9 @@ def _model(t: Subject, s: Mapping[str, Any]) -> Iterator[Row]:
     ):
         yield f"model, {name}", built, s[key]
     yield "model, id at which attention stops", m.document_end, end
-    if s["device"] != "auto":
-        yield "device", t.backend.name, s["device"].partition(":")[0]
+    # A run may go on with another device than it began with.
+    if t.settings.device != "auto":
+        yield "device", t.backend.name, t.settings.device.partition(":")[0]
 
 
 def _optimizer(t: Subject, s: Mapping[str, Any]) -> Iterator[Row]:
@@ -174,7 +175,8 @@ def _adapters(a: Adapters | None, s: Mapping[str, Any]) -> Iterator[Row]:
 def _given(s: Mapping[str, Any], explicit: Mapping[str, Any]) -> Iterator[Row]:
     """Yield the settings that were asked for by name, beside config.json."""
     for name, want in explicit.items():
-        if name in OF_THE_PROCESS or name not in s:
+        # None asks for what depends on other settings.
+        if name in OF_THE_PROCESS or name not in s or want is None:
             continue
         got = s[name]
         # A micro-batch is no larger than the batch.

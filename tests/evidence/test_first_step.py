@@ -12,6 +12,7 @@ from apr import backends
 from apr.backends import reference
 from apr.bisect.golden import golden_steps
 from apr.bisect.planted import catalogue
+from apr.cli.main import main
 from apr.common.finding import FAIL
 from apr.evidence.slope import Job, slope_finding, slopes
 from apr.evidence.start import planted
@@ -22,7 +23,7 @@ from apr.model.optim import AdamW
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from apr.training import evaluate, loop
-from run_cases import cache, place, pretrain  # noqa: F401
+from run_cases import RECIPE, cache, place, pretrain  # noqa: F401
 
 cpu = backends.get("cpu")
 LONG = ["--seq-length", 64]
@@ -249,11 +250,35 @@ def test_sound_runs_pass(place, tmp_path, kind):
     assert red(tmp_path / "run") == {}
 
 
+def test_windows_that_are_held_out_of_the_training_shards_pass(place, tmp_path):
+    shards, tokenizer = tmp_path / "shards", tmp_path / "tok"
+    assert (
+        main(["tokenize", "train", str(place / "corpus"), "--vocab-size", "300", "-o", str(tokenizer)]) == 0
+    )
+    args = ["--tokenizer", str(tokenizer), "--val-fraction", "0", "-o", str(shards)]
+    assert main(["tokenize", "encode-corpus", str(place / "corpus"), *args]) == 0
+    job = ["--dataset", str(shards), "--tokenizer", str(tokenizer), "--model", str(place / "config.json")]
+    (tmp_path / "file.json").write_text(json.dumps({"lr_min": None, "eps": 1e-7}))
+    assert (
+        main(
+            [
+                "pretrain",
+                *RECIPE,
+                *job,
+                "--config",
+                str(tmp_path / "file.json"),
+                "--run-dir",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
+    )
+    assert red(tmp_path / "run") == {}
+
+
 def test_a_resumed_run_asks_again_and_keeps_its_bits(place, tmp_path):
     assert pretrain(place, tmp_path / "run", "--num-steps", 6) == 0
     assert pretrain(place, tmp_path / "cut", "--num-steps", 6, "--save-every", 2) == 0
-    from apr.cli.main import main
-
     for left in (tmp_path / "cut" / "ckpt" / "state").glob("step-000006.apr"):
         left.unlink()
     assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "cut")]) == 0
