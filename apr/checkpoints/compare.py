@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ..common.finding import PASS, Finding, verdict_of
 from .contents import Contents
-from .tensors import CHUNK
+from .tensors import CHUNK, stored_as
 
 EQUAL, VALUES, DIFFERENT, SHAPE, MISSING, EXTRA = (
     "equal",
@@ -105,7 +105,9 @@ def compare(a: Contents, b: Contents, tolerance: float | None = None, prefix: st
     rows = []
     for name in [*a.tensors, *(n for n in b.tensors if n not in a.tensors)]:
         if name.startswith(prefix):
-            rows.append(_difference(name, a.tensors.get(name), b.tensors.get(name)))
+            x, y = a.tensors.get(name), b.tensors.get(name)
+            row = _difference(name, x, y)
+            rows.append(replace(row, a=_described(a, name, x), b=_described(b, name, y)))
     rows.sort(key=lambda r: r.badness)
     # A bare .safetensors file says nothing of a tokenizer.
     shared = a.facts.keys() & b.facts.keys()
@@ -156,3 +158,8 @@ def _difference(name: str, x: np.ndarray | None, y: np.ndarray | None) -> Tensor
 
 def _describe(x: np.ndarray | None) -> str:
     return "" if x is None else f"{x.dtype} {list(x.shape)}"
+
+
+def _described(side: Contents, name: str, x: np.ndarray | None) -> str:
+    """Name dtype and shape of a tensor as its file has them."""
+    return "" if x is None else f"{stored_as(side.tensors, name, x.dtype)} {list(x.shape)}"

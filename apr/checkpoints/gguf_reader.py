@@ -108,6 +108,7 @@ class _GgufTensors(TensorFile):
     ) -> None:
         super().__init__(path, f, entries)
         self._kinds, self._heads = kinds, heads
+        self.converted = {name: kind for name, kind in kinds.items() if kind == "Q8_0"}
 
     def __getitem__(self, name: str) -> np.ndarray:
         e, heads = self.entries[name], self._heads.get(name, 0)

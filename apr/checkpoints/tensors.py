@@ -57,6 +57,8 @@ class TensorFile(Mapping[str, np.ndarray]):
         self.path = path
         self.metadata = dict(metadata or {})
         self.entries = {e.name: e for e in entries}
+        # {name: type in the file}, of tensors that are not arrays there.
+        self.converted: dict[str, str] = {}
         self._bytes = np.asarray(np.memmap(f, np.uint8, "r"))
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -68,6 +70,11 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+def stored_as(tensors: Mapping[str, np.ndarray], name: str, dtype: np.dtype[Any]) -> str:
+    """Name the dtype in the file: that of the array, but for blocks that are converted when they are read, "Q8_0"."""
+    return tensors.converted.get(name, str(dtype)) if isinstance(tensors, TensorFile) else str(dtype)
 
 
 def spec_of(tensors: Mapping[str, np.ndarray], name: str) -> Stored | np.ndarray:

@@ -39,6 +39,7 @@ from ..model.cost import check_fits, check_positions, memory
 from ..model.presets import PRESETS
 from ..model.transformer import IGNORED
 from .bisect_tables import print_catalogue, print_report
+from .show import Output
 from .tables import cell
 
 
@@ -99,7 +100,7 @@ def main(args: Sequence[str]) -> int:
     explicit = given(Flags, args, "apr bisect", __doc__ or "")
     f = Flags(**explicit)
     _refuse_unused(f, explicit)
-    console = Console(highlight=False, quiet=f.json)
+    console = Output(quiet=f.json)
     if f.catalogue:
         planted = list(plant_all(backends.get("cpu"), "float32"))
         print_catalogue(planted, console)

@@ -56,7 +56,7 @@ def print_report(report: Report, console: Console, rows: int = 8) -> None:
 def _stages(report: Report) -> Table:
     """Tabulate the stages: verdict, number of arrays by mode, the largest error over tolerance and its place, seconds."""
     table = plain_table(
-        "stage_", "verdict_", "forced|", "free|", "exact|", "err/tol|", "where it is largest", "s|"
+        "stage_", "verdict_", "forced|", "free|", "exact|", "err/tol|", "where it is largest~", "s|"
     )
     for stage in STAGES:
         rows, finding = report.of(stage), report.finding(stage)

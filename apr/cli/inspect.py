@@ -18,6 +18,7 @@ import numpy as np
 from ..checkpoints.checkpoint import HF_FILES, Checkpoint
 from ..checkpoints.importing import PROVENANCE
 from ..checkpoints.registry import TITLES, is_bare, open_any, open_contents
+from ..checkpoints.tensors import stored_as
 from ..checkpoints.validate import figures_of
 from ..common.options import json_option, option, parse
 from ..common.units import plural
@@ -62,7 +63,7 @@ def _tensors(tensors: Mapping[str, np.ndarray], figures: bool) -> dict[str, dict
     out: dict[str, dict[str, Any]] = {}
     for name in tensors:
         x = tensors[name]
-        out[name] = {"dtype": str(x.dtype), "shape": list(x.shape), "bytes": x.nbytes}
+        out[name] = {"dtype": stored_as(tensors, name, x.dtype), "shape": list(x.shape), "bytes": x.nbytes}
         if figures:
             v = figures_of(x)
             out[name] |= {"rms": v.rms, "max": max(abs(v.low), abs(v.high)), "not_finite": v.not_finite}
@@ -179,7 +180,8 @@ def _config_rows(c: ModelConfig) -> list[tuple[str, str]]:
 
 
 def _but_not(layers: tuple[int, ...]) -> str:
-    return f" but on layers {', '.join(map(str, layers))}" if layers else ""
+    """Name the layers that do without: " but not on layers 1, 3"."""
+    return f" but not on layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}" if layers else ""
 
 
 def _bytes(n: int) -> str:

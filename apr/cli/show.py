@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from ..bisect.report import Report
 from ..common.events import Started, Stepped
@@ -27,7 +28,24 @@ from .bisect_tables import print_report
 from .tables import cell, print_findings
 
 
-class _Console(Console):
+class Output(Console):
+    """The console of a command: in a file or a pipe, lines do not end in spaces and tables have room."""
+
+    def __init__(self, quiet: bool = False, soft_wrap: bool = False) -> None:
+        super().__init__(quiet=quiet, highlight=False, soft_wrap=soft_wrap)
+        if not self.is_terminal:
+            self.width = 120
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """Print as rich does; tables fill their columns with spaces, which only a terminal needs."""
+        if self.is_terminal or self.quiet:
+            super().print(*objects, **how)
+            return
+        with self.capture() as captured:
+            super().print(*objects, **how)
+        lines = [line.rstrip(" ") for line in captured.get().split("\n")]
+        super().print(Text("\n".join(lines)), end="", soft_wrap=True)
+
     def on_broken_pipe(self) -> None:
         """Go on in silence when the reader of the output is gone (`| head`): training must not end with it."""
         self.quiet = True
@@ -38,9 +56,7 @@ class Show(Display):
     """Shows progress as a bar on a terminal, elsewhere (a pipe, a log file) as a line every tenth of the run."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = _Console(quiet=quiet, highlight=False, soft_wrap=True)
-        if not self.console.is_terminal:
-            self.console.width = 120
+        self.console = Output(quiet, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: Any = None
 

@@ -321,18 +321,15 @@ class _Encoding:
     def close(self) -> dict[str, ShardManifest]:
         """Finish both sides, or neither."""
         c = self.counts
+        left_out = sum(c.skipped.values())
+        why = f"; {left_out} could not be used, the first: {c.first_skipped}" if left_out else ""
         if not c.all:
-            why = (
-                f"; {sum(c.skipped.values())} could not be used, the first: {c.first_skipped}"
-                if c.skipped
-                else ""
-            )
             raise Refused(f"{self.corpus}: no document to encode{why}")
         for side in self.sides:
             if not c.documents[side]:
                 raise Refused(
                     f"val_fraction = {self.val_fraction} of {plural(c.all, 'document')} leaves none for {side}; use another "
-                    "--val-fraction, more documents, or cut long files into several with --piece-bytes"
+                    f"--val-fraction, more documents, or cut long files into several with --piece-bytes{why}"
                 )
         self._judge("at the end")
         return {side: writer.close() for side, writer in self.writers.items()}

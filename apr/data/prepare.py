@@ -251,17 +251,17 @@ def _key(corpus: Corpus, made_by: str, val_fraction: float, progress: Progress |
         total, low, high = total + 1, min(low or item.sha256, item.sha256), max(high, item.sha256)
         if progress:
             progress("read corpus", corpus.bytes_read, corpus.total_bytes)
+    why = (
+        f"; the first that cannot be used: {skipped[0].name}: {skipped[0].reason}: {skipped[0].detail}"
+        if skipped
+        else ""
+    )
     if not total:
-        why = (
-            f"; the first that cannot be used: {skipped[0].name}: {skipped[0].reason}: {skipped[0].detail}"
-            if skipped
-            else ""
-        )
         raise Refused(f"{corpus}: no text{why}")
     if total == 1:
         raise Refused(
             f"{corpus}: one document cannot be divided into one to train on and one to validate with; give more files, "
-            "or cut a long file into several"
+            f"or cut a long file into several{why}"
         )
     return digest.hexdigest(), Sides.of((low, high), val_fraction)
 

@@ -12,16 +12,22 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from apr.bisect.report import STAGES
 from apr.checkpoints.apr2 import write_apr
 from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
+from apr.cli.inspect import _but_not
 from apr.cli.main import COMMANDS, main
 from apr.common import hub
-from apr.common.errors import InputNotFound, IOFailure
+from apr.common.errors import InputNotFound, IOFailure, UsageError
+from apr.common.finding import PASS, Finding, guards_passed
 from apr.common.run_paths import instead_of, is_state, latest_checkpoint, run_of
 from apr.model.config import ModelConfig
+from apr.model.lora import LoraConfig, check_rank, lora_config
 from apr.model.params import Layout
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.training import train_tokenizer
+from apr.training.settings import Settings, resolve
+from apr.training.summary import warmup_note
 
 Call = Callable[..., tuple[int, str, str]]
 CFG = ModelConfig(
@@ -286,3 +292,110 @@ def test_a_download_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     raising(OSError(28, "No space left on device", "/cache/x"))
     with pytest.raises(IOFailure, match="/cache/x: No space left on device"):
         hub.download("hf://a/b", ["config.json"])
+
+
+# Settings of a run that make no sense, or do
+
+
+def adapters(rank: int) -> LoraConfig:
+    config = lora_config(rank, None, "q,v")
+    assert config is not None
+    return config
+
+
+def test_settings_of_a_first_run(tmp_path: Path) -> None:
+    made = Settings(init="x.apr", corpus="c", mode="from-scratch", num_steps=20_000)
+    assert (resolve(made).lr, resolve(made).warmup_steps) == (3e-4, 1000)
+    for warmup, steps, words in (
+        (100, 1000, ""),
+        (50, 50, "its peak only in the last step"),
+        (100, 50, "only 0.5 of"),
+    ):
+        note = warmup_note(Settings(warmup_steps=warmup, num_steps=steps))
+        assert words in note
+        assert bool(note) == bool(words)
+    check_rank(CFG, adapters(32))
+    with pytest.raises(
+        UsageError, match="--lora-rank 33: the adapted matrices have at most 32 rows or columns"
+    ):
+        check_rank(CFG, adapters(33))
+
+
+def test_a_tiny_preset_says_that_it_is_not_for_text(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    line = ("pretrain", "--corpus", tmp_path, "--model", "llama-tiny", "--seq-length", 16, "--device", "cpu")
+    code, _, err = call(*line, "--run-dir", tmp_path / "run")
+    assert code == 5
+    assert "-tiny are for tests" in err
+    assert "llama-demo" in err
+
+
+# Data
+
+
+def test_a_refused_encoding_leaves_nothing_that_refuses_the_next(
+    call: Call, run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "one.jsonl").write_text('{"text": "one document"}\nno json\n')
+    line = (
+        "tokenize",
+        "encode-corpus",
+        tmp_path / "one.jsonl",
+        "--tokenizer",
+        run / "tok",
+        "-o",
+        tmp_path / "out",
+    )
+    code, _, err = call(*line)
+    assert code == 5
+    assert "1 could not be used, the first: " in err
+    assert not [p for p in (tmp_path / "out").rglob("*") if not p.name.startswith(".")]
+    assert call(*line, "--val-fraction", 0)[0] == 0
+    # What was there before stays.
+    (tmp_path / "kept" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "kept" / "notes.txt").touch()
+    assert call(*line[:-1], tmp_path / "kept")[0] == 5
+    assert {p.name for p in (tmp_path / "kept").iterdir()} >= {"notes.txt", "tokenizer"}
+
+
+def test_an_audit_of_what_holds_no_shards(call: Call, run: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path / "missing", tmp_path):
+        code, out, err = call("tokenize", "audit", folder, "--tokenizer", run / "tok")
+        assert (code, out) == (3, "")
+        assert "no such folder" in err or "no token shards there" in err
+
+
+def test_guards_that_were_not_asked_are_counted_apart() -> None:
+    asked = [Finding("a", PASS), Finding("b", PASS), Finding.skipped("c", "too few", "0")]
+    assert guards_passed(asked) == "2 of 2 guards passed, 1 not asked"
+    assert guards_passed(asked[:1]) == "1 of 1 guard passed"
+
+
+# Lines and tables
+
+
+def test_lines_in_a_pipe_do_not_end_in_spaces(call: Call, run: Path) -> None:
+    for line in (("inspect", run / "ckpt" / "epoch-999.apr"), ("validate", run / "ckpt" / "epoch-999.apr")):
+        out = call(*line)[1]
+        assert len(out.splitlines()) > 4
+        assert not [x for x in out.splitlines() if x != x.rstrip()]
+
+
+def test_a_row_of_bisect_is_a_line(call: Call, run: Path) -> None:
+    line = ("bisect", run / "ckpt" / "epoch-999.apr", "--batch-size", 1, "--seq-length", 8, "--picture", "")
+    out = call(*line)[1]
+    table = out.split("stage ")[1].split("\n\n")[0].splitlines()[1:]
+    assert [row.split()[0] for row in table] == list(STAGES)
+
+
+def test_blocks_of_a_gguf_file_are_named(call: Call, run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
+    a, gguf = run / "ckpt" / "epoch-999.apr", tmp_path / "m.gguf"
+    assert call("export", a, "--format", "gguf", "--dtype", "q8_0", "-o", gguf)[0] == 0
+    assert json.loads(call("inspect", gguf, "--json")[1])["dtypes"] == ["Q8_0", "float32"]
+    rows = json.loads(call("diff", a, gguf, "--json")[1])["tensors"]
+    assert "Q8_0 [64, 32]" in {row["b"] for row in rows}
+
+
+def test_layers_without_are_named_as_such() -> None:
+    assert [_but_not(x) for x in ((), (1,), (1, 3))] == ["", " but not on layer 1", " but not on layers 1, 3"]

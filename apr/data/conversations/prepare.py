@@ -142,14 +142,14 @@ def _pack(
         spools = {s: Spool(folder / s, m.vocab_size, stack) for s in SIDES}
         hashes = _encode(corpus, encoder, m, sides, spools, progress)
         counts = {side: len(spool.sizes) for side, spool in spools.items()}
+        why = f"; the first that cannot be used: {m.skipped_first}" if m.skipped_first else ""
         if not any(counts.values()):
-            why = f"; the first that cannot be used: {m.skipped_first}" if m.skipped_first else ""
             raise Refused(f"--instruct {corpus}: no example to train on{why}")
         if not all(counts.values()):
             if len(set(hashes)) < 2 or sides.moved:
                 raise Refused(
                     f"--instruct {corpus}: one example cannot be divided into one to train on and one to validate with; give "
-                    "more examples"
+                    f"more examples{why}"
                 )
             return Sides.of(hashes, sides.fraction)
         separator = separator_of(spools["train"].inside + spools["val"].inside, encoder.tokenizer)
