@@ -100,22 +100,31 @@ def main(args: Sequence[str]) -> int:
         return chat(conversation, f.prompt, f.json)
     if prompts is not None:
         return _several(model, f, sampling, prompts)
-    return _one(model, f, sampling)
+    return _one(model, _with_prompt(f), sampling)
 
 
 def _parse(args: Sequence[str]) -> Flags:
-    """Read the command line; without a prompt, the prompt from a pipe or a file at the standard input."""
+    """Read the command line. Raises UsageError."""
     try:
-        f = parse(Flags, args, "apr run", __doc__ or "")
+        return parse(Flags, args, "apr run", __doc__ or "")
     except UsageError as e:
         several = "; several prompts go into a file: --prompts FILE" if TOO_MANY in str(e) else ""
         raise UsageError(f"{e}{several}") from None
+
+
+def _with_prompt(f: Flags) -> Flags:
+    """Take the prompt from the standard input, where it is a pipe or a file and no other prompt is given.
+
+    Raises MalformedFile."""
     if f.prompt or f.prompts is not None or f.chat or sys.stdin is None or sys.stdin.isatty():
         return f
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise MalformedFile(f"standard input: not UTF-8 at byte {e.start}; convert the prompt") from None
+    except OSError:
+        # A service's standard input may be closed, or be none that can be read.
+        return f
     # The line end that a shell or an editor puts behind a text is no part of it.
     return replace(f, prompt=text.removesuffix("\n").removesuffix("\r"))
 
