@@ -17,7 +17,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from rich.text import Text
 
 from ..bisect.report import Report
 from ..common.events import Started, Stepped
@@ -44,7 +43,7 @@ class Output(Console):
         with self.capture() as captured:
             super().print(*objects, **how)
         lines = [line.rstrip(" ") for line in captured.get().split("\n")]
-        super().print(Text("\n".join(lines)), end="", soft_wrap=True)
+        super().print(cell("\n".join(lines), lines=True), end="", soft_wrap=True)
 
     def on_broken_pipe(self) -> None:
         """Go on in silence when the reader of the output is gone (`| head`): training must not end with it."""
