@@ -9,6 +9,7 @@ from ..common.errors import UsageError
 from ..common.units import plural
 from .documents import MAX_HELD_BYTES, Item
 from .find import Sources
+from .json_records import read_json_records
 from .jsonl import read_jsonl, text_record
 from .parquet import pyarrow_modules, read_parquet
 from .source import Skipped, Source
@@ -25,8 +26,9 @@ class Corpus:
     bytes_read, total_bytes  bytes on disk, of the latest iteration
     separators     documents behind the first of a file, of the latest iteration
 
-    Names: FILE for a text file, FILE#NUMBER from 0 for a part of one, FILE:LINE from 1 for JSONL and FILE:ROW from 1 for
-    Parquet. A file that gives nothing else gives a Skipped; files that find_sources could not read come first.
+    Names: FILE for a text file, FILE#NUMBER from 0 for a part of one, FILE:LINE from 1 for JSONL, and from 1 too FILE:NUMBER
+    for an array of JSON and FILE:ROW for Parquet. A file that gives nothing else gives a Skipped; files that find_sources could
+    not read come first.
 
     A text file is used as a whole or not at all; of separated documents, lines and rows each one for itself. In a damaged
     archive those before the damage are used, as far as it shows: gzip and bzip2 tell some damage only by a
@@ -89,8 +91,9 @@ class Corpus:
             self._done, self._now = self._done + size, 0
 
     def _read(self, source: Source, advance: Callable[[int], None]) -> Iterator[Item]:
-        if source.kind == "jsonl":
-            return read_jsonl(source, partial(text_record, keys=self._keys), advance)
+        if source.kind in ("json", "jsonl"):
+            read = read_json_records if source.kind == "json" else read_jsonl
+            return read(source, partial(text_record, keys=self._keys), advance)
         if source.kind == "parquet":
             return read_parquet(source, self._keys, advance)
         if self._separator is None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..common.errors import InputNotFound, Refused
+from .json_records import why_no_records
 from .source import Compression, Kind, Skipped, Source
 
 COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".xz": "xz", ".bz2": "bz2"}
@@ -16,7 +17,7 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _TEXT_SUFFIXES = (
     ".adb .ads .asm .awk .bash .bat .bib .c .cc .cfg .clj .cmake .conf .cpp .cs .css .csv .cu .cuh .cxx .d .dart .diff "
     ".el .elm .erl .ex .exs .f .f90 .for .fs .fsx .go .gradle .groovy .h .hh .hpp .hs .htm .html .hxx .ini .java .jl .js "
-    ".json .jsx .kt .kts .lean .less .lisp .log .lua .m .markdown .md .mjs .mk .ml .mli .mm .nim .org .pas .patch .php "
+    ".jsx .kt .kts .lean .less .lisp .log .lua .m .markdown .md .mjs .mk .ml .mli .mm .nim .org .pas .patch .php "
     ".pl .pm .proto .ps1 .py .pyi .pyx .r .rb .rkt .rs .rst .s .sass .scala .scm .scss .sh .sql .srt .sv .svelte .swift "
     ".tcl .tex .text .tf .thy .toml .ts .tsv .tsx .txt .v .vb .vhd .vim .vue .xhtml .xml .yaml .yml .zig .zsh"
 )
@@ -58,11 +59,12 @@ class Sources(list[Source]):
 
 
 def find_sources(inputs: Sequence[str | Path], skip_folders: Sequence[str] = ()) -> Sources:
-    """Find the named files, and in folders those with a suffix of text, JSONL or Parquet, packed or not.
+    """Find the named files, and in folders those with a suffix of text, JSON, JSONL or Parquet, packed or not.
 
     Order: that of the inputs; in a folder that of the relative names as bytes. A file or folder that is reached twice,
     through links too, counts once. Folders whose name begins with a dot, __pycache__ and skip_folders are left out.
-    Raises InputNotFound: an input that does not exist or cannot be read; Refused: no file at all."""
+    Raises InputNotFound: an input that does not exist or cannot be read; Refused: no file at all, or a .json file that is
+    named and holds no records."""
     finder = _Finder(skip_folders)
     for given in inputs:
         finder.add(os.fspath(given))
@@ -96,6 +98,10 @@ class _Finder:
         kind, compression, suffix = _classify(given)
         if compression and suffix.startswith(".parquet"):
             raise Refused(f"{name}: a Parquet file in an archive cannot be read in parts; unpack it")
+        if kind == "json" and (
+            why := why_no_records(Source(Path(given), name, kind, compression, status.st_size))
+        ):
+            raise Refused(f"{name}: {why}")
         self._add_file(given, name, kind or "text", compression, status)
 
     def _add_file(
@@ -167,6 +173,9 @@ def _classify(name: str) -> tuple[Kind | None, Compression, str]:
     both = (inner + suffix if compression else suffix) or "no suffix"
     if inner in JSONL_SUFFIXES:
         return "jsonl", compression, both
+    # Never text: of what looks like records, keys and braces would be learnt.
+    if inner == ".json":
+        return "json", compression, both
     if inner == ".parquet" and not compression:
         return "parquet", "", both
     return ("text" if inner in TEXT_SUFFIXES else None), compression, both

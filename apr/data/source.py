@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from ..common.errors import AprError
 from ..common.files import opened
 
-Kind = Literal["text", "jsonl", "parquet"]
+Kind = Literal["text", "json", "jsonl", "parquet"]
 Compression = Literal["", "gz", "zst", "xz", "bz2"]
 
 # Bytes that are unpacked, or read from a file that is not packed, at once.

@@ -172,7 +172,7 @@ def test_alpaca_without_a_template_has_its_own_prompt():
     ("record", "reason"),
     [
         ([], "not an object"),
-        ({"text": "a"}, "no field"),
+        ({"text": "a"}, "text that is rendered already"),
         ({"prompt": 1, "response": "a"}, "not a string"),
         ({"prompt": "a", "response": " "}, "no answer"),
         ({"messages": []}, "not a list"),
@@ -461,6 +461,20 @@ def test_what_is_left_out_is_counted(prepared):
     assert m.skipped == {"broken JSON": 1, "no field": 1, "longer than --seq-length": 1}
     assert m.cut == 1
     assert "broken JSON" in prepared(rows).left_out()
+
+
+def test_a_file_of_which_more_than_half_cannot_be_used_is_refused(prepared):
+    other = {"conversations": [{"from": "human", "value": "a"}]}
+    half = len(CHATS)
+    assert PackedShards(prepared([*CHATS, *[other] * half]).sides["train"], own()).manifest.skipped
+    with pytest.raises(
+        Refused, match=f"{half + 1} of {2 * half + 1} records cannot be used, more than half"
+    ) as e:
+        prepared([*CHATS, *[other] * (half + 1)])
+    assert "ShareGPT" in str(e.value)
+    # Examples that are too long say nothing of the file.
+    long_ = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 300}]}
+    assert prepared([*CHATS, *[long_] * (half + 1)]).left_out()
 
 
 def test_a_side_without_examples_is_refused(prepared):
@@ -842,7 +856,7 @@ def test_whatever_the_micro_batch_the_loss_is_the_same(place, run, tmp_path):
         (["--init", "HF", "--instruct", "CHATS", "--val-dataset", "x"], 2, "--val-dataset"),
         (["--init", "HF", "--corpus", "CHATS", "--chat-template", "x"], 2, "--chat-template"),
         (["--init", "HF", "--instruct", "nowhere.jsonl"], 3, "nowhere.jsonl"),
-        (["--init", "HF", "--instruct", "HF/config.json"], 5, "not JSON Lines"),
+        (["--init", "HF", "--instruct", "HF/config.json"], 5, "neither an array of records nor JSON Lines"),
         (["--init", "HF", "--instruct", "CHATS", "--chat-template", "nowhere"], 3, "nowhere"),
     ],
 )

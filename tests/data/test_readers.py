@@ -119,7 +119,7 @@ def test_a_folder_is_read_in_the_order_of_its_relative_names(tmp_path: Path) -> 
     kinds = {s.path.name: (s.kind, s.compression, s.size) for s in found}
     assert kinds["q.parquet"] == ("parquet", "", 5)
     assert kinds["zz.jsonl"] == ("jsonl", "", 5)
-    assert kinds["n.json.gz"] == ("text", "gz", 5)
+    assert kinds["n.json.gz"] == ("json", "gz", 5)
 
 
 def test_the_order_does_not_depend_on_the_file_system(

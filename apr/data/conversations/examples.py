@@ -13,6 +13,7 @@ from ...common.files import check_values
 from ..corpus import Corpus
 from ..documents import Document, Item
 from ..find import find_sources
+from ..json_records import read_json_records
 from ..jsonl import read_jsonl
 from ..source import Skipped, Source, Unusable
 
@@ -24,6 +25,24 @@ ALPACA = (
     "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
+_JQ = "rewrite the file with jq -c"
+# Shapes of other tools that are not read: keys, name, recipe.
+SHAPES: tuple[tuple[set[str], str, str], ...] = (
+    (
+        {"conversations"},
+        "conversations as ShareGPT writes them",
+        f'{_JQ} \'{{messages: [.conversations[] | {{role: ({{human: "user", gpt: "assistant", system: "system"}}[.from]), '
+        "content: .value}]}'",
+    ),
+    (
+        {"chosen", "rejected"},
+        "pairs of preferences",
+        "for a tuning on answers alone, take the chosen one as the response",
+    ),
+    ({"text"}, "text that is rendered already", "train on it as text with --corpus, or give its messages"),
+)
+MESSAGES = f"{_JQ} '{{messages: (.prompt + .completion)}}'"
+PARTS = f'{_JQ} \'.messages[].content |= if type == "array" then map(select(.type == "text").text) | join("") else . end\''
 
 
 @dataclass(frozen=True)
@@ -36,20 +55,22 @@ class Example(Document):
 
 
 class Conversations(Corpus):
-    """Examples of JSON Lines files, compressed or not; an unusable record is a Skipped with its line."""
+    """Examples of JSON Lines and JSON files, compressed or not; an unusable record is a Skipped with its line or number."""
 
     def _read(self, source: Source, advance: Callable[[int], None]) -> Iterator[Item]:
-        return read_jsonl(source, _record, advance)
+        read = read_json_records if source.kind == "json" else read_jsonl
+        return read(source, _record, advance)
 
 
 def open_conversations(path: str) -> Conversations:
-    """Find the JSON Lines files of a path. Raises InputNotFound, Refused: another kind of file."""
+    """Find the JSON Lines and JSON files of a path. Raises InputNotFound, Refused: another kind of file."""
     sources = find_sources([path])
-    others = [s for s in sources if s.kind != "jsonl"]
+    others = [s for s in sources if s.kind not in ("json", "jsonl")]
     if others and (len(others) == len(sources) or not Path(path).is_dir()):
         raise Refused(
-            f"--instruct {others[0].path}: not JSON Lines; give a .jsonl file (also .jsonl.gz, .jsonl.zst), one object a line: "
-            '{"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "response": ...}'
+            f"--instruct {others[0].path}: not JSON Lines; give a .jsonl file (also .jsonl.gz, .jsonl.zst), one object a line, "
+            'or a .json file with an array of objects: {"messages": [{"role": ..., "content": ...}, ...]} or '
+            '{"prompt": ..., "response": ...}'
         )
     # Such as a README beside the data.
     for source in others:
@@ -86,8 +107,14 @@ def example_of(name: str, value: Any) -> Example:
         return _pair(name, question, prompt, _text(value, "output"))
     for key in ("response", "completion"):
         if "prompt" in value and key in value:
+            if isinstance(value["prompt"], list):
+                recipe = MESSAGES.replace(".completion", f".{key}")
+                raise Unusable("prompts as lists of messages", f"apr does not read them yet; {recipe}")
             prompt = _text(value, "prompt")
             return _pair(name, prompt, prompt, _text(value, key))
+    filled = {key for key, v in value.items() if isinstance(v, str | list)}
+    if (shape := next((s for s in SHAPES if s[0] <= filled), None)) is not None:
+        raise Unusable(shape[1], f"apr does not read them yet; {shape[2]}")
     keys = ", ".join(map(repr, list(value)[:10]))
     raise Unusable(
         "no field",
@@ -126,6 +153,15 @@ def _conversation(name: str, value: dict[str, Any]) -> Example:
         if not isinstance(m, dict) or m.get("role") not in ROLES:
             role = m.get("role") if isinstance(m, dict) else m
             raise Unusable("role", f"messages[{i}] has role {role!r}, not one of {', '.join(ROLES)}")
+        if isinstance(m.get("content"), list):
+            raise Unusable(
+                "content as a list of parts", f"messages[{i}]; apr does not read them yet; {PARTS}"
+            )
+        if m.get("content") is None and "tool_calls" in m:
+            detail = (
+                f"messages[{i}] calls tools and has no text; leave such conversations, or those messages, out"
+            )
+            raise Unusable("tool calls", detail)
         _text(m, "content", f"messages[{i}].content")
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
         raise Unusable("no answer", "no message of the assistant has text")

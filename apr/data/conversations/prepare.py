@@ -28,6 +28,8 @@ from .render import EncodedExample, Encoder
 # Examples that are encoded at once.
 BATCH_EXAMPLES = 256
 SIDES = ("train", "val")
+# The reason to leave an example out that says nothing of the file.
+TOO_LONG = "longer than --seq-length"
 
 
 @dataclass(frozen=True)
@@ -169,13 +171,14 @@ def _encode(
     """Encode examples into the spool of their side; in m, count those that are skipped, cut, or copies.
 
     All texts of a conversation are on the side of its last one. Returns the lowest and the highest hash of those."""
-    examples, low, high = _examples(corpus, m), "", ""
+    examples, low, high, usable = _examples(corpus, m), "", "", 0
     with closing(Seen()) as seen:
         while batch := list(islice(examples, BATCH_EXAMPLES)):
             for example, encoded in zip(batch, encoder(batch), strict=True):
                 if isinstance(encoded, Skipped):
                     m.skip(encoded)
                     continue
+                usable += 1
                 kept = _fitted(example.name, encoded, m)
                 if not kept:
                     continue
@@ -191,6 +194,12 @@ def _encode(
                         m.duplicates += 1
             if progress:
                 progress("encode examples", corpus.bytes_read, corpus.total_bytes)
+    unusable = sum(n for reason, n in m.skipped.items() if reason != TOO_LONG)
+    if unusable > usable > 0:
+        raise Refused(
+            f"--instruct {corpus}: {unusable:,} of {unusable + usable:,} records cannot be used, more than half; the first: "
+            f"{m.skipped_first}. Mend them, or take them out where they are not meant to be trained on"
+        )
     return low, high
 
 
@@ -207,7 +216,7 @@ def _fitted(name: str, texts: list[EncodedExample], m: PackManifest) -> list[_Fi
         fitted = fit(encoded, room)
         if fitted is None:
             detail = f"{plural(encoded.ids.size, 'token')}, and no whole answer in {room}"
-            m.skip(Skipped(name, "longer than --seq-length", detail))
+            m.skip(Skipped(name, TOO_LONG, detail))
             continue
         sha256 = hashlib.sha256(fitted.ids.tobytes() + fitted.trained.tobytes()).hexdigest()
         out.append(_Fitted(fitted, sha256, fitted is not encoded))
