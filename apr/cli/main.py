@@ -110,7 +110,7 @@ def _explained(e: BaseException) -> tuple[str, str, int] | None:
     if broken := broken_package(e):
         return broken, AprError.status, DeviceError.exit_code
     if isinstance(e, OSError):
-        place = os.fsdecode(e.filename or "output")
+        place = os.fsdecode(e.filename) if isinstance(e.filename, str | bytes) else "output"
         return f"{place}: {e.strerror or e}", IOFailure.status, IOFailure.exit_code
     return None
 

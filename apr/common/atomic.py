@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import IOFailure, Refused
+from .temporary import place_for_matplotlib
 
 # Name of a temporary file: that of the file, the number of the process, and chance.
 LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp", re.DOTALL)
@@ -249,6 +250,7 @@ def write_figure(path: str | Path, figure: Any) -> None:
 
 def drawn(draw: Callable[[Path], Any], path: str | Path) -> None:
     """Draw a picture into a file. Raises IOFailure whatever is wrong, matplotlib included: figures are whole without it."""
+    place_for_matplotlib()
     try:
         draw(Path(path))
     except IOFailure:

@@ -52,7 +52,7 @@ def download(source: str, patterns: Sequence[str], revision: str | None = None) 
     except OSError as e:
         if e.errno is not None and e.filename is not None:
             # The disk, not the network.
-            raise IOFailure(f"{e.filename}: {e.strerror}; make room, or {by_hand}") from None
+            raise IOFailure(f"{e.filename}: {e.strerror}; make room, set HF_HOME, or {by_hand}") from None
         raise _unreachable(name, e, by_hand) from None
     except Exception as e:  # whatever the library's network layer raises
         raise _unreachable(name, e, by_hand) from None

@@ -31,6 +31,19 @@ def private_temporary(name: str) -> Path | None:
         return None
 
 
+def place_for_matplotlib() -> None:
+    """Let Matplotlib keep its list of fonts among temporary files where the user's folders cannot be written: it would make a
+    new one each time, and say so."""
+    places = (("XDG_CONFIG_HOME", "~/.config"), ("XDG_CACHE_HOME", "~/.cache"))
+    folders = [
+        Path(os.environ.get(name) or os.path.expanduser(usual)) / "matplotlib" for name, usual in places
+    ]
+    if "MPLCONFIGDIR" not in os.environ and not all(map(is_writable, folders)):
+        folder = private_temporary("matplotlib")
+        if folder is not None:
+            os.environ["MPLCONFIGDIR"] = str(folder)
+
+
 def is_writable(folder: Path) -> bool:
     """Tell whether files can be written into a folder, or into the first above it that is there."""
     while not os.path.lexists(folder) and folder != folder.parent:

@@ -225,6 +225,28 @@ def test_import_from_the_hub(source: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            PermissionError(13, "Permission denied", "/home/a/.cache/huggingface"),
+            "/home/a/.cache/huggingface: .*set HF_HOME",
+        ),
+        (OSError(28, "No space left on device", "/home/a/x"), "/home/a/x: No space left"),
+    ],
+)
+def test_a_download_that_fails(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that cannot be written is no fault of the network."""
+    hub = pytest.importorskip("huggingface_hub")
+
+    def download(*args: Any, **more: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with pytest.raises(IOFailure, match=said):
+        import_model("hf://org/name", Path("m.apr"))
+
+
+@pytest.mark.parametrize(
     ("source", "revision", "kind", "words"),
     [
         ("https://huggingface.co/org/name", None, UsageError, "hf://org/name"),

@@ -166,3 +166,18 @@ def test_what_a_search_finds_while_nothing_is_to_be_written(
     # An error of the block goes on.
     with pytest.raises(FileNotFoundError), throwaway_cache("cublaslt"):
         raise FileNotFoundError
+
+
+def test_matplotlib_has_a_place(monkeypatch: pytest.MonkeyPatch, places: Path) -> None:
+    for name in ("MPLCONFIGDIR", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, "")  # so that what is set here is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(places))
+    temporary.place_for_matplotlib()
+    assert "MPLCONFIGDIR" not in os.environ
+    monkeypatch.setenv("HOME", "/proc/none")
+    temporary.place_for_matplotlib()
+    assert Path(os.environ["MPLCONFIGDIR"]).parents[1] == places / "t"
+    monkeypatch.setenv("MPLCONFIGDIR", "/somebody/chose")
+    temporary.place_for_matplotlib()
+    assert os.environ["MPLCONFIGDIR"] == "/somebody/chose"
