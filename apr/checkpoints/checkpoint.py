@@ -136,9 +136,13 @@ class Checkpoint:
         maps = [parse_json(special, f"{self.source}: {SPECIAL_TOKENS}")] if special else []
         tokens = named_tokens([*maps, self.tokenizer_config])
         vocabulary = self.metadata.get("tokenizer.vocabulary") or []
+        if not isinstance(vocabulary, list):
+            raise MalformedFile(
+                f"{self.source}: tokenizer.vocabulary = {short(vocabulary)} is not a list of tokens"
+            )
         for name in ("bos_token", "eos_token"):
             i = self.metadata.get(f"tokenizer.{name}_id")
-            if isinstance(i, int) and 0 <= i < len(vocabulary):
+            if isinstance(i, int) and 0 <= i < len(vocabulary) and isinstance(vocabulary[i], str):
                 tokens.setdefault(name, vocabulary[i])
         return tokens
 

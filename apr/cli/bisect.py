@@ -42,6 +42,9 @@ from .bisect_tables import print_catalogue, print_report
 from .show import Output
 from .tables import cell
 
+# Of a batch: an array for each of some hundred taps follows from it.
+MAX_TOKENS = 1 << 24
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -257,6 +260,10 @@ def _given(f: Flags, source: HostModel) -> tuple[Batch, list[ArrayComparison]]:
         if f.text:
             raise Refused(f"{f.model}: no tokenizer in it, so --text cannot be read; give --tokens")
         return batches.at_random(source.cfg, shape, f.seed), []
+    if shape[0] * shape[1] > MAX_TOKENS:
+        raise UsageError(
+            f"--batch-size {shape[0]} x --seq-length {shape[1]}: at most {MAX_TOKENS:,} tokens are compared"
+        )
     text = read_text(Path(f.text)) if f.text else batches.PASSAGE * (1 + shape[0] * shape[1] // 128)
     return batches.from_text(text, source.tokenizer, shape, f.text or "a passage of prose and code")
 

@@ -17,7 +17,7 @@ import pytest
 
 import tokenizer_cases
 from apr.api import Printed
-from apr.checkpoints.apr2 import write_apr
+from apr.checkpoints.apr2 import read_apr, write_apr
 from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.hf import write_hf, write_safetensors
 from apr.cli.main import COMMANDS, main
@@ -271,3 +271,40 @@ def test_one_function_spells() -> None:
     assert line.isprintable()
     assert "\u00e9" in line
     assert json.loads(line) == {"a": EVIL + "\u00e9\n\U000e0001"}
+
+
+@pytest.mark.parametrize("value", [None, True, 1, -1, 1e300, "x", [], [None], [1] * 300, {}, {"a": 1}])
+@pytest.mark.parametrize("key", ["tokenizer.vocabulary", "tokenizer.bos_token_id", "tokenizer.eos_token_id"])
+def test_metadata_of_any_type(
+    place: Path, key: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a checkpoint whose checksums are right says of its tokenizer is an answer or an error of ours."""
+    sound = read_apr(place / "m.apr")
+    path = tmp_path / "m.apr"
+    write_apr(path, {**sound.metadata, key: value}, dict(sound.tensors), "float32")
+    (tmp_path / "t.jinja").write_text("{{ messages[0].content }}")
+    chat = [
+        "run",
+        str(path),
+        "x",
+        "--chat",
+        "--chat-template",
+        str(tmp_path / "t.jinja"),
+        "--max-tokens",
+        "1",
+    ]
+    for args in (chat, ["inspect", str(path)], ["validate", str(path)]):
+        assert main(args) in (0, 4, 5, 9)
+    if key == "tokenizer.vocabulary" and value in (1, -1, 1e300, "x"):
+        assert main(chat) == 4
+        assert "is not a list of tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["99999999999999999999", "-1", str(1 << 63)])
+def test_a_count_that_the_library_cannot_take(value: str, place: Path, tmp_path: Path) -> None:
+    args = ["tokenize", "train", str(place / "corpus"), "--vocab-size", "300", "-o", str(tmp_path / "t")]
+    assert main([*args, "--min-frequency", value]) == 2
+
+
+def test_more_tokens_than_a_comparison_can_hold(place: Path) -> None:
+    assert main(["bisect", str(place / "m.apr"), "--batch-size", str((1 << 63) - 1)]) == 2

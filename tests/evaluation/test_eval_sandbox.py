@@ -588,6 +588,7 @@ def test_a_run_scores_programs_and_says_what_kept_them_in():
         (HumanEvalSettings(samples=0), None, UsageError, "--samples 0"),
         (HumanEvalSettings(samples=2), None, UsageError, "--temperature"),
         (HumanEvalSettings(limits=Limits(0)), None, UsageError, "--timeout"),
+        (HumanEvalSettings(limits=Limits(1e10)), None, UsageError, "--timeout"),
         (HumanEvalSettings(limits=Limits(LONG)), lambda p, s: (" \n", 3), Refused, "empty"),
     ],
 )

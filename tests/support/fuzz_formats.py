@@ -7,6 +7,7 @@ uses what it accepts (touches every tensor, encodes and decodes a line), so that
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from io import BytesIO
@@ -36,22 +37,33 @@ from apr.checkpoints.gguf_vocab import vocabulary_keys
 from apr.checkpoints.hf import read_safetensors, write_hf, write_safetensors
 from apr.checkpoints.registry import open_any
 from apr.checkpoints.tensors import TensorFile
-from apr.common.errors import UsageError
+from apr.common.errors import InputNotFound, MalformedFile, UsageError
+from apr.common.finding import SEVERITY
 from apr.data.audit import audit
 from apr.data.batches import Windows
 from apr.data.repair import repair_manifest
 from apr.data.shards import TokenShards
+from apr.evaluation.choices import read_items
+from apr.evaluation.humaneval import read_problems
+from apr.evidence.gates import Gates
+from apr.evidence.seal import seal
+from apr.evidence.verdict import save_verdict
 from apr.model.config import ModelConfig
 from apr.model.hf_config import from_hf, to_hf
 from apr.model.optim import AdamW  # noqa: F401 -- so that a forked worker has it already
 from apr.model.params import Layout
 from apr.model.presets import PRESETS, load_config
+from apr.model.schedule import Schedule
+from apr.report.page import render
 from apr.tokenizer import import_hf as importing
 from apr.tokenizer.families import FAMILIES, Family
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.vocab_format import BYTE_CHARACTERS
 from apr.training import settings
+from apr.training.metrics import read_lines
 from apr.training.rundir import RunDir
+from apr.verify.record import Options, Record
+from apr.verify.verifier import verify
 from mutations import mutate_file
 
 Case = dict[str, bytes]
@@ -201,6 +213,9 @@ def use_model(source: str) -> None:
     flat = np.zeros(layout.size, np.float32)
     fill(layout, flat, loaded)
     assert loaded.sha256
+    assert isinstance(loaded.named_tokens, dict)
+    assert isinstance(loaded.chat_template, str | None)
+    loaded.end_ids()
     if loaded.kind == "hf":
         assert all(row.err <= row.tol for row in stored.rows(source, loaded.cfg, flat))
     tokenizer = loaded.tokenizer
@@ -491,6 +506,95 @@ def read_run_case(folder: Path) -> None:
     run.log.lines()
 
 
+def record_seeds() -> list[Case]:
+    """A run that was stopped after four steps, before anything was saved, as its files tell it."""
+    asked = dict(model="qwen2-tiny", corpus="c", run_dir="r", num_steps=9, steps_per_epoch=2, dtype="float32")
+    s = settings.resolve(settings.Settings(**asked, batch_size=2, micro_batch_size=2, seq_length=8))  # type: ignore[arg-type]
+    assert s.lr and s.lr_min is not None and s.warmup_steps is not None  # noqa: PT018
+    schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)
+    val = {
+        "val_loss": 5.5,
+        "val_loss_stderr": 0.1,
+        "val_bits_per_byte": 2.0,
+        "val_tokens": 16,
+        "wall_ms": 5.0,
+    }
+    lines: list[dict[str, Any]] = [{"step": 0, **val}]
+    for i in range(1, 5):
+        line = {"step": i, "train_loss": 5.5, "grad_norm": 1.0, "weight_norm": 3.0, "lr": schedule(i)}
+        lines.append({**line, "tokens_seen": 16 * i, "wall_ms": 8.0, "tokens_per_sec": 2000.0})
+        lines += [{"step": i, **val}] if i % 2 == 0 else []
+    data = {
+        "train_sha256": "0",
+        "val_sha256": "0",
+        "tokenizer_sha256": "0",
+        "val_tokens": 16,
+        "val_bytes": 64,
+    }
+    config = {
+        "settings": asdict(s),
+        "model": to_hf(PRESETS["qwen2-tiny"]),
+        "num_parameters": 5,
+        "data": {**data, "val_unigram_entropy_nats": 5.0},
+        "data_folders": {"train": "gone", "val": "gone"},
+        "device": {"backend": "cpu"},
+    }
+
+    def make(folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        sample = {"step": 2, "prompt": "a", "text": "ab"}
+        (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+        gates = Gates({})
+        gates.close("not asked")
+        save_verdict(folder, gates, "INTERRUPTED", 4, 5.5)
+        seal(folder)
+
+    return [made(make)]
+
+
+def read_record_case(folder: Path) -> None:
+    """Mostly, what was changed is sealed again: the checks behind the first one come after."""
+    size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+    if size % 5 and os.path.isfile(folder / "evidence.json"):
+        seal(folder)
+    for line in read_lines(folder / "metrics.jsonl", strict=False):
+        assert isinstance(line["step"], int)
+    try:
+        record = Record(folder, Options(backend="none"), lambda text: None)
+        for finding in verify(record):
+            assert finding.verdict in SEVERITY
+    except UsageError as e:  # which names flags, and settings
+        raise MalformedFile(f"{folder}: {e}") from None
+    finally:
+        if size % 3 == 0:
+            with contextlib.suppress(InputNotFound, MalformedFile):
+                assert render(folder, settings.Settings)
+
+
+def question_seeds() -> list[Case]:
+    rows: list[dict[str, Any]] = [
+        {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"},
+        {"goal": "g", "sol1": "a", "sol2": "b", "label": 0},
+        {"context": "c", "choices": [" a", " b"], "answer": 0},
+    ]
+    problem = {"task_id": "t/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): f()\n"}
+    texts = ["".join(json.dumps(row) + "\n" for row in rows).encode(), json.dumps(problem).encode()]
+    return [
+        {"q.jsonl": texts[0]},
+        {"h.jsonl": texts[1]},
+        {"q.jsonl": gzip.compress(texts[0], mtime=0)},
+        {"h.jsonl": gzip.compress(texts[1] + b"\n" + b" " * (1 << 20), mtime=0)},
+    ]
+
+
+def read_question_case(folder: Path) -> None:
+    """A file beside another one is named as well as one alone."""
+    for name, read in (("q.jsonl", read_items), ("h.jsonl", read_problems)):
+        if os.path.lexists(folder / name):
+            assert read(str(folder / name))  # type: ignore[operator]
+
+
 def clear(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -512,5 +616,7 @@ FORMATS = {
         Format("import", import_seeds, read_import_case, 4, 48 * MIB),
         Format("settings", settings_seeds, read_settings_case, 6),
         Format("run", run_seeds, read_run_case, 5),
+        Format("record", record_seeds, read_record_case, 6, 64 * MIB),
+        Format("questions", question_seeds, read_question_case, 6),
     )
 }

@@ -39,7 +39,9 @@ class Flags:
     special_tokens: tuple[str, ...] = option(
         "one more special token, after the end of text; may be given again", (), metavar="TOKEN"
     )
-    min_frequency: int = option("how often a pair must occur to be merged", 2, metavar="TIMES")
+    min_frequency: int = option(
+        "how often a pair must occur to be merged", 2, at_least=0, below=1 << 63, metavar="TIMES"
+    )
     normalization: str = option("applied to all text first", "none", choices=("none", "nfc"))
     val_fraction: float = option(
         "leave out the documents that encode-corpus holds out with this fraction, so that validation text is new to the "
