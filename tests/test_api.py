@@ -247,9 +247,14 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("APR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def test_train_tells_of_everything(job, tmp_path, capfd):
+@pytest.mark.parametrize("background", [True, False])
+def test_train_tells_of_everything(job, tmp_path, capfd, background):
     heard = Heard()
-    result = apr.train({**job, "run-dir": str(tmp_path / "run")}, [heard])
+    result = apr.train({**job, "run-dir": str(tmp_path / "run"), "background_saves": background}, [heard])
+    if background:  # some steps later, and before the next evaluation
+        names = [e[0] for e in heard.events]
+        assert names.index("checkpoint") in range(5, 9)
+        heard.events.insert(5, heard.events.pop(names.index("checkpoint")))
     names = [e[0] for e in heard.events]
     assert names == [
         "evaluation",
@@ -297,7 +302,7 @@ def test_a_failing_callback_ends_the_run_with_its_state_saved(job, tmp_path, eve
     run = tmp_path / "run"
     after = Heard()
     with pytest.raises(CallbackFailed, match=r"Heard.on_\w+ raised ValueError: planted.*--resume") as raised:
-        apr.train({**job, "run_dir": str(run)}, [Heard(event), after])
+        apr.train({**job, "run_dir": str(run), "background_saves": False}, [Heard(event), after])
     assert isinstance(raised.value.__cause__, ValueError)
     assert isinstance(raised.value, AprError)
     assert after.events[-1][0] == "end"  # the others are told all the same

@@ -11,7 +11,7 @@ NAME is the Hugging Face name of a parameter, or PEFT's of an adapter.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,38 @@ def sha256(arrays: Iterable[np.ndarray]) -> str:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """Everything that a saved state holds, as it was at the end of a step.
+
+    flats          {prefix of the tensors' names: (layout.size,) float32}, on the host
+    adapter_facts  metadata of adapters, {} where the weights themselves are trained
+    """
+
+    cfg: ModelConfig
+    layout: Layout | AdapterLayout
+    flats: dict[str, np.ndarray]
+    adapter_facts: dict[str, Any]
+
+    def optimizer_sha256(self) -> str:
+        """SHA-256 of the optimizer's flat arrays, padding included."""
+        return sha256(flat for prefix, flat in self.flats.items() if prefix)
+
+    def save(self, path: Path, progress: dict[str, Any]) -> None:
+        """Write an APR file. Raises IOFailure."""
+        tensors = {
+            prefix + name: x
+            for prefix, flat in self.flats.items()
+            for name, x in self.layout.named(flat).items()
+        }
+        meta = {
+            **config_to_metadata(self.cfg),
+            "training": progress,
+            "state_sha256": sha256(tensors.values()),
+        }
+        write_apr(path, meta | self.adapter_facts, tensors, "float32")
+
+
+@dataclass(frozen=True)
 class TrainingState:
     """Everything of a run that training changes: the flat arrays of an optimizer, named by a layout.
 
@@ -54,30 +86,17 @@ class TrainingState:
         opt = self.optimizer
         return {"": opt.master} | {f"{OPTIMIZER}{name}.": flat for name, flat in sorted(opt.state.items())}
 
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Read (name, tensor) of all weights and states, in the order of a file."""
-        for prefix, flat in self.buffers().items():
-            for name, x in self.layout.named(self.optimizer.be.to_host(flat)).items():
-                yield prefix + name, x
-
     def sha256(self) -> str:
         """SHA-256 of weights and optimizer state as they are on the device."""
-        return sha256(x for _, x in self.tensors())
+        to_host = self.optimizer.be.to_host
+        return sha256(
+            x for flat in self.buffers().values() for x in self.layout.named(to_host(flat)).values()
+        )
 
-    def optimizer_sha256(self) -> str:
-        """SHA-256 of the optimizer's flat arrays, padding included."""
-        flats = [flat for prefix, flat in self.buffers().items() if prefix]
-        return sha256(self.optimizer.be.to_host(flat) for flat in flats)
-
-    def save(self, path: Path, progress: dict[str, Any]) -> None:
-        """Write an APR file. Raises IOFailure."""
-        tensors = dict(self.tensors())
-        meta = {
-            **config_to_metadata(self.cfg),
-            "training": progress,
-            "state_sha256": sha256(tensors.values()),
-        }
-        write_apr(path, meta | self._adapter_facts(), tensors, "float32")
+    def snapshot(self, copy: Callable[[str, Any], np.ndarray]) -> Snapshot:
+        """Copy the flat arrays to the host, where training does not change them. copy: as HostCopies do it."""
+        flats = {prefix: copy(prefix, flat) for prefix, flat in self.buffers().items()}
+        return Snapshot(self.cfg, self.layout, flats, self._adapter_facts())
 
     def load(self, path: Path) -> tuple[dict[str, Any], str | None]:
         """Put a saved state into the optimizer; return its progress and recorded SHA-256 (None in old states).

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..backends.select import select
@@ -16,10 +17,14 @@ from ..checkpoints.registry import open_any
 from ..common.errors import Refused, UsageError
 from ..common.options import device_option, dtype_option, json_option, option, parse, threads_option
 from ..common.units import plural
-from ..model.cost import check_positions, flops_per_token, matmul_rate, memory
-from ..model.lora import AdapterLayout, check_rank, lora_config
+from ..model.config import ModelConfig
+from ..model.cost import check_positions, flops_per_token, matmul_rate, memory, save_copies
+from ..model.lora import AdapterLayout, LoraConfig, check_rank, lora_config
+from ..model.optim import AdamW
 from ..model.params import Layout
 from ..model.presets import PRESETS, load_config
+from ..training import disk
+from ..training.settings import Settings
 from .show import Show
 
 
@@ -37,6 +42,16 @@ class Flags:
     )
     seq_length: int = option("tokens per sequence", 1024, at_least=1, metavar="TOKENS")
     num_steps: int | None = option("optimizer steps, for the FLOPs of the whole job", at_least=1)
+    steps_per_epoch: int = option(
+        "steps between evaluations", Settings.steps_per_epoch, above=0, metavar="STEPS"
+    )
+    keep_checkpoints: int = option(
+        "how many of the latest checkpoints are kept, for the disk; 0: all",
+        Settings.keep_checkpoints,
+        at_least=0,
+    )
+    keep_states: int = option("how many saved states are kept, for the disk", Settings.keep_states, above=0)
+    run_dir: str | None = option("folder of the run, for the disk", metavar="FOLDER", path=True)
     train: bool = option("training; --no-train: one forward pass", True)
     recompute: bool = option("keep only the input of each block, compute the rest again in backward", False)
     mask_documents: bool = option("attention stops where a document ends", False)
@@ -69,8 +84,11 @@ def main(args: Sequence[str]) -> int:
     layout, micro = Layout(cfg), min(f.micro_batch_size or f.batch_size, f.batch_size)
     need = memory(
         cfg, backend, micro, f.seq_length, dtype, f.train,
-        recompute=f.recompute, documents=f.mask_documents, lora=lora,
+        recompute=f.recompute, documents=f.mask_documents, lora=lora, saves=True,
     )  # fmt: skip
+    planned = _disk(f, cfg, dtype, lora) if f.train else None
+    room = disk.free_bytes(Path(f.run_dir or "runs"))
+    copies = save_copies(cfg, dtype, AdamW, lora) if f.train else 0
     adapters = AdapterLayout(cfg, lora) if lora else None
     have = backend.free_memory()
     flops = flops_per_token(cfg, f.seq_length, f.train)
@@ -85,6 +103,10 @@ def main(args: Sequence[str]) -> int:
         "bytes": {**vars(need), "total": need.total},
         "available_bytes": have,
         "fits": have is None or need.total <= have,
+        "copies_bytes": copies,
+        "disk_bytes": {**vars(planned), "total": planned.total} if planned else None,
+        "free_disk_bytes": room,
+        "fits_on_disk": planned is None or room is None or planned.total <= room,
         "matmul_flops_per_sec": rate,
         "tokens_per_sec_limit": rate / flops,
     }
@@ -92,11 +114,11 @@ def main(args: Sequence[str]) -> int:
     if steps is not None:
         result["flops"] = flops * steps * f.batch_size * f.seq_length
         result["hours_at_limit"] = result["flops"] / rate / 3600
-    code = 0 if result["fits"] else Refused.exit_code
+    code = 0 if result["fits"] and result["fits_on_disk"] else Refused.exit_code
     if f.json:
         print(json.dumps(result, indent=2))
         return code
-    show, gib = Show(), 2**30
+    show, gib, beside = Show(), 2**30, copies and not need.copies
     parts = [(name, f"{value / gib:9.3f} GiB") for name, value in vars(need).items() if value]
     rows = [
         ("parameters", f"{layout.num_parameters:,} in {plural(len(layout.slots), 'tensor')}"),
@@ -106,6 +128,8 @@ def main(args: Sequence[str]) -> int:
         *parts,
         ("all buffers", f"{need.total / gib:9.3f} GiB for {micro} x {f.seq_length} tokens at once"),
         ("free memory", f"{have / gib:9.3f} GiB" if have is not None else "the system does not say"),
+        *([("main memory", f"{copies / gib:9.3f} GiB of copies that saves are written from")] if beside else []),
+        *([("disk", planned.in_words(room))] if planned else []),
         ("limit of speed", f"{rate / flops:,.0f} tokens/s: all FLOPs at this device's matrix-product rate, "
          f"{rate / 1e9:.0f} GFLOP/s, measured now"),
     ]  # fmt: skip
@@ -114,4 +138,24 @@ def main(args: Sequence[str]) -> int:
     show.table(f"plan: {f.init or f.model}", rows)
     if not result["fits"]:
         show.note("DOES NOT FIT: use a smaller --micro-batch-size, --seq-length or model, or --recompute")
+    if not result["fits_on_disk"]:
+        show.note(
+            "DOES NOT FIT ON THE DISK: give fewer --keep-checkpoints or --keep-states, or another --run-dir"
+        )
     return code
+
+
+def _disk(f: Flags, cfg: ModelConfig, dtype: str, lora: LoraConfig | None) -> disk.Disk:
+    """Compute the disk of the job; without --num-steps, of one that is long enough to remove checkpoints."""
+    if not f.num_steps and not f.keep_checkpoints:
+        raise UsageError(
+            "--keep-checkpoints 0 keeps all of them: say how many steps there are with --num-steps"
+        )
+    steps = f.num_steps or f.steps_per_epoch * (f.keep_checkpoints + f.keep_states + 2)
+    s = Settings(
+        num_steps=steps,
+        steps_per_epoch=f.steps_per_epoch,
+        keep_checkpoints=f.keep_checkpoints,
+        keep_states=f.keep_states,
+    )
+    return disk.disk(cfg, dtype, s, AdamW, lora)

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 Line = dict[str, Any]
+# Key in the metadata of a checkpoint: the step at which it was removed.
+REMOVED = "removed_at_step"
 
 
 class Event:
@@ -142,7 +144,8 @@ class FormulasChecked(Event):
 
 @dataclass(frozen=True)
 class Saved(Event):
-    """The checkpoint of an epoch is written, `facts` beside it."""
+    """The files of a checkpoint are whole, `facts` in its metadata. It is written while training goes on: the event comes
+    some steps after its evaluation, and before the next one."""
 
     path: Path
     facts: dict[str, Any]

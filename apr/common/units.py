@@ -1,4 +1,4 @@
-"""Express losses: per byte, as perplexity, and over how many steps a mean is taken."""
+"""Express losses per byte and as perplexity, over how many steps a mean is taken, and numbers of bytes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ LAST_STEPS = 20  # training losses whose mean stands beside a validation loss
 def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
     """Convert a loss per token to bits per UTF-8 byte of text."""
     return nats_per_token / math.log(2) * tokens / text_bytes
+
+
+def in_bytes(n: int) -> str:
+    """Write a number of bytes for a person: 812 bytes, 1.2 MiB, 3.45 GiB."""
+    for unit, power, digits in (("GiB", 30, 2), ("MiB", 20, 1), ("KiB", 10, 1)):
+        if n >= 1 << power:
+            return f"{n / (1 << power):,.{digits}f} {unit}"
+    return f"{n} bytes"
 
 
 def perplexity(nats_per_token: float) -> float:

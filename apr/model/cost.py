@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 
 from ..common.errors import Refused
+from ..common.host import available_memory
 from .buffers import WIDE, plan_buffers
 from .config import ModelConfig
 from .families import layers_of
@@ -70,6 +71,7 @@ class Memory:
     scratch: int = 0  # shared by all layers, rope tables and batch included
     logits: int = 0
     cache: int = 0  # keys and values of past positions
+    copies: int = 0  # that saves are written from, where the device computes in main memory
     backend: int = 0  # work space of the backend, and what its driver keeps
 
     @property
@@ -91,8 +93,11 @@ def memory(
     optimizer: type[Optimizer] | None = AdamW,
     documents: bool = False,
     lora: LoraConfig | None = None,
+    saves: bool = False,
 ) -> Memory:
-    """Bytes of a Model for batches of batch x seq tokens and, when it trains, of the optimizer of its weights or adapters."""
+    """Bytes of a Model for batches of batch x seq tokens and, when it trains, of the optimizer of its weights or adapters.
+
+    saves: with the copies that checkpoints and states are written from, where they lie in the memory of the device."""
     plan = plan_buffers(
         c, backend, batch, seq, loss_rows,
         dtype=dtype, train=train, recompute=recompute, cache=cache, documents=documents,
@@ -106,7 +111,32 @@ def memory(
     sums: dict[str, int] = {}
     for spec in specs:
         sums[spec.purpose] = sums.get(spec.purpose, 0) + spec.nbytes
-    return Memory(**sums, backend=backend.overhead())
+    copies = save_copies(c, dtype, optimizer, lora) if train and optimizer and saves else 0
+    return Memory(**sums, copies=0 if has_own_memory(backend) else copies, backend=backend.overhead())
+
+
+def has_own_memory(backend: ModuleType) -> bool:
+    """Tell the memory of a GPU from main memory."""
+    return backend.name == "cuda"
+
+
+def save_copies(c: ModelConfig, dtype: str, optimizer: type[Optimizer], lora: LoraConfig | None) -> int:
+    """Bytes in main memory of the copies that a checkpoint and a state are written from: the weights that the optimizer
+    updates and its state, and the weights that compute where these are others."""
+    trained = AdapterLayout(c, lora) if lora else Layout(c)
+    wide = WIDE[dtype]
+    copies = (1 + len(optimizer.moments)) * trained.size * np.dtype(wide).itemsize
+    return copies + (Layout(c).size * np.dtype(dtype).itemsize if lora or wide != dtype else 0)
+
+
+def check_main_memory(backend: ModuleType, copies: int) -> None:
+    """Raise Refused where main memory cannot hold the copies of what a GPU computes."""
+    have = available_memory()
+    if has_own_memory(backend) and have is not None and copies > have:
+        raise Refused(
+            f"a save is written from copies in main memory, {copies / 2**30:.2f} GiB, and {have / 2**30:.2f} GiB are free; "
+            "use a smaller --model, or adapters (--lora-rank)"
+        )
 
 
 def matmul_rate(backend: ModuleType, dtype: str = "float32", repeats: int = 5) -> float:
@@ -152,7 +182,15 @@ def choose_micro_batch(
     Raises Refused for a job that does not fit, with the options that would."""
     dtype = s.dtype or backend.dtypes[0]
     need = partial(
-        memory, cfg, backend, seq=seq, dtype=dtype, recompute=s.recompute, optimizer=optimizer, lora=lora
+        memory,
+        cfg,
+        backend,
+        seq=seq,
+        dtype=dtype,
+        recompute=s.recompute,
+        optimizer=optimizer,
+        lora=lora,
+        saves=True,
     )
     have = backend.free_memory()
     divisors = [d for d in range(batch, 0, -1) if batch % d == 0]

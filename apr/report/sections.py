@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.events import REMOVED
 from ..common.files import read_json
 from ..common.finding import FAIL, PASS, SKIPPED, SUSPECT
 from ..common.units import plural
@@ -196,7 +197,7 @@ def evaluation_rows(run: Run) -> list[dict[str, Any]]:
                 worse=bool(i and not losses[i] < losses[i - 1]),
                 bits=f"{bits:.3f}" if math.isfinite(bits) else "",
                 perplexity=perplexity(losses[i]),
-                checkpoint=f"epoch-{i:03d}.apr" if facts else "",
+                checkpoint="" if not facts else "removed" if REMOVED in facts else f"epoch-{i:03d}.apr",
                 weights=str(facts.get("weights_sha", ""))[:12],
                 best=i == best and len(e) > 1,
             )

@@ -20,7 +20,9 @@ class Callback:
         """After each evaluation, also before step 1: step, val_loss, val_tokens, val_bits_per_byte, ..."""
 
     def on_checkpoint(self, path: Path, facts: dict[str, Any]) -> None:
-        """After each checkpoint: its .apr file, and its metadata (step, train_loss, val_loss, ...)."""
+        """After each checkpoint: its .apr file, and its metadata (step, train_loss, val_loss, ...).
+
+        The file is whole. With background saves (the default) this is some steps after its evaluation."""
 
     def on_end(self, result: dict[str, Any]) -> None:
         """Once, when the run ends, however it does: status (DONE, INTERRUPTED, ABORTED, ...), verdict, steps, val_loss,

@@ -9,14 +9,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..checkpoints.checkpoint import fill
-from ..checkpoints.peft import adapter_start, write_adapter
+from ..checkpoints.peft import adapter_start
 from ..checkpoints.state import TrainingState
 from ..common.errors import MalformedFile
 from ..common.events import (
@@ -28,7 +27,6 @@ from ..common.events import (
     Noted,
     PassEnded,
     Reproduced,
-    Saved,
     Started,
     StepBegun,
     Stepped,
@@ -43,45 +41,16 @@ from ..model.optim import hyper_parameters, optimizer_class
 from ..model.schedule import Schedule
 from ..model.transformer import Model
 from .callbacks import CallbackFailed
-from .evaluate import Loss, Stopped, epoch_facts, evaluate, evaluated_on
+from .evaluate import Loss, Stopped, epoch_facts, evaluate
 from .inputs import Inputs
+from .progress import Progress
 from .rundir import RunDir, interrupted
 from .sample import sample_text
+from .saving import Epoch, Saver
+from .settings import is_due
 from .signals import StopRequest, handled
 
 SAMPLE_TOKENS = 64  # of the continuation of --sample at each evaluation
-
-
-@dataclass
-class Progress:
-    """Position of a run: the part of a state, beside weights and optimizer, that the rest of the run follows from.
-
-    data                  position in the stream of batches
-    epoch_losses          training losses of this epoch
-    grad_norm_max         of this epoch
-    val_losses            before step 1, then one per epoch
-    val_step              step of the latest evaluation
-    evals_without_best    evaluations since the best one
-    seconds               of steps and evaluations
-    best_flops            FLOP/s of the fastest step
-    last_loss, constant   loss of the latest step, and the number of steps before it with the same loss
-    gates                 findings so far
-    """
-
-    step: int = 0
-    tokens_seen: int = 0
-    data: dict[str, Any] = field(default_factory=dict)
-    epoch_losses: list[float] = field(default_factory=list)
-    grad_norm_max: float = 0.0
-    val_losses: list[float] = field(default_factory=list)
-    val_step: int = 0
-    best_val: float = math.inf
-    evals_without_best: int = 0
-    seconds: float = 0.0
-    best_flops: float = 0.0
-    last_loss: float | None = None
-    constant: int = 0
-    gates: list[dict[str, Any]] = field(default_factory=list)
 
 
 def micro_batches(ids: np.ndarray, targets: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -132,6 +101,9 @@ class Trainer:
         self.failed: CallbackFailed | None = None
         self.observers: list[Any] = []
         self.findings: Callable[[], list[dict[str, Any]]] = list
+        # Ends of the run before it was made longer, where it was evaluated too.
+        self.ends = {s.num_steps, *run.ends()}
+        self.saver = Saver(inputs, run, self.model, self.state, self.emit)
         self._steps_here = 0  # of this process
         self._saved = self._sampled = -1  # steps of the latest state and sample
 
@@ -159,6 +131,7 @@ class Trainer:
         """Load the latest saved state, where there is one to go on from, or begin anew. Raises Refused, MalformedFile."""
         if resume and self.run.has_state():
             self.load()
+            self.run.drop_after(len(self.progress.val_losses) - 1)
         else:
             self.begin_anew()
         self.model.tune(self.s.batch_size * self.s.seq_length)
@@ -275,6 +248,7 @@ class Trainer:
 
     def _evaluate_and_log(self) -> Line:
         """Evaluate; returns the line of the log. Raises Aborted through its observers."""
+        self.saver.wait()
         start = time.perf_counter()
         loss, tokens, error = self.evaluate()
         p, shards = self.progress, self.inputs.val.shards
@@ -298,24 +272,22 @@ class Trainer:
             self.run.log.write_sample(step=p.step, prompt=self.s.sample, text=text)
         return line
 
-    def _end_epoch(self) -> None:
-        """Evaluate, and save the checkpoint."""
-        i, p, line = self.inputs, self.progress, self._evaluate_and_log()
+    def _end_epoch(self) -> Epoch:
+        """Evaluate, and sum up the epoch that ends there."""
+        p, line = self.progress, self._evaluate_and_log()
         facts = epoch_facts(line, p.epoch_losses, p.tokens_seen, p.grad_norm_max, p.seconds)
-        evaluation = {"val_loss": line["val_loss"], **evaluated_on(i)}
-        epoch = len(p.val_losses) - 1
-        path = self.run.save_epoch(epoch, self.model, self.state, i.tokenizer, facts, evaluation, i.carried)
-        if self.lora:
-            folder, flat = self.run.ckpt / f"epoch-{epoch:03d}-adapter", i.backend.to_host(self.lora.w)
-            write_adapter(folder, self.lora.layout, flat, str(self.s.init), i.chat_template)
         p.epoch_losses, p.grad_norm_max = [], 0.0
-        self.emit(Saved(path, facts))
+        return Epoch(len(p.val_losses) - 1, facts, tuple(p.val_losses))
 
-    def _save_state(self) -> None:
-        self.progress.data = self.batches.state()
-        self.progress.gates = self.findings()
-        self.run.save_state(self.state, dataclasses.asdict(self.progress), self.s.keep_states)
-        self._saved = self.progress.step
+    def _save(self, epoch: Epoch | None, state: bool = True) -> None:
+        """Save the checkpoint of an epoch, the state, or both."""
+        progress = None
+        if state:
+            self.progress.data = self.batches.state()
+            self.progress.gates = self.findings()
+            self._saved, progress = self.progress.step, dataclasses.asdict(self.progress)
+        if epoch or state:
+            self.saver.save(epoch, progress)
 
     # The run
 
@@ -325,6 +297,7 @@ class Trainer:
         Raises Aborted, Interrupted (state saved), CallbackFailed (state saved), IOFailure."""
         p = self.progress
         self.run.log.open(p.step if p.val_losses else -1, p.val_step)
+        self.saver.reserve()
         try:
             with handled(self.stop):
                 try:
@@ -332,13 +305,16 @@ class Trainer:
                     status = self._steps()
                 except Stopped:  # in an evaluation, which the next start does again
                     if p.epoch_losses:
-                        self._save_state()
+                        self._save(None)
+                    self.saver.wait()
                     stopped = interrupted(self.run, p.step, self.failed)
                     raise stopped from stopped.__cause__
             if self.stop.is_asked:  # the signals are the caller's again: none is lost between
                 raise interrupted(self.run, p.step, self.failed)
             return status
         finally:
+            # The error of the run is the one to show.
+            self.saver.settle()
             self.run.log.close()
 
     def _begin(self) -> None:
@@ -358,12 +334,11 @@ class Trainer:
             while not (status or self.stop.is_asked) and (p.step < s.num_steps or self._epoch_is_over()):
                 status = self._step_and_save()
         except Exhausted as e:
-            if p.epoch_losses:
-                self._end_epoch()
-            self._save_state()
+            self._save(self._end_epoch() if p.epoch_losses else None)
             self.emit(Noted(str(e)))
         if self.stop.is_asked and self._saved < p.step:
-            self._save_state()
+            self._save(None)
+        self.saver.wait()
         return status or "DONE"
 
     def _step_and_save(self) -> str | None:
@@ -374,19 +349,19 @@ class Trainer:
             self.run.log.write(**line)
             self.emit(Stepped(line))
             self._announce_pass()
-        epoch_ends = self._epoch_is_over()
-        if epoch_ends:
-            self._end_epoch()
-        due = p.step % s.save_every == 0 if s.save_every else epoch_ends
-        status = self._finished() if epoch_ends else None
-        if due or self.stop.is_asked or status or p.step == s.num_steps:
-            self._save_state()
+            self.saver.poll()
+        epoch = self._end_epoch() if self._epoch_is_over() else None
+        status = self._finished() if epoch else None
+        is_end = bool(status) or p.step in self.ends
+        due = p.step % s.save_every == 0 if s.save_every else epoch is not None
+        is_kept = is_end or is_due(p.step, s.checkpoint_every)
+        self._save(epoch if is_kept else None, due or is_end or self.stop.is_asked)
         return status
 
     def _epoch_is_over(self) -> bool:
         """An epoch is complete, and its evaluation is still to come."""
         p = self.progress
-        return bool(p.epoch_losses) and (p.step % self.s.steps_per_epoch == 0 or p.step == self.s.num_steps)
+        return bool(p.epoch_losses) and (p.step % self.s.steps_per_epoch == 0 or p.step in self.ends)
 
     def _finished(self) -> str | None:
         """Return the status word when an evaluation ends the run early."""

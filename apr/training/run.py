@@ -11,18 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..common.atomic import drawn, locked, write_text
-from ..common.errors import (
-    AprError,
-    InputNotFound,
-    Interrupted,
-    IOFailure,
-    MalformedFile,
-    Refused,
-    UsageError,
-)
+from ..common.errors import AprError, InputNotFound, Interrupted, IOFailure, MalformedFile
 from ..common.files import make_folder
+from ..common.finding import PASS
 from ..common.host import threads
-from ..common.options import absolute_paths, flag
+from ..common.options import absolute_paths
 from ..common.provenance import code_sha256, git_commit, versions
 from ..evidence import before, verdict
 from ..evidence.asked import settings_arrive
@@ -40,28 +33,31 @@ from ..evidence.observers import (
     StepGates,
     VerdictFile,
 )
-from ..evidence.seal import EVIDENCE, seal
+from ..evidence.seal import EVIDENCE, compare, seal
 from ..evidence.start import FirstStep
 from ..evidence.subject import Subject
-from ..model.cost import memory
+from ..model.cost import check_main_memory, memory, save_copies
 from ..model.hf_config import to_hf
 from ..model.optim import optimizer_class
 from ..model.params import Layout
 from ..report.curve import loss_curve
 from ..report.page import render
-from . import loggers, summary
+from . import disk, loggers, summary
 from .callbacks import Callback, CallbackFailed, Callbacks
 from .display import Display
 from .evaluate import evaluated_on
 from .inputs import Inputs, open_inputs
-from .loop import Progress, Trainer
+from .loop import Trainer
+from .progress import Progress
+from .resume import check_same_data, continued
 from .rundir import RunDir, next_free, resume_command
 from .sample import sample_text
-from .settings import DEMO, Settings, check, resolve
+from .settings import DEMO, Settings, resolve
 from .signals import interrupting
 from .spot import FormulaChecks, SpotChecks
 from .start import StartRecord
 
+ENDED = ("DONE", "TARGET_REACHED", "EARLY_STOP")  # status words of runs that came to their end
 SAMPLE_TOKENS = 160  # of the continuation of --sample at the end
 
 
@@ -80,14 +76,18 @@ def train(
         with interrupting():
             if settings.resume:
                 settings = continued(settings, explicit or {})
+                if ended := _ended(settings, explicit or {}, show):
+                    return ended
             settings = resolve(settings)
             gates = Gates(parse_bounds(settings.bounds))
             loggers.check(settings.log)
             inputs = open_inputs(settings, show.preparing)
+            disk.check(inputs)
             run = _run_dir(inputs)
             with locked(run.path, "training in it"):
                 if settings.resume:
-                    _check_same_data(inputs, run)
+                    check_same_data(inputs, run)
+                    run.lengthen(settings.num_steps)
                 else:
                     run.create(_config(inputs, run))
                 run.clean()
@@ -182,11 +182,12 @@ def _judge_inputs(i: Inputs, gates: Gates) -> None:
     s = i.settings
     assert s.dtype is not None
     assert s.micro_batch_size is not None
+    kind = optimizer_class(s)
     need = memory(
         i.cfg, i.backend, s.micro_batch_size, s.seq_length, s.dtype,
-        recompute=s.recompute, documents=i.document_end is not None, lora=i.lora,
-        optimizer=optimizer_class(s),
+        recompute=s.recompute, documents=i.document_end is not None, lora=i.lora, optimizer=kind, saves=True,
     ).total  # fmt: skip
+    check_main_memory(i.backend, save_copies(i.cfg, s.dtype, kind, i.lora))
     source = str(s.init or s.model)
     before.judge_inputs(gates, i.backend, s.dtype, need, i.audit, i.train, i.val, i.cfg, source)
 
@@ -244,25 +245,35 @@ def _close(run: RunDir, show: Display) -> None:
     seal(run.path)
 
 
-def continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
-    """Read the settings of the run that is resumed; only what cannot change its numbers may differ."""
-    if settings.run_dir is None:
-        raise UsageError("--resume needs --run-dir: the folder of the run to go on with")
-    path = Path(settings.run_dir)
-    # Runs from before this setting put nothing before a document.
-    saved = check({"bos": "none", **RunDir(path).read_config()["settings"]}, str(path / "config.json"))
-    for key in ("dataset", "val_dataset", "tokenizer"):
-        if saved.get(key) and not Path(saved[key]).exists():
-            raise InputNotFound(f"{saved[key]}: gone; the run in {path} reads it as its {key}: put it back")
-    may_change = {f.name for f in dataclasses.fields(Settings) if f.metadata["may_change"]}
-    for key, value in absolute_paths(Settings, explicit).items():
-        if key not in may_change and saved.get(key) != value:
-            raise Refused(
-                f"{flag(key)} {value} differs from {saved.get(key)!r} of the run in {path}; a resumed run keeps its "
-                f"settings. Start a new run with --init {path}/ckpt/epoch-NNN.apr to change them"
-            )
-    kept = {key: explicit[key] for key in may_change if key in explicit}
-    return Settings(**{**saved, **kept, "resume": True, "run_dir": settings.run_dir})
+def _ended(settings: Settings, explicit: dict[str, Any], show: Display) -> dict[str, Any] | None:
+    """Return the result of a run that has ended well and lies as it was sealed: there is nothing to do.
+
+    None where there is: more steps, other bounds, gates that did not pass and are asked again, files that are missing."""
+    run = RunDir(Path(str(settings.run_dir)))
+    with locked(run.path, "training in it"):
+        try:
+            found, planned = verdict.read_verdict(run.path) or {}, run.num_steps()
+            if found.get("status") not in ENDED or found["verdict"] != PASS or "bounds" in explicit:
+                return None
+            is_early = found["status"] != "DONE" or found.get("steps") != planned
+            if settings.num_steps != planned and not is_early:
+                return None
+            changed = compare(run.path)
+        except (InputNotFound, MalformedFile):  # of a run that was killed while it ended, or was damaged
+            return None
+        if changed:
+            show.note(f"the run had ended; since then {'; '.join(changed[:3])}: it is ended again")
+            return None
+        result, rows = summary.result(run, found), summary.reached(run, found)
+    more = (
+        f"it would end at step {result['steps']} again"
+        if settings.num_steps != planned
+        else "`apr verify` checks it"
+    )
+    show.note(f"nothing to do: this run has ended, and its files are as they were then; {more}")
+    show.table("result", rows)
+    show.note(result["status"])
+    return result
 
 
 def _run_dir(i: Inputs) -> RunDir:
@@ -311,22 +322,6 @@ def _record_device(show: Display, i: Inputs, run: RunDir) -> None:
                 )
         facts = {**was, "went_on_with": [*was.get("went_on_with", []), facts]}
     run.record("device", facts)
-
-
-def _check_same_data(i: Inputs, run: RunDir) -> None:
-    """Compare the data with those that a resumed run began with. Raises Refused."""
-    saved = run.read_config().get("data")
-    for key, value in i.describe().items():
-        if key == "corpus":  # a name, which may be written in several ways; the hashes tell
-            continue
-        was = saved.get(key) if isinstance(saved, dict) else None
-        if key == "tokenizer_sha256" and i.tokenizer.is_recorded_as(was):
-            continue
-        if was != value:
-            raise Refused(
-                f"{run.path}/config.json: {key} was {was!r} when the run began and is {value!r} now; resume with the "
-                "data of then, or start a new run with --init"
-            )
 
 
 def _finish(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..checkpoints.apr2 import write_apr
 from ..checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
-from ..checkpoints.state import TrainingState, sha256
+from ..checkpoints.state import Snapshot, TrainingState, sha256
 from ..common.atomic import write_json
 from ..common.errors import InputNotFound, Interrupted, IOFailure, MalformedFile, Refused
+from ..common.events import REMOVED
 from ..common.files import read_json, short
 from ..common.run_paths import run_of
 from ..model.transformer import Model
@@ -66,6 +71,35 @@ class RunDir:
                 raise MalformedFile(f"{path}: {key} = {short(d[key])} is no object; restore the file")
         return d
 
+    def ends(self) -> list[int]:
+        """List the steps at which the run had ended before it was made longer."""
+        ends = self.read_config().get("ends", [])
+        if not isinstance(ends, list) or not all(type(e) is int for e in ends):
+            raise MalformedFile(
+                f"{self.path}/config.json: ends = {ends!r} is no list of steps; restore the file"
+            )
+        return ends
+
+    def num_steps(self) -> int:
+        """Read the number of steps of the run."""
+        n = self.read_config()["settings"].get("num_steps")
+        if type(n) is not int:
+            raise MalformedFile(
+                f"{self.path}/config.json: num_steps = {n!r} is no number of steps; restore the file"
+            )
+        return n
+
+    def lengthen(self, num_steps: int) -> None:
+        """Record another number of steps in config.json, and the end of before where the run has come to it."""
+        config = self.read_config()
+        was, states = self.num_steps(), self.states()
+        if num_steps == was:
+            return
+        if states and step_of(states[-1]) == was:
+            config["ends"] = [*self.ends(), was]
+        config["settings"]["num_steps"] = num_steps
+        write_json(self.path / "config.json", config)
+
     def clean(self) -> None:
         """Remove temporary files that a killed process has left; to be called while the folder is locked."""
         for left in [*self.path.glob(".*.tmp"), *self.ckpt.glob("**/.*.tmp")]:
@@ -77,26 +111,66 @@ class RunDir:
         self,
         epoch: int,
         model: Model,
-        state: TrainingState,
+        weights: np.ndarray,
+        snapshot: Snapshot,
         tokenizer: Tokenizer,
         facts: dict[str, Any],
         evaluation: dict[str, Any],
         carried: dict[str, Any] | None = None,
     ) -> Path:
-        """Write ckpt/epoch-NNN.apr with weights, architecture, tokenizer and the conditions of its validation loss, and its
-        metadata.json; returns the path."""
+        """Write ckpt/epoch-NNN.apr with weights (layout.size,), architecture, tokenizer and the conditions of its validation
+        loss, and its metadata.json; returns the path. model: of which configuration, layout and dtype are read."""
         path = self.ckpt / f"epoch-{epoch:03d}.apr"
-        w = model.be.to_host(model.w)
         meta = {**config_to_metadata(model.cfg), "evaluation": evaluation, **(carried or {})}
         embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id)
-        tensors = model.layout.named(w)
+        tensors = model.layout.named(weights)
         write_apr(path, meta, tensors, model.dtype)
-        hashes = {"optimizer_state_sha": state.optimizer_sha256(), "weights_sha": sha256(tensors.values())}
+        hashes = {"optimizer_state_sha": snapshot.optimizer_sha256(), "weights_sha": sha256(tensors.values())}
         facts = {"epoch": epoch, **facts, **hashes}
-        write_json(path.with_name(f"epoch-{epoch:03d}.metadata.json"), facts)
+        write_json(metadata_of(path), facts)
         return path
 
-    def save_state(self, state: TrainingState, progress: dict[str, Any], keep: int) -> Path:
+    def prune(self, epoch: int, step: int, val_losses: Sequence[float], keep: int) -> list[str]:
+        """Remove the checkpoints up to `epoch` but the latest `keep` and the best; returns the names of those removed.
+
+        The metadata of a checkpoint stays, and says at which step it was removed. keep 0: all stay."""
+        found = [p for p in self.checkpoints() if epoch_of(p) <= epoch]
+        if not keep or len(found) <= keep:
+            return []
+        kept = {*found[-keep:], min(found, key=lambda p: val_losses[epoch_of(p)])}
+        # Without metadata there is nothing that could say so.
+        removed = [p for p in found if p not in kept and metadata_of(p).is_file()]
+        for path in removed:
+            facts = read_json(metadata_of(path))
+            if not isinstance(facts, dict):
+                raise MalformedFile(f"{metadata_of(path)}: no object; restore the file, or remove it")
+            # First: a file that is gone without this word is missing.
+            write_json(metadata_of(path), {**facts, REMOVED: step})
+            shutil.rmtree(self.adapter_of(path), ignore_errors=True)
+            path.unlink(missing_ok=True)
+        return [p.name for p in removed]
+
+    def drop_after(self, epoch: int) -> None:
+        """Remove the checkpoints of later epochs, which a run that goes on from an earlier state makes again."""
+        for checkpoint in (c for c in self._epochs() if epoch_of(c) > epoch):
+            shutil.rmtree(self.adapter_of(checkpoint), ignore_errors=True)
+            checkpoint.unlink(missing_ok=True)
+            metadata_of(checkpoint).unlink(missing_ok=True)
+
+    def adapter_of(self, checkpoint: Path) -> Path:
+        """Name the folder of the adapter beside a checkpoint."""
+        return self.ckpt / f"{checkpoint.stem}-adapter"
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """Read the metadata of all epochs that had a checkpoint, in order. Raises MalformedFile."""
+        return [read_json(metadata_of(checkpoint)) for checkpoint in self._epochs()]
+
+    def _epochs(self) -> list[Path]:
+        """List the checkpoints of all epochs that have metadata, oldest first, whether they are there or not."""
+        found = (re.fullmatch(r"(epoch-\d{3,})\.metadata\.json", p.name) for p in self.ckpt.glob("epoch-*"))
+        return sorted((self.ckpt / f"{m[1]}.apr" for m in found if m), key=epoch_of)
+
+    def save_state(self, state: Snapshot, progress: dict[str, Any], keep: int) -> Path:
         """Write ckpt/state/step-NNNNNN.apr; remove all states but the latest `keep`."""
         path = self.state / f"step-{progress['step']:06d}.apr"
         self.log.sync()
@@ -108,12 +182,12 @@ class RunDir:
     def checkpoints(self) -> list[Path]:
         """List the checkpoints of the epochs, oldest first, by number: epoch-1000 comes after epoch-999."""
         found = [p for p in self.ckpt.glob("epoch-*.apr") if re.fullmatch(r"epoch-\d{3,}", p.stem)]
-        return sorted(found, key=lambda p: int(p.stem[6:]))
+        return sorted(found, key=epoch_of)
 
     def states(self) -> list[Path]:
         """List the saved states, oldest first."""
         found = [p for p in self.state.glob("step-*.apr") if re.fullmatch(r"step-\d{6,}", p.stem)]
-        return sorted(found, key=lambda p: int(p.stem[5:]))
+        return sorted(found, key=step_of)
 
     def has_state(self) -> bool:
         """Look for a state to go on from. Raises MalformedFile where all that were saved are damaged: to begin again
@@ -149,6 +223,21 @@ class RunDir:
                 last = e
                 path.replace(path.with_name(path.name + ".damaged"))
         raise MalformedFile(f"{last}; no other saved state is left in {self.state}")
+
+
+def epoch_of(checkpoint: Path) -> int:
+    """Read the number of its epoch from the name of a checkpoint."""
+    return int(checkpoint.stem[6:])
+
+
+def step_of(state: Path) -> int:
+    """Read the step from the name of a saved state."""
+    return int(state.stem[5:])
+
+
+def metadata_of(checkpoint: Path) -> Path:
+    """Name the metadata beside a checkpoint."""
+    return checkpoint.with_suffix(".metadata.json")
 
 
 def interrupted(run: RunDir, step: int, failed: CallbackFailed | None) -> Interrupted | CallbackFailed:

@@ -74,8 +74,41 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
+class SaveSettings:
+    """Saving: how often, how many to keep."""
+
+    checkpoint_every: int = option(
+        "steps between checkpoints, a multiple of --steps-per-epoch; 0: at every evaluation; the last evaluation has one "
+        "in any case",
+        0,
+        at_least=0,
+        metavar="STEPS",
+    )
+    keep_checkpoints: int = option(
+        "how many of the latest checkpoints to keep, and the best one beside them; 0: all",
+        5,
+        at_least=0,
+        may_change=True,
+    )
+    save_every: int = option(
+        "steps between saved states; 0: at every evaluation",
+        0,
+        at_least=0,
+        metavar="STEPS",
+        may_change=True,
+    )
+    keep_states: int = option("how many saved states to keep", 2, above=0, may_change=True)
+    background_saves: bool = option(
+        "write checkpoints and states while training goes on, from a copy in main memory; --no-background-saves: "
+        "training waits",
+        True,
+        may_change=True,
+    )
+
+
+@dataclass(frozen=True)
 class RunSettings:
-    """Run: folder, device, saved states, output."""
+    """Run: folder, device, output."""
 
     run_dir: str | None = option(
         "folder that the run writes (default: the next free runs/NAME)",
@@ -90,14 +123,6 @@ class RunSettings:
     device: str = device_option()
     threads: int | None = threads_option()
     resume: bool = option("go on with the run in --run-dir from its last saved state", False, may_change=True)
-    save_every: int = option(
-        "steps between saved states; 0: at every evaluation",
-        0,
-        at_least=0,
-        metavar="STEPS",
-        may_change=True,
-    )
-    keep_states: int = option("how many saved states to keep", 2, above=0, may_change=True)
     log: str | None = option(
         "loggers beside metrics.jsonl: tensorboard, wandb, or both with a comma",
         metavar="LOGGERS",
@@ -110,7 +135,9 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class Settings(RunSettings, EvidenceSettings, EvalSettings, OptimSettings, ModelSettings, DataSettings):
+class Settings(
+    RunSettings, SaveSettings, EvidenceSettings, EvalSettings, OptimSettings, ModelSettings, DataSettings
+):
     """Every setting of `apr pretrain`; None means "depends on other settings".
 
     A room declares the settings that it reads, and its functions take that base class: a Settings is each of them.
@@ -201,6 +228,11 @@ def resolve(s: Settings) -> Settings:
         raise UsageError("--dataset needs --tokenizer: the folder of the tokenizer that made the shards")
     check_ranges(Settings, vars(s))
     check_names(Settings, vars(s))
+    if s.checkpoint_every % s.steps_per_epoch:
+        raise UsageError(
+            f"--checkpoint-every {s.checkpoint_every}: a checkpoint records its validation loss, so it is made at an "
+            f"evaluation; give a multiple of --steps-per-epoch {s.steps_per_epoch}"
+        )
     defaults: dict[str, Any] = MODES[mode]
     adapters = s.lora_rank is not None or s.lora_init is not None
     lr = (LORA_LR if adapters else defaults["lr"]) if s.lr is None else s.lr
@@ -213,3 +245,8 @@ def resolve(s: Settings) -> Settings:
         if s.warmup_steps is None
         else s.warmup_steps,
     )
+
+
+def is_due(step: int, every: int) -> bool:
+    """Decide whether a step is one of every so many; every 0: each is."""
+    return not every or step % every == 0

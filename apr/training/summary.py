@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..common.files import read_json
+from ..common.errors import MalformedFile
+from ..common.events import REMOVED
 from ..common.finding import guards_passed
 from ..common.units import LAST_STEPS, plural
 from ..model.lora import AdapterLayout
 from ..model.params import Layout
+from . import disk
 from .display import Rows
 from .inputs import Inputs
-from .loop import Progress
-from .rundir import RunDir
+from .progress import Progress
+from .rundir import RunDir, epoch_of
 from .settings import Settings
 
 
@@ -33,6 +35,7 @@ def opening(i: Inputs, run: RunDir) -> Rows:
         *_adapters(i),
         ("job", f"{plural(s.num_steps, 'step')} of {s.batch_size} x {s.seq_length} tokens = {_millions(tokens)} tokens"),
         ("", f"{s.schedule} learning rate up to {s.lr:g}, {plural(s.warmup_steps or 0, 'warm-up step')}, seed {s.seed}"),
+        ("disk", disk.need(i).in_words(disk.free_bytes(run.path))),
         ("device", f"{i.backend.name}{chosen}: {what.get('gpu') or what['cpu']}"),
         ("", f"{s.dtype}, {plural(s.micro_batch_size or 1, 'sequence')} at once{', recomputing blocks' if s.recompute else ''}"),
         ("run directory", str(run.path)),
@@ -137,8 +140,8 @@ def closing(
     relation = f"{gain:.2f} below" if gain >= 0 else f"{-gain:.2f} above, not yet better than that"
     speed = p.tokens_seen / max(p.seconds, 1e-9)
     checkpoint = run.checkpoints()[-1]
-    facts = read_json(checkpoint.with_suffix(".metadata.json"))
-    epoch_steps = (p.step - 1) % i.settings.steps_per_epoch + 1
+    epochs = run.epochs()
+    facts, epoch_steps = epochs[-1], p.step - _evaluated_before(run, p.step)
     return [
         ("validation loss", f"{loss:.4f} nats/token = {evaluation['val_bits_per_byte']:.3f} bits/byte"),
         ("", f"on {plural(evaluation['val_tokens'], 'token')} that training never saw"),
@@ -149,7 +152,70 @@ def closing(
         ("uniform guess", f"{math.log(i.cfg.vocab_size):.4f} nats/token, ln of the vocabulary"),
         ("trained on", f"{plural(p.tokens_seen, 'token')} in {plural(p.step, 'step')}, {speed:,.0f} tokens/s with evaluations"),
         ("checkpoint", str(checkpoint)),
+        *_other_checkpoints(run, epochs),
         ("report", str(run.path / "report.html")),
         ("time", f"{seconds:.0f} s in all"),
         ("verdict", f"{verdict}{'' if verdict == 'PASS' else ': see the gates above'}"),
     ]  # fmt: skip
+
+
+def _evaluated_before(run: RunDir, step: int) -> int:
+    """Find the step of the evaluation before the one at `step`."""
+    return max((m["step"] for m in run.log.lines() if "val_loss" in m and m["step"] < step), default=0)
+
+
+def _other_checkpoints(run: RunDir, epochs: list[dict[str, Any]]) -> Rows:
+    """Name the best checkpoint, where it is not the last, and those that were removed."""
+    rows, there = [], run.checkpoints()
+    losses = {e["epoch"]: e["val_loss"] for e in epochs}
+    best = min(there, key=lambda p: losses.get(epoch_of(p), math.inf))
+    if best != there[-1]:
+        rows.append(("best checkpoint", str(best)))
+    removed = [e["epoch"] for e in epochs if REMOVED in e]
+    if removed:
+        rows.append(
+            ("removed", f"checkpoints of {len(removed)} epochs: {spans(removed)}; --keep-checkpoints")
+        )
+    return rows
+
+
+def spans(numbers: list[int]) -> str:
+    """Write whole numbers in order shortly: [1, 2, 3, 5] as "1 to 3, 5"."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ", ".join(f"{p[0]} to {p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def reached(run: RunDir, verdict: dict[str, Any]) -> Rows:
+    """Describe a run that had ended before this process."""
+    r = result(run, verdict)
+    return [
+        ("validation loss", f"{r['val_loss']:.4f} nats/token after {r['steps']:,} steps"),
+        ("checkpoint", str(run.checkpoints()[-1])),
+        ("report", str(run.path / "report.html")),
+        ("verdict", verdict["verdict"]),
+    ]
+
+
+def result(run: RunDir, verdict: dict[str, Any]) -> dict[str, Any]:
+    """Collect the result of a run that had ended before this process, as its files have it."""
+    lines = run.log.lines()
+    evaluations = [m for m in lines if "val_loss" in m]
+    if not evaluations or not run.checkpoints():
+        raise MalformedFile(f"{run.path}: no evaluation or no checkpoint in it, though the run has ended")
+    return {
+        "status": verdict["status"],
+        "steps": max((m["step"] for m in lines if "train_loss" in m), default=0),
+        "val_loss": evaluations[-1]["val_loss"],
+        "best_val_loss": min(m["val_loss"] for m in evaluations),
+        "val_bits_per_byte": evaluations[-1]["val_bits_per_byte"],
+        "unigram_entropy": run.read_config()["data"]["val_unigram_entropy_nats"],
+        "tokens_seen": max((m["tokens_seen"] for m in lines if "train_loss" in m), default=0),
+        "seconds": 0.0,
+        "run_dir": str(run.path),
+        "verdict": verdict["verdict"],
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 
 from ..common.errors import AprError
-from ..common.files import read_json
 from ..common.finding import FAIL, PASS, SEVERITY, SKIPPED, Finding, verdict_of
 from ..common.units import plural
 from ..evidence.gates import GATES, Gates
@@ -36,7 +35,8 @@ def metrics(r: Record) -> Finding:
         speed, wall = line["tokens_per_sec"], line["wall_ms"]
         if not near(speed * wall / 1e3, new):
             return Finding.of("metrics", False, f"step {line['step']}: {speed} tokens/s in {wall} ms", bound)
-    due = [0, *(e for e in range(1, last + 1) if e % s.steps_per_epoch == 0 or e == s.num_steps)]
+    ends = {s.num_steps, *r.run.ends()}
+    due = [0, *(e for e in range(1, last + 1) if e % s.steps_per_epoch == 0 or e in ends)]
     found = [line["step"] for line in r.evaluations]
     # The data may end between two evaluations.
     if found not in (due, [*due, last]) and not (r.is_cut and found == due[:-1]):
@@ -104,10 +104,8 @@ def _judge_again(r: Record) -> Gates:
 
 def epochs(r: Record) -> Finding:
     """Compare each ckpt/epoch-NNN.metadata.json with the steps and the evaluation that it sums up."""
-    found, evaluated = sorted(r.run.ckpt.glob("epoch-*.metadata.json")), len(r.evaluations) - 1
-    bound = "means and maxima of metrics.jsonl"
-    for path in found:
-        facts = read_json(path)
+    found, bound = r.run.epochs(), "means and maxima of metrics.jsonl"
+    for facts in found:
         i = facts["epoch"]
         steps = r.epoch(i)
         losses, norm = [line["train_loss"] for line in steps], max(line["grad_norm"] for line in steps)
@@ -115,9 +113,10 @@ def epochs(r: Record) -> Finding:
         expected = epoch_facts(r.evaluations[i], losses, steps[-1]["tokens_seen"], norm, seconds)
         for key, value in expected.items():
             if not near(facts[key], value):
-                measured = f"{path.name}: {key} = {facts[key]}, {value} by the log"
+                measured = f"epoch {i}: {key} = {facts[key]}, {value} by the log"
                 return Finding.of("epochs", False, measured, bound)
-    if len(found) != evaluated and not (r.is_cut and len(found) == evaluated - 1):
-        measured = f"{plural(len(found), 'epoch')}, {plural(evaluated, 'evaluation')} after training"
+    due, there = r.epochs_due(), [facts["epoch"] for facts in found]
+    if there != due and not (r.is_cut and there == due[:-1]):
+        measured = f"metadata of {plural(len(there), 'epoch')}, {plural(len(due), 'evaluation')} of which a checkpoint is due"
         return Finding.of("epochs", False, measured, bound)
     return Finding.of("epochs", True, f"{plural(len(found), 'epoch')}", bound)

@@ -16,7 +16,7 @@ from ..evidence.gates import parse_bounds
 from ..evidence.judge import Facts, epoch_before
 from ..evidence.verdict import VERDICT, read_verdict
 from ..training.rundir import PARTS, RunDir
-from ..training.settings import Settings, check
+from ..training.settings import Settings, check, is_due
 
 NONE_SAVED = "no checkpoint was saved"
 CUT = ("ABORTED", "INTERRUPTED", "FAILED")  # status words of runs that did not end at an evaluation
@@ -89,6 +89,13 @@ class Record:
     def epoch(self, i: int) -> list[Line]:
         """List the steps between evaluation i - 1 and evaluation i."""
         return epoch_before(self.log, self._places[i])[0]
+
+    def epochs_due(self) -> list[int]:
+        """List the epochs that had a checkpoint: those of --checkpoint-every, and those at an end of the run."""
+        every, ends = self.settings.checkpoint_every, {self.settings.num_steps, *self.run.ends()}
+        steps = [line["step"] for line in self.evaluations]
+        last = len(steps) - 1
+        return [i for i in range(1, last + 1) if is_due(steps[i], every) or steps[i] in ends or i == last]
 
     def folders(self) -> dict[str, Path]:
         """Find the folders of the shards, by side."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from ..checkpoints.apr2 import read_apr
 from ..checkpoints.peft import read_adapter
 from ..checkpoints.registry import open_any
 from ..checkpoints.state import saved_hashes, sha256
+from ..common.events import REMOVED
 from ..common.files import read_json
 from ..common.finding import Finding
 from ..common.units import plural
@@ -19,6 +21,7 @@ from ..data.shards import Shards
 from ..evidence.adapters import checkpoint_merge_error
 from ..evidence.seal import EVIDENCE, compare
 from ..model.params import Layout
+from ..training.rundir import epoch_of
 from .record import NONE_SAVED, Record
 from .reload import recorded
 
@@ -33,14 +36,15 @@ def files(r: Record) -> Finding:
 
 
 def checkpoints(r: Record) -> Finding:
-    """Compare each checkpoint with its recorded hash."""
-    found, ends = r.run.checkpoints(), list(r.run.ckpt.glob("epoch-*.metadata.json"))
+    """Compare each checkpoint with its recorded hash; one that is gone must be recorded as removed."""
+    found, epochs = r.run.checkpoints(), r.run.epochs()
     bound = "the SHA-256 of their metadata"
-    if not found and not ends and r.is_cut:
+    if not found and not epochs and r.is_cut:
         return Finding.skipped("checkpoints", NONE_SAVED, bound)
-    if {p.stem for p in found} != {p.name.removesuffix(".metadata.json") for p in ends}:
-        measured = f"{plural(len(found), 'checkpoint')}, {len(ends)} with metadata"
-        return Finding.of("checkpoints", False, measured, "the same epochs")
+    if wrong := _unrecorded({epoch_of(p) for p in found}, epochs, r.is_cut):
+        return Finding.of(
+            "checkpoints", False, wrong, "the same epochs, but those that are recorded as removed"
+        )
     for path in found:
         said, loaded = recorded(r.run.path, path), open_any(str(path))
         names = [s.hf for s in Layout(loaded.cfg).in_order()]
@@ -51,7 +55,30 @@ def checkpoints(r: Record) -> Finding:
         if loaded.metadata["evaluation"]["val_loss"] != said.val_loss:
             measured = f"{path.name}: another val_loss inside than in its metadata"
             return Finding.of("checkpoints", False, measured, "equal")
-    return Finding.of("checkpoints", bool(found), f"{plural(len(found), 'checkpoint')}", bound)
+    removed = len(epochs) - len(found)
+    more = f", {removed} removed by --keep-checkpoints" if removed else ""
+    return Finding.of("checkpoints", bool(found), f"{plural(len(found), 'checkpoint')}{more}", bound)
+
+
+def _unrecorded(there: set[int], epochs: list[dict[str, Any]], is_cut: bool) -> str:
+    """Say which checkpoint is there without metadata, or gone without being recorded as removed; "" for none.
+
+    The best checkpoint and the last one are never removed; those of a run that was cut may have been, by its part that was
+    lost."""
+    known = {facts["epoch"] for facts in epochs}
+    if there - known:
+        return f"epoch {min(there - known)}: a checkpoint without metadata"
+    best = min(epochs, key=lambda facts: facts["val_loss"], default=None)
+    for facts in epochs:
+        if facts["epoch"] in there:
+            continue
+        if REMOVED not in facts:
+            return f"epoch {facts['epoch']}: its checkpoint is gone, and not recorded as removed"
+        if is_cut:
+            continue
+        if facts is best or facts is epochs[-1] or not facts["step"] < facts[REMOVED] <= epochs[-1]["step"]:
+            return f"epoch {facts['epoch']}: recorded as removed, which no --keep-checkpoints does"
+    return ""
 
 
 def states(r: Record) -> Finding:
@@ -60,7 +87,7 @@ def states(r: Record) -> Finding:
     found = r.run.states()
     if not found and r.is_cut:
         return Finding.skipped("states", "no state was saved", bound)
-    ends = {m["step"]: m for m in (read_json(p) for p in r.run.ckpt.glob("epoch-*.metadata.json"))}
+    ends = {m["step"]: m for m in r.run.epochs()}
     for path in found:
         file = read_apr(path)
         sha, optimizer_sha = saved_hashes(file.metadata, file.tensors, str(path))

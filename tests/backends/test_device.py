@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from apr import backends
 from apr.backends import select as device
 from apr.backends.cuda.driver import Driver, DriverError
+from apr.backends.host_copies import HostCopies
 from apr.common.errors import DeviceError, Refused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -342,3 +345,74 @@ print(d.choose("auto").backend.name, *sys.modules)
     ).stdout.split()
     assert names[0] == "cpu"
     assert not {"cupy", "cuda", "cuda.pathfinder", "cupy_backends"} & set(names)
+
+
+# Page-locked memory
+
+
+class FakeMemory(FakeCuda):
+    """libcuda with main memory as that of the GPU."""
+
+    def __init__(self, room: int = 1 << 20) -> None:
+        super().__init__()
+        self.room, self.held, self.freed = room, {}, []
+
+    def cuMemHostAlloc(self, at: Any, size: Any, flags: int) -> int:
+        if size.value > self.room:
+            return 2  # CUDA_ERROR_OUT_OF_MEMORY
+        memory = ctypes.create_string_buffer(size.value)
+        at._obj.value = ctypes.addressof(memory)
+        self.held[at._obj.value] = memory
+        return 0
+
+    def cuMemFreeHost(self, at: Any) -> int:
+        self.freed.append(at.value)
+        return 0
+
+    def cuMemcpyDtoH_v2(self, to: Any, address: Any, size: Any) -> int:
+        ctypes.memmove(to.value, address.value, size.value)
+        return 0
+
+
+class OnGpu(np.ndarray):
+    """An array whose memory stands for that of a GPU."""
+
+    @property
+    def data(self) -> Any:
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+
+@pytest.mark.parametrize("room", [1 << 20, 0])
+def test_copies_from_a_gpu_are_equal_and_page_locked_where_that_can_be(room: int) -> None:
+    waits: list[int] = []
+    be: Any = SimpleNamespace(name="cuda", sync=lambda: waits.append(1), to_host=np.array)
+    cuda = FakeMemory(room)
+    copies = HostCopies(be, Driver(cuda))
+    x = np.arange(60, dtype=np.float32).reshape(5, 12).view(OnGpu)
+    copies.reserve({"x": x})
+    assert len(cuda.held) == bool(room)
+    first = copies("x", x)
+    assert (first.dtype, first.shape) == (np.float32, (5, 12))
+    assert np.array_equal(first, x)
+    x += 1
+    assert not np.array_equal(first, x)  # a copy
+    assert np.array_equal(copies("x", x), x)
+    assert len(cuda.held) == bool(room)  # one buffer for both
+    assert ("ordinary memory" in copies.problem) == (not room)
+    assert len(waits) == 2 * bool(room)
+    del first, copies
+    gc.collect()
+    assert len(cuda.freed) == len(cuda.held)
+
+
+def test_copies_in_main_memory_take_the_same_place_again() -> None:
+    be: Any = backends.get("cpu")
+    copies = HostCopies(be)
+    x = be.empty((7,), "float32")
+    first = copies("x", x)
+    be.fill(x, 3)
+    assert not first.any()
+    second = copies("x", x)
+    assert second is first
+    assert (second == 3).all()
+    assert not np.shares_memory(first, x)

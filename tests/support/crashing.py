@@ -406,7 +406,8 @@ def facts(run: Path) -> dict[str, Any]:
     for path in sorted((run / "ckpt").glob("epoch-*.metadata.json")):
         out[path.name] = _without(json.loads(path.read_text()), "metadata")
         model = path.with_name(path.name.replace(".metadata.json", ".apr"))
-        out[f"weights of {model.name}"] = open_any(str(model)).sha256
+        removed = "removed_at_step" in out[path.name]
+        out[f"weights of {model.name}"] = None if removed else open_any(str(model)).sha256
     for path in sorted((run / "ckpt" / "state").glob("step-*.apr")):
         file = read_apr(path)
         out[f"position of {path.name}"] = _without(file.metadata["training"], "training")

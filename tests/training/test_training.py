@@ -511,6 +511,7 @@ def test_documents_are_masked_in_training_and_evaluation(place, tmp_path, capsys
     monkeypatch.setattr(
         Trainer, "train", lambda self: (_ for _ in ()).throw(AssertionError(self.model.document_end))
     )
+    (tmp_path / "m" / "evidence.json").unlink()  # it has not ended
     with pytest.raises(AssertionError, match=str(source.tokenizer.eos_id)):
         main(["pretrain", "--resume", "--run-dir", str(tmp_path / "m")])
 

@@ -1,10 +1,13 @@
-"""Ask NVIDIA's driver for the GPUs of this machine, through ctypes: no CUDA package is loaded, no memory is taken."""
+"""Ask NVIDIA's driver for the GPUs of this machine, and for page-locked memory, through ctypes: no CUDA package is loaded."""
 
 from __future__ import annotations
 
 import ctypes
+import weakref
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _MAJOR, _MINOR, _MODE = 75, 76, 20  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, _COMPUTE_MODE
@@ -58,6 +61,23 @@ class Driver:
             if e.code != NO_DEVICE:
                 raise
         return [self._gpu(i) for i in range(count.value)]
+
+    def page_locked(self, nbytes: int) -> np.ndarray:
+        """Allocate main memory that a GPU copies into at full speed: (nbytes,) uint8, freed with its last view.
+
+        Raises DriverError; needs a context, which whoever computes on this thread has made."""
+        at = ctypes.c_void_p()
+        self._call("cuMemHostAlloc", ctypes.byref(at), ctypes.c_size_t(nbytes), 0)
+        assert at.value is not None
+        memory = (ctypes.c_uint8 * nbytes).from_address(at.value)
+        out: np.ndarray = np.ctypeslib.as_array(memory)
+        weakref.finalize(memory, self._cuda.cuMemFreeHost, ctypes.c_void_p(at.value)).atexit = False
+        return out
+
+    def copy_to_host(self, host: np.ndarray, address: int) -> None:
+        """Copy host.nbytes bytes from an address on the GPU, and wait until they are there. Raises DriverError."""
+        to, size = ctypes.c_void_p(host.ctypes.data), ctypes.c_size_t(host.nbytes)
+        self._call("cuMemcpyDtoH_v2", to, ctypes.c_uint64(address), size)
 
     def _gpu(self, index: int) -> Gpu:
         device, memory = ctypes.c_int(), ctypes.c_size_t()

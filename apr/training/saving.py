@@ -1,0 +1,155 @@
+"""Save checkpoints and states: copied at the end of a step, then written, hashed and synced by one thread while training
+goes on.
+
+One save is under way at most, the next one waits for it. Events and errors of a save reach the training thread at the
+end of a step (`poll`) or where it waits (`wait`): before an evaluation, the next save and the end of the run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backends.host_copies import HostCopies
+from ..checkpoints.peft import write_adapter
+from ..checkpoints.state import Snapshot, TrainingState
+from ..common.events import Event, Noted, Saved
+from ..model.lora import AdapterLayout
+from ..model.transformer import Model
+from .evaluate import evaluated_on
+from .inputs import Inputs
+from .rundir import RunDir
+
+# Name of the copy of the weights that compute, beside those of a state.
+CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The part of a run between two evaluations, at its end.
+
+    number      1, 2, ...
+    facts       sums over its steps, for the metadata of its checkpoint
+    val_losses  of all evaluations so far, the first before step 1
+    """
+
+    number: int
+    facts: dict[str, Any]
+    val_losses: Sequence[float]
+
+
+class Saver:
+    """Save a run. emit: hears Saved when the files of a checkpoint are whole, and Noted."""
+
+    def __init__(
+        self, inputs: Inputs, run: RunDir, model: Model, state: TrainingState, emit: Callable[[Event], None]
+    ) -> None:
+        self.inputs, self.run, self.model, self.state, self.emit = inputs, run, model, state, emit
+        # The weights that compute are those that the optimizer updates.
+        self._is_shared = state.optimizer.master is model.w
+        self._copy = HostCopies(state.optimizer.be)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._done: list[Event] = []
+        self._has_told = False
+
+    def save(self, epoch: Epoch | None, progress: dict[str, Any] | None) -> None:
+        """Copy what changes and begin to write it: the checkpoint of an epoch, a state, or both.
+
+        Waits for the save before, and for this one with --no-background-saves. Raises IOFailure of either."""
+        self.wait()
+        snapshot, weights = self.state.snapshot(self._copy), None
+        if epoch is not None:
+            weights = snapshot.flats[""] if self._is_shared else self._copy(CHECKPOINT, self.model.w)
+        self._note_problem()
+        job = partial(self._write, snapshot, weights, epoch, progress)
+        self._thread = threading.Thread(target=self._keep_error, args=(job,), name="saving", daemon=True)
+        self._thread.start()
+        if not self.inputs.settings.background_saves:
+            self.wait()
+
+    def reserve(self) -> None:
+        """Make the memory of the copies before the first step, where that takes time."""
+        others = {} if self._is_shared else {CHECKPOINT: self.model.w}
+        self._copy.reserve(self.state.buffers() | others)
+        self._note_problem()
+
+    def _note_problem(self) -> None:
+        problem, self._copy.problem = self._copy.problem, ""
+        if problem:
+            self.emit(Noted(problem))
+
+    def poll(self) -> None:
+        """Emit the events of a save that is whole by now. Raises the error of one that failed."""
+        if self._thread is None or self._thread.is_alive():
+            return
+        self._thread = None
+        error, self._error = self._error, None
+        done, self._done = self._done, []
+        for event in done:
+            self.emit(event)
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Wait for the save that is under way, and `poll`."""
+        self.settle()
+        self.poll()
+
+    def settle(self) -> None:
+        """Wait for the save that is under way, and leave its events and its error for later."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _keep_error(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as e:  # raised in the training thread
+            self._error = e
+
+    def _write(
+        self,
+        snapshot: Snapshot,
+        weights: np.ndarray | None,
+        epoch: Epoch | None,
+        progress: dict[str, Any] | None,
+    ) -> None:
+        """Write a checkpoint, then the state: where a state is whole, the checkpoint before it is."""
+        if epoch is not None and weights is not None:
+            path = self._write_checkpoint(snapshot, weights, epoch)
+            self._done.append(Saved(path, epoch.facts))
+            self._prune(epoch)
+        if progress is not None:
+            self.run.save_state(snapshot, progress, self.inputs.settings.keep_states)
+
+    def _write_checkpoint(self, snapshot: Snapshot, weights: np.ndarray, epoch: Epoch) -> Path:
+        i, facts = self.inputs, epoch.facts
+        evaluation = {"val_loss": facts["val_loss"], **evaluated_on(i)}
+        path = self.run.save_epoch(
+            epoch.number, self.model, weights, snapshot, i.tokenizer, facts, evaluation, i.carried
+        )
+        if isinstance(snapshot.layout, AdapterLayout):
+            write_adapter(
+                self.run.adapter_of(path),
+                snapshot.layout,
+                snapshot.flats[""],
+                str(i.settings.init),
+                i.chat_template,
+            )
+        return path
+
+    def _prune(self, epoch: Epoch) -> None:
+        """Remove the checkpoints that --keep-checkpoints does not keep, and say so the first time."""
+        keep = self.inputs.settings.keep_checkpoints
+        removed = self.run.prune(epoch.number, epoch.facts["step"], epoch.val_losses, keep)
+        if removed and not self._has_told:
+            self._has_told = True
+            kept = f"the latest {keep} and the best" if keep > 1 else "the latest and the best"
+            text = f"removed {', '.join(removed)}: --keep-checkpoints {keep} keeps {kept}; the result lists the others"
+            self._done.append(Noted(text))

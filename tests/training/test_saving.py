@@ -1,0 +1,503 @@
+"""Checkpoints and states: how often, how many are kept, the disk they take, and writing them while training goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apr import backends
+from apr.checkpoints.apr2 import read_apr
+from apr.checkpoints.state import Snapshot, TrainingState
+from apr.cli.main import main
+from apr.common import atomic
+from apr.common.events import REMOVED
+from apr.evidence.seal import compare, seal
+from apr.model.cost import memory, save_copies
+from apr.model.optim import AdamW
+from apr.model.params import Layout
+from apr.model.presets import PRESETS
+from apr.training import disk
+from apr.training.inputs import open_inputs
+from apr.training.loop import Trainer
+from apr.training.rundir import RunDir
+from apr.training.saving import Saver
+from apr.training.settings import Settings
+from apr.training.summary import spans
+from crashing import Job, differences, metrics, quicken
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """16 steps, an evaluation after every 2, a state after every 2."""
+    return Job(tmp_path_factory.mktemp("saving") / "job", 16, 2).make()
+
+
+@pytest.fixture(autouse=True)
+def quick(job, monkeypatch):
+    quicken(monkeypatch, job.folder / "cache")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def waiting(job):
+    """A run whose training waited for each save, and that keeps all checkpoints."""
+    path = job.folder / "waiting"
+    with pytest.MonkeyPatch.context() as m:
+        quicken(m, job.folder / "cache")
+        assert start(job, path, "--no-background-saves", "--keep-checkpoints", 0) == 0
+    return path
+
+
+def start(job, run, *more):
+    return main(["pretrain", *job.arguments(run, False), *map(str, more)])
+
+
+def go_on(run, *more):
+    return main(["pretrain", "--resume", "--run-dir", str(run), *map(str, more)])
+
+
+def checks(capsys, run):
+    capsys.readouterr()
+    main(["verify", str(run), "--json", "--backend", "none"])
+    rows = json.loads(capsys.readouterr().out)["checks"]
+    return {r["check"]: r["measured"] for r in rows if r["verdict"] == "FAIL"}
+
+
+def files(run):
+    return {e["epoch"]: e.get(REMOVED) for e in RunDir(run).epochs()}, [
+        int(p.stem[6:]) for p in RunDir(run).checkpoints()
+    ]
+
+
+def content(path):
+    """The bytes of a checkpoint but for the second in which it was written, and the checksums that follow from it."""
+    data = re.sub(rb'"created_at":"[^"]*"', b"", path.read_bytes()[:-4])
+    return data[:40] + data[44:]
+
+
+# How many are kept
+
+
+def test_old_checkpoints_are_removed_and_that_is_recorded(job, waiting, run, capsys):
+    assert start(job, run, "--keep-checkpoints", 2) == 0
+    out = capsys.readouterr().out
+    assert (
+        "removed epoch-001.apr: --keep-checkpoints 2 keeps the latest 2 and the best; the result lists" in out
+    )
+    assert "checkpoints of 6 epochs: 1 to 6" in out
+    recorded, there = files(run)
+    assert there == [7, 8]
+    # The new one is written before the third latest, which the best may be, is removed.
+    assert recorded == {**{i: 2 * i + 4 for i in range(1, 7)}, 7: None, 8: None}
+    assert checks(capsys, run) == {}
+    for epoch in there:
+        name = f"ckpt/epoch-{epoch:03d}.apr"
+        assert content(run / name) == content(waiting / name)
+
+
+@pytest.fixture
+def five_best(monkeypatch):
+    """Validation losses such that the third of eight epochs is the best."""
+    real = Trainer.evaluate
+
+    def evaluate(self):
+        loss = real(self)
+        return loss._replace(mean=loss.mean - 0.2 * (self.progress.step == 6))
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+
+
+def test_the_best_one_is_kept(job, five_best, run, capsys):
+    assert start(job, run, "--keep-checkpoints", 1) in (0, 9)
+    assert files(run)[1] == [3, 8]
+    assert f"best checkpoint      {run}/ckpt/epoch-003.apr" in capsys.readouterr().out
+    failed = checks(capsys, run)
+    assert "checkpoints" not in failed
+    assert "epochs" not in failed
+
+
+def test_a_run_of_many_evaluations_does_not_fill_the_disk(job, run):
+    assert start(job, run, "--steps-per-epoch", 1) == 0
+    there = files(run)[1]
+    assert there[-5:] == [12, 13, 14, 15, 16]
+    assert len(there) in (5, 6)  # with the best
+
+
+def test_all_are_kept_where_that_is_asked_and_in_runs_that_are_older(job, waiting, run):
+    assert files(waiting)[1] == list(range(1, 9))
+    assert set(files(waiting)[0].values()) == {None}
+    with pytest.MonkeyPatch.context() as m:
+        stop_after(m, 12)
+        assert start(job, run, "--keep-checkpoints", 0) == 130
+    config = json.loads((run / "config.json").read_text())
+    for key in ("keep_checkpoints", "checkpoint_every", "background_saves"):
+        del config["settings"][key]
+    (run / "config.json").write_text(json.dumps(config))
+    assert go_on(run) == 0
+    assert files(run)[1] == list(range(1, 9))
+    assert differences(waiting, run) == []
+
+
+def stop_after(monkeypatch, step):
+    real = Trainer.train_step
+
+    def stopping(self):
+        line = real(self)
+        self.stop.is_asked = line["step"] == step
+        return line
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+
+
+LIES = {
+    "a checkpoint is gone": (lambda ckpt: (ckpt / "epoch-007.apr").unlink(), "epoch 7: its checkpoint is gone, and not"),
+    "with its metadata": (
+        lambda ckpt: [p.unlink() for p in ckpt.glob("epoch-007.*")], "metadata of 7 epochs, 8 evaluations"),
+    "the last is said to be removed": (lambda ckpt: say_removed(ckpt, 8), "epoch 8: recorded as removed, which no"),
+    "a removal in the future": (lambda ckpt: say_removed(ckpt, 7, 18), "epoch 7: recorded as removed, which no"),
+    "a checkpoint of no epoch": (
+        lambda ckpt: shutil.copy(ckpt / "epoch-008.apr", ckpt / "epoch-009.apr"), "epoch 9: a checkpoint without"),
+}  # fmt: skip
+
+
+def say_removed(ckpt, epoch, step=16):
+    path = ckpt / f"epoch-{epoch:03d}.metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), REMOVED: step}))
+    path.with_name(f"epoch-{epoch:03d}.apr").unlink()
+
+
+@pytest.mark.parametrize("what", LIES)
+def test_a_checkpoint_that_is_gone_unrecorded_is_found(job, run, kept_two, capsys, what):
+    shutil.copytree(kept_two, run)
+    damage, words = LIES[what]
+    damage(run / "ckpt")
+    seal(run)
+    failed = checks(capsys, run)
+    assert words in failed.get("checkpoints", "") + failed.get("epochs", "")
+
+
+@pytest.fixture(scope="module")
+def kept_two(job):
+    """A run that keeps two checkpoints."""
+    path = job.folder / "kept-two"
+    with pytest.MonkeyPatch.context() as m:
+        quicken(m, job.folder / "cache")
+        assert start(job, path, "--keep-checkpoints", 2) == 0
+    return path
+
+
+@pytest.mark.parametrize("step", [5, 9])
+def test_a_stopped_run_removes_the_same_ones(job, run, kept_two, monkeypatch, capsys, step):
+    """Also where the state is older than the latest checkpoint, and those that the rest makes again are there."""
+    with monkeypatch.context() as m:
+        stop_after(m, step)
+        assert start(job, run, "--keep-checkpoints", 2) == 130
+    RunDir(run).states()[-1].unlink()
+    assert checks(capsys, run).keys() == {"files"}
+    assert go_on(run, "--keep-checkpoints", 2) == 0
+    assert differences(kept_two, run) == []
+
+
+def test_whole_numbers_are_written_shortly():
+    assert spans([1, 2, 3, 5, 8, 9]) == "1 to 3, 5, 8 to 9"
+    assert spans([]) == ""
+
+
+# How often
+
+
+def test_evaluations_checkpoints_and_states_have_each_their_own_interval(job, run, monkeypatch, capsys):
+    more = ["--steps-per-epoch", 2, "--checkpoint-every", 6, "--save-every", 5, "--keep-states", 9]
+    assert start(job, run, *more) == 0
+    assert [m["step"] for m in metrics(run) if "val_loss" in m] == list(range(0, 17, 2))
+    assert files(run)[1] == [3, 6, 8]  # of steps 6, 12 and the end
+    assert [p.stem for p in RunDir(run).states()] == [f"step-{i:06d}" for i in (5, 10, 15, 16)]
+    assert checks(capsys, run) == {}
+    other = run.with_name("other")
+    with monkeypatch.context() as m:
+        stop_after(m, 7)
+        assert start(job, other, *more) == 130
+    assert checks(capsys, other) == {}
+    assert go_on(other) == 0
+    (other / "ckpt/state/step-000007.apr").unlink()  # of the stop
+    seal(other)
+    assert differences(run, other) == []
+    (other / "ckpt/epoch-006.apr").unlink()
+    (other / "ckpt/epoch-006.metadata.json").unlink()
+    assert "epochs" in checks(capsys, other)
+
+
+def test_a_checkpoint_between_evaluations_is_refused(job, run, capsys):
+    assert start(job, run, "--checkpoint-every", 3) == 2
+    assert "--checkpoint-every 3" in capsys.readouterr().err
+    assert not run.exists()
+
+
+# The disk
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_the_disk_is_said_beforehand_and_what_cannot_fit_is_refused(job, run, monkeypatch, capsys):
+    assert start(job, run, "--num-steps", 4) == 0
+    assert "disk" in capsys.readouterr().out
+    with monkeypatch.context() as m:
+        m.setattr(disk.shutil, "disk_usage", lambda path: Usage(10**6, 0, 300_000))
+        other = run.with_name("other")
+        assert start(job, other) == 5
+        err = capsys.readouterr().err
+        assert "7 checkpoints of" in err
+        assert "293.0 KiB are free" in err
+        assert "--keep-checkpoints" in err
+        assert not other.exists()
+        assert start(job, other, "--keep-checkpoints", 0) == 5
+        assert "8 checkpoints of" in capsys.readouterr().err
+        # What the run has written already needs no more room.
+        m.setattr(disk.shutil, "disk_usage", lambda path: Usage(10**7, 0, disk.PAGE_BYTES + 10**6))
+        (run / "evidence.json").unlink()
+        assert go_on(run) == 0
+    assert main(["plan", "--model", "llama-demo", "--seq-length", "8", "--num-steps", "100"]) == 0
+    assert "1 checkpoint of 9.0 MiB, 1 state of 27.0 MiB" in capsys.readouterr().out
+    with monkeypatch.context() as m:
+        m.setattr(disk.shutil, "disk_usage", lambda path: Usage(10**6, 0, 10**6))
+        assert main(["plan", "--model", "llama-demo", "--seq-length", "8"]) == 5
+    out = capsys.readouterr().out
+    assert "7 checkpoints" in out
+    assert "3 states" in out
+    assert "DOES NOT FIT ON THE DISK" in out
+    assert main(["plan", "--model", "llama-demo", "--keep-checkpoints", "0"]) == 2
+
+
+def test_a_run_takes_the_disk_that_was_said(job, waiting):
+    config = json.loads((waiting / "config.json").read_text())
+    planned = disk.need(open_inputs(Settings(**config["settings"])))
+    for pattern, size in (("ckpt/*.apr", planned.checkpoint), ("ckpt/state/*.apr", planned.state)):
+        for path in waiting.glob(pattern):
+            assert size - disk.META_BYTES < path.stat().st_size <= size
+    assert len(list(waiting.glob("ckpt/*.apr"))) == planned.checkpoints
+    assert sum(p.stat().st_size for p in waiting.rglob("*") if p.is_file()) <= planned.total
+
+
+def test_copies_are_in_the_plan_where_they_lie_in_the_memory_of_the_device():
+    be, cfg = backends.get("cpu"), PRESETS["llama-tiny"]
+    plain, saved = (memory(cfg, be, 2, 16, saves=saves) for saves in (False, True))
+    assert saved.total - plain.total == saved.copies == save_copies(cfg, "float32", AdamW, None)
+    assert saved.copies == 12 * Layout(cfg).size
+    assert save_copies(cfg, "bfloat16", AdamW, None) == 14 * Layout(cfg).size
+
+
+# While training goes on
+
+
+def slow_writer(monkeypatch, steps=2):
+    """Every write of a checkpoint or a state waits until training is some steps further, or is waiting for it."""
+    trained, reached, waits, behind = [0], threading.Condition(), threading.Event(), []
+    step, settle, write = Trainer.train_step, Saver.settle, Saver._write
+
+    def train_step(self):
+        line = step(self)
+        with reached:
+            trained[0] = line["step"]
+            reached.notify_all()
+        return line
+
+    def settled(self):
+        waits.set()
+        with reached:
+            reached.notify_all()
+        settle(self)
+        waits.clear()
+
+    def writing(self, *args):
+        with reached:
+            begun = trained[0]
+            reached.wait_for(lambda: trained[0] >= begun + steps or waits.is_set(), timeout=60)
+            behind.append(trained[0] - begun)
+        write(self, *args)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(Saver, "settle", settled)
+    monkeypatch.setattr(Saver, "_write", writing)
+    return behind
+
+
+SPARSE = ["--steps-per-epoch", 8, "--save-every", 4]
+
+
+def test_the_bytes_are_those_of_a_run_that_waits(job, run, monkeypatch, capsys):
+    """Training is steps further when the files are written, and they hold the step that they say."""
+    other = run.with_name("waiting")
+    assert start(job, other, *SPARSE, "--no-background-saves", "--keep-states", 9) == 0
+    with monkeypatch.context() as m:
+        behind = slow_writer(m)
+        assert start(job, run, *SPARSE, "--keep-states", 9) == 0
+    assert max(behind) == 2
+    assert differences(other, run) == []
+    for name in sorted(p.relative_to(other) for p in other.glob("ckpt/*.apr")):
+        assert content(run / name) == content(other / name)
+    for a in RunDir(other).states():
+        files = [read_apr(p) for p in (a, run / a.relative_to(other))]
+        assert files[0].metadata["state_sha256"] == files[1].metadata["state_sha256"]
+        assert files[0].size // 1000 == files[1].size // 1000  # times, in the progress, have other digits
+    assert checks(capsys, run) == checks(capsys, other) == {}
+
+
+def test_a_copy_that_is_none_is_found(job, run, monkeypatch):
+    """The fault planted: the writer reads the very arrays that training changes."""
+    other = run.with_name("waiting")
+    assert start(job, other, *SPARSE, "--no-background-saves") == 0
+
+    def views(self, copy):
+        return Snapshot(self.cfg, self.layout, dict(self.buffers()), {})
+
+    with monkeypatch.context() as m:
+        slow_writer(m)
+        m.setattr(TrainingState, "snapshot", views)
+        start(job, run, *SPARSE)
+    assert any("of step-000012.apr" in d for d in differences(other, run))
+
+
+def test_two_saves_never_pile_up(job, run, monkeypatch):
+    write, under_way, most = Saver._write, [0], [0]
+
+    def writing(self, *args):
+        under_way[0] += 1
+        most[0] = max(most[0], under_way[0])
+        threading.Event().wait(0.05)
+        write(self, *args)
+        under_way[0] -= 1
+
+    monkeypatch.setattr(Saver, "_write", writing)
+    assert start(job, run, "--save-every", 1) == 0
+    assert most == [1]
+    assert threading.active_count() == len([t for t in threading.enumerate() if t.name != "saving"])
+
+
+def test_observers_hear_of_a_checkpoint_before_the_next_evaluation(job, run, monkeypatch):
+    heard = []
+    emit = Trainer.emit
+    monkeypatch.setattr(Trainer, "emit", lambda self, e: (heard.append(e), emit(self, e))[1])
+    slow_writer(monkeypatch)
+    assert start(job, run, "--steps-per-epoch", 8, "--save-every", 0) == 0
+    names = [e.method for e in heard if e.method in ("stepped", "evaluated", "saved")]
+    first = names.index("saved")
+    assert names[:first].count("stepped") in range(9, 17)
+    assert names[:first].count("evaluated") == 2
+    assert names[-2:] == ["evaluated", "saved"]
+    saved = [e for e in heard if e.method == "saved"]
+    assert [(e.path.name, e.facts["step"]) for e in saved] == [("epoch-001.apr", 8), ("epoch-002.apr", 16)]
+
+
+def test_a_full_disk_ends_the_run_after_the_step_and_leaves_the_save_before(job, run, monkeypatch, capsys):
+    other = run.with_name("whole")
+    assert start(job, other, *SPARSE) == 0
+    capsys.readouterr()
+    real = atomic.os.fsync
+
+    def full(fd):
+        if "step-000012" in str(Path(f"/proc/self/fd/{fd}").readlink()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+
+    with monkeypatch.context() as m:
+        behind = slow_writer(m)
+        m.setattr(atomic.os, "fsync", full)
+        assert start(job, run, *SPARSE) == 7
+    assert behind[-1] == 2
+    err = capsys.readouterr().err
+    assert "step-000012.apr: disk full" in err
+    assert len(err.splitlines()) == 1
+    assert json.loads((run / "verdict.json").read_text())["status"] == "FAILED"
+    assert compare(run) == []
+    assert [p.stem for p in RunDir(run).states()] == ["step-000004", "step-000008"]
+    last = metrics(run)[-1]
+    assert last["step"] in (14, 15, 16)
+    assert "val_loss" not in last
+    assert not list(run.rglob(".*.tmp"))
+    assert checks(capsys, run) == {}
+    assert go_on(run) == 0
+    assert differences(other, run) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_save_that_is_under_way(job, run, monkeypatch, capsys, number):
+    other = run.with_name("whole")
+    assert start(job, other, *SPARSE) == 0
+    step, calls = AdamW.step, []
+
+    def ask(self, lr):
+        calls.append(lr)
+        if len(calls) == 9:
+            signal.raise_signal(number)
+        step(self, lr)
+
+    with monkeypatch.context() as m:
+        behind = slow_writer(m, 99)
+        m.setattr(AdamW, "step", ask)
+        assert start(job, run, *SPARSE) == 130
+    assert behind == [4, 1, 0]  # the last is of the stop itself
+    assert [p.stem for p in RunDir(run).states()] == ["step-000008", "step-000009"]
+    assert "after step 9, state saved" in capsys.readouterr().err
+    assert go_on(run) == 0
+    assert differences(other, run) == []
+
+
+def test_a_kill_of_a_background_save_leaves_the_last_whole_one(job, run):
+    """The process is killed when training is two steps further than the state that is being written."""
+    other = run.with_name("whole")
+    assert start(job, other, *SPARSE) == 0
+    code = """
+import os, signal, sys, threading
+from apr.cli.main import main
+from apr.common import atomic
+from apr.training.loop import Trainer
+replace, step, begun = os.replace, Trainer.train_step, threading.Event()
+def held(a, b):
+    if b.name == "step-000012.apr":
+        begun.set()
+        threading.Event().wait(60)
+    replace(a, b)
+def train_step(self):
+    if self.progress.step == 14:
+        begun.wait(60)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+atomic.os.replace, Trainer.train_step = held, train_step
+main(["pretrain", *sys.argv[1:]])"""
+    args = [*job.arguments(run, False), *map(str, SPARSE)]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [p.stem for p in RunDir(run).states()] == ["step-000004", "step-000008"]
+    assert len(list((run / "ckpt/state").glob(".step-000012.apr.*.tmp"))) == 1
+    assert metrics(run)[-1]["step"] == 14
+    assert go_on(run) == 0
+    assert differences(other, run) == []
+
+
+def test_a_checkpoint_and_a_state_of_one_step_share_the_copy(job, run, monkeypatch):
+    seen = []
+    save = RunDir.save_epoch
+
+    def saving(self, epoch, model, weights, snapshot, *args):
+        seen.append(np.shares_memory(weights, snapshot.flats[""]) and not np.shares_memory(weights, model.w))
+        return save(self, epoch, model, weights, snapshot, *args)
+
+    monkeypatch.setattr(RunDir, "save_epoch", saving)
+    assert start(job, run, "--num-steps", 4) == 0
+    assert seen == [True, True]
