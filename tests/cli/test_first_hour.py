@@ -358,6 +358,14 @@ def test_a_refused_encoding_leaves_nothing_that_refuses_the_next(
     assert {p.name for p in (tmp_path / "kept").iterdir()} >= {"notes.txt", "tokenizer"}
 
 
+def test_a_file_of_windows_that_is_no_utf8_is_named(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("text\r\n".encode("utf-16") * 20)
+    code, _, err = call("tokenize", "train", tmp_path / "a.txt", "--vocab-size", 300, "-o", tmp_path / "tok")
+    assert code == 5
+    assert "the first that cannot be used: " in err
+    assert "a.txt" in err
+
+
 def test_an_audit_of_what_holds_no_shards(call: Call, run: Path, tmp_path: Path) -> None:
     for folder in (tmp_path / "missing", tmp_path):
         code, out, err = call("tokenize", "audit", folder, "--tokenizer", run / "tok")

@@ -76,6 +76,9 @@ def main(args: Sequence[str]) -> int:
             normalization=f.normalization,
             progress=show.preparing,
         )
+    except Refused as e:
+        why = f"; the first that cannot be used: {texts.names[0]}" if texts.names else ""
+        raise Refused(f"{e}{why}") from None
     finally:
         show.stop()
     result = {
