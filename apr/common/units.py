@@ -17,7 +17,7 @@ def in_bytes(n: int) -> str:
     for unit, power, digits in (("GiB", 30, 2), ("MiB", 20, 1), ("KiB", 10, 1)):
         if n >= 1 << power:
             return f"{n / (1 << power):,.{digits}f} {unit}"
-    return f"{n} bytes"
+    return plural(n, "byte")
 
 
 def perplexity(nats_per_token: float) -> float:

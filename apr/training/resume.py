@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..common.options import absolute_paths, flag
+from ..common.units import plural
 from ..model.schedule import Schedule
 from .inputs import Inputs
 from .rundir import RunDir, step_of
@@ -55,7 +56,7 @@ def _check_rates(run: RunDir, saved: dict[str, Any], num_steps: int) -> None:
     again = f"start a new run with --init {run.ckpt}/epoch-NNN.apr"
     if num_steps < done:
         raise Refused(
-            f"--num-steps {num_steps}: the run in {run.path} has taken {done} steps already; {again}"
+            f"--num-steps {num_steps}: the run in {run.path} has taken {plural(done, 'step')} already; {again}"
         )
     kind = saved.get("schedule", Settings.schedule)
     before, after = (
@@ -69,7 +70,7 @@ def _check_rates(run: RunDir, saved: dict[str, Any], num_steps: int) -> None:
         }.get(kind, f"a {kind} schedule follows from the number of steps throughout")
         raise Refused(
             f"--num-steps {num_steps}: the run in {run.path} has taken step {wrong} at a learning rate of "
-            f"{before(wrong):.4e}, a run of {num_steps} steps takes it at {after(wrong):.4e}: {why}. A run can be made "
+            f"{before(wrong):.4e}, a run of {plural(num_steps, 'step')} takes it at {after(wrong):.4e}: {why}. A run can be made "
             f"longer with --schedule constant, or with wsd before its decay; here {again}"
         )
 

@@ -174,7 +174,10 @@ def _other_checkpoints(run: RunDir, epochs: list[dict[str, Any]]) -> Rows:
     removed = [e["epoch"] for e in epochs if REMOVED in e]
     if removed:
         rows.append(
-            ("removed", f"checkpoints of {len(removed)} epochs: {spans(removed)}; --keep-checkpoints")
+            (
+                "removed",
+                f"checkpoints of {plural(len(removed), 'epoch')}: {spans(removed)}; --keep-checkpoints",
+            )
         )
     return rows
 
@@ -194,7 +197,7 @@ def reached(run: RunDir, verdict: dict[str, Any]) -> Rows:
     """Describe a run that had ended before this process."""
     r = result(run, verdict)
     return [
-        ("validation loss", f"{r['val_loss']:.4f} nats/token after {r['steps']:,} steps"),
+        ("validation loss", f"{r['val_loss']:.4f} nats/token after {plural(r['steps'], 'step')}"),
         ("checkpoint", str(run.checkpoints()[-1])),
         ("report", str(run.path / "report.html")),
         ("verdict", verdict["verdict"]),

@@ -122,7 +122,7 @@ def test_nothing_advises_a_package_that_no_index_has():
 # Last words of names that say what to write; of any other name the option gives a metavar.
 SAY = {
     "BATCHES", "BYTES", "DEVICE", "FRACTION", "IDS", "LOSS", "MODEL", "PREFIX", "RANK", "REVISION", "ROWS", "SEED", "SIDES",
-    "SIZE", "STATES", "STEPS", "TEMPERATURE", "THREADS", "TOKEN", "TOKENS", "ALPHA", "PATH",
+    "SIZE", "STATES", "STEPS", "TEMPERATURE", "THREADS", "TOKEN", "TOKENS", "ALPHA", "PATH", "CHECKPOINTS",
 }  # fmt: skip
 
 
