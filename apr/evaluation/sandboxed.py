@@ -26,8 +26,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
-from ..common.units import plural
-
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_ITEMS = 1_000_000  # taken of an iterator that the program returns
 LAYERS = ("namespace", "landlock", "seccomp")
@@ -254,7 +252,7 @@ def receive(pipe: BinaryIO) -> Any:
         raise Failure("the program ended before it answered")
     (size,) = struct.unpack("<Q", head)
     if size > MAX_MESSAGE_BYTES:
-        raise Failure(f"the program answered with {plural(size, 'byte')}, more than {MAX_MESSAGE_BYTES}")
+        raise Failure(f"the program answered with {size} bytes, more than {MAX_MESSAGE_BYTES}")
     data = pipe.read(size)
     try:
         return _Plain(io.BytesIO(data)).load()
