@@ -29,7 +29,8 @@ def test_the_navigation_has_every_page():
 def unrendered(markdown: str) -> list[int]:
     """Lines at which a table or a list begins right behind a paragraph: the site would show their text as it stands."""
     out, fenced, before = [], False, ""
-    for number, line in enumerate(markdown.splitlines(), 1):
+    lines = markdown.splitlines()
+    for number, (line, after) in enumerate(zip(lines, [*lines[1:], ""], strict=True), 1):
         fenced ^= line.startswith("```")
         begins = re.match(r"\||[-*] |\d+\. ", line)
         # Inside a list or a table, behind a heading or a comment, and in a line that goes on, there is no need of a blank line.
@@ -38,7 +39,11 @@ def unrendered(markdown: str) -> list[int]:
             or re.match(r"\s*(\||[-*] |\d+\. |#|<!--|```)", before)
             or before.startswith(" ")
         )
-        if begins and not fenced and not goes_on:
+        # Rows that a blank line cuts off are no table: a table begins with its head.
+        headless = (
+            line.startswith("|") and not before.startswith("|") and not re.match(r"\|[-|: ]+\|$", after)
+        )
+        if not fenced and ((begins and not goes_on) or headless):
             out.append(number)
         before = line
     return out
@@ -46,6 +51,7 @@ def unrendered(markdown: str) -> list[int]:
 
 def test_tables_and_lists_have_a_blank_line_before_them():
     assert unrendered("text\n| a |\n|---|") == [2]
+    assert unrendered("| a |\n|---|\n| b |\n\n| c |\n") == [5]
     assert unrendered("# Head\n| a |\n|---|\n\ntext\n- a\n- b\n") == [6]
     assert not unrendered("```\ntext\n| a |\n```\n- a\n  b\n- c")
     for page in PAGES:
