@@ -12,6 +12,7 @@ from ..common.finding import Finding
 from ..common.progress import Progress
 from ..common.units import plural
 from ..tokenizer.tokenizer import Tokenizer
+from .conservation import conserved
 from .conversations.packed import RECORD, PackedShards, guard_disjoint, guard_packed
 from .guards import USUAL, Bounds, disjoint, enforce, fits_model, plausible, round_trip
 from .scan import Scan
@@ -99,6 +100,8 @@ def audit(
         split.findings.append(_end_of_text(split.shards, tokenizer))
         split.findings += plausible(split.scan.counts, split.shards.total_bytes, tokenizer, bounds)
         split.findings.append(round_trip(split.shards, tokenizer))
+        if isinstance(split.shards, TokenShards):
+            split.findings.append(conserved(split.shards, split.scan.counts, tokenizer))
         if model_vocab is not None:
             split.findings.append(fits_model(tokenizer, model_vocab))
     train = splits["train"]

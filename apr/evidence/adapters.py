@@ -83,16 +83,15 @@ def base_unchanged(adapters: Adapters) -> Finding:
 
 
 def merge_error(adapters: Adapters) -> tuple[float, str]:
-    """Compare W_eff with W + s B A on the device: the largest error of the first and last layer, as a share of what
-    rounding allows, and the matrix that has it."""
+    """Compare W_eff with W + s B A on the device: the largest error of all matrices, as a share of what rounding allows,
+    and the matrix that has it."""
     eps = float(np.finfo(np.float32 if adapters.dtype == "float32" else np.float64).eps)
     last = 0.0 if adapters.dtype == adapters.model.dtype else 2.0**-8
     effective, errors = adapters.model.layout.named(adapters.model.w), [(0.0, "")]
     views = adapters.layout.views(adapters.w)
     for p, base, (a, b) in zip(adapters.layout.pairs, adapters.base, views, strict=True):
-        if p.base.layer in (0, adapters.cfg.num_layers - 1):
-            got, *parts = (adapters.be.to_host(x) for x in (effective[p.base.hf], base, a, b))
-            errors.append((_error_of_sum(got, parts, adapters.config.scale, eps, last), p.base.hf))
+        got, *parts = (adapters.be.to_host(x) for x in (effective[p.base.hf], base, a, b))
+        errors.append((_error_of_sum(got, parts, adapters.config.scale, eps, last), p.base.hf))
     return _worst(errors)
 
 

@@ -17,6 +17,7 @@ from apr.common.errors import MalformedFile, Refused, UsageError
 from apr.common.finding import SKIPPED, Finding
 from apr.data import guards
 from apr.data.audit import Split, audit, enforce_all, sides_of, tokenizer_beside
+from apr.data.conservation import conserved
 from apr.data.documents import Document
 from apr.data.encode import encode_corpus
 from apr.data.guards import Bounds, enforce, fits_model, plausible, round_trip
@@ -62,7 +63,7 @@ def failed(folder: Path, tok: Tokenizer, **options: Any) -> set[str]:
 ALL = {
     "manifest, sizes and tokenizer", "sha256, ids and counts", "end of text", "unknown tokens",
     "entropy of token frequencies", "distinct ids", "commonest id", "bytes per token", "encode(decode(ids)) = ids",
-    "vocabulary", "documents on both sides",
+    "vocabulary", "documents on both sides", "bytes of ids = bytes of text",
 }  # fmt: skip
 
 
@@ -89,6 +90,14 @@ def reencode(folder: Path, tok: Tokenizer, edit: Callable[[np.ndarray], Any]) ->
     new = json.loads((folder / "manifest.json").read_text())
     figures = {**new["audit"], "bytes_per_token": old["total_bytes"] / new["total_tokens"]}
     edit_json(folder / "manifest.json", total_bytes=old["total_bytes"], audit=figures)
+
+
+def a_document_is_lost(folder: Path, tok: Tokenizer) -> None:
+    """The last one, by a manifest that counts documents and tokens without it."""
+    path = sorted((folder / "train").glob("shard-*.bin"))[-1]
+    ids = np.fromfile(path, "<u4")
+    path.write_bytes(ids[: np.flatnonzero(ids == tok.eos_id)[-2] + 1].tobytes())
+    reencode(folder / "train", tok, lambda ids: None)
 
 
 def shuffle(ids: np.ndarray) -> None:
@@ -132,9 +141,10 @@ FAULTS: dict[str, tuple[Callable[[Path, Tokenizer], Any], set[str]]] = {
     "an id outside": (lambda f, t: rewrite(f / "train", lambda ids: ids.__setitem__(5, 400)), {"sha256, ids and counts"}),
     "all one id": (
         lambda f, t: reencode(f / "train", t, all_one_id),
-        {"entropy of token frequencies", "distinct ids", "commonest id"},
+        {"entropy of token frequencies", "distinct ids", "commonest id", "bytes of ids = bytes of text"},
     ),
     "shuffled ids": (lambda f, t: reencode(f / "train", t, shuffle), {"encode(decode(ids)) = ids"}),
+    "a document is lost": (a_document_is_lost, {"bytes of ids = bytes of text"}),
     "val inside train": (val_inside_train, {"documents on both sides"}),
 }  # fmt: skip
 
@@ -147,6 +157,27 @@ def test_a_planted_fault_turns_its_guard_red(dataset: Path, tok: Tokenizer, faul
     assert failed(dataset, tok) == guards_
     with pytest.raises((Refused, MalformedFile)):
         enforce_all(audit(sides_of(dataset), tok))
+
+
+def test_bytes_are_counted_only_where_ids_give_them_back(dataset: Path, tok: Tokenizer) -> None:
+    """A prefix space, a normalizer, a token that takes the space before it: their ids stand for other bytes."""
+    shards = TokenShards(dataset / "train")
+    counts = np.bincount(np.concatenate(shards.arrays), minlength=tok.vocab_size)
+    assert conserved(shards, counts, tok).passed is True
+    for change in (
+        lambda d: d.update(normalizer={"type": "NFC"}),
+        lambda d: d["pre_tokenizer"].update(add_prefix_space=True)
+        if d["pre_tokenizer"]["type"] == "ByteLevel"
+        else d.update(normalizer={"type": "NFC"}),
+        lambda d: d["added_tokens"].append(
+            {"id": tok.vocab_size, "content": "zz", "single_word": False, "lstrip": True, "rstrip": False,
+             "normalized": False, "special": False}
+        ),
+    ):  # fmt: skip
+        fields = json.loads(tok.json)
+        change(fields)
+        other = Tokenizer.from_json(json.dumps(fields), "memory")
+        assert conserved(shards, counts, other).passed is None
 
 
 def test_an_end_of_text_that_the_tokenizer_does_not_mean_is_found(dataset: Path, tok: Tokenizer) -> None:

@@ -110,6 +110,21 @@ def test_a_gradient_without_its_scale_is_seen(monkeypatch):
     assert all("lora_B" in name for name in found)
 
 
+def test_a_merge_that_is_wrong_in_a_middle_layer_is_seen():
+    cfg = dataclasses.replace(PRESETS["llama-tiny"], num_layers=3)
+    model = Model(cfg, cpu, 1, 8)
+    adapters = Adapters(model, LoraConfig(2, 4.0, ALL))
+    host = np.zeros(model.layout.size, np.float32)
+    model.layout.init(host, 1)
+    adapters.set_base(host)
+    adapters.merge()
+    assert merge_error(adapters)[0] <= 1
+    name = "model.layers.1.mlp.down_proj.weight"
+    model.layout.named(model.w)[name][0, 0] += 1e-3
+    worst, where = merge_error(adapters)
+    assert (worst > 1, where) == (True, name)
+
+
 @pytest.mark.parametrize("preset", FAMILIES)
 def test_merged_weights_and_gradients_on_the_cpu_are_those_of_the_formula(preset):
     config = LoraConfig(4, 8.0, ALL)

@@ -1,0 +1,46 @@
+"""Account for the bytes of a text: nothing of it may be lost, doubled or replaced on the way to its ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..common.files import parse_json
+from ..common.finding import Finding
+from ..tokenizer.tokenizer import Tokenizer
+from .shards import TokenShards
+
+NAME = "bytes of ids = bytes of text"
+# Texts that a tokenizer with a prefix space, or with tokens that swallow white space, spells with other bytes.
+PROBES = ("a", " a", "a  \n", "\n\n  a b\t", "")
+
+
+def conserved(shards: TokenShards, counts: np.ndarray, tokenizer: Tokenizer) -> Finding:
+    """Compare the sum over all ids of count x bytes of the token with the bytes of the text as it was read: equal.
+
+    counts (V,) int64: occurrences of each id"""
+    bound = f"{shards.total_bytes:,}"
+    table = tokenizer.token_bytes()
+    if table is None or not _is_exact(tokenizer, table):
+        return Finding.skipped(
+            NAME, "the ids of this tokenizer stand for other bytes than the text has", bound
+        )
+    found = int((counts.astype(np.int64) * table).sum())
+    why = (
+        ""
+        if found == shards.total_bytes
+        else "text was lost, doubled or replaced between the reader and the shards"
+    )
+    return Finding.of(NAME, found == shards.total_bytes, f"{found:,}", bound, why)
+
+
+def _is_exact(tokenizer: Tokenizer, table: np.ndarray) -> bool:
+    """Tell whether ids give back the very bytes of any text: no normalizer, no prefix space, no token that takes the white
+    space around it."""
+    if tokenizer.normalization != "none":
+        return False
+    added: list[dict[str, Any]] = parse_json(tokenizer.json, tokenizer.source).get("added_tokens") or []
+    if any(token.get("lstrip") or token.get("rstrip") for token in added if not token.get("special")):
+        return False
+    return all(int(table[tokenizer.encode(text)].sum()) == len(text.encode()) for text in PROBES)
