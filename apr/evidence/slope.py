@@ -33,6 +33,8 @@ STEPS, STRAIGHT = (0.3, 0.1, 0.03, 0.01), 0.05
 DIRECTIONS, MANY_FLOP = 2, 1e13
 # Constant vectors get noise, as adapters that begin as zeros do: a fault of a bias of 0 would not show.
 NOISE = 0.05
+# Root mean square of a row that noise takes the place of, in units of the tensor's.
+SMALL_ROW = 0.01
 # Elements of a kind that move, and logits on the host for the slope of a z-loss.
 MAX_MOVED, MAX_LOGITS = 1 << 21, 1 << 21
 
@@ -77,12 +79,21 @@ class Job:
         self.trained = model.tokens_trained
 
     def shake(self) -> None:
-        """Add noise to constant tensors: norms, biases, and the B of new adapters."""
+        """Add noise to constant tensors, norms, biases and the B of new adapters, and to rows of next to nothing.
+
+        An embedding that nothing was ever learnt for is such a row. A norm magnifies it as far as eps lets it, and along no
+        step is the loss a parabola there."""
         self.start, rng = self.saved.astype(np.float32), np.random.default_rng(0)
         for s in self.layout.slots:
-            x = self.start[s.offset : s.offset + s.size]
-            if (x == x[0]).all():
-                x += NOISE * rng.standard_normal(x.size, np.float32)
+            rows = self.start[s.offset : s.offset + s.size].reshape(-1, s.shape[-1])
+            if (rows == rows[0, 0]).all():
+                rows += NOISE * rng.standard_normal(rows.shape, np.float32)
+            elif len(rows) > 1:
+                square = np.einsum("ij,ij->i", rows, rows) / rows.shape[1]
+                small = np.flatnonzero(square < square.mean() * SMALL_ROW**2)
+                rows[small] += np.sqrt(square.mean()) * rng.standard_normal(
+                    (small.size, rows.shape[1]), np.float32
+                )
         self.opt.set_weights(self.start)
 
     def restore(self) -> bool:

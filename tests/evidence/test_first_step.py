@@ -327,6 +327,19 @@ def test_sound_gradients_of_every_family_pass(preset, std):
     assert not j.model.g.any()
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1e-4])
+@pytest.mark.parametrize("preset", ["qwen2-tiny", "olmo2-tiny"])
+def test_rows_that_nothing_was_learnt_for_pass(preset, size):
+    """A norm magnifies a row of next to nothing: the loss is no parabola along it."""
+    j = job(preset)
+    rows = j.model.p.embed[np.unique(j.ids)[::3]]
+    j.model.p.embed[np.unique(j.ids)[::3]] = size * np.sign(rows)
+    j.saved = j.model.w.copy()
+    found = slope_finding(j)
+    assert found.passed, found
+    assert np.array_equal(j.saved.view(np.uint32), j.model.w.view(np.uint32))
+
+
 @pytest.mark.parametrize("targets", [("wq", "wv"), tuple(LINEAR)])
 @pytest.mark.parametrize("preset", ["qwen2-tiny", "olmo2-tiny", "llama-demo"])
 def test_adapters_pass_and_a_scale_that_is_lost_does_not(monkeypatch, preset, targets):
