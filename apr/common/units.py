@@ -33,4 +33,4 @@ def plural(n: int, noun: str) -> str:
         return f"{n:,} {noun[:-1]}ces"
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return f"{n:,} {noun[:-1]}ies"
-    return f"{n:,} {noun}{'es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's'}"
+    return f"{n:,} {noun}{'es' if noun.endswith(('s', 'x', 'tch', 'sh')) else 's'}"
