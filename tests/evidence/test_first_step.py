@@ -331,7 +331,7 @@ def test_sound_gradients_of_every_family_pass(preset, std):
 @pytest.mark.parametrize("preset", ["qwen2-tiny", "olmo2-tiny"])
 def test_rows_that_nothing_was_learnt_for_pass(preset, size):
     """A norm magnifies a row of next to nothing: the loss is no parabola along it."""
-    j = job(preset)
+    j = job(preset, 0.1)
     rows = j.model.p.embed[np.unique(j.ids)[::3]]
     j.model.p.embed[np.unique(j.ids)[::3]] = size * np.sign(rows)
     j.saved = j.model.w.copy()
