@@ -11,7 +11,7 @@ NAME is the Hugging Face name of a parameter, or PEFT's of an adapter.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from .apr2 import read_apr, write_apr
 from .apr2_metadata import config_to_metadata, metadata_to_config
 
 OPTIMIZER = "optimizer."
+# Bytes up to which what is saved is hashed as the device has it, apart from the copy that is written: a second to wait for.
+READ_AGAIN = 1 << 30
 
 
 def sha256(arrays: Iterable[np.ndarray]) -> str:
@@ -37,18 +39,34 @@ def sha256(arrays: Iterable[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def device_sha256(be: Any, layout: Layout | AdapterLayout, *flats: Any) -> str:
+    """SHA-256 of the tensors of flat arrays, each read from the device by itself: not of the copy that is written to a file.
+    "" where the arrays are so large that a run would wait for it."""
+    if sum(flat.nbytes for flat in flats) > READ_AGAIN:
+        return ""
+    return sha256(_device_tensors(be, layout, flats))
+
+
+def _device_tensors(be: Any, layout: Layout | AdapterLayout, flats: Iterable[Any]) -> Iterator[np.ndarray]:
+    for flat in flats:
+        for s in layout.in_order():
+            yield be.to_host(flat[s.offset : s.offset + s.size])
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """Everything that a saved state holds, as it was at the end of a step.
 
     flats          {prefix of the tensors' names: (layout.size,) float32}, on the host
     adapter_facts  metadata of adapters, {} where the weights themselves are trained
+    device_sha256  of the tensors as the device had them when the copy was made, "" where that takes too long
     """
 
     cfg: ModelConfig
     layout: Layout | AdapterLayout
     flats: dict[str, np.ndarray]
     adapter_facts: dict[str, Any]
+    device_sha256: str = ""
 
     def optimizer_sha256(self) -> str:
         """SHA-256 of the optimizer's flat arrays, padding included."""
@@ -64,7 +82,7 @@ class Snapshot:
         meta = {
             **config_to_metadata(self.cfg),
             "training": progress,
-            "state_sha256": sha256(tensors.values()),
+            "state_sha256": self.device_sha256 or sha256(tensors.values()),
         }
         write_apr(path, meta | self.adapter_facts, tensors, "float32")
 
@@ -87,16 +105,14 @@ class TrainingState:
         return {"": opt.master} | {f"{OPTIMIZER}{name}.": flat for name, flat in sorted(opt.state.items())}
 
     def sha256(self) -> str:
-        """SHA-256 of weights and optimizer state as they are on the device."""
-        to_host = self.optimizer.be.to_host
-        return sha256(
-            x for flat in self.buffers().values() for x in self.layout.named(to_host(flat)).values()
-        )
+        """SHA-256 of weights and optimizer state as they are on the device, each tensor read by itself."""
+        return sha256(_device_tensors(self.optimizer.be, self.layout, self.buffers().values()))
 
     def snapshot(self, copy: Callable[[str, Any], np.ndarray]) -> Snapshot:
         """Copy the flat arrays to the host, where training does not change them. copy: as HostCopies do it."""
         flats = {prefix: copy(prefix, flat) for prefix, flat in self.buffers().items()}
-        return Snapshot(self.cfg, self.layout, flats, self._adapter_facts())
+        sha = device_sha256(self.optimizer.be, self.layout, *self.buffers().values())
+        return Snapshot(self.cfg, self.layout, flats, self._adapter_facts(), sha)
 
     def load(self, path: Path) -> tuple[dict[str, Any], str | None]:
         """Put a saved state into the optimizer; return its progress and recorded SHA-256 (None in old states).

@@ -2,7 +2,7 @@
 
 Files against their hashes, the log against itself and against the verdict, checkpoints and states against what was
 recorded of them, the data against its hashes, the validation loss on another backend, and, with --replay K, K recorded
-steps chosen at random and computed again from the saved state before them. Nothing is written.
+steps chosen at random and computed again from the saved state before them. Nothing is written but the signature of --sign.
 
 Example: apr verify runs/demo --replay 5"""
 
@@ -16,9 +16,10 @@ from pathlib import Path
 
 from ..common.atomic import locked
 from ..common.cache import throwaway_cache
-from ..common.finding import as_json, exit_code, verdict_of
+from ..common.finding import PASS, as_json, exit_code, verdict_of
 from ..common.options import device_option, json_option, option, parse
 from ..common.units import plural
+from ..evidence.signature import sign
 from ..verify.record import Options, Record
 from ..verify.verifier import verify
 from .show import Show
@@ -51,6 +52,16 @@ class Flags:
         metavar="FOLDER",
         path=True,
     )
+    signers: str | None = option(
+        "file of allowed signers, NAME KEY-TYPE KEY a line, one of which must have signed the run",
+        metavar="FILE",
+        path=True,
+    )
+    sign: str | None = option(
+        "sign the run with this SSH key when every check has passed (ssh-keygen -Y sign)",
+        metavar="KEY",
+        path=True,
+    )
     json: bool = json_option()
 
 
@@ -59,13 +70,14 @@ def main(args: Sequence[str]) -> int:
     f = parse(Flags, args, "apr verify", __doc__ or "")
     show = Show(quiet=f.json)
     seed = secrets.randbelow(1 << 32) if f.seed is None else f.seed
-    options = Options(f.replay, f.within, seed, f.backend, f.device, f.dataset)
+    options = Options(f.replay, f.within, seed, f.backend, f.device, f.dataset, f.signers)
     with show.console.status("") as status:
         record = Record(Path(f.run_dir), options, lambda text: status.update(cell(text)))
         # A GPU's products may search for algorithms, and would keep them.
         with throwaway_cache("cublaslt"), locked(Path(f.run_dir), "training in it"):
             findings = list(verify(record))
-    verdict = verdict_of(findings)
+            verdict = verdict_of(findings)
+            signed = sign(Path(f.run_dir), Path(f.sign)) if f.sign and verdict == PASS else None
     if f.json:
         keys = {"check": "name", "verdict": "verdict", "measured": "measured", "bound": "bound", "why": "why"}
         checks = as_json(findings, **keys)
@@ -76,5 +88,7 @@ def main(args: Sequence[str]) -> int:
             f"apr verify {f.run_dir}: {v['status']} after {plural(v['steps'], 'step')}, verdict {v['verdict']}"
         )
         print_findings(show.console, findings)
+        if signed:
+            show.note(f"signed: {signed}")
         show.note(verdict)
     return exit_code(verdict)

@@ -10,8 +10,8 @@ order; an exception of one is an exception of the run. The order of events:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,6 +47,7 @@ class WeightsReady(Event):
     sha256      of weights and moments, read back from the device; "" where they begin anew
     saved       SHA-256 that the state recorded; None in states that have none
     findings    of the gates, as the state holds them
+    expected    of the next step, as the state has it; found: as the trainer has it
     """
 
     step: int
@@ -54,6 +55,8 @@ class WeightsReady(Event):
     sha256: str = ""
     saved: str | None = None
     findings: tuple[dict[str, Any], ...] = ()
+    expected: Mapping[str, Any] = field(default_factory=dict)
+    found: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,12 @@ class Batches:
         """Passes over the data that are complete."""
         return self._read // self.windows.count
 
+    def peek(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Read the batch that `next` gives, and stay; None where the data is used up."""
+        if self.on_exhausted == "stop" and self._read + self.step_windows > self.windows.count:
+            return None
+        return self._ahead[0].result() if self._ahead else self._draw(self._read)
+
     def next(self) -> tuple[np.ndarray, np.ndarray]:
         """(ids, targets), int32 (batch_size, seq_length) each."""
         n = self.windows.count

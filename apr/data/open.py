@@ -66,15 +66,8 @@ class OpenedData:
         train, val = self.train.shards, self.val.shards
         facts = {
             "corpus": self.corpus_name,
-            "train_sha256": train.sha256,
-            "val_sha256": val.sha256,
             "tokenizer_sha256": self.tokenizer.sha256,
-            "train_tokens": train.total_tokens,
-            "val_tokens": val.total_tokens,
-            "val_bytes": val.total_bytes,
-            "train_windows": len(self.train),
-            "val_windows": len(self.val),
-            "val_unigram_entropy_nats": val.unigram_entropy,
+            **facts_of(self.train, self.val),
         }
         return facts | ({"packed": train.facts, "packed_val": val.facts} if train.facts else {})
 
@@ -82,6 +75,20 @@ class OpenedData:
         """List the findings of the guards of each split, for the run's config.json."""
         keys = {"guard": "name", "verdict": "verdict", "figure": "measured", "bound": "bound", "note": "why"}
         return {split.name: as_json(split.findings, **keys) for split in self.audit}
+
+
+def facts_of(train: Windows, val: Windows) -> dict[str, Any]:
+    """Identify and count windows to train on and to validate with."""
+    return {
+        "train_sha256": train.shards.sha256,
+        "val_sha256": val.shards.sha256,
+        "train_tokens": train.shards.total_tokens,
+        "val_tokens": val.shards.total_tokens,
+        "val_bytes": val.shards.total_bytes,
+        "train_windows": len(train),
+        "val_windows": len(val),
+        "val_unigram_entropy_nats": val.shards.unigram_entropy,
+    }
 
 
 def open_data(

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..common.events import Line
-from ..common.finding import SKIPPED, Finding
+from ..common.finding import FAIL, SKIPPED, Finding
 from ..common.host import cores
 from ..common.units import plural
 from ..model.cost import matmul_rate, memory
@@ -57,22 +57,29 @@ def _reload(t: Subject, gates: Gates, evaluation: Line) -> None:
         gates.skip("end.reload", f"another process needs {gib}; `apr verify` does it when this one is gone")
         return
     device = s.device if s.device.startswith(be.name) else be.name
-    loss = in_fresh_process(t.run, device, dtype, s.threads)
-    if isinstance(loss, str):
-        why = f"the last checkpoint cannot be loaded again: {loss}"
-        gates.judge(Finding.of("end.reload", False, loss, "the recorded loss", why), evaluation["step"])
-    else:
-        tolerance = gates.bound(f"reproduce_{dtype}")
-        finding = measure.reproduced("end.reload", loss, evaluation["val_loss"], tolerance)
-        gates.judge(finding, evaluation["step"])
+    found = in_fresh_process(t.run, device, dtype, s.threads)
+    if isinstance(found, str):
+        why = f"the last checkpoint cannot be loaded again: {found}"
+        gates.judge(Finding.of("end.reload", False, found, "the recorded loss", why), evaluation["step"])
+        return
+    loss, differs = found
+    tolerance = gates.bound(f"reproduce_{dtype}")
+    finding = measure.reproduced("end.reload", loss, evaluation["val_loss"], tolerance)
+    bound = f"{finding.bound}, and the bits that were on the device"
+    finding = replace(finding, bound=bound, measured=f"{finding.measured}; {differs or 'the bits as saved'}")
+    if differs:
+        finding = replace(finding, verdict=FAIL, why=differs)
+    gates.judge(finding, evaluation["step"])
 
 
-def in_fresh_process(run: Path, device: str, dtype: str, threads: int | None) -> float | str:
-    """Compute the validation loss of a run's last checkpoint in another process; returns the reason of a failure."""
+def in_fresh_process(run: Path, device: str, dtype: str, threads: int | None) -> tuple[float, str] | str:
+    """Load a run's last checkpoint in another process: its validation loss and where its files are not what was on the
+    device; or the reason of a failure."""
     command = [sys.executable, "-m", "apr.verify.reload", str(run), device, dtype, str(threads or 0)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_SECONDS, check=False)
     try:
-        return float(json.loads(done.stdout)[0])
+        loss, differs = json.loads(done.stdout)
+        return float(loss), str(differs)
     except (ValueError, TypeError, LookupError):
         lines = done.stderr.strip().splitlines()
         return lines[-1] if lines else f"the process ended with code {done.returncode} and said nothing"

@@ -91,7 +91,9 @@ GATES = {
         Gate(
             "before.resumed", BEFORE, "refuse",
             "a run that goes on has the weights and moments that it had saved",
-            "SHA-256 of weights and moments, read back from the device, equal to those in the state",
+            "SHA-256 of weights and moments, read back from the device, the optimizer's step count, the next learning rate and "
+            "the SHA-256 of the next batch: equal to those in the state; steps that are taken again have the loss, norm and "
+            "learning rate that the log behind the state has",
             "the saved state before it",
         ),
         Gate(
@@ -187,9 +189,9 @@ GATES = {
         Gate(
             "run.gradients", RUNNING, "abort",
             "the gradient norm counts all parameters, and every parameter has a gradient",
-            "in the first step of a process: the norms of all tensors, each taken alone, together give the one that is "
-            "logged, within 1e-5; no tensor's is zero; and, as often as run.learning-rate, no step finds gradients of the "
-            "one before",
+            "in the first step of a process: the norms of all tensors, squared and summed on the host in float64, together "
+            "give the one that is logged, of gradients and of weights, within 1e-5; no gradient's is zero; and, as often as "
+            "run.learning-rate, no step finds gradients of the one before",
             "the backward pass of the tensor that is named: `apr bisect`",
         ),
         Gate(
@@ -255,7 +257,8 @@ GATES = {
         Gate(
             "end.reload", END, "FAIL",
             "what was saved is what was trained",
-            "the last checkpoint, loaded in a fresh process, has the validation loss that was recorded, as in "
+            "the last checkpoint and the last state, read in a fresh process, have the SHA-256 that weights and moments had on "
+            "the device when they were saved, and the checkpoint the validation loss that was recorded, as in "
             "start.reproduces",
             "`apr verify` on the run",
         ),

@@ -174,13 +174,28 @@ def gradients(model: Model, scratch: Any) -> tuple[list[str], float]:
     float64."""
     be, zero, total = model.be, [], 0.0
     for s in model.layout.slots:
-        be.fill(scratch, 0)
-        be.add_sum_sq(scratch, model.g[s.offset : s.offset + s.size])
-        square = float(be.to_host(scratch)[0])
+        square = host_square(be.to_host(model.g[s.offset : s.offset + s.size]).astype(np.float32, copy=False))
         total += square
         if square == 0:
             zero.append(s.hf)
     return zero, math.sqrt(total) if total >= 0 else math.nan
+
+
+def weight_norm(opt: Optimizer, trained: Any, logged: float) -> Finding:
+    """Compare the weight norm of the log with that of all tensors, squared and summed on the host in float64."""
+    squares = (
+        host_square(opt.be.to_host(opt.master[s.offset : s.offset + s.size])) for s in trained.layout.slots
+    )
+    norm = math.sqrt(sum(squares))
+    measured, bound = f"weight norm {logged:.6g}, all tensors apart {norm:.6g}", "equal within 1e-5 of it"
+    return Finding.of("run.gradients", abs(norm - logged) <= 1e-5 * max(norm, logged), measured, bound)
+
+
+def host_square(x: np.ndarray) -> float:
+    """Sum the squares of an array in float64, part by part."""
+    flat = x.reshape(-1)
+    parts = (flat[i : i + CHUNK] for i in range(0, flat.size, CHUNK))
+    return sum(float(np.square(part, dtype=np.float64).sum()) for part in parts)
 
 
 def gradients_left(model: Model, scratch: Any) -> float:
@@ -210,12 +225,13 @@ def speed(flops: float, rate: float, most: float) -> Finding:
     return Finding.of(
         "end.speed",
         share <= most,
-        f"{_rate(flops)}, {100 * share:.0f} % of one large product",
-        f"at most {most:g} times {_rate(rate)}",
+        f"{rate_text(flops)}, {100 * share:.0f} % of one large product",
+        f"at most {most:g} times {rate_text(rate)}",
         "" if share <= most else "faster than the device can multiply: work was left out",
         score=share,
     )
 
 
-def _rate(flops: float) -> str:
+def rate_text(flops: float) -> str:
+    """Format FLOP/s."""
     return f"{flops / 1e12:.1f} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.1f} GFLOP/s"

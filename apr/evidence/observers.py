@@ -36,12 +36,14 @@ from .gates import GATES, Gates
 from .initial import new_adapters, random_weights
 from .judge import Facts, judge
 from .losses import pretrained_loss
+from .resumed import as_saved
 from .subject import Subject
 
 FOLLOWED_STEPS = (
     20  # first steps of a process in which the learning rate is measured; then every FOLLOW_EVERY
 )
 FOLLOW_EVERY = 10
+NEAR_CLIPPING = 0.5  # of --grad-clip: a norm above it in one step, and the next step is followed if it clips
 SHUFFLED_TOKENS = 2048  # of validation windows, whose order start.pretrained takes away
 
 
@@ -66,10 +68,7 @@ class StartGates:
                 gates.restore(e.findings)
             except (KeyError, TypeError) as error:
                 raise MalformedFile(f"{t.run}: gates of another version of apr, or none: {error}") from None
-            measured = f"weights and moments {e.sha256[:12]} on the device"
-            bound = f"{(e.saved or 'unknown')[:12]}, as saved"
-            is_same = e.saved in (e.sha256, None)
-            gates.judge(Finding.of("before.resumed", is_same, measured, bound), e.step)
+            gates.judge(as_saved(e), e.step)
             return
         with gates.timed("before.weights"):
             gates.judge(self._weights())
@@ -207,6 +206,7 @@ class StepGates:
         if self.gradients is not None and t.settings.seq_length < 2:
             gates.skip("run.gradients", "attention over one token has no gradient of queries and keys")
         elif self.gradients is not None:
+            gates.judge(measure.weight_norm(t.optimizer, t.adapters or t.model, e.line["weight_norm"]), step)
             gates.judge(self.gradients(e.line["grad_norm"]), step)
 
 
@@ -269,10 +269,12 @@ class LearningRateGate:
     def __init__(self, subject: Subject, gates: Gates) -> None:
         self.gates, self.settings, self.steps = gates, subject.settings, 0
         self.follow = Follow(subject.optimizer, subject.settings, (subject.adapters or subject.model).layout)
+        self.is_near_clipping = self.is_held = False
 
     def gradients_ready(self, e: GradientsReady) -> None:
         """Read weights, moments and gradients before the optimizer's step."""
-        if is_followed(self.steps):
+        self.is_held = is_followed(self.steps) or self.is_near_clipping
+        if self.is_held:
             with self.gates.timed("run.learning-rate"):
                 self.follow.before()
 
@@ -288,7 +290,12 @@ class LearningRateGate:
             self.gates.judge(
                 Finding.of("run.learning-rate", False, f"log {lr:.6e}", f"{want:.6e}", why), step
             )
-        if is_followed(self.steps):
+        clip = self.settings.grad_clip
+        is_clipped, self.is_near_clipping = (
+            0 < clip < line["grad_norm"],
+            0 < NEAR_CLIPPING * clip < line["grad_norm"],
+        )
+        if is_followed(self.steps) or (self.is_held and is_clipped):
             tolerance = self.gates.bound("learning_rate_tolerance")
             with self.gates.timed("run.learning-rate"):
                 self.gates.judge(self.follow.after(lr, line["grad_norm"], tolerance, step), step)

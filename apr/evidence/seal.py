@@ -15,11 +15,13 @@ from ..common.files import read_json, read_text, sha256_of
 from ..common.units import plural
 
 FORMAT, EVIDENCE = "apr-evidence-1", "evidence.json"
+SIGNATURE = EVIDENCE + ".sig"  # of evidence.json, by a key of the user's: signature.py
 
 
 def seal(run: Path) -> None:
     """Write evidence.json for a run directory as it stands. Raises IOFailure."""
     write_text(run / EVIDENCE, _text(hashes(run)))
+    (run / SIGNATURE).unlink(missing_ok=True)  # of the evidence before
 
 
 def resealed(run: Path, path: Path, text: str) -> None:
@@ -33,7 +35,7 @@ def resealed(run: Path, path: Path, text: str) -> None:
 
 
 def hashes(run: Path) -> dict[str, dict[str, Any]]:
-    """Hash each file in a run directory but evidence.json: {path inside: {"bytes", "sha256"}}, sorted."""
+    """Hash each file in a run directory but evidence.json and its signature: {path inside: {"bytes", "sha256"}}, sorted."""
     found = sorted(name for name in _names(run) if not _why_not(run, name))
     with ThreadPoolExecutor() as pool:  # hashing does not hold the interpreter's lock
         digests = pool.map(lambda name: sha256_of(run / name), found)
@@ -48,7 +50,7 @@ def _names(run: Path) -> list[str]:
     out = []
     for folder, _, names in os.walk(run):
         out += [os.path.relpath(os.path.join(folder, name), run) for name in names]
-    return [name for name in out if name != EVIDENCE]
+    return [name for name in out if name not in (EVIDENCE, SIGNATURE)]
 
 
 def _why_not(run: Path, name: str) -> str:

@@ -44,10 +44,9 @@ def identity(fields: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def older_identities(text: str, library_text: str) -> set[str]:
+def older_identities(fields: dict[str, Any], text: str, library_text: str) -> set[str]:
     """Hash the spellings by which older versions identified a tokenizer: the bytes of the file as given, as the
     tokenizers library writes it, indented, and without white space."""
-    fields = json.loads(text)
     spellings = (
         text,
         library_text,

@@ -6,7 +6,6 @@ The file format is `tokenizer.json` of the tokenizers library, which the models 
 from __future__ import annotations
 
 import array
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -125,14 +124,18 @@ class Tokenizer:
     @cached_property
     def sha256(self) -> str:
         """Hash the canonical content of tokenizer.json, the identity of the tokenizer."""
-        return identity(json.loads(self.json))
+        return identity(self._fields())
 
     def is_recorded_as(self, sha256: Any) -> bool:
         """Compare with a recorded identity; of older versions, the hash of any spelling of this tokenizer."""
         if sha256 == self.sha256 or not isinstance(sha256, str):
             return sha256 == self.sha256
         with _library(self.source, "not a tokenizer.json"):
-            return sha256 in older_identities(self.json, str(Engine.from_str(self.json).to_str(pretty=True)))
+            spelled = str(Engine.from_str(self.json).to_str(pretty=True))
+        return sha256 in older_identities(self._fields(), self.json, spelled)
+
+    def _fields(self) -> dict[str, Any]:
+        return parse_json(self.json, self.source, unique=True)
 
     def _check_around(self, source: str) -> None:
         """Raise MalformedFile unless the ids that stand around every text are ids of the vocabulary."""

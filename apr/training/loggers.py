@@ -60,7 +60,8 @@ def scalars(line: dict[str, Any], group: str) -> Iterator[tuple[str, float]]:
     """Yield (name, value) of the numbers in a line of metrics, but its step."""
     for key, value in line.items():
         if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{'speed' if key in SPEED else group}/{key}", float(value)
+            # The time of an evaluation is none of the step at which it was.
+            yield f"{'speed' if key in SPEED and group == 'train' else group}/{key}", float(value)
 
 
 class TensorBoard(Callback):

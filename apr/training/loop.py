@@ -44,6 +44,7 @@ from .callbacks import CallbackFailed
 from .evaluate import Loss, Stopped, epoch_facts, evaluate
 from .inputs import Inputs
 from .progress import Progress
+from .resuming import still_to_come, what_is_next
 from .rundir import RunDir, interrupted
 from .sample import sample_text
 from .saving import Epoch, Saver
@@ -168,7 +169,8 @@ class Trainer:
         p = self.progress
         self.resumed, self._saved, self._sampled = True, p.step, p.val_step
         self.batches.restore(p.data)
-        self.emit(WeightsReady(p.step, True, self.state.sha256(), sha, tuple(p.gates)))
+        expected, found = still_to_come(p.next, self.s.num_steps), what_is_next(self)
+        self.emit(WeightsReady(p.step, True, self.state.sha256(), sha, tuple(p.gates), expected, found))
 
     # Steps
 
@@ -253,10 +255,9 @@ class Trainer:
         loss, tokens, error = self.evaluate()
         p, shards = self.progress, self.inputs.val.shards
         bits = bits_per_byte(loss, shards.total_tokens, shards.total_bytes)
-        p.seconds += time.perf_counter() - start
-        line = dict(
-            step=p.step, val_loss=loss, val_tokens=tokens, val_bits_per_byte=bits, val_loss_stderr=error
-        )
+        p.seconds += (seconds := time.perf_counter() - start)
+        line: Line = dict(step=p.step, val_loss=loss, val_tokens=tokens, val_bits_per_byte=bits)
+        line |= dict(val_loss_stderr=error, wall_ms=1e3 * seconds)
         self.emit(Measured(line))
         self.run.log.write(**line)
         p.val_losses.append(loss)
@@ -283,7 +284,7 @@ class Trainer:
         """Save the checkpoint of an epoch, the state, or both."""
         progress = None
         if state:
-            self.progress.data = self.batches.state()
+            self.progress.data, self.progress.next = self.batches.state(), what_is_next(self)
             self.progress.gates = self.findings()
             self._saved, progress = self.progress.step, dataclasses.asdict(self.progress)
         if epoch or state:

@@ -22,6 +22,9 @@ class MetricsLog:
 
     def __init__(self, run: Path) -> None:
         self.path, self.samples = run / METRICS, run / SAMPLES
+        # Steps behind the state, of the process that was stopped; of no use where the run is made longer.
+        self.witnesses: dict[int, dict[str, Any]] = {}
+        self.is_longer = False
         self._file: TextIO | None = None
 
     def open(self, step: int, evaluated: int) -> None:
@@ -30,11 +33,14 @@ class MetricsLog:
 
         Raises MalformedFile: damaged, or lines up to that step are gone."""
         if self.path.exists() or step >= 0:
+            lines = list(read_lines(self.path))
             kept = [
                 line
-                for line in read_lines(self.path)
+                for line in lines
                 if line["step"] <= (evaluated if step >= 0 and "val_loss" in line else step)
             ]
+            behind = [line for line in lines if "train_loss" in line and line["step"] > step >= 0]
+            self.witnesses = {} if self.is_longer else {line["step"]: line for line in behind}
             have = [line["step"] for line in kept if "train_loss" in line]
             if have != list(range(1, max(step, 0) + 1)):
                 raise MalformedFile(

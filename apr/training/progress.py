@@ -20,7 +20,7 @@ class Progress:
     seconds               of steps and evaluations
     best_flops            FLOP/s of the fastest step
     last_loss, constant   loss of the latest step, and the number of steps before it with the same loss
-    gates                 findings so far
+    gates, next           findings so far; what comes next: resuming.py
     """
 
     step: int = 0
@@ -37,3 +37,4 @@ class Progress:
     last_loss: float | None = None
     constant: int = 0
     gates: list[dict[str, Any]] = field(default_factory=list)
+    next: dict[str, Any] = field(default_factory=dict)

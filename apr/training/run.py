@@ -33,6 +33,7 @@ from ..evidence.observers import (
     StepGates,
     VerdictFile,
 )
+from ..evidence.resumed import WitnessGate
 from ..evidence.seal import EVIDENCE, compare, seal
 from ..evidence.start import FirstStep
 from ..evidence.subject import Subject
@@ -88,6 +89,7 @@ def train(
                 if settings.resume:
                     check_same_data(inputs, run)
                     run.lengthen(settings.num_steps)
+                    run.rebound(settings.bounds)
                 else:
                     run.create(_config(inputs, run))
                 run.clean()
@@ -144,6 +146,7 @@ def _train(
             StepGates(subject, gates),
             PlaceholderGate(log_gates),
             LearningRateGate(subject, gates),
+            WitnessGate(subject, gates, lambda: run.log.witnesses, run.read_config),
             DataGate(subject, gates),
             FirstStep(subject, gates),
             FormulasGate(gates),
@@ -328,8 +331,7 @@ def _finish(
     trainer: Trainer, subject: Subject, gates: Gates, show: Display, status: str, start: float
 ) -> dict[str, Any]:
     """Judge the last gates of a run that came to its end, and write its verdict; returns its result."""
-    i, p, run = trainer.inputs, trainer.progress, trainer.run
-    last = _last_evaluation(run)
+    i, p, run, last = trainer.inputs, trainer.progress, trainer.run, _last_evaluation(trainer.run)
     result = {
         "status": status,
         "steps": p.step,

@@ -98,7 +98,14 @@ class RunDir:
         if states and step_of(states[-1]) == was:
             config["ends"] = [*self.ends(), was]
         config["settings"]["num_steps"] = num_steps
+        self.log.is_longer = True
         write_json(self.path / "config.json", config)
+
+    def rebound(self, bounds: str | None) -> None:
+        """Record in config.json the bounds of gates that the run goes on with, where they are others."""
+        settings = self.read_config()["settings"]
+        if settings.get("bounds") != bounds:
+            self.record("settings", {**settings, "bounds": bounds})
 
     def clean(self) -> None:
         """Remove temporary files that a killed process has left; to be called while the folder is locked."""
@@ -112,6 +119,7 @@ class RunDir:
         epoch: int,
         model: Model,
         weights: np.ndarray,
+        weights_sha: str,
         snapshot: Snapshot,
         tokenizer: Tokenizer,
         facts: dict[str, Any],
@@ -119,13 +127,15 @@ class RunDir:
         carried: dict[str, Any] | None = None,
     ) -> Path:
         """Write ckpt/epoch-NNN.apr with weights (layout.size,), architecture, tokenizer and the conditions of its validation
-        loss, and its metadata.json; returns the path. model: of which configuration, layout and dtype are read."""
+        loss, and its metadata.json; returns the path. model: of which configuration, layout and dtype are read; weights_sha:
+        of the weights as the device had them, "" to hash those that are written."""
         path = self.ckpt / f"epoch-{epoch:03d}.apr"
         meta = {**config_to_metadata(model.cfg), "evaluation": evaluation, **(carried or {})}
         embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id)
         tensors = model.layout.named(weights)
         write_apr(path, meta, tensors, model.dtype)
-        hashes = {"optimizer_state_sha": snapshot.optimizer_sha256(), "weights_sha": sha256(tensors.values())}
+        sha = weights_sha or sha256(tensors.values())
+        hashes = {"optimizer_state_sha": snapshot.optimizer_sha256(), "weights_sha": sha}
         facts = {"epoch": epoch, **facts, **hashes}
         write_json(metadata_of(path), facts)
         return path

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..backends.host_copies import HostCopies
 from ..checkpoints.peft import write_adapter
-from ..checkpoints.state import Snapshot, TrainingState
+from ..checkpoints.state import Snapshot, TrainingState, device_sha256
 from ..common.events import Event, Noted, Saved
 from ..model.lora import AdapterLayout
 from ..model.transformer import Model
@@ -64,11 +64,13 @@ class Saver:
 
         Waits for the save before, and for this one with --no-background-saves. Raises IOFailure of either."""
         self.wait()
-        snapshot, weights = self.state.snapshot(self._copy), None
+        snapshot, weights, sha = self.state.snapshot(self._copy), None, ""
         if epoch is not None:
             weights = snapshot.flats[""] if self._is_shared else self._copy(CHECKPOINT, self.model.w)
+            # As the device has them, apart from the copy: what is written is judged by that.
+            sha = device_sha256(self.model.be, self.model.layout, self.model.w)
         self._note_problem()
-        job = partial(self._write, snapshot, weights, epoch, progress)
+        job = partial(self._write, snapshot, weights, sha, epoch, progress)
         self._thread = threading.Thread(target=self._keep_error, args=(job,), name="saving", daemon=True)
         self._thread.start()
         if not self.inputs.settings.background_saves:
@@ -117,22 +119,33 @@ class Saver:
         self,
         snapshot: Snapshot,
         weights: np.ndarray | None,
+        weights_sha: str,
         epoch: Epoch | None,
         progress: dict[str, Any] | None,
     ) -> None:
         """Write a checkpoint, then the state: where a state is whole, the checkpoint before it is."""
         if epoch is not None and weights is not None:
-            path = self._write_checkpoint(snapshot, weights, epoch)
+            path = self._write_checkpoint(snapshot, weights, weights_sha, epoch)
             self._done.append(Saved(path, epoch.facts))
             self._prune(epoch)
         if progress is not None:
             self.run.save_state(snapshot, progress, self.inputs.settings.keep_states)
 
-    def _write_checkpoint(self, snapshot: Snapshot, weights: np.ndarray, epoch: Epoch) -> Path:
+    def _write_checkpoint(
+        self, snapshot: Snapshot, weights: np.ndarray, weights_sha: str, epoch: Epoch
+    ) -> Path:
         i, facts = self.inputs, epoch.facts
         evaluation = {"val_loss": facts["val_loss"], **evaluated_on(i)}
         path = self.run.save_epoch(
-            epoch.number, self.model, weights, snapshot, i.tokenizer, facts, evaluation, i.carried
+            epoch.number,
+            self.model,
+            weights,
+            weights_sha,
+            snapshot,
+            i.tokenizer,
+            facts,
+            evaluation,
+            i.carried,
         )
         if isinstance(snapshot.layout, AdapterLayout):
             write_adapter(

@@ -32,6 +32,7 @@ class Options:
     backend: str = "auto"
     device: str | None = None
     dataset: str | None = None
+    signers: str | None = None
 
 
 def _whole(verdict: dict[str, Any], path: Path) -> dict[str, Any]:

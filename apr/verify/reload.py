@@ -10,14 +10,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from .. import backends
 from ..backends.select import choose
+from ..checkpoints.apr2 import read_apr
 from ..checkpoints.registry import open_any
+from ..checkpoints.state import saved_hashes, sha256
 from ..common.errors import AprError, MalformedFile, Refused
 from ..common.files import read_json
 from ..common.printable import printable
 from ..data.audit import Split, open_shards, sides_of
 from ..data.open import windows_of
+from ..model.params import Layout
 from ..model.transformer import Model
 from ..training.evaluate import Loss, evaluate
 from ..training.rundir import RunDir
@@ -85,8 +90,30 @@ def checkpoint_loss(r: Recorded, backend: ModuleType, dtype: str, dataset: str |
     return evaluate(model, val, micro, s.val_batches and s.val_batches * s.batch_size)
 
 
+def checkpoint_sha(checkpoint: Path) -> str:
+    """Hash the weights of a checkpoint as its file has them, in the order of a layout."""
+    loaded = open_any(str(checkpoint))
+    return sha256(np.asarray(loaded.tensors[s.hf]) for s in Layout(loaded.cfg).in_order())
+
+
+def differences(run: Path, r: Recorded) -> str:
+    """Compare files with the hashes that were taken on the device when they were saved: the weights of a checkpoint, and
+    weights and moments of the latest state; "" where they are equal."""
+    sha, want = checkpoint_sha(r.checkpoint), r.metadata.get("weights_sha")
+    if sha != want:
+        return f"{r.checkpoint.name} has the weights {sha[:12]}, the device had {str(want)[:12]}"
+    for path in RunDir(run).states()[-1:]:
+        file = read_apr(path)
+        sha, want = saved_hashes(file.metadata, file.tensors, str(path))[0], file.metadata["state_sha256"]
+        if sha != want:
+            return f"{path.name} has weights and moments {sha[:12]}, the device had {str(want)[:12]}"
+    return ""
+
+
 def main(args: Sequence[str]) -> int:
-    """Print the loss of a run's last checkpoint as JSON. args: RUN DEVICE DTYPE THREADS."""
+    """Print the loss of a run's last checkpoint, and a difference of its files from what was saved, as JSON.
+
+    args: RUN DEVICE DTYPE THREADS."""
     run, device, dtype, threads = args
     try:
         found = last_checkpoint(Path(run))
@@ -97,7 +124,8 @@ def main(args: Sequence[str]) -> int:
             if device == "reference"
             else choose(device, dtype, int(threads) or None).backend
         )
-        print(json.dumps(checkpoint_loss(found, backend, dtype)))
+        wrong = differences(Path(run), found)
+        print(json.dumps([checkpoint_loss(found, backend, dtype).mean, wrong]))
     except AprError as e:
         print(printable(str(e)), file=sys.stderr)
         return e.exit_code

@@ -9,11 +9,14 @@ import numpy as np
 
 from .. import backends
 from ..backends.select import choose
+from ..checkpoints.apr2 import read_apr
 from ..checkpoints.registry import open_any
 from ..common.errors import Refused
+from ..common.events import Line
 from ..common.finding import Finding
 from ..common.provenance import code_sha256
 from ..common.units import plural
+from ..evidence.resumed import computes_the_same
 from ..training.inputs import open_inputs
 from ..training.loop import Trainer
 from .record import NONE_SAVED, Record
@@ -22,7 +25,8 @@ from .reload import checkpoint_loss, recorded
 OTHER_BACKEND = {"float32": 1e-4, "bfloat16": 5e-3}  # of a loss: two backends round in other places
 OTHER_STEP = {"float32": 1e-3, "bfloat16": 2e-2}  # of a training loss some steps after a saved state
 NO_SHARDS = "the shards are not there; --dataset says where they are now"
-DECIDING = ("backend", "gpu", "cpu", "threads", "cuda", "cublaslt", "matmul_algorithms")
+COMPARED = ("train_loss", "grad_norm", "weight_norm", "lr", "tokens_seen")  # of a line of the log
+FAR_STEPS = 400  # behind a state, up to which the last step is always computed again
 
 
 def validation_loss(r: Record) -> Finding:
@@ -46,7 +50,8 @@ def validation_loss(r: Record) -> Finding:
 
 
 def replay(r: Record) -> Finding:
-    """Compute recorded steps, chosen at random, again from the saved state before them."""
+    """Compute recorded steps again from the saved state before them: the first, that behind each state, the last, and some
+    chosen at random."""
     o, bound = r.options, "the recorded loss and gradient norm"
     if not o.replay:
         why = "not asked for; --replay K computes K recorded steps again"
@@ -57,41 +62,124 @@ def replay(r: Record) -> Finding:
         return Finding.skipped("replay", NO_SHARDS, bound)
     bases = [0, *(int(p.stem[5:]) for p in r.run.states())]
     base_of = {line["step"]: max(b for b in bases if b < line["step"]) for line in r.steps}
+    if not base_of:
+        return Finding.skipped("replay", "no step was taken", bound)
     near = [step for step, base in base_of.items() if step - base <= o.within]
-    if not near:
-        why = f"no step is within {o.within} of a saved state; raise --within"
-        return Finding.skipped("replay", why, bound)
-    chosen = sorted(np.random.default_rng(o.seed).permutation(near)[: o.replay].tolist())
+    chosen = _chosen(o.replay, o.seed, base_of, near)
     trainer, is_same = _trainer(r)
-    tolerance = 0.0 if is_same else OTHER_STEP[trainer.model.dtype]
-    lines, worst = {line["step"]: line for line in r.steps}, 0.0
+    again = _Again(r, trainer, is_same)
     for base in sorted({base_of[step] for step in chosen}):
-        wanted = [step for step in chosen if base_of[step] == base]
+        if wrong := again.run(base, max(step for step in chosen if base_of[step] == base)):
+            return Finding.of("replay", False, wrong, again.bound)
+    steps = ", ".join(map(str, chosen[:8])) + (" ..." if len(chosen) > 8 else "")
+    measured = f"{plural(again.steps, 'step')} on the way to {steps} (seed {o.seed}), worst {again.worst:.1e}"
+    far = max(base_of) not in chosen
+    why = (
+        f"the last step is {max(base_of) - base_of[max(base_of)]:,} behind a state: --within reaches it"
+        if far
+        else ""
+    )
+    return Finding.of("replay", True, measured, again.bound, why)
+
+
+def _chosen(count: int, seed: int, base_of: dict[int, int], near: list[int]) -> list[int]:
+    """Choose the steps to come to: the first, that behind each state, the last, and the steps of states that are near; and
+    `count` at random among those near."""
+    last = max(base_of)
+    always = {base + 1 for base in base_of.values()}
+    always |= {last} if last in near or last - base_of[last] <= FAR_STEPS else set()
+    # On to the next state, which is compared too.
+    always |= set(base_of.values()) & set(near)
+    drawn = np.random.default_rng(seed).permutation([step for step in near if step not in always])[:count]
+    return sorted(always | {int(step) for step in drawn})
+
+
+class _Again:
+    """Takes recorded steps again and compares all that is computed on the way: steps, evaluations, states."""
+
+    def __init__(self, r: Record, trainer: Trainer, is_same: bool) -> None:
+        self.r, self.trainer, self.is_same = r, trainer, is_same
+        dtype = trainer.model.dtype
+        self.tolerance = 0.0 if is_same else OTHER_STEP[dtype]
+        self.of_evaluation = 0.0 if is_same else OTHER_BACKEND[dtype]
+        self.bound = "equal bits" if is_same else f"within {self.tolerance:g}: another backend or version"
+        self.lines = {line["step"]: line for line in r.steps}
+        self.evaluated = {line["step"]: line["val_loss"] for line in r.evaluations}
+        self.worst, self.steps = 0.0, 0
+
+    def run(self, base: int, last: int) -> str:
+        """Take the steps behind a state up to `last`; returns the first difference, "" for none."""
+        trainer, first = self.trainer, 0
         if base:
-            trainer.load(r.run.state / f"step-{base:06d}.apr")
+            trainer.load(self.r.run.state / f"step-{base:06d}.apr")
         else:
             trainer.begin_anew()
-        while trainer.progress.step < wanted[-1]:
-            r.announce(f"replay: step {trainer.progress.step + 1}, up to {wanted[-1]}")
-            line = trainer.train_step()
-            if line["step"] not in wanted:
-                continue
-            was = lines[line["step"]]
-            apart = {k: abs(line[k] - was[k]) / max(abs(was[k]), 1e-9) for k in ("train_loss", "grad_norm")}
-            key, off = max(apart.items(), key=lambda pair: pair[1])
-            if not off <= tolerance:
-                measured = (
-                    f"step {line['step']}: {key} {line[key]!r}, recorded {was[key]!r}, {off:.1e} of it apart"
-                )
-                bound = "equal bits" if is_same else f"within {tolerance:g} of it"
-                return Finding.of("replay", False, measured, bound)
-            worst = max(worst, off)
-    steps = ", ".join(map(str, chosen[:8])) + (" ..." if len(chosen) > 8 else "")
-    measured = (
-        f"{len(chosen)} of {plural(len(near), 'step')} in reach ({steps}; seed {o.seed}), worst {worst:.1e}"
-    )
-    bound = "equal bits" if is_same else f"within {tolerance:g}: another backend or version"
-    return Finding.of("replay", True, measured, bound)
+        wrong = "" if base else self._evaluation(0)
+        while not wrong and trainer.progress.step < last:
+            step = trainer.progress.step + 1
+            self.r.announce(f"replay: step {step}, up to {last}")
+            off, wrong = self._step(trainer.train_step())
+            if off and not first:
+                first = step
+            elif first and not off and not wrong:
+                # Another backend or version that rounds otherwise once never comes back to the same bits.
+                wrong = f"step {first} differs, and step {step} behind it has the recorded bits"
+            wrong = wrong or self._evaluation(step) or self._state(step)
+        return wrong
+
+    def _step(self, line: Line) -> tuple[float, str]:
+        """Compare the line of a step: (relative difference, "" where it is within the tolerance)."""
+        was = self.lines[line["step"]]
+        self.steps += 1
+        offs = {key: abs(line[key] - was[key]) / max(abs(was[key]), 1e-9) for key in COMPARED}
+        key = max(offs, key=lambda k: offs[k])
+        self.worst = max(self.worst, offs[key])
+        if offs[key] <= self.tolerance:
+            return offs[key], ""
+        return offs[key], f"step {line['step']}: {key} = {line[key]!r}, recorded {was[key]!r}"
+
+    def _evaluation(self, step: int) -> str:
+        if step not in self.evaluated:
+            return ""
+        loss, was = self.trainer.evaluate().mean, self.evaluated[step]
+        if abs(loss - was) <= self.of_evaluation * abs(was):
+            return ""
+        return f"step {step}: val_loss = {loss!r}, recorded {was!r}"
+
+    def _state(self, step: int) -> str:
+        path = self.r.run.state / f"step-{step:06d}.apr"
+        if not self.is_same or not path.is_file():
+            return ""
+        sha, was = self.trainer.state.sha256(), read_apr(path).metadata["state_sha256"]
+        return "" if sha == was else f"step {step}: weights and moments {sha[:12]}, its state has {was[:12]}"
+
+
+def evaluations(r: Record) -> Finding:
+    """Compute the validation loss of every checkpoint but the last again, on the run's backend."""
+    name, o = "evaluations", r.options
+    bound = "the recorded losses"
+    earlier = [recorded(r.run.path, path) for path in r.run.checkpoints()[:-1]]
+    if not o.replay or not earlier:
+        return Finding.skipped(
+            name, "not asked for; --replay asks" if earlier else "no earlier checkpoint", bound
+        )
+    if not all(f.is_dir() for f in r.folders().values()):
+        return Finding.skipped(name, NO_SHARDS, bound)
+    device, dtype = o.device or r.config["settings"]["device"], r.settings.dtype or "float32"
+    backend = choose(device, None, r.settings.threads).backend
+    dtype = dtype if dtype in backend.dtypes else backend.dtypes[0]
+    tolerance = OTHER_BACKEND[r.settings.dtype or "float32"]
+    worst = 0.0
+    for said in earlier:
+        r.announce(f"evaluations: {said.checkpoint.name}")
+        loss = checkpoint_loss(said, backend, dtype, o.dataset).mean
+        off = abs(loss - said.val_loss) / abs(said.val_loss)
+        if not off <= tolerance:
+            measured = f"{said.checkpoint.name}: {loss:.6f}, recorded {said.val_loss:.6f}"
+            return Finding.of(name, False, measured, f"at most {tolerance:g} of it apart")
+        worst = max(worst, off)
+    measured = f"{plural(len(earlier), 'earlier checkpoint')}, worst {worst:.1e} of it apart"
+    return Finding.of(name, True, measured, f"at most {tolerance:g}")
 
 
 def _trainer(r: Record) -> tuple[Trainer, bool]:
@@ -125,6 +213,4 @@ def _trainer(r: Record) -> tuple[Trainer, bool]:
         raise Refused(f"replay: the tokenizer {inputs.tokenizer.source} is not the run's")
     trainer = Trainer(inputs, r.run)
     trainer.prepare(resume=False)
-    was, now = r.config["device"], inputs.backend.describe()
-    is_same = all(was.get(k) == now.get(k) for k in DECIDING)
-    return trainer, is_same and r.config.get("code_sha256") == code_sha256()
+    return trainer, computes_the_same(r.config, inputs.backend.describe(), code_sha256())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +13,25 @@ import numpy as np
 from ..checkpoints.apr2 import read_apr
 from ..checkpoints.peft import read_adapter
 from ..checkpoints.registry import open_any
-from ..checkpoints.state import saved_hashes, sha256
+from ..checkpoints.state import OPTIMIZER, saved_hashes, sha256
 from ..common.events import REMOVED
 from ..common.files import read_json
 from ..common.finding import Finding
 from ..common.units import plural
-from ..data.audit import open_shards
+from ..data.audit import Split, audit
 from ..data.batches import Batches, Windows
+from ..data.guards import Bounds
+from ..data.open import facts_of, windows_of
 from ..data.shards import Shards
 from ..evidence.adapters import checkpoint_merge_error
 from ..evidence.seal import EVIDENCE, compare
+from ..evidence.signature import signer
 from ..model.params import Layout
 from ..training.rundir import epoch_of
 from .record import NONE_SAVED, Record
 from .reload import recorded
+
+NORM_TOLERANCE = 1e-5  # of a norm of weights: float64, and the device's sum of squares
 
 
 def files(r: Record) -> Finding:
@@ -33,6 +41,15 @@ def files(r: Record) -> Finding:
     more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
     measured = "; ".join(differences[:3]) + more if differences else f"{plural(count, 'file')}"
     return Finding.of("files", not differences, measured, "the SHA-256 of evidence.json")
+
+
+def signature(r: Record) -> Finding:
+    """Check the signature of evidence.json."""
+    bound = "by a key of --signers"
+    if r.options.signers is None:
+        why = "there is one, not asked for; --signers FILE names the keys that may sign"
+        return Finding.skipped("signature", why, bound)
+    return Finding.of("signature", True, f"by {signer(r.run.path, Path(r.options.signers))}", bound)
 
 
 def checkpoints(r: Record) -> Finding:
@@ -93,11 +110,39 @@ def states(r: Record) -> Finding:
         sha, optimizer_sha = saved_hashes(file.metadata, file.tensors, str(path))
         if sha != file.metadata["state_sha256"]:
             return Finding.of("states", False, f"{path.name}: {sha[:12]}", bound)
-        end = ends.get(file.metadata["training"]["step"])
+        step = file.metadata["training"]["step"]
+        end = ends.get(step)
+        if wrong := _other_weights(r, path, step, file.tensors, end):
+            return Finding.of("states", False, wrong, bound)
         if end and end["optimizer_state_sha"] != optimizer_sha:
             measured = f"{path.name}: its moments are not those of epoch {end['epoch']}"
             return Finding.of("states", False, measured, bound)
     return Finding.of("states", bool(found), f"{plural(len(found), 'state')}", bound)
+
+
+def _other_weights(
+    r: Record, path: Path, step: int, tensors: Mapping[str, np.ndarray], end: dict[str, Any] | None
+) -> str:
+    """Compare the weights of a state with their norm in the log, and with the checkpoint of the same step; "" where they
+    are the same."""
+    weights = {name: x for name, x in tensors.items() if not name.startswith(OPTIMIZER)}
+    line = next((line for line in r.steps if line["step"] == step), None)
+    norm = math.sqrt(sum(float(np.square(x, dtype=np.float64).sum()) for x in weights.values()))
+    if line is not None and not abs(norm - line["weight_norm"]) <= NORM_TOLERANCE * norm:
+        return f"{path.name}: its weights have the norm {norm:.6g}, the log says {line['weight_norm']:.6g}"
+    checkpoint = r.run.ckpt / f"epoch-{end['epoch']:03d}.apr" if end else None
+    if checkpoint is None or not checkpoint.is_file() or "lora" in r.config["data"]:
+        return ""
+    there = open_any(str(checkpoint)).tensors
+    for name, x in weights.items():
+        if (
+            name in there
+            and np.asarray(x).astype(there[name].dtype).tobytes() != np.asarray(there[name]).tobytes()
+        ):
+            return (
+                f"{path.name}: {name} is not that of {checkpoint.name}, which was saved after the same step"
+            )
+    return ""
 
 
 def adapters(r: Record) -> Finding:
@@ -122,20 +167,58 @@ def data(r: Record) -> Finding:
     want, bound = r.config["data"], "the SHA-256 of config.json"
     if r.last is None:
         return Finding.skipped("data", NONE_SAVED, bound)
-    tokenizer, tokens = open_any(str(r.last)).tokenizer, 0
+    loaded, tokens = open_any(str(r.last)), 0
+    tokenizer, folders = loaded.tokenizer, r.folders()
     if tokenizer is None or not tokenizer.is_recorded_as(want["tokenizer_sha256"]):
         return Finding.of("data", False, "the tokenizer in the checkpoint is not the run's", bound)
-    for side, folder in r.folders().items():
-        if not folder.is_dir():
-            why = f"{folder} is not there; --dataset says where the shards are now"
-            return Finding.skipped("data", why, bound)
-        shards = open_shards(folder, tokenizer)
+    if gone := [folder for folder in folders.values() if not folder.is_dir()]:
+        why = f"{gone[0]} is not there; --dataset says where the shards are now"
+        return Finding.skipped("data", why, bound)
+    splits = audit(folders, tokenizer, Bounds.parse(r.settings.widen), loaded.cfg.vocab_size)
+    for split in splits:
+        side, folder, shards = split.name, split.folder, split.shards
+        assert shards is not None
         if shards.sha256 != want[f"{side}_sha256"]:
             return Finding.of("data", False, f"{folder}: {shards.sha256[:12]}", bound)
         tokens += shards.total_tokens
         if shards.masks and side == "train" and (wrong := _miscounted(r, shards)):
             return Finding.of("data", False, wrong, bound)
-    return Finding.of("data", True, f"{plural(tokens, 'token')} read", bound)
+    wrong = _other_facts(r, splits) or _other_guards(r, splits)
+    return Finding.of(
+        "data",
+        not wrong,
+        wrong or f"{plural(tokens, 'token')} read, {plural(_guards(splits), 'guard')} asked again",
+        bound,
+    )
+
+
+def _other_facts(r: Record, splits: list[Split]) -> str:
+    """Find a figure of the data in config.json that the shards do not have; "" for none."""
+    train, val = windows_of(r.settings, splits)
+    for key, value in facts_of(train, val).items():
+        if key in r.config["data"] and r.config["data"][key] != value:
+            return f"{key} = {r.config['data'][key]}, the shards have {value}"
+    return ""
+
+
+def _other_guards(r: Record, splits: list[Split]) -> str:
+    """Find a guard whose finding in config.json is not what the data give; "" for none. Older versions had fewer guards."""
+    for split in splits:
+        said = {row["guard"]: row for row in r.config["data_guards"][split.name]}
+        for f in split.findings:
+            row = said.get(f.name, {"verdict": f.verdict, "figure": f.measured})
+            if row["verdict"] != f.verdict or _figure(row["figure"]) != _figure(f.measured):
+                return f"{split.name}: {f.name} is {row['verdict']}, {row['figure']}; the data give {f.verdict}, {f.measured}"
+    return ""
+
+
+def _figure(text: str) -> str:
+    """Leave out the hash of the tokenizer, of which `data` asks what it stands for: older versions had another one."""
+    return re.sub(r"\btokenizer [0-9a-f]{12}\b", "tokenizer", str(text))
+
+
+def _guards(splits: list[Split]) -> int:
+    return sum(len(split.findings) for split in splits)
 
 
 def _miscounted(r: Record, shards: Shards) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 
 from apr import backends
+from apr.backends.host_copies import HostCopies
+from apr.checkpoints import state as states
 from apr.checkpoints.apr2 import read_apr, write_apr
 from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
@@ -23,13 +26,14 @@ from apr.common.finding import FAIL, PASS, SKIPPED, SUSPECT, Finding
 from apr.data import open as opening
 from apr.data.batches import Batches
 from apr.evidence import end as ending
-from apr.evidence import losses, measure
+from apr.evidence import losses, measure, observers
 from apr.evidence.follow import Follow
 from apr.evidence.gates import BOUNDS, GATES, Gates, parse_bounds
-from apr.evidence.seal import seal
+from apr.evidence.seal import EVIDENCE, seal
 from apr.model.optim import AdamW, OptimSettings
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
+from apr.model.schedule import Schedule
 from apr.model.transformer import Model
 from apr.training import evaluate, inputs, loop
 from apr.training import run as running
@@ -251,6 +255,21 @@ def the_norm_is_of_one_tensor(m, place, folder):
     m.setattr(AdamW, "grad_norm", lambda self: (0.5 if is_of_the_run(self) else 1) * right(self))
 
 
+def the_weight_norm_lacks_a_tensor(m, place, folder):
+    right = Trainer._weight_norm
+    m.setattr(Trainer, "_weight_norm", lambda self: 0.999 * right(self))
+
+
+def a_later_step_is_not_clipped(m, place, folder):
+    """In a step that no longer is one of the first, nor a tenth."""
+    m.setattr(observers, "FOLLOWED_STEPS", 1)
+    right, calls = cpu.clip_factor, iter(range(1000))
+    m.setattr(
+        cpu, "clip_factor", lambda factor, *a: factor.fill(1) if next(calls) == 3 else right(factor, *a)
+    )
+    return ["--grad-clip", 0.1]
+
+
 def half_of_the_sequences_are_skipped(m, place, folder):
     right = loop.micro_batches
     m.setattr(loop, "micro_batches", lambda *a: list(right(*a))[::2])
@@ -324,6 +343,44 @@ def the_checkpoint_is_damaged(m, place, folder):
     m.setattr(running, "judge_end", judge_end)
 
 
+def a_weight_that_no_loss_sees_is_saved_otherwise(m, place, folder):
+    right = running.judge_end
+
+    def judge_end(subject, *args):
+        path = sorted(subject.run.glob("ckpt/epoch-*.apr"))[-1]
+        file = read_apr(path)
+        tensors = {k: np.array(v) for k, v in file.tensors.items()}
+        tensors["model.embed_tokens.weight"][-1, -1] += 1e-6
+        write_apr(path, file.metadata, tensors)
+        right(subject, *args)
+
+    m.setattr(running, "judge_end", judge_end)
+
+
+def moments_are_rounded_in_the_state(m, place, folder):
+    def rounded(path, meta, tensors, dtype):
+        moments = {
+            k: x.astype(np.float16).astype(np.float32)
+            for k, x in tensors.items()
+            if k.startswith("optimizer.")
+        }
+        write_apr(path, meta, {**tensors, **moments}, dtype)
+
+    m.setattr(states, "write_apr", rounded)
+
+
+def the_copy_to_be_written_is_another(m, place, folder):
+    right = HostCopies.__call__
+
+    def copy(self, name, x):
+        host = right(self, name, x)
+        if name == "optimizer.v.":
+            host[:8] = 0
+        return host
+
+    m.setattr(HostCopies, "__call__", copy)
+
+
 def the_target_is_out_of_reach(m, place, folder):
     return ["--target-val-loss", 0.1]
 
@@ -348,6 +405,8 @@ FAULTS = {
     a_copy_to_the_device_loses_data: ("before.weights", FAIL, 5),
     a_bias_has_no_gradient: ("run.gradients", FAIL, 6),
     the_norm_is_of_one_tensor: ("run.gradients", FAIL, 6),
+    the_weight_norm_lacks_a_tensor: ("run.gradients", FAIL, 6),
+    a_later_step_is_not_clipped: ("run.learning-rate", FAIL, 6),
     half_of_the_sequences_are_skipped: ("run.tokens", FAIL, 6),
     all_sequences_are_skipped: ("run.tokens", FAIL, 6),
     the_loss_is_a_constant: ("run.placeholder", FAIL, 6),
@@ -357,6 +416,9 @@ FAULTS = {
     nobody_reaches_this: ("end.plausible", SUSPECT, 9),
     work_is_left_out: ("end.speed", SUSPECT, 9),
     the_checkpoint_is_damaged: ("end.reload", FAIL, 9),
+    a_weight_that_no_loss_sees_is_saved_otherwise: ("end.reload", FAIL, 9),
+    moments_are_rounded_in_the_state: ("end.reload", FAIL, 9),
+    the_copy_to_be_written_is_another: ("end.reload", FAIL, 9),
     the_target_is_out_of_reach: ("end.target", FAIL, 9),
 }
 ELSEWHERE = {
@@ -426,14 +488,113 @@ def test_a_sound_run_passes_them_all(sound):
 
 def test_weights_that_change_while_a_run_is_resumed(place, tmp_path, monkeypatch, capsys):
     assert pretrain(place, tmp_path / "run") == 0
+    # As a kill while it ended leaves it: a run that lies as it was sealed is left alone.
+    (tmp_path / "run" / EVIDENCE).unlink()
     weights_are_rounded_on_resume(monkeypatch, place, tmp_path)
     assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "run")]) == 5
     assert "gate before.resumed" in capsys.readouterr().err
     assert row(tmp_path / "run", "before.resumed")["verdict"] == FAIL
 
 
+def the_optimizer_counts_anew(m):
+    right = states.TrainingState.load
+
+    def load(self, path):
+        progress = right(self, path)
+        self.optimizer.steps = 0
+        return progress
+
+    m.setattr(states.TrainingState, "load", load)
+
+
+def the_schedule_begins_anew(m):
+    right = Schedule.__call__
+
+    def before(self, step):
+        is_asked_alone = inspect.currentframe().f_back.f_code.co_name in ("what_is_next", "train_step")
+        return right(self, max(1, step - 4) if is_asked_alone else step)
+
+    m.setattr(Schedule, "__call__", before)
+
+
+def a_batch_is_left_out(m):
+    right = Batches.restore
+
+    def restore(self, state):
+        right(self, state)
+        self._read += self.step_windows
+
+    m.setattr(Batches, "restore", restore)
+
+
+def a_pass_has_another_order(m):
+    right = Batches.restore
+
+    def restore(self, state):
+        right(self, state)
+        self.seed += 1
+
+    m.setattr(Batches, "restore", restore)
+
+
+RESUMED = {
+    the_optimizer_counts_anew: "optimizer_steps is 0",
+    the_schedule_begins_anew: "next_lr is",
+    a_batch_is_left_out: "next_batch_sha256 is",
+    a_pass_has_another_order: "next_batch_sha256 is",
+}
+
+
+def stopped_at(place, run, m, step, *more):
+    """A run that was asked to stop after a step."""
+    right = Trainer.train_step
+
+    def stopping(self):
+        line = right(self)
+        self.stop.is_asked = line["step"] == step
+        return line
+
+    m.setattr(Trainer, "train_step", stopping)
+    assert pretrain(place, run, *more) == 130
+
+
+@pytest.mark.parametrize("fault", RESUMED, ids=lambda f: f.__name__)
+def test_what_comes_next_is_what_the_stopped_process_would_have_done(
+    place, tmp_path, monkeypatch, capsys, fault
+):
+    with monkeypatch.context() as m:
+        stopped_at(place, tmp_path / "run", m, 4)
+    fault(monkeypatch)
+    assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "run")]) == 5
+    found = row(tmp_path / "run", "before.resumed")
+    assert found["verdict"] == FAIL
+    assert RESUMED[fault] in found["why"]
+    assert "gate before.resumed" in capsys.readouterr().err
+
+
+def test_lines_behind_the_state_are_witnesses(place, tmp_path, monkeypatch, capsys):
+    """The log goes on to step 5 when the last state is that of step 3, as a crash leaves it."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as m:
+        stopped_at(place, run, m, 5)
+    (run / "ckpt" / "state" / "step-000005.apr").unlink()
+    shutil.copytree(run, tmp_path / "other")
+    assert main(["pretrain", "--resume", "--run-dir", str(run)]) == 0
+    assert "2 steps taken again as before" in row(run, "before.resumed")["measured"]
+    path = tmp_path / "other" / "metrics.jsonl"
+    lines = [json.loads(x) for x in path.read_text().splitlines()]
+    for line in lines:
+        if line["step"] == 5 and "train_loss" in line:
+            line["train_loss"] *= 1 + 1e-9
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "other")]) == 5
+    assert "before the run was stopped, this step had" in capsys.readouterr().err
+
+
 def test_a_resumed_run_must_reproduce_its_loss(place, tmp_path, monkeypatch, capsys):
     assert pretrain(place, tmp_path / "run") == 0
+    # As a kill while it ended leaves it: a run that lies as it was sealed is left alone.
+    (tmp_path / "run" / EVIDENCE).unlink()
     right = evaluate.evaluate
     monkeypatch.setattr(loop, "evaluate", lambda *a: _changed(right(*a), 1 + 2e-6))
     assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "run")]) == 6
@@ -492,6 +653,7 @@ def test_a_tokenizer_in_another_spelling_is_the_same(place, tmp_path, monkeypatc
         config = json.loads((run / "config.json").read_text())
         config["data"]["tokenizer_sha256"] = old
         (run / "config.json").write_text(json.dumps(config, indent=2))
+    assert main(["report", str(run)]) == 0
     seal(run)
     assert main(["verify", str(run), "--replay", "2"]) == 0
 
@@ -535,7 +697,7 @@ def test_speed_is_not_judged_beside_other_processes(place, tmp_path, monkeypatch
 def test_bounds_that_are_changed_are_shown(place, tmp_path, monkeypatch, capsys):
     more = validation_is_known(monkeypatch, place, tmp_path)
     right = ending.in_fresh_process
-    monkeypatch.setattr(ending, "in_fresh_process", lambda *a: 0.88 * right(*a))
+    monkeypatch.setattr(ending, "in_fresh_process", lambda *a: (0.88 * right(*a)[0], ""))
     assert pretrain(place, tmp_path / "run", *more, "--bounds", "val_below_train=0.3") == 0
     assert (
         row(tmp_path / "run", "run.val-below-train")["changed"] == "val_below_train changed from 0.05 to 0.3"

@@ -372,9 +372,9 @@ def quicken(m: pytest.MonkeyPatch, cache: Path) -> None:
     """For runs in this process: one cache for all, and a closing phase without a fresh process, a picture and a page,
     which have tests of their own."""
 
-    def reload(run: Path, device: str, dtype: str, threads: int | None) -> float:
+    def reload(run: Path, device: str, dtype: str, threads: int | None) -> tuple[float, str]:
         last = sorted((run / "ckpt").glob("*.metadata.json"))[-1]
-        return float(json.loads(last.read_text())["val_loss"])
+        return float(json.loads(last.read_text())["val_loss"]), ""
 
     m.setenv("APR_CACHE", str(cache))
     m.setattr(end, "in_fresh_process", reload)

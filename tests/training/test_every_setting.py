@@ -212,7 +212,7 @@ def run_once(made, known, kind, more, folder, monkeypatch):
     args = command(made, kind, more)
     if tuple(args) not in known:
         # What comes after the last step is not asked here.
-        monkeypatch.setattr(ending, "in_fresh_process", lambda run, *a: 0.0)
+        monkeypatch.setattr(ending, "in_fresh_process", lambda run, *a: (0.0, ""))
         monkeypatch.setattr(running, "_close", lambda *a: None)
         assert main(["pretrain", *args, "--run-dir", str(folder)]) in (0, 6, 9)
         known[tuple(args)] = outcome(folder)

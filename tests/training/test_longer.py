@@ -130,6 +130,19 @@ def test_within_the_warm_up_any_run_can_be_made_longer(job, run, monkeypatch):
     assert differences(whole, run) == []
 
 
+def test_lost_steps_are_no_witnesses_of_a_longer_run(job, run, monkeypatch):
+    """A crash left lines behind the state, of a learning rate that the longer run does not have."""
+    whole = run.with_name("whole")
+    assert start(job, whole, "--warmup-steps", 2, "--num-steps", 12) == 0
+    with monkeypatch.context() as m:
+        stop_after(m, 3)
+        assert start(job, run, "--warmup-steps", 2) == 130
+    RunDir(run).states()[-1].unlink()
+    assert metrics(run)[-1]["step"] == 3
+    assert go_on(run, "--num-steps", 12) == 0
+    assert differences(whole, run) == []
+
+
 def test_fewer_steps_than_were_taken_are_refused(job, run, capsys):
     assert start(job, run, "--schedule", "constant") == 0
     assert go_on(run, "--num-steps", 7) == 5

@@ -498,9 +498,9 @@ def test_a_checkpoint_and_a_state_of_one_step_share_the_copy(job, run, monkeypat
     seen = []
     save = RunDir.save_epoch
 
-    def saving(self, epoch, model, weights, snapshot, *args):
+    def saving(self, epoch, model, weights, sha, snapshot, *args):
         seen.append(np.shares_memory(weights, snapshot.flats[""]) and not np.shares_memory(weights, model.w))
-        return save(self, epoch, model, weights, snapshot, *args)
+        return save(self, epoch, model, weights, sha, snapshot, *args)
 
     monkeypatch.setattr(RunDir, "save_epoch", saving)
     assert start(job, run, "--num-steps", 4) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,42 @@ def one_loss_changed_throughout(run):
     rewrite(run / "ckpt" / "epoch-001.metadata.json", change)
 
 
+def twice_as_fast(run):
+    for step in range(1, 7):
+        change_line(run, step, "wall_ms", lambda x: x / 2)
+        change_line(run, step, "tokens_per_sec", lambda x: 2 * x)
+
+
+def twice_as_fast_throughout(run):
+    twice_as_fast(run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for epoch in (1, 2):
+        took = [
+            x["wall_ms"] for x in lines if x["step"] <= 3 * epoch and ("train_loss" in x or "val_loss" in x)
+        ]
+        path = run / "ckpt" / f"epoch-00{epoch}.metadata.json"
+        rewrite(path, lambda d, took=took: d.update(wall_seconds=sum(took) / 1e3))
+
+
+def loss_before_training(run):
+    change_line(run, 0, "val_bits_per_byte", lambda x: x * 1.001, "val_loss")
+    change_line(run, 0, "val_loss", lambda x: x * 1.001, "val_loss")
+
+
+def earlier_weights_changed(run):
+    """The first epoch's weights doubled, with hashes that fit; its state is gone by then."""
+    from apr.checkpoints.registry import open_any
+    from apr.model.params import Layout
+
+    path = run / "ckpt" / "epoch-001.apr"
+    file = read_apr(path)
+    tensors = {k: np.array(v) for k, v in file.tensors.items()}
+    tensors["model.norm.weight"] *= 2
+    write_apr(path, file.metadata, tensors)
+    sha = sha256(tensors[s.hf] for s in Layout(open_any(str(path)).cfg).in_order())
+    rewrite(path.with_suffix(".metadata.json"), lambda d: d.update(weights_sha=sha))
+
+
 def a_gate_says_pass(run):
     rewrite(run / "verdict.json", lambda d: d.update(verdict="PASS"))
     rewrite(run / "verdict.json", lambda d: d["gates"][-1].update(verdict="PASS"))
@@ -215,6 +252,30 @@ CHANGES = {
         lambda r: rewrite(r / "config.json", lambda d: d["settings"].update(initializer_range=0.03)), "start"),
     "the hash of the first batch": (
         lambda r: rewrite(r / "config.json", lambda d: d["start"].update(batch_sha256="0" * 64)), "start"),
+    "a model that is not the checkpoint's": (
+        lambda r: rewrite(r / "config.json", lambda d: d["model"].update(rope_theta=5e5)), "config"),
+    "a number of parameters": (lambda r: rewrite(r / "config.json", lambda d: d.update(num_parameters=7)), "config"),
+    "guards that are gone": (lambda r: rewrite(r / "config.json", lambda d: d.update(data_guards=[])), "config"),
+    "a guard's figure": (
+        lambda r: rewrite(r / "config.json", lambda d: d["data_guards"]["val"][1].update(figure="0")), "data"),
+    "a count of the data": (lambda r: rewrite(r / "config.json", lambda d: d["data"].update(train_tokens=9)), "data"),
+    "bounds that were changed": (lambda r: rewrite(r / "config.json", lambda d: d["settings"].update(bounds="speed=2")), "gates"),
+    "gates that were not asked": (
+        lambda r: rewrite(r / "verdict.json", lambda d: [
+            g.update(verdict="PASS", measured="1", why="", evaluations=1) for g in d["gates"] if g["verdict"] == "SKIPPED"
+        ]), "gates"),
+    "a gate that was not judged": (
+        lambda r: rewrite(r / "verdict.json", lambda d: [
+            g.update(evaluations=0) for g in d["gates"] if g["id"] == "end.speed"]), "gates"),
+    "norms of weights": (lambda r: [change_line(r, i, "weight_norm", lambda x: 3 * x) for i in range(1, 7)], "states"),
+    "one norm of weights": (lambda r: change_line(r, 2, "weight_norm", lambda x: 1.01 * x), "replay"),
+    "all speeds": (twice_as_fast, "epochs"),
+    "all speeds, and the times of the epochs": (twice_as_fast_throughout, "gates"),
+    "the loss before training": (loss_before_training, "replay"),
+    "an earlier checkpoint, its hash and its moments'": (earlier_weights_changed, "evaluations"),
+    "a checkpoint beside its state": (weights_and_their_hash_changed, "states"),
+    "a sample": (lambda r: (r / "samples.jsonl").write_text('{"step": 3, "prompt": "", "text": "To be"}\n'), "samples"),
+    "the page": (lambda r: (r / "report.html").write_text("<html>val loss 0.001 PASS</html>"), "page"),
     "an entry that is gone": (lambda r: rewrite(r / "config.json", lambda d: d["data"].pop("val_sha256")), "data"),
 }  # fmt: skip
 
@@ -224,7 +285,7 @@ def test_a_change_is_found_even_when_all_is_sealed_again(run, capsys, what):
     change, check = CHANGES[what]
     change(run)
     seal(run)
-    more = ["--replay", 6] if check == "replay" else []
+    more = ["--replay", 6] if check in ("replay", "evaluations") else []
     more += [] if check == "validation loss" else ["--backend", "none"]
     verdicts, measured, code = checks(capsys, run, *more)
     assert verdicts["files"] == "PASS"
@@ -251,6 +312,57 @@ def test_a_run_that_was_aborted_is_true_too(place, tmp_path, monkeypatch, capsys
     assert verdicts["metrics"] == "PASS", measured
     assert verdicts["verdict"] == "PASS", measured
     assert verdicts["files"] == "PASS"
+
+
+@pytest.fixture
+def key(tmp_path):
+    """An SSH key and the file of allowed signers that names it."""
+    if not shutil.which("ssh-keygen"):
+        pytest.skip("no ssh-keygen")
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
+    (tmp_path / "signers").write_text("me@example.org " + (tmp_path / "key.pub").read_text())
+    return tmp_path / "key", tmp_path / "signers"
+
+
+def test_a_signature_is_what_a_new_seal_cannot_get_past(run, key, tmp_path, capsys):
+    private, signers = key
+    assert verify(run, "--backend", "none", "--signers", signers) == 9  # nobody has signed
+    assert verify(run, "--backend", "none", "--sign", private) == 0
+    assert compare(run) == []  # a signature is no change
+    verdicts, measured, code = checks(capsys, run, "--backend", "none", "--signers", signers)
+    assert (verdicts["signature"], code) == ("PASS", 0)
+    assert measured["signature"] == "by me@example.org"
+    signature = (run / "evidence.json.sig").read_bytes()
+    (run / "tb").write_text("x")
+    seal(run)
+    assert not (run / "evidence.json.sig").exists()  # it was of the evidence before
+    (run / "evidence.json.sig").write_bytes(signature)
+    verdicts, measured, code = checks(capsys, run, "--backend", "none", "--signers", signers)
+    assert (verdicts["files"], verdicts["signature"], code) == ("PASS", "FAIL", 9)
+    (tmp_path / "others").write_text(
+        "you@example.org ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA" + "A" * 42 + "\n"
+    )
+    assert (
+        checks(capsys, run, "--backend", "none", "--signers", tmp_path / "others")[0]["signature"] == "FAIL"
+    )
+
+
+def test_a_run_that_fails_is_not_signed(run, key):
+    change_line(run, 2, "lr", 1.0)
+    assert verify(run, "--backend", "none", "--sign", key[0]) == 9
+    assert not (run / "evidence.json.sig").exists()
+
+
+def test_a_hash_of_other_code_does_not_loosen_the_bound(run, capsys):
+    """Code or device that is said to be another one makes room for rounding, which never comes back to the same bits."""
+    rewrite(run / "config.json", lambda d: d.update(code_sha256="0" * 64))
+    seal(run)
+    assert checks(capsys, run, "--replay", 1, "--backend", "none")[2] == 0
+    change_line(run, 2, "grad_norm", lambda x: x * (1 + 1e-5))
+    seal(run)
+    verdicts, measured, code = checks(capsys, run, "--replay", 1, "--backend", "none")
+    assert (verdicts["replay"], code) == ("FAIL", 9), measured
+    assert "has the recorded bits" in measured["replay"]
 
 
 def test_epochs_are_in_the_order_of_their_numbers(tmp_path):
