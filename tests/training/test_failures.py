@@ -30,7 +30,6 @@ from apr.evidence import end
 from apr.evidence import verdict as verdicts
 from apr.evidence.observers import StartGates
 from apr.evidence.seal import compare
-from apr.model.optim import AdamW
 from apr.training import evaluate
 from apr.training import run as running
 from apr.training.loop import Trainer
@@ -69,7 +68,7 @@ def stopped(job, undisturbed):
     path = job.folder / "stopped"
     with pytest.MonkeyPatch.context() as m:
         quicken(m, job.folder / "cache")
-        on_call(m, AdamW, "step", 7, lambda: signal.raise_signal(signal.SIGINT))
+        on_call(m, Trainer, "train_step", 7, lambda: signal.raise_signal(signal.SIGINT))
         assert start(job, path) == 130
     return path
 
@@ -471,10 +470,10 @@ def test_a_signal_in_an_evaluation(job, undisturbed, run, monkeypatch, capsys, n
 @pytest.mark.parametrize(
     ("where", "name", "call", "step", "number"),
     [
-        (AdamW, "step", 1, 1, INT),
-        (AdamW, "step", 7, 7, TERM),
-        (AdamW, "step", 7, 7, INT),
-        (AdamW, "step", 12, 12, TERM),
+        (Trainer, "train_step", 1, 1, INT),
+        (Trainer, "train_step", 7, 7, TERM),
+        (Trainer, "train_step", 7, 7, INT),
+        (Trainer, "train_step", 12, 12, TERM),
         (MetricsLog, "write", 9, 6, TERM),
         (RunDir, "save_epoch", 2, 8, INT),
         (RunDir, "save_state", 3, 6, TERM),
@@ -575,7 +574,7 @@ def test_a_second_signal_stops_at_once(job, undisturbed, run, monkeypatch, capsy
 
     before = [signal.getsignal(n) for n in (TERM, INT)]
     with monkeypatch.context() as m:
-        on_call(m, AdamW, "step", 7, twice)
+        on_call(m, Trainer, "train_step", 7, twice)
         assert start(job, run) == 130
     assert "stopped at once; the last saved state is step-000006" in said(capsys, 130, "--resume")
     equal(job, undisturbed, run)
@@ -590,7 +589,7 @@ def test_a_stop_is_saved_although_nobody_reads_what_is_said(job, undisturbed, ru
 
     with monkeypatch.context() as m:
         m.setattr(os, "write", gone)
-        on_call(m, AdamW, "step", 7, lambda: signal.raise_signal(signal.SIGINT))
+        on_call(m, Trainer, "train_step", 7, lambda: signal.raise_signal(signal.SIGINT))
         assert start(job, run) == 130
     assert states(run)[-1] == "step-000007.apr"
     equal(job, undisturbed, run)
