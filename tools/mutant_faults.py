@@ -193,7 +193,7 @@ FAULTS: tuple[Mutant, ...] = (
     fault("saved_in_bfloat16", "checkpoints are rounded to bfloat16", RUNDIR, "write_apr(path, meta, tensors, model.dtype)",
           'write_apr(path, meta, tensors, "bfloat16")', "plain", T_TRAIN),
     fault("saved_to_five_digits", "weights are rounded to five digits when they are saved", RUNDIR,
-          "w = model.be.to_host(model.w)", "w = model.be.to_host(model.w).round(5)", "plain", T_TRAIN),
+          "tensors = model.layout.named(weights)", "tensors = model.layout.named(weights.round(5))", "plain", T_TRAIN),
     fault("m_saved_as_v", "a state holds the first moment twice", STATE,
           'f"{OPTIMIZER}{name}.": flat for name, flat in', 'f"{OPTIMIZER}{name}.": opt.state["m"] for name, flat in', "plain",
           T_TRAIN),

@@ -56,7 +56,7 @@ def print_report(report: Report, console: Console, rows: int = 8) -> None:
 def _stages(report: Report) -> Table:
     """Tabulate the stages: verdict, number of arrays by mode, the largest error over tolerance and its place, seconds."""
     table = plain_table(
-        "stage_", "verdict_", "forced|", "free|", "exact|", "err/tol|", "where it is largest~", "s|"
+        "stage_", "verdict_", "forced|", "free|", "exact|", "err/tol|", "where it is largest", "s|"
     )
     for stage in STAGES:
         rows, finding = report.of(stage), report.finding(stage)
@@ -64,8 +64,12 @@ def _stages(report: Report) -> Table:
         place = finding.why if finding.verdict == SKIPPED else str(finding.where)
         seconds = f"{report.seconds[stage]:.1f}" if stage in report.seconds else "-"
         verdict = cell(WORDS[finding.verdict], STYLES[finding.verdict])
-        cells = map(cell, (*counts, finding.measured or "-", place, seconds))
-        table.add_row(cell(stage), verdict, *cells)
+        # The only cell that gives way to a narrow terminal; it stands whole below the table where it matters.
+        where = cell(place)
+        where.no_wrap, where.overflow = True, "crop"
+        table.add_row(
+            cell(stage), verdict, *map(cell, counts), cell(finding.measured or "-"), where, cell(seconds)
+        )
     return table
 
 

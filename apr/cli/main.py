@@ -70,6 +70,8 @@ def _ended(name: str, find: Callable[[], Any], *args: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the terminal cannot show ends nothing.
         sys.stdout.reconfigure(errors="replace")
+    output = _Noted(sys.stdout)
+    sys.stdout = output
     try:
         command = find()
         # As Ctrl-C does, SIGTERM removes what is half written. A SIGINT that is ignored stays so.
@@ -88,7 +90,8 @@ def _ended(name: str, find: Callable[[], Any], *args: Sequence[str]) -> int:
         if explained is None:
             raise
         message, status, code = explained
-        if args and _wants_json(args[0]):
+        # A command that has printed its document, and then failed, has one already.
+        if args and _wants_json(args[0]) and not output.is_used:
             with suppress(OSError):
                 print(json.dumps({"error": message, "status": status, "exit_code": code}), flush=True)
         _say(f"apr {name}: {message}")
@@ -97,6 +100,24 @@ def _ended(name: str, find: Callable[[], Any], *args: Sequence[str]) -> int:
         if isinstance(e, OSError) and e.filename is None:
             _drop_output()
         return code
+    finally:
+        if sys.stdout is output:
+            sys.stdout = output.stream
+
+
+class _Noted:
+    """Standard output that knows whether anything was written to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.is_used = stream, False
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        self.is_used = self.is_used or bool(text)
+        return int(self.stream.write(text) or 0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _explained(e: BaseException) -> tuple[str, str, int] | None:

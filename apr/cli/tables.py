@@ -27,8 +27,7 @@ def spoken(text: str) -> str:
 
 
 def plain_table(*columns: str, title: str | None = None) -> Table:
-    """Build a table without lines. Columns that end in "|" are numbers, those that end in "_" stay in one line,
-    those that end in "~" too, and end in "..." where a terminal is too narrow."""
+    """Build a table without lines. Columns that end in "|" are numbers, those that end in "_" stay in one line."""
     table = Table(
         box=None,
         padding=(0, 1, 0, 0),
@@ -38,12 +37,12 @@ def plain_table(*columns: str, title: str | None = None) -> Table:
         title_justify="left",
     )
     for name in columns:
-        right, one_line = name.endswith("|"), name.endswith(("|", "_", "~"))
+        right, one_line = name.endswith("|"), name.endswith(("|", "_"))
         table.add_column(
-            name.rstrip("|_~"),
+            name.rstrip("|_"),
             justify="right" if right else "left",
             no_wrap=one_line,
-            overflow="ellipsis" if name.endswith("~") else "fold",
+            overflow="fold",
         )
     return table
 

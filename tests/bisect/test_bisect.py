@@ -192,7 +192,11 @@ def test_no_backward(apr: Apr, more: tuple[str, ...]) -> None:
     (forward,) = done.reports
     assert done.code == 0
     assert [s for s, v in forward["stages"].items() if v == "skipped"] == ["backward", "optimizer", "state"]
-    assert not [r["tap"] for r in forward["rows"] if "grad" in r["tap"] or r["tap"].startswith("d_")]
+    assert not [
+        r["tap"]
+        for r in forward["rows"]
+        if r["stage"] != "formulas" and ("grad" in r["tap"] or r["tap"].startswith("d_"))
+    ]
     assert {r["tap"] for r in forward["rows"]} >= {"hidden.0", "1.mlp_out", "logits", "loss_rows"}
 
 
@@ -355,7 +359,7 @@ def test_documents_are_masked_on_request(
 def test_a_repeated_token_is_noted(apr: Apr) -> None:
     note = "so few show little of RoPE, mask and grouped heads"
     asked = ("bisect", "qwen2-tiny", "--sides", "cpu", "--picture", "", "--tokens")
-    assert f"note: only 1 different ids in 1 x 6 positions: {note}" in apr(*asked, "5,5,5,5,5,5").words
+    assert f"note: only 1 different id in 1 x 6 positions: {note}" in apr(*asked, "5,5,5,5,5,5").words
     assert note not in apr(*asked, "5,6,7,8,9,10").words
 
 
@@ -790,7 +794,8 @@ def test_an_op_that_leaves_its_output_unwritten_is_seen() -> None:
             cpu.swiglu_fwd(y, gu)
 
     report = judged(overlay(cpu, swiglu_fwd=swiglu_fwd), "llama-tiny", "float32", Plan(state=False))
-    assert done[0] == 4
+    # The golden steps come last.
+    assert done[0] > 4
     row = first_forced(report)
     assert (row.op, row.tap) == ("swiglu_fwd", "1.act")
     assert np.isnan(row.err)

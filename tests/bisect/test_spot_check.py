@@ -264,9 +264,13 @@ def test_a_backend_with_a_fault_stops_the_run(
     assert not [m for m in run.steps if "train_loss" in m]
 
 
-def test_without_the_check_the_fault_goes_unseen(pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_check_another_gate_sees_the_fault(
+    pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plant(monkeypatch, "rope_off_by_a_thousandth")
-    assert pretrain("a", "--spot-check -1").code == 0
+    run = pretrain("a", "--spot-check -1")
+    assert run.code == 6
+    assert "start.formulas" in run.err
 
 
 def test_nothing_but_json_on_stdout(pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +279,7 @@ def test_nothing_but_json_on_stdout(pretrain: Pretrain, monkeypatch: pytest.Monk
     plant(monkeypatch, "rope_off_by_a_thousandth")
     run = pretrain("b", "--json")
     assert run.code == 6
-    assert run.out == ""
+    assert json.loads(run.out)["exit_code"] == 6
     assert "layer 0 rope -> 0.rope" in run.err
 
 

@@ -154,7 +154,7 @@ def test_one_process_renders_a_whole_corpus(tmp_path, monkeypatch):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     encoder = Encoder(tokenizer, ChatTemplate(TURNS, "t"))
     encoded = encoder([Example(f"line {i}", "", turns) for i in range(200)])
-    assert all(e.trained.any() for e in encoded)
+    assert all(e.trained.any() for rows in encoded for e in rows)
     # One for the template as it stands, one for the template with marks of answers.
     assert len(started) == 2
 

@@ -97,6 +97,9 @@ REASONS = {
     "threads": "the same bits on few threads: tests/backends/test_backends.py",
     "resume": "the same bits: tests/training/test_training.py",
     "log": "loggers of other packages: tests/training/test_failures.py",
+    "checkpoint_every": "when files are written: tests/training/test_saving.py",
+    "keep_checkpoints": "files that are removed: tests/training/test_saving.py",
+    "background_saves": "the same bytes: tests/training/test_saving.py",
     "json": "what is printed: tests/cli/test_commands.py",
 }
 
