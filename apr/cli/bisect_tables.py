@@ -64,12 +64,10 @@ def _stages(report: Report) -> Table:
         place = finding.why if finding.verdict == SKIPPED else str(finding.where)
         seconds = f"{report.seconds[stage]:.1f}" if stage in report.seconds else "-"
         verdict = cell(WORDS[finding.verdict], STYLES[finding.verdict])
-        # The only cell that gives way to a narrow terminal; it stands whole below the table where it matters.
-        where = cell(place)
-        where.no_wrap, where.overflow = True, "crop"
-        table.add_row(
-            cell(stage), verdict, *map(cell, counts), cell(finding.measured or "-"), where, cell(seconds)
-        )
+        cells = [cell(text) for text in (*counts, finding.measured or "-", place, seconds)]
+        # The only one that gives way to a narrow terminal; it stands whole below the table where it matters.
+        cells[-2].no_wrap, cells[-2].overflow = True, "crop"
+        table.add_row(cell(stage), verdict, *cells)
     return table
 
 
