@@ -108,10 +108,16 @@ class TrainingState:
         """SHA-256 of weights and optimizer state as they are on the device, each tensor read by itself."""
         return sha256(_device_tensors(self.optimizer.be, self.layout, self.buffers().values()))
 
-    def snapshot(self, copy: Callable[[str, Any], np.ndarray]) -> Snapshot:
-        """Copy the flat arrays to the host, where training does not change them. copy: as HostCopies do it."""
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weights alone."""
+        return sha256(_device_tensors(self.optimizer.be, self.layout, [self.optimizer.master]))
+
+    def snapshot(self, copy: Callable[[str, Any], np.ndarray], becomes_state: bool = True) -> Snapshot:
+        """Copy the flat arrays to the host, where training does not change them. copy: as HostCopies do it.
+
+        becomes_state: the copy is written as a state, which is judged by the hash of the device."""
         flats = {prefix: copy(prefix, flat) for prefix, flat in self.buffers().items()}
-        sha = device_sha256(self.optimizer.be, self.layout, *self.buffers().values())
+        sha = device_sha256(self.optimizer.be, self.layout, *self.buffers().values()) if becomes_state else ""
         return Snapshot(self.cfg, self.layout, flats, self._adapter_facts(), sha)
 
     def load(self, path: Path) -> tuple[dict[str, Any], str | None]:

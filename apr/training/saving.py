@@ -64,7 +64,7 @@ class Saver:
 
         Waits for the save before, and for this one with --no-background-saves. Raises IOFailure of either."""
         self.wait()
-        snapshot, weights, sha = self.state.snapshot(self._copy), None, ""
+        snapshot, weights, sha = self.state.snapshot(self._copy, progress is not None), None, ""
         if epoch is not None:
             weights = snapshot.flats[""] if self._is_shared else self._copy(CHECKPOINT, self.model.w)
             # As the device has them, apart from the copy: what is written is judged by that.

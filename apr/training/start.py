@@ -9,12 +9,6 @@ from ..common.events import StepBegun, WeightsReady
 from .rundir import RunDir
 
 
-def weights_sha256(state: TrainingState) -> str:
-    """SHA-256 of the weights that the optimizer updates, in float32, as they are on the device."""
-    host = state.optimizer.be.to_host(state.optimizer.master)
-    return sha256(state.layout.named(host).values())
-
-
 def batch_sha256(ids: np.ndarray, targets: np.ndarray) -> str:
     """SHA-256 of a batch: ids, then targets."""
     return sha256((ids.astype("<i4"), targets.astype("<i4")))
@@ -29,7 +23,7 @@ class StartRecord:
     def weights_ready(self, e: WeightsReady) -> None:
         """Record the weights before the first step."""
         if not e.resumed:
-            self.run.record("start", {"weights_sha256": weights_sha256(self.state)})
+            self.run.record("start", {"weights_sha256": self.state.weights_sha256()})
 
     def step_begun(self, e: StepBegun) -> None:
         """Record the first batch."""

@@ -29,6 +29,7 @@ import pytest
 
 from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.registry import open_any
+from apr.cli.main import main
 from apr.evidence import end
 from apr.evidence.seal import compare as changed_since_the_end
 from apr.model.hf_config import to_hf
@@ -443,3 +444,21 @@ def _first(x: Any, y: Any) -> str:
         at = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), None)
         return f"{len(x)} against {len(y)}" if at is None else f"[{at}] {_first(x[at], y[at])}"
     return f"{x!r:.100} against {y!r:.100}"
+
+
+def start(job: Job, run: Path, *more: Any) -> int:
+    """Run a job in this process; returns the exit code. more: options beside the job's own."""
+    return main(["pretrain", *job.arguments(run, False), *map(str, more)])
+
+
+def go_on(run: Path, *more: Any) -> int:
+    """Go on with a run in this process; returns the exit code."""
+    return main(["pretrain", "--resume", "--run-dir", str(run), *map(str, more)])
+
+
+def failed_checks(capsys: pytest.CaptureFixture[str], run: Path) -> dict[str, str]:
+    """Checks of `apr verify` that fail: what they measured, by name."""
+    capsys.readouterr()
+    main(["verify", str(run), "--json", "--backend", "none"])
+    rows = json.loads(capsys.readouterr().out)["checks"]
+    return {r["check"]: r["measured"] for r in rows if r["verdict"] == "FAIL"}

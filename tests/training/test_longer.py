@@ -7,11 +7,10 @@ import shutil
 
 import pytest
 
-from apr.cli.main import main
 from apr.evidence.seal import compare
 from apr.training.loop import Trainer
 from apr.training.rundir import RunDir
-from crashing import Job, differences, metrics, quicken
+from crashing import Job, differences, failed_checks, go_on, metrics, quicken, start
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +27,6 @@ def quick(job, monkeypatch):
 @pytest.fixture
 def run(tmp_path):
     return tmp_path / "run"
-
-
-def start(job, run, *more):
-    return main(["pretrain", *job.arguments(run, False), *map(str, more)])
-
-
-def go_on(run, *more):
-    return main(["pretrain", "--resume", "--run-dir", str(run), *map(str, more)])
-
-
-def failed(capsys, run):
-    capsys.readouterr()
-    main(["verify", str(run), "--json", "--backend", "none"])
-    rows = json.loads(capsys.readouterr().out)["checks"]
-    return {r["check"]: r["measured"] for r in rows if r["verdict"] == "FAIL"}
 
 
 def stop_after(monkeypatch, step):
@@ -62,7 +46,7 @@ def test_a_constant_rate_goes_on_to_the_bits_of_a_run_that_was_longer_from_the_s
     assert start(job, run, "--schedule", "constant") == 0
     assert go_on(run, "--num-steps", 16) == 0
     assert differences(whole, run) == []
-    assert failed(capsys, run) == {}
+    assert failed_checks(capsys, run) == {}
     assert json.loads((run / "config.json").read_text())["settings"]["num_steps"] == 16
     assert go_on(run) == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -75,7 +59,7 @@ def test_an_end_between_evaluations_stays_an_evaluation(job, run, monkeypatch, c
     shutil.copytree(run, whole)
     assert go_on(whole, "--num-steps", 10) == 0
     assert [m["step"] for m in metrics(whole) if "val_loss" in m] == [0, 4, 6, 8, 10]
-    assert failed(capsys, whole) == {}
+    assert failed_checks(capsys, whole) == {}
     with monkeypatch.context() as m:
         stop_after(m, 7)
         assert go_on(run, "--num-steps", 10) == 130

@@ -35,7 +35,7 @@ from apr.training.rundir import RunDir
 from apr.training.saving import Saver
 from apr.training.settings import Settings
 from apr.training.summary import spans
-from crashing import Job, differences, metrics, quicken
+from crashing import Job, differences, failed_checks, go_on, metrics, quicken, start
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +64,6 @@ def waiting(job):
     return path
 
 
-def start(job, run, *more):
-    return main(["pretrain", *job.arguments(run, False), *map(str, more)])
-
-
-def go_on(run, *more):
-    return main(["pretrain", "--resume", "--run-dir", str(run), *map(str, more)])
-
-
-def checks(capsys, run):
-    capsys.readouterr()
-    main(["verify", str(run), "--json", "--backend", "none"])
-    rows = json.loads(capsys.readouterr().out)["checks"]
-    return {r["check"]: r["measured"] for r in rows if r["verdict"] == "FAIL"}
-
-
 def files(run):
     return {e["epoch"]: e.get(REMOVED) for e in RunDir(run).epochs()}, [
         int(p.stem[6:]) for p in RunDir(run).checkpoints()
@@ -105,7 +90,7 @@ def test_old_checkpoints_are_removed_and_that_is_recorded(job, waiting, run, cap
     assert there == [7, 8]
     # The new one is written before the third latest, which the best may be, is removed.
     assert recorded == {**{i: 2 * i + 4 for i in range(1, 7)}, 7: None, 8: None}
-    assert checks(capsys, run) == {}
+    assert failed_checks(capsys, run) == {}
     for epoch in there:
         name = f"ckpt/epoch-{epoch:03d}.apr"
         assert content(run / name) == content(waiting / name)
@@ -127,7 +112,7 @@ def test_the_best_one_is_kept(job, five_best, run, capsys):
     assert start(job, run, "--keep-checkpoints", 1) in (0, 9)
     assert files(run)[1] == [3, 8]
     assert f"best checkpoint      {run}/ckpt/epoch-003.apr" in capsys.readouterr().out
-    failed = checks(capsys, run)
+    failed = failed_checks(capsys, run)
     assert "checkpoints" not in failed
     assert "epochs" not in failed
 
@@ -188,7 +173,7 @@ def test_a_checkpoint_that_is_gone_unrecorded_is_found(job, run, kept_two, capsy
     damage, words = LIES[what]
     damage(run / "ckpt")
     seal(run)
-    failed = checks(capsys, run)
+    failed = failed_checks(capsys, run)
     assert words in failed.get("checkpoints", "") + failed.get("epochs", "")
 
 
@@ -209,7 +194,7 @@ def test_a_stopped_run_removes_the_same_ones(job, run, kept_two, monkeypatch, ca
         stop_after(m, step)
         assert start(job, run, "--keep-checkpoints", 2) == 130
     RunDir(run).states()[-1].unlink()
-    assert checks(capsys, run).keys() == {"files"}
+    assert failed_checks(capsys, run).keys() == {"files"}
     assert go_on(run, "--keep-checkpoints", 2) == 0
     assert differences(kept_two, run) == []
 
@@ -228,19 +213,19 @@ def test_evaluations_checkpoints_and_states_have_each_their_own_interval(job, ru
     assert [m["step"] for m in metrics(run) if "val_loss" in m] == list(range(0, 17, 2))
     assert files(run)[1] == [3, 6, 8]  # of steps 6, 12 and the end
     assert [p.stem for p in RunDir(run).states()] == [f"step-{i:06d}" for i in (5, 10, 15, 16)]
-    assert checks(capsys, run) == {}
+    assert failed_checks(capsys, run) == {}
     other = run.with_name("other")
     with monkeypatch.context() as m:
         stop_after(m, 7)
         assert start(job, other, *more) == 130
-    assert checks(capsys, other) == {}
+    assert failed_checks(capsys, other) == {}
     assert go_on(other) == 0
     (other / "ckpt/state/step-000007.apr").unlink()  # of the stop
     seal(other)
     assert differences(run, other) == []
     (other / "ckpt/epoch-006.apr").unlink()
     (other / "ckpt/epoch-006.metadata.json").unlink()
-    assert "epochs" in checks(capsys, other)
+    assert "epochs" in failed_checks(capsys, other)
 
 
 def test_a_checkpoint_between_evaluations_is_refused(job, run, capsys):
@@ -356,7 +341,7 @@ def test_the_bytes_are_those_of_a_run_that_waits(job, run, monkeypatch, capsys):
         files = [read_apr(p) for p in (a, run / a.relative_to(other))]
         assert files[0].metadata["state_sha256"] == files[1].metadata["state_sha256"]
         assert abs(files[0].size - files[1].size) < 1000  # times, in the progress, have other digits
-    assert checks(capsys, run) == checks(capsys, other) == {}
+    assert failed_checks(capsys, run) == failed_checks(capsys, other) == {}
 
 
 def test_a_copy_that_is_none_is_found(job, run, monkeypatch):
@@ -364,7 +349,7 @@ def test_a_copy_that_is_none_is_found(job, run, monkeypatch):
     other = run.with_name("waiting")
     assert start(job, other, *SPARSE, "--no-background-saves") == 0
 
-    def views(self, copy):
+    def views(self, copy, becomes_state=True):
         return Snapshot(self.cfg, self.layout, dict(self.buffers()), {})
 
     with monkeypatch.context() as m:
@@ -435,7 +420,7 @@ def test_a_full_disk_ends_the_run_after_the_step_and_leaves_the_save_before(job,
     assert last["step"] in (14, 15, 16)
     assert "val_loss" not in last
     assert not list(run.rglob(".*.tmp"))
-    assert checks(capsys, run) == {}
+    assert failed_checks(capsys, run) == {}
     assert go_on(run) == 0
     assert differences(other, run) == []
 
