@@ -20,7 +20,11 @@ from ..model.config import ModelConfig
 from ..model.families import layers_of
 from ..model.optim import Optimizer
 from ..model.transformer import Model
+from .pieces import in_pieces
 from .rule import Backend
+
+# Random numbers that are repeated: no tensor is so small or so regular.
+PERIOD = (1 << 16) - 15
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,28 @@ class Call:
     def on(self, side: int) -> list[Any]:
         """Return the arguments of one side."""
         return [x.sides[side] if isinstance(x, Twin | Differing) else x for x in self.args.values()]
+
+
+def fill_with_noise(x: Twin, be: Backend, norm: float, power: int = 1) -> None:
+    """x = block norm^power / sqrt(size) on the reference's side and on the judged one, whose backend is be.
+
+    block is N(0, 1), repeated, without its sign for an even power."""
+    block = np.random.default_rng(0).standard_normal(PERIOD)
+    truth, judged = x.sides
+    low, flat = np.empty(truth.size, judged.dtype), truth.reshape(-1)
+    values = (block if power % 2 else np.abs(block)) * norm**power / np.sqrt(truth.size)
+
+    def fill(at: slice) -> None:
+        low[at] = np.resize(values, low[at].size)
+        flat[at] = low[at]
+
+    in_pieces(fill, truth.size)
+    be.from_host(within(judged, x.shape), low.reshape(truth.shape))
+
+
+def within(x: Any, shape: tuple[int, ...]) -> Any:
+    """Cut an array to a shape: without the padding that a vocabulary may have on one side alone."""
+    return x if tuple(x.shape) == shape else x[tuple(slice(n) for n in shape)]
 
 
 Watch = Callable[[Call, Callable[[], None]], None]  # is given a call and what runs it on all sides
@@ -192,6 +218,6 @@ def _joined_config(configs: Sequence[ModelConfig]) -> ModelConfig:
 
 def host(be: Backend, x: Any, like: tuple[int, ...]) -> np.ndarray:
     """Return a buffer of a side on the host, without the padding that `like` does not have; no copy of a host buffer."""
-    inner = x if tuple(x.shape) == like else x[tuple(slice(n) for n in like)]
+    inner = within(x, like)
     out: np.ndarray = inner if isinstance(inner, np.ndarray) else be.to_host(inner)
     return out

@@ -9,13 +9,12 @@ from ..model.config import ModelConfig
 from ..model.optim import OPTIMIZERS, Optimizer
 from ..model.transformer import Model
 from . import rule
-from .lockstep import Twin, join, join_optimizers
+from .lockstep import PERIOD, fill_with_noise, join, join_optimizers
 from .pieces import in_parallel, in_pieces, norm_of
 from .side import Batch
 from .watch import Forced, Free
 
 LR, CLIP, DECAY, STEPS = 0.003, 0.5, 0.1, 2  # of an optimizer step: CLIP is a share of the gradients' norm
-PERIOD = (1 << 16) - 15  # random numbers that are repeated: no tensor is so small or so regular
 
 
 def _beside(judged: Model, cfg: ModelConfig, be: rule.Backend, shape: tuple[int, int], dtype: str) -> Model:
@@ -74,28 +73,13 @@ def _one_step(
     joined = join_optimizers(both, opts)
     joined.grad_clip, joined.steps = CLIP * norm, STEPS
     for name, power in joined.moments.items():
-        _fill_with_noise(joined.state[name], models[1].be, 0.1 * norm, power)
+        fill_with_noise(joined.state[name], models[1].be, 0.1 * norm, power)
     if not own_gradients:
-        _fill_with_noise(joined.g, models[1].be, norm, 1)
+        fill_with_noise(joined.g, models[1].be, norm, 1)
     joined.master.sides[0][...] = models[0].w
     if joined.master.sides[1] is not models[1].w:
         models[1].be.from_host(joined.master.sides[1], models[0].w.astype(joined.master.sides[1].dtype))
     joined.step(LR)
-
-
-def _fill_with_noise(x: Twin, be: rule.Backend, norm: float, power: int) -> None:
-    """x = block norm^power / sqrt(size) on both sides, block of N(0, 1), without its sign for an even power."""
-    block = np.random.default_rng(0).standard_normal(PERIOD)
-    truth, judged = x.sides
-    low = np.empty(truth.shape, judged.dtype)
-    values = (block if power % 2 else np.abs(block)) * norm**power / np.sqrt(truth.size)
-
-    def fill(at: slice) -> None:
-        low[at] = np.resize(values, low[at].size)
-        truth[at] = low[at]
-
-    in_pieces(fill, truth.size)
-    be.from_host(judged, low)
 
 
 def free(truth: ModelConfig, judged: Model, weights: np.ndarray, batch: Batch) -> Free:

@@ -13,7 +13,7 @@ from ..backends.contract import OPS
 from ..model.params import Layout
 from . import explain, rule
 from .difference import Difference, difference, error_and_tolerance, root_mean_square
-from .lockstep import Call, Twin, host
+from .lockstep import Call, Twin, fill_with_noise, host, within
 from .makers import overlap, span
 from .pieces import PIECE_ELEMENTS, in_parallel, in_pieces, rounded_copy
 from .report import FORCED, FREE, ArrayComparison
@@ -21,8 +21,6 @@ from .report import FORCED, FREE, ArrayComparison
 MAX_SLICED_ELEMENTS = 1 << 24  # of an array whose slices are judged apart
 MAX_EXPLAINED = 6
 LONG_SUM, SAMPLE = 4096, 8
-# Random numbers that are repeated: no tensor is so small or so regular.
-NOISE_PERIOD = (1 << 16) - 15
 ALWAYS_64 = ("total", "factor", "sum_sq")
 
 TAP = {  # of scratch buffers: by the weight that is used
@@ -147,7 +145,6 @@ class Forced(_Watch):
         self._explained: dict[tuple[str, str], str] = {}
         # Names of the buffers that ops have added to.
         self._begun: set[str] = set()
-        self._noise = np.random.default_rng(2).standard_normal(NOISE_PERIOD)
         self._plain_numpy = [in_parallel(be) for be in rule.plain(dtype)]
 
     def begin(self, both: Any) -> None:
@@ -165,8 +162,7 @@ class Forced(_Watch):
         truth, judged = x.sides
         low = rounded_copy(truth, judged.dtype)
         truth[...] = low
-        inner = judged[tuple(slice(n) for n in truth.shape)] if judged.shape != truth.shape else judged
-        self.backends[1].from_host(inner, low)
+        self.backends[1].from_host(within(judged, x.shape), low)
 
     def _look(self, call: Call, run: Callable[[], None]) -> None:
         names = self._enter(call)
@@ -214,13 +210,9 @@ class Forced(_Watch):
         for n in fresh:
             x = call.args[n]
             size = root_mean_square(host(self.backends[1], x.sides[1], x.shape))
-            truth, judged = x.sides
-            low = np.resize(self._noise * (size if 0 < size < np.inf else 1.0), truth.shape).astype(
-                judged.dtype
+            fill_with_noise(
+                x, self.backends[1], np.sqrt(x.sides[0].size) * (size if 0 < size < np.inf else 1.0)
             )
-            truth[...] = low
-            inner = judged[tuple(slice(k) for k in truth.shape)] if judged.shape != truth.shape else judged
-            self.backends[1].from_host(inner, low)
         for x, values in zip(others, kept, strict=True):
             self.backends[1].from_host(x.sides[1], values)
         self._poison(call, names)
