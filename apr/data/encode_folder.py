@@ -22,7 +22,8 @@ def begin(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer, resume: 
     """Mark the folder as being encoded into; returns the settings of its begin. Raises Refused: somebody's data, or others."""
     record = read_json(path) if (path := folder / RECORD).is_file() else None
     begun = record.get("settings") if isinstance(record, dict) and record.get("format") == FORMAT else None
-    complete, ours = is_encoded(folder), isinstance(begun, dict)
+    ours = isinstance(begun, dict)
+    complete = ours and _is_complete(record)
     if not resume:
         there = [*our_files(folder / "train"), *our_files(folder / "val"), *([path] if ours else [])]
         if there:
@@ -49,7 +50,10 @@ def begin(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer, resume: 
 
 def is_encoded(folder: Path) -> bool:
     """Tell whether an encoding into the folder came to its end."""
-    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+    return _is_complete(read_json(folder / RECORD) if (folder / RECORD).is_file() else None)
+
+
+def _is_complete(record: Any) -> bool:
     return isinstance(record, dict) and (record.get("format"), record.get("complete")) == (FORMAT, True)
 
 

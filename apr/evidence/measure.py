@@ -22,6 +22,13 @@ from ..model.transformer import Model
 EPS32 = float(np.finfo(np.float32).eps)
 
 
+def log_sum_exp(logits: np.ndarray) -> np.ndarray:
+    """log(sum(exp(logits))) of each row, in the dtype of logits (N,V)."""
+    top = logits.max(axis=1)
+    out: np.ndarray = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+    return out
+
+
 def device(backend: ModuleType, dtype: str) -> Finding:
     """Measure the error of a small matrix product on the device against NumPy in float64, relative to |x| |w|^T."""
     rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ from ..common.finding import Finding
 from ..data.open import HELD_OUT_BATCHES
 from ..data.shards import Shards
 from ..model.transformer import Model
+from .measure import log_sum_exp
 from .subject import Subject
 
 Row = tuple[np.ndarray, np.ndarray]
@@ -97,8 +98,7 @@ def _losses(model: Model, ids: np.ndarray, targets: np.ndarray, keep: bool) -> t
 
 def _off(rows: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> float:
     """Largest difference of losses from log(sum of exp(logits)) - logit of the target, as a share of 1 + |logits|."""
-    top = logits.max(axis=1)
-    want = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+    want = log_sum_exp(logits)
     place = targets[: len(logits)]
     want -= logits[np.arange(len(logits)), np.maximum(place, 0)]
     want[place < 0] = 0

@@ -20,7 +20,7 @@ from ..model.lora import Adapters
 from ..model.optim import Optimizer
 from ..model.params import Slot
 from ..model.transformer import Model
-from .measure import EPS32
+from .measure import EPS32, log_sum_exp
 
 # Of the size of g . u for random signs: what a gradient may be off by.
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
@@ -125,9 +125,7 @@ class Job:
             nonlocal z_part
             if name.startswith("logits"):
                 first = int(name.partition(".")[2] or 0)
-                logits = np.asarray(model.be.to_host(x), np.float64)
-                top = logits.max(axis=1)
-                lse = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+                lse = log_sum_exp(np.asarray(model.be.to_host(x), np.float64))
                 counted = self.targets.reshape(-1)[first : first + len(lse)] >= 0
                 z_part += float(np.square(lse[counted]).sum())
 

@@ -77,7 +77,7 @@ def _split(i: Inputs) -> str:
     if train.facts:
         return _examples(train.facts, val.facts, i.train.seq_length)
     if val is not train:
-        documents = f"{val.total_documents:,} document{'s' if val.total_documents != 1 else ''}"
+        documents = plural(val.total_documents, "document")
         return (
             f"{plural(train.total_tokens, 'token')} to train on, {val.total_tokens:,} held out ({documents})"
         )
