@@ -9,32 +9,21 @@ import numpy as np
 import pytest
 
 from apr import backends
-from apr.checkpoints.apr2 import write_apr
-from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
-from apr.checkpoints.hf import read_safetensors, write_hf
+from apr.checkpoints.hf import read_safetensors
 from apr.cli.main import COMMANDS, main
 from apr.model.cost import attended, flops_per_token, memory
 from apr.model.optim import AdamW
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
-from apr.tokenizer.training import train_tokenizer
+from small_checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A random llama with a tokenizer, as an .apr file and as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer(["def f(x):\n    return x + 1\n"] * 3, 270, folder)
-    cfg = dataclasses.replace(PRESETS["llama-tiny"], vocab_size=tokenizer.vocab_size)
-    layout = Layout(cfg)
-    host = np.zeros(layout.size, np.float32)
-    layout.randomise(host, 3)
-    meta = config_to_metadata(cfg)
-    embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id)
-    write_apr(folder / "m.apr", meta, layout.named(host), "float32")
-    write_hf(folder / "hf", cfg, layout.named(host), tokenizer_json=tokenizer.json)
-    return folder
+    return write_checkpoint(folder)
 
 
 def call(capsys, *args):

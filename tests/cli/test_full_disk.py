@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import resource
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from apr.checkpoints.apr2 import write_apr
-from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
-from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
-from apr.model.params import Layout
-from apr.model.presets import PRESETS
-from apr.tokenizer.training import train_tokenizer
+from small_checkpoint import write_checkpoint
 
 COMMANDS = {
     "tokenize train": "tokenize train {place}/corpus --vocab-size 300 -o {out}",
@@ -35,16 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "corpus").mkdir()
     for i in range(9):
         (folder / "corpus" / f"{i}.txt").write_text(f"{i} some text to read, and {i * i} more. " * 40)
-    tokenizer = train_tokenizer(["def f(x):\n    return x + 1\n"] * 3, 270, folder)
-    cfg = dataclasses.replace(PRESETS["llama-tiny"], vocab_size=tokenizer.vocab_size)
-    layout = Layout(cfg)
-    host = np.zeros(layout.size, np.float32)
-    layout.randomise(host, 3)
-    meta = config_to_metadata(cfg)
-    embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id)
-    write_apr(folder / "m.apr", meta, layout.named(host), "float32")
-    write_hf(folder / "hf", cfg, layout.named(host), tokenizer_json=tokenizer.json)
-    return folder
+    return write_checkpoint(folder)
 
 
 @pytest.fixture

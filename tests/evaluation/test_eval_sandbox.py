@@ -29,6 +29,7 @@ from apr.evaluation.humaneval import (
 )
 from apr.evaluation.sandbox import Judgement, Limits, NoSandbox, Program, in_words, judge, judge_all, proven
 from apr.evaluation.sandboxed import ALLOWED, FATAL, NOT_BITS, ONE_OF, plain
+from processes import children_running
 
 LAYERS = {"all layers": sandboxed.LAYERS, "audit hook alone": ()}
 QUICK = 3.0  # seconds for a program that never ends
@@ -45,21 +46,7 @@ def nothing_left(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield
     assert list(folder.iterdir()) == []
-    assert children() == []
-
-
-def children() -> list[str]:
-    """Processes that run the sandbox's script for this process."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (entry / "cmdline").read_bytes().split(b"\0")
-            parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
-        except OSError:
-            continue
-        if str(sandbox.SCRIPT).encode() in line and parent == str(os.getpid()):
-            found.append(entry.name)
-    return found
+    assert children_running(sandbox.SCRIPT) == []
 
 
 def said(source: str, layers=sandboxed.LAYERS, test: str = TEST, **limits) -> Judgement:

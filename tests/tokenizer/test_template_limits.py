@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from apr.tokenizer import template_process
 from apr.tokenizer.chat_template import ChatTemplate
 from apr.tokenizer.template_process import SCRIPT, TemplateStopped
 from apr.tokenizer.training import train_tokenizer
+from processes import children_running
 
 DEEP = 3000
 TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -65,28 +65,14 @@ def say(text="hi"):
     return [{"role": "user", "content": text}] * 8
 
 
-def workers() -> list[str]:
-    """Processes that render a template for this process."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (entry / "cmdline").read_bytes().split(b"\0")
-            parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
-        except OSError:
-            continue
-        if str(SCRIPT).encode() in line and parent == str(os.getpid()):
-            found.append(entry.name)
-    return found
-
-
 @pytest.fixture(autouse=True)
 def nothing_left():
     """No process of a template outlives it."""
     gc.collect()
-    before = set(workers())
+    before = set(children_running(SCRIPT))
     yield
     gc.collect()
-    assert set(workers()) <= before
+    assert set(children_running(SCRIPT)) <= before
 
 
 @pytest.mark.parametrize("name", TOO_MUCH)
