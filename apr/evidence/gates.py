@@ -201,6 +201,13 @@ GATES = {
             "micro-batches that are skipped, and what they leave in the sum of the loss",
         ),
         Gate(
+            "run.log", RUNNING, "abort",
+            "figures of the log follow from each other",
+            "tokens/s times the time of the step are the tokens that it adds to those seen; bits per byte are the loss in nats "
+            "times the tokens of the validation text, log2(e) and one over its bytes: within 1e-9 of it",
+            "apr/training/loop.py, where the line is made; apr/common/units.py",
+        ),
+        Gate(
             "run.placeholder", RUNNING, "abort",
             "losses are measured, not filled in",
             "different batches never have the same loss to the last bit, nor a loss of exactly 0",

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..common.events import Line
 from ..common.finding import SKIPPED, Finding
-from ..common.units import LAST_STEPS, bits_per_byte
+from ..common.units import LAST_STEPS
 from . import losses as of_losses
 from .gates import BOUNDS
 
@@ -108,7 +108,24 @@ def _judge_step(log: Sequence[Line], i: int, facts: Facts) -> list[Finding]:
     why = f"train_loss = {loss!r}: {measured if loss else 'exactly 0'}, which no measurement gives"
     bound = f"below {most}, and never 0"
     more: dict[str, Any] = {"score": equal, "where": step}
-    return [finite, Finding.of("run.placeholder", is_real, measured, bound, "" if is_real else why, **more)]
+    real = Finding.of("run.placeholder", is_real, measured, bound, "" if is_real else why, **more)
+    seen = [0] if step == 1 else [x["tokens_seen"] for x in steps_before(log, i)][:1]
+    return [finite, real, *(_speed(line, line["tokens_seen"] - n) for n in seen)]
+
+
+def _speed(line: Line, tokens: int) -> Finding:
+    """Compare tokens/s of a step with its time and the tokens that it adds to those seen."""
+    wall = line["wall_ms"] / 1e3
+    measured = f"{line['tokens_per_sec']:.6g} tokens/s for {wall:.6g} s"
+    is_right = near(line["tokens_per_sec"] * wall, tokens)
+    return Finding.of("run.log", is_right, measured, f"{tokens:,} new tokens", where=line["step"])
+
+
+def _bits(line: Line, facts: Facts) -> Finding:
+    """Compare bits per byte with the loss: nats x tokens x log2(e) / bytes."""
+    want = line["val_loss"] * facts.val_tokens * math.log2(math.e) / facts.val_bytes
+    bits, loss = line["val_bits_per_byte"], f"{line['val_loss']:.6g} nats/token are {want:.6g}"
+    return Finding.of("run.log", near(bits, want), f"{bits:.6g} bits/byte", loss, where=line["step"])
 
 
 def _judge_evaluation(log: Sequence[Line], i: int, facts: Facts) -> list[Finding]:
@@ -117,6 +134,8 @@ def _judge_evaluation(log: Sequence[Line], i: int, facts: Facts) -> list[Finding
     is_finite = math.isfinite(loss)
     why = "" if is_finite else f"val_loss = {loss} is not finite"
     findings = [Finding.of("run.finite", is_finite, f"val_loss = {loss:.6g}", "finite", why, where=step)]
+    if facts.val_bytes:
+        findings.append(_bits(line, facts))
     steps, before = epoch_before(log, i)
     if before is not None:
         findings.append(diverged(loss, before, facts, step))
@@ -146,14 +165,11 @@ def _judge_epoch(line: Line, steps: list[Line], facts: Facts) -> list[Finding]:
     losses, loss = [s["train_loss"] for s in steps], line["val_loss"]
     share, error = facts.bound("val_below_train"), line["val_loss_stderr"]
     findings = [of_losses.below_train(loss, error, losses[-LAST_STEPS:], losses, share)]
-    bits = line["val_bits_per_byte"]
-    if facts.val_bytes and not near(bits, bits_per_byte(loss, facts.val_tokens, facts.val_bytes)):
-        bits = -1.0
-    if facts.only_answers and bits >= 0:
+    if facts.only_answers:
         why = "an answer can follow from its question, so no loss is too low"
         findings.append(Finding.skipped("end.plausible", why))
     else:
-        findings.append(of_losses.plausible(bits, facts.bound("min_bits_per_byte")))
+        findings.append(of_losses.plausible(line["val_bits_per_byte"], facts.bound("min_bits_per_byte")))
     if facts.random_start:
         tokens, decade = steps[-1]["tokens_seen"], facts.bound("drop_per_decade")
         findings.append(of_losses.learning(loss, facts.entropy, tokens, decade))

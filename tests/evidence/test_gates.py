@@ -289,6 +289,21 @@ def the_loss_is_a_constant(m, place, folder):
     return ["--num-steps", 12, "--steps-per-epoch", 12]
 
 
+def bits_have_another_base(m, place, folder):
+    right = loop.bits_per_byte
+    m.setattr(loop, "bits_per_byte", lambda *a: right(*a) * math.log(2) / math.log(10))
+
+
+def the_speed_counts_other_tokens(m, place, folder):
+    right = Trainer._measure
+
+    def measure(self, *a):
+        line = right(self, *a)
+        return {**line, "tokens_per_sec": 2 * line["tokens_per_sec"]}
+
+    m.setattr(Trainer, "_measure", measure)
+
+
 def the_loss_explodes(m, place, folder):
     right = evaluate.evaluate
     m.setattr(
@@ -410,6 +425,8 @@ FAULTS = {
     half_of_the_sequences_are_skipped: ("run.tokens", FAIL, 6),
     all_sequences_are_skipped: ("run.tokens", FAIL, 6),
     the_loss_is_a_constant: ("run.placeholder", FAIL, 6),
+    bits_have_another_base: ("run.log", FAIL, 6),
+    the_speed_counts_other_tokens: ("run.log", FAIL, 6),
     the_loss_explodes: ("run.diverged", FAIL, 6),
     passes_are_not_counted: ("run.data", FAIL, 6),
     validation_is_known: ("run.val-below-train", SUSPECT, 9),

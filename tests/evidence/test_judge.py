@@ -30,9 +30,9 @@ def a_log(epochs=3):
     log = [evaluation(0, 6.0), {"step": 1, "spot_check": "agree"}]
     for step in range(1, epochs * STEPS + 1):
         loss = 6.0 - 0.01 * step
-        log.append(
-            {"step": step, "train_loss": loss, "grad_norm": 1.0, "weight_norm": 9.0, "tokens_seen": 10 * step}
-        )
+        norms = {"grad_norm": 1.0, "weight_norm": 9.0}
+        speed = {"tokens_seen": 10 * step, "tokens_per_sec": 5.0, "wall_ms": 2000.0}
+        log.append({"step": step, "train_loss": loss, **norms, **speed})
         if step % STEPS == 0:
             log.append(evaluation(step, loss + 0.01))
     return log
@@ -53,7 +53,7 @@ def test_a_sound_log_passes_and_is_not_changed():
     findings = judge(log, FACTS)
     assert {f.verdict for f in findings} == {PASS}
     assert {f.name for f in findings} == {
-        "run.finite", "run.placeholder", "run.diverged", "run.val-below-train", "end.plausible", "end.learning",
+        "run.finite", "run.placeholder", "run.log", "run.diverged", "run.val-below-train", "end.plausible", "end.learning",
     }  # fmt: skip
     assert log == before
     assert judge(log, FACTS) == findings
@@ -126,6 +126,21 @@ def bits_are_of_another_loss(log):
     at(log, 8, "val_loss")["val_bits_per_byte"] *= 1.01
 
 
+def bits_have_another_base(log):
+    for line in log:
+        if "val_loss" in line:
+            line["val_bits_per_byte"] *= math.log(2) / math.log(10)
+
+
+def the_speed_is_of_other_tokens(log):
+    at(log, 6)["tokens_per_sec"] = 6.0
+
+
+def tokens_are_counted_twice(log):
+    for step in range(3, 13):
+        at(log, step)["tokens_seen"] += 10
+
+
 def few_tokens_teach_much(log):
     for line in log:
         if "train_loss" in line:
@@ -143,7 +158,10 @@ FAULTS = {
     a_later_epoch_doubles: ("run.diverged", FAIL, 8),
     validation_is_known: ("run.val-below-train", SUSPECT, 8),
     nobody_reaches_this: ("end.plausible", SUSPECT, 12),
-    bits_are_of_another_loss: ("end.plausible", SUSPECT, 8),
+    bits_are_of_another_loss: ("run.log", FAIL, 8),
+    bits_have_another_base: ("run.log", FAIL, 12),
+    the_speed_is_of_other_tokens: ("run.log", FAIL, 6),
+    tokens_are_counted_twice: ("run.log", FAIL, 3),
     few_tokens_teach_much: ("end.learning", SUSPECT, 12),
 }
 
@@ -163,7 +181,8 @@ def test_answers_have_no_least_loss_but_their_bits_are_compared():
     nobody_reaches_this(log)
     assert kept(judge(log, facts))["end.plausible"][0] == "SKIPPED"
     bits_are_of_another_loss(log)
-    assert kept(judge(log, facts))["end.plausible"][0] == SUSPECT
+    found = kept(judge(log, facts))
+    assert (found["end.plausible"][0], found["run.log"][0]) == ("SKIPPED", FAIL)
 
 
 def test_an_epoch_is_what_lies_between_two_evaluations():
