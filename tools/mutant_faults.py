@@ -205,7 +205,7 @@ FAULTS: tuple[Mutant, ...] = (
           "self.batches.rewind()", "resumed", T_TRAIN),
     fault("a_batch_skipped", "a resumed run leaves out a batch", BATCHES,
           'self._read = state["pass"] * self.windows.count + state["position"]',
-          'self._read = state["pass"] * self.windows.count + state["position"] + self.step_windows', "resumed", T_TRAIN),
+          'self._read = state["pass"] * self.windows.count + state["position"] + self.batch_size', "resumed", T_TRAIN),
     fault("moments_of_floats_lost", "second moments below 1e-8 are lost in a state", STATE, "view[...] = saved\n",
           "view[...] = np.where(np.abs(saved) < 1e-8, 0, saved)\n", "resumed", T_TRAIN),
 )

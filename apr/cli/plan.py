@@ -85,6 +85,7 @@ def main(args: Sequence[str]) -> int:
     need = memory(
         cfg, backend, micro, f.seq_length, dtype, f.train,
         recompute=f.recompute, documents=f.mask_documents, lora=lora, saves=True,
+        folds=micro < f.batch_size,
     )  # fmt: skip
     planned = _disk(f, cfg, dtype, lora) if f.train else None
     room = disk.free_bytes(Path(f.run_dir or "runs"))

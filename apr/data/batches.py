@@ -146,10 +146,8 @@ class Permutation:
 class Batches:
     """The stream of batches: every window once a pass, in a new order each pass when shuffled.
 
-    batch_size is the rows that `next` returns on this rank; one step takes world * batch_size windows
-    from the stream, rank r the r-th slice, so the ranks together read what one rank would read with
-    that larger batch. on_exhausted "cycle": a batch may straddle two passes; "stop": Exhausted is
-    raised when a pass has fewer windows left than a step takes.
+    batch_size is the rows that `next` returns, those of a step; several ranks read the same stream. on_exhausted "cycle": a
+    batch may straddle two passes; "stop": Exhausted is raised when a pass has fewer windows left than a step takes.
     Raises Refused for arguments that make no sense."""
 
     def __init__(
@@ -159,18 +157,14 @@ class Batches:
         seed: int,
         shuffle: bool = True,
         on_exhausted: str = "cycle",
-        rank: int = 0,
-        world: int = 1,
     ) -> None:
-        if batch_size < 1 or not 0 <= rank < world:
-            raise Refused(
-                f"batch_size = {batch_size}, rank = {rank}, world = {world} is not a way to read a stream"
-            )
+        if batch_size < 1:
+            raise Refused(f"batch_size = {batch_size} is not a way to read a stream")
         if on_exhausted not in ("cycle", "stop"):
             raise Refused(f"on_exhausted = {on_exhausted!r}; choose cycle or stop")
-        if on_exhausted == "stop" and batch_size * world > windows.count:
+        if on_exhausted == "stop" and batch_size > windows.count:
             raise Refused(
-                f"{windows.shards.folder}: a step takes {plural(batch_size * world, 'window')}, there are "
+                f"{windows.shards.folder}: a step takes {plural(batch_size, 'window')}, there are "
                 f"{windows.count}; lower --batch-size or --seq-length"
             )
         self.windows = windows
@@ -178,8 +172,6 @@ class Batches:
         self.seed = seed
         self.shuffle = shuffle
         self.on_exhausted = on_exhausted
-        self.rank = rank
-        self.step_windows = batch_size * world
         # Windows read, and the number of their targets.
         self._counted = (0, 0)
         self._read = 0
@@ -189,12 +181,12 @@ class Batches:
 
     @property
     def windows_read(self) -> int:
-        """Windows that all ranks together have read, over all passes."""
+        """Windows that were read, over all passes."""
         return self._read
 
     @property
     def targets_read(self) -> int:
-        """Number of targets that all ranks together have read, by the position in the data."""
+        """Number of targets that were read, by the position in the data."""
         windows, (at, targets) = self.windows, self._counted
         if not windows.shards.masks:
             return self._read * windows.seq_length
@@ -212,26 +204,26 @@ class Batches:
 
     def peek(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Read the batch that `next` gives, and stay; None where the data is used up."""
-        if self.on_exhausted == "stop" and self._read + self.step_windows > self.windows.count:
+        if self.on_exhausted == "stop" and self._read + self.batch_size > self.windows.count:
             return None
         return self._ahead[0].result() if self._ahead else self._draw(self._read)
 
     def next(self) -> tuple[np.ndarray, np.ndarray]:
         """(ids, targets), int32 (batch_size, seq_length) each."""
         n = self.windows.count
-        if self.on_exhausted == "stop" and self._read + self.step_windows > n:
+        if self.on_exhausted == "stop" and self._read + self.batch_size > n:
             raise Exhausted(
                 f"{self.windows.shards.folder}: {max(0, n - self._read)} of {plural(n, 'window')} left, a step takes "
-                f"{self.step_windows}; allow another pass with --on-exhausted cycle"
+                f"{self.batch_size}; allow another pass with --on-exhausted cycle"
             )
         batch = self._ahead.popleft().result() if self._ahead else self._draw(self._read)
-        self._read += self.step_windows
+        self._read += self.batch_size
         self._draw_ahead()
         return batch
 
     def skip(self) -> int:
-        """Go on by a batch without reading it; return the number of its targets, of all ranks."""
-        first, self._read = self._read, self._read + self.step_windows
+        """Go on by a batch without reading it; return the number of its targets."""
+        first, self._read = self._read, self._read + self.batch_size
         self._ahead.clear()
         return self.windows.targets_of(self._indices(np.arange(first, self._read, dtype=np.int64)))
 
@@ -242,14 +234,13 @@ class Batches:
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         while len(self._ahead) < BATCHES_AHEAD:
-            first = self._read + len(self._ahead) * self.step_windows
-            if self.on_exhausted == "stop" and first + self.step_windows > self.windows.count:
+            first = self._read + len(self._ahead) * self.batch_size
+            if self.on_exhausted == "stop" and first + self.batch_size > self.windows.count:
                 return
             self._ahead.append(self._reader.submit(self._draw, first))
 
     def _draw(self, read: int) -> tuple[np.ndarray, np.ndarray]:
-        first = read + self.rank * self.batch_size
-        places = np.arange(first, first + self.batch_size, dtype=np.int64)
+        places = np.arange(read, read + self.batch_size, dtype=np.int64)
         return self.windows.read(self._indices(places))
 
     def _indices(self, places: np.ndarray) -> np.ndarray:
@@ -269,13 +260,13 @@ class Batches:
             "seq_length": self.windows.seq_length,
             "first_window": self.windows.first,
             "windows": self.windows.count,
-            "step_windows": self.step_windows,
+            "step_windows": self.batch_size,
             "seed": self.seed,
             "shuffle": self.shuffle,
         }
 
     def state(self) -> dict[str, Any]:
-        """Return position and identity of the stream, for json.dumps; equal on all ranks."""
+        """Return position and identity of the stream, for json.dumps."""
         number, position = divmod(self._read, self.windows.count)
         return {"pass": number, "position": position, **self._identity()}
 

@@ -78,6 +78,8 @@ def _rows(t: Subject, schedule: Any, config: Mapping[str, Any]) -> Iterator[Row]
             yield f"setting {f.name}", built[f.name], s[f.name]
     yield "model", t.model.cfg, from_hf(config["model"], "config.json")
     yield from _model(t, s)
+    in_order = s["micro_batch_size"] < s["batch_size"] and "order_of_sums" in config
+    yield "sums over micro-batches", t.adapters.folds if t.adapters else t.model.folds, in_order
     yield from _optimizer(t, s)
     yield from _schedule(t, schedule, s)
     yield from _batches(t, s, data)
@@ -145,8 +147,6 @@ def _batches(t: Subject, s: Mapping[str, Any], data: Mapping[str, Any]) -> Itera
     b, w = t.batches, t.batches.windows
     for name in ("batch_size", "seed", "shuffle", "on_exhausted"):
         yield f"batches, {name}", getattr(b, name), s[name]
-    yield "batches, sequences of a step", b.step_windows, s["batch_size"]
-    yield "batches, rank", b.rank, 0
     yield "windows, seq_length", w.seq_length, s["seq_length"]
     yield "windows, shards", w.shards.sha256, data["train_sha256"]
     yield "windows, number", w.count, data["train_windows"]

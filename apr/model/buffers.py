@@ -14,6 +14,7 @@ import ml_dtypes  # noqa: F401 # isort: skip -- gives NumPy the name "bfloat16";
 from ..common.rounding import ceil_div, round_up
 from .config import ModelConfig
 from .families import layers_of
+from .micro_gradients import Pieces
 from .params import Layout, padded_vocab
 from .spec import LayerSpec
 
@@ -132,6 +133,7 @@ class BufferPlan:
     own_weights   allocate the parameters; otherwise they are given
     pad_vocab     logits have as many columns as the head has rows in a flat buffer
     documents     attention stops at document borders
+    folds         gradients of each micro-batch begin at zero, beside those of the step
     """
 
     batch: int
@@ -144,6 +146,7 @@ class BufferPlan:
     own_weights: bool = True
     pad_vocab: bool = False
     documents: bool = False
+    folds: bool = False
 
     def specs(self, c: ModelConfig) -> BufferSpecs:
         """Every buffer by name: block buffers as LAYER.NAME, or NAME where blocks share one."""
@@ -157,6 +160,8 @@ class BufferPlan:
             out["w"] = BufferSpec("weights", (size,), self.dtype)
         if self.train:
             out["g"] = BufferSpec("gradients", (size,), wide)
+        if self.train and self.folds:
+            out["g_part"] = BufferSpec("gradients", (Pieces(Layout(c)).size,), wide)
         blocks = [block_buffers(c, layer, self.batch, self.seq) for layer in layers_of(c)]
         for name in dict.fromkeys(name for block in blocks for name in block):
             shared = not self.train or (self.recompute and name not in KEPT_UNDER_RECOMPUTE)

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -94,20 +93,22 @@ def memory(
     documents: bool = False,
     lora: LoraConfig | None = None,
     saves: bool = False,
+    folds: bool = False,
 ) -> Memory:
     """Bytes of a Model for batches of batch x seq tokens and, when it trains, of the optimizer of its weights or adapters.
 
-    saves: with the copies that checkpoints and states are written from, where they lie in the memory of the device."""
+    saves: with the copies that checkpoints and states are written from, where they lie in the memory of the device.
+    folds: a step has several micro-batches."""
     plan = plan_buffers(
         c, backend, batch, seq, loss_rows,
-        dtype=dtype, train=train, recompute=recompute, cache=cache, documents=documents,
+        dtype=dtype, train=train, recompute=recompute, cache=cache, documents=documents, folds=folds and lora is None,
     )  # fmt: skip
     specs = list(plan.specs(c).values())
     if train and optimizer:
         layout = AdapterLayout(c, lora) if lora else Layout(c)
         specs += optimizer.specs(layout.size, WIDE[dtype] if lora else dtype).values()
         if isinstance(layout, AdapterLayout):
-            specs += adapter_specs(layout, dtype).values()
+            specs += adapter_specs(layout, dtype, folds).values()
     sums: dict[str, int] = {}
     for spec in specs:
         sums[spec.purpose] = sums.get(spec.purpose, 0) + spec.nbytes
@@ -181,33 +182,29 @@ def choose_micro_batch(
 
     Raises Refused for a job that does not fit, with the options that would."""
     dtype = s.dtype or backend.dtypes[0]
-    need = partial(
-        memory,
-        cfg,
-        backend,
-        seq=seq,
-        dtype=dtype,
-        recompute=s.recompute,
-        optimizer=optimizer,
-        lora=lora,
-        saves=True,
-    )
+
+    def need(size: int, recompute: bool = s.recompute) -> Memory:
+        return memory(
+            cfg, backend, size, seq, dtype,
+            recompute=recompute, optimizer=optimizer, lora=lora, saves=True, folds=size < batch,
+        )  # fmt: skip
+
     have = backend.free_memory()
     divisors = [d for d in range(batch, 0, -1) if batch % d == 0]
     if s.micro_batch_size:
         size = min(s.micro_batch_size, batch)
     else:
-        fitting = (d for d in divisors if have is None or need(batch=d).total < FREE_SHARE * have)
+        fitting = (d for d in divisors if have is None or need(d).total < FREE_SHARE * have)
         size = next(fitting, 1)
-    if have is not None and need(batch=size).total > have:
-        check_fits(need(batch=size), backend, advice(need, divisors, have, s.recompute))
+    if have is not None and need(size).total > have:
+        check_fits(need(size), backend, advice(need, divisors, have, s.recompute))
     return size
 
 
 def advice(need: Callable[..., Memory], sizes: list[int], have: int, recompute: bool) -> str:
     """Name the options with which a job fits: the largest micro-batch of `sizes`, without recomputation if possible."""
     for again in [False, True][recompute:]:
-        size = next((d for d in sizes if need(batch=d, recompute=again).total <= have), 0)
+        size = next((d for d in sizes if need(d, again).total <= have), 0)
         if size:
             return f"{'--recompute ' if again else ''}--micro-batch-size {size} would fit"
     return "use a smaller --seq-length or --model"

@@ -24,6 +24,7 @@ from ..common.errors import UsageError
 from ..common.rounding import round_up
 from .buffers import WIDE, Buffers, BufferSpec, BufferSpecs
 from .config import ModelConfig
+from .micro_gradients import add
 from .params import ALIGN, LAYER, Layout, Param, Slot
 from .transformer import Model
 
@@ -168,14 +169,18 @@ def _cut(flat: Any, s: Slot) -> Any:
     return flat[s.offset : s.offset + s.size].reshape(s.shape)
 
 
-def adapter_specs(layout: AdapterLayout, dtype: str) -> BufferSpecs:
-    """List the buffers of adapters of a model of a dtype; those of the optimizer are its own."""
+def adapter_specs(layout: AdapterLayout, dtype: str, folds: bool = False) -> BufferSpecs:
+    """List the buffers of adapters of a model of a dtype; those of the optimizer are its own.
+
+    folds: a step has several micro-batches, whose gradients are added in order"""
     wide = WIDE[dtype]
     specs = {
         "adapters": BufferSpec("weights", (layout.size,), wide),
         "adapter_gradients": BufferSpec("gradients", (layout.size,), wide),
         **{f"base.{p.base.hf}": BufferSpec("base", p.base.shape, dtype) for p in layout.pairs},
     }
+    if folds:
+        specs["adapter_part"] = BufferSpec("gradients", (layout.size,), wide)
     if wide != dtype:
         specs["merged"] = BufferSpec("scratch", (max(p.base.size for p in layout.pairs),), wide)
     return specs
@@ -186,13 +191,15 @@ class Adapters:
 
     w, g     (layout.size,) wide  A and B of every pair, and their gradients
     base     [(O,I)]              W of every pair, as loaded; model.w holds W_eff
+    folds    gradients are collected after each micro-batch, and added to those before it
     """
 
-    def __init__(self, model: Model, config: LoraConfig) -> None:
+    def __init__(self, model: Model, config: LoraConfig, folds: bool = False) -> None:
         self.model, self.config = model, config
         self.be, self.cfg, self.dtype = model.be, model.cfg, WIDE[model.dtype]
         self.layout = AdapterLayout(model.cfg, config)
-        self.buffers = Buffers(self.be, adapter_specs(self.layout, model.dtype))
+        self.folds = folds
+        self.buffers = Buffers(self.be, adapter_specs(self.layout, model.dtype, folds))
         self.w, self.g = self.buffers["adapters"], self.buffers["adapter_gradients"]
         self.base = [self.buffers[f"base.{p.base.hf}"] for p in self.layout.pairs]
         self.base_sha256 = ""
@@ -233,13 +240,18 @@ class Adapters:
                 be.copy(w, wide)
 
     def collect_gradients(self) -> None:
-        """dA = s B^T dW_eff, dB = s dW_eff A^T for every pair; sets the model's gradients to zero."""
+        """dA = s B^T dW_eff, dB = s dW_eff A^T for every pair; sets the model's gradients to zero.
+
+        With `folds` both are added to the gradients, otherwise they take their place."""
         be, s = self.be, self.config.scale
-        views = zip(self.layout.views(self.w), self.layout.views(self.g), strict=True)
+        g = self.buffers["adapter_part"] if self.folds else self.g
+        views = zip(self.layout.views(self.w), self.layout.views(g), strict=True)
         for p, ((a, b), (da, db)) in zip(self.layout.pairs, views, strict=True):
             d = _cut(self.model.g, p.base)
             be.gemm(da, b, d, s, 0.0, True, False)
             be.gemm(db, d, a, s, 0.0, False, True)
+        if self.folds:
+            add(be, self.g, g)
         be.fill(self.model.g, 0)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,34 +154,34 @@ class Layout:
         """Parameters of the model, padding not counted, a tied head counted once."""
         return sum(s.size for s in self.slots)
 
-    def views(self, flat: Any) -> Any:
+    def views(self, flat: Any, place: Callable[[Slot], int] = attrgetter("offset")) -> Any:
         """The named arrays inside a flat buffer: .embed, .layer[3].wq, the fused .layer[3].wqkv.
 
-        With tied embeddings .head is .embed.
+        With tied embeddings .head is .embed. place: finds the first element of a parameter, where the buffer is another one.
         """
 
-        def cut(offset: int, shape: tuple[int, ...]) -> Any:
-            return flat[offset : offset + prod(shape)].reshape(shape)
+        def cut(s: Slot, shape: tuple[int, ...]) -> Any:
+            return flat[place(s) : place(s) + prod(shape)].reshape(shape)
 
         out = SimpleNamespace(layer=[SimpleNamespace() for _ in range(self.cfg.num_layers)])
         for s in self.slots:
-            setattr(out if s.layer is None else out.layer[s.layer], s.param.name, cut(s.offset, s.shape))
+            setattr(out if s.layer is None else out.layer[s.layer], s.param.name, cut(s, s.shape))
         first = {(s.layer, s.param.name): s for s in self.slots}
         for layer, views in enumerate(out.layer):
             for name, group in FUSED.items():
                 if (layer, group[0]) in first:
                     parts = [first[layer, part] for part in group]
                     shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
-                    setattr(views, name, cut(parts[0].offset, shape))
+                    setattr(views, name, cut(parts[0], shape))
         if self.cfg.tie_word_embeddings:
             out.head = out.embed
         return out
 
-    def head_rows(self, flat: Any, rows: int) -> Any:
+    def head_rows(self, flat: Any, rows: int, place: Callable[[Slot], int] = attrgetter("offset")) -> Any:
         """The first `rows` rows of the head, up to padded_vocab(V): those from V on are zeros."""
         name = "embed" if self.cfg.tie_word_embeddings else "head"
         (s,) = (s for s in self.slots if s.param.name == name)
-        return flat[s.offset : s.offset + rows * s.shape[1]].reshape(rows, s.shape[1])
+        return flat[place(s) : place(s) + rows * s.shape[1]].reshape(rows, s.shape[1])
 
     def named(self, flat: Any) -> dict[str, Any]:
         """Views of every parameter in a flat buffer, by Hugging Face name, in table order."""

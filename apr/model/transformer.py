@@ -19,6 +19,7 @@ from .block import START, Block, CachePosition
 from .buffers import Buffers, Shapes, block_buffers, plan_buffers, scratch_buffers
 from .config import ModelConfig
 from .families import layers_of
+from .micro_gradients import MicroGradients
 from .params import Layout
 from .rope import rope_tables
 from .taps import Tap, no_tap
@@ -48,6 +49,7 @@ class Model:
     total         (1,) float64: sum of losses since it was last set to 0
     z_loss        weight of the squared log-sum-exp of the logits in what is minimised; the loss reported is without it
     document_end  id that ends a document (and belongs to it): no token sees a token of another document
+    folds         gradients of each micro-batch begin at zero and are added to those before it: micro_gradients.py
 
     The other options are those of BufferPlan. Positions run on through documents: rotary embedding turns q[t] and k[j] by
     multiples of t and j, so q[t] . k[j] depends on t - j alone, and so does a window. Starting again at 0 in each document
@@ -70,6 +72,7 @@ class Model:
         recompute: bool = False,
         z_loss: float = 0.0,
         document_end: int | None = None,
+        folds: bool = False,
     ) -> None:
         if dtype not in backend.dtypes:
             raise Refused(f"backend {backend.name} computes in {', '.join(backend.dtypes)}, not {dtype}")
@@ -82,11 +85,11 @@ class Model:
             raise Refused("a KV cache continues one document per sequence: document_end does not go with it")
         self.cfg, self.be, self.dtype, self.train, self.recompute = cfg, backend, dtype, train, recompute
         self.batch, self.seq, self.z_loss, self.document_end = batch, seq, z_loss, document_end
-        self.layout, self.layers = Layout(cfg), layers_of(cfg)
+        self.layout, self.layers, self.folds = Layout(cfg), layers_of(cfg), folds
         plan = plan_buffers(
             cfg, backend, batch, seq, loss_rows,
             dtype=dtype, train=train, recompute=recompute, cache=cache, own_weights=w is None,
-            documents=document_end is not None,
+            documents=document_end is not None, folds=folds,
         )  # fmt: skip
         self.loss_rows = plan.loss_rows
         self.buffers = Buffers(backend, plan.specs(cfg))
@@ -97,12 +100,18 @@ class Model:
         if train:
             self.g = self.buffers["g"]
             self.d = self.layout.views(self.g)
+        self._micro: MicroGradients | None = None
+        if train and folds:
+            self._micro = MicroGradients(backend, self.layout, self.g, self.buffers["g_part"])
+            self.d = self.layout.views(self._micro.part, self._micro.pieces.place)
         # columns from V on, if any, are 0, and so is their gradient
         self._logits = self.buffers["logits"]
         columns = self._logits.shape[1]
         self._head = source.head_rows(self.w, columns)
         if train:
             self._dhead = self.layout.head_rows(self.g, columns)
+        if self._micro:
+            self._dhead = self.layout.head_rows(self._micro.part, columns, self._micro.pieces.place)
         self.total = self.buffers["total"]
         self._cache = [
             (self.buffers[f"{i}.keys"], self.buffers[f"{i}.values"])
@@ -243,6 +252,8 @@ class Model:
     def _loss(self, scale: float | None, tap: Tap = no_tap) -> None:
         be, s = self.be, self._at(self.b, self.t)[1]
         n = self.b * self.t
+        if self._micro and scale is not None:
+            self._micro.clear(None)
         for first in range(0, n, self.loss_rows):
             rows = slice(first, min(n, first + self.loss_rows))
             suffix = "" if n <= self.loss_rows else f".{first}"
@@ -319,7 +330,13 @@ class Model:
             # the last block's values are still there
             if self.recompute and i + 1 < c.num_layers:
                 self._block(i, blocks[i].res1, None, no_tap)
+            if self._micro:
+                self._micro.clear(i)
             self._of(i, tap).backward(d.layer[i])
+            if self._micro:
+                self._micro.fold(i)
             ready(i)
         be.embedding_bwd(d.embed, s.dres, s.ids)
+        if self._micro:
+            self._micro.fold(None)
         ready(None)

@@ -76,6 +76,7 @@ class Trainer:
         assert s.warmup_steps is not None
         self.inputs, self.run, self.s = inputs, run, s
         self.micro: int = s.micro_batch_size
+        folds = self.micro < s.batch_size and run.sums_micro_batches()
         self.model = Model(
             inputs.cfg,
             inputs.backend,
@@ -85,8 +86,9 @@ class Trainer:
             recompute=s.recompute,
             z_loss=s.z_loss,
             document_end=inputs.document_end,
+            folds=folds and inputs.lora is None,
         )
-        self.lora = self._adapters()
+        self.lora = self._adapters(folds)
         trained: Model | Adapters = self.lora or self.model
         kind = optimizer_class(s)
         merge = {"after_update": self.lora.merge} if self.lora else {}
@@ -118,11 +120,11 @@ class Trainer:
 
     # Weights
 
-    def _adapters(self) -> Adapters | None:
+    def _adapters(self, folds: bool) -> Adapters | None:
         """Make adapters around the weights of --init. None where the weights themselves are trained."""
         if self.inputs.lora is None or self.inputs.init is None:
             return None
-        adapters = Adapters(self.model, self.inputs.lora)
+        adapters = Adapters(self.model, self.inputs.lora, folds)
         host = np.zeros(self.model.layout.size, np.float32)
         fill(self.model.layout, host, self.inputs.init)
         adapters.set_base(host)
@@ -188,7 +190,9 @@ class Trainer:
         graph = self.s.graph and tokens == targets.size
         for part in micro_batches(ids, targets, self.micro):
             model.micro_step(*part, 1 / tokens, graph)
-        if self.lora:
+            if self.lora and self.lora.folds:
+                self.lora.collect_gradients()
+        if self.lora and not self.lora.folds:
             self.lora.collect_gradients()
         self.emit(GradientsReady(step))
         lr = self.schedule(step)
@@ -236,7 +240,7 @@ class Trainer:
     def _announce_pass(self) -> None:
         """Log that the data begins again."""
         b, step = self.batches, self.progress.step
-        if b.passes > (b.windows_read - b.step_windows) // b.windows.count:
+        if b.passes > (b.windows_read - b.batch_size) // b.windows.count:
             self.run.log.write(step=step, passes=b.passes, windows=b.windows.count)
             self.emit(PassEnded(step, b.passes, b.windows.count))
 

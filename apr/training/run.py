@@ -51,7 +51,7 @@ from .inputs import Inputs, open_inputs
 from .loop import Trainer
 from .progress import Progress
 from .resume import check_same_data, continued
-from .rundir import RunDir, next_free, resume_command
+from .rundir import MICRO_BATCHES, SUMS, RunDir, next_free, resume_command
 from .sample import sample_text
 from .settings import DEMO, Settings, resolve
 from .signals import interrupting
@@ -189,6 +189,7 @@ def _judge_inputs(i: Inputs, gates: Gates) -> None:
     need = memory(
         i.cfg, i.backend, s.micro_batch_size, s.seq_length, s.dtype,
         recompute=s.recompute, documents=i.document_end is not None, lora=i.lora, optimizer=kind, saves=True,
+        folds=s.micro_batch_size < s.batch_size,
     ).total  # fmt: skip
     check_main_memory(i.backend, save_copies(i.cfg, s.dtype, kind, i.lora))
     source = str(s.init or s.model)
@@ -307,6 +308,7 @@ def _config(i: Inputs, run: RunDir) -> dict[str, Any]:
         "versions": versions(),
         "git_commit": git_commit(),
         "code_sha256": code_sha256(),
+        SUMS: MICRO_BATCHES,
     }
 
 

@@ -26,6 +26,8 @@ from .metrics import METRICS, MetricsLog
 
 # Objects of config.json; the device is known, and written, when training begins.
 PARTS = ("settings", "model", "data", "data_folders", "device")
+# Key of config.json: gradients are sums over micro-batches. Runs without it add up inside the products, and keep to that.
+SUMS, MICRO_BATCHES = "order_of_sums", "micro-batches"
 
 
 class RunDir:
@@ -70,6 +72,10 @@ class RunDir:
             if key in d and not isinstance(d[key], dict):
                 raise MalformedFile(f"{path}: {key} = {short(d[key])} is no object; restore the file")
         return d
+
+    def sums_micro_batches(self) -> bool:
+        """Tell a run whose gradients are sums over micro-batches, each begun at zero, from an older one."""
+        return self.read_config().get(SUMS) == MICRO_BATCHES
 
     def ends(self) -> list[int]:
         """List the steps at which the run had ended before it was made longer."""

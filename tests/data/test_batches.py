@@ -1,4 +1,4 @@
-"""Windows and batches: every token once, shuffled without memory, resumable to the window, for any number of ranks."""
+"""Windows and batches: every token once, shuffled without memory, resumable to the window."""
 
 from __future__ import annotations
 
@@ -168,22 +168,9 @@ def test_exhausted_is_typed_and_repeats(tok: Tokenizer, tmp_path: Path) -> None:
             b.next()
     with pytest.raises(Refused, match="a step takes 12 windows, there are 11"):
         Batches(b.windows, 12, seed=9, on_exhausted="stop")
-    for bad in ({"batch_size": 0}, {"rank": 1}, {"world": 0}, {"on_exhausted": "x"}):
+    for bad in ({"batch_size": 0}, {"on_exhausted": "x"}):
         with pytest.raises(Refused):
             Batches(**{"windows": b.windows, "batch_size": 3, "seed": 0, **bad})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_together_are_the_single_stream(tok: Tokenizer, tmp_path: Path, world: int) -> None:
-    windows = windows_of(tmp_path, tok, 25)
-    one = Batches(windows, 2 * world, seed=7)
-    ranks = [Batches(windows, 2, seed=7, rank=r, world=world) for r in range(world)]
-    for _ in range(30):
-        assert np.array_equal(np.concatenate([r.next()[0] for r in ranks]), one.next()[0])
-        assert all(r.state() == one.state() for r in ranks)
-    fresh = Batches(windows, 2 * world, seed=7)
-    fresh.restore(ranks[-1].state())  # another number of ranks, the same step
-    assert np.array_equal(fresh.next()[1], one.next()[1])
 
 
 def test_sequential_reads_every_window_once(tok: Tokenizer, tmp_path: Path) -> None:

@@ -539,7 +539,7 @@ def a_batch_is_left_out(m):
 
     def restore(self, state):
         right(self, state)
-        self._read += self.step_windows
+        self._read += self.batch_size
 
     m.setattr(Batches, "restore", restore)
 
