@@ -20,7 +20,8 @@ from apr.backends.cuda import kernels
 from apr.backends.cuda.arguments import Arguments
 from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault
 from cases import Backend, Row, make, overlay, run
-from host_shim import SHIM, Library, folder, over, table  # noqa: F401  folder is a fixture
+from host_shim import Library, folder, over, table  # noqa: F401  folder is a fixture
+from host_shim import on_the_host as without_ptx
 from kernel_rows import MMA, rows_of
 from precision import differing, figures, flash, off
 
@@ -47,11 +48,8 @@ ROWS = [
 
 def on_the_host(text: str) -> str:
     """A text of attention_mma with the PTX in it replaced."""
-    start = text.index("__device__ __forceinline__ unsigned shared_address")
-    end = text.index("__device__ __forceinline__ float low_half")
     assert text.count(DYNAMIC) == 3
-    assert "asm" not in text[:start] + text[end:]
-    text = text[:start] + (SHIM / "mma_shim.h").read_text() + text[end:]
+    text = without_ptx(text, "mma_shim.h")
     return text.replace(DYNAMIC, "unsigned char* const shared = shim::shared_base();")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import itertools
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import pytest
 from apr.backends import reference
 from apr.backends.cuda import kernels, ops
 from apr.backends.cuda.arguments import Arguments
+from apr.backends.cuda.tensor_maps import KIND, aligned, axes
 from cases import CASES, Row, overlay, rows
 
 SHIM = Path(__file__).with_name("shim")
@@ -40,6 +42,21 @@ FLAGS = (
 )
 
 
+FAULTS = {  # what a launch may end with
+    1: "threads wait for ever",
+    2: "writes beyond shared memory",
+    3: "uses a barrier that nobody made",
+    4: "more threads arrive at a barrier than it counts",
+    5: "a tile or a barrier is at a place where it must not be",
+    6: "the threads of a group disagree on a product",
+    7: "a product stands without products_begin",
+    8: "TMA or wgmma reads what plain code wrote, without a fence",
+    9: "a block ends while copies or products are at work",
+    10: "setmaxnreg asks for more registers than there are",
+    11: "plain code changes the sums of products at work",
+}
+
+
 NUMBERS = itertools.count()  # of libraries
 
 
@@ -58,6 +75,14 @@ def gpp(*args: Any) -> None:
         raise RuntimeError(done.stderr)
 
 
+def on_the_host(text: str, shim: str) -> str:
+    """A text of a module with the parts of PTX in it replaced by a header of the shim."""
+    plain = re.split(r"^// PTX$.*?^// end of PTX$", text, flags=re.M | re.S)
+    assert len(plain) > 1
+    assert "asm" not in "".join(plain)
+    return f'#include "{shim}"\n'.join([plain[0], "".join(plain[1:])])
+
+
 class Library:
     """A kernel module compiled for the host."""
 
@@ -71,7 +96,7 @@ class Library:
         self._loaded = ctypes.CDLL(str(out))
 
     def __call__(self, name: str, grid: Any, block: Any, args: list[Any], shared: int, seed: int) -> None:
-        """Run a kernel. args: arrays, None, NumPy scalars."""
+        """Run a kernel. args: arrays, None, NumPy scalars, tensor maps of host_map."""
         numbers = [*grid, 1, 1][:3] + [*block, 1, 1][:3] + [shared, seed]
         held = [
             ctypes.c_void_p(0 if a is None else a.ctypes.data)
@@ -80,12 +105,21 @@ class Library:
             for a in args
         ]
         at = [ctypes.addressof(h) if isinstance(h, ctypes.c_void_p) else h.ctypes.data for h in held]
+        for i, a in enumerate(args):
+            if isinstance(a, np.ndarray) and a.dtype == KIND:
+                at[i] = a.ctypes.data
         status = getattr(self._loaded, "shim_" + name)(
             (ctypes.c_int * 8)(*numbers), (ctypes.c_void_p * len(at))(*at)
         )
-        assert status == 0, (
-            f"{name}: " + {1: "threads wait for ever", 2: "writes beyond shared memory"}[status]
-        )
+        assert status == 0, f"{name}: {FAULTS[status]}"
+
+
+def host_map(x: Any, rows: int) -> np.ndarray:
+    """What stands for tensor_maps.tensor_map: the Map of shim/wgmma_shim.h."""
+    out, (batch, row) = aligned(), x.strides[:2]
+    fields = [x.ctypes.data, *axes(x.shape), 2 * x.shape[3], row, batch, rows]
+    out.view(np.int64)[: len(fields)] = fields
+    return out
 
 
 class Host:

@@ -18,6 +18,8 @@ import numpy as np
 from ...common.errors import Refused
 from ...common.rounding import round_up
 from .kernels import Parameter
+from .kernels.signatures import TENSOR_MAP
+from .tensor_maps import KIND
 
 _c_contiguous = attrgetter("_c_contiguous")  # of a CuPy array: a fifth of the time that flags take
 
@@ -37,8 +39,8 @@ ACTS: dict[str, Any] = {"float32": DTYPES["float"], "bfloat16": np.dtype(ml_dtyp
 
 
 class Arguments:
-    """Converts the arguments of one kernel: arrays are checked and passed on, None becomes a null pointer,
-    numbers get the C type that the kernel declares. array_type is the class of the backend's arrays.
+    """Converts the arguments of one kernel: arrays and tensor maps are checked and passed on, None becomes a null
+    pointer, numbers get the C type that the kernel declares. array_type is the class of the backend's arrays.
     """
 
     def __init__(self, name: str, parameters: Sequence[Parameter], act: str, array_type: type) -> None:
@@ -48,6 +50,8 @@ class Arguments:
                 f"{name}: {p.name}", p, ACTS[act] if p.ctype == "act" else DTYPES[p.ctype], array_type
             )
             if p.pointer
+            else _map_check(f"{name}: {p.name}")
+            if p.ctype == TENSOR_MAP
             else _scalar_check(f"{name}: {p.name}", p.ctype)
             for p in parameters
         ]
@@ -93,6 +97,15 @@ def _has_gaps(a: Array, most: int) -> bool:
             follows = stride
         follows *= size
     return True
+
+
+def _map_check(where: str) -> Check:
+    def check(a: Any) -> Any:
+        if not (isinstance(a, np.ndarray) and a.dtype == KIND and a.size == 1):
+            raise TypeError(f"{where} must be a tensor map, not {type(a).__name__}")
+        return a
+
+    return check
 
 
 def _scalar_check(where: str, ctype: str) -> Check:

@@ -18,6 +18,7 @@ from cupy_backends.cuda.api.driver import CUDADriverError
 from ...common.errors import DeviceError
 from . import kernels
 from .arguments import ACTS, Arguments, Scratch, out_of_memory
+from .tensor_maps import tensor_map as tensor_map
 
 SCRATCH_BYTES = 64 << 20
 
@@ -84,6 +85,12 @@ def kernel(module: str, name: str, act: str, **defines: int) -> Kernel:
         return Kernel(function, Arguments(name, declared[name], act, cupy.ndarray))
     except compiler.CompileException as e:
         raise DeviceError(f"{module}.cu cannot be compiled for {arch()}: {str(e)[:2000]}") from e
+
+
+@cache
+def multiprocessors() -> int:
+    """Number of multiprocessors of the current GPU."""
+    return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
 
 def zeros(shape: int | tuple[int, ...], dtype: Any) -> Array:

@@ -8,6 +8,8 @@
 #include <csetjmp>
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <map>
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -62,6 +64,11 @@ inline size_t now;
 inline uint64_t state;
 inline void (*body)(void**);
 inline void** arguments;
+inline int fault;  // a number other than 0 ends the launch
+// What a kind of hardware adds: work that is done between the turns of threads (some of it, or all when no thread can go
+// on; tells whether there was any), and what is done before and after each block.
+inline bool (*deferred)(bool all);
+inline void (*before_block)(), (*after_block)();
 
 inline unsigned random(unsigned n) {  // xorshift64*
   state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
@@ -74,6 +81,11 @@ inline void wait(Gate& g) {
   Fiber& f = fibers[now];
   f.waits = &g, f.seen = g.opened;
   g.arrived++, g.check();
+  if (!_setjmp(f.at)) _longjmp(scheduler, 1);
+}
+inline void watch(Gate& g) {  // until it opens; nobody counts on this thread
+  Fiber& f = fibers[now];
+  f.waits = &g, f.seen = g.opened;
   if (!_setjmp(f.at)) _longjmp(scheduler, 1);
 }
 inline void enter() {  // once for a fiber; the next kernel goes on in its loop
@@ -109,9 +121,11 @@ inline bool run_block() {
   }
   bool slow[32];
   for (bool& s : slow) s = random(4) == 0;
-  for (bool ran = true, slept = true; ran || slept;) {
+  if (before_block) before_block();
+  for (bool ran = true, slept = true; (ran || slept) && !fault;) {
     const bool all = !ran;  // a slow warp runs when no other can
     ran = slept = false;
+    if (deferred) ran = deferred(all);
     shuffle(order);
     for (size_t i : order) {
       Fiber& f = fibers[i];
@@ -124,6 +138,7 @@ inline bool run_block() {
       resume(f);
     }
   }
+  if (after_block && !block.members && !fault) after_block();
   if (block.members)
     for (Fiber& f : fibers) f.started = false;  // where they wait, they stay
   return block.members == 0;
@@ -135,11 +150,11 @@ template <class... A>
 void call(void (*kernel)(A...), void** args) { call(kernel, args, std::index_sequence_for<A...>()); }
 
 // g: grid x y z, block x y z, bytes of dynamic shared memory, seed. 0, or 1 for threads that wait for ever, 2 for a write
-// beyond the dynamic shared memory.
+// beyond the dynamic shared memory, or a fault.
 inline int launch(void (*kernel)(void**), const int* g, void** args) {
   gridDim = {(unsigned)g[0], (unsigned)g[1], (unsigned)g[2]}, blockDim = {(unsigned)g[3], (unsigned)g[4], (unsigned)g[5]};
   state = g[7] * 0x9E3779B97F4A7C15ull + 1;
-  body = kernel, arguments = args;
+  body = kernel, arguments = args, fault = 0;
   std::vector<unsigned> blocks(gridDim.x * gridDim.y * gridDim.z);
   for (unsigned i = 0; i < blocks.size(); i++) blocks[i] = i;
   shuffle(blocks);
@@ -147,7 +162,9 @@ inline int launch(void (*kernel)(void**), const int* g, void** args) {
   for (unsigned b : blocks) {
     std::memset(bytes, 0xff, g[6] + 1024);  // NaN
     blockIdx = {b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y};
-    if (!run_block()) return 1;
+    const bool ended = run_block();
+    if (fault) return fault;
+    if (!ended) return 1;
     for (int i = 0; i < 1024; i++)
       if (bytes[g[6] + i] != 0xff) return 2;
   }

@@ -82,6 +82,11 @@ def source(module: str) -> str:
     return _paste(module + ".cu", set(), "kernel module")
 
 
+def header(name: str) -> str:
+    """The text of name.cuh in the same way, for kernels that stand elsewhere."""
+    return _paste(name + ".cuh", set(), "header")
+
+
 def _paste(name: str, seen: set[str], wanted_by: str) -> str:
     path = FOLDER / name
     if Path(name).name != name or not path.is_file():

@@ -5,6 +5,7 @@
 // with bits of the row, so that eight rows of one column of cells lie in different banks.
 //
 // Accumulator fragment c[4] of a 16 x 8 block: c[e] is row lane/4 + 8*(e/2), column 2*(lane%4) + e%2.
+#include "fragments.cuh"
 #ifndef HEAD_DIM
 #define HEAD_DIM 64
 #endif
@@ -15,11 +16,7 @@ constexpr int CELLS = HEAD_DIM / 8;                      // cells in a row
 constexpr int ROW_BYTES = HEAD_DIM * 2;
 constexpr int SWIZZLE = HEAD_DIM % 64 == 0 ? 8 : 4;      // cells that the XOR permutes among themselves
 static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= 128, "head width must be 32, 64, 96 or 128");
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LN2 = 0.6931471805599453f;
-
-__device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
-
+// PTX
 // 16 (8) bytes from global to shared memory without passing registers; zeros where !valid.
 __device__ __forceinline__ void copy16(unsigned dst, const void* src, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
@@ -44,23 +41,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsig
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ unsigned pack(float low, float high) {  // two bf16, round to nearest even
-  unsigned r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-__device__ __forceinline__ float power2(float x) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return r;
-}
-__device__ __forceinline__ float low_half(unsigned x) { return __uint_as_float(x << 16); }
-__device__ __forceinline__ float high_half(unsigned x) { return __uint_as_float(x & 0xffff0000u); }
-__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
-__device__ __forceinline__ float quad_sum(float x) {  // over the four lanes that share a fragment row
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
+// end of PTX
 
 // Byte offset of a cell in a tile.
 __device__ __forceinline__ unsigned cell(int row, int column) {

@@ -1,9 +1,10 @@
 """Parameters of CUDA kernels, read from their declarations.
 
 Read are `extern "C" __global__ void NAME(...)` with attributes in between, also where a macro of the same
-text emits them. A parameter is a pointer to, or a scalar of, one of the types below. A pointer NAME may have
-one gap between elements for every scalar NAME_...: with x_row, say, rows that do not follow each other. A
-pointer may be null when it is const, or when a comment at it says so: `float* dw /* or null */`.
+text emits them. A parameter is a pointer to, or a scalar of, one of the types below, or a tensor map, by which
+TMA copies boxes of an array: `const __grid_constant__ TensorMap NAME`. A pointer NAME may have one gap between
+elements for every scalar NAME_...: with x_row, say, rows that do not follow each other. A pointer may be null
+when it is const, or when a comment at it says so: `float* dw /* or null */`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 
 POINTERS = ("act", "float", "double", "int", "long long", "unsigned char")
 SCALARS = ("int", "long long", "float")
+TENSOR_MAP = "TensorMap"
 _EXTERN = re.compile(r'extern\s+"C"')
 _HEAD = re.compile(r"(?:\s|static\b|void\b|__\w+__(?:\s*\((?:[^()]|\([^()]*\))*\))?)*(?P<name>\w+)\s*\(")
 
@@ -60,7 +62,7 @@ def _without_comments(text: str) -> str:
 
 def _parameters(inside: str, where: str) -> tuple[Parameter, ...]:
     found = [_parameter(p, where) for p in _split(inside) if p]
-    scalars = [p.name for p in found if not p.pointer]
+    scalars = [p.name for p in found if not p.pointer and p.ctype != TENSOR_MAP]
     return tuple(
         replace(p, gaps=sum(s.startswith(p.name + "_") for s in scalars)) if p.pointer else p for p in found
     )
@@ -68,14 +70,18 @@ def _parameters(inside: str, where: str) -> tuple[Parameter, ...]:
 
 def _parameter(text: str, where: str) -> Parameter:
     nullable = "/*null*/" in text
-    plain = " ".join(re.sub(r"__restrict__|/\*null\*/", " ", text).replace("*", " * ").split())
+    plain = " ".join(
+        re.sub(r"__restrict__|__grid_constant__|/\*null\*/", " ", text).replace("*", " * ").split()
+    )
     read = re.fullmatch(r"(.*[\s*])(\w+)", plain)
     words = read[1].split() if read else []
     const, pointer = "const" in words, words.count("*") == 1 and words[-1] == "*"
     ctype = " ".join(w for w in words if w not in ("const", "*"))
-    if read is None or words.count("*") > 1 or ctype not in (POINTERS if pointer else SCALARS):
+    by_value = (*SCALARS, TENSOR_MAP) if "__grid_constant__" in text and const else SCALARS
+    if read is None or words.count("*") > 1 or ctype not in (POINTERS if pointer else by_value):
         raise ValueError(
-            f"{where}: parameter {plain!r} is none of: pointer to {', '.join(POINTERS)}; scalar {', '.join(SCALARS)}"
+            f"{where}: parameter {plain!r} is none of: pointer to {', '.join(POINTERS)}; scalar {', '.join(SCALARS)}; "
+            f"const __grid_constant__ {TENSOR_MAP}"
         )
     return Parameter(read[2], ctype, pointer, const, nullable or (pointer and const))
 
