@@ -12,8 +12,9 @@
 //   front of the wait: to it, a product is done where it stands.]
 // - shared memory that plain code has written is read by TMA or wgmma only after fence_async() of the threads that
 //   wrote it and then a group_sync().
-// - a buffer goes back to the loader once per group, by one thread, after the wait for the products that read it [and after
-//   a group_sync() if plain code of other threads read it].
+// - every warp gives a buffer back to the loader, after its wait for the products that read it. One release for a group
+//   is not enough: a warp that lags behind may miss a phase of the barrier, and then waits for ever or reads what comes
+//   next.
 #include "fragments.cuh"
 
 struct alignas(64) TensorMap { unsigned long long words[16]; };  // CUtensorMap
@@ -174,7 +175,7 @@ PRODUCTS(48, "96", "%48", "%49", "%50", "%51", "%52", "%53", "%54")
 PRODUCTS(64, "128", "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 // end of PTX
 
-// Buffers that one thread fills and groups read, in turn; each side has a Ring of its own. Barriers full and empty of
+// Buffers that one thread fills and all warps of some groups read, in turn; each side has a Ring of its own. Barriers full and empty of
 // STAGES buffers, 16 bytes a buffer, begin at `barriers`.
 template <int STAGES>
 struct Ring {
@@ -184,16 +185,21 @@ struct Ring {
   unsigned parity = 0;
 
   __device__ __forceinline__ Ring(unsigned barriers) : barriers(barriers) {}
+  // As it is after so many buffers.
+  __device__ __forceinline__ Ring(unsigned barriers, unsigned turn)
+      : barriers(barriers), stage(turn % STAGES), parity(turn / STAGES & 1) {}
   __device__ __forceinline__ unsigned full() const { return barriers + 16 * stage; }
-  __device__ __forceinline__ void make(int readers) const {  // by one thread of the block
-    for (int s = 0; s < STAGES; s++) barrier_make(barriers + 16 * s, 1), barrier_make(barriers + 16 * s + 8, readers);
+  __device__ __forceinline__ void make(int groups) const {  // by one thread of the block
+    for (int s = 0; s < STAGES; s++) barrier_make(barriers + 16 * s, 1), barrier_make(barriers + 16 * s + 8, 4 * groups);
   }
   __device__ __forceinline__ void claim(unsigned bytes) const {  // the buffer is free, and so many bytes will come
     barrier_wait(full() + 8, parity ^ 1);
     barrier_expect(full(), bytes);
   }
   __device__ __forceinline__ void wait() const { barrier_wait(full(), parity); }
-  __device__ __forceinline__ void release() const { barrier_arrive(full() + 8); }
+  __device__ __forceinline__ void release() const {
+    if (threadIdx.x % 32 == 0) barrier_arrive(full() + 8);
+  }
   __device__ __forceinline__ void next() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
