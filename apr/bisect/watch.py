@@ -17,10 +17,10 @@ from .lockstep import Call, Twin, fill_with_noise, host, within
 from .makers import overlap, span
 from .pieces import PIECE_ELEMENTS, in_parallel, in_pieces, rounded_copy
 from .report import FORCED, FREE, ArrayComparison
+from .sums import summed_in_order
 
 MAX_SLICED_ELEMENTS = 1 << 24  # of an array whose slices are judged apart
 MAX_EXPLAINED = 6
-LONG_SUM, SAMPLE = 4096, 8
 ALWAYS_64 = ("total", "factor", "sum_sq")
 
 TAP = {  # of scratch buffers: by the weight that is used
@@ -228,7 +228,7 @@ class Forced(_Watch):
         for n in names:
             x = call.args[n]
             got = host(self.backends[1], x.sides[1], x.shape)
-            in_order = summed_in_order(call.op, n, before, truth[n]) if self.dtype == "float32" else []
+            in_order = self._in_order(call.op, n, before, truth[n])
             terms = _terms(call, n)
             err, tol, d = self._judge(call.op, n, got, truth[n], [b[n] for b in bases], x, terms, in_order)
             cause = "" if err <= tol else self._explain(call, n, got, truth[n], before, tol)
@@ -253,7 +253,10 @@ class Forced(_Watch):
             for n in names:
                 x = piece.args[n]
                 ours, terms = got[n][at], _terms(call, n)
-                err, tol, d = self._judge(call.op, n, ours, x.sides[0], [b[n] for b in bases], x, terms)
+                in_order = self._in_order(call.op, n, before, x.sides[0])
+                err, tol, d = self._judge(
+                    call.op, n, ours, x.sides[0], [b[n] for b in bases], x, terms, in_order
+                )
                 cause = "" if err <= tol else self._explain(piece, n, got[n][at], x.sides[0], before, tol)
                 flat = d.flat + at.start * (got[n].size // length)
                 out.append((err, tol, replace(d, flat=flat, shape=got[n].shape), cause))
@@ -297,6 +300,9 @@ class Forced(_Watch):
                 getattr(be, op)(*args.values())
             out.append(args)
         return out
+
+    def _in_order(self, op: str, name: str, low: dict[str, Any], want: np.ndarray) -> list[float]:
+        return summed_in_order(op, name, low, want) if self.dtype == "float32" else []
 
     def _judge(
         self,
@@ -346,23 +352,6 @@ class Free(_Watch):
             size, eps = root_mean_square(want), rule.EPS[self.dtype]
             tol = rule.tolerance(moved * self.scale, size, eps, rule.factor(call.op, n))
             self.rows.append(self._row(call, n, FREE, err, tol, d, ""))
-
-
-def summed_in_order(op: str, name: str, low: dict[str, Any], want: np.ndarray) -> list[float]:
-    """Return errors of some elements of a long product whose terms are added one by one in float32, as a GPU may and
-    NumPy's blocks do not; none for a short sum."""
-    if (op, name) not in (("linear_fwd", "y"), ("linear_bwd", "dx")):
-        return []
-    rows, columns = (low["x"], low["w"]) if name == "y" else (low["dy"], low["w"].T)
-    if rows.shape[1] < LONG_SUM:
-        return []
-    out = []
-    for n in np.linspace(0, len(rows) - 1, SAMPLE).astype(int):
-        for o in np.linspace(0, len(columns) - 1, SAMPLE).astype(int):
-            total = np.cumsum(rows[n] * columns[o], dtype=np.float32)[-1]
-            total = total + low["b"][o] if name == "y" and low["b"] is not None else total
-            out.append(abs(float(total) - float(want[n, o])))
-    return out
 
 
 def _terms(call: Call, name: str) -> int:

@@ -106,7 +106,12 @@ class TrainingState:
 
     def sha256(self) -> str:
         """SHA-256 of weights and optimizer state as they are on the device, each tensor read by itself."""
-        return sha256(_device_tensors(self.optimizer.be, self.layout, self.buffers().values()))
+        return sha256(_device_tensors(self.optimizer.be, self.layout, self._judged()))
+
+    def _judged(self) -> list[Any]:
+        """List the arrays on the device by the optimizer's own names, not as `buffers` lists them for a file."""
+        opt = self.optimizer
+        return [opt.master, *(opt.state[name] for name in sorted(opt.moments))]
 
     def weights_sha256(self) -> str:
         """SHA-256 of the weights alone."""
@@ -117,7 +122,7 @@ class TrainingState:
 
         becomes_state: the copy is written as a state, which is judged by the hash of the device."""
         flats = {prefix: copy(prefix, flat) for prefix, flat in self.buffers().items()}
-        sha = device_sha256(self.optimizer.be, self.layout, *self.buffers().values()) if becomes_state else ""
+        sha = device_sha256(self.optimizer.be, self.layout, *self._judged()) if becomes_state else ""
         return Snapshot(self.cfg, self.layout, flats, self._adapter_facts(), sha)
 
     def load(self, path: Path) -> tuple[dict[str, Any], str | None]:

@@ -17,7 +17,7 @@ from ..common.finding import Finding
 from ..common.options import absolute_paths
 from ..data.batches import Windows
 from ..model.hf_config import from_hf
-from ..model.lora import ALPHA_PER_RANK, Adapters, parse_targets
+from ..model.lora import ALPHA_PER_RANK, LINEAR, PREFIX, Adapters, parse_targets
 from ..model.schedule import WSD_DECAY_SHARE
 from ..model.transformer import Model
 from .subject import Subject
@@ -163,13 +163,30 @@ def _windows(w: Windows, seq_length: int) -> int:
 
 def _adapters(a: Adapters | None, s: Mapping[str, Any]) -> Iterator[Row]:
     yield "adapters", a is not None, True
-    if a is None or s["lora_init"]:
+    if a is None:
+        return
+    want = dict(_adapter_tensors(a))
+    got = {slot.hf: slot.shape for slot in a.layout.slots}
+    yield "adapters, tensors", len(got), len(want)
+    for name, shape in want.items():
+        yield f"adapters, shape of {name}", got.get(name), shape
+    if s["lora_init"]:
         return
     alpha = ALPHA_PER_RANK * s["lora_rank"] if s["lora_alpha"] is None else s["lora_alpha"]
     yield "adapters, rank", a.config.rank, s["lora_rank"]
     yield "adapters, alpha", a.config.alpha, alpha
     yield "adapters, scale", a.config.scale, alpha / s["lora_rank"]
     yield "adapters, matrices", a.config.targets, parse_targets(s["lora_targets"])
+
+
+def _adapter_tensors(a: Adapters) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield (name, shape) of A and B of every matrix that is a target, by the names of the model's own tensors."""
+    ends = tuple(f".{LINEAR[target]}.weight" for target in a.config.targets)
+    for slot in a.model.layout.slots:
+        if slot.hf.endswith(ends):
+            name = PREFIX + slot.hf.removesuffix(".weight")
+            yield f"{name}.lora_A.weight", (a.config.rank, slot.shape[1])
+            yield f"{name}.lora_B.weight", (slot.shape[0], a.config.rank)
 
 
 def _given(s: Mapping[str, Any], explicit: Mapping[str, Any]) -> Iterator[Row]:

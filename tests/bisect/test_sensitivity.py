@@ -215,3 +215,22 @@ def test_what_piled_up_is_noted(monkeypatch):
     report = judge(cpu, plan=Plan(optimizer=False, state=False))
     assert report.agree
     assert any("piled up to" in note for note in report.notes)
+
+
+def summed_by_token(be: Any, of_gradients: float = 1.0) -> Any:
+    """A backend that adds up the gradient of a matrix in the memory of the gradient, token by token."""
+
+    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any) -> None:
+        be.linear_bwd(dx, None, db, dy, x, w)
+        for i in range(len(dy) if dw is not None else 0):
+            dw += np.outer(dy[i], x[i] * x.dtype.type(of_gradients))
+
+    return overlay(be, linear_bwd=linear_bwd)
+
+
+def test_gradients_of_long_batches_that_are_summed_in_order_are_sound():
+    plan = Plan(free=False, state=False, optimizer=False)
+    sound = judge(summed_by_token(cpu), plan=plan, shape=(32, 64))
+    assert sound.agree, sound.first
+    wrong = judge(summed_by_token(cpu, 1.0001), plan=plan, shape=(32, 64)).first
+    assert wrong is not None and (wrong.op, wrong.tap) == ("linear_bwd", "grad.embed")

@@ -30,7 +30,7 @@ from apr.data.batches import IGNORED, Batches, Windows
 from apr.data.conversations import prepare
 from apr.data.conversations.examples import example_of
 from apr.data.conversations.pack import best_fit, fit
-from apr.data.conversations.packed import PackedShards, guard_answers
+from apr.data.conversations.packed import PackedShards, guard_answers, guard_examples
 from apr.data.conversations.prepare import prepare_conversations
 from apr.data.conversations.render import EncodedExample, Encoder
 from apr.data.open import windows_of
@@ -619,6 +619,24 @@ def test_guards_see_labels_behind_a_border_and_rows_without_an_answer(prepared):
     trained[row] = 0
     shards.row_targets = trained[:, 1:].sum(1)
     assert guard_answers(shards).passed is False
+
+
+def test_guards_see_an_example_without_a_separator_and_one_that_is_lost(prepared):
+    shards = PackedShards(prepared().sides["train"], own())
+    sound = guard_examples(shards)
+    assert sound.passed, sound
+    right, border = shards.arrays[0], shards.border_id
+    ids = shards.ids.copy()
+    # Between two examples of a row: the second begins where the separator of the first stood.
+    inside = (ids[:, :-2] != border) & (ids[:, 1:-1] == border) & (ids[:, 2:] != border)
+    row, at = (int(x[0]) for x in np.nonzero(inside))
+    ids[row, at + 1] = ids[row, at + 2]
+    shards.arrays[0] = ids.reshape(-1)
+    assert guard_examples(shards).passed is False
+    lost = right.reshape(ids.shape).copy()
+    lost[row, at + 1 :] = border
+    shards.arrays[0] = lost.reshape(-1)
+    assert guard_examples(shards).passed is False
 
 
 # Whole runs

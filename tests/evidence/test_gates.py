@@ -396,6 +396,15 @@ def the_copy_to_be_written_is_another(m, place, folder):
     m.setattr(HostCopies, "__call__", copy)
 
 
+def a_state_holds_a_moment_twice(m, place, folder):
+    right = states.TrainingState.buffers
+    m.setattr(
+        states.TrainingState,
+        "buffers",
+        lambda self: {**right(self), "optimizer.v.": self.optimizer.state["m"]},
+    )
+
+
 def the_target_is_out_of_reach(m, place, folder):
     return ["--target-val-loss", 0.1]
 
@@ -436,6 +445,7 @@ FAULTS = {
     a_weight_that_no_loss_sees_is_saved_otherwise: ("end.reload", FAIL, 9),
     moments_are_rounded_in_the_state: ("end.reload", FAIL, 9),
     the_copy_to_be_written_is_another: ("end.reload", FAIL, 9),
+    a_state_holds_a_moment_twice: ("end.reload", FAIL, 9),
     the_target_is_out_of_reach: ("end.target", FAIL, 9),
 }
 ELSEWHERE = {

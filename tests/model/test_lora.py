@@ -492,6 +492,8 @@ FAULTS = {
     "base_drifts": ("end.base", 9),
     "adapters_are_not_merged": ("end.base", 9),
     "adapters_move_otherwise": ("run.learning-rate", 6),
+    "a_target_gets_none": ("before.settings", 5),
+    "a_layer_gets_none": ("before.settings", 5),
 }
 
 
@@ -519,6 +521,16 @@ def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault)
         # From the first step on: moved before it, start.slope would see them.
         monkeypatch.setattr(Adapters, "merge", lambda self: None if steps else right_merge(self))
         monkeypatch.setattr(AdamW, "step", step)
+    elif fault in ("a_target_gets_none", "a_layer_gets_none"):
+        right_init = AdapterLayout.__init__
+        lost = "v_proj" if fault == "a_target_gets_none" else ".layers.1."
+
+        def init(self, *a):
+            right_init(self, *a)
+            self.pairs = [p for p in self.pairs if lost not in p.base.hf]
+            self.slots = [s for p in self.pairs for s in (p.a, p.b)]
+
+        monkeypatch.setattr(AdapterLayout, "__init__", init)
     else:
         monkeypatch.setattr(
             AdamW, "step", lambda self, lr: right_step(self, (1 + 0.1 * is_of_adapters(self)) * lr)

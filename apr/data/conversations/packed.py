@@ -194,6 +194,7 @@ def guard_packed(shards: PackedShards, tokenizer: Tokenizer, model_vocab: int | 
         _round_trip(shards, tokenizer),
         *([] if model_vocab is None else [fits_model(tokenizer, model_vocab)]),
         guard_answers(shards),
+        guard_examples(shards),
         Finding.of("trained tokens", m.trained > 0, share, "more than none"),
     ]
     if shards.figures["distinct_ids"] < 2:
@@ -212,6 +213,25 @@ def guard_answers(shards: PackedShards) -> Finding:
     measured = f"{plural(empty, 'row')} without one, {crossed} behind the border of an example"
     bound = "a target in every row, none behind a border"
     return Finding.of("answers", not empty and not crossed, measured, bound)
+
+
+def guard_examples(shards: PackedShards) -> Finding:
+    """Count the examples between the separators of the rows, and their tokens: those that were written."""
+    m, examples, tokens = shards.manifest, 0, 0
+    if shards.border_id is None:
+        # The rest of a row is filled with an id that may occur in it.
+        examples, tokens = m.rows, m.tokens
+    else:
+        for first in range(0, m.rows, BLOCK_ROWS):
+            inside = shards.ids[first : first + BLOCK_ROWS] != shards.border_id
+            tokens += int(inside.sum())
+            examples += int(inside[:, 0].sum() + (inside[:, 1:] & ~inside[:, :-1]).sum())
+    measured = f"{examples:,} between separators, of {plural(tokens, 'token')}"
+    # The last token of an example may be the separator itself.
+    is_same = examples == m.examples and m.tokens - m.examples <= tokens <= m.tokens
+    return Finding.of(
+        "examples in rows", is_same, measured, f"{m.examples:,}, of {m.tokens:,} with their ends"
+    )
 
 
 def _round_trip(shards: PackedShards, tokenizer: Tokenizer) -> Finding:
