@@ -6,7 +6,8 @@ A page is written by hand but for its generated blocks, which stand between two 
   <!-- commands -->          every command with its purpose
   <!-- exit codes -->        the exit codes of errors.py
   <!-- presets -->           preset names with their sizes
-each ended by <!-- end -->.
+each ended by <!-- end -->. Those of docs/faults.md come from tests, from the faults of the campaigns and from their record:
+  <!-- faults of gates -->, <!-- first campaign -->, <!-- second campaign -->
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import docs_faults
 
 from apr.cli.main import COMMANDS, MODULES
 from apr.common import errors
@@ -33,7 +36,10 @@ from apr.model.presets import PRESETS
 
 PAGES = ROOT / "docs" / "commands"
 TABLE = ROOT / "apr" / "cli" / "completion.json"
-BLOCK = re.compile(r"(<!-- (options: [a-z -]+|commands|exit codes|presets) -->\n).*?(<!-- end -->)", re.S)
+BLOCK = re.compile(
+    r"(<!-- (options: [a-z -]+|commands|exit codes|presets|faults of gates|[a-z]+ campaign) -->\n).*?(<!-- end -->)",
+    re.S,
+)
 OTHER_CODES = {
     0: ("done", ""),
     9: ("finished, but", "a verdict of FAIL or SUSPECT, or a difference that was found"),
@@ -148,17 +154,23 @@ def presets_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+TABLES = {
+    "commands": commands_table,
+    "exit codes": exit_codes_table,
+    "presets": presets_table,
+    "faults of gates": docs_faults.gates_table,
+    "first campaign": lambda: docs_faults.campaign_table("first"),
+    "second campaign": lambda: docs_faults.campaign_table("second"),
+}
+
+
 def page(text: str, known: dict[str, Command]) -> str:
     """Replace the generated blocks of a page."""
 
     def block(m: re.Match[str]) -> str:
         what = m[2]
-        if what.startswith("options: "):
-            made = options_table(known[what.removeprefix("options: ")].flags)
-        else:
-            made = {"commands": commands_table, "exit codes": exit_codes_table, "presets": presets_table}[
-                what
-            ]()
+        name = what.removeprefix("options: ")
+        made = TABLES[what]() if name == what else options_table(known[name].flags)
         return f"{m[1]}\n{made}\n{m[3]}"  # Markdown ends a comment at an empty line
 
     return BLOCK.sub(block, text)
@@ -209,7 +221,8 @@ def completion_table(known: dict[str, Command]) -> str:
 def made() -> dict[Path, str]:
     """Map every generated file to its content. Raises KeyError for a block of an unknown command."""
     known = commands()
-    out = {path: page(path.read_text(), known) for path in sorted(PAGES.glob("*.md"))}
+    pages = [*sorted(PAGES.glob("*.md")), docs_faults.PAGE]
+    out = {path: page(path.read_text(), known) for path in pages}
     out[TABLE] = completion_table(known)
     return out
 

@@ -32,6 +32,7 @@ from typing import Any
 
 import pinned_jobs
 from mutant_faults import FAULTS, Mutant
+from mutant_second import SECOND
 
 from apr.common.atomic import write_json
 from apr.common.host import cpu_name
@@ -56,16 +57,8 @@ SMALL = (
 )  # fmt: skip
 BASE = "runs/base/ckpt/epoch-002.apr"  # a checkpoint of the sound code, which the other jobs start from
 ANSWERS = (
-    "--init",
-    BASE,
-    "--instruct",
-    "chats.jsonl",
-    "--chat-template",
-    "template.jinja",
-    *SMALL,
-    "--seq-length",
-    "96",
-)
+    "--init", BASE, "--instruct", "chats.jsonl", "--chat-template", "template.jinja", *SMALL, "--seq-length", "96",
+)  # fmt: skip
 PLAIN = ("--corpus", "corpus", "--model", "configs/qwen2.json", *SMALL, "--seq-length", "32")
 JOBS: dict[str, tuple[str, ...]] = {
     "plain": PLAIN,
@@ -80,6 +73,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "lora": (*ANSWERS, "--lora-rank", "4"),
     "resumed": ("--resume",),
 }  # fmt: skip
+LISTS = {"first": FAULTS, "second": SECOND}
 # What counts as seen while a job runs.
 RUN_TIME = ("pretrain", "bisect", "verify")
 
@@ -176,17 +170,8 @@ class Bench:
                     answer = self.apr(copy, "verify", run, "--replay", "3", "--seed", "1", "--json")
                     out.seen[name] = _failed_checks(answer)
             if tests and mutant.tests:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "pytest",
-                    "-q",
-                    "-x",
-                    "-p",
-                    "no:cacheprovider",
-                    *mutant.tests,
-                ]
-                done = self._run(command, self.faulty, self.faulty)
+                pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+                done = self._run([*pytest, *mutant.tests], self.faulty, self.faulty)
                 red = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
                 out.seen["tests"] = (
                     red[0] if red else "" if not done.returncode else f"exit {done.returncode}"
@@ -306,6 +291,23 @@ def rates(outcomes: list[Outcome]) -> dict[str, Any]:
     return out
 
 
+def record(path: Path, name: str, outcomes: list[Outcome], false_alarms: list[str]) -> None:
+    """Write answers and rates of a list into a record; what is there of other faults and of the other list stays."""
+    whole = json.loads(path.read_text()) if path.is_file() else {"format": "apr-trust-1"}
+    part: dict[str, Any] = whole if name == "first" else whole.setdefault(f"{name} list", {})
+    now = {o.mutant.name: {"what": o.mutant.what, "job": o.mutant.job, **o.seen} for o in outcomes}
+    known = {m.name: m for m in LISTS[name]}
+    found = {n: x for n, x in {**part.get("faults", {}), **now}.items() if n in known}
+    every = [Outcome(known[n], {k: x[k] for k in x if k not in ("what", "job")}) for n, x in found.items()]
+    whole |= {
+        "date": datetime.date.today().isoformat(),
+        "processor": cpu_name(),
+        "false_alarms": false_alarms,
+    }
+    part |= {"planted": len(found), "of": len(known), "rates": rates(every), "faults": found}
+    write_json(path, whole)
+
+
 def show(out: Outcome) -> None:
     """Print a fault's line: who saw it."""
     print(
@@ -331,12 +333,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--processes", metavar="N", type=int, default=1, help="faults planted at once (default 1)"
     )
-    parser.add_argument("--record", metavar="FILE", type=Path, help="write answers and rates as JSON")
+    parser.add_argument("--list", choices=LISTS, default="first", help="which list to plant (default first)")
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        type=Path,
+        help="write answers and rates as JSON; those of other faults stay in it",
+    )
     parser.add_argument(
         "--keep-going", action="store_true", help="plant faults though the sound copy is accused"
     )
     f = parser.parse_args(argv)
-    faults = [m for m in FAULTS if re.search(f.only, m.name)]
+    faults = [m for m in LISTS[f.list] if re.search(f.only, m.name)]
     if f.patch:
         faults = [from_patch(f.patch, f.job, tuple(f.tests or ()))]
     outcomes: list[Outcome] = []
@@ -370,19 +378,8 @@ def main(argv: list[str] | None = None) -> int:
         for outcome in pool.map(judge, faults):
             outcomes.append(outcome)
             show(outcome)
-            if f.record:
-                record = {
-                    "format": "apr-trust-1",
-                    "date": datetime.date.today().isoformat(),
-                    "processor": cpu_name(),
-                    "false_alarms": false_alarms,
-                    "rates": rates(outcomes),
-                    "faults": {
-                        o.mutant.name: {"what": o.mutant.what, "job": o.mutant.job, **o.seen}
-                        for o in outcomes
-                    },
-                }
-                write_json(f.record, record)
+            if f.record and not f.patch:
+                record(f.record, f.list, outcomes, false_alarms)
     for check, (seen, asked) in rates(outcomes).items():
         if asked:
             print(f"{check:12} {seen} of {asked}")

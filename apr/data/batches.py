@@ -227,6 +227,10 @@ class Batches:
         self._ahead.clear()
         return self.windows.targets_of(self._indices(np.arange(first, self._read, dtype=np.int64)))
 
+    def order(self, first: int, count: int) -> np.ndarray:
+        """Look up the windows int64 (count,) at places first ... first + count - 1 of the endless stream, reading none."""
+        return self._indices(np.arange(first, first + count, dtype=np.int64))
+
     def _draw_ahead(self) -> None:
         """Read the next batches on a thread, so that no step waits for the disk.
 

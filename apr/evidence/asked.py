@@ -15,7 +15,7 @@ import numpy as np
 
 from ..common.finding import Finding
 from ..common.options import absolute_paths
-from ..data.batches import Windows
+from ..data.batches import Batches, Windows
 from ..model.hf_config import from_hf
 from ..model.lora import ALPHA_PER_RANK, LINEAR, PREFIX, Adapters, parse_targets
 from ..model.schedule import WSD_DECAY_SHARE
@@ -26,6 +26,8 @@ Row = tuple[str, Any, Any]
 # Settings of a process, not of the numbers that it computes.
 OF_THE_PROCESS = ("resume", "run_dir", "threads", "json", "config")
 SHOWN = 3
+# Places of a pass that are looked up; and windows of which chance seldom gives two equal orders, one in 40,000.
+MOST_PLACES, FEWEST_SHUFFLED = 1 << 18, 8
 
 
 def learning_rate(s: Any, step: int) -> float:
@@ -150,8 +152,24 @@ def _batches(t: Subject, s: Mapping[str, Any], data: Mapping[str, Any]) -> Itera
     yield "windows, seq_length", w.seq_length, s["seq_length"]
     yield "windows, shards", w.shards.sha256, data["train_sha256"]
     yield "windows, number", w.count, data["train_windows"]
+    yield from _passes(b, s["shuffle"])
     if w.shards is not t.val.shards:
         yield "windows, number by the sizes of the shards", w.count, _windows(w, s["seq_length"])
+
+
+def _passes(b: Batches, shuffle: bool) -> Iterator[Row]:
+    """Yield what two passes would read: no window twice, in the order of the shards or, shuffled, in two others."""
+    n = b.windows.count
+    asked = min(n, MOST_PLACES)
+    first, second = (b.order(start, asked) for start in (0, n))
+    in_order = np.arange(asked)
+    for name, x in (("first", first), ("second", second)):
+        known = (x >= 0) & (x < n)
+        yield f"batches, windows of the {name} pass", np.unique(x[known]).size, asked
+        if not shuffle or n >= FEWEST_SHUFFLED:
+            yield f"batches, the {name} pass is shuffled", bool((x != in_order).any()), shuffle
+    if shuffle and n >= FEWEST_SHUFFLED:
+        yield "batches, the second pass has the order of the first", bool((first == second).all()), False
 
 
 def _windows(w: Windows, seq_length: int) -> int:

@@ -154,6 +154,8 @@ def borders(t: Subject, ids: np.ndarray) -> Finding:
         behind[row, place + 1 :] = True
     change = np.abs(_hidden(t.model, ids) - _hidden(t.model, other)).max(axis=2)
     changed = ids != other
+    # The id that ends a document belongs to it, and sees it.
+    changed[np.arange(len(ids)), places] = True
     after, least = float(change[behind].max()), float(change[changed].min())
     size = f"{plural(len(ids), 'row')} of {plural(ids.shape[1], 'token')}"
     measured = f"changes behind the border {after:.3g}, before it {least:.3g}, {size}"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .start import batch_sha256
 
 
 def what_is_next(trainer: Any) -> dict[str, Any]:
-    """List the optimizer's step count, and the learning rate and the batch of the next step of a Trainer."""
-    batch = trainer.batches.peek()
+    """List the optimizer's step count, the learning rate and the batch of the next step of a Trainer, and what it has
+    counted and reached so far."""
+    batch, p = trainer.batches.peek(), trainer.progress
     return {
+        "tokens_seen": p.tokens_seen,
+        "best_val_loss": p.best_val if math.isfinite(p.best_val) else None,
+        "evaluations_without_a_better": p.evals_without_best,
         "optimizer_steps": trainer.opt.steps,
-        "next_lr": trainer.schedule(trainer.progress.step + 1),
+        "next_lr": trainer.schedule(p.step + 1),
         "next_batch_sha256": batch_sha256(*batch) if batch else None,
         "num_steps": trainer.s.num_steps,
     }

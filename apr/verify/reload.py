@@ -14,7 +14,9 @@ import numpy as np
 
 from .. import backends
 from ..backends.select import choose
-from ..checkpoints.apr2 import read_apr
+from ..checkpoints.apr2 import AprFile, read_apr
+from ..checkpoints.apr2_metadata import metadata_to_config
+from ..checkpoints.peft import read_adapter
 from ..checkpoints.registry import open_any
 from ..checkpoints.state import saved_hashes, sha256
 from ..common.errors import AprError, MalformedFile, Refused
@@ -22,6 +24,7 @@ from ..common.files import read_json
 from ..common.printable import printable
 from ..data.audit import Split, open_shards, sides_of
 from ..data.open import windows_of
+from ..model.lora import AdapterLayout, lora_of_json
 from ..model.params import Layout
 from ..model.transformer import Model
 from ..training.evaluate import Loss, evaluate
@@ -107,6 +110,26 @@ def differences(run: Path, r: Recorded) -> str:
         sha, want = saved_hashes(file.metadata, file.tensors, str(path))[0], file.metadata["state_sha256"]
         if sha != want:
             return f"{path.name} has weights and moments {sha[:12]}, the device had {str(want)[:12]}"
+        folder = RunDir(run).adapter_of(r.checkpoint)
+        if folder.is_dir() and file.metadata["training"]["step"] == r.metadata.get("step"):
+            return adapter_difference(folder, file)
+    return ""
+
+
+def adapter_difference(folder: Path, state: AprFile) -> str:
+    """Compare the adapters of a folder with those of a state of the same step: every A and B, and the scale."""
+    cfg = metadata_to_config(state.metadata, str(folder), [])
+    found, lora = read_adapter(str(folder), cfg), lora_of_json(state.metadata["lora"])
+    pairs = AdapterLayout(cfg, lora).pairs
+    if set(found.deltas) != {p.base.hf for p in pairs}:
+        return f"{folder.name} adapts {len(found.deltas)} matrices, {len(pairs)} were trained"
+    for p in pairs:
+        delta = found.deltas[p.base.hf]
+        if delta.scale != lora.scale:
+            return f"{folder.name} has the scale {delta.scale:g}, trained with {lora.scale:g}"
+        for slot, x in ((p.a, delta.a), (p.b, delta.b)):
+            if not np.array_equal(np.asarray(x), np.asarray(state.tensors[slot.hf])):
+                return f"{folder.name}: {slot.hf} is not that of the state of the same step"
     return ""
 
 

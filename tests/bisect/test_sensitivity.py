@@ -233,4 +233,5 @@ def test_gradients_of_long_batches_that_are_summed_in_order_are_sound():
     sound = judge(summed_by_token(cpu), plan=plan, shape=(32, 64))
     assert sound.agree, sound.first
     wrong = judge(summed_by_token(cpu, 1.0001), plan=plan, shape=(32, 64)).first
-    assert wrong is not None and (wrong.op, wrong.tap) == ("linear_bwd", "grad.embed")
+    assert wrong is not None
+    assert (wrong.op, wrong.tap) == ("linear_bwd", "grad.embed")

@@ -124,6 +124,16 @@ def late_positions_see_other_documents(m):
     return [*LONG, "--mask-documents"]
 
 
+def ends_belong_to_the_next_document(m):
+    def starts(ids, end):
+        first = np.zeros(ids.shape, np.int32)
+        first[:, 1:] = np.where(ids[:, 1:] == end, np.arange(1, ids.shape[1]), 0)
+        return np.maximum.accumulate(first, axis=1)
+
+    m.setattr(transformer, "document_starts", starts)
+    return ["--mask-documents", "--spot-check", -1]
+
+
 # Formulas
 
 
@@ -217,6 +227,7 @@ def the_last_batch_is_dropped(m):
 FAULTS = {
     **dict.fromkeys(SLOPES, "start.slope"),
     late_positions_see_other_documents: "start.borders",
+    ends_belong_to_the_next_document: "start.borders",
     **dict.fromkeys(FORMULAS, "start.formulas"),
     gradients_of_the_last_pieces_alone: "start.averages",
     the_loss_of_the_log_is_another: "start.averages",

@@ -564,7 +564,28 @@ def a_pass_has_another_order(m):
     m.setattr(Batches, "restore", restore)
 
 
+def found_otherwise(m, key, value):
+    right = states.TrainingState.load
+
+    def load(self, path):
+        progress, sha = right(self, path)
+        progress[key] = value
+        return progress, sha
+
+    m.setattr(states.TrainingState, "load", load)
+
+
+def the_best_loss_is_forgotten(m):
+    found_otherwise(m, "best_val", math.inf)
+
+
+def the_tokens_are_counted_anew(m):
+    found_otherwise(m, "tokens_seen", 0)
+
+
 RESUMED = {
+    the_best_loss_is_forgotten: "best_val_loss is None",
+    the_tokens_are_counted_anew: "tokens_seen is 0",
     the_optimizer_counts_anew: "optimizer_steps is 0",
     the_schedule_begins_anew: "next_lr is",
     a_batch_is_left_out: "next_batch_sha256 is",

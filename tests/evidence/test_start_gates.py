@@ -10,6 +10,7 @@ import pytest
 
 from apr import backends
 from apr.common.finding import FAIL
+from apr.data import batches
 from apr.evidence import asked, initial
 from apr.evidence.follow import Follow
 from apr.model import optim
@@ -129,6 +130,16 @@ def a_flag_is_lost_on_its_way(m):
     return ["--grad-clip", 0.5]
 
 
+def windows_come_twice_and_never(m):
+    right = batches.Permutation.__call__
+    m.setattr(batches.Permutation, "__call__", lambda self, x: right(self, x // 2 * 2))
+
+
+def every_pass_has_the_order_of_the_first(m):
+    right = batches.Permutation.__init__
+    m.setattr(batches.Permutation, "__init__", lambda self, n, seed, number: right(self, n, seed, 0))
+
+
 def the_number_of_validation_batches_is_lost(m):
     right = running.evaluated_on
     m.setattr(running, "evaluated_on", lambda i: {**right(i), "val_windows": None})
@@ -138,7 +149,8 @@ BUILT = [
     a_rate_is_lost, rates_change_places, vectors_decay, the_optimizer_has_other_arrays, warm_up_is_a_step_longer,
     the_cosine_ends_in_the_middle, the_order_has_another_seed, windows_are_not_shuffled, the_last_windows_are_left_out,
     the_z_loss_is_dropped, recompute_is_ignored, documents_are_not_masked, documents_are_masked_unasked,
-    a_flag_is_lost_on_its_way, the_number_of_validation_batches_is_lost,
+    a_flag_is_lost_on_its_way, the_number_of_validation_batches_is_lost, windows_come_twice_and_never,
+    every_pass_has_the_order_of_the_first,
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import pytest
 from apr import backends
 from apr.backends import reference
 from apr.bisect import rule
+from apr.checkpoints import peft
 from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
@@ -494,6 +495,8 @@ FAULTS = {
     "adapters_move_otherwise": ("run.learning-rate", 6),
     "a_target_gets_none": ("before.settings", 5),
     "a_layer_gets_none": ("before.settings", 5),
+    "another_scale_is_saved": ("end.reload", 9),
+    "adapters_are_saved_in_bfloat16": ("end.reload", 9),
 }
 
 
@@ -531,6 +534,12 @@ def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault)
             self.slots = [s for p in self.pairs for s in (p.a, p.b)]
 
         monkeypatch.setattr(AdapterLayout, "__init__", init)
+    elif fault == "another_scale_is_saved":
+        right_config = peft.adapter_config
+        monkeypatch.setattr(peft, "adapter_config", lambda c, b: {**right_config(c, b), "lora_alpha": c.rank})
+    elif fault == "adapters_are_saved_in_bfloat16":
+        right_write = peft.write_safetensors
+        monkeypatch.setattr(peft, "write_safetensors", lambda path, x, _: right_write(path, x, "bfloat16"))
     else:
         monkeypatch.setattr(
             AdamW, "step", lambda self, lr: right_step(self, (1 + 0.1 * is_of_adapters(self)) * lr)

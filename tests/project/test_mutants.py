@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,11 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from mutant_faults import FAULTS, Mutant  # noqa: E402
-from mutants import JOBS, from_patch, rates  # noqa: E402
+from mutant_second import SECOND  # noqa: E402
+from mutants import JOBS, from_patch, rates, record  # noqa: E402
 from mutants import Outcome as MutantOutcome  # noqa: E402
 
 
-@pytest.mark.parametrize("mutant", FAULTS, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutant", [*FAULTS, *SECOND], ids=lambda m: m.name)
 def test_a_fault_can_be_planted(mutant):
     assert mutant.job in JOBS
     assert mutant.edits
@@ -29,7 +31,8 @@ def test_a_fault_can_be_planted(mutant):
 
 
 def test_names_are_given_once():
-    assert len({m.name for m in FAULTS}) == len(FAULTS)
+    every = [*FAULTS, *SECOND]
+    assert len({m.name for m in every}) == len(every)
 
 
 def test_a_patch_becomes_edits(tmp_path):
@@ -51,3 +54,14 @@ def test_rates_count_what_was_asked():
     assert counts["pretrain"] == [1, 2]
     assert counts["verify"] == [0, 1]
     assert counts["at run time"] == [1, 2]
+
+
+def test_a_record_keeps_what_is_not_asked_again(tmp_path):
+    path, (a, b) = tmp_path / "trust.json", FAULTS[:2]
+    record(path, "first", [MutantOutcome(a, {"pretrain": ""}), MutantOutcome(b, {"pretrain": "run.x"})], [])
+    record(path, "second", [MutantOutcome(SECOND[0], {"pretrain": ""})], [])
+    record(path, "first", [MutantOutcome(a, {"pretrain": "run.y"})], [])
+    found = json.loads(path.read_text())
+    assert found["rates"]["at run time"] == [2, 2]
+    assert found["second list"]["rates"]["at run time"] == [0, 1]
+    assert found["faults"][b.name]["pretrain"] == "run.x"
