@@ -91,9 +91,9 @@ GATES = {
         Gate(
             "before.resumed", BEFORE, "refuse",
             "a run that goes on has the weights and moments that it had saved",
-            "SHA-256 of weights and moments, read back from the device, the optimizer's step count, the next learning rate and "
-            "the SHA-256 of the next batch: equal to those in the state; steps that are taken again have the loss, norm and "
-            "learning rate that the log behind the state has",
+            "SHA-256 of weights and moments, read back from the device, the optimizer's step count, tokens and best loss so "
+            "far, the next learning rate and the SHA-256 of the next batch: equal to those in the state; steps that are taken "
+            "again have the loss, norm and learning rate that the log behind the state has",
             "the saved state before it",
         ),
         Gate(
