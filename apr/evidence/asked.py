@@ -27,7 +27,7 @@ Row = tuple[str, Any, Any]
 OF_THE_PROCESS = ("resume", "run_dir", "threads", "json", "config")
 SHOWN = 3
 # Places of a pass that are looked up; and windows of which chance seldom gives two equal orders, one in 40,000.
-MOST_PLACES, FEWEST_SHUFFLED = 1 << 18, 8
+MAX_PLACES, FEWEST_SHUFFLED = 1 << 18, 8
 
 
 def learning_rate(s: Any, step: int) -> float:
@@ -160,7 +160,7 @@ def _batches(t: Subject, s: Mapping[str, Any], data: Mapping[str, Any]) -> Itera
 def _passes(b: Batches, shuffle: bool) -> Iterator[Row]:
     """Yield what two passes would read: no window twice, in the order of the shards or, shuffled, in two others."""
     n = b.windows.count
-    asked = min(n, MOST_PLACES)
+    asked = min(n, MAX_PLACES)
     first, second = (b.order(start, asked) for start in (0, n))
     in_order = np.arange(asked)
     for name, x in (("first", first), ("second", second)):
