@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import nvrtc
+import sass
 from apr.backends.cuda import kernels
 from apr.backends.cuda.arguments import Arguments, Regions, Scratch, out_of_memory
 from apr.backends.cuda.kernels.signatures import parse
@@ -64,8 +65,50 @@ def complaints(results: list[nvrtc.Result], allowed: dict[tuple[str, str], int])
                 )
             if u.target != target:
                 wrong.append(f"{r.title}: {u.kernel} was compiled for {u.target}")
-        wrong += [f"{r.title}: {line}" for line in r.log.splitlines() if re.search(r"\bC75\d\d\b", line)]
+        wrong += [
+            f"{r.title}: {line}"
+            for line in r.log.splitlines()
+            if re.search(r"\bC75\d\d\b|loses the left operand", line)
+        ]
     return wrong
+
+
+KEPT = """
+    unsigned k_left[HEAD_DIM / 16][4], v_left[HEAD_DIM / 16][4];
+    own.wait();
+#pragma unroll
+    for (int x = 0; x < HEAD_DIM / 4; x++) {
+      const int row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+      const unsigned from = k_rows + cell(row + 8 * (x & 1), x / 4 * 2 + (x >> 1 & 1)) + lane % 4 * 4;
+      k_left[x / 4][x % 4] = shared_get(from), v_left[x / 4][x % 4] = shared_get(from + DKV_OWN / 2);
+    }
+"""  # keys and values as left operands that outlive a step, which ptxas gets wrong
+
+
+def test_left_operands_that_ptxas_overwrites_are_seen(major: int) -> None:
+    if sass.disassembler() is None:
+        pytest.skip("nvdisasm is not installed (make dev installs it on Linux x86-64)")
+    text = kernels.source("attention_wgmma")
+    by_registers = "product<0>(d, a[k], along_k(b + k / 4 * B_ROWS * TILE_ROW + k % 4 * 32), k);"
+    for old, new, count in (
+        ("    own.wait();\n#pragma unroll 1\n", KEPT + "#pragma unroll 1\n", 1),
+        ("(s, k_rows, now)", "(s, k_left, now)", 1),
+        ("(dp, v_rows, dy_now)", "(dp, v_left, dy_now)", 1),
+        ("// d (64 x HEAD_DIM) += a b", f"""template <int A_ROWS, int B_ROWS>
+__device__ __forceinline__ void scores(float (&d)[B_ROWS / 2], const unsigned (&a)[HEAD_DIM / 16][4], unsigned b) {{
+#pragma unroll
+  for (int k = 0; k < HEAD_DIM / 16; k++) {by_registers}
+  products_commit();
+}}
+// d (64 x HEAD_DIM) += a b""", 1),
+    ):  # fmt: skip
+        assert text.count(old) == count, old
+        text = text.replace(old, new)
+    defines = {"HEAD_DIM": 64, "DOCUMENTS": 0}
+    job = nvrtc.Job("kept sm_90a", text, kernels.options("bfloat16", "sm_90a", defines))
+    (result,) = nvrtc.compile_all(major, [job])
+    assert result.ok, result.log
+    assert "attention_dkv_wgmma: the loop at" in "\n".join(complaints([result], {}))
 
 
 @pytest.mark.parametrize("module", kernels.modules())

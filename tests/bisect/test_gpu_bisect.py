@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from apr.backends.cuda import kernels
 from apr.bisect import batch as batches
 from apr.bisect.planted import catalogue
 from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault, planted
@@ -19,10 +20,11 @@ from apr.model.presets import PRESETS
 
 pytestmark = pytest.mark.gpu
 OPS_ALONE = Plan(free=False, state=False)
-MODELS = {  # tiny ones, and of each family one whose heads are for tensor cores
+MODELS = {  # tiny ones, and of each family one whose heads are for tensor cores: for mma.sync, and for wgmma where it is
     **{name: PRESETS[name] for name in catalogue.TINY},
     **{
-        f"{name} wide": replace(PRESETS[name], head_dim=32)
+        f"{name} {d}": replace(PRESETS[name], head_dim=d)
+        for d in (32, 64)
         for name in ("qwen2-tiny", "mistral-tiny", "llama-tiny")
     },
 }
@@ -65,6 +67,10 @@ PLANTED = [
 @pytest.mark.parametrize(("fault", "dtype"), PLANTED)
 def test_an_edit_of_a_kernel_is_named(cuda: Any, fault: KernelFault, dtype: str) -> None:
     """In the first model that it can be seen in; what needs many positions or repeated ids gets them."""
+    from apr.backends.cuda import launch
+
+    if not kernels.variants(fault.module, launch.arch()):
+        pytest.skip("not for this GPU")
     cfg = next(c for c in MODELS.values() if fault.applies(c))
     long = "positions" in fault.needs
     few = 3 if "occurs" in fault.needs else 0

@@ -69,7 +69,7 @@ def test_what_a_fault_says_exists(fault: KernelFault) -> None:
     assert fault.output in OPS[fault.op].parameters
     assert fault.what
     assert set(fault.acts) <= {act for act, _ in kernels.variants(fault.module)} != set()
-    models = [*PRESETS.values(), replace(PRESETS["mistral-tiny"], head_dim=32)]
+    models = [*PRESETS.values(), *(replace(PRESETS["mistral-tiny"], head_dim=d) for d in (32, 64))]
     assert any(fault.applies(cfg) for cfg in models)
     assert rows_of(fault)
 

@@ -9,6 +9,7 @@ from cases import Row, rows
 from host_shim import CASE, table
 
 MMA = "attention_mma"
+WGMMA = "attention_wgmma"
 
 
 # Two sequences of 17 tokens through the sizes of the presets *-tiny; the second line of attention is llama-tiny.
@@ -32,6 +33,10 @@ SHAPES: dict[str, list[Row]] = {  # module -> rows
         *table("attention", "2 17 6 2 32, 2 17 3 1 64"),
         *table("attention_window", "2 17 4 4 64 5"),
     ],
+    WGMMA: [
+        *table("attention", "2 17 4 2 64, 1 59 2 1 128"),
+        *table("attention_window", "2 17 4 4 64 5"),
+    ],
     "swiglu": table("swiglu", f"{TOKENS} 72, {TOKENS} 56"),
     "loss": table("cross_entropy_rows_apart", f"{TOKENS} 123 128"),  # as pad_vocab lays them out
     "flat": [
@@ -53,6 +58,8 @@ NEEDED = {  # rows of faults that those do not show
     "kernel_attention_queries_left_out": table("attention_documents", "2 257 2 1 10 0"),
     "kernel_mma_border_early": table("attention_documents", "2 17 4 2 64 0"),
     "kernel_mma_queries_left_out": table("attention_documents", "2 257 4 2 64 0"),
+    "kernel_wgmma_border_early": table("attention_documents", "2 17 4 2 64 0"),
+    "kernel_wgmma_queries_left_out": table("attention_documents", "2 257 4 2 64 0"),
     "kernel_attention_rescale_forgotten": table("attention", "1 97 4 2 10"),
     "kernel_mma_sum_of_last_step": table("attention", "1 97 4 2 64"),
     "kernel_embedding_carry_lost": table("embedding", "257 56 1"),

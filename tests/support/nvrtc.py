@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)] if __name__ == "__main__" else []
 
+import sass  # noqa: E402
 from apr.backends.cuda import kernels  # noqa: E402
 
 TARGETS = ("sm_80", "sm_90a", "sm_100")
@@ -135,8 +136,19 @@ class Compiler:
         self.nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         self.nvrtc.nvrtcGetProgramLog(program, log)
+        lost = sass.lost_fragments(self._listing(program)) if rc == 0 and self._multiplies(job) else []
         self.nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-        return Result(job.title, rc == 0, log.value.decode(errors="replace"))
+        return Result(job.title, rc == 0, "\n".join([log.value.decode(errors="replace"), *lost]))
+
+    def _multiplies(self, job: Job) -> bool:  # by wgmma, and there is a tool to look at it
+        return "-arch=sm_90a" in job.options and "wgmma" in job.text and sass.disassembler() is not None
+
+    def _listing(self, program: ctypes.c_void_p) -> str:
+        size = ctypes.c_size_t()
+        self.nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        self.nvrtc.nvrtcGetCUBIN(program, code)
+        return sass.listing(code.raw)
 
 
 def usage(log: str) -> list[Usage]:

@@ -31,9 +31,9 @@ class Geometry(NamedTuple):
 
 
 @cache
-def tiles(head_dim: int) -> dict[str, int]:
-    """The macros of kernels/attention_tiles.cuh for one head width, such as FWD_WARPS."""
-    text = (kernels.FOLDER / "attention_tiles.cuh").read_text("utf-8")
+def tiles(head_dim: int, file: str = "attention_tiles.cuh") -> dict[str, int]:
+    """The macros of a file of kernels/ for one head width, such as FWD_WARPS."""
+    text = (kernels.FOLDER / file).read_text("utf-8")
     parts = re.split(r"^#(?:el)?if HEAD_DIM == (\d+)$|^#endif$", text, flags=re.M)
     section = parts[parts.index(str(head_dim)) + 1]
     return {name: int(value) for name, value in re.findall(r"^#define (\w+) (\d+)$", section, re.M)}
@@ -174,6 +174,12 @@ def backward(
         grid, block, (*arrays, *strides, *sizes, splits, d**-0.5), shared=shared
     )
     if partial is not None:
-        grid, block, _ = sum_geometry(b, s, kv, d)
-        arrays = (dk, dv, partial, *_strides(dk), *_strides(dv))
-        _kernel("attention_dkv_sum", d, doc_start)(grid, block, (*arrays, b, s, kv, splits))
+        sum_parts(dk, dv, partial, doc_start)
+
+
+def sum_parts(dk: Array, dv: Array, partial: Array, doc_start: Array | None) -> None:
+    """Add up what blocks that share a key/value head have left in partial (splits,2,B,S,K,D)."""
+    b, s, kv, d = dk.shape
+    grid, block, _ = sum_geometry(b, s, kv, d)
+    arrays = (dk, dv, partial, *_strides(dk), *_strides(dv))
+    _kernel("attention_dkv_sum", d, doc_start)(grid, block, (*arrays, b, s, kv, len(partial)))

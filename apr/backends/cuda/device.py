@@ -21,7 +21,7 @@ import cupy
 import numpy as np
 
 from ...common.errors import DeviceError
-from . import attention, launch, matmul, ops
+from . import attention, attention_wgmma, launch, matmul, ops
 
 Array = Any  # cupy.ndarray
 
@@ -256,7 +256,8 @@ def attention_bwd(
 ) -> None:
     """See reference.py."""
     own = attention.applies(q, k, v, y, ops.machine.shared_bytes, dq, dk, dv, dy)
-    cores = attention.backward if own else ops.attention_bwd
+    hopper = attention_wgmma.serves(launch.arch(), q.shape[-1])
+    cores = (attention_wgmma if hopper else attention).backward if own else ops.attention_bwd
     cores(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window)
 
 

@@ -16,6 +16,8 @@ from ...backends.cuda import kernels
 from ...model.config import ModelConfig
 
 TENSOR_CORES = kernels.SPECIAL["attention_mma"].defines["HEAD_DIM"]  # head widths of attention_mma
+# Head widths of attention_wgmma, which GPUs of sm_90a have.
+HOPPER = kernels.SPECIAL["attention_wgmma"].defines["HEAD_DIM"]
 BOTH, FLOAT, BF16 = ("float32", "bfloat16"), ("float32",), ("bfloat16",)
 
 
@@ -88,6 +90,10 @@ def _cores(c: ModelConfig) -> bool:
 
 def _mma(c: ModelConfig) -> bool:
     return c.head_dim in TENSOR_CORES
+
+
+def _wgmma(c: ModelConfig) -> bool:
+    return c.head_dim in HOPPER
 
 
 def _grouped(c: ModelConfig) -> bool:
@@ -399,6 +405,89 @@ _CATALOGUE = (
         *("attention_bwd", "dk"),
         acts=BF16,
         applies=_mma,
+        needs="several documents in a sequence, more than 64 positions",
+    ),
+    # Attention on wgmma
+    KernelFault(
+        "kernel_wgmma_mask_late",
+        "in backward a query sees one key after itself, unless that begins a step of keys",
+        *("attention_wgmma", "if (j > ahead ||", "if (j > ahead + 1 ||"),
+        *("attention_bwd", "dq"),
+        acts=BF16,
+        applies=_wgmma,
+    ),
+    KernelFault(
+        "kernel_wgmma_window_wide",
+        "in backward a query sees one key before its window, unless that ends a step of keys",
+        *("attention_wgmma", "(window && j <= ahead - window)", "(window && j < ahead - window)"),
+        *("attention_bwd", "dq"),
+        acts=BF16,
+        applies=lambda c: _wgmma(c) and c.sliding_window > 0,
+        needs="more positions than sliding_window",
+    ),
+    KernelFault(
+        "kernel_wgmma_dq_heads_interleaved",
+        "for dq, query head h reads kv head h % K, not h / (H/K)",
+        *("attention_wgmma", "head / (H / K)", "head % K"),
+        *("attention_bwd", "dq"),
+        acts=BF16,
+        applies=lambda c: _wgmma(c) and _several_groups(c),
+        count=2,
+    ),
+    KernelFault(
+        "kernel_wgmma_dq_delta_forgotten",
+        "dq lacks the term that comes from the sum of the softmax",
+        *("attention_wgmma", "s[e] *= dp[e] - delta[e / 2 % 2];", "s[e] *= dp[e];"),
+        *("attention_bwd", "dq"),
+        acts=BF16,
+        applies=_wgmma,
+    ),
+    KernelFault(
+        "kernel_wgmma_dq_scale_missing",
+        "dq is not divided by sqrt(D)",
+        *(
+            "attention_wgmma",
+            "rows_put(result, DQ_QUERIES, sum, scale);",
+            "rows_put(result, DQ_QUERIES, sum, 1);",
+        ),
+        *("attention_bwd", "dq"),
+        acts=BF16,
+        applies=_wgmma,
+    ),
+    KernelFault(
+        "kernel_wgmma_dkv_last_step_lost",
+        "dk and dv lack the last step of queries of each block that shares them",
+        *("attention_wgmma", "last = (part + 1) * each * count / splits;"),
+        "last = max(0, (part + 1) * each * count / splits - 1);",
+        *("attention_bwd", "dk"),
+        acts=BF16,
+        applies=_wgmma,
+        count=2,
+    ),
+    KernelFault(
+        "kernel_wgmma_dkv_delta_of_neighbour",
+        "dk takes the sum of the softmax of each odd query from the even one before it",
+        *("attention_wgmma", "__uint_as_float(e % 2 ? x.w : x.y)", "__uint_as_float(x.y)"),
+        *("attention_bwd", "dk"),
+        acts=BF16,
+        applies=_wgmma,
+    ),
+    KernelFault(
+        "kernel_wgmma_border_early",
+        "in dk and dv a query sees the last key of the document before its own",
+        *("attention_wgmma", "% 2 * 8 < borders.at(t + e / 4", "% 2 * 8 + 1 < borders.at(t + e / 4"),
+        *("attention_bwd", "dk"),
+        acts=BF16,
+        applies=_wgmma,
+        needs="several documents in a sequence",
+    ),
+    KernelFault(
+        "kernel_wgmma_queries_left_out",
+        "dk and dv lack the steps of queries whose first document begins inside the tile of keys",
+        *("attention_wgmma", "DKV_QUERIES) < j + DKV_KEYS));", "DKV_QUERIES) <= j));"),
+        *("attention_bwd", "dk"),
+        acts=BF16,
+        applies=_wgmma,
         needs="several documents in a sequence, more than 64 positions",
     ),
     # MLP

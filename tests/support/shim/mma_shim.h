@@ -37,6 +37,14 @@ inline bool __any_sync(unsigned, bool x) {
   shim::read();
   return any;
 }
+inline unsigned __ballot_sync(unsigned, bool x) {
+  shim::publish(&x, 1);
+  unsigned all = 0;
+  for (int i = 0; i < 32; i++) all |= unsigned(shim::of_lane<bool>(i)) << i;
+  shim::read();
+  return all;
+}
+inline int __popc(unsigned x) { return std::popcount(x); }
 inline void __syncwarp() { shim::wait(shim::warps[shim::warp()]); }
 inline int __syncthreads_count(bool x) {
   static int count;

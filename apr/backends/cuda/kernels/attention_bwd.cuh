@@ -34,9 +34,6 @@ __device__ __forceinline__ void load_y(uint4 (&r)[M][2][CELLS / 4], const act* y
     for (int n = 0; n < CELLS / 4; n++)
       r[i / 2][i % 2][n] = *(const uint4*)(y + min(t + i * 8 + lane / 4, T - 1) * stride + (n * 4 + lane % 4) * 8);
 }
-__device__ __forceinline__ float dot2(unsigned a, unsigned b) {
-  return low_half(a) * low_half(b) + high_half(a) * high_half(b);
-}
 // delta of the warp's rows, dy in a tile, where rows past the end are 0.
 template <int M>
 __device__ __forceinline__ void row_delta(float (&delta)[M][2], const unsigned char* dy,

@@ -216,12 +216,6 @@ __device__ __forceinline__ void mask(float (&s)[M][N][4], int ahead, int window)
       }
 }
 
-// Where the documents of the queries of a sequence begin. Only with DOCUMENTS: without it nothing of it is compiled.
-struct Borders {
-  const int* doc_start;
-  int batch, T;
-  __device__ __forceinline__ int at(int t) const { return doc_start[(long long)batch * T + min(t, T - 1)]; }
-};
 // Scores of keys before the document of their query become minus infinity. t, j: query and key of the first score.
 template <bool TURNED, int M, int N>
 __device__ __forceinline__ void mask_documents(float (&s)[M][N][4], const Borders& borders, int t, int j) {

@@ -8,6 +8,8 @@
 // Rules that no compiler checks (the emulator in tests/support/shim does, but for those in brackets):
 // - products_begin(d...) before the first product of a batch, once all waits for barriers are done: a wait between
 //   products makes ptxas serialise them (C7520). It names every accumulator, and every fragment, that plain code has written.
+// - [a left operand in registers is written anew in every turn of a loop: one that a loop only reads may get the registers of
+//   those that it writes, from ptxas 12.9 and 13.0; tests/support/sass.py looks at the compiled code.]
 // - products_wait<N>(d...) names every accumulator that is read afterwards. [Otherwise the compiler may move the reads in
 //   front of the wait: to it, a product is done where it stands.]
 // - shared memory that plain code has written is read by TMA or wgmma only after fence_async() of the threads that
@@ -142,9 +144,11 @@ __device__ __forceinline__ void products_wait(D&... d) {
 #define OUT4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define OUT8(d, i) OUT4(d, i), OUT4(d, i + 4)
 #define OUT16(d, i) OUT8(d, i), OUT8(d, i + 8)
+#define OUT24(d) OUT16(d, 0), OUT8(d, 16)
 #define OUT32(d) OUT16(d, 0), OUT16(d, 16)
 #define OUT48(d) OUT32(d), OUT16(d, 32)
 #define OUT64(d) OUT48(d), OUT16(d, 48)
+#define LIST24 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23"
 #define LIST32 \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
   "%30,%31"
@@ -170,6 +174,7 @@ __device__ __forceinline__ void products_wait(D&... d) {
                  "{" R0 "," R1 "," R2 "," R3 "}, " R4 ", p, 1, 1, " R6 ";\n}"                                          \
                  : OUT##N(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TURN_B));             \
   }
+PRODUCTS(24, "48", "%24", "%25", "%26", "%27", "%28", "%29", "%30")
 PRODUCTS(32, "64", "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 PRODUCTS(48, "96", "%48", "%49", "%50", "%51", "%52", "%53", "%54")
 PRODUCTS(64, "128", "%64", "%65", "%66", "%67", "%68", "%69", "%70")

@@ -1,0 +1,261 @@
+"""Gradients of attention on wgmma, on the host: as in test_shim_mma.py, with wgmma, TMA and mbarriers by
+tests/support/shim/wgmma_shim.h. Every planted fault of these kernels is wrong where it says, and every edit that would be a
+race or a hang on a GPU ends in wrong numbers or an error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from apr.backends import reference
+from apr.backends.contract import OPS
+from apr.backends.cuda import attention as _mma
+from apr.backends.cuda import attention_wgmma as _wgmma
+from apr.backends.cuda import kernels
+from apr.backends.cuda.arguments import Arguments
+from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault
+from apr.common.rounding import ceil_div
+from cases import Backend, Row, make, overlay, run
+from host_shim import Library, folder, host_map, on_the_host, over, table  # noqa: F401  folder is a fixture
+from kernel_rows import MMA, WGMMA, rows_of
+from precision import differing, figures, flash, off
+
+FAULTS = [fault for fault in KERNEL_FAULTS.values() if fault.module == WGMMA]
+FAST = flash()
+MULTIPROCESSORS = 3  # so few that a block works on several tiles
+DYNAMIC = "extern __shared__ __align__(1024) unsigned char shared[];"
+
+# Every head width; tiles that are full, one over and a part; steps that end a tile and do not; queries that are split over blocks
+# and not; more keys than queries; documents that end inside tiles, and tiles that none reaches.
+ROWS = [
+    *table("attention", "1 59 4 2 64, 2 257 2 1 64, 1 97 2 2 96, 1 145 2 1 128, 1 128 7 1 128, 9 3 30 30 64"),
+    *table("attention_window", "1 257 2 1 64 33, 1 300 2 1 128 70"),
+    *table("attention_cache", "1 5 130 130 2 1 64 7"),
+    *table(
+        "attention_documents",
+        "2 97 4 2 64 0, 1 257 4 2 64 0, 1 300 2 1 64 59, 2 513 2 1 64 0, 2 97 2 1 96 33, 1 257 2 1 128 0",
+    ),
+    *table(
+        "attention_documents_cache", "2 13 97 100 4 2 64 0, 2 59 257 257 2 1 128 0, 1 64 257 257 2 1 96 0"
+    ),
+]
+
+
+class Machine:
+    """Stands for _launch.py: kernels of one text of attention_wgmma, compiled when they are first launched."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self.folder, self.seed = folder, 0
+        self.texts = {WGMMA: on_the_host(text, "wgmma_shim.h")}
+        self.libraries: dict[Any, Library] = {}
+
+    def library(self, module: str, **defines: int) -> Library:
+        key = module, *defines.values()
+        if key not in self.libraries:
+            if module not in self.texts:  # that of attention_dkv_sum
+                text = on_the_host(kernels.source(module), "mma_shim.h")
+                self.texts[module] = text.replace(
+                    DYNAMIC, "unsigned char* const shared = shim::shared_base();"
+                )
+            names = list(kernels.signatures(module))
+            self.libraries[key] = Library(self.texts[module], names, "bfloat16", defines, self.folder)
+        return self.libraries[key]
+
+    def kernel(self, module: str, name: str, act: str, **defines: int) -> Callable[..., None]:
+        check = Arguments(name, kernels.signatures(module)[name], act, np.ndarray)
+
+        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared: int = 0) -> None:
+            self.seed += 1
+            self.library(module, **defines)(name, grid, block, check(args), shared, self.seed)
+
+        return launch
+
+    def scratch(self, shape: tuple[int, ...], dtype: str, slot: str) -> Any:
+        return np.full(shape, np.nan, dtype)
+
+    def multiprocessors(self) -> int:
+        return MULTIPROCESSORS
+
+    tensor_map = staticmethod(host_map)
+
+
+@pytest.fixture(scope="module")
+def machine(folder: Path) -> Machine:
+    """The sound kernels, in all variants."""
+    made = Machine(folder, kernels.source(WGMMA))
+    compile_all((made, defines) for _, defines in kernels.variants(WGMMA))
+    return made
+
+
+def compile_all(wanted: Iterable[tuple[Machine, dict[str, int]]]) -> None:
+    """Compile variants of machines, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(machine.library, WGMMA, **defines) for machine, defines in wanted]:
+            job.result()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], Backend]:
+    """launches(machine): the backend whose kernels it runs."""
+
+    def use(machine: Machine) -> Backend:
+        monkeypatch.setitem(sys.modules, "apr.backends.cuda.launch", machine)
+        monkeypatch.setattr("apr.backends.cuda.launch", machine, raising=False)
+        return overlay(reference, attention_fwd=forward, attention_bwd=_wgmma.backward)
+
+    return use
+
+
+def forward(y: Any, lse: Any, q: Any, k: Any, v: Any, *more: Any) -> None:
+    """The reference, which does not know bfloat16."""
+    wide = y.astype(np.float32)
+    reference.attention_fwd(wide, lse, *(x.astype(np.float32) for x in (q, k, v)), *more)
+    y[...] = wide
+
+
+def wrong(be: Backend, row: Row) -> list[str]:
+    """Outputs of a row that are off."""
+    values = make(row, "bfloat16")
+    return off(figures(row, "bfloat16", run(be, row, "bfloat16", values), values, FAST))
+
+
+@over(ROWS)
+def test_accuracy(machine: Machine, launches: Any, row: Row) -> None:
+    assert wrong(launches(machine), row) == []
+
+
+@over([ROWS[1], ROWS[-2]])
+def test_order_of_threads_and_number_of_blocks_do_not_matter(
+    machine: Machine, launches: Any, row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each launch has its own random order of threads, copies and products."""
+    be, values = launches(machine), make(row, "bfloat16")
+    first = run(be, row, "bfloat16", values)
+    monkeypatch.setattr(machine, "multiprocessors", lambda: 4)
+    assert differing(first, run(be, row, "bfloat16", values)) == []
+
+
+def test_kernels_with_and_without_borders_are_launched(machine: Machine, launches: Any) -> None:
+    asked = []
+    spy = SimpleNamespace(
+        **{name: getattr(machine, name) for name in ("scratch", "multiprocessors", "tensor_map")},
+        kernel=lambda module, name, act, **defines: (
+            lambda *a, **k: asked.append((module, name, defines["DOCUMENTS"]))
+        ),
+    )
+    be = launches(spy)
+    for row in [*table("attention", "2 59 4 2 64"), *table("attention_documents", "2 59 4 2 64 0")]:
+        run(be, row, "bfloat16", make(row, "bfloat16"))
+    names = [name for name in kernels.signatures(WGMMA) if "fwd" not in name]
+    want = {(WGMMA, name, n) for name in names for n in (0, 1)} | {
+        (MMA, "attention_dkv_sum", n) for n in (0, 1)
+    }
+    assert set(asked) == want
+
+
+# Planted faults
+
+
+@pytest.fixture(scope="module")
+def spoiled(folder: Path) -> dict[str, Machine]:
+    """A machine for every fault."""
+    machines = {fault.name: Machine(folder, fault.edited()) for fault in FAULTS}
+    compile_all(
+        (machines[f.name], {"HEAD_DIM": d, "DOCUMENTS": int("documents" in f.needs)})
+        for f in FAULTS
+        for d in {row.sizes["D"] for row in rows_of(f)}
+    )
+    return machines
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
+def test_a_fault_shows_where_it_says(
+    fault: KernelFault, machine: Machine, spoiled: Any, launches: Any
+) -> None:
+    """And without the fault the same rows are right."""
+    some = rows_of(fault)
+    be, found = launches(spoiled[fault.name]), set()
+    for row in some:
+        bad = {name.split()[0] for name in wrong(be, row)}
+        for op, args in row.calls:
+            if op == fault.op:
+                found |= {p for p, a in zip(OPS[op].parameters, args, strict=True) if a.name in bad}
+    assert next((p for p in OPS[fault.op].parameters if p in found), None) == fault.output
+    be = launches(machine)
+    assert [wrong(be, row) for row in some] == [[]] * len(some)
+
+
+RACES = {  # old, new: what is at work is touched, or what others wait for does not come
+    "keys_given_back_early": (
+        "held = keys.full() + 8;",
+        "held = 0;\n      if (lane == 0) barrier_arrive(keys.full() + 8);",
+    ),
+    "keys_never_given_back": (
+        "      if (held && lane == 0) barrier_arrive(held);\n      const int j =",
+        "      const int j =",
+    ),
+    "queries_not_waited_for": ("      queries.wait();\n", ""),
+    "scores_read_early": (
+        "DKV_QUERIES>(dp, v_rows, dy_now);\n      products_wait<1>(s);",
+        "DKV_QUERIES>(dp, v_rows, dy_now);\n      products_wait<2>(s);",
+    ),
+    "statistics_not_counted": ("2 * DKV_QUERIES * ROW + STATS_BYTES);", "2 * DKV_QUERIES * ROW);"),
+    "queries_beyond_the_end": (
+        "t < T ? top[half] : -minus_infinity()",
+        "t < T ? top[half] : minus_infinity()",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_a_race_is_seen(folder: Path, launches: Any, name: str) -> None:
+    old, new = RACES[name]
+    text = kernels.source(WGMMA)
+    assert text.count(old) == 1
+    be = launches(Machine(folder, text.replace(old, new)))
+    found: list[str] = []
+    for row in table("attention", "1 257 4 2 64") * 4:  # not every order of threads shows it
+        try:
+            found += wrong(be, row)
+        except AssertionError as e:
+            found.append(str(e))
+        if found:
+            return
+    raise AssertionError("not seen")
+
+
+# Geometry
+
+
+@pytest.mark.parametrize("d", _wgmma.HEAD_DIMS)
+@pytest.mark.parametrize("which", ["DQ", "DKV"])
+def test_what_is_launched_fits(which: str, d: int) -> None:
+    """227 KiB is what a block of an H200 can have; that nothing is used beyond is seen by the kernels above."""
+    few, many = (_wgmma.geometry(which, d, items, 132) for items in (5, 10**6))
+    assert (few.grid, many.grid) == ((5,), (132,))
+    assert few.shared == many.shared <= 227 << 10
+
+
+def test_few_keys_split_the_queries_and_many_do_not() -> None:
+    for b, s, k in ((4, 512, 2), (1, 1, 1), (16, 2048, 2), (1, 32768, 2)):
+        splits = _wgmma.split_count(b, s, k)
+        assert 1 <= splits <= _wgmma.LARGEST_SPLIT
+        assert splits == 1 or splits * b * k * ceil_div(s, _wgmma.ROWS) <= _mma.BLOCKS
+    assert _wgmma.split_count(4, 512, 2) > 1 == _wgmma.split_count(16, 2048, 2)
+
+
+def test_only_hopper_is_served() -> None:
+    served = {
+        (arch, d)
+        for arch in ("sm_80", "sm_90a", "sm_100")
+        for d in (32, 64, 96, 128)
+        if _wgmma.serves(arch, d)
+    }
+    assert served == {("sm_90a", d) for d in kernels.SPECIAL[WGMMA].defines["HEAD_DIM"]}
