@@ -121,6 +121,7 @@ FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")
 # fmt: off
 CASES: tuple[Case, ...] = (
     *(Case(family, "trained", shape=(4, 64), flags=TEXT) for family in FAMILIES),
+    *(Case(family, "trained") for family in FAMILIES),
     *(Case(family, "noise", "hf bfloat16", (1, 257)) for family in FAMILIES),
     *(Case(family, "fresh", shape=(3, 59)) for family in ("llama", "qwen2", "qwen3", "olmo2")),
     *(Case(name, "noise", "hf bfloat16", (2, 48)) for name in MODELS if name in PRESETS),

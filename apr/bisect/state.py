@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..model.params import Slot
 from ..model.transformer import Model
 from .comparisons import exact, holds, measured, same_bits, unequal
 from .difference import difference, root_mean_square
@@ -125,19 +126,22 @@ class _Runs:
             self.model.loss(targets[None], self.scale)
             self.model.backward()
         summed, rows = self._result().gradients, []
+        # Neighbours that are one array of the pass are judged as one: a part of it may hold most of the error.
+        parts: dict[str, list[Slot]] = {}
         for s in self.model.layout.in_order():
             prefix = "grad." if s.layer is None else f"grad.{s.layer}."
-            tol = tolerances.get(prefix + FUSED_IN.get(s.param.name, s.param.name))
-            if tol is None:
+            parts.setdefault(prefix + FUSED_IN.get(s.param.name, s.param.name), []).append(s)
+        for tap, slots in parts.items():
+            if (tol := tolerances.get(tap)) is None:
                 continue
-            at = slice(s.offset, s.offset + s.size)
+            s, end = slots[0], slots[-1].offset + slots[-1].size
+            at = slice(s.offset, end)
             d = difference(summed[at], first.gradients[at])
             # As the tolerance, which was measured while errors piled up.
             d = replace(d, err=root_mean_square(summed[at], first.gradients[at]))
             cause = "" if d.err <= 2 * tol else "a batch of n is not the mean of its n sequences"
-            rows.append(
-                measured("state", "sequence_by_sequence", f"grad.{s.hf}", d, 2 * tol, s.layer, s.shape, cause)
-            )
+            name, shape = (f"grad.{s.hf}", s.shape) if len(slots) == 1 else (tap, (end - s.offset,))
+            rows.append(measured("state", "sequence_by_sequence", name, d, 2 * tol, s.layer, shape, cause))
         return rows
 
 

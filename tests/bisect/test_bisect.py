@@ -1321,7 +1321,11 @@ def test_a_batch_is_the_sum_of_its_sequences() -> None:
 
     sound = rows(cpu)
     assert red(sound) == []
-    assert {r.tap for r in sound} == {f"grad.{s.hf}" for s in Layout(QWEN2).slots}
+    # Of fused q, k and v the few elements of v may hold most of the error: alone they are no measure.
+    layers = range(QWEN2.num_layers)
+    fused = {f"grad.{i}.{name}" for i in layers for name in ("wqkv", "bqkv", "wgu")}
+    alone = {f"grad.{s.hf}" for s in Layout(QWEN2).slots if s.param.name not in upload.FUSED_IN}
+    assert {r.tap for r in sound} == fused | alone
     assert all(r.tol > 0 for r in sound)
     assert red(rows(FAULTS["mean_over_the_micro_batch"].backend(cpu, QWEN2)))
 
