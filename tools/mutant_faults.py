@@ -29,6 +29,7 @@ OPTIM, SCHEDULE, LOOP = "apr/model/optim.py", "apr/model/schedule.py", "apr/trai
 BATCHES, EVALUATE, RUNDIR = "apr/data/batches.py", "apr/training/evaluate.py", "apr/training/rundir.py"
 MODEL, BLOCK, ROPE = "apr/model/transformer.py", "apr/model/block.py", "apr/model/rope.py"
 LORA, PARAMS, STATE = "apr/model/lora.py", "apr/model/params.py", "apr/checkpoints/state.py"
+ADAPTERS = "apr/model/adapters.py"
 ENCODE, PACK, RENDER = (
     "apr/data/encode.py",
     "apr/data/conversations/pack.py",
@@ -177,13 +178,13 @@ FAULTS: tuple[Mutant, ...] = (
           "view *= view.dtype.type(std if", "view[s.size // 2 : s.size // 2 * 2] = view[: s.size // 2]\n"
           "                view *= view.dtype.type(std if", "plain", T_MODEL),
     # Adapters
-    fault("adapter_scale_lost", "the gradient of B lacks the scale", LORA, "be.gemm(db, d, a, s, 0.0, False, True)",
-          "be.gemm(db, d, a, 1.0, 0.0, False, True)", "lora", T_MODEL),
-    fault("adapter_of_a_layer_unused", "adapters of layer 1 are trained and not added", LORA,
-          "be.gemm(wide, b, a, s, 1.0, False, False)",
-          "be.gemm(wide, b, a, 0.0 if p.base.layer == 1 else s, 1.0, False, False)", "lora", T_MODEL),
-    fault("adapter_gradients_pile_up", "the model's gradients are not cleared between steps", LORA,
-          "be.fill(self.model.g, 0)", "be.fill(self.model.g[:1], 0)", "lora", T_MODEL),
+    fault("adapter_scale_lost", "the gradient of B lacks the scale", ADAPTERS,
+          "be.gemm(db, d, u, s, 1.0, True, False)", "be.gemm(db, d, u, 1.0, 1.0, True, False)", "lora", T_MODEL),
+    fault("adapter_of_a_layer_unused", "adapters of layer 1 are trained and not added", ADAPTERS,
+          "self.be.adapted(to, w, b, a, self.config.scale)",
+          "self.be.adapted(to, w, b, a, 0.0 if layer == 1 else self.config.scale)", "lora", T_MODEL),
+    fault("adapter_of_last_part", "the gradient of A is that of the last micro-batch", ADAPTERS,
+          "be.gemm(da, du, x, s, 1.0, True, False)", "be.gemm(da, du, x, s, 0.0, True, False)", "lora", T_MODEL),
     fault("adapter_start_too_wide", "A begins with the bound of its rank, not of its inputs", LORA,
           "bound = 1 / math.sqrt(s.shape[1])", "bound = 1 / math.sqrt(s.shape[0])", "lora", T_MODEL),
     fault("a_target_left_out", "values get no adapter though they are a target", LORA,

@@ -5,6 +5,7 @@ A row is "OP: ARGUMENT, ARGUMENT, ...; each LETTER LETTER" in the order of the p
     in        read; its gradient is the array d+NAME of the backward op
     const     read; has no gradient         ids, targets   integers below V; a target may be negative
     doc_start int32 of (B,T), the position at which the document of each query begins
+    bytes     8-bit integers in -127 to 127
     out       overwritten                   save           overwritten, and read by the backward op
     acc       added to                      inplace        read and overwritten
     float, int, bool   a number
@@ -61,6 +62,8 @@ class Argument:
         """Dtype of the array in a job of `dtype`."""
         if self.role in ("ids", "targets", "doc_start"):
             return np.dtype(np.int32)
+        if self.role == "bytes":
+            return np.dtype(np.int8)
         if self.bits == 32 and np.dtype(dtype) == BF16:
             return np.dtype(np.float32)
         return np.dtype(np.float64 if self.bits == 64 else dtype)
@@ -118,12 +121,14 @@ OPS = {
             "embedding_bwd: dw acc32 V C, dy in N C, ids ids N; each C",
             "linear_fwd: y out N O, x in N I, w in O I, b in? O; each N O",
             "linear_bwd: dx out N I, dw acc32? O I, db acc32? O, dy in N O, x in N I, w in O I; each N O I",
+            "adapted: out out O I, w in O I, b in32? O R, a in32? R I, factor float; each O I",
+            "adapted_int8: out out O I, w bytes O I, row const32+ O, b in32? O R, a in32? R I, factor float; each O I",
             "gemm: out inplace32 M N, a in32 M K, b in32 K N, alpha float, beta float, trans_a bool, trans_b bool",
             "add: out out N C, a in N C, b in N C; each N C",
             "add_rmsnorm_fwd: res out N C, y out N C, rstd save32 N, res_in in N C, delta in? N C, w in C, eps float; each N",
-            "add_rmsnorm_bwd: dres acc N C, dw acc32 C, dy in N C, res in N C, rstd in32 N, w in C; each N",
+            "add_rmsnorm_bwd: dres acc N C, dw acc32? C, dy in N C, res in N C, rstd in32 N, w in C; each N",
             "head_rmsnorm_fwd: y out N H D, rstd save32 N H, x in N H D, w in D, eps float; each N",
-            "head_rmsnorm_bwd: dx out N H D, dw acc32 D, dy in N H D, x in N H D, rstd in32 N H, w in D; each N",
+            "head_rmsnorm_bwd: dx out N H D, dw acc32? D, dy in N H D, x in N H D, rstd in32 N H, w in D; each N",
             "rope: x inplace B T H 2*E, cos const32 T E, sin const32 T E, sign int; each B",
             f"attention_fwd: y out B T H D, lse save32 B H T, {_Q}, {_KV}, {_SEEN}; each B",
             f"attention_bwd: dq out B T H D, dk out B S K D, dv out B S K D, dy in B T H D, y in B T H D, lse in32 B H T, "

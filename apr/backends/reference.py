@@ -139,11 +139,30 @@ def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Arra
 def gemm(out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: bool, trans_b: bool) -> None:
     """out = alpha * op(a) op(b) + beta * out, with op(x) = x^T where the flag of x is set, else x.
 
-    out (M,N), op(a) (M,K), op(b) (K,N), all float32 where activations are bfloat16. out is not read where beta is 0.
+    out (M,N), op(a) (M,K), op(b) (K,N), all float32 where activations are bfloat16; a and b may both be activations then.
+    out is not read where beta is 0.
     """
     num = out.dtype.type
     product = num(alpha) * ((a.T if trans_a else a) @ (b.T if trans_b else b))
     out[...] = product + num(beta) * out if beta else product
+
+
+# Matrices under adapters
+
+
+def adapted(out: Array, w: Array, b: Array | None, a: Array | None, factor: float) -> None:
+    """out = w + factor * b a, summed wide and rounded once (Hu et al. 2022).  out, w (O,I), b (O,R), a (R,I), or both None"""
+    out[...] = w if b is None else w + out.dtype.type(factor) * (b @ a)
+
+
+def adapted_int8(out: Array, w: Array, row: Array, b: Array | None, a: Array | None, factor: float) -> None:
+    """out[o] = row[o] * w[o] + factor * (b a)[o]: as `adapted`, of a matrix of 8-bit integers with a factor for each row.
+
+    Without adapters an element is one product of two float32 numbers, so that every backend gives the same bits.
+    out (O,I), w (O,I) int8 of rounded_rows, row (O,), b (O,R), a (R,I), or both None
+    """
+    wide = row[:, None] * w.astype(row.dtype)
+    out[...] = wide if b is None else wide + row.dtype.type(factor) * (b @ a)
 
 
 # The residual stream
@@ -170,15 +189,16 @@ def add_rmsnorm_fwd(
     y[...] = res * rstd[..., None] * w
 
 
-def add_rmsnorm_bwd(dres: Array, dw: Array, dy: Array, res: Array, rstd: Array, w: Array) -> None:
+def add_rmsnorm_bwd(dres: Array, dw: Array | None, dy: Array, res: Array, rstd: Array, w: Array) -> None:
     """With xhat = res * rstd and g = dy * w:
 
-    dres += rstd * (g - xhat * mean_c(g * xhat));  dw += sum_n dy * xhat
+    dres += rstd * (g - xhat * mean_c(g * xhat));  dw += sum_n dy * xhat;  dw may be None
     The gradient of res_in and of delta is dres.
     """
     xhat = res * rstd[..., None]
     g = dy * w
-    dw += (dy * xhat).sum(0)
+    if dw is not None:
+        dw += (dy * xhat).sum(0)
     dres += rstd[..., None] * (g - xhat * (g * xhat).mean(-1, keepdims=True))
 
 
@@ -191,11 +211,12 @@ def head_rmsnorm_fwd(y: Array, rstd: Array, x: Array, w: Array, eps: float) -> N
     y[...] = x * rstd[..., None] * w
 
 
-def head_rmsnorm_bwd(dx: Array, dw: Array, dy: Array, x: Array, rstd: Array, w: Array) -> None:
-    """dx = rstd * (g - xhat * mean_d(g * xhat)), g = dy * w, xhat = x * rstd;  dw += sum dy * xhat"""
+def head_rmsnorm_bwd(dx: Array, dw: Array | None, dy: Array, x: Array, rstd: Array, w: Array) -> None:
+    """dx = rstd * (g - xhat * mean_d(g * xhat)), g = dy * w, xhat = x * rstd;  dw += sum dy * xhat;  dw may be None"""
     xhat = x * rstd[..., None]
     g = dy * w
-    dw += (dy * xhat).sum((0, 1))
+    if dw is not None:
+        dw += (dy * xhat).sum((0, 1))
     dx[...] = rstd[..., None] * (g - xhat * (g * xhat).mean(-1, keepdims=True))
 
 

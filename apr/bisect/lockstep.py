@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..backends.contract import OPS, PLUMBING
+from ..model.adapters import Adapters
 from ..model.config import ModelConfig
 from ..model.families import layers_of
 from ..model.optim import Optimizer
@@ -159,7 +160,9 @@ def join(models: Sequence[Model], watch: Watch = run_both) -> Model:
     def twin(name: str, get: Callable[[Model], Any]) -> Twin:
         return Twin(name, [get(m) for m in models])
 
-    names = [k for k in models[0].buffers.arrays if k not in ("w", "g")]
+    # the parameters have a name for themselves, which differs where others are trained
+    apart = ("g",) if both.adapters else ("w", "g")
+    names = [k for k in models[0].buffers.arrays if k not in apart]
     both.buffers = SimpleNamespace(  # type: ignore[assignment]
         arrays={k: Twin(k, [m.buffers.arrays[k] for m in models]) for k in names}
     )
@@ -167,10 +170,15 @@ def join(models: Sequence[Model], watch: Watch = run_both) -> Model:
     both.w, both.p = twin("w", lambda m: m.w), _joined_views([m.p for m in models], "")
     both._head = twin(_head_name(both), lambda m: m._head)
     if both.train:
-        both.g, both.d = twin("g", lambda m: m.g), _joined_views([m.d for m in models], "grad.")
+        both.g = twin("g", lambda m: m.g)
+    if both.train and not both.adapters:
+        both.d = _joined_views([m.d for m in models], "grad.")
         both._dhead = twin("grad." + _head_name(both), lambda m: m._dhead)
     for name in ("total", "cos", "sin", "_logits"):
         setattr(both, name, Twin(name.strip("_"), [getattr(m, name) for m in models]))
+    if both.adapters:
+        layout = both.adapters.layout
+        both.adapters = Adapters(both, layout, lambda x, name: Twin(name, x.sides, x.start))
     return both
 
 

@@ -23,6 +23,7 @@ def _beside(judged: Model, cfg: ModelConfig, be: rule.Backend, shape: tuple[int,
     return Model(
         cfg, in_parallel(be), *shape, dtype=dtype, train=judged.train, loss_rows=rows, recompute=judged.recompute,
         z_loss=judged.z_loss, document_end=judged.document_end,
+        lora=judged.adapters.config if judged.adapters else None,
     )  # fmt: skip
 
 

@@ -51,26 +51,31 @@ def spot_check(model: Model, ids: np.ndarray, targets: np.ndarray, name: str) ->
 
 @contextmanager
 def _shaken(model: Model) -> Iterator[None]:
-    """Add noise to constant vectors for the time of the check, and restore them bit for bit.
+    """Add noise to constant vectors, and to adapters that are zero, for the time of the check, and restore them bit for bit.
 
     All norms and biases are constant at the start; a dropped bias of zeros would not show."""
-    cut = model.layout.decayed
-    vectors = model.w[cut:]
-    before = model.be.to_host(vectors)
-    noisy = before.astype(np.float32)
+    cut, adapters = model.layout.decayed, model.adapters
+    parts = [(model.w[cut:], cut, model.layout.slots)]
+    if adapters:
+        parts.append((adapters.w, 0, adapters.layout.slots))
+    before = [model.be.to_host(flat) for flat, _, _ in parts]
     rng = np.random.default_rng(0)
-    for s in model.layout.slots:
-        x = noisy[max(0, s.offset - cut) : max(0, s.offset - cut + s.size)]
-        if x.size and (x == x[0]).all():
-            x += NOISE * rng.standard_normal(x.size, np.float32)
-    model.be.from_host(vectors, noisy)
+    for (flat, start, slots), values in zip(parts, before, strict=True):
+        noisy = values.astype(np.float32)
+        for s in slots:
+            x = noisy[max(0, s.offset - start) : max(0, s.offset - start + s.size)]
+            if x.size and (x == x[0]).all():
+                x += NOISE * rng.standard_normal(x.size, np.float32)
+        model.be.from_host(flat, noisy)
     try:
         yield
     finally:
-        model.be.from_host(vectors, before)
+        for (flat, _, _), values in zip(parts, before, strict=True):
+            model.be.from_host(flat, values)
 
 
 def _bytes(model: Model, batch: Batch) -> int:
     """Bound the bytes of main memory, those to compare the largest array included."""
-    job = memory(model.cfg, reference, *batch.shape, dtype="float64", optimizer=None).total
+    lora = model.adapters.config if model.adapters else None
+    job = memory(model.cfg, reference, *batch.shape, dtype="float64", optimizer=None, lora=lora).total
     return job + 4 * 8 * model.cfg.vocab_size * model.cfg.hidden_size

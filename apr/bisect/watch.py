@@ -21,6 +21,8 @@ from .sums import summed_in_order
 
 MAX_SLICED_ELEMENTS = 1 << 24  # of an array whose slices are judged apart
 MAX_EXPLAINED = 6
+# Buffers of a model with adapters that hold what a pass is given.
+GIVEN = ("w", "w8", "rows", "adapters")
 ALWAYS_64 = ("total", "factor", "sum_sq")
 
 TAP = {  # of scratch buffers: by the weight that is used
@@ -150,8 +152,9 @@ class Forced(_Watch):
     def begin(self, both: Any) -> None:
         """Give the reference the weights of the judged side and zero gradients, and the judged side the reference's rope
         tables."""
-        w = both.w
-        self.backends[0].from_host(w.sides[0], host(self.backends[1], w.sides[1], w.shape))
+        have = both.buffers.arrays
+        for w in [have[name] for name in GIVEN if name in have] if both.adapters else [both.w]:
+            self.backends[0].from_host(w.sides[0], host(self.backends[1], w.sides[1], w.shape))
         for x in (both.total, both.g) if both.train else (both.total,):  # the reference's are new: zero
             self.backends[1].from_host(x.sides[1], np.zeros(x.sides[1].shape, x.sides[1].dtype))
         for x in (both.cos, both.sin):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -272,6 +272,21 @@ def fill(layout: Layout, flat: np.ndarray, checkpoint: Checkpoint) -> None:
             with np.errstate(over="ignore"):
                 place[...] = part
             require_finite(place, start, f"{checkpoint.source}: {slot.hf}")
+
+
+def reader(layout: Layout, checkpoint: Checkpoint) -> Callable[[str], np.ndarray]:
+    """Return a function that gives a tensor by its name, float32, with the checks of `fill`. Raises Refused as it does."""
+    tensors = parameters(layout, checkpoint)
+
+    def read(name: str) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            x = np.asarray(tensors[name], np.float32)
+        flat = x.reshape(-1)
+        for start in range(0, flat.size, CHUNK):
+            require_finite(flat[start : start + CHUNK], start, f"{checkpoint.source}: {name}")
+        return x
+
+    return read
 
 
 def special_id(

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import MalformedFile, Refused
+from ..model.adapters import Adapters
 from ..model.config import ModelConfig
-from ..model.lora import AdapterLayout, Adapters, lora_of_json, lora_to_json
+from ..model.lora import AdapterLayout, lora_of_json, lora_to_json
 from ..model.optim import Optimizer
 from ..model.params import Layout
 from .apr2 import read_apr, write_apr

@@ -19,7 +19,7 @@ from ..common.options import device_option, dtype_option, json_option, option, p
 from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.cost import check_positions, flops_per_token, matmul_rate, memory, save_copies
-from ..model.lora import AdapterLayout, LoraConfig, check_rank, lora_config
+from ..model.lora import BASES, AdapterLayout, LoraConfig, check_rank, lora_config
 from ..model.optim import AdamW
 from ..model.params import Layout
 from ..model.presets import PRESETS, load_config
@@ -59,6 +59,9 @@ class Flags:
     lora_targets: str | None = option(
         "matrices that get adapters, of q,k,v,o,gate,up,down (default: all of them)", metavar="MATRICES"
     )
+    lora_base: str | None = option(
+        "format of the frozen matrices of the blocks (default: --dtype)", choices=BASES
+    )
     dtype: str | None = dtype_option()
     device: str = device_option()
     threads: int | None = threads_option()
@@ -72,7 +75,7 @@ def main(args: Sequence[str]) -> int:
         raise UsageError("say which model: give --model or --init, one of them")
     if f.recompute and not f.train:
         raise UsageError("--recompute is about backward, --no-train has none; give one of them")
-    lora = lora_config(f.lora_rank, None, f.lora_targets)
+    lora = lora_config(f.lora_rank, None, f.lora_targets, f.lora_base)
     if lora and not f.train:
         raise UsageError("--lora-rank is about training, --no-train has none; give one of them")
     cfg = open_any(f.init).cfg if f.init else load_config(str(f.model))
@@ -92,7 +95,7 @@ def main(args: Sequence[str]) -> int:
     copies = save_copies(cfg, dtype, AdamW, lora) if f.train else 0
     adapters = AdapterLayout(cfg, lora) if lora else None
     have = backend.free_memory()
-    flops = flops_per_token(cfg, f.seq_length, f.train)
+    flops = flops_per_token(cfg, f.seq_length, f.train, lora)
     rate = matmul_rate(backend, dtype)
     result: dict[str, Any] = {
         "device": backend.name,

@@ -9,14 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from ..backends.int8 import rounded_rows
 from ..checkpoints.checkpoint import Checkpoint, parameters
 from ..checkpoints.peft import LoadedAdapter
 from ..checkpoints.tensors import CHUNK
 from ..common.finding import FAIL, Finding
 from ..common.units import plural
-from ..model.lora import Adapters
-from ..model.params import Layout
+from ..model.adapters import Adapters
+from ..model.lora import cut
+from ..model.params import Layout, Slot
 from .measure import gradient_norm, gradients
+
+# Of an 8-bit integer: that of the largest weight of a row.
+FULL = 127
 
 
 def adapter_gradients(adapters: Adapters, scratch: Any) -> Callable[[float], Finding]:
@@ -50,22 +55,45 @@ def _gradient_finding(
 
 
 def base_loaded(adapters: Adapters, init: Checkpoint) -> Finding:
-    """Compare the base on the device with a checkpoint's weights, rounded to the run's dtype (gate before.weights)."""
+    """Compare the base on the device with a checkpoint's weights, in the format of the run (gate before.weights)."""
     count, tensors = 0, parameters(adapters.model.layout, init)
-    for s, flat in adapters.base_values():
-        stored = tensors[s.hf].reshape(-1)
-        for start in range(0, s.size, CHUNK):
-            there = adapters.be.to_host(flat[start : start + CHUNK])
-            want = stored[start : start + CHUNK].astype(np.float32).astype(there.dtype)
-            if there.tobytes() != want.tobytes():
-                return Finding.of(
-                    "before.weights", False, f"{s.hf} is not that of the file on the device", "equal bits"
-                )
-            count += there.size
+    for s, arrays in adapters.base_values():
+        wrong = _other_values(adapters, s, arrays, tensors[s.hf])
+        if wrong:
+            return Finding.of("before.weights", False, f"{s.hf} {wrong}", "equal bits")
+        count += s.size
+    is_rounded = adapters.config.base is not None
     measured = (
         f"{plural(len(tensors), 'tensor')}, {plural(count, 'value')} of the base read back from the device"
+        + (", matrices of the blocks within half a step of 8 bits" if is_rounded else "")
     )
     return Finding.of("before.weights", True, measured, "equal bits")
+
+
+def _other_values(adapters: Adapters, s: Slot, arrays: tuple[Any, ...], tensor: np.ndarray) -> str:
+    """Find how a tensor of the base differs from that of the file; "" for nothing.
+
+    8-bit integers q with factors f of their rows: |f q - w| <= f / 2, and the largest |q| of a row with a weight is 127."""
+    if len(arrays) == 2:
+        row = adapters.be.to_host(arrays[1]).astype(np.float64)
+    width, be = s.shape[-1], adapters.be
+    each = max(1, CHUNK // width) * width
+    stored = tensor.reshape(-1)
+    for start in range(0, s.size, each):
+        there = be.to_host(arrays[0][start : start + each])
+        want = stored[start : start + each].astype(np.float32)
+        if len(arrays) == 1:
+            if there.tobytes() != want.astype(there.dtype).tobytes():
+                return "is not that of the file on the device"
+            continue
+        factor = row[start // width : start // width + there.size // width, None]
+        q, w = there.reshape(-1, width).astype(np.float64), want.reshape(-1, width).astype(np.float64)
+        near = np.abs(factor * q - w) <= factor * (0.5 + 1e-4)
+        full = (np.abs(q).max(1) == FULL) | ~w.any(1)
+        if not (near.all() and full.all()):
+            at = start // width + int(np.argmin(near.all(1) & full))
+            return f"is not that of the file in 8 bits: row {at}"
+    return ""
 
 
 def base_unchanged(adapters: Adapters) -> Finding:
@@ -85,27 +113,45 @@ def base_unchanged(adapters: Adapters) -> Finding:
 def merge_error(adapters: Adapters) -> tuple[float, str]:
     """Compare W_eff with W + s B A on the device: the largest error of all matrices, as a share of what rounding allows,
     and the matrix that has it."""
-    eps = float(np.finfo(np.float32 if adapters.dtype == "float32" else np.float64).eps)
-    last = 0.0 if adapters.dtype == adapters.model.dtype else 2.0**-8
-    effective, errors = adapters.model.layout.named(adapters.model.w), [(0.0, "")]
-    views = adapters.layout.views(adapters.w)
-    for p, base, (a, b) in zip(adapters.layout.pairs, adapters.base, views, strict=True):
-        got, *parts = (adapters.be.to_host(x) for x in (effective[p.base.hf], base, a, b))
-        errors.append((_error_of_sum(got, parts, adapters.config.scale, eps, last), p.base.hf))
+    be, dtype, errors = adapters.be, adapters.model.dtype, [(0.0, "")]
+    eps = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
+    last = 2.0**-8 if dtype == "bfloat16" else 0.0
+    pairs = {p.base.hf: p for p in adapters.layout.pairs}
+    for s, arrays in adapters.base_values():
+        if s.layer is None or (s.hf not in pairs and len(arrays) == 1):
+            continue
+        got = be.to_host(adapters.effective(s.layer, s.param.name))
+        base = be.to_host(arrays[0]).reshape(s.shape)
+        if len(arrays) == 2:
+            base = be.to_host(arrays[1]).astype(np.float64)[:, None] * base
+        zero = np.zeros((s.shape[0], 1)), np.zeros((1, s.shape[1]))
+        b, a = (
+            zero
+            if s.hf not in pairs
+            else (be.to_host(cut(adapters.w, slot)) for slot in (pairs[s.hf].b, pairs[s.hf].a))
+        )
+        errors.append((_error_of_sum(got, [base, a, b], adapters.config.scale, eps, last), s.hf))
     return _worst(errors)
 
 
 def checkpoint_merge_error(
-    base: Checkpoint, adapter: LoadedAdapter, merged: Checkpoint, dtype: str
+    base: Checkpoint, adapter: LoadedAdapter, merged: Checkpoint, dtype: str, base_format: str | None = None
 ) -> tuple[float, str]:
     """Compare a checkpoint with a base plus an adapter: the largest error, as a share of what rounding in a run of this
-    dtype allows, and its tensor; infinite where a tensor without adapter differs."""
+    dtype allows, and its tensor; infinite where a tensor without adapter differs.
+
+    base_format: of the matrices of the blocks in the run, see LoraConfig.base"""
     layout, last = Layout(base.cfg), 2.0**-8 if dtype == "bfloat16" else 0.0
     before, after, errors = parameters(layout, base), parameters(layout, merged), [(0.0, "no tensor")]
     for s in layout.in_order():
         x, got, delta = before[s.hf].astype(np.float32), after[s.hf], adapter.deltas.get(s.hf)
-        x = x.astype("bfloat16") if last else x
+        if base_format and s.layer is not None and len(s.shape) == 2:
+            q, row = rounded_rows(x)
+            x = row[:, None] * q
+        elif last:
+            x = x.astype("bfloat16")
         if delta is None:
+            x = x.astype(np.float32).astype("bfloat16") if last else x
             same = np.array_equal(got.astype(np.float64), x.astype(np.float64))
             errors.append((0.0 if same else np.inf, s.hf))
         else:

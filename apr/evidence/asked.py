@@ -16,8 +16,9 @@ import numpy as np
 from ..common.finding import Finding
 from ..common.options import absolute_paths
 from ..data.batches import Batches, Windows
+from ..model.adapters import Adapters
 from ..model.hf_config import from_hf
-from ..model.lora import ALPHA_PER_RANK, LINEAR, PREFIX, Adapters, parse_targets
+from ..model.lora import ALPHA_PER_RANK, LINEAR, PREFIX, parse_targets
 from ..model.schedule import WSD_DECAY_SHARE
 from ..model.transformer import Model
 from .subject import Subject
@@ -183,6 +184,7 @@ def _adapters(a: Adapters | None, s: Mapping[str, Any]) -> Iterator[Row]:
     yield "adapters", a is not None, True
     if a is None:
         return
+    yield "adapters, format of the base", a.config.base, s.get("lora_base")
     want = dict(_adapter_tensors(a))
     got = {slot.hf: slot.shape for slot in a.layout.slots}
     yield "adapters, tensors", len(got), len(want)

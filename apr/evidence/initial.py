@@ -9,7 +9,7 @@ import numpy as np
 
 from ..common.finding import Finding
 from ..common.units import plural
-from ..model.lora import Adapters
+from ..model.adapters import Adapters
 from ..model.optim import Optimizer
 from ..model.params import Slot
 from ..model.transformer import Model

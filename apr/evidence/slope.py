@@ -16,7 +16,7 @@ import numpy as np
 
 from ..common.finding import Finding
 from ..common.host import available_memory
-from ..model.lora import Adapters
+from ..model.adapters import Adapters
 from ..model.optim import Optimizer
 from ..model.params import Slot
 from ..model.transformer import Model
@@ -100,7 +100,6 @@ class Job:
         """Put the weights back and clear gradients and sums; True where all bits are those of before."""
         be, model = self.model.be, self.model
         self.opt.set_weights(self.saved)
-        be.fill(model.g, 0)
         be.fill(self.opt.g, 0)
         be.fill(model.total, 0)
         model.tokens_trained = self.trained
@@ -112,8 +111,6 @@ class Job:
         for _ in range(3 if self.graph else 1):
             be.fill(model.g, 0)
             model.micro_step(self.ids, self.targets, self.scale, self.graph)
-        if self.adapters:
-            self.adapters.collect_gradients()
         return np.asarray(be.to_host(self.opt.g), np.float32)
 
     def loss(self) -> float:

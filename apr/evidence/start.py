@@ -96,14 +96,12 @@ class Pieces:
             part = np.ascontiguousarray(ids[first:last]), np.ascontiguousarray(targets[first:last])
             model.micro_step(*part, 1 / max(1, self.tokens), False)
             total += float(be.to_host(model.buffers["loss"][: part[0].size]).astype(np.float64).sum())
-        if t.adapters:
-            t.adapters.collect_gradients()
         self.count, self.loss = len(cuts) - 1, total / max(1, self.tokens)
         be.fill(t.scratch, 0)
         be.add_sum_sq(t.scratch, t.optimizer.g)
         self.norm, self.sample = math.sqrt(float(be.to_host(t.scratch)[0])), _sample(t)
         model.tokens_trained = before
-        for flat in (model.g, t.optimizer.g, model.total):
+        for flat in (model.g, model.total):
             be.fill(flat, 0)
 
     def compare(self, sample: np.ndarray) -> None:

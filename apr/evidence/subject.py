@@ -11,8 +11,8 @@ from typing import Any
 from ..checkpoints.checkpoint import Checkpoint
 from ..data.audit import Split
 from ..data.batches import Batches
+from ..model.adapters import Adapters
 from ..model.config import ModelConfig
-from ..model.lora import Adapters
 from ..model.optim import Optimizer
 from ..model.transformer import Model
 

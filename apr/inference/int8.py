@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 
 from .. import backends
+from ..backends.int8 import rounded_rows
 from ..model.config import ModelConfig
 from ..model.params import FUSED, Layout
-
-MAX_INT8 = 127
-CHUNK_ROWS = 512  # rounded at once: intermediate values stay in the processor's cache
 
 
 class Int8Matrix:
@@ -32,12 +30,7 @@ class Int8Matrix:
     @classmethod
     def of(cls, w: np.ndarray) -> Int8Matrix:
         """Round a float matrix to nearest."""
-        scale = np.abs(w).max(1).astype(np.float32) / np.float32(MAX_INT8)
-        q = np.empty(w.shape, np.int8)
-        for at in range(0, len(w), CHUNK_ROWS):
-            rows = slice(at, at + CHUNK_ROWS)
-            q[rows] = np.rint(w[rows] / np.where(scale[rows] > 0, scale[rows], 1)[:, None])
-        return cls(q, scale)
+        return cls(*rounded_rows(w))
 
     @property
     def shape(self) -> tuple[int, ...]:

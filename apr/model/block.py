@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from .adapters import Adapters
 from .config import ModelConfig
 from .spec import LayerSpec
 
@@ -38,8 +39,9 @@ START = CachePosition()
 class Block:
     """One block of a model on a batch (B,T), N = B*T tokens.
 
-    be      backend                        layer   parts of the block
+    be      backend                        layer   parts of the block, the `index`-th
     w       weights, by parameter name     batch   (B,T)
+    adapters  of the weights, or None
     a       activations of this block      s       buffers shared by all blocks
     tables  cos and sin of the angles      cache   keys and values (rows,slots,K,D), or None
     tap     called as tap(name, array)
@@ -50,8 +52,10 @@ class Block:
 
     be: ModuleType
     c: ModelConfig
+    index: int
     layer: LayerSpec
     w: Any
+    adapters: Adapters | None
     a: Any
     s: Any
     batch: tuple[int, int]
@@ -70,7 +74,7 @@ class Block:
         if layer.attn_norm:
             self.tap("norm1", a.norm1)
         self._attention(at)
-        be.linear_fwd(a.att_out, a.att, w.wo, None)
+        self._linear(a.att_out, a.att, "wo")
         self.tap("att_out", a.att_out)
         if layer.attn_post_norm:
             self._post_norm(a.att_out, a.post_rstd1, w.attn_post_norm)
@@ -82,11 +86,11 @@ class Block:
         self.tap("res2", a.res2)
         if layer.mlp_norm:
             self.tap("norm2", a.norm2)
-        be.linear_fwd(a.gu, a.norm2, w.wgu, None)
+        self._linear(a.gu, a.norm2, "wgu")
         self.tap("gu", a.gu)
         be.swiglu_fwd(a.act, a.gu)
         self.tap("act", a.act)
-        be.linear_fwd(a.mlp_out, a.act, w.wdown, None)
+        self._linear(a.mlp_out, a.act, "wdown")
         self.tap("mlp_out", a.mlp_out)
         if layer.mlp_post_norm:
             self._post_norm(a.mlp_out, a.post_rstd2, w.mlp_post_norm)
@@ -96,7 +100,7 @@ class Block:
     def _attention(self, at: CachePosition) -> None:
         """att = attention of norm1, its heads side by side."""
         be, layer, w, a = self.be, self.layer, self.w, self.a
-        be.linear_fwd(a.qkv, a.norm1, w.wqkv, w.bqkv if layer.qkv_bias else None)
+        self._linear(a.qkv, a.norm1, "wqkv", w.bqkv if layer.qkv_bias else None)
         self.tap("qkv", a.qkv)
         qk = a.qkv
         if layer.qk_norm:
@@ -124,11 +128,11 @@ class Block:
         if layer.mlp_post_norm:
             dout = self._post_norm_bwd(g.mlp_post_norm, a.mlp_out, a.post_rstd2, w.mlp_post_norm)
             self.tap("d_mlp_out", dout)
-        be.linear_bwd(s.dact, g.wdown, None, dout, a.act, w.wdown)
+        self._linear_bwd(s.dact, g, dout, a.act, "wdown")
         self.tap("d_act", s.dact)
         be.swiglu_bwd(s.dgu, s.dact, a.gu)
         self.tap("d_gu", s.dgu)
-        be.linear_bwd(s.dnorm, g.wgu, None, s.dgu, a.norm2, w.wgu)
+        self._linear_bwd(s.dnorm, g, s.dgu, a.norm2, "wgu")
         self.tap("d_norm2", s.dnorm)
         if layer.mlp_norm:
             be.add_rmsnorm_bwd(s.dres, g.mlp_norm, s.dnorm, a.res2, a.rstd2, w.mlp_norm)
@@ -139,7 +143,7 @@ class Block:
         if layer.attn_post_norm:
             dout = self._post_norm_bwd(g.attn_post_norm, a.att_out, a.post_rstd1, w.attn_post_norm)
             self.tap("d_att_out", dout)
-        be.linear_bwd(s.datt, g.wo, None, dout, a.att, w.wo)
+        self._linear_bwd(s.datt, g, dout, a.att, "wo")
         self.tap("d_att", s.datt)
         self._attention_bwd(g)
         if layer.attn_norm:
@@ -169,8 +173,22 @@ class Block:
             for (weight, _, x, rstd), (dweight, dy, dx, _) in zip(norms, gradients, strict=True):
                 be.head_rmsnorm_bwd(dx, dweight, dy, x, rstd, weight)
         self.tap("d_qkv", s.dqkv)
-        be.linear_bwd(s.dnorm, g.wqkv, g.bqkv if layer.qkv_bias else None, s.dqkv, a.norm1, w.wqkv)
+        self._linear_bwd(s.dnorm, g, s.dqkv, a.norm1, "wqkv", g.bqkv if layer.qkv_bias else None)
         self.tap("d_norm1", s.dnorm)
+
+    def _matrix(self, name: str) -> Any:
+        """The matrix of a linear map."""
+        return self.adapters.effective(self.index, name) if self.adapters else getattr(self.w, name)
+
+    def _linear(self, y: Any, x: Any, name: str, bias: Any = None) -> None:
+        """y = x w^T + bias"""
+        self.be.linear_fwd(y, x, self._matrix(name), bias)
+
+    def _linear_bwd(self, dx: Any, g: Any, dy: Any, x: Any, name: str, db: Any = None) -> None:
+        """dx = dy w, and the gradients of the map's parameters or of its adapters"""
+        self.be.linear_bwd(dx, getattr(g, name), db, dy, x, self._matrix(name))
+        if self.adapters:
+            self.adapters.add_gradients(self.index, name, dy, x)
 
     def _post_norm(self, x: Any, rstd: Any, weight: Any) -> None:
         """delta = RMSNorm of what a branch gives: head_rmsnorm with one head of width C."""

@@ -14,6 +14,7 @@ import ml_dtypes  # noqa: F401 # isort: skip -- gives NumPy the name "bfloat16";
 from ..common.rounding import ceil_div, round_up
 from .config import ModelConfig
 from .families import layers_of
+from .lora import AdapterLayout, LoraConfig
 from .micro_gradients import Pieces
 from .params import Layout, padded_vocab
 from .spec import LayerSpec
@@ -134,6 +135,7 @@ class BufferPlan:
     pad_vocab     logits have as many columns as the head has rows in a flat buffer
     documents     attention stops at document borders
     folds         gradients of each micro-batch begin at zero, beside those of the step
+    lora          adapters are trained, and the parameters are frozen
     """
 
     batch: int
@@ -147,21 +149,16 @@ class BufferPlan:
     pad_vocab: bool = False
     documents: bool = False
     folds: bool = False
+    lora: LoraConfig | None = None
 
     def specs(self, c: ModelConfig) -> BufferSpecs:
         """Every buffer by name: block buffers as LAYER.NAME, or NAME where blocks share one."""
-        n, size, wide = self.batch * self.seq, Layout(c).size, WIDE[self.dtype]
+        n, wide = self.batch * self.seq, WIDE[self.dtype]
 
         def kind(name: str) -> str:
             return wide if name in STATISTICS else self.dtype
 
-        out: BufferSpecs = {}
-        if self.own_weights:
-            out["w"] = BufferSpec("weights", (size,), self.dtype)
-        if self.train:
-            out["g"] = BufferSpec("gradients", (size,), wide)
-        if self.train and self.folds:
-            out["g_part"] = BufferSpec("gradients", (Pieces(Layout(c)).size,), wide)
+        out = self._weight_specs(c)
         blocks = [block_buffers(c, layer, self.batch, self.seq) for layer in layers_of(c)]
         for name in dict.fromkeys(name for block in blocks for name in block):
             shared = not self.train or (self.recompute and name not in KEPT_UNDER_RECOMPUTE)
@@ -181,6 +178,35 @@ class BufferPlan:
         for name in ("cos", "sin"):
             out[name] = BufferSpec("scratch", (max(self.seq, self.cache), c.head_dim // 2), wide)
         return out | self._cache_specs(c)
+
+    def _weight_specs(self, c: ModelConfig) -> BufferSpecs:
+        """Buffers of the parameters and of the gradients of what is trained, and those that adapters need beside them."""
+        layout, wide, out = Layout(c), WIDE[self.dtype], BufferSpecs()
+        size = layout.size
+        if self.lora and self.lora.base:
+            size -= layout.matrices
+            rows = sum(s.shape[0] for s in layout.slots if s.offset < layout.matrices)
+            out["w8"] = BufferSpec("base", (layout.matrices,), "int8")
+            out["rows"] = BufferSpec("base", (rows,), wide)
+        if self.own_weights:
+            out["w"] = BufferSpec("base" if self.lora else "weights", (size,), self.dtype)
+        if self.train and not self.lora:
+            out["g"] = BufferSpec("gradients", (size,), wide)
+            if self.folds:
+                out["g_part"] = BufferSpec("gradients", (Pieces(layout).size,), wide)
+        return out | (self._adapter_specs(AdapterLayout(c, self.lora)) if self.lora else {})
+
+    def _adapter_specs(self, layout: AdapterLayout) -> BufferSpecs:
+        wide, low = WIDE[self.dtype], (self.batch * self.seq * layout.config.rank,)
+        part = {"adapter_part": BufferSpec("gradients", (layout.size,), wide)} if self.folds else {}
+        return part | {
+            "adapters": BufferSpec("weights", (layout.size,), wide),
+            "factors": BufferSpec("weights", (layout.size,), self.dtype),
+            "adapter_gradients": BufferSpec("gradients", (layout.size,), wide),
+            "effective": BufferSpec("scratch", (layout.largest_map,), self.dtype),
+            "low": BufferSpec("scratch", low, self.dtype),
+            "d_low": BufferSpec("scratch", low, self.dtype),
+        }
 
     def _cache_specs(self, c: ModelConfig) -> BufferSpecs:
         """Buffers of the KV cache, and of a step of sequences of different lengths."""

@@ -15,7 +15,7 @@ from ..common.host import available_memory
 from .buffers import WIDE, plan_buffers
 from .config import ModelConfig
 from .families import layers_of
-from .lora import AdapterLayout, LoraConfig, adapter_specs
+from .lora import AdapterLayout, LoraConfig
 from .optim import AdamW, Optimizer
 from .params import Layout
 from .settings import ModelSettings
@@ -46,14 +46,18 @@ def attended(window: int, seq: int) -> float:
     return (w * (w + 1) / 2 + (seq - w) * w) / seq
 
 
-def flops_per_token(c: ModelConfig, seq: int, backward: bool = True) -> float:
+def flops_per_token(c: ModelConfig, seq: int, backward: bool = True, lora: LoraConfig | None = None) -> float:
     """Floating-point operations of matrix products per token: 2 per weight forward and 4 backward
     (Kaplan et al. 2020, section 2.1), and of q k^T and p v, 2 * 2 * H * D per key seen, likewise.
 
-    Recomputed activations and masked scores are not counted.
+    Under adapters 2 per weight backward, for its input alone, and 4 for each element of A and B: their gradients, and the
+    low-rank products that these follow from. Recomputed activations, masked scores and what is computed once a pass, as
+    W + s B A, are not counted.
     """
     layers = Counter(layer.window for layer in layers_of(c))
     scores = sum(4 * n * c.num_heads * c.head_dim * attended(window, seq) for window, n in layers.items())
+    if backward and lora:
+        return 4 * matmul_parameters(c) + 3 * scores + 4 * AdapterLayout(c, lora).num_parameters
     return (2 * matmul_parameters(c) + scores) * (3 if backward else 1)
 
 
@@ -65,7 +69,7 @@ class Memory:
     master: int = 0  # float32 copy of weights that are kept in bfloat16
     gradients: int = 0
     moments: int = 0
-    base: int = 0  # matrices that have adapters, without them
+    base: int = 0  # weights that adapters leave as they are, in the format of --lora-base
     saved: int = 0  # kept by every layer for backward
     scratch: int = 0  # shared by all layers, rope tables and batch included
     logits: int = 0
@@ -101,14 +105,13 @@ def memory(
     folds: a step has several micro-batches."""
     plan = plan_buffers(
         c, backend, batch, seq, loss_rows,
-        dtype=dtype, train=train, recompute=recompute, cache=cache, documents=documents, folds=folds and lora is None,
+        dtype=dtype, train=train, recompute=recompute, cache=cache, documents=documents, folds=folds,
+        lora=lora if train else None,
     )  # fmt: skip
     specs = list(plan.specs(c).values())
     if train and optimizer:
         layout = AdapterLayout(c, lora) if lora else Layout(c)
         specs += optimizer.specs(layout.size, WIDE[dtype] if lora else dtype).values()
-        if isinstance(layout, AdapterLayout):
-            specs += adapter_specs(layout, dtype, folds).values()
     sums: dict[str, int] = {}
     for spec in specs:
         sums[spec.purpose] = sums.get(spec.purpose, 0) + spec.nbytes
@@ -161,8 +164,9 @@ def check_fits(need: Memory, backend: ModuleType, advice: str) -> None:
     have = backend.free_memory()
     if have is not None and need.total > have:
         activations = need.saved + need.scratch + need.logits + need.cache + need.backend
+        weights = need.weights + need.base
         raise Refused(
-            f"the job needs {need.total / 2**30:.2f} GiB of memory (weights {need.weights / 2**30:.2f}, gradients and "
+            f"the job needs {need.total / 2**30:.2f} GiB of memory (weights {weights / 2**30:.2f}, gradients and "
             f"moments {(need.gradients + need.moments + need.master) / 2**30:.2f}, activations "
             f"{activations / 2**30:.2f}) and {have / 2**30:.2f} GiB are "
             f"free; {advice}"

@@ -1,19 +1,15 @@
 """Low-rank adapters (Hu et al. 2022): of some matrices W only B and A are trained, W_eff = W + s B A.
 
     A (r,I), B (O,r), s = alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023, "rslora")
-    dA = s B^T dW_eff,  dB = s dW_eff A^T
 
-The model computes with W_eff. After every step W_eff is computed anew from a copy of W that nothing writes to, so that
-rounding does not accumulate; dW_eff is what backward gives. Sums are float32 (float64), W_eff is rounded once to the dtype
-of the model. No dropout. All weights have gradients; optimizer state, and a float32 copy, are needed for A and B only.
+Here are their numbers, names and places; adapters.py computes with them. No dropout.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -22,11 +18,8 @@ import numpy as np
 
 from ..common.errors import UsageError
 from ..common.rounding import round_up
-from .buffers import WIDE, Buffers, BufferSpec, BufferSpecs
 from .config import ModelConfig
-from .micro_gradients import add
-from .params import ALIGN, LAYER, Layout, Param, Slot
-from .transformer import Model
+from .params import ALIGN, LAYER, MAPS, Layout, Param, Slot
 
 SHORT = {"q": "wq", "k": "wk", "v": "wv", "o": "wo", "gate": "wgate", "up": "wup", "down": "wdown"}
 # PEFT's names begin with those of its two wrappers
@@ -35,18 +28,22 @@ PREFIX = "base_model.model."
 LINEAR = {p.name: p.hf.split(".")[-2] for p in LAYER if p.name in SHORT.values()}
 # default of alpha / rank
 ALPHA_PER_RANK = 2.0
-# copied to the host at a time
-HASH_ELEMENTS = 1 << 20
+# format of the frozen matrices under adapters; none: that of the run
+BASES = ("int8",)
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Hyper-parameters of adapters: rank r, alpha of the scale, names of the adapted parameters in the table's order."""
+    """Hyper-parameters of adapters: rank r, alpha of the scale, names of the adapted parameters in the table's order.
+
+    base: format of the frozen matrices of the blocks, one of BASES, or None for the dtype of the run
+    """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
     rslora: bool = False
+    base: str | None = None
 
     @property
     def scale(self) -> float:
@@ -59,13 +56,19 @@ class LoraConfig:
         return [LINEAR[t] for t in self.targets]
 
 
-def lora_config(rank: int | None, alpha: float | None, targets: str | None) -> LoraConfig | None:
+def lora_config(
+    rank: int | None, alpha: float | None, targets: str | None, base: str | None = None
+) -> LoraConfig | None:
     """Build a LoraConfig from flags; None without a rank. Raises UsageError."""
     if rank is None:
-        if alpha is not None or targets is not None:
-            raise UsageError("--lora-alpha and --lora-targets are about adapters: give --lora-rank too")
+        if alpha is not None or targets is not None or base is not None:
+            raise UsageError(
+                "--lora-alpha, --lora-targets and --lora-base are about adapters: give --lora-rank too"
+            )
         return None
-    return LoraConfig(rank, ALPHA_PER_RANK * rank if alpha is None else alpha, parse_targets(targets))
+    return LoraConfig(
+        rank, ALPHA_PER_RANK * rank if alpha is None else alpha, parse_targets(targets), base=base
+    )
 
 
 def check_rank(cfg: ModelConfig, config: LoraConfig) -> None:
@@ -141,7 +144,26 @@ class AdapterLayout:
 
     def views(self, flat: Any) -> list[tuple[Any, Any]]:
         """View (A, B) of every pair in a flat buffer."""
-        return [(_cut(flat, p.a), _cut(flat, p.b)) for p in self.pairs]
+        return [(cut(flat, p.a), cut(flat, p.b)) for p in self.pairs]
+
+    def maps(self) -> dict[str, tuple[str, ...]]:
+        """List the linear maps that are computed with a matrix made for it: those with adapters, and of 8-bit integers."""
+        return {
+            name: parts
+            for name, parts in MAPS.items()
+            if self.config.base or any(part in self.config.targets for part in parts)
+        }
+
+    @property
+    def largest_map(self) -> int:
+        """Elements of the largest matrix of maps()."""
+        names = {part: name for name, parts in self.maps().items() for part in parts}
+        sizes: dict[tuple[int, str], int] = {}
+        for s in Layout(self.cfg).slots:
+            if s.layer is not None and s.param.name in names:
+                key = s.layer, names[s.param.name]
+                sizes[key] = sizes.get(key, 0) + s.size
+        return max(sizes.values())
 
     def in_order(self) -> list[Slot]:
         """Sort the slots by layer, then in the order of the parameter table, A before B."""
@@ -150,7 +172,7 @@ class AdapterLayout:
 
     def named(self, flat: Any) -> dict[str, Any]:
         """View all A and B in a flat buffer by PEFT's names, in order."""
-        return {s.hf: _cut(flat, s) for s in self.in_order()}
+        return {s.hf: cut(flat, s) for s in self.in_order()}
 
     def init(self, flat: np.ndarray, seed: int) -> None:
         """Fill a host buffer as PEFT does: A uniform in +-1/sqrt(I) (kaiming_uniform with a = sqrt(5)), B zeros.
@@ -162,104 +184,20 @@ class AdapterLayout:
             if s.param.init == "uniform":
                 rng = np.random.Generator(np.random.PCG64([seed, number]))
                 bound = 1 / math.sqrt(s.shape[1])
-                _cut(flat, s)[...] = rng.uniform(-bound, bound, s.shape)
+                cut(flat, s)[...] = rng.uniform(-bound, bound, s.shape)
 
 
-def _cut(flat: Any, s: Slot) -> Any:
+def cut(flat: Any, s: Slot) -> Any:
+    """View a tensor in a flat buffer."""
     return flat[s.offset : s.offset + s.size].reshape(s.shape)
-
-
-def adapter_specs(layout: AdapterLayout, dtype: str, folds: bool = False) -> BufferSpecs:
-    """List the buffers of adapters of a model of a dtype; those of the optimizer are its own.
-
-    folds: a step has several micro-batches, whose gradients are added in order"""
-    wide = WIDE[dtype]
-    specs = {
-        "adapters": BufferSpec("weights", (layout.size,), wide),
-        "adapter_gradients": BufferSpec("gradients", (layout.size,), wide),
-        **{f"base.{p.base.hf}": BufferSpec("base", p.base.shape, dtype) for p in layout.pairs},
-    }
-    if folds:
-        specs["adapter_part"] = BufferSpec("gradients", (layout.size,), wide)
-    if wide != dtype:
-        specs["merged"] = BufferSpec("scratch", (max(p.base.size for p in layout.pairs),), wide)
-    return specs
-
-
-class Adapters:
-    """Adapters of a model: the flat arrays that an optimizer updates in place of the model's own.
-
-    w, g     (layout.size,) wide  A and B of every pair, and their gradients
-    base     [(O,I)]              W of every pair, as loaded; model.w holds W_eff
-    folds    gradients are collected after each micro-batch, and added to those before it
-    """
-
-    def __init__(self, model: Model, config: LoraConfig, folds: bool = False) -> None:
-        self.model, self.config = model, config
-        self.be, self.cfg, self.dtype = model.be, model.cfg, WIDE[model.dtype]
-        self.layout = AdapterLayout(model.cfg, config)
-        self.folds = folds
-        self.buffers = Buffers(self.be, adapter_specs(self.layout, model.dtype, folds))
-        self.w, self.g = self.buffers["adapters"], self.buffers["adapter_gradients"]
-        self.base = [self.buffers[f"base.{p.base.hf}"] for p in self.layout.pairs]
-        self.base_sha256 = ""
-
-    def set_base(self, host: np.ndarray) -> None:
-        """Load W: a host buffer in the model's Layout order, rounded to the model's dtype."""
-        self.be.from_host(self.model.w, host)
-        for p, base in zip(self.layout.pairs, self.base, strict=True):
-            self.be.copy(base, _cut(self.model.w, p.base))
-        self.base_sha256 = self.base_hash()
-
-    def base_values(self) -> Iterator[tuple[Slot, Any]]:
-        """List (slot, flat values on the device) of every weight that must not change: W, and tensors without adapters."""
-        adapted = {p.base.offset: base for p, base in zip(self.layout.pairs, self.base, strict=True)}
-        for s in self.model.layout.in_order():
-            values = adapted[s.offset] if s.offset in adapted else _cut(self.model.w, s)
-            yield s, values.reshape(-1)
-
-    def base_hash(self) -> str:
-        """SHA-256 of every weight that must not change, as read back from the device."""
-        digest = hashlib.sha256()
-        for s, flat in self.base_values():
-            for start in range(0, s.size, HASH_ELEMENTS):
-                part = np.ascontiguousarray(self.be.to_host(flat[start : start + HASH_ELEMENTS]))
-                digest.update(part.view(np.uint8).data)
-        return digest.hexdigest()
-
-    def merge(self) -> None:
-        """W_eff = W + s B A for every pair, in the model's weights."""
-        be, s = self.be, self.config.scale
-        for p, base, (a, b) in zip(self.layout.pairs, self.base, self.layout.views(self.w), strict=True):
-            w = wide = _cut(self.model.w, p.base)
-            if self.dtype != self.model.dtype:
-                wide = self.buffers["merged"][: p.base.size].reshape(w.shape)
-            be.copy(wide, base)
-            be.gemm(wide, b, a, s, 1.0, False, False)
-            if wide is not w:
-                be.copy(w, wide)
-
-    def collect_gradients(self) -> None:
-        """dA = s B^T dW_eff, dB = s dW_eff A^T for every pair; sets the model's gradients to zero.
-
-        With `folds` both are added to the gradients, otherwise they take their place."""
-        be, s = self.be, self.config.scale
-        g = self.buffers["adapter_part"] if self.folds else self.g
-        views = zip(self.layout.views(self.w), self.layout.views(g), strict=True)
-        for p, ((a, b), (da, db)) in zip(self.layout.pairs, views, strict=True):
-            d = _cut(self.model.g, p.base)
-            be.gemm(da, b, d, s, 0.0, True, False)
-            be.gemm(db, d, a, s, 0.0, False, True)
-        if self.folds:
-            add(be, self.g, g)
-        be.fill(self.model.g, 0)
 
 
 def lora_to_json(c: LoraConfig) -> dict[str, Any]:
     """Convert to JSON."""
-    return {"rank": c.rank, "alpha": c.alpha, "targets": list(c.targets), "rslora": c.rslora}
+    plain = {"rank": c.rank, "alpha": c.alpha, "targets": list(c.targets), "rslora": c.rslora}
+    return plain | ({"base": c.base} if c.base else {})
 
 
 def lora_of_json(d: Mapping[str, Any]) -> LoraConfig:
     """Read the JSON of lora_to_json."""
-    return LoraConfig(d["rank"], d["alpha"], tuple(d["targets"]), d["rslora"])
+    return LoraConfig(d["rank"], d["alpha"], tuple(d["targets"]), d["rslora"], d.get("base"))

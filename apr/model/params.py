@@ -95,6 +95,8 @@ FUSED = {
     "bqkv": ("bq", "bk", "bv"),
     "wgu": ("wgate", "wup"),
 }
+# linear maps of a block, and the matrices that each joins
+MAPS = {"wqkv": FUSED["wqkv"], "wo": ("wo",), "wgu": FUSED["wgu"], "wdown": ("wdown",)}
 _PACKED = {name for group in FUSED.values() for name in group[1:]}
 
 
@@ -147,6 +149,8 @@ class Layout:
             if decay:
                 self.decayed = n  # elements [0, decayed) take weight decay, the rest do not
         self.size = n
+        # elements [0, matrices) are the matrices of the blocks, and nothing else
+        self.matrices = next(s.offset for s in self.slots if s.layer is None)
         self.by_hf = {s.hf: s for s in self.slots}
 
     @property

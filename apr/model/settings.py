@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..common.errors import UsageError
 from ..common.options import dtype_option, exactly_one, option
-from .lora import lora_config
+from .lora import BASES, lora_config
 from .presets import PRESETS
 
 
@@ -54,6 +54,10 @@ class ModelSettings:
         "matrices that get adapters, of q,k,v,o,gate,up,down or PEFT's names (default: all of them)",
         metavar="MATRICES",
     )
+    lora_base: str | None = option(
+        "format of the frozen matrices of the blocks: int8, 8-bit integers with a factor for each row (default: --dtype)",
+        choices=BASES,
+    )
     lora_init: str | None = option(
         "folder of an adapter (PEFT's format) of the --init checkpoint to go on with; its rank, alpha and targets hold",
         metavar="FOLDER",
@@ -68,5 +72,6 @@ def check_model(s: ModelSettings) -> None:
         raise UsageError(
             "--lora-init goes on with an adapter as it is; leave --lora-rank, --lora-alpha and --lora-targets out"
         )
-    if (lora_config(s.lora_rank, s.lora_alpha, s.lora_targets) or s.lora_init) and not s.init:
+    base = None if s.lora_init else s.lora_base
+    if (lora_config(s.lora_rank, s.lora_alpha, s.lora_targets, base) or s.lora_init) and not s.init:
         raise UsageError("adapters belong to a checkpoint: give it with --init")

@@ -15,10 +15,12 @@ import numpy as np
 
 from ..common.errors import Refused
 from ..common.units import plural
+from .adapters import Adapters, Nothing, Split, add_rows
 from .block import START, Block, CachePosition
 from .buffers import Buffers, Shapes, block_buffers, plan_buffers, scratch_buffers
 from .config import ModelConfig
 from .families import layers_of
+from .lora import AdapterLayout, LoraConfig
 from .micro_gradients import MicroGradients
 from .params import Layout
 from .rope import rope_tables
@@ -43,8 +45,9 @@ def document_starts(ids: np.ndarray, end: int) -> np.ndarray:
 class Model:
     """Weights, buffers and the two passes for batches of up to (batch, seq) tokens.
 
-    w, g          flat parameters and gradients, in Layout order; give w to share another model's parameters
+    w, g          flat parameters and gradients, in Layout order; give w to share another model's parameters, or its adapters
     p, d          their named views
+    adapters      of a model whose parameters are frozen (lora), None otherwise; then g is the gradient of the adapters
     layers        parts of each block
     total         (1,) float64: sum of losses since it was last set to 0
     z_loss        weight of the squared log-sum-exp of the logits in what is minimised; the loss reported is without it
@@ -73,6 +76,7 @@ class Model:
         z_loss: float = 0.0,
         document_end: int | None = None,
         folds: bool = False,
+        lora: LoraConfig | None = None,
     ) -> None:
         if dtype not in backend.dtypes:
             raise Refused(f"backend {backend.name} computes in {', '.join(backend.dtypes)}, not {dtype}")
@@ -89,19 +93,28 @@ class Model:
         plan = plan_buffers(
             cfg, backend, batch, seq, loss_rows,
             dtype=dtype, train=train, recompute=recompute, cache=cache, own_weights=w is None,
-            documents=document_end is not None, folds=folds,
+            documents=document_end is not None, folds=folds, lora=lora,
         )  # fmt: skip
         self.loss_rows = plan.loss_rows
         self.buffers = Buffers(backend, plan.specs(cfg))
-        self.w = self.buffers["w"] if w is None else w
+        self.adapters = w if isinstance(w, Adapters) else None
+        shared = self.adapters.model.w if self.adapters else w
+        self.w = self.buffers["w"] if w is None else shared
+        if lora and lora.base:
+            self.w = Split(self.buffers["w8"], self.w)
         # weights that are no array have views of their own: int8.Int8Weights
-        source = self.layout if w is None or hasattr(w, "dtype") else w
-        self.p = source.views(self.w)
+        source = self.layout if w is None or hasattr(shared, "dtype") else w
+        self.p = self.adapters.model.p if self.adapters else source.views(self.w)
+        if lora and lora.base:
+            matrices = [s for s in self.layout.slots if s.offset < self.layout.matrices]
+            add_rows(self.p, matrices, self.buffers["rows"])
+        if lora:
+            self.adapters = Adapters(self, AdapterLayout(cfg, lora))
         if train:
-            self.g = self.buffers["g"]
-            self.d = self.layout.views(self.g)
+            self.g = self.adapters.g if self.adapters else self.buffers["g"]
+            self.d = Nothing() if self.adapters else self.layout.views(self.g)
         self._micro: MicroGradients | None = None
-        if train and folds:
+        if train and folds and not self.adapters:
             self._micro = MicroGradients(backend, self.layout, self.g, self.buffers["g_part"])
             self.d = self.layout.views(self._micro.part, self._micro.pieces.place)
         # columns from V on, if any, are 0, and so is their gradient
@@ -109,7 +122,7 @@ class Model:
         columns = self._logits.shape[1]
         self._head = source.head_rows(self.w, columns)
         if train:
-            self._dhead = self.layout.head_rows(self.g, columns)
+            self._dhead = None if self.adapters else self.layout.head_rows(self.g, columns)
         if self._micro:
             self._dhead = self.layout.head_rows(self._micro.part, columns, self._micro.pieces.place)
         self.total = self.buffers["total"]
@@ -225,8 +238,10 @@ class Model:
         return Block(
             self.be,
             self.cfg,
+            i,
             self.layers[i],
             self.p.layer[i],
+            self.adapters,
             blocks[i],
             s,
             (self.b, self.t),
@@ -316,13 +331,15 @@ class Model:
         self.be.fill(self.total, 0)
 
     def backward(self, tap: Tap = no_tap, ready: Callable[[int | None], None] = lambda layer: None) -> None:
-        """Add the gradients of all parameters but the head, after forward and loss(scale=...).
+        """Add the gradients of all that is trained but the head, after forward and loss(scale=...).
 
         ready(layer) is called when a layer's gradients are complete, ready(None) at the end.
         """
         be, c, p, d = self.be, self.cfg, self.p, self.d
         blocks, s = self._at(self.b, self.t)
         tap(None, "d_final_norm", s.dnorm)
+        if self.adapters:
+            self.adapters.begin_backward()
         be.fill(s.dres, 0)
         be.add_rmsnorm_bwd(s.dres, d.final_norm, s.dnorm, s.res, s.rstd, p.final_norm)
         tap(None, f"d_hidden.{c.num_layers}", s.dres)
@@ -336,7 +353,10 @@ class Model:
             if self._micro:
                 self._micro.fold(i)
             ready(i)
-        be.embedding_bwd(d.embed, s.dres, s.ids)
+        if d.embed is not None:
+            be.embedding_bwd(d.embed, s.dres, s.ids)
         if self._micro:
             self._micro.fold(None)
+        if self.adapters:
+            self.adapters.end_backward()
         ready(None)

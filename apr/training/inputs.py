@@ -107,7 +107,11 @@ def open_inputs(s: Settings, progress: Progress | None = None, tokenizer: Tokeni
     data = open_data(s, cfg.vocab_size, init, progress, tokenizer)
     base = parameters(Layout(cfg), init) if s.lora_init and init else None
     adapter = read_adapter(s.lora_init, cfg, base) if s.lora_init else None
-    lora = adapter.lora_config(cfg) if adapter else lora_config(s.lora_rank, s.lora_alpha, s.lora_targets)
+    lora = (
+        dataclasses.replace(adapter.lora_config(cfg), base=s.lora_base)
+        if adapter
+        else lora_config(s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_base)
+    )
     if s.lora_rank is not None and lora is not None:
         check_rank(cfg, lora)
     s = dataclasses.replace(s, dtype=s.dtype or backend.dtypes[0])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.checkpoint import fill
+from ..checkpoints.checkpoint import fill, reader
 from ..checkpoints.peft import adapter_start
 from ..checkpoints.state import TrainingState
 from ..common.errors import MalformedFile
@@ -35,8 +35,8 @@ from ..common.events import (
 )
 from ..common.units import bits_per_byte
 from ..data.batches import Batches, Exhausted, trained_targets
+from ..model.adapters import Adapters
 from ..model.cost import flops_per_token
-from ..model.lora import Adapters
 from ..model.optim import hyper_parameters, optimizer_class
 from ..model.schedule import Schedule
 from ..model.transformer import Model
@@ -86,17 +86,19 @@ class Trainer:
             recompute=s.recompute,
             z_loss=s.z_loss,
             document_end=inputs.document_end,
-            folds=folds and inputs.lora is None,
+            folds=folds,
+            lora=inputs.lora,
         )
-        self.lora = self._adapters(folds)
+        self.lora = self.model.adapters
+        if self.lora and inputs.init:
+            self.lora.set_base(reader(self.model.layout, inputs.init))
         trained: Model | Adapters = self.lora or self.model
         kind = optimizer_class(s)
-        merge = {"after_update": self.lora.merge} if self.lora else {}
-        self.opt = kind.of(trained, **merge, **hyper_parameters(kind, s))
+        self.opt = kind.of(trained, **hyper_parameters(kind, s))
         self.state = TrainingState(inputs.cfg, trained.layout, self.opt, self.lora)
         self.schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)
         self.batches = Batches(inputs.train, s.batch_size, s.seed, s.shuffle, s.on_exhausted)
-        self.flops_per_token = flops_per_token(inputs.cfg, s.seq_length)
+        self.flops_per_token = flops_per_token(inputs.cfg, s.seq_length, lora=inputs.lora)
         self.sum_of_squares = inputs.backend.empty((1,), "float64")
         self.progress = Progress()
         self.resumed = False
@@ -119,16 +121,6 @@ class Trainer:
         self.failed, self.stop.is_asked = self.failed or error, True
 
     # Weights
-
-    def _adapters(self, folds: bool) -> Adapters | None:
-        """Make adapters around the weights of --init. None where the weights themselves are trained."""
-        if self.inputs.lora is None or self.inputs.init is None:
-            return None
-        adapters = Adapters(self.model, self.inputs.lora, folds)
-        host = np.zeros(self.model.layout.size, np.float32)
-        fill(self.model.layout, host, self.inputs.init)
-        adapters.set_base(host)
-        return adapters
 
     def prepare(self, resume: bool) -> None:
         """Load the latest saved state, where there is one to go on from, or begin anew. Raises Refused, MalformedFile."""
@@ -190,10 +182,6 @@ class Trainer:
         graph = self.s.graph and tokens == targets.size
         for part in micro_batches(ids, targets, self.micro):
             model.micro_step(*part, 1 / tokens, graph)
-            if self.lora and self.lora.folds:
-                self.lora.collect_gradients()
-        if self.lora and not self.lora.folds:
-            self.lora.collect_gradients()
         self.emit(GradientsReady(step))
         lr = self.schedule(step)
         self.opt.step(lr)

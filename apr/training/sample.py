@@ -14,6 +14,17 @@ def sample_text(i: Inputs, model: Model, prompt: str, tokens: int) -> str:
     ends = () if i.tokenizer.eos_id is None else (i.tokenizer.eos_id,)
     among = drawable_ids(i.tokenizer, i.cfg.vocab_size, ends)
     new = generate(
-        i.cfg, i.backend, model.w, ids, tokens, 0.7, 0, 0.95, i.settings.seed, ends, model.dtype, among
+        i.cfg,
+        i.backend,
+        model.adapters or model.w,
+        ids,
+        tokens,
+        0.7,
+        0,
+        0.95,
+        i.settings.seed,
+        ends,
+        model.dtype,
+        among,
     )
     return prompt + i.tokenizer.decode(list(new), skip_special=True)

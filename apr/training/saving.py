@@ -18,7 +18,7 @@ import numpy as np
 
 from ..backends.host_copies import HostCopies
 from ..checkpoints.peft import write_adapter
-from ..checkpoints.state import Snapshot, TrainingState, device_sha256
+from ..checkpoints.state import READ_AGAIN, Snapshot, TrainingState, device_sha256, sha256
 from ..common.events import Event, Noted, Saved
 from ..model.lora import AdapterLayout
 from ..model.transformer import Model
@@ -54,6 +54,7 @@ class Saver:
         # The weights that compute are those that the optimizer updates.
         self._is_shared = state.optimizer.master is model.w
         self._copy = HostCopies(state.optimizer.be)
+        self._merged: np.ndarray | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._done: list[Event] = []
@@ -66,9 +67,9 @@ class Saver:
         self.wait()
         snapshot, weights, sha = self.state.snapshot(self._copy, progress is not None), None, ""
         if epoch is not None:
-            weights = snapshot.flats[""] if self._is_shared else self._copy(CHECKPOINT, self.model.w)
+            weights = snapshot.flats[""] if self._is_shared else self._weights()
             # As the device has them, apart from the copy: what is written is judged by that.
-            sha = device_sha256(self.model.be, self.model.layout, self.model.w)
+            sha = self._weights_sha256()
         self._note_problem()
         job = partial(self._write, snapshot, weights, sha, epoch, progress)
         self._thread = threading.Thread(target=self._keep_error, args=(job,), name="saving", daemon=True)
@@ -76,9 +77,28 @@ class Saver:
         if not self.inputs.settings.background_saves:
             self.wait()
 
+    def _weights(self) -> np.ndarray:
+        """Copy the weights that compute, with adapters in them, in the layout of the model."""
+        model = self.model
+        if not model.adapters:
+            return self._copy(CHECKPOINT, model.w)
+        if self._merged is None:
+            self._merged = np.zeros(model.layout.size, model.dtype)
+        for slot, x in model.adapters.tensors():
+            self._merged[slot.offset : slot.offset + slot.size] = model.be.to_host(x).reshape(-1)
+        return self._merged
+
+    def _weights_sha256(self) -> str:
+        model = self.model
+        if not model.adapters:
+            return device_sha256(model.be, model.layout, model.w)
+        if model.layout.size * np.dtype(model.dtype).itemsize > READ_AGAIN:
+            return ""
+        return sha256(model.be.to_host(x) for _, x in model.adapters.tensors())
+
     def reserve(self) -> None:
         """Make the memory of the copies before the first step, where that takes time."""
-        others = {} if self._is_shared else {CHECKPOINT: self.model.w}
+        others = {} if self._is_shared or self.model.adapters else {CHECKPOINT: self.model.w}
         self._copy.reserve(self.state.buffers() | others)
         self._note_problem()
 

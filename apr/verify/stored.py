@@ -157,7 +157,7 @@ def adapters(r: Record) -> Finding:
     if base.sha256 != want:
         return Finding.of("adapters", False, f"{init}: weights {base.sha256[:12]}", f"{want[:12]}")
     adapter, dtype = read_adapter(str(folder), base.cfg), r.settings.dtype or "float32"
-    worst, name = checkpoint_merge_error(base, adapter, merged, dtype)
+    worst, name = checkpoint_merge_error(base, adapter, merged, dtype, r.config["data"]["lora"].get("base"))
     measured = f"{folder.name}: off by {worst:.2f} of rounding at {name}"
     return Finding.of("adapters", worst <= 1, measured, bound)
 

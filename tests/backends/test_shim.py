@@ -118,6 +118,7 @@ def test_the_rows_launch_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 # Planted faults
 
 SMALL = {  # module -> rows that use all of it
+    "adapted": [*table("adapted", "20 256 70, 5 59 40"), *table("adapted_int8", "20 256 40, 5 59 33")],
     "attention": [
         *table("attention", "1 59 4 2 6, 1 123 2 1 10"),
         *table("attention_window", "1 97 4 1 5 40"),
@@ -139,6 +140,7 @@ SMALL = {  # module -> rows that use all of it
 
 BARRIER = "__syncthreads();"
 UNUSED = {  # barriers of common.cuh that a module does not need
+    "adapted": {0, 1, 2},
     "attention": {0, 1, 2},
     "bias": {0, 1},
     "embedding": {0, 1, 2},
@@ -148,6 +150,7 @@ UNUSED = {  # barriers of common.cuh that a module does not need
     "swiglu": {0, 1, 2},
 }
 OFF_BY_ONE = [
+    ("adapted", "o < O && r < ranks", "o < O - 1 && r < ranks"),
     ("attention", "j <= t + offset", "j < t + offset"),
     ("attention", "j > t + offset - window", "j >= t + offset - window"),
     ("attention", "key >= begin[i]", "key > begin[i]"),

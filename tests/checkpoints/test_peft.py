@@ -19,7 +19,6 @@ from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile, Refused
 from apr.evidence.adapters import base_unchanged, checkpoint_merge_error
 from apr.model.hf_config import from_hf
-from apr.model.lora import Adapters
 from apr.model.optim import AdamW
 from apr.model.params import Layout
 from apr.model.taps import Record
@@ -123,14 +122,13 @@ def start_of(golden, bases, tmp_path, be, dtype):
     base, ids, targets = bases("qwen2")
     loaded = open_any(str(base))
     adapter = read_adapter(str(put_adapter(golden, "train", tmp_path / "adapter")), loaded.cfg)
-    model = Model(loaded.cfg, be, *ids.shape, dtype)
-    adapters = Adapters(model, adapter.lora_config(loaded.cfg))
+    model = Model(loaded.cfg, be, *ids.shape, dtype, lora=adapter.lora_config(loaded.cfg))
+    adapters = model.adapters
     host = np.zeros(model.layout.size, dtype)
     fill(model.layout, host, loaded)
-    adapters.set_base(host)
+    adapters.set_base(model.layout.named(host).__getitem__)
     opt = AdamW.of(
         adapters,
-        after_update=adapters.merge,
         beta1=0.9,
         beta2=0.95,
         eps=1e-8,
@@ -152,7 +150,6 @@ def test_gradients_and_steps_are_those_of_torch_through_peft(golden, bases, tmp_
         be.fill(model.total, 0)
         model.micro_step(ids, targets, 1 / count)
         assert abs(float(be.to_host(model.total)[0]) / count - want) <= near * want
-        adapters.collect_gradients()
         if step == 0:
             for name, got in adapters.layout.named(be.to_host(adapters.g)).items():
                 grad = np.asarray(golden[f"train.grad.{name}"])

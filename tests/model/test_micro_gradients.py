@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from apr import backends
-from apr.model.lora import Adapters, lora_config
+from apr.model.lora import lora_config
 from apr.model.micro_gradients import MicroGradients, Pieces
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
@@ -17,30 +17,21 @@ from apr.model.transformer import Model
 NAMES = [name for name in PRESETS if name.endswith("-tiny")]
 
 
-def prepared(model, folds=False, lora=False, **options):
-    """A model of random weights, with adapters or without, and what is to be called for a micro-batch."""
+def built(cfg, be, folds, lora=False, **options):
+    """What is trained, a model of random weights or its adapters, and what is to be called for a micro-batch."""
+    config = lora_config(2, None, None) if lora else None
+    model = Model(cfg, be, 2, 12, be.dtypes[0], folds=folds, lora=config, **options)
     host = np.zeros(model.layout.size, np.float32)
     model.layout.randomise(host, 3)
-    model.be.from_host(model.w, host.astype(model.dtype))
-    if not lora:
+    if model.adapters is None:
+        model.be.from_host(model.w, host.astype(model.dtype))
         return model, model.micro_step
-    adapters = Adapters(model, lora_config(2, None, None), folds)
-    adapters.set_base(host)
+    adapters = model.adapters
+    adapters.set_base(model.layout.named(host).__getitem__)
     model.be.from_host(
         adapters.w, np.random.default_rng(5).standard_normal(adapters.layout.size).astype(np.float32)
     )
-    adapters.merge()
-
-    def micro_step(*args):
-        model.micro_step(*args)
-        adapters.collect_gradients()
-
-    return adapters, micro_step
-
-
-def built(cfg, be, folds, lora=False, **options):
-    dtype = be.dtypes[0]
-    return prepared(Model(cfg, be, 2, 12, dtype, folds=folds and not lora, **options), folds, lora)
+    return adapters, model.micro_step
 
 
 def batches(cfg, count=3):

@@ -61,6 +61,10 @@ CASES = [
     ),
     # the last position of each sequence
     Case("linear_rows_apart", "linear_fwd: x in N I@2*I/3*I, b none", "", "N O I: 1 123 59, 5 97 59"),
+    Case("adapted", "adapted: factor=0.7", "", "O I R: 1 1 1, 5 59 4, 97 123 33, 59 128 16"),
+    Case("adapted_copy", "adapted: b none, a none, factor=0.7", "", "O I: 5 59, 97 128"),
+    Case("adapted_int8", "adapted_int8: factor=0.7", "", "O I R: 1 1 1, 5 59 4, 97 123 33, 59 128 16"),
+    Case("adapted_int8_alone", "adapted_int8: b none, a none, factor=0.7", "", "O I: 5 59, 97 128"),
     *[
         Case(
             f"gemm_{a[0]}{b[0]}",
@@ -94,6 +98,18 @@ CASES = [
         "add_rmsnorm_fwd: res inplace N C, res_in>res, delta none, eps=1e-6",
         "add_rmsnorm_bwd",
         "N C: 1 5, 257 3, 59 97",
+    ),
+    Case(
+        "add_rmsnorm_frozen",
+        "add_rmsnorm_fwd: w const C, eps=1e-5",
+        "add_rmsnorm_bwd: dw none",
+        "N C: 5 59, 97 123",
+    ),
+    Case(
+        "head_rmsnorm_frozen",
+        "head_rmsnorm_fwd: w const D, eps=1e-6",
+        "head_rmsnorm_bwd: dw none",
+        "N H D: 5 7 59, 97 2 10",
     ),
     Case(
         "head_rmsnorm",  # H heads from head S: of P in y, of Q in x
@@ -275,6 +291,8 @@ def make(row: Row, dtype: Any, seed: int = 0) -> Arrays:
         if a.role in ("ids", "targets"):
             values[a.name] = rng.integers(0, row.sizes["V"], a.shape, dtype=np.int32)
             values[a.name][3::4] = -100 if a.role == "targets" else 0
+        elif a.role == "bytes":
+            values[a.name] = rng.integers(-127, 128, a.shape, dtype=np.int8)
         elif a.role == "doc_start":
             values[a.name] = borders(rng, *a.shape, row.sizes.get("S", row.sizes["T"]))
         elif a.role in ("in", "const", "acc", "inplace"):

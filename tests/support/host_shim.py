@@ -26,7 +26,7 @@ from cases import CASES, Row, overlay, rows
 SHIM = Path(__file__).with_name("shim")
 
 
-MODULES = ("attention", "bias", "embedding", "flat", "loss", "norm", "rope", "swiglu")
+MODULES = ("adapted", "attention", "bias", "embedding", "flat", "loss", "norm", "rope", "swiglu")
 
 
 FLAGS = (

@@ -17,6 +17,7 @@ TOKENS = 2 * 17
 
 
 SHAPES: dict[str, list[Row]] = {  # module -> rows
+    "adapted": [*table("adapted", "72 56 5, 40 80 16"), *table("adapted_int8", "72 56 5, 40 80 16")],
     "embedding": table("embedding", f"{TOKENS} 56 123"),
     "bias": table("linear", f"{TOKENS} 72 56"),
     "norm": [

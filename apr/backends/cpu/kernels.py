@@ -223,6 +223,13 @@ def linear_few_int8(y, x, w, scale, add):
                 yr[0] = yr[0] + s if add else s
 
 
+@_kernel("void(float32[:,::1], float32[:,::1])")
+def copy_rows(y, x):
+    """y = x"""
+    for j in prange(x.shape[0]):
+        y[j] = x[j]
+
+
 @_kernel("void(float32[:,::1], int8[:,::1], float32[::1])")
 def from_int8(y, w, scale):
     """y[j] = scale[j] w[j]"""

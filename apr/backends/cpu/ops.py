@@ -106,6 +106,20 @@ def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Arra
         kernels.add_columns(db, dy)
 
 
+def adapted(out: Array, w: Array, b: Array | None, a: Array | None, factor: float) -> None:
+    """See reference.py."""
+    kernels.copy_rows(out, w)
+    if b is not None and a is not None:
+        gemm(out, b, a, factor, 1.0, False, False)
+
+
+def adapted_int8(out: Array, w: Array, row: Array, b: Array | None, a: Array | None, factor: float) -> None:
+    """See reference.py."""
+    kernels.from_int8(out, w, row)
+    if b is not None and a is not None:
+        gemm(out, b, a, factor, 1.0, False, False)
+
+
 def add_rmsnorm_fwd(
     res: Array, y: Array, rstd: Array, res_in: Array, delta: Array | None, w: Array, eps: float
 ) -> None:
@@ -113,6 +127,16 @@ def add_rmsnorm_fwd(
     kernels.add_rmsnorm_fwd(
         res, y, rstd, res_in, _NOTHING2 if delta is None else delta, w, eps, delta is not None
     )
+
+
+def add_rmsnorm_bwd(dres: Array, dw: Array | None, dy: Array, res: Array, rstd: Array, w: Array) -> None:
+    """See reference.py."""
+    kernels.add_rmsnorm_bwd(dres, np.empty_like(w) if dw is None else dw, dy, res, rstd, w)
+
+
+def head_rmsnorm_bwd(dx: Array, dw: Array | None, dy: Array, x: Array, rstd: Array, w: Array) -> None:
+    """See reference.py."""
+    kernels.head_rmsnorm_bwd(dx, np.empty_like(w) if dw is None else dw, dy, x, rstd, w)
 
 
 def attention_fwd(

@@ -34,6 +34,7 @@ DTYPES: dict[str, Any] = {
     "int": np.dtype(np.int32),
     "long long": np.dtype(np.int64),
     "unsigned char": np.dtype(np.uint8),
+    "signed char": np.dtype(np.int8),
 }
 ACTS: dict[str, Any] = {"float32": DTYPES["float"], "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 

@@ -169,6 +169,38 @@ def add_rows(db: Array, dy: Array) -> None:
     _run("bias", "bias_add", dy, (ceil_div(o, 32),), (32, 32), db, partial, parts, o)
 
 
+# Matrices under adapters
+
+
+def adapted(out: Array, w: Array, b: Array | None, a: Array | None, factor: float) -> None:
+    """See reference.py."""
+    _adapted("adapted", out, (w,), b, a, factor)
+
+
+def adapted_int8(out: Array, w: Array, row: Array, b: Array | None, a: Array | None, factor: float) -> None:
+    """See reference.py."""
+    _adapted("adapted_int8", out, (w, row), b, a, factor)
+
+
+def _adapted(
+    op: str, out: Array, w: tuple[Array, ...], b: Array | None, a: Array | None, factor: float
+) -> None:
+    rows, columns = out.shape
+    v = _vector((columns * w[0].itemsize,), out, w[0], a)
+    pieces = columns * out.itemsize // 16 if v else columns
+    threads = min(128, round_up(pieces, 32))
+    rank = 0 if b is None else b.shape[1]
+    grid = ceil_div(pieces, threads), ceil_div(rows, _constant("adapted", "ROWS"))
+    _run(
+        "adapted",
+        op + ("_v" if v else "_1"),
+        out,
+        grid,
+        (threads,),
+        *(out, *w, b, a, factor, rows, columns, rank),
+    )
+
+
 # The residual stream
 
 
@@ -208,7 +240,7 @@ def add_rmsnorm_fwd(
     )
 
 
-def add_rmsnorm_bwd(dres: Array, dw: Array, dy: Array, res: Array, rstd: Array, w: Array) -> None:
+def add_rmsnorm_bwd(dres: Array, dw: Array | None, dy: Array, res: Array, rstd: Array, w: Array) -> None:
     """See reference.py."""
     n, c = res.shape
     suffix, threads = _norm(c, res, dres, dy, w)
@@ -223,7 +255,8 @@ def add_rmsnorm_bwd(dres: Array, dw: Array, dy: Array, res: Array, rstd: Array, 
         (threads, rows),
         *(dres, partial, dy, res, rstd, w, n, c),
     )
-    _run("norm", "norm_add", res, (ceil_div(c, 32),), (32, 32), dw, partial, blocks, c)
+    if dw is not None:
+        _run("norm", "norm_add", res, (ceil_div(c, 32),), (32, 32), dw, partial, blocks, c)
 
 
 def _head_norm(d: int, w: Array, *others: Array) -> tuple[str, int]:
@@ -253,7 +286,7 @@ def head_rmsnorm_fwd(y: Array, rstd: Array, x: Array, w: Array, eps: float) -> N
     )
 
 
-def head_rmsnorm_bwd(dx: Array, dw: Array, dy: Array, x: Array, rstd: Array, w: Array) -> None:
+def head_rmsnorm_bwd(dx: Array, dw: Array | None, dy: Array, x: Array, rstd: Array, w: Array) -> None:
     """See reference.py."""
     n, heads, d = x.shape
     suffix, threads = _head_norm(d, w, dx, dy, x)
@@ -268,7 +301,8 @@ def head_rmsnorm_bwd(dx: Array, dw: Array, dy: Array, x: Array, rstd: Array, w: 
         (threads, rows),
         *(dx, partial, dy, x, rstd, w, _row(dx), _row(dy), _row(x), _row(rstd), n, heads, d),
     )
-    _run("norm", "norm_add", x, (ceil_div(d, 32),), (32, 32), dw, partial, blocks, d)
+    if dw is not None:
+        _run("norm", "norm_add", x, (ceil_div(d, 32),), (32, 32), dw, partial, blocks, d)
 
 
 # Attention

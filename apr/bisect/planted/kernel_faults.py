@@ -132,6 +132,31 @@ _HALVES = """\
 """
 
 _CATALOGUE = (
+    # Matrices under adapters
+    KernelFault(
+        "kernel_adapted_neighbour_row",
+        "a row of 8-bit integers gets the factor of the row before it",
+        *("adapted", "row[first + o] : 1.f", "row[max(0, first + o - 1)] : 1.f"),
+        *("adapted_int8", "out"),
+        applies=lambda c: False,
+        needs="adapters over 8-bit integers",
+    ),
+    KernelFault(
+        "kernel_adapted_factor_forgotten",
+        "the product of the adapters lacks their factor",
+        *("adapted", "x[j] += factor * sum[o][j];", "x[j] += sum[o][j];"),
+        *("adapted", "out"),
+        applies=lambda c: False,
+        needs="adapters",
+    ),
+    KernelFault(
+        "kernel_adapted_last_rank_lost",
+        "the last of the ranks of an adapter is left out",
+        *("adapted", "for (int r = 0; r < ranks; r++) {", "for (int r = 0; r + 1 < ranks; r++) {"),
+        *("adapted", "out"),
+        applies=lambda c: False,
+        needs="adapters",
+    ),
     # Norms
     KernelFault(
         "kernel_norm_eps_constant",

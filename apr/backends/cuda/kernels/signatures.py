@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-POINTERS = ("act", "float", "double", "int", "long long", "unsigned char")
+POINTERS = ("act", "float", "double", "int", "long long", "unsigned char", "signed char")
 SCALARS = ("int", "long long", "float")
 TENSOR_MAP = "TensorMap"
 _EXTERN = re.compile(r'extern\s+"C"')
