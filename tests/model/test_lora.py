@@ -28,7 +28,7 @@ from apr.model.cost import memory
 from apr.model.hf_config import to_hf
 from apr.model.lora import LINEAR, AdapterLayout, LoraConfig, cut, lora_config, parse_targets
 from apr.model.optim import AdamW
-from apr.model.params import Layout
+from apr.model.params import ALIGN, Layout
 from apr.model.presets import PRESETS
 from apr.model.settings import ModelSettings
 from apr.model.transformer import Model
@@ -632,8 +632,9 @@ def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault)
             lambda a, i, name, *x: None if (i, name) == (1, "wo") else add(a, i, name, *x),
         )
     else:
+        # The golden steps of the family have an optimizer of their own, whose vectors are more than padding.
         monkeypatch.setattr(
-            AdamW, "step", lambda self, lr: right(self, (1 + 0.1 * (self.steps > 0 or len(steps) == 0)) * lr)
+            AdamW, "step", lambda o, lr: right(o, (1.1 if o.w.size - o.decayed == ALIGN else 1) * lr)
         )
     gate, code = FAULTS[fault]
     out = tmp_path / "run"

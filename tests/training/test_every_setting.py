@@ -74,6 +74,7 @@ OTHER = {
     "lora_rank": ("init", ["--lora-rank", "3"], ["--lora-rank", "2"]),
     "lora_alpha": ("init", ["--lora-rank", "2", "--lora-alpha", "5"], ["--lora-rank", "2"]),
     "lora_targets": ("init", ["--lora-rank", "2", "--lora-targets", "q,v"], ["--lora-rank", "2"]),
+    "lora_base": ("init", ["--lora-rank", "2", "--lora-base", "int8"], ["--lora-rank", "2"]),
     "lora_init": ("init", ["--lora-init", "adapter"], ["--lora-rank", "2"]),
     "init": ("init", [], ["--init", "other"]),
     "tokenizer": (["--tokenizer", "tokenizer"], []),
