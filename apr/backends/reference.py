@@ -139,7 +139,7 @@ def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Arra
 def gemm(out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: bool, trans_b: bool) -> None:
     """out = alpha * op(a) op(b) + beta * out, with op(x) = x^T where the flag of x is set, else x.
 
-    out (M,N), op(a) (M,K), op(b) (K,N), all float32 where activations are bfloat16; a and b may both be activations then.
+    out (M,N), op(a) (M,K), op(b) (K,N). Where activations are bfloat16 out is float32, and a and b both are, or both bfloat16.
     out is not read where beta is 0.
     """
     num = out.dtype.type
@@ -156,11 +156,7 @@ def adapted(out: Array, w: Array, b: Array | None, a: Array | None, factor: floa
 
 
 def adapted_int8(out: Array, w: Array, row: Array, b: Array | None, a: Array | None, factor: float) -> None:
-    """out[o] = row[o] * w[o] + factor * (b a)[o]: as `adapted`, of a matrix of 8-bit integers with a factor for each row.
-
-    Without adapters an element is one product of two float32 numbers, so that every backend gives the same bits.
-    out (O,I), w (O,I) int8 of rounded_rows, row (O,), b (O,R), a (R,I), or both None
-    """
+    """out = row * w + factor * b a: `adapted` of 8-bit integers, float32 products of equal bits everywhere.  row (O,)"""
     wide = row[:, None] * w.astype(row.dtype)
     out[...] = wide if b is None else wide + row.dtype.type(factor) * (b @ a)
 

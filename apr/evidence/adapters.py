@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.int8 import rounded_rows
 from ..checkpoints.checkpoint import Checkpoint, parameters
 from ..checkpoints.peft import LoadedAdapter
 from ..checkpoints.tensors import CHUNK
 from ..common.finding import FAIL, Finding
 from ..common.units import plural
 from ..model.adapters import Adapters
+from ..model.eight_bits import rounded_rows
 from ..model.lora import cut
 from ..model.params import Layout, Slot
 from .measure import gradient_norm, gradients

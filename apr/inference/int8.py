@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from .. import backends
-from ..backends.int8 import rounded_rows
 from ..model.config import ModelConfig
+from ..model.eight_bits import rounded_rows
 from ..model.params import FUSED, Layout
 
 

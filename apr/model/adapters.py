@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.int8 import rounded_rows
+from .eight_bits import rounded_rows
 from .lora import AdapterLayout, cut
 from .micro_gradients import add
 from .params import FUSED, Slot
