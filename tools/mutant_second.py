@@ -92,8 +92,7 @@ SECOND: tuple[Mutant, ...] = (
         (BLOCK, "q, k, v, s.doc_start, layer.window)", "q, k, v, s.doc_start, layer.window and layer.window - 1)"),
     ), "window", (T_MODEL,)),
     fault("tied_embedding_by_the_head_alone", "a tied embedding gets the gradient of the head alone", MODEL,
-          "        be.embedding_bwd(d.embed, s.dres, s.ids)\n",
-          "        if not c.tie_word_embeddings:\n            be.embedding_bwd(d.embed, s.dres, s.ids)\n", "plain", T_MODEL),
+          "if d.embed is not None:", "if d.embed is not None and not c.tie_word_embeddings:", "plain", T_MODEL),
     Mutant("z_loss_gradient_halved", "the gradient of the z-loss lacks its factor of 2, on all sides", (
         (REFERENCE, "* (1 + 2 * logits.dtype.type(z_loss) * lse)", "* (1 + logits.dtype.type(z_loss) * lse)"),
         (KERNELS, "scale * (1 + 2 * z_loss * lse)", "scale * (1 + z_loss * lse)"),
