@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from apr import backends
-from apr.backends import reference
+from apr.backends import overlay, reference
 from apr.bisect import rule
+from apr.bisect.spot import spot_check
 from apr.checkpoints import peft
 from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.registry import open_any
@@ -249,6 +250,33 @@ def test_eight_bits_are_the_same_on_every_backend():
     for (s, x), (_, y) in zip(*(a.tensors() for a in models), strict=True):
         if s.param.name != "wq":
             np.testing.assert_array_equal(np.array(x).view(np.uint32), np.array(y).view(np.uint32))
+
+
+def spot(be, dtype, base, preset="qwen3-tiny"):
+    """Report of a spot check of a model with new adapters."""
+    model, _, _, _ = adapted(preset, be, dtype, LoraConfig(8, 16.0, ALL, base=base), b=False)
+    ids = np.random.default_rng(0).integers(0, 123, (2, 9)).astype(np.int32)[:, :9]
+    return spot_check(model, ids[:, :-1], ids[:, 1:], "x")
+
+
+@pytest.mark.parametrize("base", [None, "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_spot_check_sees_every_op_of_adapters(dtype, base):
+    be = cpu if dtype == "float32" else rounded()
+    report = spot(be, dtype, base)
+    assert report.agree, report.first
+    taps = {row.tap for row in report.rows}
+    assert {"grad.1.wdown.A", "grad.0.wq.B", "0.low", "1.d_low"} <= taps
+    made = "adapted_int8" if base else "adapted"
+    assert sum(row.op == made for row in report.rows) == 2 * 2 * len(ALL)
+
+
+def test_a_spot_check_names_the_factor_of_the_neighbour_row():
+    def adapted_int8(out, w, row, b, a, factor):
+        cpu.adapted_int8(out, w, np.roll(row, 1), b, a, factor)
+
+    report = spot(overlay(cpu, adapted_int8=adapted_int8), "float32", "int8")
+    assert (report.first.op, report.first.layer) == ("adapted_int8", 0)
 
 
 def test_nothing_frozen_has_a_gradient_or_a_copy():
