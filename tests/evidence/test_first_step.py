@@ -156,6 +156,10 @@ def epsilon_is_a_constant_everywhere(m):
     both(m, "add_rmsnorm_fwd", lambda right: lambda *a: right(*a[:-1], 1e-6))
 
 
+def the_gradient_of_a_z_loss_is_halved_everywhere(m):
+    both(m, "cross_entropy", lambda right: lambda *a: right(*a[:-1], a[-1] / 2))
+
+
 def the_model_s_rotation_is_faster(m):
     right = transformer.rope_tables
     m.setattr(transformer, "rope_tables", lambda c, n: tuple(np.roll(x, 1, axis=0) for x in right(c, n)))
@@ -165,6 +169,7 @@ FORMULAS = [
     neighbours_are_paired_everywhere,
     epsilon_is_a_constant_everywhere,
     the_model_s_rotation_is_faster,
+    the_gradient_of_a_z_loss_is_halved_everywhere,
 ]
 
 # Averages
