@@ -32,9 +32,10 @@ from apr.model.optim import AdamW
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 
+FEWEST_CALLS = 20  # of an op in a graph that is timed
 WARM = 4  # steps before the first that counts: op by op, record, replay, replay
 # Arguments that are read and written; all others count once.
-TWICE = {"rope": {0}, "cross_entropy": {1}, "add_rmsnorm_bwd": {0}, "adamw": {1, 2, 3}, "linear_bwd": {1}}
+TWICE = {"rope": {0}, "cross_entropy": {1}, "add_rmsnorm_bwd": {0}, "adamw": {1, 2, 3}}
 SMALL = {
     "embedding_fwd": {2},
     "embedding_bwd": {0},
@@ -44,9 +45,8 @@ SMALL = {
 def floor_of(name: str, args: tuple[Any, ...], window: int, flops_rate: float, bytes_rate: float) -> float:
     """Seconds that an op takes at least."""
     arrays = [(i, a) for i, a in enumerate(args) if hasattr(a, "nbytes")]
-    moved = sum(
-        a.nbytes * (2 if i in TWICE.get(name, ()) else 1) for i, a in arrays if i not in SMALL.get(name, ())
-    )
+    twice = {1} if name == "linear_bwd" and args[6] else TWICE.get(name, set())
+    moved = sum(a.nbytes * (2 if i in twice else 1) for i, a in arrays if i not in SMALL.get(name, ()))
     if name in SMALL:  # the rows of the table: read, or read and written in float32
         moved += args[0].nbytes if name == "embedding_fwd" else 4 * args[1].nbytes
     flops = 0.0
@@ -62,31 +62,29 @@ def floor_of(name: str, args: tuple[Any, ...], window: int, flops_rate: float, b
 
 
 class Clock:
-    """A backend whose ops are timed with events: label -> (calls, milliseconds, floor in milliseconds)."""
+    """A backend that notes the calls of its ops, and their times: those of one kind, of all layers, follow each other in a
+    recorded graph, so that neither the host nor the launch of a kernel counts.
+    """
 
     def __init__(self, backend: ModuleType, window: int, flops_rate: float, bytes_rate: float) -> None:
-        import cupy
-
-        self.event = cupy.cuda.Event
-        self.elapsed = cupy.cuda.get_elapsed_time
-        self.rows: list[tuple[str, float, Any, Any]] = []
-        self.limits = window, flops_rate, bytes_rate
+        self.calls: dict[str, list[Callable[[], None]]] = {}
+        self.floors: dict[str, float] = {}
+        self.limits, self.sound = (window, flops_rate, bytes_rate), backend
         members = {k: getattr(backend, k) for k in dir(backend) if not k.startswith("_")}
         self.backend = SimpleNamespace(
-            **{k: self._timed(k, v) if self._is_op(k, v) else v for k, v in members.items()}
+            **{k: self._noted(k, v) if self._is_op(k, v) else v for k, v in members.items()}
         )
 
     @staticmethod
     def _is_op(name: str, member: Any) -> bool:
         return name in ("fill", "copy") or name in OPS
 
-    def _timed(self, name: str, f: Any) -> Any:
+    def _noted(self, name: str, f: Any) -> Any:
         def call(*args: Any) -> None:
-            start, end = self.event(), self.event()
-            start.record()
             f(*args)
-            end.record()
-            self.rows.append((self._label(name, args), floor_of(name, args, *self.limits), start, end))
+            label = self._label(name, args)
+            self.calls.setdefault(label, []).append(lambda: f(*args))
+            self.floors[label] = self.floors.get(label, 0.0) + floor_of(name, args, *self.limits)
 
         return call
 
@@ -97,16 +95,34 @@ class Clock:
         x, w = (args[1], args[2]) if name == "linear_fwd" else (args[4], args[5])
         return f"{name} {x.shape[0]}x{w.shape[0]}x{w.shape[1]}"
 
-    def table(self, steps: int) -> dict[str, dict[str, float]]:
-        """Milliseconds per step, by label."""
+    def table(self, repeats: int) -> dict[str, dict[str, float]]:
+        """Milliseconds of a step, by label: the median of so many replays. Arrays hold what the calls leave in them."""
         out: dict[str, dict[str, float]] = {}
-        for label, floor, start, end in self.rows:
-            row = out.setdefault(label, {"calls": 0.0, "ms": 0.0, "floor_ms": 0.0})
-            row["calls"] += 1 / steps
-            row["ms"] += self.elapsed(start, end) / steps
-            row["floor_ms"] += 1e3 * floor / steps
+        for label, calls in self.calls.items():
+            many = max(1, FEWEST_CALLS // len(calls)) * calls
+            ms = statistics.median(milliseconds(self.sound, many, repeats)) * len(calls) / len(many)
+            out[label] = {"calls": len(calls), "ms": ms, "floor_ms": 1e3 * self.floors[label]}
         order = sorted(out.items(), key=lambda kv: kv[1]["floor_ms"] - kv[1]["ms"])
         return {k: {n: round(x, 4) for n, x in v.items()} for k, v in order}
+
+
+def milliseconds(backend: ModuleType, calls: list[Callable[[], None]], repeats: int) -> list[float]:
+    """Times of replays of a graph of these calls, the first one left out."""
+    import cupy
+
+    def all_of_them() -> None:
+        for call in calls:
+            call()
+
+    replay, times = backend.capture(all_of_them), []
+    for _ in range(1 + repeats):
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(start, end))
+    return times[1:]
 
 
 def copy_rate(backend: ModuleType) -> float:
@@ -146,8 +162,8 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
 
     def step(lr: float = 1e-4, m: Model = model) -> None:
         backend.fill(m.total, 0)
-        m.micro_step(inputs, targets, 1 / targets.size, a.graph)
-        opt.step(lr)
+        m.micro_step(inputs, targets, 1 / targets.size, a.graph, begins=True)
+        opt.step(lr, clear=False)
 
     losses, times = [], []
     first = 0.0
@@ -182,15 +198,14 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         rate, copied = matmul_rate(backend, a.dtype), copy_rate(backend)
         clock = Clock(backend, cfg.sliding_window, rate, copied)
         model.be = clock.backend  # type: ignore[assignment]
-        for _ in range(1 + a.ops):
-            clock.rows.clear()
-            backend.fill(model.total, 0)
-            model.micro_step(inputs, targets, 1 / targets.size, False)
-            opt.step(1e-4)
-            backend.sync()
+        opt.be = model.be
+        model.be.fill(model.total, 0)
+        model.micro_step(inputs, targets, 1 / targets.size, False, begins=True)
+        opt.step(1e-4, clear=False)
+        backend.sync()
         result |= {
             "matmul_tflops": round(rate / 1e12, 1), "copy_tbs": round(copied / 1e12, 3),
-            "limit_ms": round(1e3 * flops / rate, 2), "ops": clock.table(1),
+            "limit_ms": round(1e3 * flops / rate, 2), "ops": clock.table(a.ops),
         }  # fmt: skip
     return result
 

@@ -120,7 +120,8 @@ OPS = {
             "embedding_fwd: y out N C, ids ids N, w in V C; each N C",
             "embedding_bwd: dw acc32 V C, dy in N C, ids ids N; each C",
             "linear_fwd: y out N O, x in N I, w in O I, b in? O; each N O",
-            "linear_bwd: dx out N I, dw acc32? O I, db acc32? O, dy in N O, x in N I, w in O I; each N O I",
+            "linear_bwd: dx out N I, dw acc32? O I, db acc32? O, dy in N O, x in N I, w in O I, adds bool; "
+            "each N O I",
             "adapted: out out O I, w in O I, b in32? O R, a in32? R I, factor float; each O I",
             "adapted_int8: out out O I, w bytes O I, row const32+ O, b in32? O R, a in32? R I, factor float; each O I",
             "gemm: out inplace32 M N, a in32 M K, b in32 K N, alpha float, beta float, trans_a bool, trans_b bool",
@@ -139,8 +140,8 @@ OPS = {
             "add_sum: total acc64 1, x in32 N",
             "add_sum_sq: total acc64+ 1, x in32 N",
             "clip_factor: factor out64 1, sum_sq in64+ 1, max_norm float",
-            "adamw: w out N, master inplace32 N, m inplace32 N, v inplace32+ N, g in32 N, factor in64+ 1, lr float, "
-            "beta1 float, beta2 float, eps float, decay float, step int; each N",
+            "adamw: w out N, master inplace32 N, m inplace32 N, v inplace32+ N, square acc64+ 1, g in32 N, factor in64+ 1, "
+            "lr float, beta1 float, beta2 float, eps float, decay float, step int; each N",
         ),
     )
 }
@@ -149,7 +150,8 @@ OPS = {
 PLUMBING = frozenset(
     (
         *("empty", "from_host", "to_host", "fill", "copy", "sync", "memory", "overhead", "free_memory"),
-        *("set_threads", "set_device", "describe", "tune", "capture"),
+        *("set_threads", "set_device", "describe", "tune", "capture", "read_later"),
     )
 )
-FACTS = ("name", "dtypes", "pad_vocab", "loss_elements")  # attributes of a backend that are no functions
+# attributes of a backend that are no functions
+FACTS = ("name", "dtypes", "pad_vocab", "loss_elements", "asynchronous")

@@ -2,7 +2,8 @@
 
 The contract of an op, here and in every other backend; dtype and axes of each argument stand in contract.py:
 1. Outputs come first and are written in place; an op allocates nothing that outlives it.
-2. Parameter gradients (dw, db) and running sums (total) are ADDED TO; activation gradients are
+2. Parameter gradients (dw, db) and running sums (total) are ADDED TO, unless an op is told that dw
+   begins there (linear_bwd without `adds`); activation gradients are
    overwritten; the one exception is dres, the gradient of the residual stream, which is only ever
    added to.
 3. Arrays carry the dtype; there are no device, stream or dtype arguments. Where weights and activations
@@ -29,6 +30,7 @@ name = "reference"
 dtypes = ("float64", "float32")
 pad_vocab = False  # products are much faster with a vocabulary that is padded to a multiple of 64
 loss_elements = 1 << 23  # of logits held at once: enough work for a product, little memory
+asynchronous = False  # calls return before they are done
 _allocated = [0]
 
 
@@ -51,6 +53,12 @@ def from_host(x: Array, host: np.ndarray) -> None:
 def to_host(x: Array) -> np.ndarray:
     """A copy on the host, same dtype."""
     return np.array(x)
+
+
+def read_later(numbers: tuple[Array, ...]) -> Callable[[], list[float]]:
+    """A function that waits for, and gives, the values that (1,) float64 arrays have behind what was asked for so far."""
+    values = [float(x[0]) for x in numbers]
+    return lambda: values
 
 
 def fill(x: Array, value: float) -> None:
@@ -127,10 +135,16 @@ def linear_fwd(y: Array, x: Array, w: Array, b: Array | None) -> None:
     y[...] = x @ w.T if b is None else x @ w.T + b
 
 
-def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Array, w: Array) -> None:
-    """dx = dy w;  dw += dy^T x;  db += sum_n dy[n].  Shapes as in linear_fwd; dw, db may be None"""
+def linear_bwd(
+    dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Array, w: Array, adds: bool
+) -> None:
+    """dx = dy w;  dw += dy^T x, or dw = dy^T x without reading dw where adds is False;  db += sum_n dy[n].
+
+    Shapes as in linear_fwd; dw, db may be None."""
     dx[...] = dy @ w
     if dw is not None:
+        if not adds:
+            dw[...] = 0
         dw += dy.T @ x
     if db is not None:
         db += dy.sum(0)
@@ -369,6 +383,7 @@ def adamw(
     master: Array,
     m: Array,
     v: Array,
+    square: Array,
     g: Array,
     factor: Array,
     lr: float,
@@ -381,8 +396,9 @@ def adamw(
     """One AdamW step (Loshchilov and Hutter 2019, algorithm 2; torch.optim.AdamW), step from 1.
 
     With g' = factor[0] * g:  m += (1 - beta1) (g' - m);  v += (1 - beta2) (g'^2 - v);
-    master -= lr * (m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps) + decay * master);  w = master
-    w, master, m, v, g (n,), factor (1,) float64. master may be w itself; otherwise w is it, rounded.
+    master -= lr * (m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps) + decay * master);  w = master;
+    square[0] += sum(master^2), of the new master
+    w, master, m, v, g (n,), square, factor (1,) float64. master may be w itself; otherwise w is it, rounded.
     """
     num = master.dtype.type
     g = g * num(factor[0])
@@ -392,6 +408,7 @@ def adamw(
     vhat = v / num(1 - beta2**step)
     master -= num(lr) * (mhat / (np.sqrt(vhat) + num(eps)) + num(decay) * master)
     w[...] = master
+    add_sum_sq(square, master)
 
 
 def _same_shape(y: Array, x: Array) -> None:

@@ -100,6 +100,31 @@ def fill_with_noise(x: Twin, be: Backend, norm: float, power: int = 1) -> None:
     be.from_host(within(judged, x.shape), low.reshape(truth.shape))
 
 
+def elements(call: Call, at: slice) -> Call:
+    """Cut an op on flat buffers to some elements."""
+    size, sums = call.args["w"].shape, [n for n, how in OPS[call.op].outputs.items() if how == "+"]
+    return replace(
+        call,
+        args={
+            n: x[at] if getattr(x, "shape", None) == size else _apart(x) if n in sums else x
+            for n, x in call.args.items()
+        },
+    )
+
+
+def _apart(x: Twin) -> Twin:
+    """Make a sum of a piece's own: pieces are computed at the same time."""
+    return Twin(x.name, [np.zeros(x.shape, np.float64)] * len(x.sides))
+
+
+def rows_of_gradient(call: Call, at: slice) -> Call:
+    """Cut a linear_bwd to some rows of dw; its dx is not read."""
+    a = call.args
+    dx = np.empty(a["dx"].shape)
+    part = {"dx": dx, "dw": a["dw"][at], "db": None, "dy": a["dy"][:, at], "x": a["x"], "w": a["w"][at]}
+    return replace(call, args={**part, "adds": a["adds"]})
+
+
 def within(x: Any, shape: tuple[int, ...]) -> Any:
     """Cut an array to a shape: without the padding that a vocabulary may have on one side alone."""
     return x if tuple(x.shape) == shape else x[tuple(slice(n) for n in shape)]
@@ -186,7 +211,7 @@ def join_optimizers(both: Model, optimizers: Sequence[Optimizer]) -> Optimizer:
     """Build one optimizer that runs those of the models of join() in lockstep."""
     out = copy.copy(optimizers[-1])
     out.be, out.w, out.g = both.be, both.w, both.g
-    for name in ("master", "sum_sq", "factor"):
+    for name in ("master", "sum_sq", "factor", "square"):
         setattr(out, name, Twin(name, [getattr(o, name) for o in optimizers]))
     out.state = {name: Twin(name, [o.state[name] for o in optimizers]) for name in out.state}
     return out

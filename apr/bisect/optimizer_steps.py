@@ -17,6 +17,9 @@ from .passes import CLIP, DECAY, LR
 from .pieces import in_pieces, norm_of
 from .report import ArrayComparison
 
+# Of the norm of all weights: sums of some hundred squares may be float32.
+WEIGHT_NORM = 1e-6
+
 
 def optimizer_steps(judged: Model) -> list[ArrayComparison]:
     """Compare one whole step of each optimizer, on the side's own gradients, with its formula on the host.
@@ -61,6 +64,15 @@ def _optimizer_step(kind: type[Optimizer], judged: Model, g: np.ndarray) -> list
 
         tol, d, cause = max(in_pieces(judge, s.size), key=lambda f: (not f[1].err <= f[0], f[1].err - f[0]))
         rows.append(measured("optimizer", op, f"w.{s.hf}", d, tol, s.layer, s.shape, cause))
+    be.fill(opt.sum_sq, np.nan)
+    be.clip_factor(opt.factor, opt.sum_sq, 1.0)
+    cause = "a norm that is no number passes as one that is not clipped"
+    rows.append(
+        holds("optimizer", "clip_factor", "factor of NaN", bool(np.isnan(be.to_host(opt.factor)[0])), cause)
+    )
+    square, want = opt.weight_norm(), norm_of(after)
+    cause = "the weight norm of a run is not that of its weights"
+    rows.append(holds("optimizer", op, "square", abs(square - want) <= WEIGHT_NORM * want, cause))
     rows.append(
         holds("optimizer", op, "g", not be.to_host(judged.g).any(), "the gradients were not set to zero")
     )

@@ -22,7 +22,7 @@ def _beside(judged: Model, cfg: ModelConfig, be: rule.Backend, shape: tuple[int,
     rows = min(judged.loss_rows, shape[0] * shape[1])
     return Model(
         cfg, in_parallel(be), *shape, dtype=dtype, train=judged.train, loss_rows=rows, recompute=judged.recompute,
-        z_loss=judged.z_loss, document_end=judged.document_end,
+        z_loss=judged.z_loss, document_end=judged.document_end, act_again=judged.act_again,
         lora=judged.adapters.config if judged.adapters else None,
     )  # fmt: skip
 
@@ -48,6 +48,10 @@ def forced(truth: ModelConfig, judged: Model, batch: Batch, optimizer: bool) -> 
     if optimizer:
         watch.stage = "backward"
         _crowded_ids(both, batch)
+        if not both.adapters:
+            _begun(both)
+        watch.stage = "loss"
+        _edge_targets(both, batch)
         watch.stage, norm = "optimizer", norm_of(model.g)
         for number, kind in enumerate(OPTIMIZERS.values()):
             _one_step(kind, both, [model, judged], norm, own_gradients=number == 0)
@@ -61,6 +65,25 @@ def _crowded_ids(both: Model, batch: Batch) -> None:
     ids[np.arange(n) % 3 > 0] = batch.ids.flat[0]
     both.be.from_host(scratch.ids, ids)
     both.be.embedding_bwd(both.d.embed, scratch.dres, scratch.ids)
+
+
+def _edge_targets(both: Model, batch: Batch) -> None:
+    """Compute losses, of the logits as the pass left them, for the first and the last ids of the vocabulary, and for rows
+    that are ignored."""
+    s, rows = both._at(*batch.shape)[1], min(both.loss_rows, batch.ids.size)
+    kept = batch.targets.reshape(-1)
+    edges = np.resize(np.array([-1, 0, 1 - both.cfg.vocab_size], np.int32) % both.cfg.vocab_size, kept.size)
+    both.be.from_host(s.targets, np.where(kept < 0, kept, edges).astype(np.int32))
+    logits = both._logits[:rows, : both.cfg.vocab_size]
+    both.be.cross_entropy(s.loss[:rows], logits, s.targets[:rows], 1.0, both.z_loss)
+    both.be.from_host(s.targets, kept)
+
+
+def _begun(both: Model) -> None:
+    """Compute the last gradient of a block again, as the first micro-batch of a step does: over what was there."""
+    block, s = both._at(both.b, both.t)[0][0], both._at(both.b, both.t)[1]
+    g, w = both.d.layer[0].wqkv, both.p.layer[0].wqkv
+    both.be.linear_bwd(s.dnorm, g, None, s.dqkv, block.norm1, w, False)
 
 
 def _one_step(
@@ -81,6 +104,8 @@ def _one_step(
     if joined.master.sides[1] is not models[1].w:
         models[1].be.from_host(joined.master.sides[1], models[0].w.astype(joined.master.sides[1].dtype))
     joined.step(LR)
+    # Gradients that are not too large.
+    both.be.clip_factor(joined.factor, joined.sum_sq, 2 * norm)
 
 
 def free(truth: ModelConfig, judged: Model, weights: np.ndarray, batch: Batch) -> Free:

@@ -65,14 +65,14 @@ def rounded_copy(x: np.ndarray, kind: Any) -> np.ndarray:
 def in_parallel(be: Backend) -> Backend:
     """Wrap a backend of NumPy arrays: gradients of large matrices, and sums of squares, are computed piece by piece."""
 
-    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any) -> None:
+    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any, adds: bool) -> None:
         if dw is None or dw.size <= PIECE_ELEMENTS:
-            be.linear_bwd(dx, dw, db, dy, x, w)
+            be.linear_bwd(dx, dw, db, dy, x, w, adds)
             return
-        be.linear_bwd(dx, None, db, dy, x, w)
+        be.linear_bwd(dx, None, db, dy, x, w, adds)
 
         def piece(at: slice) -> None:
-            be.linear_bwd(np.empty_like(dx), dw[at], None, dy[:, at], x, w[at])
+            be.linear_bwd(np.empty_like(dx), dw[at], None, dy[:, at], x, w[at], adds)
 
         in_pieces(piece, dw.shape[0], max(1, PIECE_ELEMENTS // dw.shape[1]))
 

@@ -24,7 +24,7 @@ def spot_check(model: Model, ids: np.ndarray, targets: np.ndarray, name: str) ->
     """Compare every op of forward, loss and backward of a piece of a micro-batch with the reference in float64.
 
     model: in training, between two optimizer steps; its buffers are written to, its weights are not, and its gradients
-    are zero afterwards, as they were before. The report has no rows and says why when memory is short.
+    are zero afterwards. The report has no rows and says why when memory is short.
     """
     piece = slice(0, SEQUENCES), slice(0, POSITIONS)
     ids, targets = np.ascontiguousarray(ids[piece]), np.ascontiguousarray(targets[piece])

@@ -15,7 +15,8 @@ from .report import ArrayComparison
 from .side import Batch, Side
 from .upload import FUSED_IN
 
-OTHER_SCALE = 3.0
+# Of the loss scale, and of the weights, of another pass.
+OTHER_SCALE, MOVED = 3.0, 0.75
 # Buffers that are no scratch memory.
 KEPT_BUFFERS = ("w", "g", "cos", "sin", "total", "ids", "targets", "doc_start")
 
@@ -46,6 +47,16 @@ def state(
     then = runs.step(other, OTHER_SCALE)
     cause = "the recorded pass of another batch and loss scale gives other bits than op by op"
     rows += runs.same("recorded_again", runs.replayed(other, OTHER_SCALE), then, cause)
+    # Now by what was recorded first, of another batch and other weights.
+    targets = np.ascontiguousarray(batch.targets[:, ::-1])
+    side.backend.from_host(runs.model.w, np.float32(MOVED) * weights)
+    then = runs.step(other, targets=targets)
+    cause = "what was recorded gives other bits than op by op for another batch and other weights"
+    rows += runs.same("recorded_before", runs.replayed(other, targets=targets), then, cause)
+    side.backend.from_host(runs.model.w, weights)
+    runs.spoil_gradients()
+    cause = "a micro-batch that begins the gradients adds to what they held"
+    rows += runs.same("begins_anew", runs.begun(), first, cause)
     rows += _future(runs.model, batch)
     cause = "another input gives the same loss: a stale buffer"
     rows.append(holds("state", "other_input", "loss", runs.evaluate(other) != before, cause))
@@ -72,22 +83,39 @@ class _Runs:
     def _result(self) -> _Step:
         return _Step(float(self.be.to_host(self.model.total)[0]), self.be.to_host(self.model.g))
 
-    def step(self, ids: np.ndarray | None = None, times: float = 1.0) -> _Step:
+    def step(
+        self, ids: np.ndarray | None = None, times: float = 1.0, targets: np.ndarray | None = None
+    ) -> _Step:
         """Run forward and backward, op by op; times: of the loss scale."""
         self._clear()
         self.model.forward(self.batch.ids if ids is None else ids)
-        self.model.loss(self.batch.targets, times * self.scale)
+        self.model.loss(self.batch.targets if targets is None else targets, times * self.scale)
         self.model.backward()
         return self._result()
 
-    def replayed(self, ids: np.ndarray | None = None, times: float = 1.0) -> _Step:
+    def replayed(
+        self, ids: np.ndarray | None = None, times: float = 1.0, targets: np.ndarray | None = None
+    ) -> _Step:
         """Run forward and backward op by op, then recorded, then replayed; returns the last."""
         for _ in range(3):
             self._clear()
             self.model.micro_step(
-                self.batch.ids if ids is None else ids, self.batch.targets, times * self.scale
+                self.batch.ids if ids is None else ids,
+                self.batch.targets if targets is None else targets,
+                times * self.scale,
             )
         return self._result()
+
+    def begun(self) -> _Step:
+        """Run forward and backward as the first micro-batch of a step, over gradients that are not zero."""
+        self.be.fill(self.model.total, 0)
+        self.model.micro_step(self.batch.ids, self.batch.targets, self.scale, False, begins=True)
+        return self._result()
+
+    def spoil_gradients(self) -> None:
+        """Fill the gradients of all parameters with NaN; the padding between them stays zero."""
+        for s in self.model.layout.slots:
+            self.be.fill(self.model.g[s.offset : s.offset + s.size], np.nan)
 
     def evaluate(self, ids: np.ndarray) -> float:
         """Run forward alone; returns the loss."""

@@ -34,7 +34,7 @@ def summed_in_order(op: str, name: str, low: dict[str, Any], want: np.ndarray) -
     for n in chosen(rows):
         for o in chosen(columns):
             terms = rows[n] * columns[o]
-            if name == "dw":
+            if name == "dw" and low.get("adds", True):
                 terms = np.concatenate([low["dw"][n, o : o + 1], terms])
             total = np.cumsum(terms, dtype=np.float32)[-1]
             total = total + low["b"][o] if name == "y" and low["b"] is not None else total

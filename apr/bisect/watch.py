@@ -13,9 +13,9 @@ from ..backends.contract import OPS
 from ..model.params import Layout
 from . import explain, rule
 from .difference import Difference, difference, error_and_tolerance, root_mean_square
-from .lockstep import Call, Twin, fill_with_noise, host, within
+from .lockstep import Call, Twin, elements, fill_with_noise, host, rows_of_gradient, within
 from .makers import overlap, span
-from .pieces import PIECE_ELEMENTS, in_parallel, in_pieces, rounded_copy
+from .pieces import PIECE_ELEMENTS, in_parallel, in_pieces, norm_of, rounded_copy
 from .report import FORCED, FREE, ArrayComparison
 from .sums import summed_in_order
 
@@ -23,7 +23,7 @@ MAX_SLICED_ELEMENTS = 1 << 24  # of an array whose slices are judged apart
 MAX_EXPLAINED = 6
 # Buffers of a model with adapters that hold what a pass is given.
 GIVEN = ("w", "w8", "rows", "adapters")
-ALWAYS_64 = ("total", "factor", "sum_sq")
+ALWAYS_64 = ("total", "factor", "sum_sq", "square")
 
 TAP = {  # of scratch buffers: by the weight that is used
     ("delta", "wo"): "att_out",
@@ -117,7 +117,7 @@ class _Watch:
 
     def _place(self, call: Call, name: str, index: int) -> tuple[str, int | None]:
         """Return (tap, layer) of an output; in a flat buffer, of the parameter with the worst element."""
-        if OPS[call.op].is_update:
+        if OPS[call.op].is_update and call.args[name].shape == call.args["w"].shape:
             x = call.args[name]
             slot = next(
                 (s for s in self.layout.slots if s.offset <= x.start + index < s.offset + s.size), None
@@ -172,16 +172,19 @@ class Forced(_Watch):
         self._poison(call, names)
         self._begin_at_random(call, names)
         if OPS[call.op].is_update:
+            size = call.args["w"].shape
+            begun = {n: float(call.args[n].sides[0][0]) for n in names if call.args[n].shape != size}
             self._run(1, call)
-            self._in_pieces(
-                call, names, call.args["w"].shape[0], lambda at: _elements(call, at), settle=False
-            )
+            arrays = [n for n in names if n not in begun]
+            self._in_pieces(call, arrays, size[0], lambda at: elements(call, at), settle=False)
+            for n, before in begun.items():
+                self._sum_of_squares(call, n, before)
             return
         self._run(1, call)
         dw = call.args.get("dw")
         if call.op == "linear_bwd" and isinstance(dw, Twin) and dw.sides[0].size > PIECE_ELEMENTS:
             self._whole(replace(call, args={**call.args, "dw": None}), [n for n in names if n != "dw"])
-            self._in_pieces(call, ["dw"], dw.shape[0], lambda at: _rows(call, at), settle=True)
+            self._in_pieces(call, ["dw"], dw.shape[0], lambda at: rows_of_gradient(call, at), settle=True)
         else:
             self._whole(call, names)
 
@@ -197,13 +200,13 @@ class Forced(_Watch):
                 self.backends[1].fill(judged[n], np.nan)
 
     def _begin_at_random(self, call: Call, names: list[str]) -> None:
-        """Put noise of the size of what the op adds into gradients that no op has added to yet.
+        """Put noise of the size of what the op adds into gradients and sums that no op has added to yet.
 
         An op that overwrites what it must add to would give the same values from zero."""
         how = OPS[call.op].outputs
-        fresh = [n for n in names if how[n] == "+" and call.args[n].name not in self._begun]
-        fresh = [n for n in fresh if call.args[n].name.startswith("grad.")]
-        if not fresh:
+        fresh = [n for n in names if how[n] == "+" and call.args[n].name not in self._begun | {"dres"}]
+        # An update adds twice to the squares of its weights, and many ops to the gradient of the residual stream.
+        if not fresh or OPS[call.op].is_update:
             return
         self._begun |= {call.args[n].name for n in fresh}
         # What else the op changes is put back after it ran to find that size.
@@ -213,9 +216,11 @@ class Forced(_Watch):
         for n in fresh:
             x = call.args[n]
             size = root_mean_square(host(self.backends[1], x.sides[1], x.shape))
-            fill_with_noise(
-                x, self.backends[1], np.sqrt(x.sides[0].size) * (size if 0 < size < np.inf else 1.0)
-            )
+            size = np.sqrt(x.sides[0].size) * (size if 0 < size < np.inf else 1.0)
+            if any(a.name == n and a.positive for a in OPS[call.op].arguments):
+                fill_with_noise(x, self.backends[1], np.sqrt(size), 2)
+            else:
+                fill_with_noise(x, self.backends[1], size)
         for x, values in zip(others, kept, strict=True):
             self.backends[1].from_host(x.sides[1], values)
         self._poison(call, names)
@@ -232,12 +237,25 @@ class Forced(_Watch):
             x = call.args[n]
             got = host(self.backends[1], x.sides[1], x.shape)
             in_order = self._in_order(call.op, n, before, truth[n])
+            in_order += rule.cancelled(call.op, n, before)
             terms = _terms(call, n)
             err, tol, d = self._judge(call.op, n, got, truth[n], [b[n] for b in bases], x, terms, in_order)
             cause = "" if err <= tol else self._explain(call, n, got, truth[n], before, tol)
             self.rows.append(self._row(call, n, FORCED, err, tol, d, cause))
         for n in names:
             self._settle(call.args[n])
+
+    def _sum_of_squares(self, call: Call, name: str, before: float) -> None:
+        """Compare the sum that an update adds the squares of its new weights to. Both sides have the reference's then."""
+        x, master = call.args[name], call.args["master"].sides[0]
+        want, plain = (
+            np.array([before + norm_of(values) ** 2]) for values in (master, rounded_copy(master, np.float32))
+        )
+        got = host(self.backends[1], x.sides[1], x.shape)
+        err, tol, d = self._judge(call.op, name, got, want, [plain], x, 0)
+        self.rows.append(self._row(call, name, FORCED, err, tol, d, ""))
+        x.sides[0][...] = want
+        self._settle(x)
 
     def _in_pieces(
         self, call: Call, names: list[str], length: int, part: Callable[[slice], Call], settle: bool
@@ -273,7 +291,7 @@ class Forced(_Watch):
             rows = [self._row(call, n, FORCED, *piece[i]) for piece in found]
             self.rows.append(max(rows, key=lambda r: (r.ratio, not r.ok)))
             if settle:
-                self.backends[1].from_host(call.args[n].sides[1], settled[n])
+                self.backends[1].from_host(within(call.args[n].sides[1], settled[n].shape), settled[n])
 
     def _explain(
         self, call: Call, name: str, got: np.ndarray, want: np.ndarray, before: dict[str, Any], tol: float
@@ -321,7 +339,7 @@ class Forced(_Watch):
         d = difference(got, want)
         base = max([difference(b, want).err for b in bases] + in_order) * self.scale
         slices: tuple[list[float], list[float]] = ([], [])
-        if self.dtype == "bfloat16" and want.size <= MAX_SLICED_ELEMENTS:
+        if self.dtype == "bfloat16" and want.size <= MAX_SLICED_ELEMENTS and want.any():
             sound = [rule.relative(b, want) for b in bases]
             slices = rule.relative(got, want), [max(axis) for axis in zip(*sound, strict=True)]
         err, tol, _ = error_and_tolerance(
@@ -360,22 +378,6 @@ class Free(_Watch):
 def _terms(call: Call, name: str) -> int:
     """Count the terms of each sum of a product whose result is kept wide; 0 for other outputs."""
     return int(call.args["dy"].shape[0]) if (call.op, name) == ("linear_bwd", "dw") else 0
-
-
-def _elements(call: Call, at: slice) -> Call:
-    """Cut an op on flat buffers to some elements."""
-    size = call.args["w"].shape
-    return replace(
-        call, args={n: x[at] if getattr(x, "shape", None) == size else x for n, x in call.args.items()}
-    )
-
-
-def _rows(call: Call, at: slice) -> Call:
-    """Cut a linear_bwd to some rows of dw; its dx is not read."""
-    a = call.args
-    dx = np.empty(a["dx"].shape)
-    part = {"dx": dx, "dw": a["dw"][at], "db": None, "dy": a["dy"][:, at], "x": a["x"], "w": a["w"][at]}
-    return replace(call, args=part)
 
 
 def _wide(x: Any) -> Any:

@@ -18,7 +18,7 @@ from ..common.errors import Refused, UsageError
 from ..common.options import device_option, dtype_option, json_option, option, parse, threads_option
 from ..common.units import plural
 from ..model.config import ModelConfig
-from ..model.cost import check_positions, flops_per_token, matmul_rate, memory, save_copies
+from ..model.cost import check_positions, fitted, flops_per_token, matmul_rate, memory, save_copies
 from ..model.lora import BASES, AdapterLayout, LoraConfig, check_rank, lora_config
 from ..model.optim import AdamW
 from ..model.params import Layout
@@ -85,16 +85,16 @@ def main(args: Sequence[str]) -> int:
     backend = select(f.device, f.dtype, f.threads)
     dtype = f.dtype or backend.dtypes[0]
     layout, micro = Layout(cfg), min(f.micro_batch_size or f.batch_size, f.batch_size)
-    need = memory(
+    have = backend.free_memory()
+    need, again = fitted(lambda again: memory(
         cfg, backend, micro, f.seq_length, dtype, f.train,
         recompute=f.recompute, documents=f.mask_documents, lora=lora, saves=True,
-        folds=micro < f.batch_size,
-    )  # fmt: skip
+        folds=micro < f.batch_size, act_again=again,
+    ), have if f.train and not f.recompute else None)  # fmt: skip
     planned = _disk(f, cfg, dtype, lora) if f.train else None
     room = disk.free_bytes(Path(f.run_dir or "runs"))
     copies = save_copies(cfg, dtype, AdamW, lora) if f.train else 0
     adapters = AdapterLayout(cfg, lora) if lora else None
-    have = backend.free_memory()
     flops = flops_per_token(cfg, f.seq_length, f.train, lora)
     rate = matmul_rate(backend, dtype)
     result: dict[str, Any] = {
@@ -107,6 +107,7 @@ def main(args: Sequence[str]) -> int:
         "bytes": {**vars(need), "total": need.total},
         "available_bytes": have,
         "fits": have is None or need.total <= have,
+        "act_again": again,
         "copies_bytes": copies,
         "disk_bytes": {**vars(planned), "total": planned.total} if planned else None,
         "free_disk_bytes": room,
@@ -131,6 +132,7 @@ def main(args: Sequence[str]) -> int:
         ("device", f"{backend.name}, {dtype}"),
         *parts,
         ("all buffers", f"{need.total / gib:9.3f} GiB for {micro} x {f.seq_length} tokens at once"),
+        *([("to fit", "the input of the down product is computed again in backward, for 2 % of a step")] if again else []),
         ("free memory", f"{have / gib:9.3f} GiB" if have is not None else "the system does not say"),
         *([("main memory", f"{copies / gib:9.3f} GiB of copies that saves are written from")] if beside else []),
         *([("disk", planned.in_words(room))] if planned else []),

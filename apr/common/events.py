@@ -69,7 +69,10 @@ class Started(Event):
 
 @dataclass(frozen=True)
 class StepBegun(Event):
-    """The batch of a step is read, the gradients are those that the step before left.
+    """The batch of a step is read; its first micro-batch overwrites whatever the gradients hold.
+
+    An observer that computes with the model here, or writes to it, in other steps than the first of a process has a method
+    `computes_before(step)` that says in which: elsewhere the gradients of the step may be computed already.
 
     ids      (B, T) int32
     targets  (B, T) int32, negative where nothing is predicted

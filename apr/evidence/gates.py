@@ -191,7 +191,7 @@ GATES = {
             "the gradient norm counts all parameters, and every parameter has a gradient",
             "in the first step of a process: the norms of all tensors, squared and summed on the host in float64, together "
             "give the one that is logged, of gradients and of weights, within 1e-5; no gradient's is zero; and, as often as "
-            "run.learning-rate, no step finds gradients of the one before",
+            "run.learning-rate, a huge number put into the gradients before a step is not in them when it is done",
             "the backward pass of the tensor that is named: `apr bisect`",
         ),
         Gate(

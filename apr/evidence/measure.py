@@ -16,10 +16,12 @@ from ..common.finding import Finding
 from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, to_hf
-from ..model.optim import Optimizer
+from ..model.optim import Optimizer, Trained
 from ..model.transformer import Model
 
 EPS32 = float(np.finfo(np.float32).eps)
+# Put into gradients before a step, and the least norm of those that still hold some of it; sums of squares may be float32.
+SPOILED, LEFT = 2.0**56, 2.0**50
 
 
 def log_sum_exp(logits: np.ndarray) -> np.ndarray:
@@ -205,11 +207,18 @@ def host_square(x: np.ndarray) -> float:
     return sum(float(np.square(part, dtype=np.float64).sum()) for part in parts)
 
 
-def gradients_left(model: Model, scratch: Any) -> float:
-    """Read the L2 norm of the gradient buffer before a step. Non-zero means that the previous step did not clear it."""
-    model.be.fill(scratch, 0)
-    model.be.add_sum_sq(scratch, model.g)
-    return math.sqrt(max(0.0, float(model.be.to_host(scratch)[0])))
+def spoil_gradients(trained: Trained) -> None:
+    """Put a huge number into all gradients: a step whose first micro-batch adds to what it finds cannot hide it."""
+    for s in trained.layout.slots:
+        trained.be.fill(trained.g[s.offset : s.offset + s.size], SPOILED)
+
+
+def gradients_left(trained: Trained, scratch: Any) -> float:
+    """Read the L2 norm of the gradients of a step before which they were spoiled; 0 where nothing of that is in them."""
+    trained.be.fill(scratch, 0)
+    trained.be.add_sum_sq(scratch, trained.g)
+    square = float(trained.be.to_host(scratch)[0])
+    return math.sqrt(square) if LEFT**2 <= square < math.inf else 0.0
 
 
 def gradient_norm(zero: Sequence[str], apart: float, logged: float) -> Finding:

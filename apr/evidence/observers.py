@@ -174,16 +174,24 @@ class StepGates:
         self.gradients: Callable[[float], Finding] | None = None
         self.scratch = subject.scratch
 
+    def computes_before(self, step: int) -> bool:
+        """Tell whether the gradients are spoiled before the next step."""
+        return is_followed(self.steps)
+
     def step_begun(self, e: StepBegun) -> None:
-        """Count the targets of the batch; measure the gradients that the step before left."""
-        model = self.subject.model
+        """Count the targets of the batch; spoil the gradients, which its first micro-batch must overwrite."""
+        model, self.left = self.subject.model, 0.0
         self.tokens, self.trained = int(np.count_nonzero(e.targets >= 0)), model.tokens_trained
-        with self.gates.timed("run.gradients"):
-            self.left = measure.gradients_left(model, self.scratch) if is_followed(self.steps) else 0.0
+        if is_followed(self.steps):
+            with self.gates.timed("run.gradients"):
+                measure.spoil_gradients(self.subject.adapters or model)
 
     def gradients_ready(self, e: GradientsReady) -> None:
-        """Read the gradients of every tensor, in the first step of this process."""
+        """Look for what was in the gradients before; read those of every tensor, in the first step of this process."""
         t = self.subject
+        if is_followed(self.steps):
+            with self.gates.timed("run.gradients"):
+                self.left = measure.gradients_left(t.adapters or t.model, self.scratch)
         self.gradients = None
         if not self.steps and t.adapters:
             self.gradients = adapter_gradients(t.adapters, self.scratch)
@@ -201,8 +209,8 @@ class StepGates:
         bound, is_equal = f"equal, and {read:,} by the position in the data", trained == self.tokens
         gates.judge(Finding.of("run.tokens", is_equal and read == seen, measured, bound), step)
         if self.left:
-            why = f"gradients of norm {self.left:.4g} were left from the step before"
-            gates.judge(Finding.of("run.gradients", False, why, "0 before the first micro-batch", why), step)
+            why = f"the gradients hold what was there before the step: norm {self.left:.4g}"
+            gates.judge(Finding.of("run.gradients", False, why, "the gradients of the step alone", why), step)
         if self.gradients is not None and t.settings.seq_length < 2:
             gates.skip("run.gradients", "attention over one token has no gradient of queries and keys")
         elif self.gradients is not None:

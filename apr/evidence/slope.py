@@ -109,8 +109,7 @@ class Job:
         """Compute the gradient as a step of the job does; where passes are recorded, by the recorded pass."""
         be, model = self.model.be, self.model
         for _ in range(3 if self.graph else 1):
-            be.fill(model.g, 0)
-            model.micro_step(self.ids, self.targets, self.scale, self.graph)
+            model.micro_step(self.ids, self.targets, self.scale, self.graph, begins=True)
         return np.asarray(be.to_host(self.opt.g), np.float32)
 
     def loss(self) -> float:

@@ -92,9 +92,9 @@ class Pieces:
         self.is_complete, self.off, total = False, math.inf, 0.0
         ids, targets = ids[::-1], targets[::-1]
         cuts = [0, *range(1, len(ids), model.batch), len(ids)]
-        for first, last in pairwise(cuts):
+        for n, (first, last) in enumerate(pairwise(cuts)):
             part = np.ascontiguousarray(ids[first:last]), np.ascontiguousarray(targets[first:last])
-            model.micro_step(*part, 1 / max(1, self.tokens), False)
+            model.micro_step(*part, 1 / max(1, self.tokens), False, begins=n == 0)
             total += float(be.to_host(model.buffers["loss"][: part[0].size]).astype(np.float64).sum())
         self.count, self.loss = len(cuts) - 1, total / max(1, self.tokens)
         be.fill(t.scratch, 0)

@@ -135,7 +135,7 @@ class Adapters:
             u, du = (flat[: n * rank].reshape(n, rank) for flat in (self._low, self._d_low))
             be.linear_fwd(u, x, a, None)
             be.gemm(db, d, u, s, 1.0, True, False)
-            be.linear_bwd(du, None, None, d, u, b)
+            be.linear_bwd(du, None, None, d, u, b, True)
             be.gemm(da, du, x, s, 1.0, True, False)
 
     # Frozen weights

@@ -44,7 +44,7 @@ class Block:
     adapters  of the weights, or None
     a       activations of this block      s       buffers shared by all blocks
     tables  cos and sin of the angles      cache   keys and values (rows,slots,K,D), or None
-    tap     called as tap(name, array)
+    tap     called as tap(name, array)     adds   gradients of matrices are added to; otherwise they begin here
 
     Where a branch has no norm before it, its `norm` buffer is the residual stream itself; where it has none behind, its
     `out` buffer is delta.
@@ -62,6 +62,7 @@ class Block:
     tables: tuple[Any, Any]
     cache: tuple[Any, Any] | None
     tap: Callable[[str, Any], None]
+    adds: bool = True
 
     def forward(self, res: Any, delta: Any, at: CachePosition) -> tuple[Any, Any]:
         """Run the block on the residual stream res + delta; returns the two parts of the next one."""
@@ -88,7 +89,7 @@ class Block:
             self.tap("norm2", a.norm2)
         self._linear(a.gu, a.norm2, "wgu")
         self.tap("gu", a.gu)
-        be.swiglu_fwd(a.act, a.gu)
+        self.activate()
         self.tap("act", a.act)
         self._linear(a.mlp_out, a.act, "wdown")
         self.tap("mlp_out", a.mlp_out)
@@ -120,6 +121,10 @@ class Block:
         be.attention_fwd(a.att.reshape(q.shape), a.lse, q, k, v, doc_start, layer.window)
         self.tap("lse", a.lse)
         self.tap("att", a.att)
+
+    def activate(self) -> None:
+        """act = silu(gate) * up."""
+        self.be.swiglu_fwd(self.a.act, self.a.gu)
 
     def backward(self, g: Any) -> None:
         """Add the gradients of the block's parameters to g, and those of its input to dres."""
@@ -186,7 +191,7 @@ class Block:
 
     def _linear_bwd(self, dx: Any, g: Any, dy: Any, x: Any, name: str, db: Any = None) -> None:
         """dx = dy w, and the gradients of the map's parameters or of its adapters"""
-        self.be.linear_bwd(dx, getattr(g, name), db, dy, x, self._matrix(name))
+        self.be.linear_bwd(dx, getattr(g, name), db, dy, x, self._matrix(name), self.adds)
         if self.adapters:
             self.adapters.add_gradients(self.index, name, dy, x)
 

@@ -136,6 +136,7 @@ class BufferPlan:
     documents     attention stops at document borders
     folds         gradients of each micro-batch begin at zero, beside those of the step
     lora          adapters are trained, and the parameters are frozen
+    act_again     blocks share `act`, which backward computes again from `gu`
     """
 
     batch: int
@@ -150,6 +151,7 @@ class BufferPlan:
     documents: bool = False
     folds: bool = False
     lora: LoraConfig | None = None
+    act_again: bool = False
 
     def specs(self, c: ModelConfig) -> BufferSpecs:
         """Every buffer by name: block buffers as LAYER.NAME, or NAME where blocks share one."""
@@ -161,7 +163,8 @@ class BufferPlan:
         out = self._weight_specs(c)
         blocks = [block_buffers(c, layer, self.batch, self.seq) for layer in layers_of(c)]
         for name in dict.fromkeys(name for block in blocks for name in block):
-            shared = not self.train or (self.recompute and name not in KEPT_UNDER_RECOMPUTE)
+            again = self.recompute and name not in KEPT_UNDER_RECOMPUTE
+            shared = not self.train or again or (self.act_again and name == "act")
             for i, block in enumerate(blocks):
                 if name in block:
                     purpose = "scratch" if shared else "saved"
@@ -223,7 +226,12 @@ class BufferPlan:
 
 
 def plan_buffers(
-    c: ModelConfig, backend: ModuleType, batch: int, seq: int, loss_rows: int | None = None, **options: Any
+    c: ModelConfig,
+    backend: ModuleType,
+    batch: int,
+    seq: int,
+    loss_rows: int | None = None,
+    **options: Any,
 ) -> BufferPlan:
     """BufferPlan with the backend's choice of loss_rows, where none is given, and of pad_vocab."""
     tokens = batch * seq

@@ -98,15 +98,17 @@ def memory(
     lora: LoraConfig | None = None,
     saves: bool = False,
     folds: bool = False,
+    act_again: bool = False,
 ) -> Memory:
     """Bytes of a Model for batches of batch x seq tokens and, when it trains, of the optimizer of its weights or adapters.
 
     saves: with the copies that checkpoints and states are written from, where they lie in the memory of the device.
-    folds: a step has several micro-batches."""
+    folds: a step has several micro-batches. act_again: as of BufferPlan."""
     plan = plan_buffers(
         c, backend, batch, seq, loss_rows,
         dtype=dtype, train=train, recompute=recompute, cache=cache, documents=documents, folds=folds,
         lora=lora if train else None,
+        act_again=act_again,
     )  # fmt: skip
     specs = list(plan.specs(c).values())
     if train and optimizer:
@@ -185,24 +187,57 @@ def choose_micro_batch(
     """Choose the sequences computed at once: those asked for, or the largest divisor of the batch that fits.
 
     Raises Refused for a job that does not fit, with the options that would."""
-    dtype = s.dtype or backend.dtypes[0]
-
-    def need(size: int, recompute: bool = s.recompute) -> Memory:
-        return memory(
-            cfg, backend, size, seq, dtype,
-            recompute=recompute, optimizer=optimizer, lora=lora, saves=True, folds=size < batch,
-        )  # fmt: skip
-
-    have = backend.free_memory()
+    need, have = _needs(s, cfg, backend, batch, seq, lora, optimizer), backend.free_memory()
     divisors = [d for d in range(batch, 0, -1) if batch % d == 0]
     if s.micro_batch_size:
         size = min(s.micro_batch_size, batch)
     else:
         fitting = (d for d in divisors if have is None or need(d).total < FREE_SHARE * have)
         size = next(fitting, 1)
-    if have is not None and need(size).total > have:
+    if have is not None and need(size, again=True).total > have:
         check_fits(need(size), backend, advice(need, divisors, have, s.recompute))
     return size
+
+
+def computes_act_again(
+    s: ModelSettings,
+    cfg: ModelConfig,
+    backend: ModuleType,
+    batch: int,
+    seq: int,
+    lora: LoraConfig | None,
+    optimizer: type[Optimizer],
+    size: int,
+) -> bool:
+    """Decide whether backward computes `act` again, for 2 % of a step: where `size` sequences do not fit otherwise."""
+    need = _needs(s, cfg, backend, batch, seq, lora, optimizer)
+    return fitted(lambda again: need(size, again=again), backend.free_memory())[1]
+
+
+def _needs(
+    s: ModelSettings,
+    cfg: ModelConfig,
+    backend: ModuleType,
+    batch: int,
+    seq: int,
+    lora: LoraConfig | None,
+    optimizer: type[Optimizer],
+) -> Callable[..., Memory]:
+    def need(size: int, recompute: bool = s.recompute, again: bool = False) -> Memory:
+        return memory(
+            cfg, backend, size, seq, s.dtype or backend.dtypes[0],
+            recompute=recompute, optimizer=optimizer, lora=lora, saves=True, folds=size < batch, act_again=again,
+        )  # fmt: skip
+
+    return need
+
+
+def fitted(need: Callable[[bool], Memory], have: int | None) -> tuple[Memory, bool]:
+    """Memory of a job, and whether it computes `act` again: where it does not fit otherwise, and fits then."""
+    for again in (False, True):
+        if have is None or need(again).total <= have:
+            return need(again), again
+    return need(False), False
 
 
 def advice(need: Callable[..., Memory], sizes: list[int], have: int, recompute: bool) -> str:

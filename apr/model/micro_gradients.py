@@ -51,19 +51,20 @@ class MicroGradients:
     """Gradients of one micro-batch on their way into those of the step.
 
     g     (layout.size,)   gradients of the step
-    part  (pieces.size,)   where backward writes
+    part  (pieces.size,)   where backward writes: products overwrite the matrices, `vectors` are what it only adds to
     """
 
     def __init__(self, be: ModuleType, layout: Layout, g: Any, part: Any) -> None:
         self.be, self.g, self.part, self.pieces = be, g, part, Pieces(layout)
+        self.vectors = part[self.pieces.size - (layout.size - layout.decayed) :]
 
-    def clear(self, layer: int | None) -> None:
-        """Set the piece of a layer, or the rest, to zero."""
-        self.be.fill(self.part[self.pieces.held(layer)], 0)
-
-    def fold(self, layer: int | None) -> None:
-        """g += part, where the piece of a layer, or the rest, is."""
-        add(self.be, self.g[self.pieces.at[layer]], self.part[self.pieces.held(layer)])
+    def fold(self, layer: int | None, begins: bool = False) -> None:
+        """g += part, where the piece of a layer, or the rest, is; with `begins`, of a first micro-batch, g = part."""
+        total, part = self.g[self.pieces.at[layer]], self.part[self.pieces.held(layer)]
+        if begins:
+            self.be.copy(total, part)
+        else:
+            add(self.be, total, part)
 
 
 def add(be: ModuleType, total: Any, x: Any) -> None:

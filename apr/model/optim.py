@@ -67,9 +67,11 @@ class Optimizer:
     master   (n,) wide     the weights that are updated: w itself, or its float32 copy where w is bfloat16
     state    {name: (n,)}  wide, zero before the first step
     sum_sq   (1,) float64  squared global norm of the gradients of the latest step, before clipping
+    square   (1,) float64  squared norm of the weights that the latest step made
 
-    A subclass gives `moments`, `update` (the op of the backend), and the same formula for the host in `next_state` and
-    `direction`. Its keyword-only fields are its hyper-parameters, read from the settings of a run by name.
+    A subclass gives `moments`, `update` (the op of the backend; `squares` where it also adds to `square`), and the same
+    formula for the host in `next_state` and `direction`. Its keyword-only fields are its hyper-parameters, read from the
+    settings of a run by name.
     grad_clip 0 means no clipping. after_update is called whenever w has changed.
     """
 
@@ -82,12 +84,14 @@ class Optimizer:
     grad_clip: float = field(default=OptimSettings.grad_clip, kw_only=True)
     # {name of a state: power of the gradient that it averages}
     moments: ClassVar[dict[str, int]] = {}
+    squares: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.buffers = Buffers(self.be, self.specs(self.w.size, self.w.dtype.name))
         self.state: dict[str, Any] = {name: self.buffers[name] for name in self.moments}
         self.sum_sq: Any = self.buffers["sum_sq"]
         self.factor: Any = self.buffers["factor"]
+        self.square: Any = self.buffers["square"]
         self.master = self.w
         if "master" in self.buffers.arrays:
             self.master = self.buffers["master"]
@@ -106,7 +110,9 @@ class Optimizer:
         specs = {name: BufferSpec("moments", (size,), wide) for name in cls.moments}
         if wide != dtype:
             specs["master"] = BufferSpec("master", (size,), wide)
-        return specs | {name: BufferSpec("scratch", (1,), "float64") for name in ("sum_sq", "factor")}
+        return specs | {
+            name: BufferSpec("scratch", (1,), "float64") for name in ("sum_sq", "factor", "square")
+        }
 
     def set_weights(self, host: np.ndarray) -> None:
         """Set the weights to a float32 buffer; w gets them rounded to its dtype."""
@@ -121,21 +127,30 @@ class Optimizer:
             self.be.fill(x, 0)
         self.steps = 0
 
-    def step(self, lr: float) -> None:
-        """Update the weights and the state, then set the gradients to zero."""
+    def step(self, lr: float, clear: bool = True) -> None:
+        """Update the weights and the state, then set the gradients to zero, unless the next pass overwrites them."""
         be = self.be
         self.steps += 1
-        be.fill(self.sum_sq, 0)
+        for total in (self.sum_sq, self.square):
+            be.fill(total, 0)
         be.add_sum_sq(self.sum_sq, self.g)
         be.clip_factor(self.factor, self.sum_sq, self.grad_clip or math.inf)
         for part, decay in ((slice(0, self.decayed), self.weight_decay), (slice(self.decayed, None), 0.0)):
             self.update(part, lr, decay)
-        be.fill(self.g, 0)
+        if not self.squares:
+            be.add_sum_sq(self.square, self.master)
+        if clear:
+            be.fill(self.g, 0)
         self.after_update()
 
-    def grad_norm(self) -> float:
-        """Read the global L2 norm of the gradients of the latest step, before clipping; waits for the device."""
-        return math.sqrt(float(self.be.to_host(self.sum_sq)[0]))
+    def grad_norm(self, square: float | None = None) -> float:
+        """Global L2 norm of the gradients of the latest step, before clipping: of its square, or read from the device."""
+        return math.sqrt(float(self.be.to_host(self.sum_sq)[0]) if square is None else square)
+
+    def weight_norm(self, square: float | None = None) -> float:
+        """L2 norm of the weights that the latest step made, padding included: of its square, or read from the device."""
+        square = float(self.be.to_host(self.square)[0]) if square is None else square
+        return math.sqrt(square) if square >= 0 else math.nan
 
     def update(self, part: slice, lr: float, decay: float) -> None:
         """Run the update op on one part of all arrays; self.steps counts this step already."""
@@ -158,6 +173,7 @@ class AdamW(Optimizer):
     beta2: float = OptimSettings.beta2
     eps: float = OptimSettings.eps
     moments: ClassVar[dict[str, int]] = {"m": 1, "v": 2}
+    squares: ClassVar[bool] = True
 
     def update(self, part: slice, lr: float, decay: float) -> None:
         """m, v, master, w = those after one step, where `part` is."""
@@ -166,6 +182,7 @@ class AdamW(Optimizer):
             self.master[part],
             self.state["m"][part],
             self.state["v"][part],
+            self.square,
             self.g[part],
             self.factor,
             lr,

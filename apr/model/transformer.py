@@ -77,6 +77,7 @@ class Model:
         document_end: int | None = None,
         folds: bool = False,
         lora: LoraConfig | None = None,
+        act_again: bool = False,
     ) -> None:
         if dtype not in backend.dtypes:
             raise Refused(f"backend {backend.name} computes in {', '.join(backend.dtypes)}, not {dtype}")
@@ -93,9 +94,9 @@ class Model:
         plan = plan_buffers(
             cfg, backend, batch, seq, loss_rows,
             dtype=dtype, train=train, recompute=recompute, cache=cache, own_weights=w is None,
-            documents=document_end is not None, folds=folds, lora=lora,
+            documents=document_end is not None, folds=folds, lora=lora, act_again=act_again,
         )  # fmt: skip
-        self.loss_rows = plan.loss_rows
+        self.loss_rows, self.act_again = plan.loss_rows, act_again
         self.buffers = Buffers(backend, plan.specs(cfg))
         self.adapters = w if isinstance(w, Adapters) else None
         shared = self.adapters.model.w if self.adapters else w
@@ -137,9 +138,9 @@ class Model:
         self._views: dict[tuple[int, int], tuple[list[Any], Any]] = {}
         # targets that went through micro_step
         self.tokens_trained = 0
-        # shapes and loss scales that were computed once
-        self._warm: set[tuple[int, int, float]] = set()
-        self._passes: dict[tuple[int, int, float], Callable[[], None]] = {}
+        # shapes, loss scales and `begins` that were computed once
+        self._warm: set[tuple[int, int, float, bool]] = set()
+        self._passes: dict[tuple[int, int, float, bool], Callable[[], None]] = {}
 
     def _at(self, batch: int, seq: int) -> tuple[list[Any], Any]:
         """Views of block and scratch buffers for a batch, which may be smaller than the buffers."""
@@ -225,7 +226,7 @@ class Model:
         """Run block i on the residual stream res + delta; returns the two parts of the next one."""
         return self._of(i, tap).forward(res, delta, at)
 
-    def _of(self, i: int, tap: Tap) -> Block:
+    def _of(self, i: int, tap: Tap, adds: bool = True) -> Block:
         """Block i on the batch at hand."""
 
         def named(name: str, x: Any) -> None:
@@ -248,6 +249,7 @@ class Model:
             tables,
             cache,
             named,
+            adds,
         )
 
     def loss(self, targets: np.ndarray, scale: float | None = None, tap: Tap = no_tap) -> None:
@@ -264,11 +266,11 @@ class Model:
         self._in_vocabulary(targets, lowest=None)
         self.be.from_host(self._at(self.b, self.t)[1].targets, targets.reshape(-1))
 
-    def _loss(self, scale: float | None, tap: Tap = no_tap) -> None:
+    def _loss(self, scale: float | None, tap: Tap = no_tap, begins: bool = False) -> None:
         be, s = self.be, self._at(self.b, self.t)[1]
         n = self.b * self.t
         if self._micro and scale is not None:
-            self._micro.clear(None)
+            self._clear_sums()
         for first in range(0, n, self.loss_rows):
             rows = slice(first, min(n, first + self.loss_rows))
             suffix = "" if n <= self.loss_rows else f".{first}"
@@ -280,7 +282,8 @@ class Model:
             tap(None, "loss_rows" + suffix, s.loss[rows])
             if scale is not None:
                 tap(None, "d_logits" + suffix, logits)
-                be.linear_bwd(s.dnorm[rows], self._dhead, None, whole, s.final_norm[rows], self._head)
+                adds = first > 0 or not (begins or self._micro)
+                be.linear_bwd(s.dnorm[rows], self._dhead, None, whole, s.final_norm[rows], self._head, adds)
         be.add_sum(self.total, s.loss)
 
     def last_logits(self) -> np.ndarray:
@@ -290,20 +293,25 @@ class Model:
         self.be.linear_fwd(logits, s.final_norm[self.t - 1 :: self.t], self._head, None)
         return self.be.to_host(logits[:, : self.cfg.vocab_size])
 
-    def micro_step(self, ids: np.ndarray, targets: np.ndarray, scale: float, graph: bool = True) -> None:
+    def micro_step(
+        self, ids: np.ndarray, targets: np.ndarray, scale: float, graph: bool = True, begins: bool = False
+    ) -> None:
         """Run forward, loss and backward of one micro-batch, as one launch where the device can.
 
-        The first call for a shape and loss scale runs op by op, the second is captured, later ones replay
-        the capture. The values are equal, bit for bit.
+        begins: its gradients take the place of what g holds, and of a matrix's nothing is read; otherwise they are added.
+        The first call for a shape, loss scale and `begins` runs op by op, the second is captured, later ones
+        replay the capture. The values are equal, bit for bit.
         """
         self._put_ids(ids)
         self._put_targets(targets)
-        key = (self.b, self.t, scale)
+        key = (self.b, self.t, scale, begins)
 
         def op_by_op() -> None:
+            if begins and not self._micro:
+                self._clear_sums()
             self._forward(no_tap)
-            self._loss(scale)
-            self.backward()
+            self._loss(scale, begins=begins)
+            self.backward(begins=begins)
 
         if not graph:
             op_by_op()
@@ -320,6 +328,15 @@ class Model:
             op_by_op()
         self.tokens_trained += int(np.count_nonzero(targets >= 0))
 
+    def _clear_sums(self) -> None:
+        """Set to zero the gradients that ops can only add to: of vectors, an embedding that is not the head, and adapters."""
+        if self.adapters:
+            self.be.fill(self.g, 0)
+            return
+        self.be.fill(self._micro.vectors if self._micro else self.g[self.layout.decayed :], 0)
+        if not self.cfg.tie_word_embeddings:
+            self.be.fill(self.d.embed, 0)
+
     def tune(self, targets_per_batch: int) -> None:
         """Time the backend's products on full batches and keep the fastest. Sets gradients and total to 0."""
         ids = (
@@ -330,8 +347,14 @@ class Model:
         self.be.fill(self.g, 0)
         self.be.fill(self.total, 0)
 
-    def backward(self, tap: Tap = no_tap, ready: Callable[[int | None], None] = lambda layer: None) -> None:
-        """Add the gradients of all that is trained but the head, after forward and loss(scale=...).
+    def backward(
+        self,
+        tap: Tap = no_tap,
+        ready: Callable[[int | None], None] = lambda layer: None,
+        begins: bool = False,
+    ) -> None:
+        """Add the gradients of all that is trained but the head, after forward and loss(scale=...); begins: those of matrices
+        take the place of what was there.
 
         ready(layer) is called when a layer's gradients are complete, ready(None) at the end.
         """
@@ -344,19 +367,20 @@ class Model:
         be.add_rmsnorm_bwd(s.dres, d.final_norm, s.dnorm, s.res, s.rstd, p.final_norm)
         tap(None, f"d_hidden.{c.num_layers}", s.dres)
         for i in reversed(range(c.num_layers)):
+            block = self._of(i, tap, not (begins or self._micro))
             # the last block's values are still there
-            if self.recompute and i + 1 < c.num_layers:
+            if i + 1 < c.num_layers and self.recompute:
                 self._block(i, blocks[i].res1, None, no_tap)
+            elif i + 1 < c.num_layers and self.act_again:
+                block.activate()
+            block.backward(d.layer[i])
             if self._micro:
-                self._micro.clear(i)
-            self._of(i, tap).backward(d.layer[i])
-            if self._micro:
-                self._micro.fold(i)
+                self._micro.fold(i, begins)
             ready(i)
         if d.embed is not None:
             be.embedding_bwd(d.embed, s.dres, s.ids)
         if self._micro:
-            self._micro.fold(None)
+            self._micro.fold(None, begins)
         if self.adapters:
             self.adapters.end_backward()
         ready(None)

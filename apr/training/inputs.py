@@ -20,7 +20,7 @@ from ..common.errors import Refused
 from ..common.progress import Progress
 from ..data.open import OpenedData, open_data
 from ..model.config import ModelConfig
-from ..model.cost import check_positions, choose_micro_batch
+from ..model.cost import check_positions, choose_micro_batch, computes_act_again
 from ..model.lora import LoraConfig, check_rank, lora_config, lora_to_json
 from ..model.optim import optimizer_class
 from ..model.params import Layout
@@ -39,6 +39,7 @@ class Inputs(OpenedData):
     lora         adapters to train, None where the weights are trained
     lora_init    adapter to go on with
     carried      metadata of --init for the checkpoints of the run
+    act_again    `act` is computed again in backward, because the job does not fit otherwise
     """
 
     settings: Settings
@@ -49,6 +50,7 @@ class Inputs(OpenedData):
     lora: LoraConfig | None = None
     lora_init: LoadedAdapter | None = None
     carried: dict[str, Any] = field(default_factory=dict)
+    act_again: bool = False
 
     @property
     def config_notes(self) -> list[str]:
@@ -115,7 +117,8 @@ def open_inputs(s: Settings, progress: Progress | None = None, tokenizer: Tokeni
     if s.lora_rank is not None and lora is not None:
         check_rank(cfg, lora)
     s = dataclasses.replace(s, dtype=s.dtype or backend.dtypes[0])
-    micro = choose_micro_batch(s, cfg, backend, s.batch_size, s.seq_length, lora, optimizer_class(s))
+    job = (s, cfg, backend, s.batch_size, s.seq_length, lora, optimizer_class(s))
+    micro = choose_micro_batch(*job)
     return Inputs(
         **vars(data),
         settings=dataclasses.replace(s, micro_batch_size=micro),
@@ -126,6 +129,7 @@ def open_inputs(s: Settings, progress: Progress | None = None, tokenizer: Tokeni
         lora=lora,
         lora_init=adapter,
         carried=_carried(s, init, data.tokenizer),
+        act_again=computes_act_again(*job, micro),
     )
 
 

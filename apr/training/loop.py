@@ -6,7 +6,6 @@ The loop knows no gate, no logger and no display: they are observers of its even
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from ..checkpoints.checkpoint import fill, reader
 from ..checkpoints.peft import adapter_start
 from ..checkpoints.state import TrainingState
-from ..common.errors import MalformedFile
+from ..common.errors import AprError, MalformedFile
 from ..common.events import (
     Evaluated,
     Event,
@@ -88,6 +87,7 @@ class Trainer:
             document_end=inputs.document_end,
             folds=folds,
             lora=inputs.lora,
+            act_again=inputs.act_again,
         )
         self.lora = self.model.adapters
         if self.lora and inputs.init:
@@ -110,6 +110,8 @@ class Trainer:
         self.ends = {s.num_steps, *run.ends()}
         self.saver = Saver(inputs, run, self.model, self.state, self.emit)
         self._steps_here = 0  # of this process
+        # Of the step whose gradients are computed already: its number, targets trained on so far; time of the last reading.
+        self._ahead, self._trained_ahead, self._read_at = 0, 0, 0.0
         self._saved = self._sampled = -1  # steps of the latest state and sample
 
     def emit(self, event: Event) -> None:
@@ -145,7 +147,7 @@ class Trainer:
             model.layout.init(host, self.s.seed, self.s.initializer_range)
         self.opt.set_weights(host)
         self.opt.reset()
-        self.progress = Progress()
+        self.progress, self._ahead = Progress(), 0
         self.batches.rewind()
         self.emit(WeightsReady(0))
 
@@ -161,7 +163,7 @@ class Trainer:
                 f"{self.run.state}: a state of another version of apr, or none: {e}"
             ) from None
         p = self.progress
-        self.resumed, self._saved, self._sampled = True, p.step, p.val_step
+        self.resumed, self._saved, self._sampled, self._ahead = True, p.step, p.val_step, 0
         self.batches.restore(p.data)
         expected, found = still_to_come(p.next, self.s.num_steps), what_is_next(self)
         self.emit(WeightsReady(p.step, True, self.state.sha256(), sha, tuple(p.gates), expected, found))
@@ -170,31 +172,56 @@ class Trainer:
 
     def train_step(self) -> Line:
         """Take one optimizer step on the mean loss over the predicted tokens of a batch; returns its line of the log."""
-        model, step, start = self.model, self.progress.step + 1, time.perf_counter()
+        model, opt, step, start = self.model, self.opt, self.progress.step + 1, time.perf_counter()
         ids, targets = self.batches.next()
         tokens, read = trained_targets(targets), time.perf_counter()
         self.emit(StepBegun(step, ids, targets))
         # The time of observers is no part of the step's.
         start += time.perf_counter() - read
-        model.be.fill(model.total, 0)
-        # The loss scale 1/tokens is part of the graph key. Instruction batches differ in token count, so a captured graph
-        # would never be reused.
-        graph = self.s.graph and tokens == targets.size
-        for part in micro_batches(ids, targets, self.micro):
-            model.micro_step(*part, 1 / tokens, graph)
+        if self._ahead == step:
+            start, model.tokens_trained = self._read_at, self._trained_ahead
+        else:
+            self._compute_gradients(ids, targets)
         self.emit(GradientsReady(step))
         lr = self.schedule(step)
-        self.opt.step(lr)
-        line = self._measure(lr, tokens, start, targets.size)
+        opt.step(lr, clear=False)
+        numbers = model.be.read_later((model.total, opt.sum_sq, opt.square))
+        self._look_ahead(step)
+        line = self._measure(lr, tokens, start, targets.size, numbers)
         self.emit(Measured(line))
         return line
 
-    def _measure(self, lr: float, tokens: int, start: float, positions: int) -> Line:
+    def _compute_gradients(self, ids: np.ndarray, targets: np.ndarray) -> None:
+        """Compute loss and gradients of a batch, micro-batch by micro-batch; the first begins the gradients."""
+        model, tokens = self.model, trained_targets(targets)
+        model.be.fill(model.total, 0)
+        # The loss scale is part of the graph key: of instruction batches, whose tokens differ in number, none would be reused.
+        graph = self.s.graph and tokens == targets.size
+        for n, part in enumerate(micro_batches(ids, targets, self.micro)):
+            model.micro_step(*part, 1 / tokens, graph, begins=n == 0)
+
+    def _look_ahead(self, step: int) -> None:
+        """Ask the device for the gradients of the next step before the numbers of this one are read: it is busy meanwhile.
+
+        Events and counts stay those of this step. Not where observers ask the model first, nor an evaluation comes."""
+        busy = any(o.computes_before(step + 1) for o in self.observers if hasattr(o, "computes_before"))
+        can = self.inputs.backend.asynchronous and self._steps_here and not self.stop.is_asked
+        if not can or busy or self._ends_epoch(step):
+            return
+        try:
+            batch, model, trained = self.batches.peek(), self.model, self.model.tokens_trained
+        except AprError:  # which the step itself will raise
+            return
+        if batch is not None:
+            self._compute_gradients(*batch)
+            self._ahead, self._trained_ahead, model.tokens_trained = step + 1, model.tokens_trained, trained
+
+    def _measure(self, lr: float, tokens: int, start: float, positions: int, numbers: Any) -> Line:
         """Read loss and norms of the step from the device, and count it."""
-        p, be = self.progress, self.inputs.backend
-        loss, norm = float(be.to_host(self.model.total)[0]) / tokens, self.opt.grad_norm()
-        weights = self._weight_norm()
-        wall = time.perf_counter() - start
+        p, (total, square, square_of_weights) = self.progress, numbers()
+        loss, norm = total / tokens, self.opt.grad_norm(square)
+        self._read_at = time.perf_counter()
+        wall = self._read_at - start
         p.step += 1
         p.tokens_seen += tokens
         p.seconds += wall
@@ -210,20 +237,12 @@ class Trainer:
             step=p.step,
             train_loss=loss,
             grad_norm=norm,
-            weight_norm=weights,
+            weight_norm=self.opt.weight_norm(square_of_weights),
             lr=lr,
             tokens_per_sec=tokens / wall,
             tokens_seen=p.tokens_seen,
             wall_ms=1e3 * wall,
         )
-
-    def _weight_norm(self) -> float:
-        """Compute the L2 norm of all weights, in float64 from the copy that the optimizer updates."""
-        be = self.inputs.backend
-        be.fill(self.sum_of_squares, 0)
-        be.add_sum_sq(self.sum_of_squares, self.opt.master)
-        square = float(be.to_host(self.sum_of_squares)[0])
-        return math.sqrt(square) if square >= 0 else math.nan
 
     def _announce_pass(self) -> None:
         """Log that the data begins again."""
@@ -236,7 +255,7 @@ class Trainer:
 
     def evaluate(self) -> Loss:
         """Compute the validation loss of the weights as they are. Raises Stopped."""
-        s = self.s
+        s, self._ahead = self.s, 0
         most = s.val_batches and s.val_batches * s.batch_size
         return evaluate(self.model, self.inputs.val, self.micro, most, lambda: self.stop.is_asked)
 
@@ -354,7 +373,10 @@ class Trainer:
     def _epoch_is_over(self) -> bool:
         """An epoch is complete, and its evaluation is still to come."""
         p = self.progress
-        return bool(p.epoch_losses) and (p.step % self.s.steps_per_epoch == 0 or p.step in self.ends)
+        return bool(p.epoch_losses) and self._ends_epoch(p.step)
+
+    def _ends_epoch(self, step: int) -> bool:
+        return step % self.s.steps_per_epoch == 0 or step in self.ends
 
     def _finished(self) -> str | None:
         """Return the status word when an evaluation ends the run early."""

@@ -189,7 +189,7 @@ def _judge_inputs(i: Inputs, gates: Gates) -> None:
     need = memory(
         i.cfg, i.backend, s.micro_batch_size, s.seq_length, s.dtype,
         recompute=s.recompute, documents=i.document_end is not None, lora=i.lora, optimizer=kind, saves=True,
-        folds=s.micro_batch_size < s.batch_size,
+        folds=s.micro_batch_size < s.batch_size, act_again=i.act_again,
     ).total  # fmt: skip
     check_main_memory(i.backend, save_copies(i.cfg, s.dtype, kind, i.lora))
     source = str(s.init or s.model)

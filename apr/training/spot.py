@@ -25,10 +25,13 @@ class SpotChecks:
         self.model, self.every, self.log, self.emit = model, every, log, emit
         self.has_checked = False
 
+    def computes_before(self, step: int) -> bool:
+        """Tell whether a check is due, other than in the first step."""
+        return self.every > 0 and (step - 1) % self.every == 0
+
     def step_begun(self, e: StepBegun) -> None:
         """Compare the model with the reference, where a check is due. Raises Aborted through its observers."""
-        due = self.every > 0 and (e.step - 1) % self.every == 0
-        if self.every < 0 or (self.has_checked and not due):
+        if self.every < 0 or (self.has_checked and not self.computes_before(e.step)):
             return
         self.has_checked, start = True, time.perf_counter()
         # Few positions are checked, and the check must see a loss.

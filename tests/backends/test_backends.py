@@ -199,6 +199,11 @@ def test_plumbing(name: str) -> None:
     be.fill(y, 0)
     be.sync()
     assert np.array_equal(got, host)
+    numbers = [be.empty((1,), "float64") for _ in range(2)]
+    be.fill(numbers[0], 0.1)
+    later = be.read_later(tuple(numbers))
+    be.fill(numbers[0], 7)
+    assert later() == [0.1, 0.0]
     for bad in (be.copy, be.from_host):
         with pytest.raises(ValueError, match="shapes differ"):
             bad(y, host[:1].astype(np.float32))

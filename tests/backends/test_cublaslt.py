@@ -47,6 +47,11 @@ def beta_zero(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Library, "cublasLtMatmul", lambda *a: matmul(*a[:8], ctypes.addressof(zero), *a[9:]))
 
 
+def beta_one(patch: pytest.MonkeyPatch) -> None:
+    """What is overwritten is added to."""
+    patch.setattr(cublaslt, "_ZERO_AT", cublaslt._ONE_AT)
+
+
 def transposed(name: str, a: int, b: int) -> Callable[[pytest.MonkeyPatch], None]:
     op = getattr(cublaslt, name)
     return lambda patch: patch.setattr(cublaslt, name, _cublaslt.Product(op.name, a, b, op.adds))
@@ -56,11 +61,12 @@ def transposed(name: str, a: int, b: int) -> Callable[[pytest.MonkeyPatch], None
     ("plant", "red"),
     [
         (no_bias, ["y"]),
-        (tight_rows, ["y", "dx", "dw"]),
+        (tight_rows, ["y", "dx", "dw", "dw begun"]),
         (beta_zero, ["dw"]),
+        (beta_one, ["y", "dx", "dw begun"]),
         (transposed("FORWARD", 0, 0), ["y"]),
         (transposed("GRAD_INPUT", 1, 0), ["dx"]),
-        (transposed("GRAD_WEIGHT", 0, 0), ["dw"]),
+        (transposed("GRAD_WEIGHT", 0, 0), ["dw", "dw begun"]),
     ],
 )
 def test_planted_faults_show(

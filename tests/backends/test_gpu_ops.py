@@ -304,19 +304,33 @@ def test_flat_arrays_beyond_two_to_the_31_elements(cuda: Any, memory: None) -> N
     assert not any(cuda.to_host(y[part]).any() for part in ends)
 
 
+def test_numbers_are_those_of_the_time_of_asking(cuda: Any) -> None:
+    """Though what is asked for afterwards changes them before they are read."""
+    numbers = [cuda.empty((1,), "float64") for _ in range(3)]
+    cuda.fill(numbers[0], 0.1)
+    cuda.fill(numbers[2], np.nan)
+    later = cuda.read_later(tuple(numbers))
+    for x in numbers:
+        cuda.fill(x, 7)
+    assert str(later()) == "[0.1, 0.0, nan]"
+    assert cuda.read_later(tuple(numbers))() == [7.0] * 3
+
+
 def test_adamw_beyond_two_to_the_31_elements(cuda: Any, memory: None) -> None:
     """All elements take the step of the first."""
     n = BEYOND + 59
-    w, factor = cuda.empty(n, "bfloat16"), cuda.empty(1, "float64")
+    w, factor, square = cuda.empty(n, "bfloat16"), cuda.empty(1, "float64"), cuda.empty(1, "float64")
     master, m, v, g = (cuda.empty(n, "float32") for _ in range(4))
     for x, value in ((factor, 1), (master, 0.5), (v, 0.25), (g, 2)):
         cuda.fill(x, value)
-    cuda.adamw(w, master, m, v, g, factor, 0.01, 0.9, 0.95, 1e-8, 0.1, 3)
+    cuda.adamw(w, master, m, v, square, g, factor, 0.01, 0.9, 0.95, 1e-8, 0.1, 3)
     for x in (w, master, m, v):
         first = cuda.to_host(x[:1])
         assert first[0] != 0
         for part in (slice(BEYOND - 3, BEYOND + 3), slice(n - 3, n)):
             assert (cuda.to_host(x[part]) == first).all()
+    one = float(cuda.to_host(master[:1])[0])
+    assert np.isclose(float(cuda.to_host(square)[0]), n * one * one, rtol=1e-12)
 
 
 NAN = [  # input, index of the NaN, outputs and where they must be NaN; heads 2 and 3 read key/value head 1

@@ -35,7 +35,9 @@ WIDE = [
     *table("attention_documents", "2 97 2 1 80 0, 2 59 2 2 160 17"),
     *table("swiglu", "5 64, 3 4872"),
     *table("cross_entropy", "5 64, 4 8200, 3 800"),
-    *table("cross_entropy_loss_only", "5 64"),
+    *table("cross_entropy_rows_apart", "3 16421 16424"),  # long enough for clusters of blocks
+    *table("cross_entropy_z", "4 16384"),
+    *table("cross_entropy_loss_only", "5 64, 2 16392"),
     *table("adamw", "4096"),
     *table("adamw_master", "4096"),
     *table("add_sum_sq", "4096"),
@@ -107,6 +109,7 @@ def test_the_rows_launch_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         scratch=lambda shape, dtype, slot: None,
         address=lambda x: int(x.ctypes.data),
         shared_bytes=1 << 16,
+        clusters=True,
     )
     monkeypatch.setattr(ops, "machine", machine)
     for row in [*ROWS, *WIDE]:
@@ -128,6 +131,7 @@ SMALL = {  # module -> rows that use all of it
     "embedding": table("embedding", "257 8 5, 70 24 1, 1500 3 50"),
     "flat": [*table("add_sum", "4097"), *table("add", "5 59"), *table("adamw_master", "1025, 64")],
     "loss": [*table("cross_entropy", "3 800, 5 59"), *table("cross_entropy_loss_only", "5 1025")],
+    "loss_cluster": table("cross_entropy_rows_apart", "3 8197 8200"),
     "norm": [
         *table("add_rmsnorm", "97 128, 5 2056, 9 59"),
         *table("head_rmsnorm", "97 1 16 7 8 9"),
@@ -146,6 +150,7 @@ UNUSED = {  # barriers of common.cuh that a module does not need
     "embedding": {0, 1, 2},
     "flat": {1, 2},
     "loss": {0, 1, 2},
+    "loss_cluster": {0, 1, 2},
     "rope": {0, 1, 2},
     "swiglu": {0, 1, 2},
 }
@@ -159,6 +164,10 @@ OFF_BY_ONE = [
     ("flat", "rest < n", "rest < n - 1"),
     ("flat", "long long j = i; j < n;", "long long j = i; j < n - 1;"),
     ("loss", "j == target % N", "j == target % N - 1"),
+    ("loss_cluster", "  cluster_sync();\n  Softmax s{", "  Softmax s{"),
+    ("loss_cluster", "b < BLOCKS; b++", "b < BLOCKS - 1; b++"),
+    ("loss_cluster", "rank * each, end", "rank * (each - 1), end"),
+    ("loss_cluster", "begin + each), first_of", "begin + each - 1), first_of"),
     ("norm", "y + 1 < blockDim.y", "y + 2 < blockDim.y"),
     ("rope", "first + h * groups < heads", "first + h * groups < heads - 1"),
     ("swiglu", "f < F", "f < F - N"),

@@ -67,9 +67,9 @@ def off_in_parts(build: Build, path: Path) -> list[str]:
     ids, targets = batch_for(model)
     step(model, ids, targets)
     whole = {n: g.copy() for n, g in model.layout.named(model.g).items()}
-    model.be.fill(model.g, 0)
-    for i in range(len(ids)):
-        model.micro_step(ids[i : i + 1], targets[i : i + 1], 1 / int((targets >= 0).sum()), graph=False)
+    scale = 1 / int((targets >= 0).sum())
+    for i in range(len(ids)):  # the first overwrites the gradients of the whole
+        model.micro_step(ids[i : i + 1], targets[i : i + 1], scale, graph=False, begins=i == 0)
     parts = model.layout.named(model.g)
     return [n for n, g in whole.items() if not np.abs(parts[n] - g).max() <= 1e-12 + 1e-9 * np.abs(g).max()]
 

@@ -188,9 +188,9 @@ def a_rate_drifts(m):
 def clipping_is_twice_as_wide(m):
     right = AdamW.step
 
-    def step(self, lr):
+    def step(self, lr, **options):
         self.grad_clip = 0.2 if is_of_the_run(self) else self.grad_clip
-        right(self, lr)
+        right(self, lr, **options)
 
     m.setattr(AdamW, "step", step)
     return ["--grad-clip", 0.1]

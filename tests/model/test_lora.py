@@ -604,9 +604,9 @@ FAULTS = {
 def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault):
     right, steps, more = AdamW.step, [], []
 
-    def step(self, lr):
+    def step(self, lr, **options):
         steps.append(self.steps)
-        right(self, lr)
+        right(self, lr, **options)
 
     monkeypatch.setattr(AdamW, "step", step)
     effective, add, load = Adapters.effective, Adapters.add_gradients, Adapters.set_base
@@ -662,7 +662,9 @@ def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault)
     else:
         # The golden steps of the family have an optimizer of their own, whose vectors are more than padding.
         monkeypatch.setattr(
-            AdamW, "step", lambda o, lr: right(o, (1.1 if o.w.size - o.decayed == ALIGN else 1) * lr)
+            AdamW,
+            "step",
+            lambda o, lr, **k: right(o, (1.1 if o.w.size - o.decayed == ALIGN else 1) * lr, **k),
         )
     gate, code = FAULTS[fault]
     out = tmp_path / "run"

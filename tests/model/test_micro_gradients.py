@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from apr import backends
+from apr.backends import overlay
+from apr.model.block import Block
+from apr.model.cost import fitted, memory
 from apr.model.lora import lora_config
 from apr.model.micro_gradients import MicroGradients, Pieces
 from apr.model.params import Layout
@@ -50,10 +53,13 @@ def apart(cfg, be, lora, **options):
     return total
 
 
-def together(cfg, be, lora, **options):
+def together(cfg, be, lora, begins=False, **options):
+    """begins: over gradients that are not zero, which the first micro-batch overwrites."""
     trained, micro_step = built(cfg, be, True, lora, **options)
-    for ids, targets in batches(cfg):
-        micro_step(ids, targets, 0.01, False)
+    for s in trained.layout.slots if begins else []:
+        be.fill(trained.g[s.offset : s.offset + s.size], np.nan)
+    for i, (ids, targets) in enumerate(batches(cfg)):
+        micro_step(ids, targets, 0.01, False, begins=begins and i == 0)
     return be.to_host(trained.g)
 
 
@@ -62,6 +68,8 @@ def together(cfg, be, lora, **options):
 def test_a_step_is_the_sum_of_its_micro_batches(name, which):
     be, cfg = backends.get(which), PRESETS[name]
     assert together(cfg, be, False).tobytes() == apart(cfg, be, False).tobytes()
+    # But for the sign of zeros: 0 + -0 is 0.
+    assert np.array_equal(together(cfg, be, False, begins=True), apart(cfg, be, False))
 
 
 @pytest.mark.parametrize(
@@ -72,17 +80,22 @@ def test_adapters_recomputation_and_z_loss_keep_the_order(lora, options):
     assert together(cfg, be, lora, **options).tobytes() == apart(cfg, be, lora, **options).tobytes()
 
 
-@pytest.mark.parametrize("fault", ["clear", "fold"])
+@pytest.mark.parametrize("fault", ["vectors", "matrices", "fold"])
 def test_the_check_can_fail(fault, monkeypatch):
-    """The faults planted: a layer's place is not cleared; a layer is added twice."""
+    """The faults planted: the place of vectors is not cleared, that of matrices is added to; a layer is added twice."""
     be, cfg = backends.get("cpu"), PRESETS["qwen2-tiny"]
-    right = getattr(MicroGradients, fault)
+    fold = MicroGradients.fold
 
-    def wrong(self, layer):
-        for _ in range({"clear": 0, "fold": 2}[fault] if layer == 1 else 1):
-            right(self, layer)
+    def twice(self, layer, begins):
+        for _ in range(2 if layer == 1 else 1):
+            fold(self, layer, begins)
 
-    monkeypatch.setattr(MicroGradients, fault, wrong)
+    if fault == "vectors":
+        monkeypatch.setattr(Model, "_clear_sums", lambda self: None)
+    elif fault == "matrices":
+        be = overlay(be, linear_bwd=lambda *a: backends.get("cpu").linear_bwd(*a[:6], True))
+    else:
+        monkeypatch.setattr(MicroGradients, "fold", twice)
     assert together(cfg, be, False).tobytes() != apart(cfg, be, False).tobytes()
 
 
@@ -102,3 +115,47 @@ def test_pieces_are_the_whole_buffer_once(name, tied):
     assert pieces.size <= layout.size
     if layers > 1:
         assert pieces.size == layout.size - (layers - 1) * pieces.widest
+
+
+# The input of the down product, computed again
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_act_that_is_computed_again_changes_no_bit(name):
+    be, cfg = backends.get("cpu"), PRESETS[name]
+    assert together(cfg, be, False, act_again=True).tobytes() == together(cfg, be, False).tobytes()
+
+
+def test_act_of_another_layer_is_seen(monkeypatch):
+    be, cfg = backends.get("cpu"), PRESETS["qwen2-tiny"]
+    backward, activate = Block.backward, Block.activate
+
+    def stale(self, g):
+        monkeypatch.setattr(Block, "activate", activate)
+        backward(self, g)
+        monkeypatch.setattr(Block, "activate", lambda self: None)
+
+    monkeypatch.setattr(Block, "backward", stale)
+    ids, targets = batches(cfg)[0]
+    for again, same in ((False, True), (True, False)):
+        monkeypatch.setattr(Block, "activate", activate)
+        kept, _ = built(cfg, be, False)
+        model, _ = built(cfg, be, False, act_again=again)
+        with monkeypatch.context() as m:
+            m.setattr(Block, "backward", backward)
+            kept.micro_step(ids, targets, 0.01, False)
+        model.micro_step(ids, targets, 0.01, False)
+        assert (kept.g.tobytes() == model.g.tobytes()) == same
+
+
+def test_act_is_computed_again_where_the_job_fits_only_then():
+    cfg, be = PRESETS["qwen2-tiny"], backends.get("cpu")
+
+    def need(again):
+        return memory(cfg, be, 2, 12, act_again=again)
+
+    kept, again = need(False), need(True)
+    one = 2 * 12 * cfg.intermediate_size * 4
+    assert 0 <= kept.total - again.total - (cfg.num_layers - 1) * one < 256 * cfg.num_layers
+    for have, want in ((None, False), (kept.total, False), (kept.total - 1, True), (again.total - 1, False)):
+        assert fitted(need, have) == (need(want), want)

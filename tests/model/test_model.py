@@ -325,6 +325,25 @@ def test_a_micro_step_is_forward_loss_and_backward(
     assert unequal_micro_steps(on(be), cfg, dtype, graph) == []
 
 
+@every_model
+@every_backend
+def test_a_first_micro_step_overwrites_gradients_and_later_ones_add(
+    cfg: ModelConfig, be: Any, dtype: str
+) -> None:
+    """Op by op, recorded and replayed; of every parameter, and of several pieces of logits."""
+    ids, targets = batch(cfg)
+    want, got = (randomised(on(be)(cfg, dtype, loss_rows=B * T // 2)) for _ in range(2))
+    for n in range(4):
+        be.fill(want.g, 0)
+        for s in got.layout.slots:
+            be.fill(got.g[s.offset : s.offset + s.size], np.nan)
+        for first in (True, False):
+            source = np.roll(ids, n + first)
+            want.micro_step(source, targets, 0.25, graph=False)
+            got.micro_step(source, targets, 0.25, begins=first)
+            assert differing(sums(want), sums(got)) == []
+
+
 @every_family
 def test_check_of_micro_steps_can_fail(cfg: ModelConfig) -> None:
     """A record that replays nothing, one that replays the ids it was recorded with."""

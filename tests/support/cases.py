@@ -49,16 +49,26 @@ ADAMW = "lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1, step=3"
 
 CASES = [
     Case("embedding", "embedding_fwd", "embedding_bwd", "N C V: 1 1 1, 5 59 97, 257 123 59"),
-    Case("linear", "linear_fwd", "linear_bwd", "N O I: 1 1 1, 5 97 59, 123 5 97, 59 257 123, 257 1 5"),
+    Case(
+        "linear",
+        "linear_fwd",
+        "linear_bwd: adds=True",
+        "N O I: 1 1 1, 5 97 59, 123 5 97, 59 257 123, 257 1 5",
+    ),
     Case(
         "linear_no_bias",
         "linear_fwd: b none",
-        "linear_bwd: db none",
+        "linear_bwd: db none, adds=True",
         "N O I: 1 59 5, 97 123 59, 257 5 97",
     ),
     Case(
-        "linear_frozen", "linear_fwd: w const O I, b none", "linear_bwd: dw none, db none", "N O I: 5 97 59"
+        "linear_frozen",
+        "linear_fwd: w const O I, b none",
+        "linear_bwd: dw none, db none, adds=True",
+        "N O I: 5 97 59",
     ),
+    # of the first micro-batch
+    Case("linear_begun", "linear_fwd", "linear_bwd: dw out32 O I, adds=False", "N O I: 5 97 59, 257 5 97"),
     # the last position of each sequence
     Case("linear_rows_apart", "linear_fwd: x in N I@2*I/3*I, b none", "", "N O I: 1 123 59, 5 97 59"),
     Case("adapted", "adapted: factor=0.7", "", "O I R: 1 1 1, 5 59 4, 97 123 33, 59 128 16"),

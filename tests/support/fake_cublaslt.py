@@ -184,9 +184,14 @@ def errors(lt: cublaslt.Products, act: str, n: int, o: int, i: int, pad: int, bi
     x64, w64, dy64, want_dw = (a.host.astype(np.float64) for a in (x, w, dy, dw))
     want_y, want_dx = np.empty((n, o)), np.empty((n, i))
     reference.linear_fwd(want_y, x64, w64, b.host.astype(np.float64) if b else None)
-    reference.linear_bwd(want_dx, want_dw, None, dy64, x64, w64)
+    begun, want_begun = matrix(rng, o, i, np.float32, pad), np.empty((o, i))
+    begun.host[...] = np.nan
+    reference.linear_bwd(want_dx, want_dw, None, dy64, x64, w64, True)
+    reference.linear_bwd(want_dx, want_begun, None, dy64, x64, w64, False)
     lt.forward(y, x, w, b)
     lt.grad_input(dx, dy, w)
     lt.grad_weight(dw, dy, x)
+    lt.grad_weight(begun, dy, x, False)
     checks = {"y": wrong(y, want_y, act), "dx": wrong(dx, want_dx, act), "dw": wrong(dw, want_dw, "float32")}
+    checks["dw begun"] = wrong(begun, want_begun, "float32")
     return [name for name, bad in checks.items() if bad]

@@ -26,7 +26,18 @@ from cases import CASES, Row, overlay, rows
 SHIM = Path(__file__).with_name("shim")
 
 
-MODULES = ("adapted", "attention", "bias", "embedding", "flat", "loss", "norm", "rope", "swiglu")
+MODULES = (
+    "adapted",
+    "attention",
+    "bias",
+    "embedding",
+    "flat",
+    "loss",
+    "loss_cluster",
+    "norm",
+    "rope",
+    "swiglu",
+)
 
 
 FLAGS = (
@@ -87,7 +98,8 @@ class Library:
     """A kernel module compiled for the host."""
 
     def __init__(self, text: str, names: list[str], act: str, defines: dict[str, int], folder: Path) -> None:
-        number = next(NUMBERS)
+        number, found = next(NUMBERS), re.search(r"\bCLUSTER = (\d+)", text)
+        self._cluster = int(found[1]) if found else 1
         source, out = folder / f"{number}.cpp", folder / f"{number}.so"
         source.write_text("\n".join([text, *(f"SHIM_KERNEL({n})" for n in names)]))
         options = kernels.options(act, "sm_80", defines)
@@ -97,7 +109,7 @@ class Library:
 
     def __call__(self, name: str, grid: Any, block: Any, args: list[Any], shared: int, seed: int) -> None:
         """Run a kernel. args: arrays, None, NumPy scalars, tensor maps of host_map."""
-        numbers = [*grid, 1, 1][:3] + [*block, 1, 1][:3] + [shared, seed]
+        numbers = [*grid, 1, 1][:3] + [*block, 1, 1][:3] + [shared, seed, self._cluster]
         held = [
             ctypes.c_void_p(0 if a is None else a.ctypes.data)
             if not isinstance(a, np.generic)
@@ -109,7 +121,7 @@ class Library:
             if isinstance(a, np.ndarray) and a.dtype == KIND:
                 at[i] = a.ctypes.data
         status = getattr(self._loaded, "shim_" + name)(
-            (ctypes.c_int * 8)(*numbers), (ctypes.c_void_p * len(at))(*at)
+            (ctypes.c_int * 9)(*numbers), (ctypes.c_void_p * len(at))(*at)
         )
         assert status == 0, f"{name}: {FAULTS[status]}"
 
@@ -127,6 +139,7 @@ class Host:
 
     def __init__(self, folder: Path, texts: dict[str, str] | None = None) -> None:
         self.shared_bytes = ops.SHARED_STATIC + 2048  # so little that a row of logits does not fit
+        self.clusters = True
         self._folder, self._texts, self._libraries = folder, texts or {}, dict[Any, Library]()
         self.seed = 0
 
@@ -134,6 +147,8 @@ class Host:
         key = module, act, *defines.values()
         if key not in self._libraries:
             text = self._texts.get(module) or kernels.source(module)
+            if '#line 1 "cluster.cuh"' in text:
+                text = on_the_host(text, "cluster_shim.h")
             self._libraries[key] = Library(text, list(kernels.signatures(module)), act, defines, self._folder)
         return self._libraries[key]
 
@@ -160,9 +175,9 @@ class Host:
 def backend() -> SimpleNamespace:
     """The reference with all ops that are our own kernels, launched on ops.machine."""
 
-    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any) -> None:
+    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any, adds: bool) -> None:
         wide = [a.astype(np.float32) for a in (dy, x, w)]
-        reference.linear_bwd(dx, dw, None, *wide)
+        reference.linear_bwd(dx, dw, None, *wide, adds)
         if db is not None:
             ops.add_rows(db, dy)
 

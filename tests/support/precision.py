@@ -124,10 +124,10 @@ def _shuffled(seed: int, be: Backend) -> Backend:
         i = order(w.shape[1])
         be.linear_fwd(y, x[:, i], w[:, i], b)
 
-    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any) -> None:
+    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any, adds: bool) -> None:
         n, o = order(len(x)), order(len(w))
-        be.linear_bwd(np.empty_like(dx), dw, db, dy[n], x[n], w)
-        be.linear_bwd(dx, None, None, dy[:, o], x, w[o])
+        be.linear_bwd(np.empty_like(dx), dw, db, dy[n], x[n], w, adds)
+        be.linear_bwd(dx, None, None, dy[:, o], x, w[o], adds)
 
     def attention_fwd(y: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any) -> None:
         d = order(q.shape[-1])

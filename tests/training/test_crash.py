@@ -45,11 +45,11 @@ def stopped(killed, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         step, calls = AdamW.step, []
 
-        def ask(self, lr):
+        def ask(self, lr, **options):
             calls.append(lr)
             if len(calls) == 11:
                 signal.raise_signal(signal.SIGINT)
-            step(self, lr)
+            step(self, lr, **options)
 
         m.setattr(AdamW, "step", ask)
         assert main(["pretrain", *job.arguments(run, False)]) == 130

@@ -26,6 +26,7 @@ name = "cpu"
 dtypes = ("float32",)
 pad_vocab = False
 loss_elements = 1 << 23
+asynchronous = False
 _allocated = [0]
 FEW_ROWS = 8  # up to so many, linear_fwd gives a row the same bits whatever rows are beside it
 _NOTHING = np.empty(0, np.float32)
@@ -97,11 +98,13 @@ def linear_fwd(y: Array, x: Array, w: Array, b: Array | None) -> None:
         gemm(y, x, w, 1.0, 0.0 if b is None else 1.0, False, True)
 
 
-def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Array, w: Array) -> None:
+def linear_bwd(
+    dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Array, w: Array, adds: bool
+) -> None:
     """See reference.py."""
     gemm(dx, dy, w, 1.0, 0.0, False, False)
     if dw is not None:
-        gemm(dw, dy, x, 1.0, 1.0, True, False)
+        gemm(dw, dy, x, 1.0, 1.0 if adds else 0.0, True, False)
     if db is not None:
         kernels.add_columns(db, dy)
 
@@ -187,6 +190,7 @@ def adamw(
     master: Array,
     m: Array,
     v: Array,
+    square: Array,
     g: Array,
     factor: Array,
     lr: float,
@@ -201,6 +205,7 @@ def adamw(
     kernels.adamw(master, m, v, g, factor[0], lr, 1 - beta1, 1 - beta2, bias1, bias2, eps, lr * decay)
     if w.ctypes.data != master.ctypes.data:
         reference.copy(w, master)
+    add_sum_sq(square, master)
 
 
 kernels.set_blas_threads(1)

@@ -21,7 +21,7 @@ import cupy
 import numpy as np
 
 from ...common.errors import DeviceError
-from . import attention, attention_wgmma, launch, matmul, ops
+from . import attention, attention_wgmma, kernels, launch, matmul, ops
 
 Array = Any  # cupy.ndarray
 
@@ -29,6 +29,7 @@ name = "cuda"
 dtypes = ("bfloat16", "float32")
 pad_vocab = True
 loss_elements = 5 << 28
+asynchronous = True
 STAGING_BYTES = 16 << 20
 _allocated = [0]
 
@@ -62,6 +63,7 @@ class _Device:
             scratch=launch.scratch,
             address=lambda x: x.data.ptr,
             shared_bytes=device.attributes["MaxSharedMemoryPerBlockOptin"],
+            clusters=bool(kernels.variants("loss_cluster", launch.arch())),
         )
 
 
@@ -169,6 +171,21 @@ def to_host(x: Array) -> np.ndarray:
     return np.asarray(x.get(stream=_device().stream))
 
 
+def read_later(numbers: tuple[Array, ...]) -> Callable[[], list[float]]:
+    """See reference.py."""
+    stream, done = _device().stream, cupy.cuda.Event(disable_timing=True)
+    host = _pinned(8 * len(numbers))
+    for i, x in enumerate(numbers):
+        x.data.copy_to_host_async(host.ctypes.data + 8 * i, 8, stream)
+    done.record(stream)
+
+    def values() -> list[float]:
+        done.synchronize()
+        return [float(x) for x in host.view(np.float64)]
+
+    return values
+
+
 def fill(x: Array, value: float) -> None:
     """x = value everywhere."""
     if value == 0 and math.copysign(1, value) > 0 and x.flags.c_contiguous:
@@ -217,12 +234,14 @@ def linear_fwd(y: Array, x: Array, w: Array, b: Array | None) -> None:
     _devices[0].products.forward(y, x, w, b)
 
 
-def linear_bwd(dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Array, w: Array) -> None:
+def linear_bwd(
+    dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Array, w: Array, adds: bool
+) -> None:
     """See reference.py."""
     products = _devices[0].products
     products.grad_input(dx, dy, w)
     if dw is not None:
-        products.grad_weight(dw, dy, x)
+        products.grad_weight(dw, dy, x, adds)
     if db is not None:
         ops.add_rows(db, dy)
 

@@ -7,7 +7,7 @@ C rows and R columns with leading dimension ld, so each product is asked for tra
 |-------------|------------------|---|----|----|----|---|---|---|
 | forward     | y = x w^T + b    | w | T  | x  | N  | O | N | I |
 | grad_input  | dx = dy w        | w | N  | dy | N  | I | N | O |
-| grad_weight | dw += dy^T x     | x | N  | dy | T  | I | O | N |
+| grad_weight | dw += dy^T x, or = | x | N | dy | T | I | O | N |
 | gemm        | out = alpha op(a) op(b) + beta out | b | its flag | a | its flag | N | M | K |
 
 Sums are in float32 (CUBLAS_COMPUTE_32F: no TF32), alpha and beta are float32. A bfloat16 result is rounded
@@ -112,9 +112,9 @@ class Products:
         """dx = dy w.  dx (N,I), dy (N,O), w (O,I); one dtype"""
         self._multiply(GRAD_INPUT, dx, w, dy, None)
 
-    def grad_weight(self, dw: Array, dy: Array, x: Array) -> None:
-        """dw += dy^T x.  dw (O,I) float32, dy (N,O), x (N,I) of one dtype"""
-        self._multiply(GRAD_WEIGHT, dw, x, dy, None)
+    def grad_weight(self, dw: Array, dy: Array, x: Array, adds: bool = True) -> None:
+        """dw += dy^T x, or = where adds is False, by the same algorithm.  dw (O,I) float32, dy (N,O), x (N,I) of one dtype"""
+        self._multiply(GRAD_WEIGHT, dw, x, dy, None, 0 if adds else _ZERO_AT)
 
     def gemm(
         self, out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: bool, trans_b: bool
@@ -152,7 +152,8 @@ class Products:
                 rows.append((str(p.key), p.algorithm.ms, flops / p.algorithm.ms / 1e9))
         return rows
 
-    def _multiply(self, op: Product, d: Array, a: Array, b: Array, bias: Array | None) -> None:
+    def _multiply(self, op: Product, d: Array, a: Array, b: Array, bias: Array | None, beta: int = 0) -> None:
+        """D = op(A) op(B), with beta at that address instead of the plan's."""
         at_d, at_a, at_b = d.data.ptr, a.data.ptr, b.data.ptr
         seen = (
             op,
@@ -166,14 +167,14 @@ class Products:
             plan = self._ready[seen] = self._plan(op, d, a, b, bias)
         if bias is not None:
             self._set_bias(plan, bias.data.ptr)
-        status = self._run(plan, at_d, at_a, at_b)
+        status = self._run(plan, at_d, at_a, at_b, beta)
         if status:
             raise DeviceError(f"cublasLtMatmul: {status_name(status)} for {plan.key}")
 
-    def _run(self, p: ProductPlan, d: int, a: int, b: int) -> int:
+    def _run(self, p: ProductPlan, d: int, a: int, b: int, beta: int = 0) -> int:
         lt, ws, nbytes, to = self._context
         return self._matmul(
-            lt, p.desc, p.alpha, a, p.a, b, p.b, p.beta, d, p.d, d, p.d, p.chosen, ws, nbytes, to
+            lt, p.desc, p.alpha, a, p.a, b, p.b, beta or p.beta, d, p.d, d, p.d, p.chosen, ws, nbytes, to
         )
 
     def _plan(self, op: Product, d: Array, a: Array, b: Array, bias: Array | None) -> ProductPlan:

@@ -29,6 +29,7 @@ class Machine(Protocol):
     """Launcher of kernels, and the memory they need."""
 
     shared_bytes: int  # of shared memory that a block can have
+    clusters: bool  # a kernel can run as clusters of blocks
 
     def kernel(self, module: str, name: str, act: str, **defines: int) -> Any:
         """A kernel, called with (grid, block, args, shared=bytes)."""
@@ -45,6 +46,7 @@ Numbers = dict[tuple[str, str], set[float]]  # (kernel, parameter) -> the values
 
 BLOCKS = 264  # two on each multiprocessor of an H200: in how many parts sums over rows are cut
 SUM_BLOCKS = 1056
+CLUSTER_PACKS = 512  # of 16 bytes, of a row, that a block of a cluster has at least
 SHARED_STATIC = 1024  # bytes that a kernel may have besides its dynamic shared memory
 
 
@@ -417,15 +419,20 @@ def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | Non
     v = _vector((_row(logits) * logits.itemsize,), logits)
     pack = 16 if v else logits.itemsize  # bytes
     pieces = max(1, vocab * logits.itemsize // pack)
-    held = 0 if scale is None else min(pieces, (machine.shared_bytes - SHARED_STATIC) // pack)
+    module, name, blocks, most, own = "loss", "cross_entropy_v" if v else "cross_entropy_1", 1, 1024, 0
+    if v and machine.clusters and pieces >= CLUSTER_PACKS * _constant("loss_cluster", "CLUSTER"):
+        module, name, blocks = "loss_cluster", "cross_entropy_cluster", _constant("loss_cluster", "CLUSTER")
+        most, own = _constant(module, "CLUSTER_THREADS"), _constant(module, "SUM_BYTES")
+    each = ceil_div(pieces, blocks)
+    held = 0 if scale is None else min(each, (machine.shared_bytes - SHARED_STATIC - own) // pack)
     _run(
-        "loss",
-        "cross_entropy_v" if v else "cross_entropy_1",
+        module,
+        name,
         logits,
-        (n,),
-        (min(1024, round_up(pieces, 32)),),
+        (blocks * n,),
+        (min(most, round_up(each, 32)),),
         *(loss, logits, targets, _row(logits), vocab, held, int(scale is not None), scale or 0.0, z_loss),
-        shared=held * pack,
+        shared=own + held * pack,
     )
 
 
@@ -462,6 +469,7 @@ def adamw(
     master: Array,
     m: Array,
     v: Array,
+    square: Array,
     g: Array,
     factor: Array,
     lr: float,
@@ -473,13 +481,15 @@ def adamw(
 ) -> None:
     """See reference.py."""
     vector = _vector((), w, master, m, v, g)
-    each = 256 * (16 // w.itemsize if vector else 1)
+    blocks = ceil_div(w.size, 256 * (16 // w.itemsize if vector else 1))
+    partial = machine.scratch((blocks,), "float64", 0)
     numbers = (lr, 1 - beta1, 1 - beta2, 1 - beta1**step, 1 - beta2**step, eps, decay)
     _run(
         "flat",
         "adamw_v" if vector else "adamw_1",
         w,
-        (ceil_div(w.size, each),),
+        (blocks,),
         (256,),
-        *(w, master, m, v, g, factor, w.size, *numbers),
+        *(w, master, m, v, partial, g, factor, w.size, *numbers),
     )
+    _run("flat", "sum_add", w, (1,), (1024,), square, partial, blocks)

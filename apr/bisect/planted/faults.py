@@ -727,8 +727,8 @@ def shared_heads_not_summed(be: Any) -> Ops:
 def bias_gradient_of_one_token(be: Any) -> Ops:
     """The gradient of a bias is that of the first token, not the sum."""
 
-    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any) -> None:
-        be.linear_bwd(dx, dw, None, dy, x, w)
+    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any, adds: bool) -> None:
+        be.linear_bwd(dx, dw, None, dy, x, w, adds)
         if db is not None:
             be.from_host(db, np.asarray(be.to_host(db), np.float64) + be.to_host(dy)[0])
 
@@ -751,9 +751,9 @@ def repeated_ids_counted_once(be: Any) -> Ops:
 def weight_gradient_a_thousandth_off(be: Any) -> Ops:
     """The gradients of all matrices are a tenth of a percent too large."""
 
-    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any) -> None:
+    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any, adds: bool) -> None:
         before = None if dw is None else np.asarray(be.to_host(dw), np.float64)
-        be.linear_bwd(dx, dw, db, dy, x, w)
+        be.linear_bwd(dx, dw, db, dy, x, w, adds)
         if dw is not None:
             be.from_host(dw, before + 1.001 * (be.to_host(dw) - before))
 
@@ -820,12 +820,18 @@ def borders_of_the_first_batch(be: Any) -> Ops:
 def weight_gradient_overwritten(be: Any) -> Ops:
     """The gradient of a matrix is overwritten: of several micro-batches the last one counts."""
 
-    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any) -> None:
+    def linear_bwd(dx: Any, dw: Any, db: Any, dy: Any, x: Any, w: Any, adds: bool) -> None:
         if dw is not None:
             be.fill(dw, 0)
-        be.linear_bwd(dx, dw, db, dy, x, w)
+        be.linear_bwd(dx, dw, db, dy, x, w, adds)
 
     return dict(linear_bwd=linear_bwd)
+
+
+@fault(r"backward linear_bwd grad\.0\.wqkv", frozenset({"micro"}))
+def weight_gradient_never_begun(be: Any) -> Ops:
+    """The first micro-batch of a step adds to the gradients of the step before."""
+    return changed(be, "linear_bwd", adds=lambda adds: True)
 
 
 @fault(r"state sequence_by_sequence grad\..*", frozenset({"micro"}))

@@ -1,5 +1,5 @@
 // Runs CUDA kernels on the host: every thread of a block is a fiber that runs until it waits for others, and whose turn
-// comes in random order; some warps are slow. Blocks run one after the other, in random order too. A barrier that is
+// comes in random order; some warps are slow. Blocks, or clusters of them, run one after the other, in random order too. A barrier that is
 // missing therefore shows in the result. It knows what the plain kernels use; nothing of tensor cores, asynchronous
 // copies or divergent warps.
 #pragma once
@@ -18,6 +18,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ thread_local  // there is one system thread, so all fibers share it
 
@@ -41,7 +42,7 @@ thread_local uint4 dynamic_shared[(256 << 10) / 16];
 inline uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace shim {
-constexpr int MOST = 1024;
+constexpr int MOST = 2048, MOST_BLOCKS = 8;
 constexpr size_t STACK = (32 << 10) + 320;  // bytes; no power of two, so that stacks share the cache
 
 struct Gate {  // opens when all its members have arrived
@@ -52,7 +53,8 @@ struct Gate {  // opens when all its members have arrived
 struct Fiber {
   ucontext_t start;
   jmp_buf at;  // jumps, because swapcontext asks the system for the signal mask every time
-  uint3 index;
+  uint3 index, of;  // in its block; of the block
+  unsigned rank;  // of the block in its cluster
   Gate* waits;
   unsigned seen;
   bool started = false, done;
@@ -60,8 +62,10 @@ struct Fiber {
 inline jmp_buf scheduler;
 inline Fiber fibers[MOST];
 alignas(64) inline char stacks[MOST][STACK];
-inline Gate block, warps[32];
-inline unsigned char slots[32][32][8];  // what the lanes of a warp exchange
+inline Gate blocks[MOST_BLOCKS], cluster, warps[MOST / 32];
+inline Gate& block = blocks[0];
+inline size_t stride;  // bytes from the shared memory of a block to that of the next one in its cluster
+inline unsigned char slots[MOST / 32][32][8];  // what the lanes of a warp exchange
 inline size_t now;
 inline uint64_t state;
 inline void (*body)(void**);
@@ -95,7 +99,7 @@ inline void enter() {  // once for a fiber; the next kernel goes on in its loop
     body(arguments);
     Fiber& f = fibers[now];
     f.done = true;
-    for (Gate* g : {&block, &warps[now / 32]}) g->members--, g->check();  // those who have left are not waited for
+    for (Gate* g : {&blocks[f.rank], &warps[now / 32], &cluster}) g->members--, g->check();  // those who have left are not waited for
     if (!_setjmp(f.at)) _longjmp(scheduler, 1);
   }
 }
@@ -109,19 +113,22 @@ __attribute__((noinline)) inline void resume(Fiber& f) {
   setcontext(&f.start);
 }
 
-// One block; false if its threads wait for each other for ever.
-inline bool run_block() {
-  const size_t n = blockDim.x * blockDim.y * blockDim.z;
-  block = Gate{(int)n};
+// The blocks of a cluster, usually one; false if threads wait for each other for ever.
+inline bool run_blocks(unsigned first, unsigned count) {
+  const size_t each = blockDim.x * blockDim.y * blockDim.z, n = each * count;
+  for (Gate& b : blocks) b = Gate{(int)each};
+  cluster = Gate{(int)n};
   for (Gate& w : warps) w = Gate{};
   std::vector<size_t> order(n);
   for (size_t i = 0; i < n; i++) {
     Fiber& f = fibers[order[i] = i];
-    f.index = {unsigned(i % blockDim.x), unsigned(i / blockDim.x % blockDim.y), unsigned(i / blockDim.x / blockDim.y)};
+    const unsigned t = i % each, b = first + (f.rank = i / each);
+    f.index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+    f.of = {b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y};
     f.waits = nullptr, f.done = false;
     warps[i / 32].members++;
   }
-  bool slow[32];
+  bool slow[MOST / 32];
   for (bool& s : slow) s = random(4) == 0;
   if (before_block) before_block();
   for (bool ran = true, slept = true; (ran || slept) && !fault;) {
@@ -136,14 +143,14 @@ inline bool run_block() {
         slept = true;
         continue;
       }
-      ran = true, now = i, threadIdx = f.index;
+      ran = true, now = i, threadIdx = f.index, blockIdx = f.of;
       resume(f);
     }
   }
-  if (after_block && !block.members && !fault) after_block();
-  if (block.members)
+  if (after_block && !cluster.members && !fault) after_block();
+  if (cluster.members)
     for (Fiber& f : fibers) f.started = false;  // where they wait, they stay
-  return block.members == 0;
+  return cluster.members == 0;
 }
 
 template <class... A, size_t... I>
@@ -151,30 +158,32 @@ void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) { kernel
 template <class... A>
 void call(void (*kernel)(A...), void** args) { call(kernel, args, std::index_sequence_for<A...>()); }
 
-// g: grid x y z, block x y z, bytes of dynamic shared memory, seed. 0, or 1 for threads that wait for ever, 2 for a write
-// beyond the dynamic shared memory, or a fault.
+// g: grid x y z, block x y z, bytes of dynamic shared memory, seed, blocks of a cluster. 0, or 1 for threads that wait for
+// ever, 2 for a write beyond the dynamic shared memory, or a fault.
 inline int launch(void (*kernel)(void**), const int* g, void** args) {
   gridDim = {(unsigned)g[0], (unsigned)g[1], (unsigned)g[2]}, blockDim = {(unsigned)g[3], (unsigned)g[4], (unsigned)g[5]};
   state = g[7] * 0x9E3779B97F4A7C15ull + 1;
   body = kernel, arguments = args, fault = 0;
-  std::vector<unsigned> blocks(gridDim.x * gridDim.y * gridDim.z);
-  for (unsigned i = 0; i < blocks.size(); i++) blocks[i] = i;
-  shuffle(blocks);
+  const unsigned count = g[8];
+  std::vector<unsigned> clusters(gridDim.x * gridDim.y * gridDim.z / count);
+  for (unsigned i = 0; i < clusters.size(); i++) clusters[i] = i * count;
+  shuffle(clusters);
+  stride = (g[6] + 1024 + 1023) / 1024 * 1024;
   auto* const bytes = reinterpret_cast<unsigned char*>(dynamic_shared);
-  for (unsigned b : blocks) {
-    std::memset(bytes, 0xff, g[6] + 1024);  // NaN
-    blockIdx = {b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y};
-    const bool ended = run_block();
+  for (unsigned first : clusters) {
+    std::memset(bytes, 0xff, stride * count);  // NaN
+    const bool ended = run_blocks(first, count);
     if (fault) return fault;
     if (!ended) return 1;
-    for (int i = 0; i < 1024; i++)
-      if (bytes[g[6] + i] != 0xff) return 2;
+    for (unsigned b = 0; b < count; b++)
+      for (int i = 0; i < 1024; i++)
+        if (bytes[b * stride + g[6] + i] != 0xff) return 2;
   }
   return 0;
 }
 }  // namespace shim
 
-inline void __syncthreads() { shim::wait(shim::block); }
+inline void __syncthreads() { shim::wait(shim::blocks[shim::fibers[shim::now].rank]); }
 template <class T> T __shfl_xor_sync(unsigned, T x, int mask) {
   const size_t warp = shim::now / 32, lane = shim::now % 32;
   std::memcpy(shim::slots[warp][lane], &x, sizeof x);

@@ -2,8 +2,10 @@
 //
 //   total[0] += sum x, or sum x^2;  out = round(a + b);  factor[0] = min(1, max_norm / (sqrt(sum_sq[0]) + 1e-6))
 //   g' = factor[0] * g;  m += (1 - beta1) (g' - m);  v += (1 - beta2) (g'^2 - v)
-//   master -= lr * (m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps) + decay * master);  w = round(master)
-//   x, master, m, v, g (n,) float, w, out, a, b (n,); total, factor, sum_sq (1,) double. master may be w itself, out a or b
+//   master -= lr * (m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps) + decay * master);  w = round(master);
+//   square += sum master^2, of the new master
+//   x, master, m, v, g (n,) float, w, out, a, b (n,); total, factor, sum_sq, square (1,)
+//   double. master may be w itself, out a or b
 //
 // Sums are in double: every thread over its elements, every block, then sum_add over the blocks, in order. The
 // elements after the last whole piece of VEC or 4 are taken one by one.
@@ -78,10 +80,11 @@ struct Step {
 };
 
 template <int N>
-__device__ __forceinline__ void adamw(act* w, float* master, float* m, float* v, const float* g, const Step& step,
-                                      long long n) {
+__device__ __forceinline__ void adamw(act* w, float* master, float* m, float* v, double* partial, const float* g,
+                                      const Step& step, long long n) {
   const long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * N;
   const bool own = (const void*)w != (const void*)master;
+  double square = 0;
   if (i + N <= n) {
     float a[N], b[N], c[N], d[N];
     load_floats(a, master + i), load_floats(b, m + i), load_floats(c, v + i), load_floats(d, g + i);
@@ -89,19 +92,24 @@ __device__ __forceinline__ void adamw(act* w, float* master, float* m, float* v,
     for (int j = 0; j < N; j++) step(a[j], b[j], c[j], d[j]);
     store_floats(master + i, a), store_floats(m + i, b), store_floats(v + i, c);
     if (own) store(w + i, rounded(a));
-    return;
+#pragma unroll
+    for (int j = 0; j < N; j++) square += (double)a[j] * a[j];
+  } else {
+    for (long long j = i; j < n; j++) {
+      step(master[j], m[j], v[j], g[j]);
+      if (own) put(w[j], master[j]);
+      square += (double)master[j] * master[j];
+    }
   }
-  for (long long j = i; j < n; j++) {
-    step(master[j], m[j], v[j], g[j]);
-    if (own) put(w[j], master[j]);
-  }
+  square = block_sum(square);
+  if (threadIdx.x == 0) partial[blockIdx.x] = square;
 }
 
 #define ADAMW(NAME, N)                                                                                              \
   extern "C" __global__ void __launch_bounds__(256)                                                                 \
-  NAME(act* w, float* master, float* m, float* v, const float* g, const double* factor, long long n, float lr,      \
-       float rate1, float rate2, float bias1, float bias2, float eps, float decay) {                                \
-    adamw<N>(w, master, m, v, g, Step{(float)factor[0], lr, rate1, rate2, bias1, bias2, eps, decay}, n);            \
+  NAME(act* w, float* master, float* m, float* v, double* partial, const float* g, const double* factor,            \
+       long long n, float lr, float rate1, float rate2, float bias1, float bias2, float eps, float decay) {         \
+    adamw<N>(w, master, m, v, partial, g, Step{(float)factor[0], lr, rate1, rate2, bias1, bias2, eps, decay}, n);            \
   }
 ADAMW(adamw_v, VEC)
 ADAMW(adamw_1, 1)
