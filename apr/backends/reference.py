@@ -262,18 +262,9 @@ def attention_fwd(
 
 
 def attention_bwd(
-    dq: Array,
-    dk: Array,
-    dv: Array,
-    dy: Array,
-    y: Array,
-    lse: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    doc_start: Array | None,
-    window: int,
-) -> None:
+    dq: Array, dk: Array, dv: Array, dy: Array, y: Array, lse: Array, q: Array, k: Array, v: Array,
+    doc_start: Array | None, window: int,
+) -> None:  # fmt: skip
     """Gradients of attention_fwd (Dao et al. 2022, appendix B.2): with p recomputed from q, k, lse,
 
     dp = dy v^T;  ds = p * (dp - sum_d dy*y) / sqrt(D);  dq = ds k;  dk = ds^T q;  dv = p^T dy,
@@ -379,20 +370,9 @@ def clip_factor(factor: Array, sum_sq: Array, max_norm: float) -> None:
 
 
 def adamw(
-    w: Array,
-    master: Array,
-    m: Array,
-    v: Array,
-    square: Array,
-    g: Array,
-    factor: Array,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    step: int,
-) -> None:
+    w: Array, master: Array, m: Array, v: Array, square: Array, g: Array, factor: Array,
+    lr: float, beta1: float, beta2: float, eps: float, decay: float, step: int,
+) -> None:  # fmt: skip
     """One AdamW step (Loshchilov and Hutter 2019, algorithm 2; torch.optim.AdamW), step from 1.
 
     With g' = factor[0] * g:  m += (1 - beta1) (g' - m);  v += (1 - beta2) (g'^2 - v);
