@@ -30,6 +30,7 @@ from .checkpoint import (
 from .gguf_reader import read_gguf
 from .gguf_vocab import is_qwen2, vocabulary_keys
 from .hf import commonest_dtype, read_hf, write_hf
+from .other_readers import compare_folder, compare_gguf
 from .readback import compare_written
 from .side_files import turn_end, with_one_template
 from .tensors import SAVED
@@ -55,6 +56,7 @@ def export_hf(
     if written.cfg != checkpoint.cfg:
         raise IOFailure(f"{folder}: config.json does not say what was written; write it again")
     compared = compare_written(written.tensors, tensors, checkpoint.cfg.tie_word_embeddings, folder, dtype)
+    apart = compare_folder(folder, tensors, checkpoint.cfg.tie_word_embeddings)
     files = sorted(
         p.name for p in folder.iterdir() if p.name in texts or p.name == TOKENIZER or ".safetensors" in p.name
     )
@@ -64,6 +66,7 @@ def export_hf(
         "dtypes": sorted({t.dtype.name for t in written.tensors.values()}),
         "tensors": len(tensors),
         "compared_elements": compared,
+        "compared_apart": apart,
         "files": files,
         "note": _note(checkpoint),
     }
@@ -194,6 +197,7 @@ def export_gguf(
         path, checkpoint.cfg, tensors, dtype, keys, Path(checkpoint.source).stem or "model"
     )
     worst = check_gguf(path, checkpoint, dtype)
+    apart = compare_gguf(path, checkpoint.cfg, tensors)
     window = checkpoint.cfg.sliding_window
     return {
         "output": str(path),
@@ -201,6 +205,7 @@ def export_gguf(
         "tensors": len(tensors),
         "types": types,
         "q8_0_worst_step": worst,
+        "compared_apart": apart,
         "tokenizer": keys and keys["tokenizer.ggml.model"],
         "pre_tokenizer": keys and keys["tokenizer.ggml.pre"],
         "context_length": min(

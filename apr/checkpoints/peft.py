@@ -21,6 +21,7 @@ from ..model.lora import LINEAR, PREFIX, AdapterLayout, LoraConfig
 from ..model.params import Layout, Slot
 from .checkpoint import TEMPLATE
 from .hf import read_safetensors, write_safetensors
+from .other_readers import compare_adapter
 from .tensors import EMBED, HEAD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -161,6 +162,12 @@ def write_adapter(
     if template is not None:
         write_text(folder / TEMPLATE, template)
     write_json(folder / CONFIG, adapter_config(layout.config, base))  # last: with it the folder is whole
+    named = {
+        f"{p.base.layer}.{LINEAR[p.base.param.name]}.{x}": s
+        for p in layout.pairs
+        for x, s in (("A", p.a), ("B", p.b))
+    }
+    compare_adapter(folder, layout.cfg.num_layers, {name: tensors[s.hf] for name, s in named.items()})
 
 
 def read_adapter(

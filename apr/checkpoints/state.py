@@ -118,6 +118,19 @@ class TrainingState:
         """SHA-256 of the weights alone."""
         return sha256(_device_tensors(self.optimizer.be, self.layout, [self.optimizer.master]))
 
+    def distances(self, path: Path) -> dict[str, float]:
+        """Measure how far weights and optimizer state are from those of a saved state, in norms of what was saved."""
+        tensors, out = read_apr(path).tensors, {}
+        for prefix, flat in self.buffers().items():
+            saved = self._read(tensors, prefix, path).astype(np.float64)
+            now = np.zeros(self.layout.size, np.float64)
+            for s in self.layout.in_order():
+                now[s.offset : s.offset + s.size] = self.optimizer.be.to_host(
+                    flat[s.offset : s.offset + s.size]
+                )
+            out[prefix] = float(np.linalg.norm(now - saved)) / max(float(np.linalg.norm(saved)), 1e-30)
+        return out
+
     def snapshot(self, copy: Callable[[str, Any], np.ndarray], becomes_state: bool = True) -> Snapshot:
         """Copy the flat arrays to the host, where training does not change them. copy: as HostCopies do it.
 

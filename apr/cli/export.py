@@ -61,7 +61,10 @@ def _rows(done: dict[str, object]) -> list[tuple[str, str]]:
         note = [("note", str(done["note"]))] if done["note"] else []
         return [
             ("tensors", f"{done['tensors']} of {', '.join(done['dtypes'])}"),  # type: ignore[arg-type]
-            ("compared", f"{plural(int(str(done['compared_elements'])), 'element')} read back: equal bits"),
+            (
+                "compared",
+                f"{plural(int(str(done['compared_elements'])), 'element')} read back, by other code too: equal bits",
+            ),
             ("files", ", ".join(done["files"])),  # type: ignore[arg-type]
             *note,
         ]
@@ -73,7 +76,7 @@ def _rows(done: dict[str, object]) -> list[tuple[str, str]]:
         else "none in the checkpoint"
     )
     return [
-        ("tensors", f"{types}, read back and compared: as written{worst}"),
+        ("tensors", f"{types}, read back and compared, by other code too: as written{worst}"),
         ("tokenizer", tokenizer),
         ("positions", f"{done['context_length']:,}"),
     ]

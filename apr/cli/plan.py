@@ -51,6 +51,12 @@ class Flags:
         at_least=0,
     )
     keep_states: int = option("how many saved states are kept, for the disk", Settings.keep_states, above=0)
+    ladder_mib: int = option(
+        "how much disk older states take, spread over the run, that are kept for replay",
+        Settings.ladder_mib,
+        at_least=0,
+        metavar="MIB",
+    )
     run_dir: str | None = option("folder of the run, for the disk", metavar="FOLDER", path=True)
     train: bool = option("training; --no-train: one forward pass", True)
     recompute: bool = option("keep only the input of each block, compute the rest again in backward", False)
@@ -146,7 +152,8 @@ def main(args: Sequence[str]) -> int:
         show.note("DOES NOT FIT: use a smaller --micro-batch-size, --seq-length or model, or --recompute")
     if not result["fits_on_disk"]:
         show.note(
-            "DOES NOT FIT ON THE DISK: give fewer --keep-checkpoints or --keep-states, or another --run-dir"
+            "DOES NOT FIT ON THE DISK: give fewer --keep-checkpoints, --keep-states or --ladder-mib, or another "
+            "--run-dir"
         )
     return code
 
@@ -157,11 +164,11 @@ def _disk(f: Flags, cfg: ModelConfig, dtype: str, lora: LoraConfig | None) -> di
         raise UsageError(
             "--keep-checkpoints 0 keeps all of them: say how many steps there are with --num-steps"
         )
-    steps = f.num_steps or f.steps_per_epoch * (f.keep_checkpoints + f.keep_states + 2)
     s = Settings(
-        num_steps=steps,
+        num_steps=f.num_steps or f.steps_per_epoch * (f.keep_checkpoints + f.keep_states + 2),
         steps_per_epoch=f.steps_per_epoch,
         keep_checkpoints=f.keep_checkpoints,
         keep_states=f.keep_states,
+        ladder_mib=f.ladder_mib,
     )
-    return disk.disk(cfg, dtype, s, AdamW, lora)
+    return disk.disk(cfg, dtype, s, AdamW, lora, is_long=not f.num_steps)

@@ -52,6 +52,11 @@ class Flags:
         metavar="FOLDER",
         path=True,
     )
+    init: str | None = option(
+        "checkpoint that the run began from, when it is no longer where the run read it",
+        metavar="MODEL",
+        path=True,
+    )
     signers: str | None = option(
         "file of allowed signers, NAME KEY-TYPE KEY a line, one of which must have signed the run",
         metavar="FILE",
@@ -70,7 +75,7 @@ def main(args: Sequence[str]) -> int:
     f = parse(Flags, args, "apr verify", __doc__ or "")
     show = Show(quiet=f.json)
     seed = secrets.randbelow(1 << 32) if f.seed is None else f.seed
-    options = Options(f.replay, f.within, seed, f.backend, f.device, f.dataset, f.signers)
+    options = Options(f.replay, f.within, seed, f.backend, f.device, f.dataset, f.init, f.signers)
     with show.console.status("") as status:
         record = Record(Path(f.run_dir), options, lambda text: status.update(cell(text)))
         # A GPU's products may search for algorithms, and would keep them.

@@ -16,6 +16,7 @@ from ..model.lora import AdapterLayout, LoraConfig
 from ..model.optim import Optimizer, optimizer_class
 from ..model.params import Layout
 from .inputs import Inputs
+from .ladder import kept, most_rungs
 from .rundir import RunDir
 from .settings import Settings
 
@@ -34,17 +35,19 @@ class Disk:
     checkpoints: int
     state: int
     states: int
+    rungs: int
     log: int
 
     @property
     def total(self) -> int:
         """Sum of all, bytes."""
-        return self.checkpoint * self.checkpoints + self.state * self.states + self.log
+        return self.checkpoint * self.checkpoints + self.state * (self.states + self.rungs) + self.log
 
     def in_words(self, free: int | None) -> str:
         """Describe it in a line; free: bytes, None where the system does not say."""
         checkpoints = f"{plural(self.checkpoints, 'checkpoint')} of {in_bytes(self.checkpoint)}"
         states = f"{plural(self.states, 'state')} of {in_bytes(self.state)}"
+        states += f" and {self.rungs} older for replay" if self.rungs else ""
         there = f"; {in_bytes(free)} are free" if free is not None else ""
         return f"at most {in_bytes(self.total)}: {checkpoints}, {states}{there}"
 
@@ -56,18 +59,22 @@ def disk(
     optimizer: type[Optimizer],
     lora: LoraConfig | None,
     texts: int = 0,
+    is_long: bool = False,
 ) -> Disk:
-    """Compute the disk of a job. texts: bytes of tokenizer and side files in every checkpoint."""
+    """Compute the disk of a job. texts: bytes of tokenizer and side files in every checkpoint; is_long: of one so long that
+    its older states fill --ladder-mib."""
     full, adapters = Layout(cfg), AdapterLayout(cfg, lora) if lora else None
     checkpoint = _file(full, dtype) + META_BYTES + texts
     checkpoint += _file(adapters, "float32") if adapters else 0
-    state = (1 + len(optimizer.moments)) * _file(adapters or full, "float32") + META_BYTES
+    arrays = 1 + len(optimizer.moments)
+    state = arrays * _file(adapters or full, "float32") + META_BYTES
+    older = (most_rungs if is_long else kept)(s, 4 * arrays * (adapters or full).size)
     due = -(-s.num_steps // (s.checkpoint_every or s.steps_per_epoch))
     # The best one, and the new one before an old one is removed.
     checkpoints = min(due, s.keep_checkpoints + 2) if s.keep_checkpoints else due
     states = min(-(-s.num_steps // (s.save_every or s.steps_per_epoch)), s.keep_states + 1)
     lines = s.num_steps + s.num_steps // s.steps_per_epoch
-    return Disk(checkpoint, checkpoints, state, states, PAGE_BYTES + LINE_BYTES * lines)
+    return Disk(checkpoint, checkpoints, state, states, older, PAGE_BYTES + LINE_BYTES * lines)
 
 
 def _file(layout: Layout | AdapterLayout, dtype: str) -> int:
@@ -105,5 +112,5 @@ def check(i: Inputs) -> None:
     if free is not None and planned.total > free + there:
         raise Refused(
             f"{folder}: the run takes {planned.in_words(free)} there; make room, choose another --run-dir, or lower "
-            "--keep-checkpoints or --keep-states"
+            "--keep-checkpoints, --keep-states or --ladder-mib"
         )

@@ -96,14 +96,19 @@ class Inputs(OpenedData):
         return facts | ({"lora_init_sha256": self.lora_init.sha256} if self.lora_init else {})
 
 
-def open_inputs(s: Settings, progress: Progress | None = None, tokenizer: Tokenizer | None = None) -> Inputs:
-    """Open device, data, tokenizer and model description; tokenizer takes the place of the one that the settings name.
+def open_inputs(
+    s: Settings,
+    progress: Progress | None = None,
+    tokenizer: Tokenizer | None = None,
+    cfg: ModelConfig | None = None,
+) -> Inputs:
+    """Open device, data, tokenizer and model description; tokenizer and cfg take the place of those that the settings name.
 
     Raises AprError where they do not fit together."""
     chosen = choose(s.device, s.dtype, s.threads)
     backend = chosen.backend
     init = open_any(s.init) if s.init else None
-    cfg = init.cfg if init else load_config(str(s.model))
+    cfg = init.cfg if init else cfg or load_config(str(s.model))
     _check_vocabulary(s, cfg)
     check_positions(cfg, s.seq_length)
     data = open_data(s, cfg.vocab_size, init, progress, tokenizer)

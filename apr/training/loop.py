@@ -128,7 +128,7 @@ class Trainer:
         """Load the latest saved state, where there is one to go on from, or begin anew. Raises Refused, MalformedFile."""
         if resume and self.run.has_state():
             self.load()
-            self.run.drop_after(len(self.progress.val_losses) - 1)
+            self.run.drop_after(len(self.progress.val_losses) - 1, self.progress.step)
         else:
             self.begin_anew()
         self.model.tune(self.s.batch_size * self.s.seq_length)

@@ -14,8 +14,8 @@ from .inputs import Inputs
 from .rundir import RunDir, step_of
 from .settings import Settings, check
 
-# Of runs that are older than a setting: they kept all checkpoints and put nothing before a document.
-BEFORE: dict[str, Any] = {"keep_checkpoints": 0, "bos": "none"}
+# Of runs that are older than a setting: they kept all checkpoints, no older states, and put nothing before a document.
+BEFORE: dict[str, Any] = {"keep_checkpoints": 0, "ladder_mib": 0, "bos": "none"}
 
 
 def continued(settings: Settings, explicit: dict[str, Any]) -> Settings:

@@ -319,7 +319,7 @@ def _record_device(show: Display, i: Inputs, run: RunDir) -> None:
         run.read_config().get("device"),
     )
     if i.settings.resume and isinstance(was, dict):
-        for key in ("backend", "gpu", "cpu", "cuda", "cublaslt", "matmul_algorithms"):
+        for key in ("backend", "gpu", "cpu", "kernels", "cuda", "cublaslt", "matmul_algorithms"):
             if was.get(key) != facts.get(key):
                 show.note(
                     f"{key} was {was.get(key)} when the run began and is {facts.get(key)} now: its numbers may differ "

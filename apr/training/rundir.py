@@ -37,6 +37,7 @@ class RunDir:
         self.path = path
         self.ckpt = path / "ckpt"
         self.state = self.ckpt / "state"
+        self.ladder = self.ckpt / "ladder"
         self.log = MetricsLog(path)
 
     def create(self, config: dict[str, Any]) -> None:
@@ -166,8 +167,12 @@ class RunDir:
             path.unlink(missing_ok=True)
         return [p.name for p in removed]
 
-    def drop_after(self, epoch: int) -> None:
-        """Remove the checkpoints of later epochs, which a run that goes on from an earlier state makes again."""
+    def drop_after(self, epoch: int, step: int) -> None:
+        """Remove the checkpoints of later epochs, which a run that goes on from an earlier state makes again, and older
+        states of later steps."""
+        for rung in self.rungs():
+            if step_of(rung) > step:
+                rung.unlink(missing_ok=True)
         for checkpoint in (c for c in self._epochs() if epoch_of(c) > epoch):
             shutil.rmtree(self.adapter_of(checkpoint), ignore_errors=True)
             checkpoint.unlink(missing_ok=True)
@@ -186,13 +191,22 @@ class RunDir:
         found = (re.fullmatch(r"(epoch-\d{3,})\.metadata\.json", p.name) for p in self.ckpt.glob("epoch-*"))
         return sorted((self.ckpt / f"{m[1]}.apr" for m in found if m), key=epoch_of)
 
-    def save_state(self, state: Snapshot, progress: dict[str, Any], keep: int) -> Path:
-        """Write ckpt/state/step-NNNNNN.apr; remove all states but the latest `keep`."""
+    def save_state(self, state: Snapshot, progress: dict[str, Any], keep: int, apart: int = 0) -> Path:
+        """Write ckpt/state/step-NNNNNN.apr; remove all states but the latest `keep`.
+
+        apart: one of every so many steps moves to ckpt/ladder, which nothing goes on from; 0: none."""
         path = self.state / f"step-{progress['step']:06d}.apr"
         self.log.sync()
         state.save(path, progress)
         for old in self.states()[:-keep]:
-            old.unlink(missing_ok=True)
+            if apart and step_of(old) % apart == 0:
+                self.ladder.mkdir(exist_ok=True)
+                old.replace(self.ladder / old.name)
+            else:
+                old.unlink(missing_ok=True)
+        for rung in self.rungs():  # of a run that has become longer since
+            if not apart or step_of(rung) % apart:
+                rung.unlink(missing_ok=True)
         return path
 
     def checkpoints(self) -> list[Path]:
@@ -202,8 +216,15 @@ class RunDir:
 
     def states(self) -> list[Path]:
         """List the saved states, oldest first."""
-        found = [p for p in self.state.glob("step-*.apr") if re.fullmatch(r"step-\d{6,}", p.stem)]
-        return sorted(found, key=step_of)
+        return _states_in(self.state)
+
+    def rungs(self) -> list[Path]:
+        """List the older states that are kept for replay, oldest first."""
+        return _states_in(self.ladder)
+
+    def all_states(self) -> dict[int, Path]:
+        """List both by step."""
+        return {step_of(p): p for p in [*self.rungs(), *self.states()]}
 
     def has_state(self) -> bool:
         """Look for a state to go on from. Raises MalformedFile where all that were saved are damaged: to begin again
@@ -249,6 +270,11 @@ def epoch_of(checkpoint: Path) -> int:
 def step_of(state: Path) -> int:
     """Read the step from the name of a saved state."""
     return int(state.stem[5:])
+
+
+def _states_in(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob("step-*.apr") if re.fullmatch(r"step-\d{6,}", p.stem)]
+    return sorted(found, key=step_of)
 
 
 def metadata_of(checkpoint: Path) -> Path:

@@ -24,6 +24,7 @@ from ..model.lora import AdapterLayout
 from ..model.transformer import Model
 from .evaluate import evaluated_on
 from .inputs import Inputs
+from .ladder import spacing
 from .rundir import RunDir
 
 # Name of the copy of the weights that compute, beside those of a state.
@@ -149,7 +150,8 @@ class Saver:
             self._done.append(Saved(path, epoch.facts))
             self._prune(epoch)
         if progress is not None:
-            self.run.save_state(snapshot, progress, self.inputs.settings.keep_states)
+            s, size = self.inputs.settings, sum(flat.nbytes for flat in snapshot.flats.values())
+            self.run.save_state(snapshot, progress, s.keep_states, spacing(s, size))
 
     def _write_checkpoint(
         self, snapshot: Snapshot, weights: np.ndarray, weights_sha: str, epoch: Epoch

@@ -98,6 +98,13 @@ class SaveSettings:
         may_change=True,
     )
     keep_states: int = option("how many saved states to keep", 2, above=0, may_change=True)
+    ladder_mib: int = option(
+        "how much disk older states may take that are kept, spread over the run, for `apr verify --replay`; 0: none",
+        128,
+        at_least=0,
+        metavar="MIB",
+        may_change=True,
+    )
     background_saves: bool = option(
         "write checkpoints and states while training goes on, from a copy in main memory; --no-background-saves: "
         "training waits",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ CUT = ("ABORTED", "INTERRUPTED", "FAILED")  # status words of runs that did not 
 
 @dataclass(frozen=True)
 class Options:
-    """Flags of `apr verify`."""
+    """Flags of `apr verify`.
+
+    tolerance: of replayed steps, None for the one that follows from code and device of the record; 0: equal bits"""
 
     replay: int = 0
     within: int = 20
@@ -32,7 +35,9 @@ class Options:
     backend: str = "auto"
     device: str | None = None
     dataset: str | None = None
+    init: str | None = None
     signers: str | None = None
+    tolerance: float | None = None
 
 
 def _whole(verdict: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -58,6 +63,8 @@ class Record:
         self.run, self.options, self.announce = RunDir(path), options, announce
         self.config = self.run.read_config()
         self.settings = Settings(**check(self.config["settings"], str(path / "config.json")))
+        if options.init is not None and self.settings.init is not None:
+            self.settings = dataclasses.replace(self.settings, init=options.init)
         if missing := [key for key in PARTS if key not in self.config]:
             raise MalformedFile(f"{path / 'config.json'}: no {missing[0]} in it; restore the file")
         verdict = read_verdict(path)

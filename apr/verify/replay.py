@@ -25,6 +25,8 @@ from .reload import checkpoint_loss, recorded
 OTHER_BACKEND = {"float32": 1e-4, "bfloat16": 5e-3}  # of a loss: two backends round in other places
 OTHER_STEP = {"float32": 1e-3, "bfloat16": 2e-2}  # of a training loss some steps after a saved state
 NO_SHARDS = "the shards are not there; --dataset says where they are now"
+OF_MOMENTS = 10.0  # of that: averages of gradients and of their squares, in place of their norm
+SUM_ONLY = 1e-12  # relative, up to which a sum in float64 differs whose summands are the same
 COMPARED = ("train_loss", "grad_norm", "weight_norm", "lr", "tokens_seen")  # of a line of the log
 FAR_STEPS = 400  # behind a state, up to which the last step is always computed again
 
@@ -60,7 +62,7 @@ def replay(r: Record) -> Finding:
         return Finding.skipped("replay", NONE_SAVED, bound)
     if not all(f.is_dir() for f in r.folders().values()):
         return Finding.skipped("replay", NO_SHARDS, bound)
-    bases = [0, *(int(p.stem[5:]) for p in r.run.states())]
+    bases = [0, *r.run.all_states()]
     base_of = {line["step"]: max(b for b in bases if b < line["step"]) for line in r.steps}
     if not base_of:
         return Finding.skipped("replay", "no step was taken", bound)
@@ -98,20 +100,23 @@ class _Again:
     """Takes recorded steps again and compares all that is computed on the way: steps, evaluations, states."""
 
     def __init__(self, r: Record, trainer: Trainer, is_same: bool) -> None:
-        self.r, self.trainer, self.is_same = r, trainer, is_same
-        dtype = trainer.model.dtype
-        self.tolerance = 0.0 if is_same else OTHER_STEP[dtype]
-        self.of_evaluation = 0.0 if is_same else OTHER_BACKEND[dtype]
-        self.bound = "equal bits" if is_same else f"within {self.tolerance:g}: another backend or version"
+        self.r, self.trainer = r, trainer
+        dtype, given = trainer.model.dtype, r.options.tolerance
+        self.is_same = is_same if given is None else not given
+        self.tolerance = 0.0 if self.is_same else given or OTHER_STEP[dtype]
+        self.of_evaluation = 0.0 if self.is_same else given or OTHER_BACKEND[dtype]
+        self.bound = (
+            "equal bits" if self.is_same else f"within {self.tolerance:g}: another backend or version"
+        )
         self.lines = {line["step"]: line for line in r.steps}
         self.evaluated = {line["step"]: line["val_loss"] for line in r.evaluations}
-        self.worst, self.steps = 0.0, 0
+        self.worst, self.steps, self.saved = 0.0, 0, r.run.all_states()
 
     def run(self, base: int, last: int) -> str:
         """Take the steps behind a state up to `last`; returns the first difference, "" for none."""
         trainer, first = self.trainer, 0
         if base:
-            trainer.load(self.r.run.state / f"step-{base:06d}.apr")
+            trainer.load(self.saved[base])
         else:
             trainer.begin_anew()
         wrong = "" if base else self._evaluation(0)
@@ -119,7 +124,7 @@ class _Again:
             step = trainer.progress.step + 1
             self.r.announce(f"replay: step {step}, up to {last}")
             off, wrong = self._step(trainer.train_step())
-            if off and not first:
+            if off > SUM_ONLY and not first:
                 first = step
             elif first and not off and not wrong:
                 # Another backend or version that rounds otherwise once never comes back to the same bits.
@@ -147,10 +152,16 @@ class _Again:
         return f"step {step}: val_loss = {loss!r}, recorded {was!r}"
 
     def _state(self, step: int) -> str:
-        path = self.r.run.state / f"step-{step:06d}.apr"
-        if not self.is_same or not path.is_file():
+        if step not in self.saved:
             return ""
-        sha, was = self.trainer.state.sha256(), read_apr(path).metadata["state_sha256"]
+        if not self.is_same:
+            for prefix, off in self.trainer.state.distances(self.saved[step]).items():
+                most = OF_MOMENTS * self.tolerance if prefix else self.tolerance
+                if not off <= most:
+                    what = prefix.rstrip(".") or "weights"
+                    return f"step {step}: {what} are {off:.1e} of their norm from those of its state"
+            return ""
+        sha, was = self.trainer.state.sha256(), read_apr(self.saved[step]).metadata["state_sha256"]
         return "" if sha == was else f"step {step}: weights and moments {sha[:12]}, its state has {was[:12]}"
 
 
@@ -198,9 +209,9 @@ def _trainer(r: Record) -> tuple[Trainer, bool]:
         "chat_template": None,
         "tokenizer": None,
     }
-    # The tokenizer need not lie beside the shards: the checkpoint has it.
-    tokenizer = open_any(str(r.run.checkpoints()[-1])).tokenizer
-    inputs = open_inputs(dataclasses.replace(r.settings, **changes), tokenizer=tokenizer)
+    # The tokenizer need not lie beside the shards, nor the file of --model where it was: the checkpoint has both.
+    last = open_any(str(r.run.checkpoints()[-1]))
+    inputs = open_inputs(dataclasses.replace(r.settings, **changes), tokenizer=last.tokenizer, cfg=last.cfg)
     hashes = {
         "train_sha256": inputs.train.shards.sha256,
         "val_sha256": inputs.val.shards.sha256,

@@ -101,7 +101,7 @@ def _unrecorded(there: set[int], epochs: list[dict[str, Any]], is_cut: bool) -> 
 def states(r: Record) -> Finding:
     """Compare each saved state with its hash, and its moments with those of the epoch that ends there."""
     bound = "the SHA-256 recorded in the state, and in the metadata of an epoch that ends there"
-    found = r.run.states()
+    found = r.run.all_states().values()
     if not found and r.is_cut:
         return Finding.skipped("states", "no state was saved", bound)
     ends = {m["step"]: m for m in r.run.epochs()}

@@ -35,6 +35,7 @@ from apr.evidence.seal import compare as changed_since_the_end
 from apr.model.hf_config import to_hf
 from apr.model.presets import PRESETS
 from apr.training import run as running
+from apr.training.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120  # seconds after which a process counts as hanging
@@ -456,9 +457,21 @@ def go_on(run: Path, *more: Any) -> int:
     return main(["pretrain", "--resume", "--run-dir", str(run), *map(str, more)])
 
 
-def failed_checks(capsys: pytest.CaptureFixture[str], run: Path) -> dict[str, str]:
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ask training to stop after a step, as Ctrl-C does."""
+    real = Trainer.train_step
+
+    def stopping(self: Trainer) -> Any:
+        line = real(self)
+        self.stop.is_asked = line["step"] == step
+        return line
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+
+
+def failed_checks(capsys: pytest.CaptureFixture[str], run: Path, *more: object) -> dict[str, str]:
     """Checks of `apr verify` that fail: what they measured, by name."""
     capsys.readouterr()
-    main(["verify", str(run), "--json", "--backend", "none"])
+    main(["verify", str(run), "--json", "--backend", "none", *map(str, more)])
     rows = json.loads(capsys.readouterr().out)["checks"]
     return {r["check"]: r["measured"] for r in rows if r["verdict"] == "FAIL"}

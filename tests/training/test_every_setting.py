@@ -68,6 +68,7 @@ OTHER = {
     "spot_check": (["--spot-check", "1"], []),
     "save_every": (["--save-every", "2"], []),
     "keep_states": (["--save-every", "1", "--keep-states", "3"], ["--save-every", "1"]),
+    "ladder_mib": (["--save-every", "1", "--keep-states", "1"], ["--save-every", "1", "--keep-states", "1", "--ladder-mib", "0"]),
     "mode": ("init", ["--mode", "finetune"], ["--mode", "finetune", "--lr", "4e-5"]),
     "model": (["--model", "wide"], []),
     "config": (["--config", "file"], []),

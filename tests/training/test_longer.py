@@ -8,9 +8,8 @@ import shutil
 import pytest
 
 from apr.evidence.seal import compare
-from apr.training.loop import Trainer
 from apr.training.rundir import RunDir
-from crashing import Job, differences, failed_checks, go_on, metrics, quicken, start
+from crashing import Job, differences, failed_checks, go_on, metrics, quicken, start, stop_after
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +26,6 @@ def quick(job, monkeypatch):
 @pytest.fixture
 def run(tmp_path):
     return tmp_path / "run"
-
-
-def stop_after(monkeypatch, step):
-    real = Trainer.train_step
-
-    def stopping(self):
-        line = real(self)
-        self.stop.is_asked = line["step"] == step
-        return line
-
-    monkeypatch.setattr(Trainer, "train_step", stopping)
 
 
 def test_a_constant_rate_goes_on_to_the_bits_of_a_run_that_was_longer_from_the_start(job, run, capsys):

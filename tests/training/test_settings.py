@@ -59,8 +59,8 @@ def test_a_setting_is_declared_once_by_the_room_that_reads_it():
 def test_a_resumed_run_keeps_what_decides_its_numbers():
     may_change = {f.name for f in dataclasses.fields(Settings) if f.metadata["may_change"]}
     assert may_change == {
-        "device", "run_dir", "resume", "save_every", "keep_states", "json", "config", "threads", "graph", "spot_check",
-        "bounds", "log", "keep_checkpoints", "background_saves",
+        "device", "run_dir", "resume", "save_every", "keep_states", "ladder_mib", "json", "config", "threads", "graph",
+        "spot_check", "bounds", "log", "keep_checkpoints", "background_saves",
     }  # fmt: skip
     assert not may_change & set(DEMO)
     assert {f.name for f in dataclasses.fields(RunSettings)} - may_change == {"mode"}

@@ -8,11 +8,13 @@ imported, and a wrong dtype is an error. `parts` is the number of threads to cut
 matrix products depend on it, all other sums are cut the same way whatever the number of threads.
 """
 
+import ctypes
 import importlib.util
 import os
 from pathlib import Path
 
 import llvmlite.binding
+import numba
 import numpy as np
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic
@@ -34,6 +36,14 @@ def _load_openblas():
         llvmlite.binding.load_library_permanently(str(libraries[0]))
     except RuntimeError as e:
         raise ImportError(str(e), name=name) from None
+
+
+def compiled_for():
+    """Name what the last bit of a sum depends on: the instructions that kernels and products are made of, and who made them."""
+    target = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
+    address = llvmlite.binding.address_of_symbol("scipy_openblas_get_config64_")
+    blas = ctypes.CFUNCTYPE(ctypes.c_char_p)(address)().decode()
+    return f"{target}, Numba {numba.__version__}, {' '.join(blas.split())}"
 
 
 _load_openblas()

@@ -62,7 +62,8 @@ def set_device(index: int) -> None:
 
 def describe() -> dict[str, str]:
     """See reference.py."""
-    return {"backend": name, "cpu": cpu_name(), "threads": str(numba.get_num_threads())}
+    threads = str(numba.get_num_threads())
+    return {"backend": name, "cpu": cpu_name(), "threads": threads, "kernels": kernels.compiled_for()}
 
 
 def set_threads(n: int) -> None:

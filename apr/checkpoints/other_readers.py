@@ -1,0 +1,165 @@
+"""Compare what was exported with the checkpoint by other code than the one that wrote it, value by value and name by name.
+
+| format      | read by                                  | named by                                      |
+|-------------|------------------------------------------|-----------------------------------------------|
+| safetensors | the published layout, in plain Python    | the names of the checkpoint                   |
+| PEFT        | the same                                 | PEFT's rule, from adapter_config.json         |
+| GGUF        | GGUFReader of the package gguf           | its table of Hugging Face names, as llama.cpp |
+
+Nothing here is shared with hf.py, peft.py, gguf.py and gguf_reader.py: a mistake that a writer and its reader of apr have in
+common, as two rows that change places on both ways, shows here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..common.errors import IOFailure
+from ..common.files import opened, parse_json, read_json
+from ..model.config import ModelConfig
+from .gguf import package
+
+COMPARED_ELEMENTS = 1 << 22  # elements that are compared at a time
+WIDTH = {"F32": 4, "F16": 2, "BF16": 2}
+# Architectures of llama.cpp whose rotary embedding turns neighbouring rows of a head (LLAMA_ROPE_TYPE_NORM).
+NEIGHBOURS = ("llama", "smollm3")
+# Linear maps of a block, as PEFT finds them by the last part of their name.
+BLOCK = {
+    "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
+    "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
+}  # fmt: skip
+Q8_BLOCK, Q8_STEPS = 32, 127  # values that share a scale, steps on either side of zero
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file.  tag: its type, data: its bytes, mapped"""
+
+    tag: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+
+def safetensors(path: Path) -> dict[str, Stored]:
+    """Read a file by the layout that the project safetensors publishes: 8 bytes of length, JSON, bytes at offsets."""
+    out = {}
+    with opened(path) as (f, _):
+        length = int.from_bytes(f.read(8), "little")
+        header = parse_json(f.read(length), str(path))
+        for name, row in header.items():
+            if name != "__metadata__":
+                begin, end = row["data_offsets"]
+                data = np.memmap(f, np.uint8, "r", offset=8 + length + begin, shape=(end - begin,))
+                out[name] = Stored(row["dtype"], tuple(row["shape"]), data)
+    return out
+
+
+def compare_folder(folder: Path, want: Mapping[str, np.ndarray], tied: bool) -> int:
+    """Compare every tensor of a Hugging Face folder with `want`; returns the elements. Raises IOFailure.
+
+    tied: the head is the embedding, and may be left out."""
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.is_file():
+        files = set(read_json(index)["weight_map"].values())
+    there = {name: t for file in sorted(files) for name, t in safetensors(folder / file).items()}
+    optional = {"lm_head.weight"} if tied else set()
+    optional |= {name for name in want.keys() ^ there.keys() if name.endswith("rotary_emb.inv_freq")}
+    if odd := sorted((want.keys() ^ there.keys()) - optional):
+        raise _failed(folder, odd[0], "is in the file or in the checkpoint, not in both")
+    return sum(_compare(folder, name, t, want[name]) for name, t in there.items() if name in want)
+
+
+def compare_adapter(folder: Path, num_layers: int, want: Mapping[str, np.ndarray]) -> int:
+    """Compare an adapter with `want`, {q_proj of layer 1, its A: "1.q_proj.A"}; returns the elements. Raises IOFailure."""
+    config = read_json(folder / "adapter_config.json")
+    there = safetensors(folder / "adapter_model.safetensors")
+    names = {
+        f"base_model.model.model.layers.{i}.{BLOCK[module]}.{module}.lora_{x}.weight": f"{i}.{module}.{x}"
+        for i in range(num_layers)
+        for module in config["target_modules"]
+        for x in "AB"
+    }
+    if odd := sorted(names.keys() ^ there.keys()):
+        raise _failed(folder, odd[0], "is in the file or among the names that PEFT looks for, not in both")
+    for name, t in there.items():
+        if t.shape["AB".index(name[-8])] != config["r"]:
+            raise _failed(folder, name, f"has the shape {t.shape}, the rank is {config['r']}")
+    return sum(_compare(folder, name, t, want[names[name]]) for name, t in there.items())
+
+
+def compare_gguf(path: Path, cfg: ModelConfig, want: Mapping[str, np.ndarray]) -> int:
+    """Compare every tensor of a GGUF file with `want`; returns the elements. Raises IOFailure."""
+    gguf = package()
+    reader = gguf.GGUFReader(path)
+    arch = reader.get_field("general.architecture").contents()
+    numbers = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(numbers[arch], reader.get_field(f"{arch}.block_count").contents())
+    there, compared = {t.name: t for t in reader.tensors if t.name != "rope_freqs.weight"}, 0
+    names = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in want}
+    if odd := sorted({str(name) for name in names.values()} ^ there.keys()):
+        raise _failed(path, odd[0], "is in the file or among the names of llama.cpp, not in both")
+    heads = {"q_proj": cfg.num_heads, "k_proj": cfg.num_kv_heads}
+    for name, source in want.items():
+        t, kind = there[names[name]], name.split(".")[-2]
+        if arch in NEIGHBOURS and kind in heads:
+            source = source[_turned(heads[kind], len(source))]
+        data = np.ascontiguousarray(t.data).reshape(-1).view(np.uint8)
+        shape = tuple(int(n) for n in reversed(t.shape))
+        stored = Stored(t.tensor_type.name, shape, data)
+        if stored.tag == "Q8_0":
+            compared += _compare_q8(path, name, gguf.quants.dequantize(t.data, t.tensor_type), source)
+        else:
+            compared += _compare(path, name, stored, source)
+    return compared
+
+
+def _turned(heads: int, rows: int) -> list[int]:
+    """List the rows of halves in the order of neighbours: 0, D/2, 1, D/2 + 1, ... of each head."""
+    size = rows // heads
+    return [
+        h * size + half * (size // 2) + i for h in range(heads) for i in range(size // 2) for half in (0, 1)
+    ]
+
+
+def _bits(x: np.ndarray, tag: str) -> np.ndarray:
+    """Round to a type, to nearest and to even in the middle, as its bytes."""
+    if tag == "BF16" and x.dtype.name != "bfloat16":
+        u = x.astype("<f4").view("<u4")
+        return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype("<u2").view(np.uint8)
+    return (x if tag == "BF16" else x.astype({"F32": "<f4", "F16": "<f2"}[tag])).view(np.uint8)
+
+
+def _ranges(size: int) -> Iterator[slice]:
+    return (slice(at, min(size, at + COMPARED_ELEMENTS)) for at in range(0, size, COMPARED_ELEMENTS))
+
+
+def _compare(path: Path, name: str, t: Stored, source: np.ndarray) -> int:
+    if t.shape != source.shape or t.tag not in WIDTH:
+        raise _failed(path, name, f"is {t.tag} {t.shape}, the checkpoint has {source.shape}")
+    flat, width = np.ascontiguousarray(source).reshape(-1), WIDTH[t.tag]
+    for part in _ranges(flat.size):
+        if not np.array_equal(t.data[part.start * width : part.stop * width], _bits(flat[part], t.tag)):
+            raise _failed(path, name, f"differs from the checkpoint, elements from {part.start:,} on")
+    return flat.size
+
+
+def _compare_q8(path: Path, name: str, got: np.ndarray, source: np.ndarray) -> int:
+    """Compare values whose blocks have a float16 scale: half a step apart, and what the scale was rounded by."""
+    wide = np.ascontiguousarray(source, np.float32).reshape(-1, Q8_BLOCK)
+    step = np.abs(wide).max(1, keepdims=True) / Q8_STEPS
+    room = 0.501 * step + Q8_STEPS * np.abs(step.astype(np.float16).astype(np.float32) - step)
+    if got.size != wide.size or not (np.abs(got.reshape(wide.shape) - wide) <= room).all():
+        raise _failed(path, name, "is more than half a step of its scales from the checkpoint")
+    return wide.size
+
+
+def _failed(path: Path, name: str, why: str) -> IOFailure:
+    return IOFailure(
+        f"{path}: read by other code than apr's own, tensor {name} {why}; do not use the file: this is a fault of apr, or of "
+        "the disk"
+    )
