@@ -22,7 +22,7 @@ def conserved(shards: TokenShards, counts: np.ndarray, tokenizer: Tokenizer) -> 
     counts (V,) int64: occurrences of each id"""
     bound = f"{shards.total_bytes:,}"
     table = tokenizer.token_bytes()
-    if table is None or not _is_exact(tokenizer, table):
+    if table is None or tokenizer.normalization != "none" or not gives_back(tokenizer):
         return Finding.skipped(
             NAME, "the ids of this tokenizer stand for other bytes than the text has", bound
         )
@@ -35,12 +35,14 @@ def conserved(shards: TokenShards, counts: np.ndarray, tokenizer: Tokenizer) -> 
     return Finding.of(NAME, found == shards.total_bytes, f"{found:,}", bound, why)
 
 
-def _is_exact(tokenizer: Tokenizer, table: np.ndarray) -> bool:
-    """Tell whether ids give back the very bytes of any text: no normalizer, no prefix space, no token that takes the white
-    space around it."""
-    if tokenizer.normalization != "none":
+def gives_back(tokenizer: Tokenizer) -> bool:
+    """Tell whether ids spell the very bytes of any normalized text: no prefix space, no token that takes the white space
+    around it."""
+    table = tokenizer.spelling()
+    if table is None:
         return False
     added: list[dict[str, Any]] = parse_json(tokenizer.json, tokenizer.source).get("added_tokens") or []
     if any(token.get("lstrip") or token.get("rstrip") for token in added if not token.get("special")):
         return False
-    return all(int(table[tokenizer.encode(text)].sum()) == len(text.encode()) for text in PROBES)
+    texts = ((text, b"".join(table[i] for i in tokenizer.encode(text))) for text in PROBES)
+    return all(spelt == tokenizer.normalize(text).encode() for text, spelt in texts)

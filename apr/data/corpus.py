@@ -42,8 +42,8 @@ class Corpus:
         piece_bytes: int | None = None,
         separator: str | None = None,
     ) -> None:
-        self._keys = content_field.split(".")
-        if not all(self._keys):
+        self.keys = content_field.split(".")
+        if not all(self.keys):
             raise UsageError(
                 f"content field {content_field!r}: a key is empty; write text, or message.content"
             )
@@ -56,7 +56,7 @@ class Corpus:
         self.sources = sources
         self.total_bytes = sum(source.size for source in sources)
         self._separator = separator.encode("utf-8", "surrogateescape") if separator is not None else None
-        self._piece_bytes = piece_bytes
+        self.piece_bytes = piece_bytes
         self._done = self._now = self.separators = 0
         if any(source.kind == "parquet" for source in sources):
             pyarrow_modules()
@@ -93,11 +93,11 @@ class Corpus:
     def _read(self, source: Source, advance: Callable[[int], None]) -> Iterator[Item]:
         if source.kind in ("json", "jsonl"):
             read = read_json_records if source.kind == "json" else read_jsonl
-            return read(source, partial(text_record, keys=self._keys), advance)
+            return read(source, partial(text_record, keys=self.keys), advance)
         if source.kind == "parquet":
-            return read_parquet(source, self._keys, advance)
+            return read_parquet(source, self.keys, advance)
         if self._separator is None:
-            return read_text(source, self._piece_bytes, advance)
+            return read_text(source, self.piece_bytes, advance)
         return self._counted(read_separated(source, self._separator, advance))
 
     def _counted(self, items: Iterator[Item]) -> Iterator[Item]:

@@ -14,15 +14,19 @@ from ..common.finding import as_json
 from ..common.progress import Progress
 from ..tokenizer.chat_template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
+from .accounts import accounted
 from .audit import Split, audit, enforce_all, holds_examples, sides_of, tokenizer_beside
 from .batches import Windows
+from .conversations.answers import answers_kept
+from .conversations.examples import open_conversations
+from .conversations.packed import PackedShards
 from .conversations.prepare import prepare_conversations
 from .corpus import Corpus
 from .find import find_sources
 from .guards import Bounds, enforce, fits_model
 from .prepare import PreparedCorpus, prepare
 from .settings import DataSettings
-from .shards import Shards
+from .shards import Shards, TokenShards
 from .source import Source
 
 # A text file that is the whole corpus is cut into about 100 documents, or of this size where it is long.
@@ -115,14 +119,15 @@ def open_data(
         tokenizer = Tokenizer.from_file(tokenizer_beside(Path(s.dataset)))
     if tokenizer is not None:
         enforce({tokenizer.source: [fits_model(tokenizer, vocab_size)]})
-    left_out, bounds = "", Bounds.parse(s.widen)
+    left_out, bounds, prepared, template = "", Bounds.parse(s.widen), None, None
     if s.corpus:
         prepared = _prepare_corpus(s, vocab_size, tokenizer, bounds, progress)
         tokenizer, folders, left_out = prepared.tokenizer, prepared.sides, prepared.left_out()
     elif s.instruct:
         assert tokenizer is not None
         assert init is not None
-        encoded_by = tokenizer, init.template(s.chat_template), s.seq_length, s.val_fraction, progress, s.bos
+        template = init.template(s.chat_template)
+        encoded_by = tokenizer, template, s.seq_length, s.val_fraction, progress, s.bos
         conversations = s.instruct
         packed = in_cache("instruct", lambda root: prepare_conversations(conversations, root, *encoded_by))
         folders, left_out = packed.sides, packed.left_out()
@@ -133,6 +138,13 @@ def open_data(
             folders["val"] = given / "val" if (given / "val").is_dir() else given
     assert tokenizer is not None
     splits = audit(folders, tokenizer, bounds, vocab_size, progress=progress)
+    if prepared:
+        opened = {x.name: x.shards for x in splits if isinstance(x.shards, TokenShards)}
+        found = accounted(_corpus(s), prepared.folder, opened, tokenizer, s.val_fraction, prepared.distinct)
+        splits[0].findings.append(found)
+    if s.instruct:
+        rows = {x.name: x.shards for x in splits if isinstance(x.shards, PackedShards)}
+        splits[0].findings.append(answers_kept(open_conversations(s.instruct), rows, tokenizer, template))
     enforce_all(splits)
     train, val = windows_of(s, splits)
     return OpenedData(

@@ -34,13 +34,14 @@ RECORD = "prepared.json"
 class PreparedCorpus:
     """A folder of `prepare`: FOLDER/train, FOLDER/val and FOLDER/tokenizer.
 
-    reason: why the folder was built, or "reused"."""
+    reason: why the folder was built, or "reused". distinct: documents of the corpus, without copies."""
 
     folder: Path
     tokenizer: Tokenizer
     key: str
     reused: bool
     reason: str
+    distinct: int = 0
 
     def left_out(self) -> str:
         """Report the documents that were skipped, by reason; "" without any."""
@@ -91,9 +92,9 @@ def prepare(
     made_by = f"{tokenizer.sha256} {tokenizer.eos_token}" if tokenizer else f"train {vocab_size}"
     if tokenizer and tokenizer.prefix_ids and bos == "auto":
         made_by += f" behind {tokenizer.prefix_ids}"
-    key, sides = _key(corpus, f"{made_by} {val_fraction!r} {shard_tokens}", val_fraction, progress)
+    key, sides, distinct = _key(corpus, f"{made_by} {val_fraction!r} {shard_tokens}", val_fraction, progress)
     folder = Path(out_dir) / key[:16] if in_cache else Path(out_dir)
-    opened, reason = _reused(folder, key)
+    opened, reason = _reused(folder, key, distinct)
     if opened:
         return opened
 
@@ -103,7 +104,7 @@ def prepare(
 
     with locked(make_folder(folder), "preparing a corpus in it", wait if in_cache else None):
         # Another process may have made it while this one waited.
-        opened, reason = _reused(folder, key)
+        opened, reason = _reused(folder, key, distinct)
         if opened:
             return opened
         record, _ = _read_record(folder / RECORD)
@@ -140,10 +141,10 @@ def prepare(
                 **{f"{side}_sha256": sha for side, sha in hashes.items()},
             },
         )
-    return PreparedCorpus(folder, tokenizer, key, False, reason)
+    return PreparedCorpus(folder, tokenizer, key, False, reason, distinct)
 
 
-def _reused(folder: Path, key: str) -> tuple[PreparedCorpus | None, str]:
+def _reused(folder: Path, key: str, distinct: int) -> tuple[PreparedCorpus | None, str]:
     """Open a folder that was made whole from the input of this key; None and the reason where there is none."""
     record, reason = _read_record(folder / RECORD)
     if record is None or record.get("complete") is not True:
@@ -151,7 +152,7 @@ def _reused(folder: Path, key: str) -> tuple[PreparedCorpus | None, str]:
     if record.get("key") != key:
         return None, "made from other input"
     try:
-        return _open(folder, record, key), "reused"
+        return _open(folder, record, key, distinct), "reused"
     except AprError as e:
         return None, str(e)
 
@@ -239,8 +240,10 @@ def _distinct(corpus: Corpus, skipped: list[Skipped] | None) -> Iterator[Documen
         seen.close()
 
 
-def _key(corpus: Corpus, made_by: str, val_fraction: float, progress: Progress | None) -> tuple[str, Sides]:
-    """Hash everything that determines the result, and find the side of each document.
+def _key(
+    corpus: Corpus, made_by: str, val_fraction: float, progress: Progress | None
+) -> tuple[str, Sides, int]:
+    """Hash everything that determines the result, find the side of each document, and count those that are no copies.
 
     Raises Refused for fewer documents than sides."""
     digest = hashlib.sha256(f"{FORMAT} tokenizers {tokenizers.__version__} {made_by}".encode())
@@ -263,7 +266,7 @@ def _key(corpus: Corpus, made_by: str, val_fraction: float, progress: Progress |
             f"{corpus}: one document cannot be divided into one to train on and one to validate with; give more files, "
             f"or cut a long file into several{why}"
         )
-    return digest.hexdigest(), Sides.of((low, high), val_fraction)
+    return digest.hexdigest(), Sides.of((low, high), val_fraction), total
 
 
 def _read_record(path: Path) -> tuple[dict[str, Any] | None, str]:
@@ -279,7 +282,7 @@ def _read_record(path: Path) -> tuple[dict[str, Any] | None, str]:
     return record, "" if record.get("complete") is True else f"{path}: preparing did not finish"
 
 
-def _open(folder: Path, record: dict[str, Any], key: str) -> PreparedCorpus:
+def _open(folder: Path, record: dict[str, Any], key: str, distinct: int) -> PreparedCorpus:
     tokenizer = Tokenizer.from_file(folder / "tokenizer")
     train, val = (TokenShards(folder / side, tokenizer) for side in ("train", "val"))
     if not tokenizer.is_recorded_as(record.get("tokenizer_sha256")):
@@ -287,7 +290,7 @@ def _open(folder: Path, record: dict[str, Any], key: str) -> PreparedCorpus:
     for name, value in {"train_sha256": train.sha256, "val_sha256": val.sha256}.items():
         if record.get(name) != value:
             raise Refused(f"{folder / RECORD}: {name} = {record.get(name)!r}, found {value!r}")
-    return PreparedCorpus(folder, tokenizer, key, True, "reused")
+    return PreparedCorpus(folder, tokenizer, key, True, "reused", distinct)
 
 
 def _begin(folder: Path, key: str) -> None:

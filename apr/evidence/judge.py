@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from ..common.events import Line
@@ -109,7 +110,7 @@ def _judge_step(log: Sequence[Line], i: int, facts: Facts) -> list[Finding]:
     bound = f"below {most}, and never 0"
     more: dict[str, Any] = {"score": equal, "where": step}
     real = Finding.of("run.placeholder", is_real, measured, bound, "" if is_real else why, **more)
-    seen = [0] if step == 1 else [x["tokens_seen"] for x in steps_before(log, i)][:1]
+    seen = [0] if step == 1 else [x["tokens_seen"] for x in islice(steps_before(log, i), 1)]
     return [finite, real, *(_speed(line, line["tokens_seen"] - n) for n in seen)]
 
 

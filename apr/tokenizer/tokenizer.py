@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Engine
 from ..common.atomic import write_json, write_text
 from ..common.errors import MalformedFile, Refused
 from ..common.files import make_folder, parse_json, read_text, short
+from .byte_characters import spelling
 from .identity import identity, older_identities
 from .vocab_format import BYTE_LEVEL, OTHER, SENTENCEPIECE, check
 
@@ -304,18 +305,14 @@ class Tokenizer:
         """Ids that have a token, int64 (n,) ascending; there may be holes below vocab_size."""
         return np.unique(np.fromiter(self._engine.get_vocab().values(), np.int64))
 
-    def token_bytes(self) -> np.ndarray | None:
-        """Count the bytes of UTF-8 text that each id stands for, int64 (vocab_size,): 0 for special tokens and holes.
+    def spelling(self) -> list[bytes] | None:
+        """List the bytes of UTF-8 text that each id stands for, b"" for special tokens and holes; None unless byte-level:
+        in other vocabularies they depend on the ids around."""
+        return spelling(self._engine, self.vocab_size) if self.byte_level else None
 
-        None unless byte-level: in other vocabularies the count depends on the ids around."""
-        if not self.byte_level:
-            return None
-        out = np.zeros(self.vocab_size, np.int64)
-        for token, i in self._engine.get_vocab(with_added_tokens=False).items():
-            out[i] = len(token)  # a byte character stands for one byte
-        for i, added in self._engine.get_added_tokens_decoder().items():
-            out[i] = 0 if added.special else len(added.content.encode())
-        return out
+    def token_bytes(self) -> np.ndarray | None:
+        """Count the bytes that each id stands for, int64 (vocab_size,); None as `spelling`."""
+        return None if (spelt := self.spelling()) is None else np.array([len(x) for x in spelt], np.int64)
 
     def save(self, folder: str | Path, chat_template: Any = None) -> None:
         """Write tokenizer.json, tokenizer_config.json (EOS, chat template) and manifest.json into a folder.

@@ -278,6 +278,11 @@ OPENERS_OF_FILES = {
     "apr.data.conversations.examples": {"_record": "a line of bounded length and number of values"},
     "apr.data.conversations.pack": {"pack": "outputs"},
     "apr.data.encode": {"_skipped_file": "an output"},
+    "apr.data.plain": {
+        "open_plain": "a reader that shares no code with the others; data/find.py has looked at the file",
+        "_rows": "pyarrow reads by name; data/find.py has looked at the file",
+        "_value": "a record of bounded length and number of values",
+    },
     "apr.data.parquet": {"read_parquet": "pyarrow reads by name; data/find.py has looked at the file"},
     "apr.evaluation.loss": {"_sentencepiece": "JSON that Tokenizer has checked"},
     "apr.evaluation.sandbox": {"_verdict": "a bounded answer"},

@@ -1,0 +1,139 @@
+"""Read the files of a corpus a second time, with Python's own decoders: their texts as a check has them, not a trainer."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, cast
+
+from ..common.errors import MalformedFile
+from ..common.files import check_values
+from .jsonl import MAX_RECORD_BYTES
+from .source import Source
+
+# (name, bytes of UTF-8; None where it holds no text)
+Text = tuple[str, bytes | None]
+MARK = b"\xef\xbb\xbf"
+
+
+class Unfollowed(Exception):
+    """Raised where a file cannot be followed any further: damaged, or longer than a check reads."""
+
+
+def open_plain(source: Source) -> BinaryIO:
+    """Open the content of a file, unpacked."""
+    file: Any
+    if source.compression == "zst":
+        # Imported here: only a reader of such files needs the package.
+        import zstandard
+
+        raw = open(source.path, "rb")  # noqa: SIM115  closed with its reader
+        unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
+        file = io.BufferedReader(unpacked)
+    else:
+        openers: dict[str, Any] = {"gz": gzip.open, "xz": lzma.open, "bz2": bz2.open}
+        file = openers.get(source.compression, open)(source.path, "rb")
+    return cast(BinaryIO, file)
+
+
+def whole_text(source: Source, limit: int) -> bytes | None:
+    """Read a text file; None where it holds no text. Raises Unfollowed: longer than `limit` bytes, or damaged."""
+    with _damage(source), open_plain(source) as f:
+        data = f.read(limit + len(MARK) + 1)
+    data = data.removeprefix(MARK)
+    if len(data) > limit:
+        raise Unfollowed(f"{source.name} is longer than what is left to read")
+    return data if data and b"\0" not in data and _is_utf8(data) else None
+
+
+def records(source: Source, limit: int) -> Iterator[tuple[str, Any]]:
+    """Yield (name, value) of each record of a JSON or JSON Lines file; the value is None where it is no JSON.
+
+    Raises Unfollowed: an array longer than `limit` bytes, or damaged."""
+    if source.kind == "json":
+        with _damage(source), open_plain(source) as f:
+            head = f.read(limit + len(MARK) + 1)
+        if head.removeprefix(MARK).lstrip()[:1] == b"[":
+            yield from _array(source, head, limit)
+            return
+    with _damage(source), open_plain(source) as f:
+        for number, line in enumerate(iter(lambda: f.readline(MAX_RECORD_BYTES + 1), b""), 1):
+            if len(line) > MAX_RECORD_BYTES:
+                raise Unfollowed(f"{source.name}:{number} is a line of more than {MAX_RECORD_BYTES:,} bytes")
+            line = line.removeprefix(MARK) if number == 1 else line
+            if line.strip():
+                yield f"{source.name}:{number}", _value(line)
+
+
+def _array(source: Source, data: bytes, limit: int) -> Iterator[tuple[str, Any]]:
+    if len(data) > limit:
+        raise Unfollowed(f"{source.name} is an array longer than what is left to read")
+    values = _value(data.removeprefix(MARK))
+    if not isinstance(values, list):
+        raise Unfollowed(f"{source.name} is not whole")
+    for number, value in enumerate(values, 1):
+        yield f"{source.name}:{number}", value
+
+
+def texts(source: Source, keys: Sequence[str], limit: int) -> Iterator[Text]:
+    """Yield the texts of a file of records, JSON, JSON Lines or Parquet; keys: path to the text. Raises Unfollowed."""
+    named = _rows(source, keys[0]) if source.kind == "parquet" else records(source, limit)
+    for name, value in named:
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        try:
+            yield name, value.encode() if isinstance(value, str) and value else None
+        except UnicodeEncodeError:
+            yield name, None
+
+
+def _rows(source: Source, column: str) -> Iterator[tuple[str, Any]]:
+    """Yield each row of a Parquet file with one column."""
+    import pyarrow.parquet
+
+    row = 0
+    with _damage(source), pyarrow.parquet.ParquetFile(source.path) as file:
+        for batch in file.iter_batches(64, columns=[column]):
+            for value in batch.to_pylist():
+                row += 1
+                yield f"{source.name}:{row}", value
+
+
+def _value(line: bytes) -> Any:
+    """Parse JSON; None for none."""
+    try:
+        text = line.decode()
+        check_values(text, "the record")
+        return json.loads(text, parse_int=float)
+    except (ValueError, RecursionError, MalformedFile):
+        return None
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+class _damage:
+    """Turn what a decoder raises into Unfollowed."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        packages = ("zstd", "pyarrow", "zstandard")
+        if isinstance(error, OSError | EOFError | zlib.error | lzma.LZMAError | ValueError | MemoryError) or (
+            error is not None and type(error).__module__.split(".")[0] in packages
+        ):
+            raise Unfollowed(f"{self.source.name} is damaged: {error}") from None
