@@ -43,7 +43,7 @@ def chosen(t: Subject) -> list[tuple[int, int]]:
     return [every[i * len(every) // most] for i in range(most)]
 
 
-def _read(shards: Shards, windows: list[tuple[int, int]], seq_length: int) -> Row:
+def read(shards: Shards, windows: list[tuple[int, int]], seq_length: int) -> Row:
     """Read ids and targets (B,T) int32; a target is -1 where the shards mask it."""
     ids = np.zeros((len(windows), seq_length), np.int32)
     targets = np.zeros_like(ids)
@@ -63,7 +63,7 @@ def validation(t: Subject, line: Line) -> Finding:
     size = max(1, model.batch - 1)
     by_hand = 0.0
     for first in range(0, len(windows), size):
-        ids, targets = _read(t.val.shards, windows[first : first + size], t.settings.seq_length)
+        ids, targets = read(t.val.shards, windows[first : first + size], t.settings.seq_length)
         rows, logits = _losses(model, ids, targets, not first)
         if logits is not None:
             by_hand = _off(rows[: len(logits)], logits, targets.reshape(-1))
@@ -77,6 +77,15 @@ def validation(t: Subject, line: Line) -> Finding:
     )
     is_same = off <= LOSS[dtype] and tokens == line["val_tokens"] and by_hand <= BY_HAND[dtype]
     return Finding.of(gate, is_same, measured, f"equal, the loss within {LOSS[dtype]:g} of it", score=off)
+
+
+def batch_loss(model: Model, ids: np.ndarray, targets: np.ndarray) -> float:
+    """Compute the mean loss of a batch as an evaluation does: forward passes alone, sums on the host."""
+    total = 0.0
+    for first in range(0, len(ids), model.batch):
+        a, b = (np.ascontiguousarray(x[first : first + model.batch]) for x in (ids, targets))
+        total += float(_losses(model, a, b, False)[0].sum())
+    return total / max(1, int((targets >= 0).sum()))
 
 
 def _losses(model: Model, ids: np.ndarray, targets: np.ndarray, keep: bool) -> tuple[np.ndarray, Any]:

@@ -97,6 +97,7 @@ class Pieces:
             model.micro_step(*part, 1 / max(1, self.tokens), False, begins=n == 0)
             total += float(be.to_host(model.buffers["loss"][: part[0].size]).astype(np.float64).sum())
         self.count, self.loss = len(cuts) - 1, total / max(1, self.tokens)
+        self.evaluated = scorer.batch_loss(model, ids, targets)
         be.fill(t.scratch, 0)
         be.add_sum_sq(t.scratch, t.optimizer.g)
         self.norm, self.sample = math.sqrt(float(be.to_host(t.scratch)[0])), _sample(t)
@@ -115,6 +116,9 @@ class Pieces:
         """Judge the line of the step (gate start.averages)."""
         off = {
             "loss": abs(line["train_loss"] - self.loss) / max(abs(self.loss), 1e-9) / LOSS[dtype],
+            "loss, which evaluated is another,": abs(line["train_loss"] - self.evaluated)
+            / max(abs(self.evaluated), 1e-9)
+            / LOSS[dtype],
             "gradient norm": abs(line["grad_norm"] - self.norm) / max(self.norm, 1e-30) / NORM[dtype],
             "gradients": self.off / SAMPLE[dtype],
         }
@@ -123,7 +127,7 @@ class Pieces:
         wrong = [name for name, ratio in off.items() if not ratio <= 1]
         measured = (
             f"loss {line['train_loss']:.6f} and norm {line['grad_norm']:.5g}, in {self.count} other pieces "
-            f"{self.loss:.6f} and {self.norm:.5g}, gradients off by {self.off:.1e}"
+            f"{self.loss:.6f} and {self.norm:.5g}, gradients off by {self.off:.1e}; evaluated {self.evaluated:.6f}"
         )
         bound = f"equal within {LOSS[dtype]:g}, {NORM[dtype]:g} and {SAMPLE[dtype]:g} of it"
         why = f"{' and '.join(wrong)} of a batch depend on its pieces: {measured}" if wrong else ""

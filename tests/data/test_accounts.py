@@ -7,7 +7,6 @@ import gzip
 import json
 import lzma
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +212,7 @@ def documents_are_exchanged(m: pytest.MonkeyPatch) -> None:
     m.setattr(shard_writer.ShardWriter, "append", lambda self, ids: right(self, ids[::-1]))
 
 
-FAULTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
+FAULTS = {
     lower_case: "the shards have",
     copies_are_kept: "a copy of an earlier document",
     copies_are_kept_by_the_encoder: "a copy of an earlier document",

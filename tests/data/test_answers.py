@@ -198,7 +198,7 @@ def only_the_last_answer(trained: np.ndarray) -> np.ndarray:
 
 
 Labels = Callable[[np.ndarray], np.ndarray]
-FAULTS: dict[Labels, tuple[str, ...]] = {
+FAULTS = {
     prompt_is_trained: ("own", "marked", "pinned", "inst", "plain", "bare", "thoughts", "pairs"),
     token_behind_the_answer: ("own", "marked", "pinned", "inst", "plain", "thoughts"),
     token_before_the_answer: ("own", "marked", "pinned", "inst", "plain", "thoughts", "pairs"),

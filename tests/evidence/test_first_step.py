@@ -193,6 +193,21 @@ def the_loss_of_the_log_is_another(m):
     )
 
 
+def the_loss_of_training_is_not_the_evaluated_one(m):
+    right = Model._loss
+
+    def loss(self, scale, *a):
+        is_of_the_job = isinstance(self.total, np.ndarray)
+        before = float(self.total[0]) if is_of_the_job else 0.0
+        right(self, scale, *a)
+        if is_of_the_job and scale is not None:
+            rows = self.buffers["loss"]
+            rows *= np.float32(1.0001)
+            self.total[0] = before + 1.0001 * (float(self.total[0]) - before)
+
+    m.setattr(Model, "_loss", loss)
+
+
 # Validation
 
 
@@ -237,6 +252,7 @@ FAULTS = {
     **dict.fromkeys(FORMULAS, "start.formulas"),
     gradients_of_the_last_pieces_alone: "start.averages",
     the_loss_of_the_log_is_another: "start.averages",
+    the_loss_of_training_is_not_the_evaluated_one: "start.averages",
     the_mean_of_means: "start.validation",
     the_first_windows_only: "start.validation",
     the_last_batch_is_dropped: "start.validation",
