@@ -21,6 +21,7 @@ from ..model.hf_config import from_hf
 from ..model.lora import ALPHA_PER_RANK, LINEAR, PREFIX, parse_targets
 from ..model.schedule import WSD_DECAY_SHARE
 from ..model.transformer import Model
+from . import scorer
 from .subject import Subject
 
 Row = tuple[str, Any, Any]
@@ -29,6 +30,7 @@ OF_THE_PROCESS = ("resume", "run_dir", "threads", "json", "config")
 SHOWN = 3
 # Places of a pass that are looked up; and windows of which chance seldom gives two equal orders, one in 40,000.
 MAX_PLACES, FEWEST_SHUFFLED = 1 << 18, 8
+READ_WINDOWS = 32
 
 
 def learning_rate(s: Any, step: int) -> float:
@@ -153,6 +155,7 @@ def _batches(t: Subject, s: Mapping[str, Any], data: Mapping[str, Any]) -> Itera
     yield "windows, seq_length", w.seq_length, s["seq_length"]
     yield "windows, shards", w.shards.sha256, data["train_sha256"]
     yield "windows, number", w.count, data["train_windows"]
+    yield "windows, read as the shards have them", _reads_as_stored(w, s["seq_length"]), True
     yield from _passes(b, s["shuffle"])
     if w.shards is not t.val.shards:
         yield "windows, number by the sizes of the shards", w.count, _windows(w, s["seq_length"])
@@ -171,6 +174,17 @@ def _passes(b: Batches, shuffle: bool) -> Iterator[Row]:
             yield f"batches, the {name} pass is shuffled", bool((x != in_order).any()), shuffle
     if shuffle and n >= FEWEST_SHUFFLED:
         yield "batches, the second pass has the order of the first", bool((first == second).all()), False
+
+
+def _reads_as_stored(w: Windows, seq_length: int) -> bool:
+    """Read some windows, ids and targets, and compare them with what the shards have at places counted anew."""
+    every = scorer.places(w.shards, seq_length)[w.first :]
+    sampled = np.arange(0, w.count, max(1, w.count // READ_WINDOWS))[:READ_WINDOWS]
+    if w.count > len(every):
+        return False
+    ids, targets = w.read(sampled)
+    want = scorer.read(w.shards, [every[i] for i in sampled], seq_length)
+    return np.array_equal(ids, want[0]) and np.array_equal(np.maximum(targets, -1), want[1])
 
 
 def _windows(w: Windows, seq_length: int) -> int:

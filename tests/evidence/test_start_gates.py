@@ -140,6 +140,16 @@ def every_pass_has_the_order_of_the_first(m):
     m.setattr(batches.Permutation, "__init__", lambda self, n, seed, number: right(self, n, seed, 0))
 
 
+def targets_are_two_ahead(m):
+    right = batches.Windows.read
+
+    def read(self, indices):
+        ids, targets = right(self, indices)
+        return ids, np.roll(targets, -1, axis=1)
+
+    m.setattr(batches.Windows, "read", read)
+
+
 def the_number_of_validation_batches_is_lost(m):
     right = running.evaluated_on
     m.setattr(running, "evaluated_on", lambda i: {**right(i), "val_windows": None})
@@ -150,7 +160,7 @@ BUILT = [
     the_cosine_ends_in_the_middle, the_order_has_another_seed, windows_are_not_shuffled, the_last_windows_are_left_out,
     the_z_loss_is_dropped, recompute_is_ignored, documents_are_not_masked, documents_are_masked_unasked,
     a_flag_is_lost_on_its_way, the_number_of_validation_batches_is_lost, windows_come_twice_and_never,
-    every_pass_has_the_order_of_the_first,
+    every_pass_has_the_order_of_the_first, targets_are_two_ahead,
 ]  # fmt: skip
 
 
