@@ -22,6 +22,8 @@ PLANTED = {
     },
     "tests/evidence/test_first_step.py": {"FAULTS": ""},
     "tests/model/test_lora.py": {"FAULTS": ""},
+    "tests/data/test_accounts.py": {"FAULTS": "before.data"},
+    "tests/data/test_answers.py": {"FAULTS": "before.data"},
 }  # fmt: skip
 SEEN_BY = {
     "pretrain": "",
