@@ -14,7 +14,17 @@ from .subject import Subject
 
 GATE = "before.resumed"
 # Of a device: what the last bit of a number depends on.
-DECIDING = ("backend", "gpu", "cpu", "kernels", "threads", "cuda", "cublaslt", "matmul_algorithms")
+DECIDING = (
+    "backend",
+    "gpu",
+    "cpu",
+    "kernels",
+    "threads",
+    "cuda",
+    "cublaslt",
+    "matmul_algorithms",
+    "attention",
+)
 # Of a loss up to OTHER_STEPS behind a state, where another device or version computes it.
 OTHER_STEP, OTHER_STEPS = {"float32": 1e-3, "bfloat16": 2e-2}, 20
 COMPARED = ("train_loss", "grad_norm", "lr", "tokens_seen")

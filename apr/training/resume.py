@@ -89,3 +89,19 @@ def check_same_data(inputs: Inputs, run: RunDir) -> None:
                 f"{run.path}/config.json: {key} was {was!r} when the run began and is {value!r} now; resume with the "
                 "data of then, or start a new run with --init"
             )
+
+
+def check_same_kernels(inputs: Inputs, run: RunDir) -> None:
+    """Compare the kernels of attention with those that the run was computed with so far. Raises Refused.
+
+    Every bit of a step depends on them. Runs that are older than this record do not say it."""
+    device = run.read_config().get("device")
+    if inputs.settings.other_kernels or not isinstance(device, dict):
+        return
+    was = [device, *device.get("went_on_with", [])][-1].get("attention")
+    now = inputs.backend.describe().get("attention")
+    if was is not None and now is not None and was != now:
+        raise Refused(
+            f"{run.path}/config.json: attention was computed by {was}, and by {now} on this GPU: the numbers would differ "
+            "in the last bits from here on; resume on a GPU of the same kind, or go on all the same with --other-kernels"
+        )

@@ -50,7 +50,7 @@ from .evaluate import evaluated_on
 from .inputs import Inputs, open_inputs
 from .loop import Trainer
 from .progress import Progress
-from .resume import check_same_data, continued
+from .resume import check_same_data, check_same_kernels, continued
 from .rundir import MICRO_BATCHES, SUMS, RunDir, next_free, resume_command
 from .sample import sample_text
 from .settings import DEMO, Settings, resolve
@@ -88,6 +88,7 @@ def train(
             with locked(run.path, "training in it"):
                 if settings.resume:
                     check_same_data(inputs, run)
+                    check_same_kernels(inputs, run)
                     run.lengthen(settings.num_steps)
                     run.rebound(settings.bounds)
                 else:
@@ -319,7 +320,7 @@ def _record_device(show: Display, i: Inputs, run: RunDir) -> None:
         run.read_config().get("device"),
     )
     if i.settings.resume and isinstance(was, dict):
-        for key in ("backend", "gpu", "cpu", "kernels", "cuda", "cublaslt", "matmul_algorithms"):
+        for key in ("backend", "gpu", "cpu", "kernels", "cuda", "cublaslt", "matmul_algorithms", "attention"):
             if was.get(key) != facts.get(key):
                 show.note(
                     f"{key} was {was.get(key)} when the run began and is {facts.get(key)} now: its numbers may differ "

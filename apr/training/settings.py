@@ -130,6 +130,11 @@ class RunSettings:
     device: str = device_option()
     threads: int | None = threads_option()
     resume: bool = option("go on with the run in --run-dir from its last saved state", False, may_change=True)
+    other_kernels: bool = option(
+        "resume although this GPU computes attention by other kernels: the last bits differ from here on",
+        False,
+        may_change=True,
+    )
     log: str | None = option(
         "loggers beside metrics.jsonl: tensorboard, wandb, or both with a comma",
         metavar="LOGGERS",

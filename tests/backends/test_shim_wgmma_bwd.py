@@ -5,8 +5,7 @@ race or a hang on a GPU ends in wrong numbers or an error."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,18 +18,16 @@ from apr.backends.contract import OPS
 from apr.backends.cuda import attention as _mma
 from apr.backends.cuda import attention_wgmma as _wgmma
 from apr.backends.cuda import kernels
-from apr.backends.cuda.arguments import Arguments
 from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault
 from apr.common.rounding import ceil_div
 from cases import Backend, Row, make, overlay, run
 from host_shim import Library, folder, host_map, on_the_host, over, table  # noqa: F401  folder is a fixture
 from kernel_rows import MMA, WGMMA, rows_of
 from precision import differing, figures, flash, off
+from wgmma_machine import Machine, compile_all
 
-FAULTS = [fault for fault in KERNEL_FAULTS.values() if fault.module == WGMMA]
+FAULTS = [fault for fault in KERNEL_FAULTS.values() if fault.module == WGMMA and fault.op == "attention_bwd"]
 FAST = flash()
-MULTIPROCESSORS = 3  # so few that a block works on several tiles
-DYNAMIC = "extern __shared__ __align__(1024) unsigned char shared[];"
 
 # Every head width; tiles that are full, one over and a part; steps that end a tile and do not; queries that are split over blocks
 # and not; more keys than queries; documents that end inside tiles, and tiles that none reaches.
@@ -48,57 +45,12 @@ ROWS = [
 ]
 
 
-class Machine:
-    """Stands for _launch.py: kernels of one text of attention_wgmma, compiled when they are first launched."""
-
-    def __init__(self, folder: Path, text: str) -> None:
-        self.folder, self.seed = folder, 0
-        self.texts = {WGMMA: on_the_host(text, "wgmma_shim.h")}
-        self.libraries: dict[Any, Library] = {}
-
-    def library(self, module: str, **defines: int) -> Library:
-        key = module, *defines.values()
-        if key not in self.libraries:
-            if module not in self.texts:  # that of attention_dkv_sum
-                text = on_the_host(kernels.source(module), "mma_shim.h")
-                self.texts[module] = text.replace(
-                    DYNAMIC, "unsigned char* const shared = shim::shared_base();"
-                )
-            names = list(kernels.signatures(module))
-            self.libraries[key] = Library(self.texts[module], names, "bfloat16", defines, self.folder)
-        return self.libraries[key]
-
-    def kernel(self, module: str, name: str, act: str, **defines: int) -> Callable[..., None]:
-        check = Arguments(name, kernels.signatures(module)[name], act, np.ndarray)
-
-        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared: int = 0) -> None:
-            self.seed += 1
-            self.library(module, **defines)(name, grid, block, check(args), shared, self.seed)
-
-        return launch
-
-    def scratch(self, shape: tuple[int, ...], dtype: str, slot: str) -> Any:
-        return np.full(shape, np.nan, dtype)
-
-    def multiprocessors(self) -> int:
-        return MULTIPROCESSORS
-
-    tensor_map = staticmethod(host_map)
-
-
 @pytest.fixture(scope="module")
 def machine(folder: Path) -> Machine:
     """The sound kernels, in all variants."""
     made = Machine(folder, kernels.source(WGMMA))
     compile_all((made, defines) for _, defines in kernels.variants(WGMMA))
     return made
-
-
-def compile_all(wanted: Iterable[tuple[Machine, dict[str, int]]]) -> None:
-    """Compile variants of machines, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        for job in [pool.submit(machine.library, WGMMA, **defines) for machine, defines in wanted]:
-            job.result()
 
 
 @pytest.fixture

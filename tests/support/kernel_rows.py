@@ -59,6 +59,7 @@ NEEDED = {  # rows of faults that those do not show
     "kernel_attention_queries_left_out": table("attention_documents", "2 257 2 1 10 0"),
     "kernel_mma_border_early": table("attention_documents", "2 17 4 2 64 0"),
     "kernel_mma_queries_left_out": table("attention_documents", "2 257 4 2 64 0"),
+    "kernel_wgmma_fwd_border_early": table("attention_documents", "2 17 4 2 64 0"),
     "kernel_wgmma_border_early": table("attention_documents", "2 17 4 2 64 0"),
     "kernel_wgmma_queries_left_out": table("attention_documents", "2 257 4 2 64 0"),
     "kernel_attention_rescale_forgotten": table("attention", "1 97 4 2 10"),

@@ -98,6 +98,7 @@ REASONS = {
     "device": "one device on this machine: tests/training/test_gpu_training.py",
     "threads": "the same bits on few threads: tests/backends/test_backends.py",
     "resume": "the same bits: tests/training/test_training.py",
+    "other_kernels": "one kind of kernels on this machine: tests/training/test_failures.py",
     "log": "loggers of other packages: tests/training/test_failures.py",
     "checkpoint_every": "when files are written: tests/training/test_saving.py",
     "keep_checkpoints": "files that are removed: tests/training/test_saving.py",

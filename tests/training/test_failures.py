@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from apr import backends
 from apr.checkpoints.apr2 import read_apr
 from apr.cli.main import main
 from apr.cli.show import Show
@@ -769,6 +770,36 @@ def test_going_on_with_a_run_that_ended_early(job, run, capsys, word, more):
     assert capsys.readouterr().out.rstrip().endswith(word)
     assert ((run / "metrics.jsonl").read_bytes(), states(run)) == (lines, kept)
     assert verdict(run)["status"] == word
+
+
+@pytest.mark.parametrize(
+    ("before", "more", "code"),
+    [
+        ({"attention": "wgmma"}, [], 5),
+        ({"attention": "wgmma"}, ["--other-kernels"], 0),
+        ({"attention": "mma.sync"}, [], 0),
+        ({}, [], 0),  # a run that is older than the record
+        ({"attention": "mma.sync", "went_on_with": [{"attention": "wgmma"}]}, [], 5),
+        ({"attention": "wgmma", "went_on_with": [{"attention": "mma.sync"}]}, [], 0),
+    ],
+)
+def test_attention_by_other_kernels_is_refused_unless_asked_for(
+    job, stopped, run, monkeypatch, capsys, before, more, code
+):
+    """On a GPU that would compute the rest of a run with other bits."""
+    shutil.copytree(stopped, run)
+    config = json.loads((run / "config.json").read_text())
+    config["device"] = {**config["device"], **before}
+    (run / "config.json").write_text(json.dumps(config))
+    here = backends.get("cpu")
+    facts = {**here.describe(), "attention": "mma.sync"}
+    monkeypatch.setattr(here, "describe", lambda: facts)
+    assert go_on(run, *more) == code
+    if code:
+        said(capsys, code, "attention was computed by wgmma, and by mma.sync on this GPU")
+    else:
+        device = json.loads((run / "config.json").read_text())["device"]
+        assert device["went_on_with"][-1]["attention"] == "mma.sync"
 
 
 def test_a_refused_resume_leaves_the_evidence(undisturbed, run, capsys):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...common.rounding import ceil_div, round_up
 from . import attention
-from .attention import BLOCKS, Geometry
+from .attention import BLOCKS, L2_BYTES, Geometry
 
 Array = Any
 
@@ -23,11 +23,27 @@ THREADS = 384  # two groups that multiply and one that loads
 STATS_MORE = 64  # rows, see attention_wgmma_bwd.cuh
 RESERVED = 2048  # bytes: barriers, and what it takes to begin at a multiple of 1024
 LARGEST_SPLIT = 8
+FWD_BUFFERS = 2  # tiles of queries of a block: the next ones come while it works on these
 
 
 def serves(arch: str, d: int) -> bool:
     """Tell whether a GPU has the kernels for a head width: where it has, they are used, and the result has their bits."""
     return arch == ARCH and d in HEAD_DIMS
+
+
+def kind(arch: str) -> str:
+    """Name of the kernels that such a GPU computes attention of bfloat16 with, where a head width has both."""
+    return "wgmma" if arch == ARCH else "mma.sync"
+
+
+@cache
+def forward_geometry(b: int, t: int, h: int, d: int, multiprocessors: int) -> Geometry:
+    """Of attention_fwd_wgmma."""
+    of = attention.tiles(d, TILES_FILE)
+    queries, row = GROUP_ROWS * of["FWD_GROUPS"], 128 * ceil_div(d, 64)
+    blocks = min(multiprocessors, ceil_div(t, queries) * b * h)
+    shared = RESERVED + (FWD_BUFFERS * queries + 2 * of["FWD_STAGES"] * of["FWD_KEYS"]) * row
+    return Geometry((blocks,), (128 * (of["FWD_GROUPS"] + 1),), shared)
 
 
 @cache
@@ -48,6 +64,24 @@ def split_count(b: int, s: int, k: int) -> int:
     leave multiprocessors idle.
     """
     return max(1, min(LARGEST_SPLIT, BLOCKS // (b * k * ceil_div(s, ROWS))))
+
+
+def forward(y: Array, lse: Array, q: Array, k: Array, v: Array, doc_start: Array | None, window: int) -> None:
+    """See attention_fwd in reference.py; for arrays to which attention.applies()."""
+    from . import launch
+
+    (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
+    of, place = attention.tiles(d, TILES_FILE), launch.tensor_map
+    grid, block, shared = forward_geometry(b, t, h, d, launch.multiprocessors())
+    queries, keys = (
+        place(q, GROUP_ROWS * of["FWD_GROUPS"]),
+        (place(k, of["FWD_KEYS"]), place(v, of["FWD_KEYS"])),
+    )
+    pairs = max(1, min(b * kv, L2_BYTES // (4 * s * d))) * (h // kv)
+    sizes = (b, t, s, h, kv, window, pairs, d**-0.5)
+    launch.kernel(
+        MODULE, "attention_fwd_wgmma", "bfloat16", HEAD_DIM=d, DOCUMENTS=int(doc_start is not None)
+    )(grid, block, (place(y, GROUP_ROWS), lse, queries, *keys, doc_start, *sizes), shared=shared)
 
 
 def backward(

@@ -118,6 +118,7 @@ def describe() -> dict[str, str]:
         "cupy": cupy.__version__,
         "cublaslt": matmul.version(),
         "matmul_algorithms": _device().products.digest(),  # of the products computed so far
+        "attention": attention_wgmma.kind(launch.arch()),
     }
 
 
@@ -256,7 +257,8 @@ def attention_fwd(
 ) -> None:
     """See reference.py."""
     own = attention.applies(q, k, v, y, ops.machine.shared_bytes)
-    cores = attention.forward if own else ops.attention_fwd
+    hopper = attention_wgmma.serves(launch.arch(), q.shape[-1])
+    cores = (attention_wgmma if hopper else attention).forward if own else ops.attention_fwd
     cores(y, lse, q, k, v, doc_start, window)
 
 

@@ -1,6 +1,6 @@
 // What wgmma.cuh gives kernels, on the host, by the PTX ISA: mbarriers with phases and bytes, boxes that TMA copies, with
 // zeros outside and swizzled cells, and products of 128 threads that read shared memory through descriptors. A copy is done
-// at a random later time; what it is to fill is NaN until then. A product is done where it is committed or where it is
+// at a random later time, some very late; what it is to fill is NaN until then. A product is done where it is committed or where it is
 // waited for, by chance, and its accumulators are NaN in between. So a wait that is missing, or a buffer given back too
 // early, shows in the result; what would hang or is forbidden ends with a number of the table in host_shim.py.
 #include "mma_shim.h"
@@ -25,6 +25,7 @@ struct Copy {
   unsigned shared, bytes, barrier;
   const void* from;
   size_t thread;
+  unsigned delay;
 };
 struct Product {
   int n, turn_a, turn_b, add;
@@ -104,7 +105,7 @@ inline bool perform_some(bool all) {  // of the copies; tells whether there were
   shuffle(copies);
   std::vector<Copy> some;
   for (size_t i = copies.size(); i-- > 0;)
-    if (all || random(3) == 0) some.push_back(copies[i]), copies.erase(copies.begin() + i);
+    if (all || random(copies[i].delay) == 0) some.push_back(copies[i]), copies.erase(copies.begin() + i);
   for (const Copy& c : some) perform(c);
   return true;
 }
@@ -115,7 +116,7 @@ inline void fill(unsigned to, unsigned bytes) {
 }
 inline void start(Copy c) {
   if (c.shared % (c.kind == Copy::BYTES ? 16 : 1024)) fail(PLACE);
-  c.thread = now;
+  c.thread = now, c.delay = random(3) ? 3 : 60;  // some come late
   copies.push_back(c);
 }
 

@@ -3,4 +3,6 @@
 #include "common.cuh"
 #include "attention_wgmma_tiles.cuh"
 #include "wgmma.cuh"
+#include "attention_wgmma_rows.cuh"
+#include "attention_wgmma_fwd.cuh"
 #include "attention_wgmma_bwd.cuh"

@@ -8,14 +8,12 @@
 //
 // Left operands in registers (p and ds) are written anew in each step. k and v of attention_dkv_wgmma stay in shared memory:
 // ptxas (12.9 and 13.0) gives a fragment that is to outlive a step the registers of those that are written within it.
-constexpr int TILES = (HEAD_DIM + 63) / 64;  // of 64 columns, side by side
-constexpr int ROW = TILES * TILE_ROW;        // bytes of a row of all of them
 constexpr int GROUPS = 2, THREADS = 128 * (GROUPS + 1);
 constexpr int LOADER_REGISTERS = registers_of_loader(GROUPS), GROUP_REGISTERS = registers_of_others(GROUPS);
 constexpr int DQ_QUERIES = 64 * GROUPS, DKV_KEYS = 64 * GROUPS;
 constexpr int DQ_OWN = 2 * DQ_QUERIES * ROW, DQ_STAGE = DQ_KEYS * ROW;  // q, dy; k or v
 constexpr int DKV_OWN = 2 * DKV_KEYS * ROW, DKV_STAGE = 2 * DKV_QUERIES * ROW + 1024;  // k, v; q, dy, stats
-constexpr int STATS_BYTES = DKV_QUERIES * 8, BARRIERS = 1024;
+constexpr int STATS_BYTES = DKV_QUERIES * 8;
 
 struct Range { int begin, end; };  // of steps
 
@@ -23,41 +21,6 @@ constexpr int STATS_MORE = 64;  // which the last step of attention_dkv_wgmma ma
 static_assert(DKV_QUERIES <= STATS_MORE && DKV_QUERIES % 16 == 0, "queries of a step");
 __device__ __forceinline__ int stats_rows(int T) { return (T + DQ_QUERIES - 1) / DQ_QUERIES * DQ_QUERIES + STATS_MORE; }
 
-__device__ __forceinline__ void rows_load(unsigned to, int rows, const TensorMap* map, int head, int row, int batch,
-                                          unsigned barrier) {
-#pragma unroll
-  for (int n = 0; n < TILES; n++) tile_load(to + n * rows * TILE_ROW, map, n * 64, head, row, batch, barrier);
-}
-// d (64 x B_ROWS) = a b^T, a: 64 rows of A_ROWS
-template <int A_ROWS, int B_ROWS>
-__device__ __forceinline__ void scores(float (&d)[B_ROWS / 2], unsigned a, unsigned b) {
-#pragma unroll
-  for (int k = 0; k < HEAD_DIM / 16; k++)
-    product<0, 0>(d, along_k(a + k / 4 * A_ROWS * TILE_ROW + k % 4 * 32),
-                  along_k(b + k / 4 * B_ROWS * TILE_ROW + k % 4 * 32), k);
-  products_commit();
-}
-// d (64 x HEAD_DIM) += a b, b: 16 K rows
-template <int K>
-__device__ __forceinline__ void gather(float (&d)[HEAD_DIM / 2], const unsigned (&a)[K][4], unsigned b) {
-#pragma unroll
-  for (int k = 0; k < K; k++) product<1>(d, a[k], across_k(b + k * 16 * TILE_ROW, K * 16 * TILE_ROW), 1);
-  products_commit();
-}
-// The group's rows times scale, as bf16, to 64 rows of shared memory that only this group still uses.
-__device__ __forceinline__ void rows_put(unsigned to, int rows, const float (&d)[HEAD_DIM / 2], float scale) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-#pragma unroll
-  for (int n = 0; n < HEAD_DIM / 8; n++)
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-      shared_put(to + n / 8 * rows * TILE_ROW + cell(row + 8 * half, n % 8) + lane % 4 * 4,
-                 pack(d[n * 4 + 2 * half] * scale, d[n * 4 + 2 * half + 1] * scale));
-}
-__device__ __forceinline__ void rows_store(const TensorMap* map, unsigned from, int rows, int head, int row, int batch) {
-#pragma unroll
-  for (int n = 0; n < TILES; n++) tile_store(map, n * 64, head, row, batch, from + n * rows * TILE_ROW);
-}
 // As mask() of mma.cuh, for the 16 rows of a warp. TURNED: queries are the columns.
 template <bool TURNED, int N>
 __device__ __forceinline__ void hide(float (&s)[N], int ahead, int window) {

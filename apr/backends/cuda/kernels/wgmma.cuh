@@ -34,15 +34,23 @@ constexpr int registers_of_others(int groups) {
 
 // An operand whose rows of 64 are along k: `at` is the first of 8 n rows; 16 k further on are 32 bytes further on.
 __device__ __forceinline__ Matrix along_k(unsigned at) {
-  return (Matrix)(at & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+  return (Matrix)(at >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 // An operand whose rows are a k each, and along the rows are its rows or columns: those after the first 64 are in tiles
 // `next` bytes further on; 16 k further on are 16 rows = 2048 bytes further on.
 __device__ __forceinline__ Matrix across_k(unsigned at, unsigned next) {
-  return (Matrix)(at & 0x3ffff) >> 4 | (Matrix)(next >> 4) << 16 | 64ull << 32 | 1ull << 62;
+  return (Matrix)(at >> 4) | (Matrix)(next >> 4) << 16 | 64ull << 32 | 1ull << 62;
+}
+// The same operand, so many bytes further on.
+__device__ __forceinline__ Matrix further(Matrix x, unsigned bytes) {
+  return (x & ~0xffffffffull) | ((unsigned)x + (bytes >> 4));
 }
 // Byte offset of a 16-byte cell in a tile.
 __device__ __forceinline__ unsigned cell(int row, int column) { return row * TILE_ROW + ((column ^ (row & 7)) << 4); }
+
+// The thread's group, as a number that the compiler knows to be that of the whole warp: then descriptors of operands are
+// computed once a warp, in uniform registers.
+__device__ __forceinline__ int group_of_warp() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
 
 // PTX
 __device__ __forceinline__ unsigned shared_begin() {  // of the dynamic shared memory, at a multiple of 1024
