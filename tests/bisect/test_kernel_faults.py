@@ -25,7 +25,7 @@ from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault, planted
 from apr.model.presets import PRESETS
 from cases import Backend
 from host_shim import Host, backend, folder  # noqa: F401  folder is a fixture
-from kernel_rows import MMA, rows_of
+from kernel_rows import MMA, WGMMA, rows_of
 from precision import accuracy, off
 
 FAULTS = list(KERNEL_FAULTS.values())
@@ -70,7 +70,7 @@ def test_what_a_fault_says_exists(fault: KernelFault) -> None:
     assert fault.what
     assert set(fault.acts) <= {act for act, _ in kernels.variants(fault.module)} != set()
     models = [*PRESETS.values(), *(replace(PRESETS["mistral-tiny"], head_dim=d) for d in (32, 64))]
-    assert any(fault.applies(cfg) for cfg in models)
+    assert fault.needs.startswith("adapters") or any(fault.applies(cfg) for cfg in models)
     assert rows_of(fault)
 
 
@@ -168,7 +168,7 @@ def test_the_edited_source_compiles(fault: KernelFault, compiled: Any) -> None:
 
 # Effect
 
-RUN = [fault for fault in FAULTS if fault.module != MMA]
+RUN = [fault for fault in FAULTS if fault.module not in (MMA, WGMMA)]
 
 
 @pytest.fixture(scope="module")

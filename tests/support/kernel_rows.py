@@ -40,6 +40,7 @@ SHAPES: dict[str, list[Row]] = {  # module -> rows
     ],
     "swiglu": table("swiglu", f"{TOKENS} 72, {TOKENS} 56"),
     "loss": table("cross_entropy_rows_apart", f"{TOKENS} 123 128"),  # as pad_vocab lays them out
+    "loss_cluster": table("cross_entropy_rows_apart", "3 16421 16424"),  # long enough for clusters of blocks
     "flat": [
         *table("add_sum", f"{TOKENS}"),
         *table("add_sum_sq", "6888"),

@@ -647,6 +647,13 @@ _CATALOGUE = (
         *("cross_entropy", "loss"),
         applies=lambda c: c.vocab_size % 4 != 0,
     ),
+    KernelFault(
+        "kernel_cluster_last_block_lost",
+        "the sum of exponentials of a long row lacks the quarter that the last block of a cluster has",
+        *("loss_cluster", "b < BLOCKS; b++", "b < BLOCKS - 1; b++"),
+        *("cross_entropy", "loss"),
+        applies=lambda c: c.vocab_size >= 16384,
+    ),
     # Optimizer
     KernelFault(
         "kernel_sum_last_part_lost",
