@@ -1,4 +1,4 @@
-"""Errors of long sums whose terms are added one by one, as a sound backend may and NumPy does not."""
+"""Errors of sums whose terms are added in another order than NumPy's, as a sound backend may."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from . import rule
+
 # Terms of a sum of values, and of a sum over tokens, from which on its order decides its error.
 LONG_SUM, LONG_GRADIENT = 4096, 256
 # Rows and columns whose elements are summed in order.
 SAMPLE = 8
+# Standard errors that stand for the error of plain NumPy, of which a gradient may have three times as much.
+CHANCE = rule.SIGMAS / 3
 
 
 def summed_in_order(op: str, name: str, low: dict[str, Any], want: np.ndarray) -> list[float]:
@@ -40,3 +44,28 @@ def summed_in_order(op: str, name: str, low: dict[str, Any], want: np.ndarray) -
             total = total + low["b"][o] if name == "y" and low["b"] is not None else total
             out.append(abs(float(total) - float(want[n, o])))
     return out
+
+
+def by_chance(op: str, name: str, low: dict[str, Any], want: np.ndarray) -> list[np.ndarray]:
+    """Return the gradient of a vector, of a norm or a bias, as far off as chance may take a sum over tokens in float32.
+
+    Where terms cancel, the sum on its way is larger than its end, and each addition may be off by u |sum|. NumPy's own error
+    is one draw: of the few elements of a vector it may be a lucky one, so it is no measure of another order's.
+
+        sigma = u / sqrt(3) sqrt(sum_n S_n^2),  S_n = the sum of the first n terms, u = 2^-24
+
+    S begins at zero, as parts of a sum do, or at what the gradient was: the larger of the two."""
+    if want.ndim != 1 or (op, name) not in (
+        ("linear_bwd", "db"), ("add_rmsnorm_bwd", "dw"), ("head_rmsnorm_bwd", "dw"),
+    ):  # fmt: skip
+        return []
+    terms = low["dy"].astype(np.float64)
+    if name == "dw":
+        terms *= low["x" if "x" in low else "res"]
+        terms *= low["rstd"][..., None]
+    sums = terms.reshape(-1, want.size)
+    np.cumsum(sums, axis=0, out=sums)
+    squares = np.einsum("nc,nc->c", sums, sums)
+    sums += low[name]
+    squares = np.maximum(squares, np.einsum("nc,nc->c", sums, sums))
+    return [want + CHANCE * rule.EPS["float32"] / 2 * np.sqrt(squares / 3)]

@@ -17,7 +17,7 @@ from .lockstep import Call, Twin, elements, fill_with_noise, host, rows_of_gradi
 from .makers import overlap, span
 from .pieces import PIECE_ELEMENTS, in_parallel, in_pieces, norm_of, rounded_copy
 from .report import FORCED, FREE, ArrayComparison
-from .sums import summed_in_order
+from .sums import by_chance, summed_in_order
 
 MAX_SLICED_ELEMENTS = 1 << 24  # of an array whose slices are judged apart
 MAX_EXPLAINED = 6
@@ -239,7 +239,8 @@ class Forced(_Watch):
             in_order = self._in_order(call.op, n, before, truth[n])
             in_order += rule.cancelled(call.op, n, before)
             terms = _terms(call, n)
-            err, tol, d = self._judge(call.op, n, got, truth[n], [b[n] for b in bases], x, terms, in_order)
+            sound = [b[n] for b in bases] + by_chance(call.op, n, before, truth[n])
+            err, tol, d = self._judge(call.op, n, got, truth[n], sound, x, terms, in_order)
             cause = "" if err <= tol else self._explain(call, n, got, truth[n], before, tol)
             self.rows.append(self._row(call, n, FORCED, err, tol, d, cause))
         for n in names:

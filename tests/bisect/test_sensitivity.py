@@ -13,11 +13,13 @@ import pytest
 from apr import backends
 from apr.backends import overlay
 from apr.bisect import batch as batches
-from apr.bisect import passes, rule, stages
+from apr.bisect import passes, rule, stages, watch
+from apr.bisect.lockstep import Call, Twin
 from apr.bisect.planted import catalogue
 from apr.bisect.report import FORCED, FREE, PILED_UP, ArrayComparison, Report
 from apr.bisect.side import Side
 from apr.bisect.stages import Plan
+from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 
@@ -370,3 +372,73 @@ def test_gradients_of_long_batches_that_are_summed_in_order_are_sound():
     wrong = judge(summed_by_token(cpu, 1.0001), plan=plan, shape=(32, 64)).first
     assert wrong is not None
     assert (wrong.op, wrong.tap) == ("linear_bwd", "grad.embed")
+
+
+def gradient_of_a_norm(be: Any, seed: int, heads: int = 4, width: int = 8) -> ArrayComparison:
+    """What is said of the gradient of q_norm as `be` computes it, of 64 tokens whose terms all but cancel.
+
+    Terms resemble those of the tokens beside them, as in text: the sum on its way is larger than its end."""
+    rng, n = np.random.default_rng(seed), 64
+    x = rng.standard_normal((n, heads, width))
+    dy = (
+        rng.standard_normal((n, heads, 1)) + 2 * np.repeat(rng.standard_normal((n // 8, heads, 1)), 8, 0)
+    ) * x
+    dy[..., 2:] *= 0.05
+    dy -= (dy * x).mean((0, 1)) / np.square(x).mean((0, 1)) * x * 0.98
+    low = {"dx": np.empty_like(x), "dw": np.zeros(width), "dy": dy, "x": x}
+    low |= {"rstd": 1 / np.sqrt(np.square(x).mean(-1)), "w": np.ones(width)}
+    names = {"dw": "grad.1.q_norm", "w": "1.q_norm"}
+    args = {
+        n: Twin(names.get(n, n), [a.astype(np.float32).astype(np.float64), a.astype(np.float32)])
+        for n, a in low.items()
+    }
+    looking = watch.Forced([reference, be], "float32", Layout(PRESETS["qwen3-tiny"]))
+    looking.stage = "backward"
+    looking(Call("head_rmsnorm_bwd", args), lambda: None)
+    (row,) = (r for r in looking.rows if r.tap == "grad.1.q_norm")
+    return row
+
+
+def summed_otherwise(terms: Any) -> Any:
+    """A backend that adds up the gradient of a norm from what `terms` makes of its terms, float32, one by one."""
+
+    def head_rmsnorm_bwd(dx: Any, dw: Any, dy: Any, x: Any, rstd: Any, w: Any) -> None:
+        reference.head_rmsnorm_bwd(dx, None, dy, x, rstd, w)
+        for part in terms((dy * (x * rstd[..., None])).reshape(-1, w.size)):
+            dw += np.cumsum(part, 0, dtype=np.float32)[-1]
+
+    return overlay(cpu, head_rmsnorm_bwd=head_rmsnorm_bwd)
+
+
+ORDERS = {
+    "cpu": cpu,
+    "in order": summed_otherwise(lambda t: [t]),
+    "backwards": summed_otherwise(lambda t: [t[::-1]]),
+    "halves": summed_otherwise(lambda t: np.split(t, 2)),
+    "one by one": summed_otherwise(lambda t: t[:, None]),
+    "at random": summed_otherwise(lambda t: [np.random.default_rng(0).permutation(t)]),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_short_vector_whose_terms_cancel_may_be_summed_in_any_order(order):
+    """NumPy's own error of so few elements is a matter of luck."""
+    wrong = [seed for seed in range(150) if not gradient_of_a_norm(ORDERS[order], seed).ok]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda t: [t[1:]],
+        lambda t: [t[:-1]],
+        lambda t: [t[: 32 * 4]],
+        lambda t: [t.reshape(-1, 4, t.shape[1])[:, 0]],
+        lambda t: [t * np.float32(1.0001)],
+        lambda t: [t.astype(np.float16).astype(np.float32)],
+    ],
+    ids=["first term", "last term", "half of them", "first head", "factor", "float16"],
+)
+def test_a_fault_in_the_sum_of_a_short_vector_is_seen(fault):
+    seen = [seed for seed in range(40) if not gradient_of_a_norm(summed_otherwise(fault), seed).ok]
+    assert seen == list(range(40))

@@ -267,6 +267,8 @@ def test_a_spot_check_sees_every_op_of_adapters(dtype, base):
     assert report.agree, report.first
     taps = {row.tap for row in report.rows}
     assert {"grad.1.wdown.A", "grad.0.wq.B", "0.low", "1.d_low"} <= taps
+    # What is frozen has no gradient, and none is judged.
+    assert all(tap.endswith((".A", ".B")) for tap in taps if tap.startswith("grad."))
     made = "adapted_int8" if base else "adapted"
     assert sum(row.op == made for row in report.rows) == 2 * 2 * len(ALL)
 
