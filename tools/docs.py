@@ -7,7 +7,7 @@ A page is written by hand but for its generated blocks, which stand between two 
   <!-- exit codes -->        the exit codes of errors.py
   <!-- presets -->           preset names with their sizes
 each ended by <!-- end -->. Those of docs/faults.md come from tests, from the faults of the campaigns and from their record:
-  <!-- faults of gates -->, <!-- first campaign -->, <!-- second campaign -->
+  <!-- edits of kernels -->, <!-- faults of gates -->, <!-- first campaign -->, <!-- second campaign -->
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from apr.model.presets import PRESETS
 PAGES = ROOT / "docs" / "commands"
 TABLE = ROOT / "apr" / "cli" / "completion.json"
 BLOCK = re.compile(
-    r"(<!-- (options: [a-z -]+|commands|exit codes|presets|faults of gates|[a-z]+ campaign) -->\n).*?(<!-- end -->)",
+    r"(<!-- (options: [a-z -]+|commands|exit codes|presets|edits of kernels|faults of gates|[a-z]+ campaign) -->\n).*?(<!-- end -->)",
     re.S,
 )
 OTHER_CODES = {
@@ -158,6 +158,7 @@ TABLES = {
     "commands": commands_table,
     "exit codes": exit_codes_table,
     "presets": presets_table,
+    "edits of kernels": docs_faults.kernels_table,
     "faults of gates": docs_faults.gates_table,
     "first campaign": lambda: docs_faults.campaign_table("first"),
     "second campaign": lambda: docs_faults.campaign_table("second"),

@@ -1,4 +1,4 @@
-"""Make the tables of docs/faults.md about runs: faults that the tests of gates plant, and those of the campaigns."""
+"""Make the tables of docs/faults.md: edits of kernels, faults that the tests of gates plant, those of the campaigns."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from mutant_faults import FAULTS, Mutant
 from mutant_second import SECOND
+
+from apr.bisect.planted.kernel_faults import KERNEL_FAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "faults.md"
@@ -31,6 +33,20 @@ SEEN_BY = {
     "verify": "`apr verify`: ",
     "outside": "an unpatched `apr verify`: ",
 }
+
+
+def kernels_table() -> str:
+    """Make a table of the edits of CUDA kernels."""
+    faults = KERNEL_FAULTS.values()
+    lines = [
+        f"| `{f.name}` | {f.what} | `{f.module}.cu` | `{f.op}`, `{f.output}` | {', '.join(f.acts)} | {f.needs or '-'} |"
+        for f in faults
+    ]
+    both = sum(len(f.acts) == 2 for f in faults)
+    alone = [sum(f.acts == (act,) for f in faults) for act in ("float32", "bfloat16")]
+    said = f"{len(lines)} edits: {both} with both dtypes, {alone[0]} with float32 alone, {alone[1]} with bfloat16 alone."
+    head = "| fault | what it does | module | op named, output | dtypes | needs |"
+    return "\n".join([said, "", head, "|---|---|---|---|---|---|", *lines]) + "\n"
 
 
 def gates_table() -> str:

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
-import stored_runs as stored
+import run_store as stored
 from apr.backends.select import choose
 from apr.common.files import sha256_of
 from apr.common.finding import FAIL

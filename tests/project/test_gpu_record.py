@@ -67,6 +67,22 @@ def test_an_outcome_is_read_from_junit() -> None:
             lambda r: r["tests"].update(failed=1, failed_names=["x"]),
             ["x failed", "2 passed, 1 failed, 0 errors"],
         ),
+        (
+            lambda r: (
+                r["tests"].update(passed=200, failed=1, failed_names=["x"]) or r.update(settled={"x": "why"})
+            ),
+            [],
+        ),
+        (
+            lambda r: (
+                r["tests"].update(passed=200, failed=1, failed_names=["x"]) or r.update(settled={"x": ""})
+            ),
+            ["x failed", "200 passed, 1 failed, 0 errors"],
+        ),
+        (
+            lambda r: r["tests"].update(failed=1, failed_names=["x"]) or r.update(settled={"x": "why"}),
+            ["1 failures settled by hand, more than 1 to 100 tests that passed"],
+        ),
         (lambda r: r["tests"].update(errors=1), ["2 passed, 0 failed, 1 errors"]),
         (lambda r: r["tests"].update(passed=0), ["0 passed, 0 failed, 0 errors"]),
         (lambda r: r["sources"].update({"a.cu": "3"}), ["a.cu has changed since"]),

@@ -32,7 +32,7 @@ SHAPES: dict[str, list[Row]] = {  # module -> rows
     ],
     MMA: [
         *table("attention", "2 17 6 2 32, 2 17 3 1 64"),
-        *table("attention_window", "2 17 4 4 64 5"),
+        *table("attention_window", "2 17 4 4 32 5"),
     ],
     WGMMA: [
         *table("attention", "2 17 4 2 64, 1 59 2 1 128"),
@@ -58,13 +58,13 @@ CLIPPED = CASE["clip_factor"].fwd.replace("max_norm=0.5", "max_norm=0.05")
 NEEDED = {  # rows of faults that those do not show
     "kernel_attention_border_early": table("attention_documents", "2 17 4 2 10 0"),
     "kernel_attention_queries_left_out": table("attention_documents", "2 257 2 1 10 0"),
-    "kernel_mma_border_early": table("attention_documents", "2 17 4 2 64 0"),
-    "kernel_mma_queries_left_out": table("attention_documents", "2 257 4 2 64 0"),
+    "kernel_mma_border_early": table("attention_documents", "2 17 4 2 32 0"),
+    "kernel_mma_queries_left_out": table("attention_documents", "2 257 4 2 32 0"),
     "kernel_wgmma_fwd_border_early": table("attention_documents", "2 17 4 2 64 0"),
     "kernel_wgmma_border_early": table("attention_documents", "2 17 4 2 64 0"),
     "kernel_wgmma_queries_left_out": table("attention_documents", "2 257 4 2 64 0"),
     "kernel_attention_rescale_forgotten": table("attention", "1 97 4 2 10"),
-    "kernel_mma_sum_of_last_step": table("attention", "1 97 4 2 64"),
+    "kernel_mma_sum_of_last_step": table("attention", "1 97 4 2 32"),
     "kernel_embedding_carry_lost": table("embedding", "257 56 1"),
     "kernel_clip_root_forgotten": rows(replace(CASE["clip_factor"], fwd=CLIPPED)),
 }

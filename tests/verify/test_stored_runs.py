@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-import stored_runs as stored
+import run_store as stored
 from apr import backends
 from apr.common.files import sha256_of
 from apr.common.finding import FAIL, PASS, SKIPPED

@@ -834,7 +834,7 @@ def weight_gradient_never_begun(be: Any) -> Ops:
     return changed(be, "linear_bwd", adds=lambda adds: True)
 
 
-@fault(r"state sequence_by_sequence grad\..*", frozenset({"micro"}))
+@fault(r"loss cross_entropy d_logits", frozenset({"micro"}))
 def mean_over_the_micro_batch(be: Any) -> Ops:
     """Gradients are averaged over the tokens of a micro-batch, not of the batch."""
 
