@@ -37,7 +37,7 @@ from apr.model.presets import PRESETS
 PAGES = ROOT / "docs" / "commands"
 TABLE = ROOT / "apr" / "cli" / "completion.json"
 BLOCK = re.compile(
-    r"(<!-- (options: [a-z -]+|commands|exit codes|presets|edits of kernels|faults of gates|[a-z]+ campaign) -->\n).*?(<!-- end -->)",
+    r"(<!-- (options: [a-z -]+|commands|exit codes|presets|(?:edits|faults) of [a-z]+|[a-z]+ campaign) -->\n).*?(<!-- end -->)",
     re.S,
 )
 OTHER_CODES = {

@@ -19,7 +19,7 @@ from ..tokenizer.tokenizer import Tokenizer
 from .conservation import gives_back
 from .corpus import Corpus
 from .encode_folder import RECORD, SKIPPED
-from .plain import Unfollowed, texts, whole_text
+from .plain import DAMAGES, Unfollowed, beginning, texts
 from .shards import TokenShards
 from .source import Skipped, Source
 from .text import read_text
@@ -44,10 +44,12 @@ def accounted(
     tokenizer: Tokenizer,
     val_fraction: float,
     distinct: int,
+    reused: bool = False,
 ) -> Finding:
     """Compare the documents of the files with those of the shards below `folder`, side by side.
 
-    distinct: documents that the first reading found, without copies"""
+    distinct: documents that the first reading found, without copies. reused: an earlier call made the folder, of files with
+    the same documents; names and copies may be others by now"""
     table = tokenizer.spelling()
     if table is None or not gives_back(tokenizer):
         return Finding.skipped(
@@ -57,7 +59,7 @@ def accounted(
         return Finding.skipped(NAME, "eos_policy none: no document can be told from the next", BOUND)
     for i in tokenizer.special_tokens():
         table[i] = NO_TEXT
-    account = _Account(folder, sides, tokenizer, table, val_fraction)
+    account = _Account(folder, sides, tokenizer, table, val_fraction, reused)
     return account.close(account.walk(corpus), distinct)
 
 
@@ -71,12 +73,13 @@ class _Account:
         tokenizer: Tokenizer,
         table: list[bytes],
         fraction: float,
+        reused: bool,
     ) -> None:
-        self.tokenizer, self.fraction = tokenizer, fraction
+        self.folder, self.tokenizer, self.fraction, self.reused = folder, tokenizer, fraction, reused
         self.record = read_json(folder / RECORD)["result"]
         with opened(folder / SKIPPED) as (f, _):
-            items = [parse_json(line.decode(), SKIPPED) for line in lines_of(f, SKIPPED)]
-        self.left_out = {item["name"]: item["reason"] for item in items}
+            items = (parse_json(line.decode(), str(folder / SKIPPED)) for line in lines_of(f, SKIPPED))
+            self.left_out = {item["name"]: item["reason"] for item in items}
         self.shards = sides
         self.sides = {name: _documents(shards, table) for name, shards in sides.items()}
         self.heads = {name: next(texts, None) for name, texts in self.sides.items()}
@@ -90,6 +93,9 @@ class _Account:
         for source in corpus.sources:
             left = BUDGET_BYTES - self.bytes
             try:
+                if self.left_out.get(source.name) in DAMAGES:
+                    # Another decoder may read more of it.
+                    raise Unfollowed(f"{source.name} is damaged")
                 follow = self._file if source.kind == "text" else self._records
                 wrong = follow(corpus, source, left)
             except Unfollowed:
@@ -110,14 +116,20 @@ class _Account:
         return ""
 
     def _file(self, corpus: Corpus, source: Source, left: int) -> str:
-        text = whole_text(source, left)
-        if corpus.piece_bytes is None or text is None:
+        text, is_whole = beginning(source, left)
+        if text is None or (corpus.piece_bytes is None and is_whole):
             return self._take(source.name, text)
+        if corpus.piece_bytes is None:
+            raise Unfollowed(f"{source.name} is longer than what is left to read")
         # The reader says where a document ends, the file what it holds.
         at = 0
         for item in read_text(source, corpus.piece_bytes, lambda n: None):
+            if isinstance(item, Skipped) and not is_whole:
+                raise Unfollowed(f"{source.name}: {item.reason}, maybe behind what is left to read")
             if isinstance(item, Skipped):
                 return f"{item.name}: {item.reason}, though its file is text"
+            if not is_whole and at + item.num_bytes > len(text):
+                raise Unfollowed(f"{source.name} is longer than what is left to read")
             if wrong := self._take(item.name, text[at : at + item.num_bytes]):
                 return wrong
             at += item.num_bytes
@@ -133,6 +145,8 @@ class _Account:
             return ""
         if reason:
             return f"{name} is text, and was left out: {reason}"
+        if len(text) > BUDGET_BYTES:
+            raise Unfollowed(f"{name} is longer than a check reads")
         self.bytes += len(text)
         digest = hashlib.sha256(text).digest()
         if digest in self.seen:
@@ -163,6 +177,8 @@ class _Account:
         for side, head in self.heads.items():
             if head is not None and hashlib.sha256(head.removeprefix(self.prefix)).digest() in self.seen:
                 return f"{side}: a copy of an earlier document stands before {name}"
+        if self.reused and self.left_out:
+            raise Unfollowed(f"{name} may have been left out under another name")
         heads = [head for head in self.heads.values() if head is not None]
         if not heads:
             return f"{name} is not in the shards, which end before it"
@@ -181,8 +197,13 @@ class _Account:
             rest = [side for side, head in self.heads.items() if head is not None]
             if rest:
                 wrong = f"{rest[0]}: the shards hold documents behind the last of the files"
-            elif self.copies != self.record["duplicates"]:
+            elif self.copies != self.record["duplicates"] and not self.reused:
                 wrong = f"{self.copies:,} copies in the files, {self.record['duplicates']:,} were dropped"
+        if wrong:
+            wrong += f"; if the files are as they should be, remove {self.folder} and begin again"
+        elif not is_whole and not self.bytes:
+            why = "the first of the files is damaged, or one text longer than a check reads"
+            return Finding.skipped(NAME, why, BOUND)
         where = "all files" if is_whole else "the beginning of the files"
         copies, left_out = ("copy" if self.copies == 1 else "copies"), f"{self.skipped:,} left out"
         measured = (

@@ -140,7 +140,9 @@ def open_data(
     splits = audit(folders, tokenizer, bounds, vocab_size, progress=progress)
     if prepared:
         opened = {x.name: x.shards for x in splits if isinstance(x.shards, TokenShards)}
-        found = accounted(_corpus(s), prepared.folder, opened, tokenizer, s.val_fraction, prepared.distinct)
+        found = accounted(
+            _corpus(s), prepared.folder, opened, tokenizer, s.val_fraction, prepared.distinct, prepared.reused
+        )
         splits[0].findings.append(found)
     if s.instruct:
         rows = {x.name: x.shards for x in splits if isinstance(x.shards, PackedShards)}

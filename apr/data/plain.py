@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -19,6 +20,8 @@ from .source import Source
 # (name, bytes of UTF-8; None where it holds no text)
 Text = tuple[str, bytes | None]
 MARK = b"\xef\xbb\xbf"
+# Reasons to leave a file out that other decoders may not have.
+DAMAGES = ("truncated archive", "corrupt archive", "unreadable")
 
 
 class Unfollowed(Exception):
@@ -41,14 +44,16 @@ def open_plain(source: Source) -> BinaryIO:
     return cast(BinaryIO, file)
 
 
-def whole_text(source: Source, limit: int) -> bytes | None:
-    """Read a text file; None where it holds no text. Raises Unfollowed: longer than `limit` bytes, or damaged."""
+def beginning(source: Source, limit: int) -> tuple[bytes | None, bool]:
+    """Read the first `limit` bytes of a text file, None where they hold no text; and whether they are all. Raises Unfollowed:
+    damaged."""
     with _damage(source), open_plain(source) as f:
         data = f.read(limit + len(MARK) + 1)
     data = data.removeprefix(MARK)
-    if len(data) > limit:
-        raise Unfollowed(f"{source.name} is longer than what is left to read")
-    return data if data and b"\0" not in data and _is_utf8(data) else None
+    is_whole = len(data) <= limit
+    if not is_whole:
+        data = data[:limit]
+    return data if data and b"\0" not in data and _is_utf8(data, is_whole) else None, is_whole
 
 
 def records(source: Source, limit: int) -> Iterator[tuple[str, Any]]:
@@ -114,9 +119,10 @@ def _value(line: bytes) -> Any:
         return None
 
 
-def _is_utf8(data: bytes) -> bool:
+def _is_utf8(data: bytes, is_whole: bool) -> bool:
     try:
-        data.decode()
+        # Of a last character that is cut nothing is said.
+        codecs.getincrementaldecoder("utf-8")().decode(data, is_whole)
     except UnicodeDecodeError:
         return False
     return True

@@ -28,8 +28,8 @@ Row = tuple[str, Any, Any]
 # Settings of a process, not of the numbers that it computes.
 OF_THE_PROCESS = ("resume", "run_dir", "threads", "json", "config")
 SHOWN = 3
-# Places of a pass that are looked up; and windows of which chance seldom gives two equal orders, one in 40,000.
-MAX_PLACES, FEWEST_SHUFFLED = 1 << 18, 8
+# Places of a pass that are looked up; and windows of which chance seldom gives two equal orders: of 12, one in 30,000.
+MAX_PLACES, FEWEST_SHUFFLED = 1 << 18, 16
 READ_WINDOWS = 32
 
 
@@ -158,7 +158,7 @@ def _batches(t: Subject, s: Mapping[str, Any], data: Mapping[str, Any]) -> Itera
     yield "windows, read as the shards have them", _reads_as_stored(w, s["seq_length"]), True
     yield from _passes(b, s["shuffle"])
     if w.shards is not t.val.shards:
-        yield "windows, number by the sizes of the shards", w.count, _windows(w, s["seq_length"])
+        yield "windows, number by the sizes of the shards", w.count, sum(_windows(w, s["seq_length"]))
 
 
 def _passes(b: Batches, shuffle: bool) -> Iterator[Row]:
@@ -178,20 +178,24 @@ def _passes(b: Batches, shuffle: bool) -> Iterator[Row]:
 
 def _reads_as_stored(w: Windows, seq_length: int) -> bool:
     """Read some windows, ids and targets, and compare them with what the shards have at places counted anew."""
-    every = scorer.places(w.shards, seq_length)[w.first :]
+    counts = _windows(w, seq_length)
+    ends = np.cumsum(counts)
     sampled = np.arange(0, w.count, max(1, w.count // READ_WINDOWS))[:READ_WINDOWS]
-    if w.count > len(every):
+    if w.first + w.count > ends[-1]:
         return False
     ids, targets = w.read(sampled)
-    want = scorer.read(w.shards, [every[i] for i in sampled], seq_length)
+    step, shard = w.shards.row_tokens or seq_length, np.searchsorted(ends, sampled + w.first, "right")
+    within = sampled + w.first - ends[shard] + np.take(counts, shard)
+    places = [(int(i), int(n) * step) for i, n in zip(shard, within, strict=True)]
+    want = scorer.read(w.shards, places, seq_length)
     return np.array_equal(ids, want[0]) and np.array_equal(np.maximum(targets, -1), want[1])
 
 
-def _windows(w: Windows, seq_length: int) -> int:
-    """Count the windows of shards whose tokens are each predicted once, or the rows of packed examples."""
+def _windows(w: Windows, seq_length: int) -> list[int]:
+    """Count the windows of each shard whose tokens are each predicted once, or the rows of packed examples."""
     row = w.shards.row_tokens
     sizes = [array.size for array in w.shards.arrays]
-    return sum(n // row if row else max(0, n - 1) // seq_length for n in sizes)
+    return [n // row if row else max(0, n - 1) // seq_length for n in sizes]
 
 
 def _adapters(a: Adapters | None, s: Mapping[str, Any]) -> Iterator[Row]:

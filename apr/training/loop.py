@@ -178,10 +178,10 @@ class Trainer:
         self.emit(StepBegun(step, ids, targets))
         # The time of observers is no part of the step's.
         start += time.perf_counter() - read
-        if self._ahead == step:
+        is_begun = self._ahead == step
+        if is_begun:
             start, model.tokens_trained = self._read_at, self._trained_ahead
-        else:
-            self._compute_gradients(ids, targets)
+        self._compute_gradients(ids, targets, slice(int(is_begun), None))
         self.emit(GradientsReady(step))
         lr = self.schedule(step)
         opt.step(lr, clear=False)
@@ -191,18 +191,20 @@ class Trainer:
         self.emit(Measured(line))
         return line
 
-    def _compute_gradients(self, ids: np.ndarray, targets: np.ndarray) -> None:
-        """Compute loss and gradients of a batch, micro-batch by micro-batch; the first begins the gradients."""
+    def _compute_gradients(self, ids: np.ndarray, targets: np.ndarray, which: slice) -> None:
+        """Compute loss and gradients of those micro-batches of a batch, one by one; the first begins the gradients."""
         model, tokens = self.model, trained_targets(targets)
-        model.be.fill(model.total, 0)
         # The loss scale is part of the graph key: of instruction batches, whose tokens differ in number, none would be reused.
         graph = self.s.graph and tokens == targets.size
-        for n, part in enumerate(micro_batches(ids, targets, self.micro)):
+        for n, part in [*enumerate(micro_batches(ids, targets, self.micro))][which]:
+            if n == 0:
+                model.be.fill(model.total, 0)
             model.micro_step(*part, 1 / tokens, graph, begins=n == 0)
 
     def _look_ahead(self, step: int) -> None:
-        """Ask the device for the gradients of the next step before the numbers of this one are read: it is busy meanwhile.
+        """Ask the device for the first gradients of the next step before the numbers of this one are read: it is busy meanwhile.
 
+        One micro-batch: copies of more ids would wait for the device, and the numbers would be read as late as it is done.
         Events and counts stay those of this step. Not where observers ask the model first, nor an evaluation comes."""
         busy = any(o.computes_before(step + 1) for o in self.observers if hasattr(o, "computes_before"))
         can = self.inputs.backend.asynchronous and self._steps_here and not self.stop.is_asked
@@ -213,7 +215,7 @@ class Trainer:
         except AprError:  # which the step itself will raise
             return
         if batch is not None:
-            self._compute_gradients(*batch)
+            self._compute_gradients(*batch, slice(1))
             self._ahead, self._trained_ahead, model.tokens_trained = step + 1, model.tokens_trained, trained
 
     def _measure(self, lr: float, tokens: int, start: float, positions: int, numbers: Any) -> Line:

@@ -91,12 +91,16 @@ def check_same_data(inputs: Inputs, run: RunDir) -> None:
             )
 
 
+# The dtypes whose attention has several sets of kernels.
+KERNELS_DECIDE = ("bfloat16",)
+
+
 def check_same_kernels(inputs: Inputs, run: RunDir) -> None:
     """Compare the kernels of attention with those that the run was computed with so far. Raises Refused.
 
-    Every bit of a step depends on them. Runs that are older than this record do not say it."""
-    device = run.read_config().get("device")
-    if inputs.settings.other_kernels or not isinstance(device, dict):
+    Every bit of a step in bfloat16 depends on them. Runs that are older than this record do not say it."""
+    s, device = inputs.settings, run.read_config().get("device")
+    if s.other_kernels or s.dtype not in KERNELS_DECIDE or not isinstance(device, dict):
         return
     was = [device, *device.get("went_on_with", [])][-1].get("attention")
     now = inputs.backend.describe().get("attention")

@@ -298,6 +298,7 @@ def _config(i: Inputs, run: RunDir) -> dict[str, Any]:
         "settings": {
             **absolute_paths(Settings, dataclasses.asdict(s)),
             "resume": False,
+            "other_kernels": False,
             "run_dir": str(run.path),
             "threads": s.threads or threads(),
         },
@@ -321,9 +322,10 @@ def _record_device(show: Display, i: Inputs, run: RunDir) -> None:
     )
     if i.settings.resume and isinstance(was, dict):
         for key in ("backend", "gpu", "cpu", "kernels", "cuda", "cublaslt", "matmul_algorithms", "attention"):
-            if was.get(key) != facts.get(key):
+            # Older runs recorded fewer keys.
+            if key in was and was[key] != facts.get(key):
                 show.note(
-                    f"{key} was {was.get(key)} when the run began and is {facts.get(key)} now: its numbers may differ "
+                    f"{key} was {was[key]} when the run began and is {facts.get(key)} now: its numbers may differ "
                     "in the last bits from here on"
                 )
         facts = {**was, "went_on_with": [*was.get("went_on_with", []), facts]}

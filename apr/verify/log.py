@@ -12,7 +12,6 @@ from ..evidence.gates import GATES, Gates
 from ..evidence.judge import judge, near, target
 from ..model.schedule import Schedule
 from ..training.evaluate import epoch_facts
-from ..training.run import ENDED
 from .record import Record
 
 
@@ -92,7 +91,7 @@ def verdict(r: Record) -> Finding:
 
 def _later_gates(r: Record) -> set[str]:
     """List the gates that a run of an older version may lack: those whose failure would have ended it."""
-    if r.config.get("code_sha256") == code_sha256() or r.verdict["status"] not in ENDED:
+    if r.config.get("code_sha256") == code_sha256():
         return set()
     ending = {g.id for g in GATES.values() if g.then in ("refuse", "abort")}
     return ending - {row["id"] for row in r.verdict["gates"]}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apr.common.finding import Finding
+from apr.common.finding import FAIL, Finding
 from apr.data.conversations import answers, prepare, render
 from apr.data.conversations.answers import Frame, answers_kept
 from apr.data.conversations.examples import open_conversations
@@ -130,6 +130,29 @@ def test_sound_pairs_pass(tmp_path: Path, data: Any) -> None:
     for tok in (own(), Tokenizer.from_file(data("stories260K") / "hf")):
         found = compared(path, tmp_path / tok.format, tok, None)
         assert found.passed, found
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "tool_calls"])
+def test_thoughts_beside_an_answer_are_no_strangers(tmp_path: Path, key: str) -> None:
+    tok, written = own(), "m.content ~ (m['" + key + "'] | string if '" + key + "' in m else '')"
+    made = ChatTemplate(OWN_TEMPLATE.replace("m.content", written), "own", {"bos_token": ""})
+    rows = [json.loads(json.dumps(row)) for row in chats() if isinstance(row, dict)]
+    for m in (m for row in rows for m in row.get("messages", []) if m["role"] == "assistant"):
+        m[key] = (
+            "as I think" if key == "reasoning_content" else [{"function": {"name": "f", "arguments": {}}}]
+        )
+    found = compared(write(tmp_path, rows), tmp_path / "out", tok, made)
+    assert found.verdict != FAIL, found
+
+
+def test_a_file_that_is_left_out_later_counts_anew(tmp_path: Path) -> None:
+    tok, made = own(), chat_template("own", own())
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in", chats())
+    assert compared(str(tmp_path / "in"), tmp_path / "out", tok, made).passed
+    (tmp_path / "in" / "gone.jsonl").symlink_to("nowhere")
+    found = compared(str(tmp_path / "in"), tmp_path / "out", tok, made)
+    assert found.passed, found
 
 
 def test_files_in_an_array_and_long_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from apr.evidence import end
 from apr.evidence import verdict as verdicts
 from apr.evidence.observers import StartGates
 from apr.evidence.seal import compare
-from apr.training import evaluate
+from apr.training import evaluate, resume
 from apr.training import run as running
 from apr.training.loop import Trainer
 from apr.training.metrics import MetricsLog
@@ -790,6 +790,8 @@ def test_attention_by_other_kernels_is_refused_unless_asked_for(
     shutil.copytree(stopped, run)
     config = json.loads((run / "config.json").read_text())
     config["device"] = {**config["device"], **before}
+    # This backend computes in float32 alone.
+    monkeypatch.setattr(resume, "KERNELS_DECIDE", ("float32", "bfloat16"))
     (run / "config.json").write_text(json.dumps(config))
     here = backends.get("cpu")
     facts = {**here.describe(), "attention": "mma.sync"}

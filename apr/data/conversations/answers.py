@@ -19,11 +19,13 @@ from ...common.finding import Finding
 from ...common.units import plural
 from ...tokenizer.chat_template import ChatTemplate
 from ...tokenizer.tokenizer import Tokenizer
-from ..plain import Unfollowed, records
+from ..plain import DAMAGES, Unfollowed, records
 from .examples import ANSWER_END, ANSWER_START, Conversations
 from .packed import PackedShards
 from .prepare import TOO_LONG
 
+# What messages may have beside their text, for a template to write.
+BESIDE = ("reasoning_content", "reasoning", "thinking", "thoughts", "tool_calls", "function_call")
 NAME, BOUND = (
     "answers of the files",
     "trained tokens are an answer of the files, from its first to the end of its turn",
@@ -35,7 +37,6 @@ BUDGET_BYTES = 64 << 20
 # Of the answers, those that a chat template, or a vocabulary alone, may write otherwise than the files have them.
 TEMPLATE_SHARE, VOCABULARY_SHARE = 0.05, 0.01
 # Reasons to leave a record out of which nobody knows how many there were.
-DAMAGES = ("truncated archive", "corrupt archive", "unreadable")
 # Tokens before an answer that hold the generation prompt.
 CONTEXT_TOKENS = 64
 # Private characters, no letters: a template may change those.
@@ -95,13 +96,14 @@ class Frame:
 @dataclass
 class _File:
     """Answers and the number of records of files, as far as they were read; share: of their bytes; blanks: answers without
-    text."""
+    text. has_more: messages have thoughts or calls of tools beside their text, which a template may write too."""
 
     answers: set[str]
     records: int = 0
     share: float = 1.0
     is_whole: bool = True
     blanks: int = 0
+    has_more: bool = False
 
 
 def answers_kept(
@@ -138,7 +140,9 @@ def answers_kept(
             else:
                 unknown, example = unknown + 1, example or f"{side}: {tokenizer.decode(run)[:60]!r}"
     wrong = (
-        wrong or _strangers(file, found, unknown, example, template is not None) or _uncounted(file, sides)
+        wrong
+        or ("" if file.has_more else _strangers(file, found, unknown, example, template is not None))
+        or _uncounted(file, sides)
     )
     measured = (
         f"{found:,} of {plural(found + unknown, 'sampled answer')} found in {plural(file.records, 'record')}"
@@ -190,6 +194,7 @@ def _read(corpus: Conversations, spelling: _Spelling) -> _File:
             for number, (_, value) in enumerate(records(source, BUDGET_BYTES), 1):
                 if source.kind == "json" and number == 1 and value is None:
                     raise Unfollowed(f"{source.name} may hold no records")
+                out.has_more |= any(m.get(key) for m in _messages(value) for key in BESIDE)
                 for answer in _answers(value):
                     read += len(answer)
                     out.answers.update(spelling.keys(answer))
@@ -205,16 +210,19 @@ def _read(corpus: Conversations, spelling: _Spelling) -> _File:
     return out
 
 
+def _messages(value: Any) -> list[dict[str, Any]]:
+    """List the messages of the assistant in a record."""
+    messages = value.get("messages") if isinstance(value, dict) else None
+    turns = messages if isinstance(messages, list) else []
+    return [m for m in turns if isinstance(m, dict) and m.get("role") == "assistant"]
+
+
 def _answers(value: Any) -> Iterator[str]:
     """Yield the answers of a record."""
-    if not isinstance(value, dict):
-        return
-    messages = value.get("messages")
-    turns = messages if isinstance(messages, list) else []
-    texts = [m.get("content") for m in turns if isinstance(m, dict) and m.get("role") == "assistant"]
-    yield from (
-        x for x in (*texts, *map(value.get, ("output", "response", "completion"))) if isinstance(x, str)
-    )
+    if isinstance(value, dict):
+        found = [m.get("content") for m in _messages(value)]
+        found += map(value.get, ("output", "response", "completion"))
+        yield from (x for x in found if isinstance(x, str))
 
 
 class _Spelling:

@@ -81,6 +81,9 @@ def prepare_conversations(
     made_by: list[Any] = [FORMAT, tokenizer.sha256, tokenizer.eos_token, rendering, seq_length, val_fraction]
     if template is None and bos == "auto" and tokenizer.prefix_ids:
         made_by.append(list(tokenizer.prefix_ids))
+    if skipped := getattr(corpus.sources, "skipped", ()):
+        # The record counts them.
+        made_by.append(sorted(f"{item.name}: {item.reason}" for item in skipped))
     folder = root / _digest(canonical(made_by), corpus)[:16]
     if not _is_whole(folder):
         encoder = Encoder(tokenizer, template, bos)
