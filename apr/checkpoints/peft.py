@@ -161,13 +161,19 @@ def write_adapter(
     write_safetensors(folder / WEIGHTS, tensors, "float32")
     if template is not None:
         write_text(folder / TEMPLATE, template)
-    write_json(folder / CONFIG, adapter_config(layout.config, base))  # last: with it the folder is whole
     named = {
         f"{p.base.layer}.{LINEAR[p.base.param.name]}.{x}": s
         for p in layout.pairs
         for x, s in (("A", p.a), ("B", p.b))
     }
-    compare_adapter(folder, layout.cfg.num_layers, {name: tensors[s.hf] for name, s in named.items()})
+    config = adapter_config(layout.config, base)
+    write_json(folder / CONFIG, config)
+    try:
+        compare_adapter(folder, layout.cfg.num_layers, {name: tensors[s.hf] for name, s in named.items()})
+    except BaseException:
+        # Without it nobody takes the folder for a whole one.
+        (folder / CONFIG).unlink()
+        raise
 
 
 def read_adapter(

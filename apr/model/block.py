@@ -127,7 +127,9 @@ class Block:
         self.be.swiglu_fwd(self.a.act, self.a.gu)
 
     def backward(self, g: Any) -> None:
-        """Add the gradients of the block's parameters to g, and those of its input to dres."""
+        """Compute the gradients of the block's parameters in g, and those of its input in dres.
+
+        They are added to what is there; in a pass that begins the gradients, those of matrices take its place."""
         be, layer, w, a, s = self.be, self.layer, self.w, self.a, self.s
         dout = s.dres
         if layer.mlp_post_norm:

@@ -26,7 +26,7 @@ from .params import Layout
 from .rope import rope_tables
 from .taps import Tap, no_tap
 
-# recorded passes of a model, one for each shape and loss scale
+# recorded passes of a model, one for each shape, loss scale, and whether it begins the gradients
 MAX_GRAPHS = 8
 # target without a loss, as any below 0
 IGNORED = -100
