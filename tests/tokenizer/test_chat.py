@@ -300,11 +300,16 @@ def test_a_template_of_a_file(capsys, monkeypatch, made, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo terminals")
-def test_ctrl_c_stops_the_answer_not_the_program(made):
+def test_ctrl_c_stops_the_answer_not_the_program(made, tmp_path):
     """On a terminal: Ctrl-C in an answer, another question, Ctrl-C at the prompt, then Ctrl-D."""
     master, slave = os.openpty()
     command = [sys.executable, "-m", "apr.cli.main", "run", str(made / "m.apr"), "--chat"]
-    slow = "import time, apr.inference.generate as g\nold = g.pick\ng.pick = lambda *a: (time.sleep(0.05), old(*a))[1]\n"
+    begun = tmp_path / "begun"
+    slow = (
+        "import time, pathlib, apr.inference.generate as g\nold = g.pick\n"
+        f"begun = pathlib.Path({str(begun)!r})\n"
+        "g.pick = lambda *a: (begun.touch(), time.sleep(0.05), old(*a))[2]\n"
+    )
     code = slow + "import sys; from apr.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *command[3:], "--max-tokens", "100"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TERM": "dumb"}
@@ -332,9 +337,13 @@ def test_ctrl_c_stops_the_answer_not_the_program(made):
     try:
         until(b"> ")
         os.write(master, b"hello\n")
-        time.sleep(1.0)
+        # The answer has begun: a stop before it is said otherwise.
+        end = time.monotonic() + 120
+        while not begun.exists():
+            assert time.monotonic() < end, seen
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        until(b"(stopped)")
+        until(b"(stopped)", 60)
         until(b"> ")
         process.send_signal(signal.SIGINT)
         until(b"/quit ends)")
