@@ -133,7 +133,7 @@ class _Account:
             if wrong := self._take(item.name, text[at : at + item.num_bytes]):
                 return wrong
             at += item.num_bytes
-        return "" if at == len(text) else f"{source.name}: {at:,} of {len(text):,} bytes were read"
+        return "" if at == len(text) else f"{source.name}: {at:,} of {plural(len(text), 'byte')} were read"
 
     def _take(self, name: str, text: bytes | None) -> str:
         """Find a document of the files among the next ones of the shards; returns what is wrong."""
@@ -192,7 +192,7 @@ class _Account:
         total = sum(shards.total_documents for shards in self.shards.values())
         uncut = self.record["skipped"].get("cannot be cut", 0)
         if not wrong and total + uncut != distinct:
-            wrong = f"{total:,} documents in the shards and {uncut:,} that cannot be cut, {distinct:,} in the files"
+            wrong = f"{plural(total, 'document')} in the shards and {uncut:,} that cannot be cut, {distinct:,} in the files"
         if not wrong and is_whole:
             rest = [side for side, head in self.heads.items() if head is not None]
             if rest:

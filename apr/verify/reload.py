@@ -22,6 +22,7 @@ from ..checkpoints.state import saved_hashes, sha256
 from ..common.errors import AprError, MalformedFile, Refused
 from ..common.files import read_json
 from ..common.printable import printable
+from ..common.units import plural
 from ..data.audit import Split, open_shards, sides_of
 from ..data.open import windows_of
 from ..model.lora import AdapterLayout, lora_of_json
@@ -122,7 +123,7 @@ def adapter_difference(folder: Path, state: AprFile) -> str:
     found, lora = read_adapter(str(folder), cfg), lora_of_json(state.metadata["lora"])
     pairs = AdapterLayout(cfg, lora).pairs
     if set(found.deltas) != {p.base.hf for p in pairs}:
-        return f"{folder.name} adapts {len(found.deltas)} matrices, {len(pairs)} were trained"
+        return f"{folder.name} adapts {plural(len(found.deltas), 'matrix')}, {len(pairs)} were trained"
     for p in pairs:
         delta = found.deltas[p.base.hf]
         if delta.scale != lora.scale:

@@ -196,10 +196,10 @@ def the_loss_of_the_log_is_another(m):
 def the_loss_of_training_is_not_the_evaluated_one(m):
     right = Model._loss
 
-    def loss(self, scale, *a):
+    def loss(self, scale, *a, **options):
         is_of_the_job = isinstance(self.total, np.ndarray)
         before = float(self.total[0]) if is_of_the_job else 0.0
-        right(self, scale, *a)
+        right(self, scale, *a, **options)
         if is_of_the_job and scale is not None:
             rows = self.buffers["loss"]
             rows *= np.float32(1.0001)

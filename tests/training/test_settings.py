@@ -60,7 +60,7 @@ def test_a_resumed_run_keeps_what_decides_its_numbers():
     may_change = {f.name for f in dataclasses.fields(Settings) if f.metadata["may_change"]}
     assert may_change == {
         "device", "run_dir", "resume", "save_every", "keep_states", "ladder_mib", "json", "config", "threads", "graph",
-        "spot_check", "bounds", "log", "keep_checkpoints", "background_saves",
+        "spot_check", "bounds", "log", "keep_checkpoints", "background_saves", "other_kernels",
     }  # fmt: skip
     assert not may_change & set(DEMO)
     assert {f.name for f in dataclasses.fields(RunSettings)} - may_change == {"mode"}

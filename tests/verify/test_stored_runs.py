@@ -101,9 +101,9 @@ def no_clipping(m):
 def a_step_too_few_in_the_correction(m):
     right = AdamW.step
 
-    def step(self, lr):
+    def step(self, lr, **options):
         self.steps += 1
-        right(self, lr)
+        right(self, lr, **options)
         self.steps -= 1
 
     m.setattr(AdamW, "step", step)
@@ -111,12 +111,14 @@ def a_step_too_few_in_the_correction(m):
 
 def a_bias_without_gradient(m):
     right = cpu.linear_bwd
-    m.setattr(cpu, "linear_bwd", lambda dx, dw, db, dy, x, w: right(dx, dw, None, dy, x, w))
+    m.setattr(cpu, "linear_bwd", lambda dx, dw, db, *more: right(dx, dw, None, *more))
 
 
 def one_percent_too_much_of_a_gradient(m):
     right = cpu.linear_bwd
-    m.setattr(cpu, "linear_bwd", lambda dx, dw, db, dy, x, w: right(dx, dw, db, dy, x * np.float32(1.01), w))
+    m.setattr(
+        cpu, "linear_bwd", lambda dx, dw, db, dy, x, *more: right(dx, dw, db, dy, x * np.float32(1.01), *more)
+    )
 
 
 def warm_up_one_step_late(m):

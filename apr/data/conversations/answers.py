@@ -180,7 +180,7 @@ def _uncounted(file: _File, sides: dict[str, PackedShards]) -> str:
     if is_right or not file.is_whole or any(reason in DAMAGES for reason in m.skipped):
         return ""
     return (
-        f"{file.records:,} records in the files; {examples:,} examples, {m.duplicates:,} copies and "
+        f"{file.records:,} records in the files; {plural(examples, 'example')}, {m.duplicates:,} copies and "
         f"{sum(m.skipped.values()):,} left out are {accounted:,}"
     )
 
