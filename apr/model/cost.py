@@ -175,19 +175,11 @@ def check_fits(need: Memory, backend: ModuleType, advice: str) -> None:
         )
 
 
-def choose_micro_batch(
-    s: ModelSettings,
-    cfg: ModelConfig,
-    backend: ModuleType,
-    batch: int,
-    seq: int,
-    lora: LoraConfig | None,
-    optimizer: type[Optimizer],
-) -> int:
-    """Choose the sequences computed at once: those asked for, or the largest divisor of the batch that fits.
+def choose_micro_batch(need: Callable[..., Memory], s: ModelSettings, backend: ModuleType, batch: int) -> int:
+    """Choose the sequences computed at once: those asked for, or the largest divisor of the batch that fits. need: `needs`
 
     Raises Refused for a job that does not fit, with the options that would."""
-    need, have = _needs(s, cfg, backend, batch, seq, lora, optimizer), backend.free_memory()
+    have = backend.free_memory()
     divisors = [d for d in range(batch, 0, -1) if batch % d == 0]
     if s.micro_batch_size:
         size = min(s.micro_batch_size, batch)
@@ -199,22 +191,12 @@ def choose_micro_batch(
     return size
 
 
-def computes_act_again(
-    s: ModelSettings,
-    cfg: ModelConfig,
-    backend: ModuleType,
-    batch: int,
-    seq: int,
-    lora: LoraConfig | None,
-    optimizer: type[Optimizer],
-    size: int,
-) -> bool:
+def computes_act_again(need: Callable[..., Memory], backend: ModuleType, size: int) -> bool:
     """Decide whether backward computes `act` again, for 2 % of a step: where `size` sequences do not fit otherwise."""
-    need = _needs(s, cfg, backend, batch, seq, lora, optimizer)
     return fitted(lambda again: need(size, again=again), backend.free_memory())[1]
 
 
-def _needs(
+def needs(
     s: ModelSettings,
     cfg: ModelConfig,
     backend: ModuleType,
@@ -223,6 +205,8 @@ def _needs(
     lora: LoraConfig | None,
     optimizer: type[Optimizer],
 ) -> Callable[..., Memory]:
+    """Describe a job's memory: a function of the sequences computed at once, and of what is computed again."""
+
     def need(size: int, recompute: bool = s.recompute, again: bool = False) -> Memory:
         return memory(
             cfg, backend, size, seq, s.dtype or backend.dtypes[0],

@@ -20,7 +20,7 @@ from ..common.errors import Refused
 from ..common.progress import Progress
 from ..data.open import OpenedData, open_data
 from ..model.config import ModelConfig
-from ..model.cost import check_positions, choose_micro_batch, computes_act_again
+from ..model.cost import check_positions, choose_micro_batch, computes_act_again, needs
 from ..model.lora import LoraConfig, check_rank, lora_config, lora_to_json
 from ..model.optim import optimizer_class
 from ..model.params import Layout
@@ -122,8 +122,8 @@ def open_inputs(
     if s.lora_rank is not None and lora is not None:
         check_rank(cfg, lora)
     s = dataclasses.replace(s, dtype=s.dtype or backend.dtypes[0])
-    job = (s, cfg, backend, s.batch_size, s.seq_length, lora, optimizer_class(s))
-    micro = choose_micro_batch(*job)
+    need = needs(s, cfg, backend, s.batch_size, s.seq_length, lora, optimizer_class(s))
+    micro = choose_micro_batch(need, s, backend, s.batch_size)
     return Inputs(
         **vars(data),
         settings=dataclasses.replace(s, micro_batch_size=micro),
@@ -134,7 +134,7 @@ def open_inputs(
         lora=lora,
         lora_init=adapter,
         carried=_carried(s, init, data.tokenizer),
-        act_again=computes_act_again(*job, micro),
+        act_again=computes_act_again(need, backend, micro),
     )
 
 

@@ -99,7 +99,6 @@ class Trainer:
         self.schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)
         self.batches = Batches(inputs.train, s.batch_size, s.seed, s.shuffle, s.on_exhausted)
         self.flops_per_token = flops_per_token(inputs.cfg, s.seq_length, lora=inputs.lora)
-        self.sum_of_squares = inputs.backend.empty((1,), "float64")
         self.progress = Progress()
         self.resumed = False
         self.stop = StopRequest()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 
 from apr.backends import reference
-from apr.backends.contract import OPS
 from apr.backends.cuda import attention as _cuda_attention
 from apr.backends.cuda import kernels
 from apr.backends.cuda.arguments import Arguments
@@ -22,8 +22,9 @@ from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault
 from cases import Backend, Row, make, overlay, run
 from host_shim import Library, folder, over, table  # noqa: F401  folder is a fixture
 from host_shim import on_the_host as without_ptx
-from kernel_rows import MMA, rows_of
-from precision import differing, figures, flash, off
+from kernel_rows import MMA, parameters_off, rows_of
+from kernel_rows import wrong_in_bfloat16 as wrong
+from precision import differing, flash
 
 FAULTS = [fault for fault in KERNEL_FAULTS.values() if fault.module == MMA]
 DYNAMIC = "extern __shared__ __align__(1024) unsigned char shared[];"
@@ -108,12 +109,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], Backend]:
     return use
 
 
-def wrong(be: Backend, row: Row) -> list[str]:
-    """Outputs of a row that are off."""
-    values = make(row, "bfloat16")
-    return off(figures(row, "bfloat16", run(be, row, "bfloat16", values), values, FAST))
-
-
 @over(ROWS)
 def test_accuracy(machine: Machine, launches: Any, row: Row) -> None:
     assert wrong(launches(machine), row) == []
@@ -176,13 +171,7 @@ def test_a_fault_shows_where_it_says(
     fault: KernelFault, machine: Machine, spoiled: Any, launches: Any
 ) -> None:
     """And without the fault the same rows are right."""
-    some = rows_of(fault)
-    be, found = launches(spoiled[fault.name]), set()
-    for row in some:
-        bad = {name.split()[0] for name in wrong(be, row)}
-        for op, args in row.calls:
-            if op == fault.op:
-                found |= {p for p, a in zip(OPS[op].parameters, args, strict=True) if a.name in bad}
-    assert next((p for p in OPS[fault.op].parameters if p in found), None) == fault.output
+    some, be = rows_of(fault), launches(spoiled[fault.name])
+    assert parameters_off(fault, some, partial(wrong, be))[:1] == [fault.output]
     be = launches(machine)
     assert [wrong(be, row) for row in some] == [[]] * len(some)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 
 from apr.backends import reference
-from apr.backends.contract import OPS
 from apr.backends.cuda import attention as _mma
 from apr.backends.cuda import attention_wgmma as _wgmma
 from apr.backends.cuda import kernels
@@ -22,8 +22,9 @@ from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault
 from apr.common.rounding import ceil_div
 from cases import Backend, Row, make, overlay, run
 from host_shim import Library, folder, host_map, on_the_host, over, table  # noqa: F401  folder is a fixture
-from kernel_rows import MMA, WGMMA, rows_of
-from precision import differing, figures, flash, off
+from kernel_rows import MMA, WGMMA, parameters_off, rows_of
+from kernel_rows import wrong_in_bfloat16 as wrong
+from precision import differing, flash
 from wgmma_machine import Machine, compile_all
 
 FAULTS = [fault for fault in KERNEL_FAULTS.values() if fault.module == WGMMA and fault.op == "attention_bwd"]
@@ -70,12 +71,6 @@ def forward(y: Any, lse: Any, q: Any, k: Any, v: Any, *more: Any) -> None:
     wide = y.astype(np.float32)
     reference.attention_fwd(wide, lse, *(x.astype(np.float32) for x in (q, k, v)), *more)
     y[...] = wide
-
-
-def wrong(be: Backend, row: Row) -> list[str]:
-    """Outputs of a row that are off."""
-    values = make(row, "bfloat16")
-    return off(figures(row, "bfloat16", run(be, row, "bfloat16", values), values, FAST))
 
 
 @over(ROWS)
@@ -132,14 +127,8 @@ def test_a_fault_shows_where_it_says(
     fault: KernelFault, machine: Machine, spoiled: Any, launches: Any
 ) -> None:
     """And without the fault the same rows are right."""
-    some = rows_of(fault)
-    be, found = launches(spoiled[fault.name]), set()
-    for row in some:
-        bad = {name.split()[0] for name in wrong(be, row)}
-        for op, args in row.calls:
-            if op == fault.op:
-                found |= {p for p, a in zip(OPS[op].parameters, args, strict=True) if a.name in bad}
-    assert next((p for p in OPS[fault.op].parameters if p in found), None) == fault.output
+    some, be = rows_of(fault), launches(spoiled[fault.name])
+    assert parameters_off(fault, some, partial(wrong, be))[:1] == [fault.output]
     be = launches(machine)
     assert [wrong(be, row) for row in some] == [[]] * len(some)
 

@@ -19,6 +19,7 @@ from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault
 from cases import Backend, Row, make, overlay, rows, run
 from host_shim import CASE, folder, over  # noqa: F401  folder is a fixture
 from kernel_rows import WGMMA, rows_of
+from kernel_rows import wrong_in_bfloat16 as wrong
 from precision import differing, figures, flash, off
 from wgmma_machine import Machine
 
@@ -62,12 +63,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], Backend]:
         return overlay(reference, attention_fwd=_wgmma.forward)
 
     return use
-
-
-def wrong(be: Backend, row: Row) -> list[str]:
-    """Outputs of a row that are off."""
-    values = make(row, "bfloat16")
-    return off(figures(row, "bfloat16", run(be, row, "bfloat16", values), values, FAST))
 
 
 @over(ROWS)

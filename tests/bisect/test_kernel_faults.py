@@ -25,7 +25,7 @@ from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault, planted
 from apr.model.presets import PRESETS
 from cases import Backend
 from host_shim import Host, backend, folder  # noqa: F401  folder is a fixture
-from kernel_rows import MMA, WGMMA, rows_of
+from kernel_rows import MMA, WGMMA, parameters_off, rows_of
 from precision import accuracy, off
 
 FAULTS = list(KERNEL_FAULTS.values())
@@ -35,13 +35,7 @@ each_fault = on("fault", FAULTS, ids=lambda f: f.name)
 
 def wrong(be: Backend, fault: KernelFault, act: str) -> list[str]:
     """The parameters of the fault's op that are off in any of its rows, in their order."""
-    found = set()
-    for row in rows_of(fault):
-        bad = {name.split()[0] for name in off(accuracy(be, row, act))}
-        for op, args in row.calls:
-            if op == fault.op:
-                found |= {p for p, a in zip(OPS[op].parameters, args, strict=True) if a.name in bad}
-    return [p for p in OPS[fault.op].parameters if p in found]
+    return parameters_off(fault, rows_of(fault), lambda row: off(accuracy(be, row, act)))
 
 
 def first_wrong(machines: dict[str, Backend], fault: KernelFault) -> str | None:

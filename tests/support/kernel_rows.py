@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from apr.backends.contract import OPS
 from apr.bisect.planted.kernel_faults import KernelFault
-from cases import Row, rows
+from cases import Backend, Row, make, rows, run
 from host_shim import CASE, table
+from precision import figures, flash, off
 
 MMA = "attention_mma"
 WGMMA = "attention_wgmma"
@@ -74,3 +77,20 @@ def rows_of(fault: KernelFault) -> list[Row]:
     """The rows in which a fault must show: those that call its op."""
     some = NEEDED.get(fault.name) or SHAPES[fault.module]
     return [row for row in some if fault.op in (op for op, _ in row.calls)]
+
+
+def wrong_in_bfloat16(be: Backend, row: Row) -> list[str]:
+    """Outputs of a row of attention that are off."""
+    values = make(row, "bfloat16")
+    return off(figures(row, "bfloat16", run(be, row, "bfloat16", values), values, flash()))
+
+
+def parameters_off(fault: KernelFault, some: Iterable[Row], wrong: Callable[[Row], list[str]]) -> list[str]:
+    """The parameters of the fault's op that are off in any of some rows, in their order. wrong: a row's outputs that are"""
+    found = set()
+    for row in some:
+        bad = {name.split()[0] for name in wrong(row)}
+        for op, args in row.calls:
+            if op == fault.op:
+                found |= {p for p, a in zip(OPS[op].parameters, args, strict=True) if a.name in bad}
+    return [p for p in OPS[fault.op].parameters if p in found]
