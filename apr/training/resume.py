@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ..backends.cuda.kinds import OPS, decisive
 from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..common.options import absolute_paths, flag
 from ..common.units import plural
@@ -16,6 +17,9 @@ from .settings import Settings, check
 
 # Of runs that are older than a setting: they kept all checkpoints, no older states, and put nothing before a document.
 BEFORE: dict[str, Any] = {"keep_checkpoints": 0, "ladder_mib": 0, "bos": "none"}
+
+# Facts of a device that may change the last bits of a run.
+DECIDE_BITS = ("backend", "gpu", "cpu", "kernels", "cuda", "cublaslt", "matmul_algorithms", *OPS)
 
 
 def continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
@@ -91,21 +95,18 @@ def check_same_data(inputs: Inputs, run: RunDir) -> None:
             )
 
 
-# The dtypes whose attention has several sets of kernels.
-KERNELS_DECIDE = ("bfloat16",)
-
-
 def check_same_kernels(inputs: Inputs, run: RunDir) -> None:
-    """Compare the kernels of attention with those that the run was computed with so far. Raises Refused.
+    """Compare the kernels on which the bits of this model depend with those of the run so far. Raises Refused.
 
-    Every bit of a step in bfloat16 depends on them. Runs that are older than this record do not say it."""
-    s, device = inputs.settings, run.read_config().get("device")
-    if s.other_kernels or s.dtype not in KERNELS_DECIDE or not isinstance(device, dict):
+    Runs that are older than this record do not say it."""
+    s, c, device = inputs.settings, inputs.cfg, run.read_config().get("device")
+    if s.other_kernels or not isinstance(device, dict):
         return
-    was = [device, *device.get("went_on_with", [])][-1].get("attention")
-    now = inputs.backend.describe().get("attention")
-    if was is not None and now is not None and was != now:
-        raise Refused(
-            f"{run.path}/config.json: attention was computed by {was}, and by {now} on this GPU: the numbers would differ "
-            "in the last bits from here on; resume on a GPU of the same kind, or go on all the same with --other-kernels"
-        )
+    was, now = [device, *device.get("went_on_with", [])][-1], inputs.backend.describe()
+    for op in decisive(str(s.dtype), c.head_dim, c.vocab_size):
+        if None not in (was.get(op), now.get(op)) and was[op] != now[op]:
+            raise Refused(
+                f"{run.path}/config.json: {op} was computed by {was[op]}, and by {now[op]} on this GPU: the numbers would "
+                "differ in the last bits from here on; resume on a GPU of the same kind, or go on all the same with "
+                "--other-kernels"
+            )

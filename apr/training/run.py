@@ -50,7 +50,7 @@ from .evaluate import evaluated_on
 from .inputs import Inputs, open_inputs
 from .loop import Trainer
 from .progress import Progress
-from .resume import check_same_data, check_same_kernels, continued
+from .resume import DECIDE_BITS, check_same_data, check_same_kernels, continued
 from .rundir import MICRO_BATCHES, SUMS, RunDir, next_free, resume_command
 from .sample import sample_text
 from .settings import DEMO, Settings, resolve
@@ -321,7 +321,7 @@ def _record_device(show: Display, i: Inputs, run: RunDir) -> None:
         run.read_config().get("device"),
     )
     if i.settings.resume and isinstance(was, dict):
-        for key in ("backend", "gpu", "cpu", "kernels", "cuda", "cublaslt", "matmul_algorithms", "attention"):
+        for key in DECIDE_BITS:
             # Older runs recorded fewer keys.
             if key in was and was[key] != facts.get(key):
                 show.note(

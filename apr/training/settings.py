@@ -131,7 +131,7 @@ class RunSettings:
     threads: int | None = threads_option()
     resume: bool = option("go on with the run in --run-dir from its last saved state", False, may_change=True)
     other_kernels: bool = option(
-        "resume although this GPU computes attention by other kernels: the last bits differ from here on",
+        "with --resume, although this GPU computes attention or the loss by other kernels: the last bits differ from here on",
         False,
         may_change=True,
     )
@@ -234,6 +234,8 @@ def resolve(s: Settings) -> Settings:
     mode = s.mode or ("finetune" if s.init else "from-scratch")
     if mode == "finetune" and not s.init:
         raise UsageError("--mode finetune needs --init: a checkpoint to start from")
+    if s.other_kernels and not s.resume:
+        raise UsageError("--other-kernels goes on with a run on another kind of GPU: give it with --resume")
     if s.instruct and not s.init:
         raise UsageError("--instruct fine-tunes a checkpoint: give it with --init")
     if s.dataset and not s.tokenizer and not tokenizer_beside(Path(s.dataset)).is_dir():

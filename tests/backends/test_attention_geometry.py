@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apr.backends.cuda import attention
+from apr.backends.cuda import attention, kinds
 
 H200, CONSUMER = 227 << 10, 99 << 10  # bytes of shared memory of a block
 SHAPES = [(1, 1, 1, 1, 1), (2, 5, 5, 4, 4), (16, 2048, 2048, 14, 2), (1, 97, 257, 16, 8), (40000, 2, 2, 8, 1)]
@@ -80,3 +80,24 @@ def test_kernels_take_what_they_can_read(change: dict[str, Any], most: int, want
     dq = Fake((2, 5, 14, d), row, change.get("dq_ptr", 256), dtype)
     gradients = (dq, k, k, y) if change.get("backward") else ()
     assert attention.applies(q, k, k, y, most, *gradients) is want
+
+
+@pytest.mark.parametrize(
+    ("model", "want"),
+    [
+        (("bfloat16", 64, 151936), {"attention", "cross_entropy"}),
+        (("bfloat16", 32, 151936), {"cross_entropy"}),  # mma.sync on all GPUs
+        (("float32", 64, 151936), {"cross_entropy"}),
+        (("bfloat16", 128, 16384), {"attention", "cross_entropy"}),
+        (("bfloat16", 128, 16383), {"attention"}),
+        (("float32", 64, 8191), set()),
+        (("float32", 64, 8192), {"cross_entropy"}),
+    ],
+)
+def test_a_model_depends_on_the_kind_of_kernels_that_it_uses(
+    model: tuple[str, int, int], want: set[str]
+) -> None:
+    assert set(kinds.decisive(*model)) == want
+    hopper, ampere = kinds.kinds("sm_90a"), kinds.kinds("sm_80")
+    assert set(hopper) == set(ampere) == set(kinds.OPS)
+    assert all(hopper[op] != ampere[op] for op in kinds.OPS)

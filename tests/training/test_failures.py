@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from apr import backends
+from apr.backends.cuda import kinds
 from apr.checkpoints.apr2 import read_apr
 from apr.cli.main import main
 from apr.cli.show import Show
@@ -773,35 +774,49 @@ def test_going_on_with_a_run_that_ended_early(job, run, capsys, word, more):
 
 
 @pytest.mark.parametrize(
-    ("before", "more", "code"),
+    ("before", "more", "wrong"),
     [
-        ({"attention": "wgmma"}, [], 5),
-        ({"attention": "wgmma"}, ["--other-kernels"], 0),
-        ({"attention": "mma.sync"}, [], 0),
-        ({}, [], 0),  # a run that is older than the record
-        ({"attention": "mma.sync", "went_on_with": [{"attention": "wgmma"}]}, [], 5),
-        ({"attention": "wgmma", "went_on_with": [{"attention": "mma.sync"}]}, [], 0),
+        ({"attention": "wgmma"}, [], "attention was computed by wgmma, and by mma.sync on this GPU"),
+        (
+            {"cross_entropy": "clusters"},
+            [],
+            "cross_entropy was computed by clusters, and by blocks on this GPU",
+        ),
+        ({"attention": "wgmma"}, ["--other-kernels"], ""),
+        ({"attention": "mma.sync", "cross_entropy": "blocks"}, [], ""),
+        ({}, [], ""),  # a run that is older than the record
+        (
+            {"attention": "mma.sync", "went_on_with": [{"attention": "wgmma"}]},
+            [],
+            "attention was computed by",
+        ),
+        ({"attention": "wgmma", "went_on_with": [{"attention": "mma.sync"}]}, [], ""),
     ],
 )
-def test_attention_by_other_kernels_is_refused_unless_asked_for(
-    job, stopped, run, monkeypatch, capsys, before, more, code
+def test_other_kernels_are_refused_unless_asked_for(
+    job, stopped, run, monkeypatch, capsys, before, more, wrong
 ):
     """On a GPU that would compute the rest of a run with other bits."""
     shutil.copytree(stopped, run)
     config = json.loads((run / "config.json").read_text())
     config["device"] = {**config["device"], **before}
-    # This backend computes in float32 alone.
-    monkeypatch.setattr(resume, "KERNELS_DECIDE", ("float32", "bfloat16"))
+    # This model is too small, and in float32.
+    monkeypatch.setattr(resume, "decisive", lambda *model: kinds.OPS)
     (run / "config.json").write_text(json.dumps(config))
     here = backends.get("cpu")
-    facts = {**here.describe(), "attention": "mma.sync"}
+    facts = {**here.describe(), "attention": "mma.sync", "cross_entropy": "blocks"}
     monkeypatch.setattr(here, "describe", lambda: facts)
-    assert go_on(run, *more) == code
-    if code:
-        said(capsys, code, "attention was computed by wgmma, and by mma.sync on this GPU")
+    assert go_on(run, *more) == (5 if wrong else 0)
+    if wrong:
+        said(capsys, 5, wrong)
     else:
         device = json.loads((run / "config.json").read_text())["device"]
         assert device["went_on_with"][-1]["attention"] == "mma.sync"
+
+
+def test_other_kernels_without_a_run_to_go_on_with(job, run, capsys):
+    assert start(job, run, "--other-kernels") == 2
+    said(capsys, 2, "--other-kernels goes on with a run")
 
 
 def test_a_refused_resume_leaves_the_evidence(undisturbed, run, capsys):

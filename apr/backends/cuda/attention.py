@@ -1,6 +1,7 @@
-"""Attention of the CUDA backend on tensor cores: when it applies, what is launched, with which geometry.
+"""Attention of the CUDA backend on tensor cores by mma.sync: when it applies, what is launched, with which geometry.
 
-The kernels are in kernels/attention_mma.cu. Every bit of the result depends on shapes alone, not on the
+The kernels are in kernels/attention_mma.cu; those for Hopper, which apply to the same arrays, are launched by
+attention_wgmma.py, and device.py chooses. Every bit of the result depends on shapes alone, not on the
 GPU: tiles, splits and groups are chosen here from shapes, and no sum is left to the order of blocks.
 """
 
@@ -131,7 +132,6 @@ def forward(y: Array, lse: Array, q: Array, k: Array, v: Array, doc_start: Array
     """See attention_fwd in reference.py; for arrays to which this applies()."""
     (b, t, h, d), (s, kv) = q.shape, k.shape[1:3]
     grid, block, shared = forward_geometry(b, t, s, h, kv, d)
-    # A wgmma kernel for sm_90a belongs here and in backward: another module, chosen by launch.arch().
     args = (y, lse, q, k, v, doc_start, *_strides(q), *_strides(k), *_strides(v))
     sizes = (b, t, s, h, kv, window, d**-0.5)
     _kernel("attention_fwd_mma", d, doc_start)(grid, block, args + sizes, shared=shared)

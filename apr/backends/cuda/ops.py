@@ -413,6 +413,11 @@ globals().update({op: _by_rows(module, op) for op, module in kernels.launched_by
 # Loss
 
 
+def has_long_rows(vocab: int, itemsize: int) -> bool:
+    """Tell rows of logits that a cluster of blocks works on, where a GPU has such, from those of one block."""
+    return vocab * itemsize // 16 >= CLUSTER_PACKS * _constant("loss_cluster", "CLUSTER")
+
+
 def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | None, z_loss: float) -> None:
     """See reference.py."""
     n, vocab = logits.shape
@@ -420,7 +425,7 @@ def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | Non
     pack = 16 if v else logits.itemsize  # bytes
     pieces = max(1, vocab * logits.itemsize // pack)
     module, name, blocks, most, own = "loss", "cross_entropy_v" if v else "cross_entropy_1", 1, 1024, 0
-    if v and machine.clusters and pieces >= CLUSTER_PACKS * _constant("loss_cluster", "CLUSTER"):
+    if v and machine.clusters and has_long_rows(vocab, logits.itemsize):
         module, name, blocks = "loss_cluster", "cross_entropy_cluster", _constant("loss_cluster", "CLUSTER")
         most, own = _constant(module, "CLUSTER_THREADS"), _constant(module, "SUM_BYTES")
     each = ceil_div(pieces, blocks)
