@@ -95,7 +95,7 @@ class _Finder:
         if stat.S_ISDIR(status.st_mode):
             self._add_folder(given, status)
             return
-        kind, compression, suffix = _classify(given)
+        kind, compression, suffix = classify(given)
         if compression and suffix.startswith(".parquet"):
             raise Refused(f"{name}: a Parquet file in an archive cannot be read in parts; unpack it")
         if kind == "json" and (
@@ -115,7 +115,7 @@ class _Finder:
             return
         files = sorted(self._walk(root), key=lambda file: os.fsencode(file[0]))
         for name, file_status in files:
-            kind, compression, suffix = _classify(name)
+            kind, compression, suffix = classify(name)
             path = os.path.join(root, name)
             if kind is None:
                 self.sources.left_out[_printable(suffix)] += 1
@@ -165,7 +165,7 @@ class _Finder:
         self.sources.skipped.append(Skipped(_below(root, name), "unreadable", why))
 
 
-def _classify(name: str) -> tuple[Kind | None, Compression, str]:
+def classify(name: str) -> tuple[Kind | None, Compression, str]:
     """Derive (kind, compression, suffix) from a name; kind None for an unknown suffix."""
     stem, suffix = os.path.splitext(name.lower())
     compression = COMPRESSIONS.get(suffix, "")

@@ -24,6 +24,7 @@ from .conversations.prepare import prepare_conversations
 from .corpus import Corpus
 from .find import find_sources
 from .guards import Bounds, enforce, fits_model
+from .hub_data import data_files
 from .prepare import PreparedCorpus, prepare
 from .settings import DataSettings
 from .shards import Shards, TokenShards
@@ -129,7 +130,9 @@ def open_data(
         template = init.template(s.chat_template)
         encoded_by = tokenizer, template, s.seq_length, s.val_fraction, progress, s.bos
         conversations = s.instruct
-        packed = in_cache("instruct", lambda root: prepare_conversations(conversations, root, *encoded_by))
+        packed = in_cache(
+            "instruct", lambda root: prepare_conversations(conversations, root, *encoded_by, s.map)
+        )
         folders, left_out = packed.sides, packed.left_out()
     else:
         folders = sides_of(Path(str(s.dataset)))
@@ -146,7 +149,9 @@ def open_data(
         splits[0].findings.append(found)
     if s.instruct:
         rows = {x.name: x.shards for x in splits if isinstance(x.shards, PackedShards)}
-        splits[0].findings.append(answers_kept(open_conversations(s.instruct), rows, tokenizer, template))
+        splits[0].findings.append(
+            answers_kept(open_conversations(s.instruct, s.map), rows, tokenizer, template)
+        )
     enforce_all(splits)
     train, val = windows_of(s, splits)
     return OpenedData(
@@ -212,7 +217,7 @@ def _document_end(s: DataSettings, tokenizer: Tokenizer, train: Shards, val: Sha
 def _corpus(s: DataSettings) -> Corpus:
     if s.corpus == "stdlib":
         return Corpus(_stdlib())
-    sources, piece_bytes = find_sources([str(s.corpus)]), None
+    sources, piece_bytes = find_sources(data_files(str(s.corpus))), None
     # A single document could not be split into two sides.
     if len(sources) == 1 and sources[0].kind == "text":
         piece_bytes = max(256, min(MAX_PIECE_BYTES, sources[0].size // 100))

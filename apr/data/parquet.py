@@ -1,4 +1,4 @@
-"""Documents of a Parquet file."""
+"""Documents and records of a Parquet file."""
 
 from __future__ import annotations
 
@@ -19,6 +19,35 @@ BATCH_BYTES = 16 << 20
 
 def read_parquet(source: Source, keys: Sequence[str], advance: Callable[[int], None]) -> Iterator[Item]:
     """Yield the document or Skipped of each row; keys: path to the text column."""
+    return _read(
+        source,
+        advance,
+        lambda schema: _check_column(schema, keys),
+        lambda file, group: _row_batches(file, group, keys),
+        lambda name, value: _cell(name, value, keys),
+    )
+
+
+def read_parquet_records(
+    source: Source, parse: Callable[[str, Any], Item], advance: Callable[[int], None]
+) -> Iterator[Item]:
+    """Yield parse(name, row), a document or Skipped, for each row, an object with all its columns."""
+
+    def batches(file: Any, group: int) -> Iterator[list[Any]]:
+        rows = _rows_at_once(file, group)
+        return (b.to_pylist() for b in file.iter_batches(rows, row_groups=[group], use_threads=False))
+
+    return _read(source, advance, lambda schema: None, batches, parse)
+
+
+def _read(
+    source: Source,
+    advance: Callable[[int], None],
+    check: Callable[[Any], None],
+    batches: Callable[[Any, int], Iterator[list[Any]]],
+    parse: Callable[[str, Any], Item],
+) -> Iterator[Item]:
+    """Yield what each row is parsed to. batches(file, group): the values of the rows of a group."""
     pa, pq, _ = pyarrow_modules()
     # The last row read, counted from 1.
     row = 0
@@ -26,15 +55,15 @@ def read_parquet(source: Source, keys: Sequence[str], advance: Callable[[int], N
         with pq.ParquetFile(
             source.path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
         ) as file:
-            _check_column(file.schema_arrow, keys)
+            check(file.schema_arrow)
             total = 0
             for group in range(file.num_row_groups):
                 total += file.metadata.row_group(group).num_rows
                 try:
-                    for values in _row_batches(file, group, keys):
+                    for values in batches(file, group):
                         for value in values:
                             row += 1
-                            yield _cell(f"{source.name}:{row}", value, keys)
+                            yield parse(f"{source.name}:{row}", value)
                         advance(source.size * row // max(1, file.metadata.num_rows))
                     if row != total:
                         raise pa.ArrowInvalid("fewer rows than the footer says")
@@ -87,8 +116,7 @@ def _check_column(schema: Any, keys: Sequence[str]) -> None:
 def _row_batches(file: Any, group: int, keys: Sequence[str]) -> Iterator[list[bytes | None]]:
     """Yield the column's values in a row group, as bytes: pyarrow does not check that a string is UTF-8."""
     pa, _, compute = pyarrow_modules()
-    meta = file.metadata.row_group(group)
-    rows = max(1, min(BATCH_ROWS, BATCH_BYTES * meta.num_rows // max(1, meta.total_byte_size)))
+    rows = _rows_at_once(file, group)
     for batch in file.iter_batches(rows, row_groups=[group], columns=[keys[0]], use_threads=False):
         column = batch.column(0)
         for key in keys[1:]:
@@ -96,6 +124,11 @@ def _row_batches(file: Any, group: int, keys: Sequence[str]) -> Iterator[list[by
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         yield column.cast(pa.large_binary()).to_pylist()
+
+
+def _rows_at_once(file: Any, group: int) -> int:
+    meta = file.metadata.row_group(group)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * meta.num_rows // max(1, meta.total_byte_size)))
 
 
 def _cell(name: str, value: bytes | None, keys: Sequence[str]) -> Item:

@@ -57,9 +57,12 @@ def beginning(source: Source, limit: int) -> tuple[bytes | None, bool]:
 
 
 def records(source: Source, limit: int) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of each record of a JSON or JSON Lines file; the value is None where it is no JSON.
+    """Yield (name, value) of each record of a JSON, JSON Lines or Parquet file; the value is None where it is no JSON.
 
     Raises Unfollowed: an array longer than `limit` bytes, or damaged."""
+    if source.kind == "parquet":
+        yield from _rows(source)
+        return
     if source.kind == "json":
         with _damage(source), open_plain(source) as f:
             head = f.read(limit + len(MARK) + 1)
@@ -97,13 +100,13 @@ def texts(source: Source, keys: Sequence[str], limit: int) -> Iterator[Text]:
             yield name, None
 
 
-def _rows(source: Source, column: str) -> Iterator[tuple[str, Any]]:
-    """Yield each row of a Parquet file with one column."""
+def _rows(source: Source, column: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield each row of a Parquet file, or its value in one column."""
     import pyarrow.parquet
 
     row = 0
     with _damage(source), pyarrow.parquet.ParquetFile(source.path) as file:
-        for batch in file.iter_batches(64, columns=[column]):
+        for batch in file.iter_batches(64, columns=[column] if column else None):
             for value in batch.to_pylist():
                 row += 1
                 yield f"{source.name}:{row}", value

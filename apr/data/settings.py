@@ -22,8 +22,9 @@ class DataSettings:
     """Data: text or token shards, validation data, windows, batches."""
 
     corpus: str | None = option(
-        "raw text to train on: a file or folder of text, source code, JSONL or Parquet, or 'stdlib' for this "
-        "Python's own standard library; tokenised once into a cache; a single text file is cut into about 100 documents",
+        "raw text to train on: a file or folder of text, source code, JSONL or Parquet, hf://datasets/org/name[:split], or "
+        "'stdlib' for this Python's own standard library; tokenised once into a cache; a single text file is cut into about "
+        "100 documents",
         metavar="PATH",
         path=True,
         names=("stdlib",),
@@ -32,14 +33,19 @@ class DataSettings:
         "folder of token shards (or one with train/ and val/ inside)", metavar="FOLDER", path=True
     )
     instruct: str | None = option(
-        "conversations or prompts with responses to fine-tune on, JSON Lines (also .gz, .zst) or a folder of those, with a loss "
-        "on the answers only; see docs/fine-tuning.md",
+        "conversations or prompts with responses to fine-tune on, JSON Lines (also .gz, .zst), JSON, Parquet, a folder of those "
+        "or hf://datasets/org/name[:split], with a loss on the answers only; see docs/fine-tuning.md",
         path=True,
     )
     chat_template: str | None = option(
         "with --instruct, file of the chat template (default: the checkpoint's own)",
         metavar="FILE",
         path=True,
+    )
+    map: str | None = option(
+        "with --instruct, keys of the file for ours, such as messages=dialog,role=speaker,content=text or prompt=question,"
+        "response=answer",
+        metavar="OURS=THEIRS",
     )
     content_field: str = option(
         "with --corpus, key of the text in JSONL records and Parquet files", "text", metavar="KEY"
@@ -77,6 +83,8 @@ def check_data(s: DataSettings) -> None:
     exactly_one(s, ("corpus", "dataset", "instruct"), "what to train on")
     if s.chat_template and not s.instruct:
         raise UsageError("--chat-template goes with --instruct; give both or none")
+    if s.map and not s.instruct:
+        raise UsageError("--map goes with --instruct; --content-field names the text of a corpus")
     if s.bos != "auto" and s.dataset:
         raise UsageError("--bos goes with --corpus or --instruct; token shards begin as they were encoded")
     if s.instruct and s.val_dataset:

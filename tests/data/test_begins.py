@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from apr.common.errors import MalformedFile, UsageError
-from apr.data.conversations.examples import example_of
 from apr.data.conversations.packed import PackedShards
 from apr.data.conversations.prepare import prepare_conversations
 from apr.data.conversations.render import Encoder
+from apr.data.conversations.shapes import example_of
 from apr.data.encode import encode_corpus
 from apr.data.guards import round_trip
 from apr.data.prepare import prepare

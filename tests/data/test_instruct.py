@@ -28,11 +28,11 @@ from apr.common.errors import MalformedFile, Refused
 from apr.data.audit import Split, audit
 from apr.data.batches import IGNORED, Batches, Windows
 from apr.data.conversations import prepare
-from apr.data.conversations.examples import example_of
 from apr.data.conversations.pack import best_fit, fit
 from apr.data.conversations.packed import PackedShards, guard_answers, guard_examples
 from apr.data.conversations.prepare import prepare_conversations
 from apr.data.conversations.render import EncodedExample, Encoder
+from apr.data.conversations.shapes import example_of
 from apr.data.open import windows_of
 from apr.data.settings import DataSettings
 from apr.data.source import Skipped, Unusable
@@ -172,14 +172,14 @@ def test_alpaca_without_a_template_has_its_own_prompt():
     ("record", "reason"),
     [
         ([], "not an object"),
-        ({"text": "a"}, "text that is rendered already"),
+        ({"text": " "}, "no answer"),
         ({"prompt": 1, "response": "a"}, "not a string"),
         ({"prompt": "a", "response": " "}, "no answer"),
         ({"messages": []}, "not a list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no answer"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "role"),
         ({"messages": [{"role": "assistant", "content": None}]}, "not a string"),
-        ({"messages": [{"role": "assistant", "content": "a"}], "tools": [{}]}, "tools"),
+        ({"messages": [{"role": "assistant", "content": "a"}], "tools": {"a": 1}}, "tools"),
         ({"prompt": "\ud800", "response": "a"}, "not Unicode"),
         ({"prompt": "\ufdd0", "response": "a"}, "not Unicode"),
     ],
@@ -455,7 +455,7 @@ def test_examples_share_windows_and_stay_apart(prepared):
 def test_what_is_left_out_is_counted(prepared):
     long_ = {"messages": [{"role": "user", "content": "a" * 300}, {"role": "assistant", "content": "short"}]}
     never = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 300}]}
-    rows = [*CHATS, CHATS[0], CHATS[1], "no json", {"text": 1}, long_, never]
+    rows = [*CHATS, CHATS[0], CHATS[1], "no json", {"body": 1}, long_, never]
     m = PackedShards(prepared(rows).sides["train"], own()).manifest
     assert m.duplicates == 2
     assert m.skipped == {"broken JSON": 1, "no field": 1, "longer than --seq-length": 1}
@@ -464,14 +464,14 @@ def test_what_is_left_out_is_counted(prepared):
 
 
 def test_a_file_of_which_more_than_half_cannot_be_used_is_refused(prepared):
-    other = {"conversations": [{"from": "human", "value": "a"}]}
+    other = {"dialog": [{"speaker": "human", "text": "a"}]}
     half = len(CHATS)
     assert PackedShards(prepared([*CHATS, *[other] * half]).sides["train"], own()).manifest.skipped
     with pytest.raises(
         Refused, match=f"{half + 1} of {2 * half + 1} records cannot be used, more than half"
     ) as e:
         prepared([*CHATS, *[other] * (half + 1)])
-    assert "ShareGPT" in str(e.value)
+    assert "--map messages=dialog,role=speaker,content=text" in str(e.value)
     # Examples that are too long say nothing of the file.
     long_ = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 300}]}
     assert prepared([*CHATS, *[long_] * (half + 1)]).left_out()

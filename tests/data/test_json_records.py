@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from apr.common.errors import Refused
-from apr.data.conversations.examples import Example, example_of, open_conversations
+from apr.data.conversations.examples import open_conversations
+from apr.data.conversations.shapes import Example
 from apr.data.corpus import Corpus
 from apr.data.documents import Document
 from apr.data.find import find_sources
@@ -140,49 +141,6 @@ def test_conversations_of_an_array(tmp_path: Path) -> None:
     a, b = (list(open_conversations(str(tmp_path / n))) for n in ("a.json", "b.jsonl"))
     assert all(isinstance(x, Example) for x in a)
     assert [x.text for x in a] == [x.text for x in b]
-
-
-@pytest.mark.parametrize(
-    ("record", "reason", "recipe"),
-    [
-        (
-            {"conversations": [{"from": "human", "value": "a"}]},
-            "conversations as ShareGPT writes them",
-            "jq -c",
-        ),
-        (
-            {
-                "prompt": [{"role": "user", "content": "a"}],
-                "completion": [{"role": "assistant", "content": "b"}],
-            },
-            "prompts as lists of messages",
-            "(.prompt + .completion)",
-        ),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
-            "content as a list of parts",
-            "map(select(.type",
-        ),
-        (
-            {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
-            "tool calls",
-            "calls tools and has no text",
-        ),
-        (
-            {"prompt": "a", "chosen": "b", "rejected": "c"},
-            "pairs of preferences",
-            "chosen one as the response",
-        ),
-        ({"text": "a"}, "text that is rendered already", "--corpus"),
-    ],
-)
-def test_shapes_that_are_not_read_are_named_with_a_way_out(
-    record: dict[str, Any], reason: str, recipe: str
-) -> None:
-    with pytest.raises(Unusable) as e:
-        example_of("x:1", record)
-    assert e.value.reason == reason
-    assert recipe in e.value.detail
 
 
 def test_a_source_that_vanishes_is_named(tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ OPENERS_OF_FILES = {
         "_rows": "pyarrow reads by name; data/find.py has looked at the file",
         "_value": "a record of bounded length and number of values",
     },
-    "apr.data.parquet": {"read_parquet": "pyarrow reads by name; data/find.py has looked at the file"},
+    "apr.data.parquet": {"_read": "pyarrow reads by name; data/find.py has looked at the file"},
     "apr.evaluation.loss": {"_sentencepiece": "JSON that Tokenizer has checked"},
     "apr.evaluation.sandbox": {"_verdict": "a bounded answer"},
     "apr.evaluation.sandboxed": {"tester": "descriptors of the sandbox", "": "descriptors of the sandbox"},

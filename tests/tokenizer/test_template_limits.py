@@ -11,8 +11,8 @@ import pytest
 
 from apr.cli.main import main
 from apr.common.errors import Refused
-from apr.data.conversations.examples import Example
 from apr.data.conversations.render import Encoder
+from apr.data.conversations.shapes import Example
 from apr.tokenizer import template_process
 from apr.tokenizer.chat_template import ChatTemplate
 from apr.tokenizer.template_process import SCRIPT, TemplateStopped

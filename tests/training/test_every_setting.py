@@ -89,6 +89,7 @@ OTHER = {
 REASONS = {
     "instruct": "another kind of data: tests/data/test_instruct.py",
     "chat_template": "of instruction data: tests/data/test_instruct.py",
+    "map": "keys of instruction data: tests/data/test_shapes.py",
     "bos": "of tokenizers that put something before a text, as none here: tests/data/test_begins.py",
     "widen": "bounds of data that fails them: tests/data/test_guards.py",
     "dtype": "the cpu backend has one: tests/training/test_gpu_training.py",

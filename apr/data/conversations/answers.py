@@ -20,11 +20,13 @@ from ...common.units import plural
 from ...tokenizer.chat_template import ChatTemplate
 from ...tokenizer.tokenizer import Tokenizer
 from ..plain import DAMAGES, Unfollowed, records
-from .examples import ANSWER_END, ANSWER_START, Conversations
+from .examples import Conversations
 from .packed import PackedShards
 from .prepare import TOO_LONG
+from .shapes import ANSWER_END, ANSWER_START
 
 # What messages may have beside their text, for a template to write.
+SPEAKERS = ("assistant", "gpt", "model", "bot", "chatgpt", "ai")
 BESIDE = ("reasoning_content", "reasoning", "thinking", "thoughts", "tool_calls", "function_call")
 NAME, BOUND = (
     "answers of the files",
@@ -96,7 +98,8 @@ class Frame:
 @dataclass
 class _File:
     """Answers and the number of records of files, as far as they were read; share: of their bytes; blanks: answers without
-    text. has_more: messages have thoughts or calls of tools beside their text, which a template may write too."""
+    text. has_more: messages have thoughts or calls of tools beside their text, which a template may write too. has_context:
+    answers that are not trained on."""
 
     answers: set[str]
     records: int = 0
@@ -104,6 +107,7 @@ class _File:
     is_whole: bool = True
     blanks: int = 0
     has_more: bool = False
+    has_context: bool = False
 
 
 def answers_kept(
@@ -116,7 +120,7 @@ def answers_kept(
             NAME, "the chat template does not write a question and its answer as they are", BOUND
         )
     spelling = _Spelling(tokenizer)
-    file = _read(corpus, spelling)
+    file = _read(corpus, spelling, frame, tokenizer)
     total, wrong = 0, ""
     for side, shards in sides.items():
         runs, unended = _ends(shards, frame.end)
@@ -125,7 +129,8 @@ def answers_kept(
             wrong = (
                 f"{side}: {unended:,} of {runs:,} answers do not end with the end of a turn, id {frame.end}"
             )
-    if not wrong and tokenizer.byte_level and not file.blanks and not frame.is_marked:
+    is_asked = not (file.blanks or file.has_context or frame.is_marked)
+    if not wrong and tokenizer.byte_level and is_asked:
         lost = ((side, _lost(shards, frame, tokenizer)) for side, shards in sides.items())
         wrong = next((f"{side}: {x}" for side, x in lost if x), "")
     found, unknown, example = 0, 0, ""
@@ -185,8 +190,13 @@ def _uncounted(file: _File, sides: dict[str, PackedShards]) -> str:
     )
 
 
-def _read(corpus: Conversations, spelling: _Spelling) -> _File:
+def _read(corpus: Conversations, spelling: _Spelling, frame: Frame, tokenizer: Tokenizer) -> _File:
     """Read the answers of files with Python's own decoders."""
+    end = tokenizer.special_tokens().get(-1 if frame.end is None else frame.end, "")
+    names, speakers = (
+        dict(corpus.map.names),
+        {*SPEAKERS, dict(corpus.map.names).get("assistant", "assistant")},
+    )
     out, read = _File(set(), len(getattr(corpus.sources, "skipped", ()))), 0
     for source in corpus.sources:
         number = 0
@@ -194,8 +204,17 @@ def _read(corpus: Conversations, spelling: _Spelling) -> _File:
             for number, (_, value) in enumerate(records(source, BUDGET_BYTES), 1):
                 if source.kind == "json" and number == 1 and value is None:
                     raise Unfollowed(f"{source.name} may hold no records")
-                out.has_more |= any(m.get(key) for m in _messages(value) for key in BESIDE)
-                for answer in _answers(value):
+                said, texts = _said(value, names, speakers)
+                out.has_more |= any(m.get(key) for m in said for key in BESIDE) or bool(
+                    texts and not frame.prompt
+                )
+                out.has_context |= any(names.get(k, k) in m for m in said for k in ("train", "weight"))
+                out.has_context |= isinstance(_under(value, names.get("prompt", "prompt")), list)
+                answers = [t for m in said for t in _contents(m, names)]
+                answers += [
+                    x.split(end)[0] if end else x for t in texts for x in t.split(frame.prompt or "\n")[1:]
+                ]
+                for answer in answers:
                     read += len(answer)
                     out.answers.update(spelling.keys(answer))
                     out.blanks += not answer.strip()
@@ -210,19 +229,47 @@ def _read(corpus: Conversations, spelling: _Spelling) -> _File:
     return out
 
 
-def _messages(value: Any) -> list[dict[str, Any]]:
-    """List the messages of the assistant in a record."""
-    messages = value.get("messages") if isinstance(value, dict) else None
-    turns = messages if isinstance(messages, list) else []
-    return [m for m in turns if isinstance(m, dict) and m.get("role") == "assistant"]
+def _said(value: Any, names: dict[str, str], speakers: set[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """List what the assistant says in a record, as messages, and its texts that are rendered already."""
+    said: list[dict[str, Any]] = []
+    if not isinstance(value, dict):
+        return said, []
+    for turns in _values(value, names):
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict):
+                who = (turn.get(names.get(key, key)) for key in ("role", "from"))
+                said += [turn] if any(isinstance(w, str) and w in speakers for w in who) else []
+            elif isinstance(turn, list) and len(turn) == 2:
+                said.append({"content": turn[1]})
+    for key in ("output", "response", "completion"):
+        answer = _under(value, names.get(key, key))
+        said += [{"content": answer}] if isinstance(answer, str) else []
+    text = _under(value, names.get("text", "text"))
+    return said, [text] if isinstance(text, str) and not said else []
 
 
-def _answers(value: Any) -> Iterator[str]:
-    """Yield the answers of a record."""
-    if isinstance(value, dict):
-        found = [m.get("content") for m in _messages(value)]
-        found += map(value.get, ("output", "response", "completion"))
-        yield from (x for x in found if isinstance(x, str))
+def _values(value: dict[str, Any], names: dict[str, str]) -> Iterator[Any]:
+    """Yield the values of a record, those that --map finds inside others too."""
+    yield from value.values()
+    yield from (_under(value, name) for name in names.values() if "." in name)
+
+
+def _under(value: Any, name: str) -> Any:
+    """Look up a key, or a.b for one inside another."""
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _contents(message: dict[str, Any], names: dict[str, str]) -> Iterator[str]:
+    """Yield the text of a message, of parts joined."""
+    for key in ("content", "value"):
+        content = message.get(names.get(key, key))
+        if isinstance(content, list):
+            parts = [p if isinstance(p, str) else p.get("text") for p in content if isinstance(p, dict | str)]
+            content = "".join(p for p in parts if isinstance(p, str))
+        if isinstance(content, str):
+            yield content
 
 
 class _Spelling:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -18,16 +19,20 @@ from ...common.units import plural
 from ...tokenizer.chat_template import ChatTemplate
 from ...tokenizer.tokenizer import Tokenizer
 from ..documents import Sides
+from ..plain import DAMAGES
 from ..seen import Seen
 from ..source import Skipped
-from .examples import Conversations, Example, canonical, open_conversations
+from .examples import Conversations, open_conversations
 from .pack import Spool, fit, separator_of
 from .packed import FORMAT, RECORD, PackManifest
 from .render import EncodedExample, Encoder
+from .shapes import Example, canonical
 
 # Examples that are encoded at once.
 BATCH_EXAMPLES = 256
 SIDES = ("train", "val")
+# Of the table of shapes: folders of other versions are not used again.
+READ_AS = 2
 # The reason to leave an example out that says nothing of the file.
 TOO_LONG = "longer than --seq-length"
 
@@ -70,15 +75,20 @@ def prepare_conversations(
     val_fraction: float,
     progress: Progress | None = None,
     bos: str = "auto",
+    keys: str | None = None,
 ) -> PreparedConversations:
     """Render, encode and pack the examples of a path into a folder below `root`, named by all that determines it.
 
     A whole folder of an earlier call is used again. Copies are dropped, and the side of an example follows from its content
-    alone (see Sides). bos: "auto" puts the tokenizer's prefix_ids before a prompt that no template writes. Raises
+    alone (see Sides). bos: "auto" puts the tokenizer's prefix_ids before a prompt that no template writes; keys: --map. Raises
     InputNotFound, Refused: nothing to train on, a side without examples; IOFailure."""
-    corpus = open_conversations(path)
+    corpus = open_conversations(path, keys)
     rendering = [template.text, template.tokens] if template else None
-    made_by: list[Any] = [FORMAT, tokenizer.sha256, tokenizer.eos_token, rendering, seq_length, val_fraction]
+    read_by, encoded_by = (
+        [FORMAT, READ_AS, corpus.map.names],
+        [tokenizer.sha256, tokenizer.eos_token, rendering],
+    )
+    made_by: list[Any] = [*read_by, *encoded_by, seq_length, val_fraction]
     if template is None and bos == "auto" and tokenizer.prefix_ids:
         made_by.append(list(tokenizer.prefix_ids))
     if skipped := getattr(corpus.sources, "skipped", ()):
@@ -123,11 +133,12 @@ def _digest(made_by: str, corpus: Conversations) -> str:
     return digest.hexdigest()
 
 
-def _examples(corpus: Conversations, m: PackManifest) -> Iterator[Example]:
-    """Yield the usable records; in m, count the others."""
+def _examples(corpus: Conversations, m: PackManifest, records: _Counted) -> Iterator[Example]:
+    """Yield the usable records; in m and records, count the others."""
     for item in corpus:
         if isinstance(item, Skipped):
             m.skip(item)
+            records.unusable(item)
         elif isinstance(item, Example):
             yield item
 
@@ -174,14 +185,16 @@ def _encode(
     """Encode examples into the spool of their side; in m, count those that are skipped, cut, or copies.
 
     All texts of a conversation are on the side of its last one. Returns the lowest and the highest hash of those."""
-    examples, low, high, usable = _examples(corpus, m), "", "", 0
+    low, high, records = "", "", _Counted()
+    examples = _examples(corpus, m, records)
     with closing(Seen()) as seen:
         while batch := list(islice(examples, BATCH_EXAMPLES)):
             for example, encoded in zip(batch, encoder(batch), strict=True):
                 if isinstance(encoded, Skipped):
                     m.skip(encoded)
+                    records.unusable(encoded)
                     continue
-                usable += 1
+                records.usable(example.name)
                 kept = _fitted(example.name, encoded, m)
                 if not kept:
                     continue
@@ -197,13 +210,43 @@ def _encode(
                         m.duplicates += 1
             if progress:
                 progress("encode examples", corpus.bytes_read, corpus.total_bytes)
-    unusable = sum(n for reason, n in m.skipped.items() if reason != TOO_LONG)
-    if unusable > usable > 0:
-        raise Refused(
-            f"--instruct {corpus}: {unusable:,} of {unusable + usable:,} records cannot be used, more than half; the first: "
-            f"{m.skipped_first}. Mend them, or take them out where they are not meant to be trained on"
-        )
+    records.refuse_most()
     return low, high
+
+
+class _Counted:
+    """Records of each file: those that can be used and those that cannot, with the first of these."""
+
+    def __init__(self) -> None:
+        self._usable: Counter[str] = Counter()
+        self._unusable: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def usable(self, name: str) -> None:
+        """Count a record that becomes an example."""
+        self._usable[_file_of(name)] += 1
+
+    def unusable(self, item: Skipped) -> None:
+        """Count a record that does not; a file without records has none."""
+        if item.reason in (TOO_LONG, "no records", "empty", *DAMAGES):
+            return
+        self._unusable[_file_of(item.name)] += 1
+        self._first.setdefault(_file_of(item.name), f"{item.name}: {item.reason}: {item.detail}")
+
+    def refuse_most(self) -> None:
+        """Raise Refused for a file of which more than half of the records cannot be used."""
+        for file, bad in self._unusable.items():
+            good = self._usable[file]
+            if bad > good and (good or sum(self._usable.values())):
+                raise Refused(
+                    f"--instruct {file}: {bad:,} of {good + bad:,} records cannot be used, more than half; the first: "
+                    f"{self._first[file]}. Mend them, or take them out where they are not meant to be trained on"
+                )
+
+
+def _file_of(name: str) -> str:
+    """Drop the number of a record from its name."""
+    return name.rsplit(":", 1)[0]
 
 
 class _Fitted(NamedTuple):

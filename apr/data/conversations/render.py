@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
 from ...common.errors import Refused
-from ...tokenizer.chat_template import ChatTemplate, Message
+from ...tokenizer.chat_template import ChatTemplate, Message, answer_ends
 from ...tokenizer.template_process import TemplateStopped
 from ...tokenizer.tokenizer import Tokenizer, text_difference
 from ..encode import ALWAYS_SAMPLED, SAMPLED_ONE_IN
 from ..source import Skipped, Unusable
-from .examples import ANSWER_END, ANSWER_START, Example
+from .shapes import ANSWER_END, ANSWER_START, Example, is_answer, texts_in
 
 # Characters [start, end) of a text.
 Spans = list[tuple[int, int]]
@@ -54,15 +55,15 @@ class Renderer:
         conversation up to it, as it was generated; those that a text agrees with share it. Raises Unusable; Refused: a
         generation prompt that is not the beginning of the answer's own turn."""
         messages = list(example.messages)
-        whole = self._render(messages, False)
+        whole = self._render(example, messages, False)
         if self._template.has_generation:
-            return [_unmark(whole)]
+            return [_unmark(whole, example)]
         out, text = [], whole
         spans: Spans = []
-        answers = [k for k, m in enumerate(messages) if m["role"] == "assistant" and m["content"].strip()]
+        answers = [k for k, m in enumerate(messages) if is_answer(m) and k not in example.untrained]
         for k in reversed(answers):
-            before = self._render(messages[:k], True)
-            after = whole if k + 1 == len(messages) else self._render(messages[: k + 1], False)
+            before = self._render(example, messages[:k], True)
+            after = whole if k + 1 == len(messages) else self._render(example, messages[: k + 1], False)
             if not after.startswith(before):
                 raise Refused(
                     f"{example.name}: the chat template begins message {k + 1} otherwise with its generation prompt than "
@@ -76,9 +77,10 @@ class Renderer:
             spans.insert(0, (len(before), len(before) + len(self._turn(after[len(before) :]))))
         return [part for part in reversed([*out, (text, spans)]) if part[1]] or [(whole, [])]
 
-    def _render(self, messages: list[Message], prompt: bool) -> str:
+    def _render(self, example: Example, messages: list[Message], prompt: bool) -> str:
+        more = {**example.more, "tools": list(example.tools)} if example.tools else example.more
         try:
-            return self._template.render(messages, prompt)
+            return self._template.render(messages, prompt, **more)
         except TemplateStopped:
             # The template's fault, not the conversation's: no other one would fare better.
             raise
@@ -91,15 +93,62 @@ class Renderer:
         return text if text[end:].strip() else text[:end]
 
 
-def _unmark(text: str) -> tuple[str, Spans]:
-    """Remove the marks of answers from a rendered text, and locate the answers."""
+def _unmark(text: str, example: Example) -> tuple[str, Spans]:
+    """Remove the marks of answers from a rendered text, and locate the answers that are trained on."""
     out, spans, size = [], [], 0
     for i, part in enumerate(re.split(f"[{ANSWER_START}{ANSWER_END}]", text)):
-        if i % 2 and part:
+        if i % 2:
             spans.append((size, size + len(part)))
         out.append(part)
         size += len(part)
-    return "".join(out), spans
+    if example.untrained:
+        turns = [k for k, m in enumerate(example.messages) if m["role"] == "assistant"]
+        if len(turns) != len(spans):
+            detail = f"the template marks {len(spans)} answers of {len(turns)} messages, so nothing says which to leave out"
+            raise Unusable("answers that are left out", detail)
+        spans = [span for k, span in zip(turns, spans, strict=True) if k not in example.untrained]
+    return "".join(out), [(a, b) for a, b in spans if a < b]
+
+
+class _Around:
+    """Words of a chat template before an answer, and the special token behind it: to find answers in a text that is rendered."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+        question, answer = "\U000f1001", "\U000f1000"
+        asked: Message = {"role": "user", "content": question}
+        self.before, names = "", tokenizer.special_tokens()
+        self.ends = [names[i] for i in answer_ends(template, tokenizer)]
+        try:
+            texts = [template.render([asked], is_open) for is_open in (False, True)]
+            whole = template.render([asked, {"role": "assistant", "content": answer}], False)
+        except Refused:
+            return
+        if texts[1].startswith(texts[0]):
+            self.before = texts[1][len(texts[0]) :]
+        if not self.before and whole.count(question) == whole.count(answer) == 1:
+            self.before = whole.split(question)[1].split(answer)[0].strip()
+
+    def find(self, text: str) -> Spans:
+        """Locate the answers in a text. Raises Unusable: none."""
+        spans, at = [], 0
+        while self.before and self.ends and (at := text.find(self.before, at)) >= 0:
+            at += len(self.before)
+            stop = text.find(self.ends[0], at)
+            spans.append((at, len(text) if stop < 0 else stop + len(self.ends[0])))
+        if not spans:
+            raise Unusable(
+                "text without answers",
+                f"{self.before!r}, which begins an answer by the chat template, does not stand in it; --corpus FILE trains on "
+                "all of a text",
+            )
+        return spans
+
+
+def _no_template(e: Example, what: str) -> NoReturn:
+    raise Refused(
+        f"{e.name}: has {what}, and the checkpoint has no chat template to {'find answers' if e.rendered else 'write them'} "
+        "with; give one with --chat-template FILE, or write the examples as prompt and response"
+    )
 
 
 class Encoder:
@@ -108,6 +157,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None, bos: str = "auto") -> None:
         self.tokenizer, self._special = tokenizer, tokenizer.special_pattern
         self._renderer = Renderer(template, self._special) if template else None
+        self._around = _Around(template, tokenizer) if template else None
         self._prefix = np.array(tokenizer.prefix_ids if bos == "auto" else (), np.uint32)
         self._samples = 0
 
@@ -136,17 +186,18 @@ class Encoder:
         return kept or Skipped(e.name, "no answer", "the template writes no answer of it")
 
     def _texts(self, e: Example) -> list[tuple[str, Spans]]:
-        for m in e.messages:
-            if token := self._special.search(m["content"]):
+        if e.rendered:
+            return (
+                [(e.rendered, self._around.find(e.rendered))] if self._around else _no_template(e, "a text")
+            )
+        for text in texts_in([e.messages, e.tools]):
+            if token := self._special.search(text):
                 detail = f"{token[0]!r} in a message would become the token itself"
                 raise Unusable("special token in its text", detail)
         if self._renderer:
             return self._renderer(e)
         if not e.response:
-            raise Refused(
-                f"{e.name}: has messages, and the checkpoint has no chat template to write them with; give one with "
-                "--chat-template FILE, or write the examples as prompt and response"
-            )
+            return _no_template(e, "messages")
         return [(e.prompt + e.response, [(len(e.prompt), len(e.prompt) + len(e.response))])]
 
     def _label(

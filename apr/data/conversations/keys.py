@@ -1,0 +1,113 @@
+"""Keys of records that are none of ours: a map of names, --map, and guesses at the shape of what is not read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ...common.errors import UsageError
+
+Record = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+OF_RECORDS = ("messages", "conversations", "prompt", "response", "completion", "instruction", "input", "output", "text",
+              "system", "history", "tools")  # fmt: skip
+OF_MESSAGES = ("role", "content", "from", "value", "train")
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """Names of a file for ours, from --map: keys of records, of messages, and roles."""
+
+    names: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str | None) -> KeyMap:
+        """Read "messages=dialog,role=speaker". Raises UsageError."""
+        pairs = []
+        for part in (text or "").split(","):
+            ours, _, theirs = (x.strip() for x in part.partition("="))
+            if part.strip() and (ours not in (*OF_RECORDS, *OF_MESSAGES, *ROLES) or not theirs):
+                raise UsageError(
+                    f"--map {part.strip()!r}: write OURS=THEIRS, where OURS is one of "
+                    f"{', '.join((*OF_RECORDS, *OF_MESSAGES, *ROLES))}"
+                )
+            pairs += [(ours, theirs)] if part.strip() else []
+        return cls(tuple(pairs))
+
+    def __call__(self, record: Record) -> Record:
+        """Give a record our names. A key inside another is written a.b."""
+        if not self.names:
+            return record
+        out = dict(record)
+        for ours, theirs in self.names:
+            value: Any = record
+            for key in theirs.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if ours in OF_RECORDS and value is not None:
+                out[ours] = value
+                # Left in place, it would decide what shape the record has.
+                out.pop(theirs, None) if theirs != ours else None
+        return {
+            key: [self._turn(t) for t in turns] if isinstance(turns, list) else turns
+            for key, turns in out.items()
+        }
+
+    def _turn(self, turn: Any) -> Any:
+        if not isinstance(turn, dict):
+            return turn
+        ours = {theirs: name for name, theirs in self.names}
+        out = {ours[k] if ours.get(k) in OF_MESSAGES else k: v for k, v in turn.items()}
+        for key in ("role", "from"):
+            if isinstance(out.get(key), str) and ours.get(out[key]) in ROLES:
+                out[key] = ours[out[key]]
+        return out
+
+
+# Records of no shape
+
+# Keys that other files have for a question, for its answer and for a text.
+SYNONYMS = {
+    "prompt": "question query input user human instruction problem source src context",
+    "response": "answer output completion reply assistant target solution tgt label chosen",
+    "text": "content document body story article",
+}
+
+
+def looks_like(record: Record) -> str:
+    """Name the shape that a record of none looks like, and the flag that reads it."""
+    there = ", ".join(map(repr, list(record)[:10])) or "nothing"
+    wanted = "; wanted messages, or prompt and response, or instruction and output"
+    for key, turns in record.items():
+        first = turns[0] if isinstance(turns, list) and turns else None
+        if isinstance(first, dict) and (found := _speaker(first)):
+            role, content = found
+            pairs = [("messages", key), ("role", role), ("content", content)]
+            flags = ",".join(f"{ours}={theirs}" for ours, theirs in pairs if ours != theirs)
+            return f"there is {there}; it looks like messages under other names: --map {flags}"
+    lower = {re.sub(r"[^a-z]", "", key.lower()): key for key, v in record.items() if isinstance(v, str)}
+    picked = {
+        ours: next((lower[w] for w in (ours, *words.split()) if w in lower), None)
+        for ours, words in SYNONYMS.items()
+    }
+    if picked["prompt"] and picked["response"]:
+        flags = ",".join(f"{o}={picked[o]}" for o in ("prompt", "response") if picked[o] != o)
+        return f"there is {there}; it looks like a prompt and its response under other names: --map {flags}"
+    if picked["text"] and len(lower) == 1:
+        key = picked["text"]
+        return (
+            f"there is {there}; it looks like text alone: --corpus FILE --content-field {key} trains on all of it, "
+            f"--map text={key} on the answers in it"
+        )
+    return f"there is {there}{wanted}; --map OURS=THEIRS says which key is which"
+
+
+def _speaker(turn: Record) -> tuple[str, str] | None:
+    """Find the keys of a message that hold who speaks, and what is said."""
+    words = {re.sub(r"[^a-z]", "", k.lower()): k for k, v in turn.items() if isinstance(v, str)}
+    role = next(
+        (words[w] for w in ("role", "from", "speaker", "author", "user", "sender") if w in words), None
+    )
+    said = ("content", "value", "text", "message", "utterance", "body")
+    content = next((words[w] for w in said if w in words and words[w] != role), None)
+    return (role, content) if role and content else None

@@ -1,0 +1,361 @@
+"""Files of conversations as people have them: every shape and every kind of file, and what is said of the rest."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+
+from apr.common.errors import InputNotFound, Refused, UsageError
+from apr.common.finding import FAIL, Finding
+from apr.data.conversations import render
+from apr.data.conversations.answers import answers_kept
+from apr.data.conversations.examples import open_conversations
+from apr.data.conversations.keys import KeyMap
+from apr.data.conversations.packed import PackedShards
+from apr.data.conversations.prepare import prepare_conversations
+from apr.data.conversations.render import EncodedExample, Encoder
+from apr.data.conversations.shapes import SHAPES, example_of
+from apr.data.hub_data import of_split
+from apr.data.source import Skipped, Unusable
+from apr.tokenizer.chat_template import ChatTemplate
+from apr.tokenizer.tokenizer import Tokenizer
+from finetune_cases import MARKED, OWN_TEMPLATE, own_tokenizer
+
+# With tools, thoughts and calls, null or absent content.
+TOOLS = (
+    "{% if tools %}<|system|>\n{{ tools | tojson }}<|end|>\n{% endif %}{% for m in messages %}<|{{ m.role }}|>\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+ASK, SAY = turn("user", "2 + 2?"), turn("assistant", "It is 4.")
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
+ADD = {"type": "function", "function": {"name": "add", "parameters": {}}}
+TALK = "<|user|>\n2 + 2?<|end|>\n<|assistant|>\nIt is 4.<|end|>\n"
+ANSWER = "It is 4.<|end|>"
+CALLED = [ASK, turn("assistant", None, tool_calls=[CALL]), turn("tool", "4"), SAY]
+# (record, --map): what the template writes of it, what is trained of that.
+SOUND: dict[str, tuple[Any, str | None, str, str]] = {
+    "messages": ({"messages": [ASK, SAY], "id": 7}, None, TALK, ANSWER),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "It is 4."}]},
+        None, TALK, ANSWER,
+    ),
+    "sharegpt with a system prompt": (
+        {"system": "Be brief.", "conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "It is 4."}]},
+        None, "<|system|>\nBe brief.<|end|>\n" + TALK, ANSWER,
+    ),
+    "prompt and response": ({"prompt": "2 + 2?", "response": "It is 4."}, None, TALK, ANSWER),
+    "prompt and completion": ({"prompt": "2 + 2?", "completion": "It is 4."}, None, TALK, ANSWER),
+    "lists of messages": ({"prompt": [ASK], "completion": [SAY]}, None, TALK, ANSWER),
+    "answers in the prompt": (
+        {"prompt": [ASK, SAY, ASK], "completion": [turn("assistant", "Still 4.")]}, None,
+        TALK + TALK.replace("It is", "Still"), "Still 4.<|end|>",
+    ),
+    "alpaca": ({"instruction": "2 + 2?", "input": "", "output": "It is 4."}, None, TALK, ANSWER),
+    "alpaca with a history": (
+        {"instruction": "2 + 2?", "output": "It is 4.", "history": [["2 + 2?", "It is 4."]]}, None, TALK + TALK, ANSWER * 2,
+    ),
+    "text": ({"text": TALK}, None, TALK, ANSWER),
+    "text of two turns": ({"text": TALK + TALK}, None, TALK + TALK, ANSWER * 2),
+    "parts": (
+        {"messages": [turn("user", [{"type": "text", "text": "2 "}, {"type": "text", "text": "+ 2?"}]), SAY]}, None, TALK, ANSWER,
+    ),
+    "tools": (
+        {"messages": CALLED, "tools": [ADD]}, None,
+        f"<|system|>\n{json.dumps([ADD])}<|end|>\n<|user|>\n2 + 2?<|end|>\n<|assistant|>\n"
+        'add({"a": 2, "b": 2})<|end|>\n<|tool|>\n4<|end|>\n<|assistant|>\nIt is 4.<|end|>\n',
+        'add({"a": 2, "b": 2})<|end|>' + ANSWER,
+    ),
+    "tools in a text, null keys": (
+        {"messages": [ASK, {**SAY, "tool_calls": None, "reasoning_content": None}], "tools": json.dumps([ADD])}, None,
+        f"<|system|>\n{json.dumps([ADD])}<|end|>\n" + TALK, ANSWER,
+    ),
+    "thoughts": (
+        {"messages": [ASK, {**SAY, "reasoning_content": "two twos"}]}, None,
+        TALK.replace("It is", "<think>two twos</think>It is"), "<think>two twos</think>" + ANSWER,
+    ),
+    "train": (
+        {"messages": [ASK, {**SAY, "train": False}, ASK, {**SAY, "content": "4", "train": True}]}, None,
+        TALK + TALK.replace("It is 4.", "4"), "4<|end|>",
+    ),
+    "weight": (
+        {"messages": [ASK, {**SAY, "weight": 1}, ASK, {**SAY, "content": "4", "weight": 0}]}, None,
+        TALK + TALK.replace("It is 4.", "4"), ANSWER,
+    ),
+    "map of a conversation": (
+        {"data": {"dialog": [{"who": "a", "says": "2 + 2?"}, {"who": "b", "says": "It is 4."}]}},
+        "messages=data.dialog,role=who,content=says,user=a,assistant=b", TALK, ANSWER,
+    ),
+    "map of a pair": ({"question": "2 + 2?", "answer": "It is 4."}, "prompt=question,response=answer", TALK, ANSWER),
+    "map of a preference": (
+        {"prompt": "2 + 2?", "chosen": "It is 4.", "rejected": "5"}, "response=chosen", TALK, ANSWER,
+    ),
+    "map of messages of a preference": ({"chosen": [ASK, SAY], "rejected": [ASK, ASK]}, "messages=chosen", TALK, ANSWER),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tok() -> Tokenizer:
+    return Tokenizer.from_json(own_tokenizer(), "own", "<|endoftext|>")
+
+
+@pytest.fixture(scope="module")
+def encoder(tok: Tokenizer) -> Encoder:
+    return Encoder(tok, ChatTemplate(TOOLS, "tools"))
+
+
+def judged(path: str, folder: Path, tok: Tokenizer, text: str = TOOLS, keys: str | None = None) -> Finding:
+    """Prepare the files of a path; the finding of the check that reads them again."""
+    template = ChatTemplate(text, "test")
+    made = prepare_conversations(path, folder, tok, template, 255, 0.3, keys=keys)
+    sides = {side: PackedShards(place, tok) for side, place in made.sides.items()}
+    return answers_kept(open_conversations(path, keys), sides, tok, template)
+
+
+def lines(folder: Path, rows: list[Any], name: str = "chats.jsonl") -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name)
+
+
+def varied(record: Any) -> list[Any]:
+    """Six records of a shape that differ."""
+    text = json.dumps(record)
+    return [json.loads(text.replace("It is", f"It is {i} and")) for i in range(6)]
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_every_shape_is_trained_on_its_answers(encoder: Encoder, tok: Tokenizer, name: str) -> None:
+    record, keys, text, answers = SOUND[name]
+    ((e,),) = encoder([example_of("x:1", record, KeyMap.parse(keys))])
+    assert tok.decode(e.ids) == text
+    assert tok.decode(e.ids[e.trained]) == answers
+
+
+@pytest.mark.parametrize(
+    "name", ["messages", "lists of messages", "text", "tools", "weight", "map of a conversation"]
+)
+def test_a_shape_is_found_again_by_other_code(tmp_path: Path, tok: Tokenizer, name: str) -> None:
+    record, keys, *_ = SOUND[name]
+    found = judged(lines(tmp_path, varied(record)), tmp_path / "out", tok, keys=keys)
+    assert found.passed, found
+
+
+def test_all_shapes_in_one_file_are_found_again_by_other_code(tmp_path: Path, tok: Tokenizer) -> None:
+    rows = [r for record, keys, *_ in SOUND.values() if not keys for r in varied(record)]
+    found = judged(lines(tmp_path, rows), tmp_path / "out", tok)
+    assert found.passed, found
+
+
+def test_every_shape_of_the_table_has_a_record_here() -> None:
+    has = {
+        next(s.name for s in SHAPES if set(s.keys) <= set(record))
+        for record, keys, *_ in SOUND.values()
+        if not keys
+    }
+    assert has == {s.name for s in SHAPES if s.keys != ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "train", "text of two turns"])
+def test_other_tokens_than_the_answers_are_found(
+    tmp_path: Path, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Planted: everything but the answers is trained on."""
+    right = render.Encoder._label
+
+    def label(self: Any, *args: Any) -> Any:
+        e = right(self, *args)
+        assert isinstance(e, EncodedExample)
+        return EncodedExample(e.ids, np.arange(e.ids.size) > 0, e.answer_bytes)
+
+    monkeypatch.setattr(render.Encoder, "_label", label)
+    record, keys, *_ = SOUND[name]
+    assert judged(lines(tmp_path, varied(record)), tmp_path / "out", tok, keys=keys).verdict == FAIL
+
+
+def test_answers_that_are_context_under_generation_blocks(tok: Tokenizer) -> None:
+    ((old, new),) = MARKED["own"]
+    marked = Encoder(tok, ChatTemplate(OWN_TEMPLATE.replace(old, new), "marked", {"bos_token": "<|bos|>"}))
+    record = {"messages": [ASK, {**SAY, "train": False}, ASK, {**SAY, "content": "4"}]}
+    ((e,),) = marked([example_of("x:1", record)])
+    assert tok.decode(e.ids[e.trained]) == "4<|end|>"
+
+
+ROWS = varied({"messages": [ASK, SAY], "tools": [ADD]})
+
+
+def as_parquet(path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    other = {"messages": [ASK, {**SAY, "content": "4", "reasoning_content": "so"}], "tools": [ADD]}
+    # A schema of all keys: what a message has not is null.
+    rows = [{**r, "tools": json.dumps(r["tools"])} for r in [*ROWS, other]]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+
+
+def as_lines(path: Path) -> None:
+    lines(path.parent, ROWS, path.name)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": as_lines,
+    "a.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "lines.json": as_lines,
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+    "a.jsonl.zst": lambda path: path.write_bytes(
+        zstandard.ZstdCompressor().compress("\n".join(map(json.dumps, ROWS)).encode())
+    ),
+    "a.parquet": as_parquet,
+}
+
+
+@pytest.mark.parametrize(("name", "is_folder"), [*((name, False) for name in WRITERS), ("a.parquet", True)])
+def test_every_kind_of_file_is_read(tmp_path: Path, tok: Tokenizer, name: str, is_folder: bool) -> None:
+    (tmp_path / "in").mkdir()
+    WRITERS[name](tmp_path / "in" / name)
+    (tmp_path / "in" / "README.md").write_text("# data")
+    path = tmp_path / "in" if is_folder else tmp_path / "in" / name
+    read = [x for x in open_conversations(str(path)) if not isinstance(x, Skipped)]
+    assert [x.text for x in read[:6]] == [example_of("", row).text for row in ROWS]
+    if name in ("a.json", "a.parquet"):
+        assert judged(str(path), tmp_path / "out", tok).passed
+
+
+@pytest.mark.parametrize(
+    ("record", "reason", "words"),
+    [
+        ({"dialog": [{"speaker": "a", "text": "b"}]}, "no field", "--map messages=dialog,role=speaker,content=text"),
+        ({"messages_": [{"role": "user", "content": "b"}]}, "no field", "--map messages=messages_"),
+        ({"question": "a", "answer": "b"}, "no field", "--map prompt=question,response=answer"),
+        ({"Question": "a", "Answer": "b"}, "no field", "--map prompt=Question,response=Answer"),
+        ({"body": "a"}, "no field", "--corpus FILE --content-field body"),
+        ({"x": 1}, "no field", "wanted messages"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs of preferences", "--map response=chosen"),
+        ({"chosen": [ASK, SAY], "rejected": [ASK]}, "pairs of preferences", "--map messages=chosen"),
+        ({"messages": [turn("robot", "b")]}, "role", "--map assistant=NAME"),
+        ({"messages": [turn("user", [{"type": "image"}]), SAY]}, "parts that are no text", "messages[0].content[0]"),
+        ({"messages": [turn("user", None), SAY]}, "not a string", "messages[0].content"),
+        ({"messages": [ASK, {**SAY, "train": "no"}]}, "train", "messages[1].train"),
+        ({"messages": [ASK, {**SAY, "train": False}]}, "no answer", "trained on"),
+        ({"messages": [ASK, turn("assistant", None, tool_calls="f")]}, "tool calls", "messages[1].tool_calls"),
+    ],
+)  # fmt: skip
+def test_a_record_of_another_shape_is_named_with_the_flag_that_reads_it(
+    record: Any, reason: str, words: str
+) -> None:
+    with pytest.raises(Unusable) as e:
+        example_of("x:1", record)
+    assert e.value.reason == reason
+    assert words in e.value.detail
+
+
+def test_text_without_answers_says_what_is_missing(encoder: Encoder) -> None:
+    (got,) = encoder([example_of("x:1", {"text": "Once upon a time."})])
+    assert isinstance(got, Skipped)
+    assert "'<|assistant|>\\n', which begins an answer" in got.detail
+    assert "--corpus" in got.detail
+
+
+def test_special_tokens_in_calls_and_thoughts_leave_the_example_out(encoder: Encoder) -> None:
+    bad = {**CALL, "function": {"name": "add", "arguments": {"a": "<|end|>"}}}
+    for m in (turn("assistant", "", tool_calls=[bad]), {**SAY, "reasoning_content": "<|end|>"}):
+        (got,) = encoder([example_of("x:1", {"messages": [ASK, m]})])
+        assert isinstance(got, Skipped)
+        assert got.reason == "special token in its text"
+
+
+def test_one_file_of_a_folder_that_is_unusable_stops_the_run(tmp_path: Path, tok: Tokenizer) -> None:
+    lines(tmp_path, ROWS * 4)
+    lines(tmp_path, [{"question": str(i), "answer": "b"} for i in range(3)], "other.jsonl")
+    with pytest.raises(Refused, match=r"other\.jsonl: 3 of 3 records.*--map prompt=question,response=answer"):
+        judged(str(tmp_path), tmp_path / "out", tok)
+
+
+@pytest.mark.parametrize("text", ["a", "message=a", "messages=", "robot=b"])
+def test_a_map_of_unknown_names_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="OURS=THEIRS"):
+        KeyMap.parse(text)
+
+
+# The Hub
+
+
+class Hub:
+    """What data_files asks of huggingface_hub."""
+
+    def __init__(self, folder: Path, is_up: bool = True) -> None:
+        self.folder, self.is_up, self.asked = folder, is_up, []
+
+    def list_repo_files(self, repo: str, repo_type: str, revision: str | None) -> list[str]:
+        if not self.is_up:
+            raise OSError("no route")
+        return [str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file()]
+
+    def snapshot_download(self, repo: str, repo_type: str, revision: str | None, **more: Any) -> str:
+        self.asked.append((repo, repo_type, revision, more))
+        return str(self.folder)
+
+
+@pytest.mark.parametrize("is_up", [True, False])
+def test_a_data_set_of_the_hub_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_up: bool) -> None:
+    package = pytest.importorskip("huggingface_hub")
+    folder = tmp_path / "snapshot"
+    (folder / "data").mkdir(parents=True)
+    as_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    lines(folder / "data", ROWS, "test-00000-of-00001.jsonl")
+    (folder / "README.md").write_text("# card")
+    hub = Hub(folder, is_up)
+    monkeypatch.setattr(package, "list_repo_files", hub.list_repo_files)
+    monkeypatch.setattr(package, "snapshot_download", hub.snapshot_download)
+    assert len(list(open_conversations("hf://datasets/org/name"))) == 7
+    assert len(list(open_conversations("hf://datasets/org/name@main:test"))) == 6
+    repo, kind, revision, more = hub.asked[-1]
+    assert (repo, kind, revision) == ("org/name", "dataset", "main")
+    assert more == (
+        {"allow_patterns": ["data/test-00000-of-00001.jsonl"]} if is_up else {"local_files_only": True}
+    )
+    with pytest.raises(Refused, match="no file of a split 'dev'; there is train, test"):
+        open_conversations("hf://datasets/org/name:dev")
+    monkeypatch.setattr(package, "snapshot_download", Hub.list_repo_files)
+    if not is_up:
+        with pytest.raises(InputNotFound, match="cannot be downloaded: no route"):
+            open_conversations("hf://datasets/org/name")
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    with pytest.raises(UsageError, match="hf://datasets/org/name"):
+        open_conversations("hf://org/name")
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "chosen"),
+    [
+        (["train.jsonl", "test.jsonl", "README.md"], None, ["train.jsonl"]),
+        (["data/train-0-of-2.parquet", "data/train-1-of-2.parquet"], None, 2),
+        (["chats.jsonl.gz", "dataset_infos.json"], None, ["chats.jsonl.gz"]),
+        (["a/train-0.parquet", "b/train-0.parquet"], "a/train", ["a/train-0.parquet"]),
+        (["training_data.json"], None, ["training_data.json"]),
+        (["a/train-0.parquet", "b/train-0.parquet"], None, "say which, such as x:a/train, x:b/train"),
+        (["test.jsonl"], None, "no file of a split 'train'; there is test"),
+        (["README.md"], None, "no Parquet"),
+    ],
+)  # fmt: skip
+def test_the_files_of_a_split(names: list[str], split: str | None, chosen: Any) -> None:
+    if isinstance(chosen, str):
+        with pytest.raises(Refused, match=chosen):
+            of_split("x", names, split)
+    else:
+        got = of_split("x", names, split)
+        assert len(got) == chosen if isinstance(chosen, int) else got == chosen
