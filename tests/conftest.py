@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parents[1]
+SUPPORT = ROOT / "tests" / "support"  # on the path by setup.cfg, but for tests of this file elsewhere
+sys.path += [] if str(SUPPORT) in sys.path else [str(SUPPORT)]
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +53,41 @@ def cuda() -> ModuleType:
 
         cupy.cuda.set_allocator(None)
     return backend
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_process() -> Iterator[None]:
+    """The fresh process at the end of a run is a fork of a clean one: tests make hundreds of runs."""
+    from apr.evidence import end
+    from clean_process import CleanProcess
+
+    with pytest.MonkeyPatch.context() as m:
+        clean = CleanProcess()
+        m.setattr(end, "subprocess", clean)
+        yield
+        clean.end()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_picture() -> Iterator[None]:
+    """The first run of a file draws its losses, the others copy the picture: it takes longer than the steps of a small run."""
+    from apr.common.atomic import atomic_write
+    from apr.training import run as running
+
+    draw, found = running.loss_curve, list[bytes]()
+
+    def picture(*given: Any) -> None:
+        path = given[-1]
+        if found:
+            with atomic_write(path) as f:
+                f.write(found[0])
+        else:
+            draw(*given)
+            found.append(path.read_bytes())
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(running, "loss_curve", picture)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

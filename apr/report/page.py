@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ def with_mean(label: str, x: np.ndarray, y: np.ndarray, log: bool = False) -> li
     ]
 
 
+@cache
 def _template() -> jinja2.Template:
     env = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
