@@ -87,10 +87,10 @@ FAULTS: tuple[Mutant, ...] = (
           "bias1, bias2, eps, decay)", "plain", "tests/backends"),
     # The step
     fault("mean_of_each_part", "each micro-batch is a mean of its own: gradients twice too large", LOOP,
-          "*part, 1 / tokens, graph, begins", "*part, 1 / trained_targets(part[1]), graph, begins", "plain",
+          "*part, 1 / counted, graph, begins", "*part, 1 / trained_targets(part[1]), graph, begins", "plain",
           T_TRAIN),
     fault("scaled_by_positions", "the loss is scaled by positions, not by answers' tokens", LOOP,
-          "*part, 1 / tokens, graph, begins", "*part, 1 / targets.size, graph, begins", "instruct", T_TRAIN),
+          "*part, 1 / counted, graph, begins", "*part, 1 / targets.size, graph, begins", "instruct", T_TRAIN),
     fault("last_part_counts", "gradients are cleared before each micro-batch", LOOP,
           "begins=n == 0", "begins=True", "plain", T_TRAIN),
     fault("gradients_pile_up", "the gradients of a step begin with those of the step before", LOOP,
@@ -104,7 +104,7 @@ FAULTS: tuple[Mutant, ...] = (
           "yield ids[i : i + size], np.concatenate([targets[i : i + size - 1], targets[i : i + 1]])", "plain", T_TRAIN),
     # The log
     fault("loss_by_positions", "the loss in the log is divided by positions", LOOP,
-          "loss, norm = total / tokens,", "loss, norm = total / positions,", "instruct",
+          "loss, norm = total / n,", "loss, norm = total / positions,", "instruct",
           T_TRAIN),
     fault("clipped_norm_logged", "the gradient norm in the log is the clipped one", LOOP, "self.opt.grad_norm(square)\n",
           "min(self.opt.grad_norm(square), 0.5)\n", "qknorm", T_TRAIN),
@@ -119,7 +119,7 @@ FAULTS: tuple[Mutant, ...] = (
     # Evaluation
     fault("validated_on_training", "the validation loss is that of training windows", LOOP,
           "evaluate(self.model, self.inputs.val,", "evaluate(self.model, self.inputs.train,", "plain", T_TRAIN),
-    fault("mean_of_means", "the validation loss is a mean of means of micro-batches", EVALUATE, "Loss(before / tokens,",
+    fault("mean_of_means", "the validation loss is a mean of means of micro-batches", EVALUATE, "Loss(before / counted,",
           "Loss(float(np.mean(means)),", "instruct", T_TRAIN),
     fault("first_windows_evaluated", "validation windows are the first ones, not spread evenly", BATCHES,
           "yield windows.read(places * windows.count // stop)", "yield windows.read(places)", "plain", T_DATA),

@@ -62,7 +62,7 @@ SECOND: tuple[Mutant, ...] = (
           "self._put(np.array([m.eos_token_id], dtype=np.uint32), last=True)",
           "self._put(np.array([m.eos_token_id], dtype=np.uint32))\n"
           "            self._put(np.array([m.eos_token_id], dtype=np.uint32), last=True)", "plain", T_DATA),
-    fault("the_end_belongs_to_the_next", "attention stops before the end of a document, not behind it", MODEL,
+    fault("the_end_belongs_to_the_next", "attention stops before the end of a document, not behind it", "apr/model/documents.py",
           "starts[:, 1:] = np.where(ids[:, :-1] == end, np.arange(1, ids.shape[1]), 0)",
           "starts[:, 1:] = np.where(ids[:, 1:] == end, np.arange(1, ids.shape[1]), 0)", "masked", T_MODEL),
     # Schedule and optimizer

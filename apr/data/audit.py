@@ -14,6 +14,7 @@ from ..common.units import plural
 from ..tokenizer.tokenizer import Tokenizer
 from .conservation import conserved
 from .conversations.packed import RECORD, PackedShards, guard_disjoint, guard_packed
+from .conversations.pairs import guard_pairs
 from .guards import USUAL, Bounds, disjoint, enforce, fits_model, plausible, round_trip
 from .scan import Scan
 from .shards import Shards, TokenShards
@@ -95,6 +96,7 @@ def audit(
             with _caught(split, "sha256, ids and labels", "those of instruct.json", lenient):
                 split.shards.check()
                 split.findings += guard_packed(split.shards, tokenizer, model_vocab)
+                split.findings += [guard_pairs(split.shards)] if split.shards.manifest.pairs else []
         if split.shards is None or split.scan is None:
             continue
         split.findings.append(_end_of_text(split.shards, tokenizer))

@@ -20,6 +20,8 @@ from .batches import Windows
 from .conversations.answers import answers_kept
 from .conversations.examples import open_conversations
 from .conversations.packed import PackedShards
+from .conversations.pairs import open_pairs
+from .conversations.pairs_kept import pairs_kept
 from .conversations.prepare import prepare_conversations
 from .corpus import Corpus
 from .find import find_sources
@@ -109,7 +111,8 @@ def open_data(
     one that the settings name. Raises AprError."""
     if tokenizer is None and s.tokenizer:
         tokenizer = Tokenizer.from_file(s.tokenizer)
-    instruct = s.instruct or (s.dataset and holds_examples(sides_of(Path(s.dataset))["train"]))
+    conversations = s.instruct or s.preferences
+    instruct = conversations or (s.dataset and holds_examples(sides_of(Path(s.dataset))["train"]))
     if instruct and init is None:
         raise Refused(f"{s.dataset}: instruction data fine-tunes a checkpoint: give it with --init")
     if tokenizer is None and init is not None and (instruct or s.corpus):
@@ -124,14 +127,14 @@ def open_data(
     if s.corpus:
         prepared = _prepare_corpus(s, vocab_size, tokenizer, bounds, progress)
         tokenizer, folders, left_out = prepared.tokenizer, prepared.sides, prepared.left_out()
-    elif s.instruct:
+    elif conversations:
         assert tokenizer is not None
         assert init is not None
         template = init.template(s.chat_template)
-        encoded_by = tokenizer, template, s.seq_length, s.val_fraction, progress, s.bos
-        conversations = s.instruct
+        encoded_by = tokenizer, template, s.seq_length, s.val_fraction, progress, s.bos, s.map
+        pairs = s.preferences is not None
         packed = in_cache(
-            "instruct", lambda root: prepare_conversations(conversations, root, *encoded_by, s.map)
+            "instruct", lambda root: prepare_conversations(conversations, root, *encoded_by, pairs)
         )
         folders, left_out = packed.sides, packed.left_out()
     else:
@@ -152,6 +155,9 @@ def open_data(
         splits[0].findings.append(
             answers_kept(open_conversations(s.instruct, s.map), rows, tokenizer, template)
         )
+    if s.preferences:
+        rows = {x.name: x.shards for x in splits if isinstance(x.shards, PackedShards)}
+        splits[0].findings.append(pairs_kept(open_pairs(s.preferences, s.map), rows, tokenizer))
     enforce_all(splits)
     train, val = windows_of(s, splits)
     return OpenedData(
@@ -166,7 +172,7 @@ def open_data(
 
 
 def _name(s: DataSettings) -> str:
-    return s.corpus or s.instruct or str(Path(str(s.dataset)))
+    return s.corpus or s.instruct or s.preferences or str(Path(str(s.dataset)))
 
 
 def _prepare_corpus(

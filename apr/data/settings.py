@@ -37,14 +37,18 @@ class DataSettings:
         "or hf://datasets/org/name[:split], with a loss on the answers only; see docs/fine-tuning.md",
         path=True,
     )
+    preferences: str | None = option(
+        "pairs of a chosen and a rejected answer to learn from, in the files that --instruct takes; see docs/preferences.md",
+        path=True,
+    )
     chat_template: str | None = option(
-        "with --instruct, file of the chat template (default: the checkpoint's own)",
+        "with --instruct or --preferences, file of the chat template (default: the checkpoint's own)",
         metavar="FILE",
         path=True,
     )
     map: str | None = option(
-        "with --instruct, keys of the file for ours, such as messages=dialog,role=speaker,content=text or prompt=question,"
-        "response=answer",
+        "with --instruct or --preferences, keys of the file for ours, such as messages=dialog,role=speaker,content=text or "
+        "prompt=question,response=answer",
         metavar="OURS=THEIRS",
     )
     content_field: str = option(
@@ -80,14 +84,19 @@ class DataSettings:
 
 def check_data(s: DataSettings) -> None:
     """Raise UsageError for settings of the data that contradict each other."""
-    exactly_one(s, ("corpus", "dataset", "instruct"), "what to train on")
-    if s.chat_template and not s.instruct:
-        raise UsageError("--chat-template goes with --instruct; give both or none")
-    if s.map and not s.instruct:
-        raise UsageError("--map goes with --instruct; --content-field names the text of a corpus")
+    exactly_one(s, ("corpus", "dataset", "instruct", "preferences"), "what to train on")
+    conversations = s.instruct or s.preferences
+    if s.chat_template and not conversations:
+        raise UsageError("--chat-template goes with --instruct or --preferences; give both or none")
+    if s.map and not conversations:
+        raise UsageError(
+            "--map goes with --instruct or --preferences; --content-field names the text of a corpus"
+        )
     if s.bos != "auto" and s.dataset:
         raise UsageError("--bos goes with --corpus or --instruct; token shards begin as they were encoded")
-    if s.instruct and s.val_dataset:
-        raise UsageError("--val-dataset goes with --dataset; with --instruct, give --val-fraction")
-    if (s.corpus or s.instruct) and not s.val_fraction:
+    if conversations and s.val_dataset:
+        raise UsageError(
+            "--val-dataset goes with --dataset; with --instruct or --preferences, give --val-fraction"
+        )
+    if (s.corpus or conversations) and not s.val_fraction:
         raise UsageError("--val-fraction 0 leaves nothing to validate with; give a share above 0")

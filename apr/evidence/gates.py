@@ -171,6 +171,14 @@ GATES = {
             "the scale of the loss, and what is summed over micro-batches",
         ),
         Gate(
+            "start.preferences", START, "abort",
+            "the loss of pairs is that of its paper, of these answers, against the model before its first step",
+            "once per process, pairs of the first micro-batch with planted references: losses by formulas written a second time, "
+            "of answers found by their labels, within 1e-5; before step 1 the reference is within 1e-4 nats a token of the "
+            "model (bfloat16: 5e-3)",
+            "apr/model/preferences.py; chosen and rejected; sums and means; --beta, --label-smoothing",
+        ),
+        Gate(
             "run.finite", RUNNING, "abort",
             "every loss, norm and weight is a finite number",
             "the loss of each step and the L2 norms of all gradients and of all weights after it",
@@ -236,6 +244,14 @@ GATES = {
             "easier text, or text that was seen",
             "near copies of documents on both sides; whether one side is another kind of text",
             {"val_below_train": 0.05},
+        ),
+        Gate(
+            "run.margin", EVALUATION, "SUSPECT",
+            "chosen answers are not lost while they are told apart from rejected ones",
+            "of held-out pairs: the mean log-probability of a token of chosen answers fell by ln 2 against the reference: half "
+            "as likely as before; a fall of 0.1 is noted, as a mild one is the rule",
+            "a lower --lr or fewer steps, a higher --beta; chosen answers that the checkpoint would not write: --instruct first",
+            {"chosen_fall": 0.693},
         ),
         Gate(
             "end.plausible", END, "SUSPECT",

@@ -16,6 +16,7 @@ from ..common.finding import SKIPPED, Finding
 from ..common.units import LAST_STEPS
 from . import losses as of_losses
 from .gates import BOUNDS
+from .pairs import margin
 
 RELATIVE_TOLERANCE = 1e-9  # of a figure that is computed again from the same numbers
 
@@ -32,6 +33,7 @@ class Facts:
     val_bytes
     target             --target-val-loss, nats/token
     bounds             bounds of gates that replace those of the table
+    only_pairs         the loss is that of pairs of answers, which has no length in bytes
     """
 
     vocab_size: int
@@ -42,6 +44,7 @@ class Facts:
     val_bytes: int
     target: float | None
     bounds: Mapping[str, float]
+    only_pairs: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, Any], bounds: Mapping[str, float]) -> Facts:
@@ -56,6 +59,7 @@ class Facts:
             data.get("val_bytes", 0),
             s["target_val_loss"],
             bounds,
+            bool(data.get("packed", {}).get("pairs")),
         )
 
     def bound(self, name: str) -> float:
@@ -135,11 +139,13 @@ def _judge_evaluation(log: Sequence[Line], i: int, facts: Facts) -> list[Finding
     is_finite = math.isfinite(loss)
     why = "" if is_finite else f"val_loss = {loss} is not finite"
     findings = [Finding.of("run.finite", is_finite, f"val_loss = {loss:.6g}", "finite", why, where=step)]
-    if facts.val_bytes:
+    if facts.val_bytes and not facts.only_pairs:
         findings.append(_bits(line, facts))
     steps, before = epoch_before(log, i)
     if before is not None:
         findings.append(diverged(loss, before, facts, step))
+        moved = margin(line, facts.bound("chosen_fall"))
+        findings += [moved] if moved else []
     if steps:
         findings += _judge_epoch(line, steps, facts)
     return findings
@@ -154,6 +160,8 @@ def diverged(loss: float, before: Line, facts: Facts, step: int) -> Finding:
         source = f"{most:g} times the larger of ln V = {guess:.4f} and {previous:.4f} before training"
     else:
         most = facts.bound("next_epoch")
+        # A loss of pairs may come close to 0, from where twice is little.
+        previous = max(previous, math.log(2)) if facts.only_pairs else previous
         bound, source = most * previous, f"{most:g} times the previous {previous:.4f}"
     is_good = loss <= bound
     why = "" if is_good else f"diverged: val_loss {loss:.4f} is more than {source}. Try a lower --lr"

@@ -106,6 +106,10 @@ class StartGates:
             gates.skip("start.reproduces", "random weights")
             return
         gates.skip("start.loss", "the weights come from a checkpoint")
+        if self.subject.model.preferences:
+            for gate in ("start.pretrained", "start.reproduces"):
+                gates.skip(gate, "the loss of pairs compares with the checkpoint itself")
+            return
         entropy = self.subject.val.shards.unigram_entropy
         share, vocab = gates.bound("pretrained_share"), self.subject.cfg.vocab_size
         pretrained = pretrained_loss(loss, entropy, share, vocab, self._shuffled)

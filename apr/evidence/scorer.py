@@ -10,8 +10,10 @@ from ..common.events import Line
 from ..common.finding import Finding
 from ..data.open import HELD_OUT_BATCHES
 from ..data.shards import Shards
+from ..model.preferences import terms, without_pairs
 from ..model.transformer import Model
 from .measure import log_sum_exp
+from .pairs import validation_losses
 from .subject import Subject
 
 Row = tuple[np.ndarray, np.ndarray]
@@ -61,15 +63,18 @@ def validation(t: Subject, line: Line) -> Finding:
     gate, model, dtype = "start.validation", t.model, t.model.dtype
     windows, total, tokens = chosen(t)[::-1], 0.0, 0
     size = max(1, model.batch - 1)
-    by_hand = 0.0
+    by_hand, counted = 0.0, 0
     for first in range(0, len(windows), size):
         ids, targets = read(t.val.shards, windows[first : first + size], t.settings.seq_length)
-        rows, logits = _losses(model, ids, targets, not first)
+        with without_pairs(model):
+            rows, logits = _losses(model, ids, targets, not first)
         if logits is not None:
             by_hand = _off(rows[: len(logits)], logits, targets.reshape(-1))
-        total += float(rows.sum())
+        pairs = validation_losses(t, ids, targets) if model.preferences else rows
+        total += float(pairs.sum())
         tokens += int((targets >= 0).sum())
-    loss = total / max(1, tokens)
+        counted += pairs.size
+    loss = total / max(1, counted if model.preferences else tokens)
     off = abs(line["val_loss"] - loss) / max(abs(loss), 1e-9)
     measured = (
         f"{line['val_loss']:.6f} on {line['val_tokens']:,} targets, scored apart {loss:.6f} on {tokens:,}; "
@@ -85,7 +90,7 @@ def batch_loss(model: Model, ids: np.ndarray, targets: np.ndarray) -> float:
     for first in range(0, len(ids), model.batch):
         a, b = (np.ascontiguousarray(x[first : first + model.batch]) for x in (ids, targets))
         total += float(_losses(model, a, b, False)[0].sum())
-    return total / max(1, int((targets >= 0).sum()))
+    return total / max(1, terms(model.preferences, ids, targets))
 
 
 def _losses(model: Model, ids: np.ndarray, targets: np.ndarray, keep: bool) -> tuple[np.ndarray, Any]:

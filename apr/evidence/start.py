@@ -11,10 +11,12 @@ import numpy as np
 from ..common.events import Evaluated, GradientsReady, Measured, StepBegun
 from ..common.finding import Finding
 from ..common.units import plural
+from ..model.preferences import terms
 from ..model.transformer import Model
 from . import scorer
 from .gates import Gates
 from .measure import final_hidden
+from .pairs import judge_pairs
 from .slope import Job, slope_finding
 from .subject import Subject
 
@@ -26,7 +28,7 @@ SAMPLED_ELEMENTS = 4096
 
 
 class FirstStep:
-    """Gates start.slope, start.borders, start.averages and start.validation, once per process. Raises Aborted."""
+    """Gates start.preferences, slope, borders, averages and validation, once per process. Raises Aborted."""
 
     def __init__(self, subject: Subject, gates: Gates) -> None:
         self.subject, self.gates = subject, gates
@@ -46,6 +48,7 @@ class FirstStep:
             return
         self.is_first = False
         t, gates, model = self.subject, self.gates, self.subject.model
+        judge_pairs(t, gates, e)
         if t.settings.seq_length < 2:
             gates.skip("start.slope", "attention over one token has no gradient of queries and keys")
         else:
@@ -53,7 +56,8 @@ class FirstStep:
             graph = t.settings.graph and tokens == e.targets.size
             batch = e.ids[: model.batch], e.targets[: model.batch]
             with gates.timed("start.slope"):
-                job = Job(model, t.optimizer, t.adapters, batch, 1 / max(1, tokens), graph)
+                scale = 1 / max(1, terms(model.preferences, e.ids, e.targets))
+                job = Job(model, t.optimizer, t.adapters, batch, scale, graph)
                 gates.judge(slope_finding(job), e.step)
         with gates.timed("start.borders"):
             gates.judge(borders(t, e.ids[: model.batch]), e.step)
@@ -89,14 +93,15 @@ class Pieces:
     def __init__(self, t: Subject, ids: np.ndarray, targets: np.ndarray) -> None:
         be, model = t.backend, t.model
         self.tokens, before = int((targets >= 0).sum()), model.tokens_trained
+        counted = max(1, terms(model.preferences, ids, targets))
         self.is_complete, self.off, total = False, math.inf, 0.0
         ids, targets = ids[::-1], targets[::-1]
         cuts = [0, *range(1, len(ids), model.batch), len(ids)]
         for n, (first, last) in enumerate(pairwise(cuts)):
             part = np.ascontiguousarray(ids[first:last]), np.ascontiguousarray(targets[first:last])
-            model.micro_step(*part, 1 / max(1, self.tokens), False, begins=n == 0)
+            model.micro_step(*part, 1 / counted, False, begins=n == 0)
             total += float(be.to_host(model.buffers["loss"][: part[0].size]).astype(np.float64).sum())
-        self.count, self.loss = len(cuts) - 1, total / max(1, self.tokens)
+        self.count, self.loss = len(cuts) - 1, total / counted
         self.evaluated = scorer.batch_loss(model, ids, targets)
         be.fill(t.scratch, 0)
         be.add_sum_sq(t.scratch, t.optimizer.g)

@@ -19,10 +19,12 @@ from .adapters import Adapters, Nothing, Split, add_rows
 from .block import START, Block, CachePosition
 from .buffers import Buffers, Shapes, block_buffers, plan_buffers, scratch_buffers
 from .config import ModelConfig
+from .documents import document_starts
 from .families import layers_of
 from .lora import AdapterLayout, LoraConfig
 from .micro_gradients import MicroGradients
 from .params import Layout
+from .preferences import Preferences, Weights, within
 from .rope import rope_tables
 from .taps import Tap, no_tap
 
@@ -30,16 +32,6 @@ from .taps import Tap, no_tap
 MAX_GRAPHS = 8
 # target without a loss, as any below 0
 IGNORED = -100
-
-
-def document_starts(ids: np.ndarray, end: int) -> np.ndarray:
-    """Position at which the document of each position begins: behind the last `end` before it, or 0.
-
-    ids (B,T), result (B,T) int32
-    """
-    starts = np.zeros(ids.shape, np.int32)
-    starts[:, 1:] = np.where(ids[:, :-1] == end, np.arange(1, ids.shape[1]), 0)
-    return np.maximum.accumulate(starts, axis=1)
 
 
 class Model:
@@ -53,6 +45,8 @@ class Model:
     z_loss        weight of the squared log-sum-exp of the logits in what is minimised; the loss reported is without it
     document_end  id that ends a document (and belongs to it): no token sees a token of another document
     folds         gradients of each micro-batch begin at zero and are added to those before it: micro_gradients.py
+    preferences   loss of pairs of answers in the place of the mean cross-entropy; set it before any pass
+    preferences   loss of pairs of answers in the place of the mean cross-entropy; set it before any pass
 
     The other options are those of BufferPlan. Positions run on through documents: rotary embedding turns q[t] and k[j] by
     multiples of t and j, so q[t] . k[j] depends on t - j alone, and so does a window. Starting again at 0 in each document
@@ -127,6 +121,7 @@ class Model:
         if self._micro:
             self._dhead = self.layout.head_rows(self._micro.part, columns, self._micro.pieces.place)
         self.total = self.buffers["total"]
+        self.preferences: Preferences | None = None
         self._cache = [
             (self.buffers[f"{i}.keys"], self.buffers[f"{i}.values"])
             for i in range(cfg.num_layers if cache else 0)
@@ -205,7 +200,7 @@ class Model:
 
     def _put_ids(self, ids: np.ndarray) -> None:
         self._in_vocabulary(ids, lowest=0)
-        self.b, self.t = ids.shape
+        self._ids, (self.b, self.t) = ids, ids.shape
         s = self._at(self.b, self.t)[1]
         self.be.from_host(s.ids, ids.reshape(-1))
         if self.document_end is not None:
@@ -253,7 +248,7 @@ class Model:
         )
 
     def loss(self, targets: np.ndarray, scale: float | None = None, tap: Tap = no_tap) -> None:
-        """Add the losses of targets (B,T) to self.total, in nats; negative targets are left out.
+        """Add the losses of targets (B,T), or of their pairs, to self.total, in nats; negative targets are left out.
 
         With a loss scale, also start the backward pass of scale * sum of losses: the gradient of the head
         is added and that of final_norm kept. loss_rows rows of logits exist at a time; where that is not
@@ -264,27 +259,46 @@ class Model:
 
     def _put_targets(self, targets: np.ndarray) -> None:
         self._in_vocabulary(targets, lowest=None)
+        self._targets = targets
         self.be.from_host(self._at(self.b, self.t)[1].targets, targets.reshape(-1))
 
     def _loss(self, scale: float | None, tap: Tap = no_tap, begins: bool = False) -> None:
         be, s = self.be, self._at(self.b, self.t)[1]
-        n = self.b * self.t
         if self._micro and scale is not None:
             self._clear_sums()
+        self._rows(None if self.preferences else scale, None, tap, begins)
+        if self.preferences:
+            # The losses of all rows came first: the weight of each depends on those of its pair.
+            pairs, weights = self.preferences.weigh(
+                self._ids, self._targets, be.to_host(s.loss), scale or 0.0
+            )
+            if scale is not None:
+                self._rows(scale, weights, tap, begins)
+            be.from_host(s.loss, pairs)
+        be.add_sum(self.total, s.loss)
+
+    def _rows(self, scale: float | None, weights: Weights | None, tap: Tap, begins: bool = False) -> None:
+        """Compute the losses of rows and, with a scale, or weights in its place, the gradients of the head and of final_norm."""
+        be, s = self.be, self._at(self.b, self.t)[1]
+        n = self.b * self.t
         for first in range(0, n, self.loss_rows):
             rows = slice(first, min(n, first + self.loss_rows))
             suffix = "" if n <= self.loss_rows else f".{first}"
             whole = self._logits[: rows.stop - first]
             logits = whole[:, : self.cfg.vocab_size]
-            be.linear_fwd(whole, s.final_norm[rows], self._head, None)
+            # All logits are there already, where they fit.
+            if weights is None or n > self.loss_rows:
+                be.linear_fwd(whole, s.final_norm[rows], self._head, None)
             tap(None, "logits" + suffix, logits)
-            be.cross_entropy(s.loss[rows], logits, s.targets[rows], scale, self.z_loss)
+            for at, weight in [(rows, scale)] if weights is None else within(weights, rows):
+                be.cross_entropy(
+                    s.loss[at], logits[at.start - first : at.stop - first], s.targets[at], weight, self.z_loss
+                )
             tap(None, "loss_rows" + suffix, s.loss[rows])
             if scale is not None:
                 tap(None, "d_logits" + suffix, logits)
                 adds = first > 0 or not (begins or self._micro)
                 be.linear_bwd(s.dnorm[rows], self._dhead, None, whole, s.final_norm[rows], self._head, adds)
-        be.add_sum(self.total, s.loss)
 
     def last_logits(self) -> np.ndarray:
         """Logits of the last position of each sequence of the latest forward, on the host, (B,V)."""

@@ -67,6 +67,22 @@ def counts(verdict: dict[str, Any] | None) -> str:
     return ", ".join(f"{found.count(w)} {text}" for w, text in words.items() if w in found)
 
 
+def _of_pairs(last: dict[str, Any]) -> list[dict[str, str]]:
+    """Make the tiles of an evaluation on pairs of preferences."""
+    gains = [f"{side} {or_nan(last.get(f'val_{side}_gain')):+.3f}" for side in ("chosen", "rejected")]
+    accuracy, margin = (or_nan(last.get(key)) for key in ("val_accuracy", "val_margin"))
+    moved = f"answers, nats a token: {', '.join(gains)}"
+    return [
+        dict(
+            label="Pairs ordered rightly",
+            value=f"{100 * accuracy:.1f}",
+            unit="%",
+            note="accuracy on held-out pairs",
+        ),
+        dict(label="Margin", value=decimal(margin, 3), unit="", note=moved),
+    ]
+
+
 def tiles(run: Run) -> list[dict[str, str]]:
     """List label, value, unit and a note of each key figure."""
     tiles: list[dict[str, str]] = []
@@ -81,17 +97,17 @@ def tiles(run: Run) -> list[dict[str, str]]:
         error = last.get("val_loss_stderr")
         spread = f"\u00b1 {error:.2g} \u00b7 " if isinstance(error, float) and math.isfinite(error) else ""
         place = "the best so far" if at is last else f"best {best:.4f} at step {at['step']:,}"
-        tile("Validation loss", decimal(loss), "nats/token", spread + place)
+        of_pairs = "val_accuracy" in last
+        tile("Validation loss", decimal(loss), "a pair" if of_pairs else "nats/token", spread + place)
+        if of_pairs:
+            tiles += _of_pairs(last)
         bits = or_nan(last.get("val_bits_per_byte"))
         if math.isfinite(bits):
             tile("Bits per byte", decimal(bits, 3), "", "comparable between tokenizers")
-        tile(
-            "Perplexity",
-            perplexity(loss),
-            "",
-            f"{perplexity(losses[0][0])} at step {losses[0][1]['step']:,}",
-        )
-        entropy = or_nan(run.part("data").get("val_unigram_entropy_nats"))
+        if not of_pairs:
+            at_first = f"{perplexity(losses[0][0])} at step {losses[0][1]['step']:,}"
+            tile("Perplexity", perplexity(loss), "", at_first)
+        entropy = math.nan if of_pairs else or_nan(run.part("data").get("val_unigram_entropy_nats"))
         if math.isfinite(entropy):
             gain = entropy - loss
             tile(

@@ -58,9 +58,17 @@ class Display:
 
     def evaluated(self, e: Evaluated) -> None:
         """Show an evaluation, and the mean training loss of the epoch that ends there."""
-        step, loss, bits = (e.line[key] for key in ("step", "val_loss", "val_bits_per_byte"))
+        step, loss = e.line["step"], e.line["val_loss"]
         train = f"train {np.mean(e.train_losses):.4f}  " if e.train_losses else "before training: "
-        self.note(f"step {step:>5}  {train}val {loss:.4f} nats/token  {bits:.3f} bits/byte")
+        if "val_accuracy" in e.line:
+            accuracy, margin = e.line["val_accuracy"], e.line["val_margin"]
+            self.note(
+                f"step {step:>5}  {train}val {loss:.4f} a pair  accuracy {accuracy:.3f}  margin {margin:+.4f}"
+            )
+            return
+        self.note(
+            f"step {step:>5}  {train}val {loss:.4f} nats/token  {e.line['val_bits_per_byte']:.3f} bits/byte"
+        )
 
     def spot_checked(self, e: SpotChecked) -> None:
         """Show that all arrays agree, or every array that does not."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from ..common.events import Line
 from ..common.units import LAST_STEPS, perplexity
 from ..data.batches import Windows, sequential, trained_targets
+from ..model.preferences import tally_anew, terms
 from ..model.transformer import Model
 from .inputs import Inputs
 
@@ -20,11 +22,13 @@ class Stopped(Exception):
 
 
 class Loss(NamedTuple):
-    """Mean in nats per target, number of targets, standard error of the mean (0 where there was one micro-batch only)."""
+    """Mean in nats per target, or per pair, number of targets, standard error of the mean (0: there was one micro-batch only);
+    of pairs also accuracy, margin and so on."""
 
     mean: float
     tokens: int
     stderr: float
+    pairs: Mapping[str, float] = MappingProxyType({})
 
 
 def evaluate(
@@ -37,22 +41,24 @@ def evaluate(
     """Compute the mean loss over all windows, or `most` of them, evenly spaced; `micro` at once.
 
     The standard error is that of the means of micro-batches. Raises Stopped when stop() says so."""
-    be = model.be
+    be, preferences = model.be, model.preferences
     be.fill(model.total, 0)
-    tokens, before = 0, 0.0
+    tokens, counted, before = 0, 0, 0.0
+    tally_anew(preferences)
     means: list[float] = []
     for ids, targets in sequential(windows, micro, most):
         if stop():
             raise Stopped
         model.forward(ids)
         model.loss(targets)
-        count = trained_targets(targets)
-        tokens += count
+        count = terms(preferences, ids, targets)
+        counted += count
+        tokens += trained_targets(targets)
         total = float(be.to_host(model.total)[0])
         means.append((total - before) / count)
         before = total
     error = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-    return Loss(before / tokens, tokens, error)
+    return Loss(before / counted, tokens, error, preferences.tally.figures() if preferences else {})
 
 
 def evaluated_on(i: Inputs) -> dict[str, Any]:
@@ -65,6 +71,7 @@ def evaluated_on(i: Inputs) -> dict[str, Any]:
         "seq_length": s.seq_length,
         "val_windows": s.val_batches and s.val_batches * s.batch_size,
         "document_end": i.document_end,
+        **({"preferences": i.init and i.init.sha256} if val.shards.facts.get("pairs") else {}),
     }
 
 

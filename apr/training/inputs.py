@@ -60,12 +60,16 @@ class Inputs(OpenedData):
     @property
     def chat_template(self) -> str | None:
         """Text of the template that writes the conversations of the run; None without one."""
-        return template_in(self.carried.get(HF_FILES, {})) if self.settings.instruct else None
+        return (
+            template_in(self.carried.get(HF_FILES, {}))
+            if self.settings.instruct or self.settings.preferences
+            else None
+        )
 
     @property
     def blank_rows_note(self) -> str:
         """Name the special tokens of conversations whose embedding is 0, or that of another of them: --init never learnt them."""
-        if not self.settings.instruct or self.init is None:
+        if not (self.settings.instruct or self.settings.preferences) or self.init is None:
             return ""
         ids = np.unique(np.concatenate([np.unique(a) for a in self.train.shards.arrays]))
         # Nothing is computed from what stands between examples.
@@ -154,7 +158,7 @@ def _carried(s: Settings, init: Checkpoint | None, tokenizer: Tokenizer) -> dict
     if init is None:
         return {}
     texts = {} if s.tokenizer else dict(init.texts)
-    if s.instruct and (template := init.template(s.chat_template)):
+    if (s.instruct or s.preferences) and (template := init.template(s.chat_template)):
         if s.chat_template or template_in(texts) is None:
             texts = with_one_template({**texts, TEMPLATE: template.text})
         known = [] if tokenizer.eos_id is None else [tokenizer.eos_id]

@@ -37,12 +37,14 @@ from ..data.batches import Batches, Exhausted, trained_targets
 from ..model.adapters import Adapters
 from ..model.cost import flops_per_token
 from ..model.optim import hyper_parameters, optimizer_class
+from ..model.preferences import tally_anew, terms, without_pairs
 from ..model.schedule import Schedule
 from ..model.transformer import Model
 from .callbacks import CallbackFailed
 from .evaluate import Loss, Stopped, epoch_facts, evaluate
 from .inputs import Inputs
 from .progress import Progress
+from .references import have_reference, preferences_of
 from .resuming import still_to_come, what_is_next
 from .rundir import RunDir, interrupted
 from .sample import sample_text
@@ -89,6 +91,7 @@ class Trainer:
             lora=inputs.lora,
             act_again=inputs.act_again,
         )
+        self.model.preferences = preferences_of(s, inputs.train, inputs.document_end)
         self.lora = self.model.adapters
         if self.lora and inputs.init:
             self.lora.set_base(reader(self.model.layout, inputs.init))
@@ -130,7 +133,8 @@ class Trainer:
             self.run.drop_after(len(self.progress.val_losses) - 1, self.progress.step)
         else:
             self.begin_anew()
-        self.model.tune(self.s.batch_size * self.s.seq_length)
+        with without_pairs(self.model):
+            self.model.tune(self.s.batch_size * self.s.seq_length)
 
     def begin_anew(self) -> None:
         """Set weights, optimizer state and data position to those before the first step. Raises Refused."""
@@ -149,6 +153,7 @@ class Trainer:
         self.progress, self._ahead = Progress(), 0
         self.batches.rewind()
         self.emit(WeightsReady(0))
+        have_reference(model, self.run, i.train, i.val, may_compute=True)
 
     def load(self, path: Path | None = None) -> None:
         """Go on from a saved state, the latest one if none is given. Raises Refused, MalformedFile."""
@@ -164,13 +169,14 @@ class Trainer:
         p = self.progress
         self.resumed, self._saved, self._sampled, self._ahead = True, p.step, p.val_step, 0
         self.batches.restore(p.data)
+        have_reference(self.model, self.run, self.inputs.train, self.inputs.val)
         expected, found = still_to_come(p.next, self.s.num_steps), what_is_next(self)
         self.emit(WeightsReady(p.step, True, self.state.sha256(), sha, tuple(p.gates), expected, found))
 
     # Steps
 
     def train_step(self) -> Line:
-        """Take one optimizer step on the mean loss over the predicted tokens of a batch; returns its line of the log."""
+        """Take one optimizer step on the mean loss over the tokens, or pairs, of a batch; returns its line of the log."""
         model, opt, step, start = self.model, self.opt, self.progress.step + 1, time.perf_counter()
         ids, targets = self.batches.next()
         tokens, read = trained_targets(targets), time.perf_counter()
@@ -180,34 +186,37 @@ class Trainer:
         is_begun = self._ahead == step
         if is_begun:
             start, model.tokens_trained = self._read_at, self._trained_ahead
-        self._compute_gradients(ids, targets, slice(int(is_begun), None))
+        counted = self._compute_gradients(ids, targets, slice(int(is_begun), None))
         self.emit(GradientsReady(step))
         lr = self.schedule(step)
         opt.step(lr, clear=False)
         numbers = model.be.read_later((model.total, opt.sum_sq, opt.square))
         self._look_ahead(step)
-        line = self._measure(lr, tokens, start, targets.size, numbers)
+        line = self._measure(lr, tokens, counted, start, targets.size, numbers)
+        line |= model.preferences.tally.figures() if model.preferences else {}
         self.emit(Measured(line))
         return line
 
-    def _compute_gradients(self, ids: np.ndarray, targets: np.ndarray, which: slice) -> None:
-        """Compute loss and gradients of those micro-batches of a batch, one by one; the first begins the gradients."""
-        model, tokens = self.model, trained_targets(targets)
+    def _compute_gradients(self, ids: np.ndarray, targets: np.ndarray, which: slice) -> int:
+        """Compute loss and gradients of those micro-batches of a batch; returns how many targets, or pairs, the batch has."""
+        model, counted = self.model, terms(self.model.preferences, ids, targets)
         # The loss scale is part of the graph key: of instruction batches, whose tokens differ in number, none would be reused.
-        graph = self.s.graph and tokens == targets.size
+        graph = self.s.graph and trained_targets(targets) == targets.size
         for n, part in [*enumerate(micro_batches(ids, targets, self.micro))][which]:
             if n == 0:
                 model.be.fill(model.total, 0)
-            model.micro_step(*part, 1 / tokens, graph, begins=n == 0)
+                tally_anew(model.preferences)
+            model.micro_step(*part, 1 / counted, graph, begins=n == 0)
+        return counted
 
     def _look_ahead(self, step: int) -> None:
         """Ask the device for the first gradients of the next step before the numbers of this one are read: it is busy meanwhile.
 
         One micro-batch: copies of more ids would wait for the device, and the numbers would be read as late as it is done.
-        Events and counts stay those of this step. Not where observers ask the model first, nor an evaluation comes."""
+        Events and counts stay those of this step. Not before observers ask the model, an evaluation, or pairs."""
         busy = any(o.computes_before(step + 1) for o in self.observers if hasattr(o, "computes_before"))
         can = self.inputs.backend.asynchronous and self._steps_here and not self.stop.is_asked
-        if not can or busy or self._ends_epoch(step):
+        if self.model.preferences or not can or busy or self._ends_epoch(step):
             return
         try:
             batch, model, trained = self.batches.peek(), self.model, self.model.tokens_trained
@@ -217,10 +226,10 @@ class Trainer:
             self._compute_gradients(*batch, slice(1))
             self._ahead, self._trained_ahead, model.tokens_trained = step + 1, model.tokens_trained, trained
 
-    def _measure(self, lr: float, tokens: int, start: float, positions: int, numbers: Any) -> Line:
+    def _measure(self, lr: float, tokens: int, n: int, start: float, positions: int, numbers: Any) -> Line:
         """Read loss and norms of the step from the device, and count it."""
         p, (total, square, square_of_weights) = self.progress, numbers()
-        loss, norm = total / tokens, self.opt.grad_norm(square)
+        loss, norm = total / n, self.opt.grad_norm(square)
         self._read_at = time.perf_counter()
         wall = self._read_at - start
         p.step += 1
@@ -264,12 +273,14 @@ class Trainer:
         """Evaluate; returns the line of the log. Raises Aborted through its observers."""
         self.saver.wait()
         start = time.perf_counter()
-        loss, tokens, error = self.evaluate()
+        loss, tokens, error, pairs = self.evaluate()
         p, shards = self.progress, self.inputs.val.shards
-        bits = bits_per_byte(loss, shards.total_tokens, shards.total_bytes)
         p.seconds += (seconds := time.perf_counter() - start)
-        line: Line = dict(step=p.step, val_loss=loss, val_tokens=tokens, val_bits_per_byte=bits)
-        line |= dict(val_loss_stderr=error, wall_ms=1e3 * seconds)
+        line: Line = dict(step=p.step, val_loss=loss, val_tokens=tokens)
+        bits = dict(val_bits_per_byte=bits_per_byte(loss, shards.total_tokens, shards.total_bytes))
+        line |= ({f"val_{k}": x for k, x in pairs.items()} or bits) | dict(
+            val_loss_stderr=error, wall_ms=1e3 * seconds
+        )
         self.emit(Measured(line))
         self.run.log.write(**line)
         p.val_losses.append(loss)

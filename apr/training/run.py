@@ -342,7 +342,7 @@ def _finish(
         "steps": p.step,
         "val_loss": last["val_loss"],
         "best_val_loss": p.best_val,
-        "val_bits_per_byte": last["val_bits_per_byte"],
+        **summary.figures_of(last),
         "unigram_entropy": i.val.shards.unigram_entropy,
         "tokens_seen": p.tokens_seen,
         "seconds": time.perf_counter() - start,

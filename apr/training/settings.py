@@ -27,10 +27,13 @@ from ..common.options import (
 from ..data.audit import tokenizer_beside
 from ..data.settings import DataSettings, check_data
 from ..model.optim import OptimSettings
+from ..model.preferences import PreferenceSettings, check_preferences
 from ..model.settings import ModelSettings, check_model
 
 # Adapters start at zero and take larger steps than weights.
 LORA_LR = 2e-4
+# Of the learning rate of a tuning, that of a tuning on preferences: 1e-6, and 4e-6 of adapters, where others take 5e-7 to 5e-6.
+PREFERENCE_SHARE = 0.02
 MODES = {"from-scratch": dict(lr=3e-4, warmup_steps=1000), "finetune": dict(lr=5e-5, warmup_steps=100)}
 
 
@@ -148,7 +151,14 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Settings(
-    RunSettings, SaveSettings, EvidenceSettings, EvalSettings, OptimSettings, ModelSettings, DataSettings
+    RunSettings,
+    SaveSettings,
+    EvidenceSettings,
+    EvalSettings,
+    PreferenceSettings,
+    OptimSettings,
+    ModelSettings,
+    DataSettings,
 ):
     """Every setting of `apr pretrain`; None means "depends on other settings".
 
@@ -180,9 +190,14 @@ def from_command_line(args: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
     explicit = given(Settings, args, "apr pretrain", __doc__ or "")
     if "config" in explicit:
         explicit = {**read_config(Path(explicit["config"])), **explicit}
-    if not explicit.keys() & {"corpus", "dataset", "instruct", "model", "init"} and not explicit.get(
-        "resume"
-    ):
+    if not explicit.keys() & {
+        "corpus",
+        "dataset",
+        "instruct",
+        "preferences",
+        "model",
+        "init",
+    } and not explicit.get("resume"):
         explicit = {**DEMO, **explicit}
     return Settings(**explicit), explicit
 
@@ -236,8 +251,12 @@ def resolve(s: Settings) -> Settings:
         raise UsageError("--mode finetune needs --init: a checkpoint to start from")
     if s.other_kernels and not s.resume:
         raise UsageError("--other-kernels goes on with a run on another kind of GPU: give it with --resume")
-    if s.instruct and not s.init:
-        raise UsageError("--instruct fine-tunes a checkpoint: give it with --init")
+    check_preferences(s)
+    for name in ("instruct", "preferences"):
+        if getattr(s, name) and not s.init:
+            raise UsageError(f"--{name} fine-tunes a checkpoint: give it with --init")
+    if s.preferences and s.z_loss:
+        raise UsageError("--z-loss is a part of the mean loss of tokens; it does not go with --preferences")
     if s.dataset and not s.tokenizer and not tokenizer_beside(Path(s.dataset)).is_dir():
         raise UsageError("--dataset needs --tokenizer: the folder of the tokenizer that made the shards")
     check_ranges(Settings, vars(s))
@@ -249,7 +268,8 @@ def resolve(s: Settings) -> Settings:
         )
     defaults: dict[str, Any] = MODES[mode]
     adapters = s.lora_rank is not None or s.lora_init is not None
-    lr = (LORA_LR if adapters else defaults["lr"]) if s.lr is None else s.lr
+    usual = (LORA_LR if adapters else defaults["lr"]) * (PREFERENCE_SHARE if s.preferences else 1)
+    lr = usual if s.lr is None else s.lr
     return dataclasses.replace(
         s,
         mode=mode,

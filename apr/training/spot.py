@@ -11,6 +11,7 @@ from ..bisect.golden import golden_steps
 from ..bisect.spot import spot_check
 from ..bisect.upload import tables
 from ..common.events import Event, FormulasChecked, SpotChecked, StepBegun
+from ..model.preferences import without_pairs
 from ..model.transformer import Model
 from .metrics import MetricsLog
 
@@ -37,7 +38,8 @@ class SpotChecks:
         # Few positions are checked, and the check must see a loss.
         start_token = max(0, int(np.argmax(e.targets[0] >= 0)) - CONTEXT_TOKENS)
         ids, targets = (x[: self.model.batch, start_token:] for x in (e.ids, e.targets))
-        report = spot_check(self.model, ids, targets, f"the model before step {e.step}")
+        with without_pairs(self.model):
+            report = spot_check(self.model, ids, targets, f"the model before step {e.step}")
         seconds = time.perf_counter() - start
         self.log.write(
             step=e.step,

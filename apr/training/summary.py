@@ -15,6 +15,7 @@ from . import disk
 from .display import Rows
 from .inputs import Inputs
 from .progress import Progress
+from .references import preferences_of
 from .rundir import RunDir, epoch_of
 from .settings import Settings
 
@@ -75,7 +76,7 @@ def _split(i: Inputs) -> str:
     """Count the tokens to train on and those held out."""
     train, val = i.train.shards, i.val.shards
     if train.facts:
-        return _examples(train.facts, val.facts, i.train.seq_length)
+        return _examples(train.facts, val.facts, i.train.seq_length) + _loss_of_pairs(i)
     if val is not train:
         documents = plural(val.total_documents, "document")
         return (
@@ -96,6 +97,17 @@ def _examples(train: dict[str, Any], val: dict[str, Any], seq_length: int) -> st
         f"{trained:,} of {plural(tokens, 'token')} are answers ({100 * trained / tokens:.1f} %), which are trained on; "
         f"{val['trained']:,} held out\n"
         f"{packed}: {rows:,} of {plural(seq_length, 'token')}, {100 * tokens / (rows * (seq_length + 1)):.0f} % full"
+    )
+
+
+def _loss_of_pairs(i: Inputs) -> str:
+    """Describe the loss of pairs; "" for other data."""
+    p = preferences_of(i.settings, i.train, i.document_end)
+    pairs = i.train.shards.facts.get("pairs", 0)
+    return (
+        f"\n{plural(pairs, 'pair')} of preferences, {i.val.shards.facts['pairs']:,} held out: {p.describe()}"
+        if p
+        else ""
     )
 
 
@@ -142,14 +154,29 @@ def closing(
     checkpoint = run.checkpoints()[-1]
     epochs = run.epochs()
     facts, epoch_steps = epochs[-1], p.step - _evaluated_before(run, p.step)
+    of_pairs = "val_accuracy" in evaluation
+    of_tokens = (
+        ()
+        if of_pairs
+        else (
+            ("validation loss", f"{loss:.4f} nats/token = {evaluation['val_bits_per_byte']:.3f} bits/byte"),
+            ("", f"on {plural(evaluation['val_tokens'], 'token')} that training never saw"),
+        )
+    )
+    yardsticks = (
+        ()
+        if of_pairs
+        else (
+            ("token frequencies", f"{entropy:.4f} nats/token, their entropy: the model is {relation}"),
+            ("uniform guess", f"{math.log(i.cfg.vocab_size):.4f} nats/token, ln of the vocabulary"),
+        )
+    )
     return [
-        ("validation loss", f"{loss:.4f} nats/token = {evaluation['val_bits_per_byte']:.3f} bits/byte"),
-        ("", f"on {plural(evaluation['val_tokens'], 'token')} that training never saw"),
-        ("training loss", f"{facts['train_loss_last']:.4f} nats/token in the last "
+        *(_of_pairs(evaluation, p.val_losses[0]) if of_pairs else of_tokens),
+        ("training loss", f"{facts['train_loss_last']:.4f} {'a pair' if of_pairs else 'nats/token'} in the last "
         f"{plural(min(LAST_STEPS, epoch_steps), 'step')}, "
          f"{facts['train_loss']:.4f} over the last epoch"),
-        ("token frequencies", f"{entropy:.4f} nats/token, their entropy: the model is {relation}"),
-        ("uniform guess", f"{math.log(i.cfg.vocab_size):.4f} nats/token, ln of the vocabulary"),
+        *yardsticks,
         ("trained on", f"{plural(p.tokens_seen, 'token')} in {plural(p.step, 'step')}, {speed:,.0f} tokens/s with evaluations"),
         ("checkpoint", str(checkpoint)),
         *_other_checkpoints(run, epochs),
@@ -193,11 +220,31 @@ def spans(numbers: list[int]) -> str:
     return ", ".join(f"{p[0]} to {p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
+def figures_of(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Pick what an evaluation has beside its loss: bits per byte, or accuracy and margin of pairs."""
+    names = ("val_bits_per_byte", "val_accuracy", "val_margin", "val_chosen_gain", "val_rejected_gain")
+    return {name: evaluation[name] for name in names if name in evaluation}
+
+
+def _of_pairs(evaluation: dict[str, Any], first: float) -> Rows:
+    """Describe the last evaluation of pairs."""
+    e = evaluation
+    moved = [f"{side} {e[key]:+.3f}" for side in ("chosen", "rejected") if (key := f"val_{side}_gain") in e]
+    return [
+        ("validation loss", f"{e['val_loss']:.4f} a pair, before training {first:.4f}"),
+        ("accuracy", f"{100 * e['val_accuracy']:.1f} % of held-out pairs are ordered rightly, margin {e['val_margin']:+.4f}"),
+        ("answers", f"{', '.join(moved)} nats a token against the model before training"),
+    ]  # fmt: skip
+
+
 def reached(run: RunDir, verdict: dict[str, Any]) -> Rows:
     """Describe a run that had ended before this process."""
     r = result(run, verdict)
     return [
-        ("validation loss", f"{r['val_loss']:.4f} nats/token after {plural(r['steps'], 'step')}"),
+        (
+            "validation loss",
+            f"{r['val_loss']:.4f} {'a pair' if 'val_accuracy' in r else 'nats/token'} after {plural(r['steps'], 'step')}",
+        ),
         ("checkpoint", str(run.checkpoints()[-1])),
         ("report", str(run.path / "report.html")),
         ("verdict", verdict["verdict"]),
@@ -215,7 +262,7 @@ def result(run: RunDir, verdict: dict[str, Any]) -> dict[str, Any]:
         "steps": max((m["step"] for m in lines if "train_loss" in m), default=0),
         "val_loss": evaluations[-1]["val_loss"],
         "best_val_loss": min(m["val_loss"] for m in evaluations),
-        "val_bits_per_byte": evaluations[-1]["val_bits_per_byte"],
+        **figures_of(evaluations[-1]),
         "unigram_entropy": run.read_config()["data"]["val_unigram_entropy_nats"],
         "tokens_seen": max((m["tokens_seen"] for m in lines if "train_loss" in m), default=0),
         "seconds": 0.0,

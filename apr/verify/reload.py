@@ -29,6 +29,7 @@ from ..model.lora import AdapterLayout, lora_of_json
 from ..model.params import Layout
 from ..model.transformer import Model
 from ..training.evaluate import Loss, evaluate
+from ..training.references import preferences_of, use_reference
 from ..training.rundir import RunDir
 from ..training.settings import Settings, check
 
@@ -81,7 +82,7 @@ def checkpoint_loss(r: Recorded, backend: ModuleType, dtype: str, dataset: str |
     sides = [
         Split(name, folder, open_shards(folder, tokenizer, verify=False)) for name, folder in folders.items()
     ]
-    _, val = windows_of(r.settings, sides)
+    train, val = windows_of(r.settings, sides)
     want = r.config["data"]["val_sha256"]
     if val.shards.sha256 != want:
         raise Refused(f"{val.shards.folder}: SHA-256 {val.shards.sha256[:12]}, the run used {want[:12]}")
@@ -91,6 +92,11 @@ def checkpoint_loss(r: Recorded, backend: ModuleType, dtype: str, dataset: str |
         init.cfg, backend, micro, s.seq_length, dtype,
         train=False, w=init.on(backend, dtype), document_end=evaluation.get("document_end"),
     )  # fmt: skip
+    model.preferences = preferences_of(s, train, evaluation.get("document_end"))
+    if model.preferences and not use_reference(
+        model.preferences, RunDir(r.checkpoint.parents[1]), train, val
+    ):
+        raise MalformedFile(f"{r.checkpoint}: its run has no reference to compare pairs with")
     return evaluate(model, val, micro, s.val_batches and s.val_batches * s.batch_size)
 
 

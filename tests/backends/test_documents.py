@@ -22,9 +22,10 @@ from apr.bisect.upload import borders
 from apr.common.errors import Refused
 from apr.model.config import ModelConfig
 from apr.model.cost import memory
+from apr.model.documents import document_starts
 from apr.model.presets import PRESETS
 from apr.model.taps import Record
-from apr.model.transformer import Model, document_starts
+from apr.model.transformer import Model
 from cases import overlay
 from checks import CONFIGS, END, Build, batch, off_truth, on, randomised, results, wrong_gradients
 from faults import planted

@@ -456,10 +456,12 @@ ELSEWHERE = {
     "start.borders",
     "start.formulas",
     "start.averages",
+    "start.preferences",
+    "run.margin",
     "before.resumed",
     "end.learning",
     "end.base",
-}  # faults that need another run, below, in test_start_gates.py, test_first_step.py and test_lora.py
+}  # faults that need another run, below, in test_start_gates.py, test_first_step.py, test_preference_runs.py and test_lora.py
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
@@ -503,6 +505,8 @@ def test_a_sound_run_passes_them_all(sound):
         "before.resumed",
         "start.pretrained",
         "start.reproduces",
+        "start.preferences",
+        "run.margin",
         "start.borders",
         "end.base",
         "end.target",

@@ -32,6 +32,10 @@ NAME, BOUND = (
     "answers of the files",
     "trained tokens are an answer of the files, from its first to the end of its turn",
 )
+PAIRS, PAIRS_BOUND = (
+    "pairs of the files",
+    "chosen answers are chosen ones of the files, rejected are rejected ones",
+)
 # Rows of a side whose answers are decoded, evenly spread.
 SAMPLED_ROWS = 128
 # Bytes of the files that are read again.
@@ -119,7 +123,7 @@ def answers_kept(
         return Finding.skipped(
             NAME, "the chat template does not write a question and its answer as they are", BOUND
         )
-    spelling = _Spelling(tokenizer)
+    spelling = Spelling(tokenizer)
     file = _read(corpus, spelling, frame, tokenizer)
     total, wrong = 0, ""
     for side, shards in sides.items():
@@ -190,7 +194,7 @@ def _uncounted(file: _File, sides: dict[str, PackedShards]) -> str:
     )
 
 
-def _read(corpus: Conversations, spelling: _Spelling, frame: Frame, tokenizer: Tokenizer) -> _File:
+def _read(corpus: Conversations, spelling: Spelling, frame: Frame, tokenizer: Tokenizer) -> _File:
     """Read the answers of files with Python's own decoders."""
     end = tokenizer.special_tokens().get(-1 if frame.end is None else frame.end, "")
     names, speakers = (
@@ -272,7 +276,7 @@ def _contents(message: dict[str, Any], names: dict[str, str]) -> Iterator[str]:
             yield content
 
 
-class _Spelling:
+class Spelling:
     """Texts of tokens, and keys to compare texts by: normalized, without white space and special tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -334,21 +338,21 @@ def _lost(shards: PackedShards, frame: Frame, tokenizer: Tokenizer) -> str:
     if shards.manifest.by_turn or frame.end is None or not tokenizer.special_pattern.search(frame.prompt):
         return ""
     begun = trained = 0
-    for row in _rows(shards):
+    for row in sampled_rows(shards):
         ids = np.asarray(shards.ids[row])
         begun += tokenizer.decode(ids).count(frame.prompt)
         trained += int(((ids == frame.end) & (np.asarray(shards.trained[row]) > 0)).sum())
     return f"{begun:,} answers begin, {trained:,} are trained" if begun > trained else ""
 
 
-def _rows(shards: PackedShards) -> list[int]:
+def sampled_rows(shards: PackedShards) -> list[int]:
     rows = shards.manifest.rows
     return sorted({rows * k // SAMPLED_ROWS for k in range(SAMPLED_ROWS)})
 
 
 def _sampled(shards: PackedShards, end: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (ids before it in its example, ids) of the trained stretches in some rows."""
-    for row in _rows(shards):
+    for row in sampled_rows(shards):
         ids, trained = np.asarray(shards.ids[row]).astype(np.int64), np.asarray(shards.trained[row]) > 0
         edge = np.diff(np.concatenate([[False], trained, [False]]).astype(np.int8))
         for first, last in zip(np.flatnonzero(edge > 0), np.flatnonzero(edge < 0), strict=True):

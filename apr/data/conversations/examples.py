@@ -10,7 +10,7 @@ from pathlib import Path
 from ...common.errors import MalformedFile, Refused
 from ...common.files import check_values
 from ..corpus import Corpus
-from ..documents import Item
+from ..documents import Document, Item
 from ..find import find_sources
 from ..hub_data import data_files
 from ..json_records import read_json_records
@@ -19,17 +19,20 @@ from ..parquet import read_parquet_records
 from ..source import Skipped, Source, Unusable
 from .shapes import KeyMap, example_of
 
+Parse = Callable[[str, object, KeyMap], Document]
+
 
 class Conversations(Corpus):
     """Examples of JSON Lines, JSON and Parquet files; an unusable record is a Skipped with its line or number."""
 
     map = KeyMap()
+    parse: Parse = staticmethod(example_of)
 
     def _read(self, source: Source, advance: Callable[[int], None]) -> Iterator[Item]:
         if source.kind == "parquet":
-            return read_parquet_records(source, partial(_row, keys=self.map), advance)
+            return read_parquet_records(source, partial(_row, parse=self.parse, keys=self.map), advance)
         read = read_json_records if source.kind == "json" else read_jsonl
-        return read(source, partial(_record, keys=self.map), advance)
+        return read(source, partial(_record, parse=self.parse, keys=self.map), advance)
 
 
 def open_conversations(path: str, keys: str | None = None) -> Conversations:
@@ -50,20 +53,20 @@ def open_conversations(path: str, keys: str | None = None) -> Conversations:
     return found
 
 
-def _record(name: str, line: bytes, keys: KeyMap) -> Item:
+def _record(name: str, line: bytes, parse: Parse, keys: KeyMap) -> Item:
     """Parse a record. Numbers keep their spelling's type: a template may write them."""
     try:
         text = line.decode()
         check_values(text, "the line")
-        return example_of(name, json.loads(text), keys)
+        return parse(name, json.loads(text), keys)
     except (ValueError, RecursionError, MalformedFile) as e:
         return Skipped(name, "broken JSON", str(e))
     except Unusable as e:
         return Skipped(name, e.reason, e.detail)
 
 
-def _row(name: str, row: object, keys: KeyMap) -> Item:
+def _row(name: str, row: object, parse: Parse, keys: KeyMap) -> Item:
     try:
-        return example_of(name, row, keys)
+        return parse(name, row, keys)
     except Unusable as e:
         return Skipped(name, e.reason, e.detail)

@@ -11,7 +11,7 @@ from ...common.errors import UsageError
 Record = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 OF_RECORDS = ("messages", "conversations", "prompt", "response", "completion", "instruction", "input", "output", "text",
-              "system", "history", "tools")  # fmt: skip
+              "system", "history", "tools", "chosen", "rejected")  # fmt: skip
 OF_MESSAGES = ("role", "content", "from", "value", "train")
 
 

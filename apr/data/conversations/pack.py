@@ -94,8 +94,8 @@ class Spool:
         self._digest.update(bytes.fromhex(sha256))
         np.add.at(self.inside, e.ids[:-1], 1)
 
-    def pack(self, m: PackManifest) -> None:
-        """Write ids.bin, trained.bin and, with the counts filled in, instruct.json."""
+    def pack(self, m: PackManifest, together: int = 1) -> None:
+        """Write ids.bin, trained.bin and, with the counts filled in, instruct.json. together: examples that share a row."""
         for f in self._files:
             f.flush()
         ids, trained = (np.memmap(f, t, "r") for f, t in zip(self._files, ("<u4", "u1"), strict=True))
@@ -104,7 +104,8 @@ class Spool:
         costs = np.full(sizes.size, room)
         if m.separator is not None:
             costs = np.minimum(sizes + (ids[ends - 1] != m.separator), room)
-        rows = best_fit(costs, room)
+        whole = np.minimum(costs.reshape(-1, together).sum(1), room)
+        rows = [[i * together + k for i in row for k in range(together)] for row in best_fit(whole, room)]
         counts, digests = np.zeros(m.vocab_size, np.int64), (hashlib.sha256(), hashlib.sha256())
         places = [check_output(self.folder / name) for name in ("ids.bin", "trained.bin")]
         with open(places[0], "wb") as a, open(places[1], "wb") as b:
@@ -120,6 +121,7 @@ class Spool:
                 for out, digest, part in zip((a, b), digests, (x, y), strict=True):
                     out.write(part.data)
                     digest.update(part.data)
+        m.pairs = sizes.size // 2 if together == 2 else 0
         m.rows, m.examples, m.tokens, m.trained = len(rows), sizes.size, int(ends[-1]), int(counts.sum())
         m.answer_bytes, m.examples_sha256 = self.answer_bytes, self._digest.hexdigest()
         m.ids_sha256, m.trained_sha256 = (d.hexdigest() for d in digests)

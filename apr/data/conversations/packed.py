@@ -1,6 +1,7 @@
 """Read packed examples: `ids.bin` (uint32) and `trained.bin` (uint8), both (rows, seq_length + 1), beside an instruct.json.
 
-trained is 1 where a token is to be predicted: a token of an answer, or the one that ends its turn. Several examples share a
+trained is 1 where a token is to be predicted: a token of an answer, or the one that ends its turn; of pairs of preferences, 2
+in the rejected answer, which follows the chosen one in its row. Several examples share a
 row. Behind each stands the separator, an id that occurs inside none of them, and attention stops there, so an example is
 computed as if it were alone. Where every id of the vocabulary occurs, a row holds one example. The rest of a row is filled
 with the separator.
@@ -56,6 +57,7 @@ class PackManifest:
     tokens           of examples, without the fill of the rows
     trained          tokens that a loss is computed for, with answer_bytes of UTF-8
     cut              examples that lost the beginning of their context
+    pairs            of preferences; 0: examples are on their own
     by_turn          conversations whose answers are examples of their own, see render.Renderer
     examples_sha256  of the SHA-256 of ids and labels of each example, in their order
     audit            statistics of the trained tokens, see manifest.figures
@@ -75,6 +77,7 @@ class PackManifest:
     duplicates: int = 0
     cut: int = 0
     by_turn: int = 0
+    pairs: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_first: str = ""
     ids_sha256: str = ""
@@ -87,8 +90,8 @@ class PackManifest:
     def read(cls, path: Path) -> PackManifest:
         """Read instruct.json. Raises MalformedFile."""
         d = read_json(path)
-        # Records from before this count have none.
-        d = {"by_turn": 0, **d} if isinstance(d, dict) else d
+        # Records from before these counts have none.
+        d = {"by_turn": 0, "pairs": 0, **d} if isinstance(d, dict) else d
         if (
             not isinstance(d, dict)
             or (d.get("format"), set(d)) != (FORMAT, set(cls.__dataclass_fields__))
@@ -125,11 +128,11 @@ class PackedShards(Shards):
         self.row_tokens, self.border_id = m.seq_length + 1, m.separator
         self.arrays = [_mapped(self.files[0], "<u4", m.rows * self.row_tokens)]
         self.masks = [_mapped(self.files[1], "u1", m.rows * self.row_tokens)]
-        self.row_targets = self.trained[:, 1:].sum(1, dtype=np.int64)
+        self.row_targets = np.count_nonzero(self.trained[:, 1:], axis=1).astype(np.int64)
         self.vocab_size, self.tokenizer_sha256 = m.vocab_size, m.tokenizer_sha256
         self.total_tokens, self.total_bytes, self.total_documents = m.trained, m.answer_bytes, m.examples
         self.figures, self.facts = m.audit, {key: getattr(m, key) for key in RECORDED}
-        self.facts |= {"by_turn": m.by_turn} if m.by_turn else {}
+        self.facts |= {key: n for key in ("by_turn", "pairs") if (n := getattr(m, key))}
         identity = f"{m.seq_length} {m.separator} {m.ids_sha256}{m.trained_sha256}"
         self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
         if verify:

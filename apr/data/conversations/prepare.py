@@ -25,6 +25,7 @@ from ..source import Skipped
 from .examples import Conversations, open_conversations
 from .pack import Spool, fit, separator_of
 from .packed import FORMAT, RECORD, PackManifest
+from .pairs import TOO_LONG, Pairs, encode_pairs, open_pairs
 from .render import EncodedExample, Encoder
 from .shapes import Example, canonical
 
@@ -33,8 +34,6 @@ BATCH_EXAMPLES = 256
 SIDES = ("train", "val")
 # Of the table of shapes: folders of other versions are not used again.
 READ_AS = 2
-# The reason to leave an example out that says nothing of the file.
-TOO_LONG = "longer than --seq-length"
 
 
 @dataclass(frozen=True)
@@ -76,19 +75,20 @@ def prepare_conversations(
     progress: Progress | None = None,
     bos: str = "auto",
     keys: str | None = None,
+    pairs: bool = False,
 ) -> PreparedConversations:
-    """Render, encode and pack the examples of a path into a folder below `root`, named by all that determines it.
+    """Render, encode and pack the examples, or pairs, of a path into a folder below `root`, named by all that determines it.
 
     A whole folder of an earlier call is used again. Copies are dropped, and the side of an example follows from its content
     alone (see Sides). bos: "auto" puts the tokenizer's prefix_ids before a prompt that no template writes; keys: --map. Raises
     InputNotFound, Refused: nothing to train on, a side without examples; IOFailure."""
-    corpus = open_conversations(path, keys)
+    corpus = open_pairs(path, keys) if pairs else open_conversations(path, keys)
     rendering = [template.text, template.tokens] if template else None
     read_by, encoded_by = (
         [FORMAT, READ_AS, corpus.map.names],
         [tokenizer.sha256, tokenizer.eos_token, rendering],
     )
-    made_by: list[Any] = [*read_by, *encoded_by, seq_length, val_fraction]
+    made_by: list[Any] = [*read_by, *encoded_by, seq_length, val_fraction, *(["pairs"] if pairs else [])]
     if template is None and bos == "auto" and tokenizer.prefix_ids:
         made_by.append(list(tokenizer.prefix_ids))
     if skipped := getattr(corpus.sources, "skipped", ()):
@@ -153,24 +153,30 @@ def _pack(
 ) -> Sides:
     """Encode and pack both sides; returns the rule that gives both sides examples, with which nothing is packed yet if it is
     another than `sides`. Raises Refused: no example, or only one."""
-    m = replace(empty, skipped={})
+    m, flag = replace(empty, skipped={}), "--preferences" if isinstance(corpus, Pairs) else "--instruct"
     with ExitStack() as stack:
         spools = {s: Spool(folder / s, m.vocab_size, stack) for s in SIDES}
-        hashes = _encode(corpus, encoder, m, sides, spools, progress)
+        rest = encoder, m, sides, spools, progress
+        hashes = encode_pairs(corpus, *rest) if isinstance(corpus, Pairs) else _encode(corpus, *rest)
         counts = {side: len(spool.sizes) for side, spool in spools.items()}
         why = f"; the first that cannot be used: {m.skipped_first}" if m.skipped_first else ""
         if not any(counts.values()):
-            raise Refused(f"--instruct {corpus}: no example to train on{why}")
+            raise Refused(f"{flag} {corpus}: no example to train on{why}")
         if not all(counts.values()):
             if len(set(hashes)) < 2 or sides.moved:
                 raise Refused(
-                    f"--instruct {corpus}: one example cannot be divided into one to train on and one to validate with; give "
+                    f"{flag} {corpus}: one example cannot be divided into one to train on and one to validate with; give "
                     f"more examples{why}"
                 )
             return Sides.of(hashes, sides.fraction)
         separator = separator_of(spools["train"].inside + spools["val"].inside, encoder.tokenizer)
+        together = 2 if isinstance(corpus, Pairs) else 1
+        if separator is None and together > 1:
+            raise Refused(
+                f"{flag} {corpus}: every id of the vocabulary occurs, so none can stand between two answers"
+            )
         for side, spool in spools.items():
-            spool.pack(replace(m, side=side, separator=separator))
+            spool.pack(replace(m, side=side, separator=separator), together)
     return sides
 
 

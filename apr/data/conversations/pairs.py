@@ -1,0 +1,216 @@
+"""Pairs of preferences: a prompt with a chosen and a rejected answer, read, encoded and packed two by two.
+
+Both examples of a pair lie in one row, the chosen one first, each with its own copy of the prompt. Labels are 1 for tokens of
+the chosen answer and 2 for those of the rejected one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ...common.errors import Refused
+from ...common.finding import Finding
+from ...common.progress import Progress
+from ...common.units import plural
+from ..documents import Document, Sides
+from ..seen import Seen
+from ..source import Skipped, Unusable
+from .examples import Conversations, open_conversations
+from .keys import KeyMap
+from .pack import Spool
+from .packed import PackedShards, PackManifest
+from .render import EncodedExample, Encoder
+from .shapes import Example, canonical, example_of
+
+BATCH_PAIRS = 128
+TOO_LONG = "longer than --seq-length"
+CHOSEN, REJECTED = 1, 2
+NO_PAIR = (
+    "wanted prompt, chosen and rejected, or chosen and rejected as lists of messages with the prompt in them"
+)
+
+
+@dataclass(frozen=True)
+class Pair(Document):
+    """Two examples with the same prompt. text: both as JSON; prompt: what both begin with, as JSON."""
+
+    prompt: str
+    chosen: Example
+    rejected: Example
+
+
+def pair_of(name: str, value: Any, keys: KeyMap | None = None) -> Pair:
+    """Read a record with chosen and rejected: texts or lists of messages, behind a prompt that is a text, a list of messages,
+    or what both lists begin with. Raises Unusable."""
+    value = keys(value) if keys and isinstance(value, dict) else value
+    if not isinstance(value, dict) or not {"chosen", "rejected"} <= value.keys():
+        there = ", ".join(map(repr, list(value)[:10])) if isinstance(value, dict) else type(value).__name__
+        raise Unusable("no pair", f"there is {there}; {NO_PAIR}")
+    prompt, sides = value.get("prompt"), [value["chosen"], value["rejected"]]
+    if sides[0] == sides[1]:
+        raise Unusable("equal answers", "chosen and rejected are the same")
+    if isinstance(prompt, str) and all(isinstance(s, str) for s in sides):
+        examples = [example_of(name, {"prompt": prompt, "response": s}) for s in sides]
+        return Pair(name, canonical([prompt, *sides]), canonical(prompt), *examples)
+    turns = [_turns(prompt, side, key) for side, key in zip(sides, ("chosen", "rejected"), strict=True)]
+    shared = next((i for i, (a, b) in enumerate(zip(*turns, strict=False)) if a != b), min(map(len, turns)))
+    while shared and turns[0][shared - 1].get("role") == "assistant":
+        shared -= 1
+    if not shared:
+        raise Unusable("no prompt", f"chosen and rejected begin otherwise; {NO_PAIR}")
+    # Earlier answers are part of the prompt.
+    context = [{**m, "train": False} if m.get("role") == "assistant" else m for m in turns[0][:shared]]
+    examples = [example_of(name, {"messages": [*context, *t[shared:]]}) for t in turns]
+    return Pair(name, canonical(turns), canonical(turns[0][:shared]), *examples)
+
+
+def _turns(prompt: Any, side: Any, key: str) -> list[dict[str, Any]]:
+    """Join a prompt and an answer to messages. Raises Unusable."""
+    if isinstance(side, str):
+        side = [{"role": "assistant", "content": side}]
+    if not isinstance(side, list) or not side or not all(isinstance(m, dict) for m in side):
+        raise Unusable("not a list", f"{key} is neither a text nor a list of messages")
+    if isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt):
+        return [*prompt, *side]
+    # Beside whole conversations, a prompt repeats their question.
+    if side[0].get("role") != "assistant" or not isinstance(prompt, str):
+        return side
+    return [{"role": "user", "content": prompt}, *side]
+
+
+class Pairs(Conversations):
+    """Pairs of the files that conversations are read from; an unusable record is a Skipped with its line or number."""
+
+    parse = staticmethod(pair_of)
+
+
+def open_pairs(path: str, keys: str | None = None) -> Pairs:
+    """Find the files of a path; keys: --map. Raises as open_conversations does."""
+    found = open_conversations(path, keys)
+    pairs = Pairs(found.sources)
+    pairs.map = found.map
+    return pairs
+
+
+# Encoding
+
+
+def encode_pairs(
+    corpus: Pairs,
+    encoder: Encoder,
+    m: PackManifest,
+    sides: Sides,
+    spools: dict[str, Spool],
+    progress: Progress | None,
+) -> tuple[str, str]:
+    """Encode pairs into the spool of their side; in m, count those that are skipped, cut, or copies.
+
+    All pairs of a prompt are on one side. Returns the lowest and the highest hash of prompts."""
+    low, high, usable = "", "", 0
+    pairs = _pairs(corpus, m)
+    with closing(Seen()) as seen:
+        while batch := list(islice(pairs, BATCH_PAIRS)):
+            encoded = encoder([example for pair in batch for example in (pair.chosen, pair.rejected)])
+            for pair, c, r in zip(batch, encoded[::2], encoded[1::2], strict=True):
+                fitted = _fitted(pair.name, c, r, m)
+                if isinstance(fitted, Skipped):
+                    m.skip(fitted)
+                    usable += fitted.reason == TOO_LONG
+                    continue
+                usable += 1
+                side = hashlib.sha256(pair.prompt.encode()).hexdigest()
+                low, high = min(low or side, side), max(high, side)
+                if not seen.add(hashlib.sha256(pair.text.encode()).hexdigest()):
+                    m.duplicates += 1
+                    continue
+                spool = spools["val" if sides.hold_out(side) else "train"]
+                for e, label in zip(fitted, (CHOSEN, REJECTED), strict=True):
+                    labels = e.trained * np.uint8(label)
+                    spool.add(
+                        replace(e, trained=labels),
+                        hashlib.sha256(e.ids.tobytes() + labels.tobytes()).hexdigest(),
+                    )
+            if progress:
+                progress("encode pairs", corpus.bytes_read, corpus.total_bytes)
+    unusable = sum(n for reason, n in m.skipped.items() if reason != TOO_LONG)
+    if unusable > usable > 0:
+        raise Refused(
+            f"--preferences {corpus}: {unusable:,} of {unusable + usable:,} records cannot be used, more than half; the first: "
+            f"{m.skipped_first}. Mend them, or take them out where they are not meant to be trained on"
+        )
+    return low, high
+
+
+def _pairs(corpus: Pairs, m: PackManifest) -> Iterator[Pair]:
+    for item in corpus:
+        if isinstance(item, Skipped):
+            m.skip(item)
+        elif isinstance(item, Pair):
+            yield item
+
+
+def _fitted(name: str, c: Any, r: Any, m: PackManifest) -> tuple[EncodedExample, EncodedExample] | Skipped:
+    """Cut as many tokens from the beginning of both prompts as the two examples are too long for one row."""
+    for found in (c, r):
+        if isinstance(found, Skipped):
+            return found
+        if len(found) > 1:
+            why = "the chat template writes earlier answers otherwise than the last: give pairs with one answer each"
+            return Skipped(name, "answers by turn", why)
+    (chosen,), (rejected,) = c, r
+    # A border stands behind each but the last of a row.
+    over = chosen.ids.size + rejected.ids.size + 1 - (m.seq_length + 1)
+    if over <= 0:
+        return chosen, rejected
+    cut = -(-over // 2)
+    if cut >= min(int(np.argmax(e.trained)) for e in (chosen, rejected)):
+        both = f"{plural(chosen.ids.size, 'token')} and {rejected.ids.size:,}"
+        return Skipped(
+            name, TOO_LONG, f"{both} of both answers with their prompts, and a row has {m.seq_length + 1:,}"
+        )
+    m.cut += 1
+    return replace(chosen, ids=chosen.ids[cut:], trained=chosen.trained[cut:]), replace(
+        rejected, ids=rejected.ids[cut:], trained=rejected.trained[cut:]
+    )
+
+
+# Guards
+
+
+def guard_pairs(shards: PackedShards) -> Finding:
+    """Require that answers lie in turn, chosen and rejected, behind equal prompts, two to a pair."""
+    wrong, pairs, labels = "", 0, np.asarray(shards.trained)
+    for row, (ids, marks) in enumerate(zip(np.asarray(shards.ids), labels, strict=True)):
+        found = list(_examples(ids, marks, shards.border_id))
+        kinds = [kind for _, kind in found]
+        if kinds != [CHOSEN, REJECTED] * (len(found) // 2):
+            wrong = wrong or f"row {row}: answers with labels {kinds}"
+            continue
+        pairs += len(found) // 2
+        for (a, _), (b, _) in zip(found[::2], found[1::2], strict=True):
+            if not (a.size and np.array_equal(a, b)):
+                wrong = wrong or f"row {row}: the prompts of a pair differ"
+    wrong = wrong or (
+        "" if pairs == shards.manifest.pairs else f"{pairs:,} pairs, not {shards.manifest.pairs:,}"
+    )
+    measured = f"{plural(pairs, 'pair')}, chosen and rejected in turn behind equal prompts"
+    return Finding.of("pairs in rows", not wrong, wrong or measured, "two answers each, one prompt")
+
+
+def _examples(ids: np.ndarray, marks: np.ndarray, border: int | None) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (tokens before the answer, its label) of each example of a row; label -1 where it has several."""
+    start = 0
+    for end in [*np.flatnonzero(ids == border).tolist(), ids.size]:
+        part = marks[start : end + 1]
+        if part.any():
+            kinds = set(part[part > 0].tolist())
+            first = int(np.argmax(part > 0))
+            yield ids[start : start + first], kinds.pop() if len(kinds) == 1 else -1
+        start = end + 1

@@ -1,0 +1,165 @@
+"""Judge losses of pairs: by formulas written a second time, on answers found by their labels, with references that are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..common.events import Line, StepBegun
+from ..common.finding import Finding
+from ..common.units import plural
+from ..data.conversations.pairs import CHOSEN, REJECTED
+from ..model.preferences import without_pairs
+from .gates import Gates
+from .subject import Subject
+
+LOSS = 1e-5  # relative, of the loss of a pair: rows of losses are float32
+REFERENCE = {"float32": 1e-4, "bfloat16": 5e-3}  # nats a token, of the same weights in other pieces
+SPREAD = 2.0  # of planted references, in units of what a sigmoid saturates at
+NO_PAIRS = "no pairs of preferences"
+NOTED_FALL = 0.1  # nats a token, of chosen answers: said, and no fault
+
+
+def losses_of(s: Any, c: Any, nc: Any, r: Any, nr: Any, c0: Any, r0: Any) -> np.ndarray:
+    """Compute the losses of pairs from sums of log-probabilities, counts of tokens and references, all (P,) float64.
+
+    s: settings of the run. The papers: apr/model/preferences.py."""
+    beta = s.beta or {"simpo": 2.0}.get(s.preference_loss, 0.1)
+    e, mean_c, mean_r = s.label_smoothing, c / nc, r / nr
+
+    def either(x: np.ndarray) -> np.ndarray:
+        return (1 - e) * np.logaddexp(0, -x) + e * np.logaddexp(0, x)
+
+    if s.preference_loss == "dpo":
+        return either(beta * (c - r - c0 + r0))
+    if s.preference_loss == "ipo":
+        return np.square(mean_c - mean_r - c0 / nc + r0 / nr - 0.5 / beta)
+    if s.preference_loss == "simpo":
+        return either(beta * (mean_c - mean_r) - (0.5 if s.simpo_gamma is None else s.simpo_gamma))
+    p, q = np.exp(mean_c), np.exp(mean_r)
+    odds = np.log(p) - np.log1p(-p) - np.log(q) + np.log1p(-q)
+    return beta * np.logaddexp(0, -odds) - mean_c
+
+
+def answers_by_label(labels: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Find (label, positions) of each answer of a row: labels change from one answer to the next.  labels (T,)"""
+    places = np.flatnonzero(labels)
+    cuts = np.flatnonzero(np.diff(labels[places].astype(np.int8))) + 1
+    return [(int(labels[p[0]]), p) for p in np.split(places, cuts) if p.size]
+
+
+class Planted:
+    """References in the order in which answers ask for them, whatever their keys."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = iter(values.tolist())
+
+    def get(self, key: bytes, default: float) -> float:
+        """Return the next one."""
+        return next(self.values, default)
+
+
+def judge_pairs(t: Subject, gates: Gates, e: StepBegun) -> None:
+    """Compare the loss of the first pairs of a process, with references that are planted, with the formula. Raises Aborted."""
+    if t.model.preferences is None:
+        gates.skip("start.preferences", NO_PAIRS)
+        gates.skip("run.margin", NO_PAIRS)
+        return
+    with gates.timed("start.preferences"):
+        gates.judge(formula(t, e), e.step)
+
+
+def formula(t: Subject, e: StepBegun) -> Finding:
+    """Judge losses of the first micro-batch beside those of the formula, and before any step also the reference itself."""
+    model, be, p = t.model, t.backend, t.model.preferences
+    assert p is not None
+    ids, targets = (np.ascontiguousarray(x[: model.batch]) for x in (e.ids, e.targets))
+    with without_pairs(model):
+        model.forward(ids)
+        model.loss(targets)
+        rows = be.to_host(model.buffers["loss"][: ids.size]).astype(np.float64).reshape(ids.shape)
+    first = t.batches.windows_read - t.settings.batch_size
+    places = t.batches.order(first, len(ids)) + t.batches.windows.first
+    labels = t.batches.windows.shards.masks[0].reshape(-1, ids.shape[1] + 1)[places, 1:]
+    found = [(label, row, at) for row in range(len(ids)) for label, at in answers_by_label(labels[row])]
+    kinds = [label for label, _, _ in found]
+    sums = np.array([-rows[row, at].sum() for _, row, at in found])
+    counts = np.array([at.size for _, _, at in found], np.float64)
+    if kinds != [CHOSEN, REJECTED] * (len(kinds) // 2):
+        why = f"labels of answers are {kinds[:6]}"
+        return Finding.of("start.preferences", False, why, "chosen and rejected in turn", why)
+    sides = sums[::2], counts[::2], sums[1::2], counts[1::2]
+    kept, tally = p.reference, p.tally
+    off = 0.0
+    if e.step == 1 and p.kind.has_reference:
+        have = np.array(
+            [x for _, *pair in p.answers(ids, targets, rows.reshape(-1)) for a in pair for x in [a.reference]]
+        )
+        off = float((np.abs(have - sums) / counts).max()) if have.size == sums.size else np.inf
+    rng = np.random.default_rng(0)
+    planted = sums + rng.normal(0, SPREAD / p.constants.beta, sums.size)
+    want = losses_of(t.settings, *sides, planted[::2], planted[1::2])
+    p.reference = Planted(planted)  # type: ignore[assignment]
+    try:
+        model.loss(targets)
+    finally:
+        p.reference, p.tally = kept, tally
+    given = be.to_host(model.buffers["loss"][: ids.size]).astype(np.float64)
+    be.fill(model.total, 0)
+    given = given[given != 0]
+    worst = (
+        float((np.abs(given - want) / np.maximum(np.abs(want), 1e-3)).max())
+        if given.size == want.size
+        else np.inf
+    )
+    why = ""
+    if not worst <= LOSS:
+        why = f"the loss of {plural(want.size, 'pair')} is {given.sum():.6g}, {t.settings.preference_loss} gives {want.sum():.6g}"
+    elif not off <= REFERENCE[model.dtype]:
+        why = f"the reference differs by {off:.2g} nats a token from the model before its first step"
+    measured = f"{plural(want.size, 'pair')} with planted references within {worst:.1e}, the reference within {off:.1e} a token"
+    bound = f"equal within {LOSS:g} of the formula, the reference within {REFERENCE[model.dtype]:g}"
+    return Finding.of("start.preferences", not why, measured, bound, why, score=worst)
+
+
+def validation_losses(t: Subject, ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Compute the losses of the pairs of a batch by the formula, with the reference of the run, (P,) float64."""
+    p = t.model.preferences
+    assert p is not None
+    with without_pairs(t.model):
+        t.model.forward(ids)
+        t.model.loss(targets)
+    rows = t.backend.to_host(t.model.buffers["loss"][: ids.size]).astype(np.float64)
+    found = [
+        x
+        for _, c, r in p.answers(ids, targets, rows)
+        for x in (c.logp, c.tokens, r.logp, r.tokens, c.reference, r.reference)
+    ]
+    return losses_of(t.settings, *np.array(found, np.float64).reshape(-1, 6).T)
+
+
+def margin(line: Line, most: float) -> Finding | None:
+    """Judge how far chosen answers fell while the margin grew (gate run.margin); None where nothing says so.
+
+    A comparison grows too when both answers become unlikely, the rejected one faster (Razin et al. 2024, "Unintentional
+    unalignment"; Pal et al. 2024). A mild fall is the rule."""
+    gains = [line.get(f"val_{side}_gain") for side in ("chosen", "rejected")]
+    if not all(isinstance(g, float) for g in gains):
+        return None
+    chosen, rejected = (float(g or 0) for g in gains)
+    moved = f"chosen answers {chosen:+.3f} nats a token against the reference, rejected {rejected:+.3f}"
+    measured = f"{moved}, margin {line['val_margin']:+.3f}"
+    both_fall = chosen < -NOTED_FALL and rejected < 0
+    is_lost = -chosen > most
+    why = ""
+    if both_fall or is_lost:
+        why = f"both answers became less likely while they were told apart: {measured}"
+    return Finding.of(
+        "run.margin",
+        not is_lost,
+        measured,
+        f"chosen answers fall by at most {most:.3g}",
+        why,
+        where=line["step"],
+    )

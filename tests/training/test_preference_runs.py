@@ -1,0 +1,237 @@
+"""Runs on preferences: from a file of pairs to a checkpoint, resumed and verified; faults of their own are seen."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import apr.model.preferences as formulas
+import apr.training.references as references
+from apr.checkpoints.apr2 import read_apr
+from apr.cli.main import main
+from apr.common.finding import FAIL, PASS
+from apr.data.conversations.packed import PackedShards
+from apr.data.conversations.pairs import guard_pairs, open_pairs, pair_of
+from apr.data.conversations.pairs_kept import pairs_kept
+from apr.data.source import Unusable
+from apr.evidence.pairs import losses_of, margin
+from apr.tokenizer.tokenizer import Tokenizer
+from small_checkpoint import write_checkpoint
+
+RECIPE = [
+    "--seq-length", "63", "--batch-size", "2", "--micro-batch-size", "1", "--num-steps", "4", "--steps-per-epoch", "2",
+    "--lr", "1e-3", "--warmup-steps", "1", "--val-fraction", "0.3", "--device", "cpu",
+]  # fmt: skip
+
+
+def pair(i, swap=False):
+    """A record: the chosen answer is code, the rejected one is not."""
+    chosen, rejected = f"    return x + {i}\n", f"def x {i % 7} x:"
+    answers = (rejected, chosen) if swap else (chosen, rejected)
+    return {"prompt": f"def f{i}(x):\n", "chosen": answers[0], "rejected": answers[1]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A random checkpoint, a file of pairs, and a run on them: 4 steps."""
+    folder = tmp_path_factory.mktemp("preferences")
+    write_checkpoint(folder)
+    for name, swap in (("pairs", False), ("swapped", True)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(pair(i, swap)) + "\n" for i in range(24)))
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("APR_CACHE", str(folder / "cache"))
+        assert pretrain(folder, "run") == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(place, monkeypatch):
+    monkeypatch.setenv("APR_CACHE", str(place / "cache"))
+
+
+def pretrain(folder, run, *more):
+    args = ["--preferences", folder / "pairs.jsonl", "--init", folder / "hf", "--run-dir", folder / run]
+    return main(["pretrain", *map(str, args), *RECIPE, *more])
+
+
+def lines(folder, run="run"):
+    return [json.loads(x) for x in (folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def gate(folder, run, name):
+    rows = json.loads((folder / run / "verdict.json").read_text())["gates"]
+    return next(g for g in rows if g["id"] == name)
+
+
+def test_a_run_learns_to_tell_the_answers_apart(place):
+    found = lines(place)
+    first, *_, last = [x for x in found if "val_loss" in x]
+    assert first["val_loss"] == pytest.approx(math.log(2), abs=1e-6)  # the reference is the model itself
+    assert (first["val_margin"], first["val_accuracy"]) == (0, 0)
+    assert last["val_loss"] < first["val_loss"]
+    assert last["val_margin"] > 0
+    assert "val_bits_per_byte" not in last
+    step = next(x for x in found if x.get("step") == 4 and "train_loss" in x)
+    rewards = step["chosen_reward"] - step["rejected_reward"]
+    assert step["margin"] == pytest.approx(rewards)
+    config = json.loads((place / "run/config.json").read_text())
+    pairs = config["data"]["packed"]["pairs"] + config["data"]["packed_val"]["pairs"]
+    assert config["reference"]["answers"] == 2 * pairs == 48
+    assert (place / "run/reference.bin").stat().st_size == 8 * 48
+    for name in (
+        "start.preferences",
+        "start.slope",
+        "start.averages",
+        "start.validation",
+        "run.margin",
+        "end.reload",
+    ):
+        assert gate(place, "run", name)["verdict"] == PASS, name
+    assert "accuracy" in (place / "run/report.html").read_text()
+
+
+def test_it_is_verified_and_resumed_to_the_same_bits(place, tmp_path):
+    assert main(["verify", str(place / "run"), "--replay", "1"]) == 0
+    again = tmp_path / "run"
+    shutil.copytree(place / "run", again)
+    states = sorted((again / "ckpt/state").glob("*.apr"))
+    want = read_apr(states[-1]).metadata["state_sha256"]
+    states[-1].unlink()
+    assert main(["pretrain", "--resume", "--run-dir", str(again)]) == 0
+    assert read_apr(sorted((again / "ckpt/state").glob("*.apr"))[-1]).metadata["state_sha256"] == want
+    (again / "reference.bin").write_bytes(b"\0" * 8 * 48)
+    assert main(["verify", str(again)]) == 9
+    states = sorted((again / "ckpt/state").glob("*.apr"))
+    states[-1].unlink()
+    assert main(["pretrain", "--resume", "--run-dir", str(again)]) == 4  # no other reference is taken
+
+
+def with_loss(m, loss):
+    m.setitem(formulas.LOSSES, "dpo", formulas.LOSSES["dpo"]._replace(loss=loss))
+
+
+def beta_forgotten(m):
+    with_loss(m, lambda c, r, k: formulas.dpo(c, r, k._replace(beta=1.0)))
+
+
+def mean_for_sum(m):
+    m.setattr(formulas.Answer, "gain", property(lambda a: (a.logp - a.reference) / a.tokens))
+
+
+def answers_swapped(m):
+    right = formulas.Preferences.pairs
+    m.setattr(
+        formulas.Preferences, "pairs", lambda *a: (formulas.Pair(p.rejected, p.chosen) for p in right(*a))
+    )
+
+
+def reference_not_frozen(m):
+    right = formulas.Preferences.answers
+
+    def answers(self, ids, targets, losses):
+        for place, c, r in right(self, ids, targets, losses):
+            yield place, c._replace(reference=c.logp), r._replace(reference=r.logp)
+
+    m.setattr(formulas.Preferences, "answers", answers)
+
+
+def reference_of_another_model(m):
+    right = references.row_losses
+    m.setattr(references, "row_losses", lambda *a: right(*a) * 1.01)
+
+
+def gradient_of_one_answer(m):
+    with_loss(m, lambda c, r, k: formulas.dpo(c, r, k)._replace(rejected_slope=0.0))
+
+
+RUN_FAULTS = {
+    beta_forgotten: "start.preferences",
+    mean_for_sum: "start.preferences",
+    answers_swapped: "start.preferences",
+    reference_not_frozen: "start.preferences",
+    reference_of_another_model: "start.preferences",
+    gradient_of_one_answer: "start.slope",
+}
+
+
+@pytest.mark.parametrize("fault", RUN_FAULTS, ids=lambda f: f.__name__)
+def test_a_fault_ends_the_run(place, monkeypatch, capsys, fault):
+    """At the first step, or at the evaluation before it."""
+    fault(monkeypatch)
+    assert pretrain(place, fault.__name__, "--spot-check", "-1") in (5, 6)
+    assert gate(place, fault.__name__, RUN_FAULTS[fault])["verdict"] == FAIL or "start.validation" in (
+        capsys.readouterr().err
+    )
+    shutil.rmtree(place / fault.__name__)
+
+
+def test_labels_are_compared_with_the_files(place):
+    folder = next((place / "cache/instruct").glob("*/train"))
+    tokenizer = Tokenizer.from_file(place)
+    sides = {"train": PackedShards(folder, tokenizer)}
+    assert guard_pairs(sides["train"]).passed
+    assert pairs_kept(open_pairs(str(place / "pairs.jsonl")), sides, tokenizer).passed
+    assert not pairs_kept(open_pairs(str(place / "swapped.jsonl")), sides, tokenizer).passed
+    shards = PackedShards(folder, tokenizer, verify=False)
+    trained = np.array(shards.trained)
+    shards.masks = [np.where(trained == 1, 2, np.where(trained == 2, 1, 0)).astype(np.uint8).reshape(-1)]
+    assert not guard_pairs(shards).passed
+    shards.masks, ids = [trained.reshape(-1)], np.array(shards.ids)
+    ids[0, 0] += 1
+    shards.arrays = [ids.reshape(-1)]
+    assert "prompts" in guard_pairs(shards).measured
+
+
+def test_shapes_of_pairs():
+    """Texts, lists of messages with and without a prompt, whole conversations beside a repeated prompt."""
+    turns = [{"role": "user", "content": "q"}]
+    good, bad = ([{"role": "assistant", "content": x}] for x in ("yes", "no"))
+    shapes = [
+        {"prompt": turns, "chosen": good, "rejected": bad},
+        {"prompt": "q", "chosen": good, "rejected": bad},
+        {"prompt": "q", "chosen": turns + good, "rejected": turns + bad},
+        {"chosen": turns + good, "rejected": turns + bad},
+        {"prompt": turns, "chosen": "yes", "rejected": "no"},
+    ]
+    for record in shapes:
+        found = pair_of("f:1", record)
+        assert found.chosen.messages[-1]["content"] == "yes"
+        assert found.rejected.messages[-1]["content"] == "no"
+        assert len(found.chosen.messages) == 2
+    assert len({pair_of("f:1", s).prompt for s in shapes}) == 1
+    assert pair_of("f:1", {"prompt": "q", "chosen": "yes", "rejected": "no"}).rejected.response == "no"
+    for wrong in (
+        {"prompt": "q", "chosen": "a", "rejected": "a"},
+        {"chosen": "a", "rejected": "b"},
+        {"prompt": "q"},
+        [],
+    ):
+        with pytest.raises(Unusable):
+            pair_of("f:1", wrong)
+
+
+def test_the_second_formula_is_that_of_trl():
+    """Both formulas are compared with TRL's numbers, so that neither leans on the other."""
+    trl = json.loads((Path(__file__).parents[1] / "golden/preferences.json").read_text())
+    c, r = np.array(trl["logps"]).T
+    c0, r0 = np.array(trl["reference"]).T
+    nc, nr = (np.array([len(p[k]) for p in trl["pairs"]], float) for k in (1, 2))
+    for name, case in trl["losses"].items():
+        found = losses_of(formulas.PreferenceSettings(**case["settings"]), c, nc, r, nr, c0, r0)
+        assert found.mean() == pytest.approx(case["loss"], rel=1e-9), name
+
+
+def test_a_margin_that_costs_the_chosen_answers_is_suspect():
+    line = {"step": 9, "val_margin": 3.0, "val_chosen_gain": -0.05, "val_rejected_gain": -1.0}
+    mild = margin(line, 0.693)
+    assert (mild.verdict, mild.why) == (PASS, "")
+    noted = margin(line | {"val_chosen_gain": -0.25}, 0.693)
+    assert noted.verdict == PASS
+    assert "less likely" in noted.why
+    assert margin(line | {"val_chosen_gain": -0.8}, 0.693).verdict == FAIL
+    assert margin({"step": 9, "val_loss": 3.0}, 0.693) is None
