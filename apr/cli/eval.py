@@ -1,9 +1,10 @@
-"""`apr eval MODEL`: score a checkpoint by one of four measures.
+"""`apr eval MODEL`: score a checkpoint by one of five measures.
 
   --dataset FOLDER  loss on token shards: nats/token, bits/byte, perplexity
   --text PATH       the same on text, JSONL or Parquet (a file or a folder)
   --choices FILE    multiple choice by loss: ARC, PIQA and plain JSONL
   --humaneval FILE  programs that pass their tests: pass@k on HumanEval.jsonl.gz
+  --tasks NAMES     tasks of lm-evaluation-harness, and files of the two kinds above, with commas
 
 Examples:
   apr eval runs/demo/ckpt/epoch-010.apr --dataset shards/val
@@ -18,15 +19,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import backends
 from ..common.atomic import drawn, try_output, write_text
 from ..common.errors import InputNotFound, Refused, UsageError
 from ..common.files import sha256_of
-from ..common.options import MAX_INTEGER, device_option, given, json_option, option, threads_option
+from ..common.options import given
 from ..common.provenance import versions
 from ..common.units import plural
 from ..data.audit import sides_of, tokenizer_beside
@@ -34,131 +34,14 @@ from ..data.guards import enforce, fits_model
 from ..data.manifest import MANIFEST
 from ..data.shards import TokenShards
 from ..evaluation import choices, humaneval, loss
-from ..evaluation.sandbox import MAX_SECONDS, Limits, in_words
+from ..evaluation.sandbox import Limits, in_words
 from ..evaluation.score import Opened, Scorer, fitting, open_model, prefix_ids
+from ..evaluation.tasks import in_words as in_words_of
+from ..evaluation.tasks import parse_tasks, score
 from ..model.cost import check_positions
 from ..tokenizer.tokenizer import Tokenizer
+from .eval_flags import ALWAYS, HONOURED, MODES, SEQ_LENGTH, Flags
 from .show import Show
-
-MODES = ("dataset", "text", "choices", "humaneval")
-SEQ_LENGTH = 1024
-
-
-@dataclass(frozen=True)
-class Flags:
-    """Options of `apr eval`."""
-
-    model: str = option("an .apr or GGUF file or a Hugging Face folder", positional=True, path=True)
-    dataset: str | None = option(
-        "folder of token shards, or one that holds val/ (made by the model's tokenizer)",
-        metavar="FOLDER",
-        path=True,
-    )
-    text: str | None = option(
-        "file or folder of text, JSONL or Parquet; every document is scored by itself", path=True
-    )
-    choices: str | None = option(
-        "JSONL of multiple-choice questions: ARC, PIQA or plain", metavar="FILE", path=True
-    )
-    humaneval: str | None = option("HumanEval.jsonl or HumanEval.jsonl.gz", metavar="FILE", path=True)
-    seq_length: int | None = option(
-        f"tokens that the model reads at once (default: {SEQ_LENGTH}, or as many as the model can)",
-        at_least=1,
-        at_most=MAX_INTEGER,
-        metavar="TOKENS",
-    )
-    stride: int | None = option(
-        "tokens between the beginnings of windows; below --seq-length only the last STRIDE tokens of a window are scored, "
-        "each with more context (default: --seq-length)",
-        at_most=MAX_INTEGER,
-        metavar="TOKENS",
-    )
-    max_tokens: int | None = option(
-        "score about so many tokens (default: all)", at_least=1, at_most=MAX_INTEGER
-    )
-    batch_size: int | None = option(
-        "windows at once (default: by memory)", at_least=1, at_most=MAX_INTEGER, metavar="WINDOWS"
-    )
-    bos: str = option(
-        "ids before each text: auto, those that the tokenizer itself puts there; eos, the end-of-text id; none",
-        "auto",
-        choices=("auto", "eos", "none"),
-    )
-    content_field: str = option("key or column of the text in JSONL and Parquet", "text", metavar="KEY")
-    mask_documents: bool = option("attention ends at the end-of-text ids of the shards", False)
-    limit: int | None = option(
-        "only the first so many questions or problems (default: all)",
-        at_least=1,
-        at_most=MAX_INTEGER,
-        metavar="COUNT",
-    )
-    samples: int = option("programs for each problem", 1, at_least=1, at_most=10_000, metavar="PROGRAMS")
-    temperature: float | None = option(
-        "temperature of the draws (default: 0 for one sample, which takes the most likely tokens, else 0.8)",
-        at_least=0,
-        at_most=1e6,
-    )
-    top_k: int = option(
-        "draw from so many of the likeliest tokens only; 0: from all",
-        0,
-        at_least=0,
-        at_most=MAX_INTEGER,
-        metavar="TOKENS",
-    )
-    top_p: float = option(
-        "draw from the fewest tokens that together have this probability",
-        1.0,
-        above=0,
-        at_most=1,
-        metavar="PROBABILITY",
-    )
-    max_new_tokens: int = option("most tokens of a program", 512, at_least=1, at_most=MAX_INTEGER)
-    timeout: float = option(
-        "seconds that a program may run", 5.0, above=0, at_most=MAX_SECONDS, metavar="SECONDS"
-    )
-    allow_unsafe: bool = option(
-        "run programs also where nothing keeps them from the files and processes of this machine", False
-    )
-    seed: int = option("seed of the draws", 42, at_least=0, at_most=MAX_INTEGER)
-    picture: str | None = option("PNG of the loss by position in the window", metavar="FILE", path=True)
-    output: str | None = option(
-        "JSONL with a line for each question or program", short="o", metavar="FILE", path=True
-    )
-    tokenizer: str | None = option(
-        "tokenizer.json or its folder, for a checkpoint that holds none", path=True
-    )
-    device: str = device_option()
-    backend: str | None = option(
-        "reference, cpu or cuda; chooses the backend where --device does not", choices=backends.NAMES
-    )
-    dtype: str | None = option(
-        "dtype of weights and activations (default: bfloat16 on cuda, float32 on cpu, float64 on reference)",
-        choices=("float64", "float32", "bfloat16"),
-    )
-    threads: int | None = threads_option()
-    json: bool = json_option()
-
-
-# Flags that every measure honours, and those of each.
-ALWAYS = {"model", "tokenizer", "device", "backend", "dtype", "threads", "json"}
-WINDOWS = {"seq_length", "batch_size"}
-HONOURED = {
-    "dataset": WINDOWS | {"stride", "max_tokens", "mask_documents", "picture"},
-    "text": WINDOWS | {"stride", "max_tokens", "bos", "content_field", "picture"},
-    "choices": WINDOWS | {"bos", "limit", "output"},
-    "humaneval": {
-        "limit",
-        "samples",
-        "temperature",
-        "top_k",
-        "top_p",
-        "max_new_tokens",
-        "timeout",
-        "allow_unsafe",
-        "seed",
-        "output",
-    },
-}
 
 
 def main(args: Sequence[str]) -> int:
@@ -170,10 +53,12 @@ def main(args: Sequence[str]) -> int:
         f = replace(f, dtype="float32")  # a program needs thousands of tokens
     for output in filter(None, (f.output, f.picture)):
         try_output(output)
+    if f.tasks:
+        parse_tasks(f.tasks, "--tasks")
     opened = open_model(f.model, f.device, f.dtype, f.threads, f.backend, f.tokenizer)
     show = Show(quiet=f.json)
     run: Callable[[Flags, Opened, Show], dict[str, Any]] = {
-        "dataset": _loss, "text": _loss, "choices": _choices, "humaneval": _humaneval,
+        "dataset": _loss, "text": _loss, "choices": _choices, "humaneval": _humaneval, "tasks": _tasks,
     }[mode]  # fmt: skip
     try:
         result = run(f, opened, show)
@@ -336,6 +221,20 @@ def _humaneval(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
     }
 
 
+def _tasks(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
+    seq, start = _seq_length(f, opened), time.perf_counter()
+    found = score(
+        opened,
+        parse_tasks(str(f.tasks), "--tasks"),
+        seq,
+        f.batch_size,
+        f.limit,
+        f.allow_unsafe,
+        show.preparing,
+    )
+    return {"tasks": found, "seconds": time.perf_counter() - start, "seq_length": seq}
+
+
 def _sha256(path: str) -> str:
     return sha256_of(Path(path))[0]
 
@@ -375,6 +274,8 @@ def _print(show: Show, f: Flags, mode: str, r: dict[str, Any]) -> None:
         ]
         cut = f"{plural(r['contexts_cut'], 'choice')} with a cut context"
         rows += [("by chance", f"{r['chance']:.4f}"), ("questions", f"{r['items']:,}, {cut}")]
+    elif mode == "tasks":
+        rows += [(name, in_words_of("", figure).strip()) for name, figure in r["tasks"].items()]
     else:
         rows += [(f"pass@{k}", _plus_minus(**_renamed(v))) for k, v in r["pass_at_k"].items()]
         rows += [

@@ -54,14 +54,15 @@ def rolling_windows(ids: Sequence[int], prefix: int, seq: int) -> Iterator[Windo
 class AprLM(LM):
     """A checkpoint of apr, or a Hugging Face folder, for the harness.
 
-    pretrained: an .apr file or a folder. device, dtype, threads, backend, tokenizer: as apr eval takes them. batch_size: rows
+    pretrained: an .apr file or a folder, or one that is open.
+    device, dtype, threads, backend, tokenizer: as apr eval takes them. batch_size: rows
     at once, or "auto". max_length: tokens that the model reads at once (default: all its positions). add_bos_token: what
     the tokenizer puts before a text stands before every context (default), or not. seed: of sampled generation.
     Raises AprError; UsageError for an argument that is not one of these."""
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | Opened,
         device: str | None = None,
         dtype: str | None = None,
         batch_size: int | str | None = None,
@@ -79,7 +80,8 @@ class AprLM(LM):
             raise UsageError(
                 f"{', '.join(map(repr, unknown))}: not an argument of the model 'apr'; see docs/eval.md"
             )
-        self._opened: Opened = open_model(
+        opened = pretrained if isinstance(pretrained, Opened) else None
+        self._opened: Opened = opened or open_model(
             str(pretrained), device or "auto", None if dtype == "auto" else dtype, threads, backend, tokenizer
         )
         self._tokenizer: Tokenizer = self._opened.need_tokenizer()

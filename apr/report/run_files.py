@@ -34,6 +34,7 @@ class Run:
     evaluations: list[dict[str, Any]]
     spot_checks: list[dict[str, Any]]
     passes: list[dict[str, Any]]
+    tasks: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     ckpt: Path
 
@@ -91,6 +92,7 @@ def load(run_dir: Path) -> Run:
         evaluations,
         [e for e in other if "spot_check" in e],
         [e for e in other if "passes" in e],
+        [e for e in other if isinstance(e.get("tasks"), dict)],
         [s for s in _lines(run_dir / "samples.jsonl", "step") if isinstance(s.get("text"), str)],
         run_dir / "ckpt",
     )

@@ -17,6 +17,7 @@ from ..common.units import plural
 from .run_files import Run
 from .words import as_text, clock, decimal, magnitude, or_nan, perplexity
 
+MAX_TASK_LINES = 5
 MAX_ROWS = 60  # evaluations in the table; of more, evenly spaced ones with the best
 MAX_SAMPLES = 24  # shown, evenly spaced
 SAMPLE_CHARACTERS = 4000
@@ -154,6 +155,14 @@ def gate_rows(run: Run) -> list[dict[str, Any]]:
     return sorted(found, key=lambda g: RANK.get(g["verdict"], 1))
 
 
+def _tasks(figures: dict[str, Any]) -> str:
+    """Describe the figures of tasks; those that are no numbers are left out."""
+    found = {
+        k: f for k, f in figures.items() if isinstance(f, dict) and math.isfinite(or_nan(f.get("value")))
+    }
+    return ", ".join(f"{name} {f.get('metric', '')} {f['value']:.3f}" for name, f in found.items())
+
+
 def check_sentences(run: Run) -> list[str]:
     """Describe spot checks and passes over the data, in a sentence each."""
     out = []
@@ -174,6 +183,9 @@ def check_sentences(run: Run) -> list[str]:
         )
     if len(asked) < len(run.spot_checks):
         out.append(f"{plural(len(run.spot_checks) - len(asked), 'spot check')} skipped.")
+    out += [
+        f"Tasks at step {line['step']:,}: {_tasks(line['tasks'])}." for line in run.tasks[-MAX_TASK_LINES:]
+    ]
     if run.passes:
         last = run.passes[-1]
         out.append(f"Passes over the data: {last['passes']}, the last complete at step {last['step']:,}.")

@@ -57,6 +57,7 @@ from .settings import DEMO, Settings, resolve
 from .signals import interrupting
 from .spot import FormulaChecks, SpotChecks
 from .start import StartRecord
+from .tasks import TaskScores
 
 ENDED = ("DONE", "TARGET_REACHED", "EARLY_STOP")  # status words of runs that came to their end
 SAMPLE_TOKENS = 160  # of the continuation of --sample at the end
@@ -134,7 +135,7 @@ def _train(
         heard = [*callbacks, *loggers.open_all(inputs.settings.log, run.path)]
         _judge_inputs(inputs, gates)
         trainer = Trainer(inputs, run)
-        subject = _subject(trainer)
+        subject, tasks = _subject(trainer), TaskScores(inputs, trainer.model, run.log, show)
         gates.judge(settings_arrive(subject, trainer.schedule, run.read_config(), asked))
         facts = Facts.of(run.read_config(), gates.given)
         log_gates = LogGates(gates, facts, run.log.lines, run.states)
@@ -153,6 +154,7 @@ def _train(
             FormulasGate(gates),
             FormulaChecks(trainer.model, trainer.emit),
             show,
+            tasks,
             SpotGate(gates),
             VerdictFile(run.path, gates),
             Callbacks(heard, trainer.callback_failed),
@@ -201,22 +203,9 @@ def _subject(t: Trainer) -> Subject:
     """Collect the parts of a run that gates look at."""
     i = t.inputs
     return Subject(
-        i.settings,
-        i.backend,
-        i.cfg,
-        t.model,
-        t.opt,
-        t.lora,
-        t.batches,
-        i.val,
-        i.audit,
-        i.init,
-        i.lora_init is not None,
-        i.document_end,
-        i.backend.empty((1,), "float64"),
-        evaluated_on(i),
-        t.run.path,
-    )
+        i.settings, i.backend, i.cfg, t.model, t.opt, t.lora, t.batches, i.val, i.audit, i.init, i.lora_init is not None,
+        i.document_end, i.backend.empty((1,), "float64"), evaluated_on(i), t.run.path,
+    )  # fmt: skip
 
 
 def _record_end(

@@ -71,6 +71,24 @@ class EvalSettings:
         metavar="EVALUATIONS",
     )
     target_val_loss: float | None = option("end when the validation loss (nats/token) reaches this")
+    eval_tasks: str | None = option(
+        "tasks to score at evaluations: files of multiple choice or HumanEval, names of lm-evaluation-harness; with commas",
+        metavar="TASKS",
+        may_change=True,
+    )
+    eval_tasks_every: int = option(
+        "steps between scores of --eval-tasks, at evaluations whose step is a multiple; 0: at every evaluation",
+        0,
+        at_least=0,
+        metavar="STEPS",
+        may_change=True,
+    )
+    eval_tasks_limit: int | None = option(
+        "only the first so many questions of each task (default: all)",
+        at_least=1,
+        metavar="COUNT",
+        may_change=True,
+    )
     sample: str | None = option(
         "prompt to continue at each evaluation and when the run is done", metavar="PROMPT"
     )
@@ -252,6 +270,13 @@ def resolve(s: Settings) -> Settings:
     if s.other_kernels and not s.resume:
         raise UsageError("--other-kernels goes on with a run on another kind of GPU: give it with --resume")
     check_preferences(s)
+    if (s.eval_tasks_every or s.eval_tasks_limit) and not s.eval_tasks:
+        raise UsageError("--eval-tasks-every and --eval-tasks-limit are about --eval-tasks; give it too")
+    if s.eval_tasks_every % s.steps_per_epoch:
+        raise UsageError(
+            f"--eval-tasks-every {s.eval_tasks_every}: tasks are scored at evaluations; give a multiple of --steps-per-epoch "
+            f"{s.steps_per_epoch}"
+        )
     for name in ("instruct", "preferences"):
         if getattr(s, name) and not s.init:
             raise UsageError(f"--{name} fine-tunes a checkpoint: give it with --init")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from apr.data.conversations.packed import PackedShards
 from apr.data.conversations.pairs import guard_pairs, open_pairs, pair_of
 from apr.data.conversations.pairs_kept import pairs_kept
 from apr.data.source import Unusable
+from apr.evaluation import tasks
 from apr.evidence.pairs import losses_of, margin
 from apr.tokenizer.tokenizer import Tokenizer
 from small_checkpoint import write_checkpoint
@@ -36,6 +39,14 @@ def pair(i, swap=False):
     return {"prompt": f"def f{i}(x):\n", "chosen": answers[0], "rejected": answers[1]}
 
 
+def question(i):
+    return {
+        "question": f"x + {i}?",
+        "choices": {"text": ["x", f"{i}", "def"], "label": ["A", "B", "C"]},
+        "answerKey": "B",
+    }
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A random checkpoint, a file of pairs, and a run on them: 4 steps."""
@@ -45,7 +56,9 @@ def place(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(pair(i, swap)) + "\n" for i in range(24)))
     with pytest.MonkeyPatch.context() as m:
         m.setenv("APR_CACHE", str(folder / "cache"))
-        assert pretrain(folder, "run") == 0
+        (folder / "arc.jsonl").write_text("".join(json.dumps(question(i)) + "\n" for i in range(6)))
+        scored = "--eval-tasks", str(folder / "arc.jsonl"), "--eval-tasks-every", "4"
+        assert pretrain(folder, "run", *scored) == 0
     return folder
 
 
@@ -113,6 +126,58 @@ def test_it_is_verified_and_resumed_to_the_same_bits(place, tmp_path):
 
 def with_loss(m, loss):
     m.setitem(formulas.LOSSES, "dpo", formulas.LOSSES["dpo"]._replace(loss=loss))
+
+
+def test_tasks_are_scored_while_it_trains(place, capsys):
+    """At the evaluations that are due; the last figure is that of `apr eval` on the last checkpoint."""
+    found = [x for x in lines(place) if "tasks" in x]
+    assert [x["step"] for x in found] == [0, 4]
+    assert "Tasks at step 4: arc accuracy" in (place / "run/report.html").read_text()
+    last = str(place / "run/ckpt/epoch-002.apr")
+    capsys.readouterr()
+    assert main(["eval", last, "--tasks", str(place / "arc.jsonl"), "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"] == found[-1]["tasks"]
+    assert main(["eval", last, "--choices", str(place / "arc.jsonl"), "--device", "cpu", "--json"]) == 0
+    accuracy = json.loads(capsys.readouterr().out)["accuracy"]
+    assert found[-1]["tasks"]["arc"]["by_rule"] == {rule: f["value"] for rule, f in accuracy.items()}
+    assert main(["eval", last, "--tasks", "missing.jsonl"]) == 3
+    for wrong in (
+        ["--eval-tasks-every", "4"],
+        ["--eval-tasks", str(place / "arc.jsonl"), "--eval-tasks-every", "3"],
+    ):
+        assert pretrain(place, "never", *wrong) == 2
+
+
+def test_a_task_of_the_harness_needs_it(place, monkeypatch, capsys):
+    """Without it one error with the command that installs it, before anything is trained; with it the model in training."""
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    assert pretrain(place, "never", "--eval-tasks", "arc_easy") == 2
+    assert "pip install" in capsys.readouterr().err
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: object())
+    asked = {}
+
+    def evaluate(model, tasks, limit):
+        asked.update(model=model, tasks=tasks, limit=limit)
+        return {
+            "results": {
+                "arc_easy": {
+                    "alias": "arc_easy",
+                    "acc,none": 0.5,
+                    "acc_stderr,none": 0.1,
+                    "acc_norm,none": 0.4,
+                }
+            }
+        }
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=evaluate))
+    monkeypatch.setitem(
+        sys.modules, "apr.evaluation.lm_eval", SimpleNamespace(AprLM=lambda opened, batch_size: opened)
+    )
+    found = tasks.score("a model", tasks.parse_tasks("arc_easy", "--tasks"), 64, limit=7)
+    assert asked == {"model": "a model", "tasks": ["arc_easy"], "limit": 7}
+    want = {"metric": "acc", "value": 0.5, "stderr": 0.1, "by_rule": {"acc": 0.5, "acc_norm": 0.4}}
+    assert found == {"arc_easy": want}
+    assert tasks.in_words("arc_easy", want) == "arc_easy acc 0.500 +- 0.100"
 
 
 def beta_forgotten(m):
