@@ -30,7 +30,8 @@ class Flags:
     )
     humaneval: str | None = option("HumanEval.jsonl or HumanEval.jsonl.gz", metavar="FILE", path=True)
     tasks: str | None = option(
-        "tasks of lm-evaluation-harness by name, such as arc_easy,hellaswag, and files of questions"
+        "tasks of lm-evaluation-harness by name, such as arc_easy,hellaswag, and files of questions",
+        metavar="TASKS",
     )
     seq_length: int | None = option(
         f"tokens that the model reads at once (default: {SEQ_LENGTH}, or as many as the model can)",

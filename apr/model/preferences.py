@@ -157,7 +157,7 @@ class PreferenceSettings:
         choices=tuple(LOSSES),
     )
     beta: float | None = option(
-        "with --preferences, strength of the comparison (default: 0.1; simpo: 2)", above=0
+        "with --preferences, strength of the comparison (default: 0.1; simpo: 2)", above=0, metavar="STRENGTH"
     )
     label_smoothing: float = option(
         "with dpo and simpo, share of pairs whose answers are taken to stand the wrong way round",
