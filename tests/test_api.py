@@ -201,7 +201,7 @@ JOB = dict(
     seq_length=32,
     batch_size=2,
     num_steps=6,
-    steps_per_epoch=3,
+    eval_every=3,
     val_batches=2,
     lr=1e-3,
     spot_check=-1,
@@ -334,7 +334,7 @@ def test_train_works_outside_the_main_thread(job, tmp_path):
 
 def test_a_missing_package_is_one_clear_line_before_the_run(monkeypatch, capsys, job, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name, package in loggers.PACKAGES.items():
+    for name, (package, _) in loggers.LOGGERS.items():
         flags = [f"--{k.replace('_', '-')}={v}" for k, v in job.items()]
         assert main(["pretrain", *flags, "--run-dir", str(tmp_path / name), "--log", name]) == 5
         err = capsys.readouterr().err
@@ -343,6 +343,46 @@ def test_a_missing_package_is_one_clear_line_before_the_run(monkeypatch, capsys,
         assert not (tmp_path / name).exists()
     assert main(["pretrain", *flags, "--log", "tensorboard,excel"]) == 2
     assert "excel" in capsys.readouterr().err
+
+
+def fake_package(monkeypatch, name, **functions):
+    fake = types.ModuleType(name)
+    fake.__spec__ = types.SimpleNamespace()
+    vars(fake).update(functions)
+    monkeypatch.setitem(sys.modules, name, fake)
+
+
+def test_trackio_and_mlflow_get_every_number(monkeypatch, tmp_path):
+    """Both loggers, as the loop calls them, before and after a resume."""
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append(("trackio", step, values))
+
+    def call(name, answer=None):
+        return lambda *args, **more: calls.append((name, args, more)) or answer
+
+    begun = types.SimpleNamespace(info=types.SimpleNamespace(run_id="abc"))
+    fake_package(monkeypatch, "trackio", init=call("init", Run()), finish=call("finish"))
+    names = ("log_params", "set_tags", "end_run")
+    functions = {n: call(n) for n in names} | {"start_run": call("start_run", begun)}
+    functions["log_metrics"] = lambda values, step: calls.append(("mlflow", step, values))
+    fake_package(monkeypatch, "mlflow", **functions)
+    (tmp_path / "config.json").write_text(json.dumps({"settings": {"lr": 0.1, "init": None}, "model": {}}))
+    for status in ("ABORTED", "DONE"):
+        for logger in loggers.open_all("trackio,mlflow", tmp_path):
+            logger.on_step({"step": 1, "train_loss": 2.0, "wall_ms": 5.0})
+            logger.on_evaluation({"step": 1, "val_loss": 1.5})
+            logger.on_end({"status": status, "verdict": "PASS", "steps": 1})
+    for name in ("trackio", "mlflow"):
+        got = [c[1:] for c in calls if c[0] == name]
+        assert got == [(1, {"train/train_loss": 2.0, "speed/wall_ms": 5.0}), (1, {"val/val_loss": 1.5})] * 2
+    assert [c[2] for c in calls if c[0] == "start_run"] == [{"run_name": tmp_path.name}, {"run_id": "abc"}]
+    assert [c[1] for c in calls if c[0] == "log_params"] == [({"lr": "0.1"},)]
+    assert [c[1][0]["status"] for c in calls if c[0] == "set_tags"] == ["ABORTED", "DONE"]
+    assert {c[2]["name"] for c in calls if c[0] == "init"} == {tmp_path.name}
+    assert len([c for c in calls if c[0] in ("finish", "end_run")]) == 4
 
 
 def test_wandb_gets_every_number(monkeypatch, job, tmp_path):

@@ -51,7 +51,7 @@ COPIED = (
 )
 LIMIT_S = 600
 SMALL = (
-    "--num-steps", "12", "--steps-per-epoch", "6", "--batch-size", "4", "--micro-batch-size", "2", "--lr", "3e-3",
+    "--num-steps", "12", "--eval-every", "6", "--batch-size", "4", "--micro-batch-size", "2", "--lr", "3e-3",
     "--warmup-steps", "2", "--val-batches", "4", "--val-fraction", "0.2", "--save-every", "3", "--keep-states", "9",
     "--bounds", "speed=1000000,pretrained_share=9", "--widen", "max_top_share=0.9",
 )  # fmt: skip

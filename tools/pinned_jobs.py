@@ -48,7 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Sizes of the small training jobs; --threads stays the default, all cores.
 SMALL = (
-    "--num-steps", "12", "--steps-per-epoch", "6", "--batch-size", "4", "--micro-batch-size", "2", "--seq-length", "32",
+    "--num-steps", "12", "--eval-every", "6", "--batch-size", "4", "--micro-batch-size", "2", "--seq-length", "32",
     "--lr", "3e-3", "--warmup-steps", "2", "--val-batches", "4", "--val-fraction", "0.2",
 )  # fmt: skip
 
@@ -196,16 +196,16 @@ def options(r: Recorder) -> None:
     train(
         r, "constant", *data, "--schedule", "constant", "--threads", "1", "--spot-check", "-1", replay=False
     )
-    stop = ("--num-steps", "40", "--steps-per-epoch", "2", "--patience", "0", "--min-epochs", "1")
+    stop = ("--num-steps", "40", "--eval-every", "2", "--patience", "0", "--min-epochs", "1")
     train(r, "early-stop", *data, *stop, "--lr", "0.05", replay=False)
     train(r, "target", *data, *stop, "--target-val-loss", "6.3", replay=False)
     train(
         r, "val-dataset", *data, "--val-dataset", f"{made}/val", "--widen", "max_top_share=0.9", replay=False
     )
     little = ("--dataset", f"{made}/val", "--tokenizer", f"{made}/tokenizer", "--model", config(r, "llama"))
-    end = ("--num-steps", "4000", "--steps-per-epoch", "80", "--on-exhausted", "stop", "--no-shuffle")
+    end = ("--num-steps", "4000", "--eval-every", "80", "--on-exhausted", "stop", "--no-shuffle")
     train(r, "used-up", *little, *SMALL, *end, replay=False)
-    train(r, "cycle", *little, *SMALL, "--seq-length", "128", "--num-steps", "40", "--steps-per-epoch", "20")
+    train(r, "cycle", *little, *SMALL, "--seq-length", "128", "--num-steps", "40", "--eval-every", "20")
     wild = ("--lr", "300", "--grad-clip", "0", "--warmup-steps", "0")
     train(r, "diverged", *data, *wild, expect=6)
 

@@ -226,7 +226,7 @@ class Maker:
             base = self._trained(replace(case, weights="trained"))
             if not merged.exists():
                 self.apr("pretrain", "--run-dir", run, "--init", base, "--dataset", self.shards, "--lora-rank", "4",
-                         "--num-steps", "20", "--steps-per-epoch", "20", *STEPS)  # fmt: skip
+                         "--num-steps", "20", "--eval-every", "20", *STEPS)  # fmt: skip
                 self.apr("merge", base, run / "ckpt" / "epoch-001-adapter", "-o", merged)
             return merged
         if not made.exists():
@@ -234,7 +234,7 @@ class Maker:
             config.write_text(json.dumps(to_hf(MODELS[case.model])))
             more = MASK if case.weights == "masked" else ()
             self.apr("pretrain", "--run-dir", run, "--model", config, "--dataset", self.shards, "--num-steps", "60",
-                     "--steps-per-epoch", "60", *STEPS, *more)  # fmt: skip
+                     "--eval-every", "60", *STEPS, *more)  # fmt: skip
         return made
 
 

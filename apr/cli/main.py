@@ -20,6 +20,7 @@ from ..training.signals import handled, unswallowed
 
 COMMANDS = {
     "pretrain": "train a model; with no arguments: the demo job",
+    "sweep": "train every run of a grid of settings, and compare them in one table",
     "run": "generate text from a checkpoint",
     "bisect": "find the op of the layer that is wrong: two sides in lockstep, op by op",
     "trace": "write every intermediate of one forward (and backward) pass to a file",

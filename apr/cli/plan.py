@@ -42,8 +42,8 @@ class Flags:
     )
     seq_length: int = option("tokens per sequence", 1024, at_least=1, metavar="TOKENS")
     num_steps: int | None = option("optimizer steps, for the FLOPs of the whole job", at_least=1)
-    steps_per_epoch: int = option(
-        "steps between evaluations", Settings.steps_per_epoch, above=0, metavar="STEPS"
+    eval_every: int = option(
+        "steps between evaluations", Settings.eval_every, above=0, metavar="STEPS", also="steps-per-epoch"
     )
     keep_checkpoints: int = option(
         "how many of the latest checkpoints are kept, for the disk; 0: all",
@@ -165,8 +165,8 @@ def _disk(f: Flags, cfg: ModelConfig, dtype: str, lora: LoraConfig | None) -> di
             "--keep-checkpoints 0 keeps all of them: say how many steps there are with --num-steps"
         )
     s = Settings(
-        num_steps=f.num_steps or f.steps_per_epoch * (f.keep_checkpoints + f.keep_states + 2),
-        steps_per_epoch=f.steps_per_epoch,
+        num_steps=f.num_steps or f.eval_every * (f.keep_checkpoints + f.keep_states + 2),
+        eval_every=f.eval_every,
         keep_checkpoints=f.keep_checkpoints,
         keep_states=f.keep_states,
         ladder_mib=f.ladder_mib,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import itertools
 import math
@@ -90,6 +91,39 @@ def placeholder(f: dataclasses.Field[Any]) -> str:
     return "PATH" if meta["path"] and not meta["names"] else f.name.split("_")[-1].upper()
 
 
+# Flags of other trainers, for ours.
+ELSEWHERE = {
+    "learning-rate": "lr", "max-steps": "num-steps", "num-train-epochs": "epochs", "num-epochs": "epochs",
+    "per-device-train-batch-size": "micro-batch-size", "output-dir": "run-dir", "model-name-or-path": "init",
+    "base-model": "init", "max-seq-length": "seq-length", "max-length": "seq-length", "sequence-len": "seq-length",
+    "max-grad-norm": "grad-clip", "lr-scheduler-type": "schedule", "eval-steps": "eval-every", "save-steps": "save-every",
+    "save-total-limit": "keep-checkpoints", "report-to": "log", "lora-r": "lora-rank", "lora-target-modules": "lora-targets",
+    "train-file": "corpus", "datasets": "instruct", "gradient-checkpointing": "recompute", "adam-beta1": "beta1",
+    "adam-beta2": "beta2", "data-seed": "seed",
+}  # fmt: skip
+
+
+def near(name: str, names: Sequence[str]) -> str:
+    """Suggest the option that a name, written with -, may mean: "; did you mean --lr?", or ""."""
+    other = ELSEWHERE.get(name, "")
+    found = [other] if other in names else difflib.get_close_matches(name, names, 1, 0.7)
+    return f"; did you mean --{found[0]}?" if found else ""
+
+
+def whole(text: str) -> int:
+    """Read a whole number, also one written as 1e4 or 1_000."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
+
+
+# argparse names it in its messages.
+whole.__name__ = "int"
+
 # Part of the message for an argument that no place is left for.
 TOO_MANY = "one argument too many"
 
@@ -99,7 +133,10 @@ class _Parser(argparse.ArgumentParser):
         extra = message.removeprefix("unrecognized arguments: ")
         if extra != message and not any(word.startswith("-") for word in extra.split()):
             raise UsageError(f"{extra}: {TOO_MANY}; a text with spaces needs quotes around it")
-        raise UsageError(f"{message}; --help lists the options")
+        flags = [o[2:] for o in self._option_string_actions if o.startswith("--")]
+        unknown = [w[2:].split("=")[0].replace("_", "-") for w in extra.split() if w.startswith("--")]
+        hint = "".join(dict.fromkeys(near(w, flags) for w in unknown)) if extra != message else ""
+        raise UsageError(f"{message}{hint or '; --help lists the options'}")
 
 
 def _plain(annotation: Any) -> Any:
@@ -166,7 +203,7 @@ def _add(parser: Any, f: dataclasses.Field[Any], kind: type) -> None:
     elif meta["positional"]:
         how |= {"nargs": None if f.default is None else "?"}
     else:
-        how |= {"type": kind}
+        how |= {"type": whole if kind is int else kind}
         if meta["choices"]:
             how |= {"choices": meta["choices"], "metavar": None}
     parser.add_argument(*names, **how)

@@ -15,6 +15,9 @@ OPTIONAL = {
     "gguf": ">=0.17",
     "tensorboardX": ">=2.6",
     "wandb": ">=0.17",
+    "trackio": ">=0.2",
+    "mlflow": ">=2.10",
+    "PyYAML": ">=6",
     "lm_eval": ">=0.4.3",
 }
 # Package of the default installation: its version in setup.cfg. It is imported by this name, with _ for -.

@@ -87,6 +87,9 @@ def _rows(t: Subject, schedule: Any, config: Mapping[str, Any]) -> Iterator[Row]
     yield "sums over micro-batches", t.adapters.folds if t.adapters else t.model.folds, in_order
     yield from _optimizer(t, s)
     yield from _schedule(t, schedule, s)
+    if s.get("epochs"):
+        passes = s["epochs"] * data["train_windows"] / s["batch_size"]
+        yield "steps of the passes", s["num_steps"], max(1, -int(-(passes - 1e-9) // 1))
     yield from _batches(t, s, data)
     if t.adapters is not None or s["lora_rank"] or s["lora_init"]:
         yield from _adapters(t.adapters, s)

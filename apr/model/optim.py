@@ -26,6 +26,11 @@ class OptimSettings:
     """Optimizer: AdamW, schedule of the learning rate."""
 
     num_steps: int = option("optimizer steps", 1000, above=0)
+    epochs: float | None = option(
+        "passes over the training data, in the place of --num-steps; the last step may read the beginning of the next pass",
+        above=0,
+        metavar="PASSES",
+    )
     lr: float | None = option(
         "peak learning rate (default: 3e-4 from scratch, 5e-5 fine-tuning, 2e-4 fine-tuning adapters)",
         above=0,

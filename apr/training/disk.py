@@ -69,11 +69,11 @@ def disk(
     arrays = 1 + len(optimizer.moments)
     state = arrays * _file(adapters or full, "float32") + META_BYTES
     older = (most_rungs if is_long else kept)(s, 4 * arrays * (adapters or full).size)
-    due = -(-s.num_steps // (s.checkpoint_every or s.steps_per_epoch))
+    due = -(-s.num_steps // (s.checkpoint_every or s.eval_every))
     # The best one, and the new one before an old one is removed.
     checkpoints = min(due, s.keep_checkpoints + 2) if s.keep_checkpoints else due
-    states = min(-(-s.num_steps // (s.save_every or s.steps_per_epoch)), s.keep_states + 1)
-    lines = s.num_steps + s.num_steps // s.steps_per_epoch
+    states = min(-(-s.num_steps // (s.save_every or s.eval_every)), s.keep_states + 1)
+    lines = s.num_steps + s.num_steps // s.eval_every
     return Disk(checkpoint, checkpoints, state, states, older, PAGE_BYTES + LINE_BYTES * lines)
 
 

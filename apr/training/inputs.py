@@ -27,7 +27,7 @@ from ..model.params import Layout
 from ..model.presets import config_notes, load_config
 from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.training import LEAST_VOCABULARY
-from .settings import Settings
+from .settings import Settings, with_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def open_inputs(
     )
     if s.lora_rank is not None and lora is not None:
         check_rank(cfg, lora)
-    s = dataclasses.replace(s, dtype=s.dtype or backend.dtypes[0])
+    s = with_steps(dataclasses.replace(s, dtype=s.dtype or backend.dtypes[0]), len(data.train))
     need = needs(s, cfg, backend, s.batch_size, s.seq_length, lora, optimizer_class(s))
     micro = choose_micro_batch(need, s, backend, s.batch_size)
     return Inputs(

@@ -14,7 +14,7 @@ def most_rungs(s: Settings, state_bytes: int) -> int:
 
 def _older(s: Settings) -> tuple[int, int]:
     """Count the steps between states, and the states that --keep-states does not keep."""
-    every = s.save_every or s.steps_per_epoch
+    every = s.save_every or s.eval_every
     return every, max(0, -(-s.num_steps // every) - s.keep_states)
 
 

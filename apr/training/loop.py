@@ -388,7 +388,7 @@ class Trainer:
         return bool(p.epoch_losses) and self._ends_epoch(p.step)
 
     def _ends_epoch(self, step: int) -> bool:
-        return step % self.s.steps_per_epoch == 0 or step in self.ends
+        return step % self.s.eval_every == 0 or step in self.ends
 
     def _finished(self) -> str | None:
         """Return the status word when an evaluation ends the run early."""

@@ -13,7 +13,7 @@ from ..common.units import plural
 from ..model.schedule import Schedule
 from .inputs import Inputs
 from .rundir import RunDir, step_of
-from .settings import Settings, check
+from .settings import Settings, check, steps_of
 
 # Of runs that are older than a setting: they kept all checkpoints, no older states, and put nothing before a document.
 BEFORE: dict[str, Any] = {"keep_checkpoints": 0, "ladder_mib": 0, "bos": "none"}
@@ -36,17 +36,30 @@ def continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
     may_change = {f.name for f in dataclasses.fields(Settings) if f.metadata["may_change"]}
     kept = {key: explicit[key] for key in may_change if key in explicit}
     for key, value in absolute_paths(Settings, explicit).items():
+        if key == "epochs" and value is not None:
+            key, value = "num_steps", _steps(RunDir(path), saved, value)
         if key in may_change or saved.get(key) == value:
             continue
         if key == "num_steps":
             _check_rates(RunDir(path), saved, value)
-            kept[key] = value
+            kept |= {key: value, "epochs": None}
             continue
         raise Refused(
             f"{flag(key)} {value} differs from {saved.get(key)!r} of the run in {path}; a resumed run keeps its "
             f"settings. Start a new run with --init {path}/ckpt/epoch-NNN.apr to change them"
         )
     return Settings(**{**saved, **kept, "resume": True, "run_dir": settings.run_dir})
+
+
+def _steps(run: RunDir, saved: dict[str, Any], epochs: float) -> int:
+    """Count the steps of so many passes over the data that a run began with."""
+    data, batch = run.read_config().get("data"), saved.get("batch_size")
+    windows = data.get("train_windows") if isinstance(data, dict) else None
+    if not isinstance(windows, int) or not isinstance(batch, int) or not batch > 0:
+        raise MalformedFile(
+            f"{run.path}/config.json: no train_windows or batch_size; restore the file, or give --num-steps"
+        )
+    return steps_of(epochs, windows, batch)
 
 
 def _check_rates(run: RunDir, saved: dict[str, Any], num_steps: int) -> None:

@@ -80,7 +80,7 @@ def train(
                 settings = continued(settings, explicit or {})
                 if ended := _ended(settings, explicit or {}, show):
                     return ended
-            settings = resolve(settings)
+            settings = resolve(settings, explicit or {})
             gates = Gates(parse_bounds(settings.bounds))
             loggers.check(settings.log)
             inputs = open_inputs(settings, show.preparing)

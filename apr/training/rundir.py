@@ -104,7 +104,8 @@ class RunDir:
             return
         if states and step_of(states[-1]) == was:
             config["ends"] = [*self.ends(), was]
-        config["settings"]["num_steps"] = num_steps
+        # The passes that were asked for first are not those of the longer run.
+        config["settings"] |= {"num_steps": num_steps, "epochs": None}
         self.log.is_longer = True
         write_json(self.path / "config.json", config)
 

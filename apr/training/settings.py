@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputNotFound, MalformedFile, UsageError
-from ..common.files import read_json
+from ..common.errors import InputNotFound, UsageError
 from ..common.options import (
     check_names,
     check_ranges,
@@ -21,9 +20,11 @@ from ..common.options import (
     field_types,
     given,
     json_option,
+    near,
     option,
     threads_option,
 )
+from ..common.tables import read_table
 from ..data.audit import tokenizer_beside
 from ..data.settings import DataSettings, check_data
 from ..model.optim import OptimSettings
@@ -60,7 +61,9 @@ class EvidenceSettings:
 class EvalSettings:
     """Evaluation: how often, early stop, samples."""
 
-    steps_per_epoch: int = option("steps between evaluations", 100, above=0, metavar="STEPS")
+    eval_every: int = option(
+        "steps between evaluations", 100, above=0, metavar="STEPS", also="steps-per-epoch"
+    )
     patience: int = option(
         "evaluations without improvement before an early stop", 5, at_least=0, metavar="EVALUATIONS"
     )
@@ -99,7 +102,7 @@ class SaveSettings:
     """Saving: how often, how many to keep."""
 
     checkpoint_every: int = option(
-        "steps between checkpoints, a multiple of --steps-per-epoch; 0: at every evaluation; the last evaluation has one "
+        "steps between checkpoints, a multiple of --eval-every; 0: at every evaluation; the last evaluation has one "
         "in any case",
         0,
         at_least=0,
@@ -157,12 +160,12 @@ class RunSettings:
         may_change=True,
     )
     log: str | None = option(
-        "loggers beside metrics.jsonl: tensorboard, wandb, or both with a comma",
+        "loggers beside metrics.jsonl: tensorboard, wandb, trackio, mlflow, several with a comma",
         metavar="LOGGERS",
         may_change=True,
     )
     config: str | None = option(
-        "JSON file with the same names; flags win", metavar="FILE", path=True, may_change=True
+        "TOML, YAML or JSON file with the same names; flags win", metavar="FILE", path=True, may_change=True
     )
     json: bool = json_option()
 
@@ -191,7 +194,7 @@ DEMO: dict[str, Any] = dict(
     seq_length=128,
     batch_size=4,
     num_steps=3500,
-    steps_per_epoch=350,
+    eval_every=350,
     val_batches=64,
     lr=2e-3,
     lr_min=0.0,
@@ -208,28 +211,41 @@ def from_command_line(args: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
     explicit = given(Settings, args, "apr pretrain", __doc__ or "")
     if "config" in explicit:
         explicit = {**read_config(Path(explicit["config"])), **explicit}
-    if not explicit.keys() & {
-        "corpus",
-        "dataset",
-        "instruct",
-        "preferences",
-        "model",
-        "init",
-    } and not explicit.get("resume"):
-        explicit = {**DEMO, **explicit}
+    what = {"corpus", "dataset", "instruct", "preferences", "model", "init"}
+    if not explicit.keys() & what and not explicit.get("resume"):
+        explicit = {k: v for k, v in DEMO.items() if k != "num_steps" or "epochs" not in explicit} | explicit
     return Settings(**explicit), explicit
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read settings from a JSON file, names with - or _.
+    """Read settings from a TOML, YAML or JSON file, names with - or _; a table holds settings too, whatever it is called.
 
     Raises InputNotFound, MalformedFile, UsageError: an unknown key or a value of another type."""
     if not path.is_file():
         raise InputNotFound(f"--config {path}: no such file")
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise MalformedFile(f"{path}: expected a JSON object of settings")
-    return check({k.replace("-", "_"): v for k, v in raw.items()}, str(path))
+    return check(flat(read_table(path), str(path)), str(path))
+
+
+def flat(table: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Take the settings out of the tables of a file. Raises UsageError: one stands there twice."""
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        for name, v in value.items() if isinstance(value, dict) else [(key, value)]:
+            if (name := str(name).replace("-", "_")) in out and isinstance(value, dict):
+                raise UsageError(f"{source}: {name} stands there twice")
+            out[name] = v
+    return out
+
+
+def check_length(explicit: Mapping[str, Any]) -> None:
+    """Raise UsageError for two lengths of a run."""
+    if explicit.get("epochs") is not None and explicit.get("num_steps") is not None:
+        raise UsageError("--epochs and --num-steps both say how long a run is; give one of them")
+
+
+def steps_of(epochs: float, windows: int, batch_size: int) -> int:
+    """Count the steps of so many passes over the windows."""
+    return max(1, math.ceil(epochs * windows / batch_size - 1e-9))
 
 
 def check(values: dict[str, Any], source: str) -> dict[str, Any]:
@@ -239,11 +255,17 @@ def check(values: dict[str, Any], source: str) -> dict[str, Any]:
     plain, out = field_types(Settings), {}
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     allowed = {name: f.metadata["choices"] for name, f in fields.items()}
-    for key, value in values.items():
+    older = {f.metadata["also"].replace("-", "_"): name for name, f in fields.items() if f.metadata["also"]}
+    for given_key, value in values.items():
+        key = older.get(given_key, given_key)
         if key not in plain:
+            hint = near(key.replace("_", "-"), [name.replace("_", "-") for name in plain])
             raise UsageError(
-                f"{source}: unknown setting {key!r} = {value!r}; `apr pretrain --help` lists them"
+                f"{source}: unknown setting {key!r} = {value!r}{hint.replace('--', '').replace('-', '_')}; "
+                "`apr pretrain --help` lists them"
             )
+        if plain[key] is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
         if plain[key] is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value) if abs(value) < 1e300 else math.inf  # not finite is refused by `resolve`
         if value is not None and (
@@ -260,8 +282,9 @@ def check(values: dict[str, Any], source: str) -> dict[str, Any]:
     return out
 
 
-def resolve(s: Settings) -> Settings:
+def resolve(s: Settings, explicit: Mapping[str, Any] | None = None) -> Settings:
     """Fill in settings that depend on others. Raises UsageError for a contradiction or a number out of range."""
+    check_length(explicit or {})
     check_data(s)
     check_model(s)
     mode = s.mode or ("finetune" if s.init else "from-scratch")
@@ -272,10 +295,10 @@ def resolve(s: Settings) -> Settings:
     check_preferences(s)
     if (s.eval_tasks_every or s.eval_tasks_limit) and not s.eval_tasks:
         raise UsageError("--eval-tasks-every and --eval-tasks-limit are about --eval-tasks; give it too")
-    if s.eval_tasks_every % s.steps_per_epoch:
+    if s.eval_tasks_every % s.eval_every:
         raise UsageError(
-            f"--eval-tasks-every {s.eval_tasks_every}: tasks are scored at evaluations; give a multiple of --steps-per-epoch "
-            f"{s.steps_per_epoch}"
+            f"--eval-tasks-every {s.eval_tasks_every}: tasks are scored at evaluations; give a multiple of --eval-every "
+            f"{s.eval_every}"
         )
     for name in ("instruct", "preferences"):
         if getattr(s, name) and not s.init:
@@ -286,10 +309,10 @@ def resolve(s: Settings) -> Settings:
         raise UsageError("--dataset needs --tokenizer: the folder of the tokenizer that made the shards")
     check_ranges(Settings, vars(s))
     check_names(Settings, vars(s))
-    if s.checkpoint_every % s.steps_per_epoch:
+    if s.checkpoint_every % s.eval_every:
         raise UsageError(
             f"--checkpoint-every {s.checkpoint_every}: a checkpoint records its validation loss, so it is made at an "
-            f"evaluation; give a multiple of --steps-per-epoch {s.steps_per_epoch}"
+            f"evaluation; give a multiple of --eval-every {s.eval_every}"
         )
     defaults: dict[str, Any] = MODES[mode]
     adapters = s.lora_rank is not None or s.lora_init is not None
@@ -300,10 +323,22 @@ def resolve(s: Settings) -> Settings:
         mode=mode,
         lr=lr,
         lr_min=0.01 * lr if s.lr_min is None else s.lr_min,
-        warmup_steps=min(defaults["warmup_steps"], s.num_steps // 10)
-        if s.warmup_steps is None
-        else s.warmup_steps,
+        warmup_steps=_warmup(s, mode) if s.warmup_steps is None and s.epochs is None else s.warmup_steps,
     )
+
+
+def _warmup(s: Settings, mode: str) -> int:
+    return min(int(MODES[mode]["warmup_steps"]), s.num_steps // 10)
+
+
+def with_steps(s: Settings, windows: int) -> Settings:
+    """Fill in what follows from the number of windows to train on: the steps of --epochs, and their warm-up."""
+    if s.epochs is not None and not s.resume:
+        s = dataclasses.replace(s, num_steps=steps_of(s.epochs, windows, s.batch_size))
+    if s.warmup_steps is None:
+        assert s.mode is not None
+        s = dataclasses.replace(s, warmup_steps=_warmup(s, s.mode))
+    return s
 
 
 def is_due(step: int, every: int) -> bool:

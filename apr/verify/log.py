@@ -34,7 +34,7 @@ def metrics(r: Record) -> Finding:
         if not (0 < new <= tokens if r.facts.only_answers else new == tokens):
             return Finding.of("metrics", False, f"step {line['step']}: tokens_seen = {seen}", bound)
     ends = {s.num_steps, *r.run.ends()}
-    due = [0, *(e for e in range(1, last + 1) if e % s.steps_per_epoch == 0 or e in ends)]
+    due = [0, *(e for e in range(1, last + 1) if e % s.eval_every == 0 or e in ends)]
     found = [line["step"] for line in r.evaluations]
     # The data may end between two evaluations.
     if found not in (due, [*due, last]) and not (r.is_cut and found == due[:-1]):

@@ -33,7 +33,7 @@ from apr.training.settings import Settings
 
 cpu = backends.get("cpu")
 RECIPE = (
-    "--num-steps 6 --steps-per-epoch 3 --batch-size 4 --micro-batch-size 2 --seq-length 16 --val-batches 2 "
+    "--num-steps 6 --eval-every 3 --batch-size 4 --micro-batch-size 2 --seq-length 16 --val-batches 2 "
     "--val-fraction 0.3 --lr 3e-3 --warmup-steps 2 --model qwen2"
 )
 Lines = list[dict[str, Any]]

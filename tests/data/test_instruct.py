@@ -642,7 +642,7 @@ def test_guards_see_an_example_without_a_separator_and_one_that_is_lost(prepared
 # Whole runs
 
 RECIPE = [
-    "--lr", "3e-3", "--warmup-steps", "2", "--num-steps", "6", "--steps-per-epoch", "3", "--batch-size", "4",
+    "--lr", "3e-3", "--warmup-steps", "2", "--num-steps", "6", "--eval-every", "3", "--batch-size", "4",
     "--micro-batch-size", "2", "--seq-length", "96", "--val-fraction", "0.2", "--device", "cpu",
     "--bounds", "pretrained_share=3",
 ]  # fmt: skip

@@ -70,7 +70,7 @@ def row(run, gate):
     return next(g for g in verdict(run)["gates"] if g["id"] == gate)
 
 
-LONGER = ["--num-steps", 24, "--steps-per-epoch", 12]  # epochs whose spread is known
+LONGER = ["--num-steps", 24, "--eval-every", 12]  # epochs whose spread is known
 
 
 # Faults: each gets pytest's monkeypatch, the place and a folder, and gives more arguments of the command line.
@@ -287,7 +287,7 @@ def the_loss_is_a_constant(m, place, folder):
         "_measure",
         lambda self, *a: {**(line := right(self, *a)), **({"train_loss": 6.0} if line["step"] > 1 else {})},
     )
-    return ["--num-steps", 12, "--steps-per-epoch", 12]
+    return ["--num-steps", 12, "--eval-every", 12]
 
 
 def bits_have_another_base(m, place, folder):

@@ -438,7 +438,7 @@ def test_moments_are_of_the_adapters_only():
 # Whole runs
 
 RECIPE = [
-    "--lr", "1e-2", "--warmup-steps", "2", "--num-steps", "6", "--steps-per-epoch", "3", "--batch-size", "4",
+    "--lr", "1e-2", "--warmup-steps", "2", "--num-steps", "6", "--eval-every", "3", "--batch-size", "4",
     "--micro-batch-size", "2", "--seq-length", "16", "--val-batches", "4", "--val-fraction", "0.3", "--device", "cpu",
 ]  # fmt: skip
 

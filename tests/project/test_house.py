@@ -47,7 +47,8 @@ ORCHESTRATOR, ONLY_ORCHESTRATED = "apr.training.run", ("evidence", "report")
 # Imports inside functions: what is optional, or too heavy for every command to load, and of apr what loads such a thing.
 OPTIONAL = {
     "cupy", "cupy_backends", "cuda", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numba", "pyarrow", "rich",
-    "scipy_openblas64", "readline", "tensorboardX", "tokenizers", "torch", "transformers", "wandb", "lm_eval", "zstandard",
+    "scipy_openblas64", "readline", "tensorboardX", "tokenizers", "torch", "transformers", "wandb", "lm_eval",
+    "yaml", "zstandard",
 }  # fmt: skip
 OPENERS = ("What", "Whether", "How", "Where", "Which", "The one", "The same")
 
@@ -275,6 +276,7 @@ OPENERS_OF_FILES = {
     "apr.cli.inspect": {"_tokenizer": "JSON that Tokenizer has checked"},
     "apr.cli.main": {"_drop_output": "/dev/null"},
     "apr.cli.show": {"on_broken_pipe": "/dev/null"},
+    "apr.cli.sweep": {"launch": "an output"},
     "apr.data.conversations.examples": {"_record": "a line of bounded length and number of values"},
     "apr.data.conversations.pack": {"pack": "outputs"},
     "apr.data.encode": {"_skipped_file": "an output"},

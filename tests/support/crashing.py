@@ -64,7 +64,7 @@ class Job:
 
     folder: Path
     num_steps: int = 96
-    steps_per_epoch: int = 8
+    eval_every: int = 8
 
     def make(self) -> Job:
         """Write the corpus and the model's config.json."""
@@ -83,7 +83,7 @@ class Job:
             return ["--resume", "--run-dir", str(run)]
         options = {
             "corpus": self.folder / "corpus", "model": self.folder / "config.json", "run-dir": run,
-            "num-steps": self.num_steps, "steps-per-epoch": self.steps_per_epoch, "save-every": 2,
+            "num-steps": self.num_steps, "eval-every": self.eval_every, "save-every": 2,
             "lr": 3e-3, "warmup-steps": 3, "batch-size": 4, "micro-batch-size": 2, "seq-length": 16,
             "val-batches": 12, "val-fraction": 0.3, "patience": 1000, "sample": "def ", "threads": 1,
         }  # fmt: skip
@@ -115,7 +115,7 @@ class Job:
     @property
     def lines(self) -> int:
         """How many lines of metrics a run has: steps and evaluations."""
-        return self.num_steps + 1 + self.num_steps // self.steps_per_epoch
+        return self.num_steps + 1 + self.num_steps // self.eval_every
 
 
 def until(process: subprocess.Popen[bytes], true: Callable[[], bool]) -> None:
@@ -231,7 +231,7 @@ def phase_of(process: subprocess.Popen[bytes], run: Path, job: Job) -> str:
         return "closing"
     if not begun(run):
         return "before its first step"
-    at_end = "train_loss" in last and last["step"] % job.steps_per_epoch == 0
+    at_end = "train_loss" in last and last["step"] % job.eval_every == 0
     return "evaluating" if at_end else "training"
 
 

@@ -508,7 +508,7 @@ def read_run_case(folder: Path) -> None:
 
 def record_seeds() -> list[Case]:
     """A run that was stopped after four steps, before anything was saved, as its files tell it."""
-    asked = dict(model="qwen2-tiny", corpus="c", run_dir="r", num_steps=9, steps_per_epoch=2, dtype="float32")
+    asked = dict(model="qwen2-tiny", corpus="c", run_dir="r", num_steps=9, eval_every=2, dtype="float32")
     s = settings.resolve(settings.Settings(**asked, batch_size=2, micro_batch_size=2, seq_length=8))  # type: ignore[arg-type]
     assert s.lr and s.lr_min is not None and s.warmup_steps is not None  # noqa: PT018
     schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)

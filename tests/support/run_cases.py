@@ -18,7 +18,7 @@ from apr.model.params import Layout
 from apr.model.presets import PRESETS
 
 RECIPE = [
-    "--lr", "3e-3", "--warmup-steps", "3", "--num-steps", "6", "--steps-per-epoch", "3", "--batch-size", "4",
+    "--lr", "3e-3", "--warmup-steps", "3", "--num-steps", "6", "--eval-every", "3", "--batch-size", "4",
     "--micro-batch-size", "2", "--seq-length", "16", "--val-batches", "4", "--val-fraction", "0.3",
 ]  # fmt: skip
 

@@ -48,7 +48,7 @@ CLOSE = 2e-5
 DATA = {"plain": "text", "instruct": "chats", "resumed": "text", "lora": "text"}
 INIT = {"instruct": "plain/ckpt/epoch-002.apr", "lora": "resumed/ckpt/epoch-002.apr"}
 COMMON = {
-    "device": "cpu", "threads": 1, "num-steps": 16, "steps-per-epoch": 8, "save-every": 8, "keep-states": 1,
+    "device": "cpu", "threads": 1, "num-steps": 16, "eval-every": 8, "save-every": 8, "keep-states": 1,
     "ladder-mib": 1, "batch-size": 4, "seq-length": 32, "val-batches": 4, "seed": 6, "eps": 1e-6,
 }  # fmt: skip
 JOBS: dict[str, dict[str, Any]] = {

@@ -23,11 +23,11 @@ from apr.training.settings import Settings
 from run_cases import VOCAB, cache, place  # noqa: F401
 
 BASE = [
-    "--lr", "3e-3", "--warmup-steps", "1", "--num-steps", "3", "--steps-per-epoch", "3", "--batch-size", "4",
+    "--lr", "3e-3", "--warmup-steps", "1", "--num-steps", "3", "--eval-every", "3", "--batch-size", "4",
     "--micro-batch-size", "2", "--seq-length", "16", "--val-batches", "2", "--val-fraction", "0.3", "--seed", "42",
     "--weight-decay", "0.1", "--min-epochs", "0", "--spot-check", "-1",
 ]  # fmt: skip
-LARGE = ["--num-steps", "30", "--steps-per-epoch", "30", "--batch-size", "400", "--micro-batch-size", "100"]
+LARGE = ["--num-steps", "30", "--eval-every", "30", "--batch-size", "400", "--micro-batch-size", "100"]
 # Documents are long: all validation windows.
 BORDERS = ["--seq-length", "64", "--val-batches", "500"]
 # Arguments that the run is given in the place of, or beside, those of the base; and of the run that it is compared with.
@@ -52,17 +52,17 @@ OTHER = {
     "beta2": (["--beta2", "0.94"], []),
     "eps": (["--eps", "2e-8"], []),
     "grad_clip": (["--grad-clip", "0.9"], []),
-    "steps_per_epoch": (["--steps-per-epoch", "2"], []),
+    "eval_every": (["--eval-every", "2"], []),
     # The rate is so small that the loss does not get better: after one evaluation that is no better the run ends.
     "patience": (
-        ["--patience", "0", "--lr", "1e-30", "--steps-per-epoch", "1"],
-        ["--lr", "1e-30", "--steps-per-epoch", "1"],
+        ["--patience", "0", "--lr", "1e-30", "--eval-every", "1"],
+        ["--lr", "1e-30", "--eval-every", "1"],
     ),
     "min_epochs": (
-        ["--min-epochs", "2", "--patience", "0", "--lr", "1e-30", "--steps-per-epoch", "1"],
-        ["--patience", "0", "--lr", "1e-30", "--steps-per-epoch", "1"],
+        ["--min-epochs", "2", "--patience", "0", "--lr", "1e-30", "--eval-every", "1"],
+        ["--patience", "0", "--lr", "1e-30", "--eval-every", "1"],
     ),
-    "target_val_loss": (["--target-val-loss", "7", "--steps-per-epoch", "1"], ["--steps-per-epoch", "1"]),
+    "target_val_loss": (["--target-val-loss", "7", "--eval-every", "1"], ["--eval-every", "1"]),
     "sample": (["--sample", "import"], []),
     "bounds": (["--bounds", "speed=9"], []),
     "spot_check": (["--spot-check", "1"], []),
@@ -108,6 +108,7 @@ REASONS = {
     "threads": "the same bits on few threads: tests/backends/test_backends.py",
     "resume": "the same bits: tests/training/test_training.py",
     "other_kernels": "one kind of kernels on this machine: tests/training/test_failures.py",
+    "epochs": "a number of steps: tests/training/test_habits.py",
     "log": "loggers of other packages: tests/training/test_failures.py",
     "checkpoint_every": "when files are written: tests/training/test_saving.py",
     "keep_checkpoints": "files that are removed: tests/training/test_saving.py",

@@ -599,7 +599,7 @@ def test_a_stop_is_saved_although_nobody_reads_what_is_said(job, undisturbed, ru
 
 def test_a_signal_at_the_end_of_the_data(job, run, monkeypatch, capsys):
     """The evaluation after the last whole batch is stopped like any other."""
-    more = ["--on-exhausted", "stop", "--num-steps", 1000, "--steps-per-epoch", 1000, "--save-every", 0]
+    more = ["--on-exhausted", "stop", "--num-steps", 1000, "--eval-every", 1000, "--save-every", 0]
     more += ["--batch-size", 100, "--micro-batch-size", 100, "--val-batches", 1, "--spot-check", -1]
     assert start(job, run.with_name("whole"), *more) == 0
     with monkeypatch.context() as m:

@@ -110,7 +110,7 @@ def test_two_trainings_are_equal_bit_for_bit(cuda: Any, dtype: str) -> None:
 
 # The command
 
-RECIPE = "--lr 3e-3 --warmup-steps 3 --num-steps 12 --steps-per-epoch 4 --batch-size 4 --micro-batch-size 2 --seq-length 16"
+RECIPE = "--lr 3e-3 --warmup-steps 3 --num-steps 12 --eval-every 4 --batch-size 4 --micro-batch-size 2 --seq-length 16"
 SIZES = [*RECIPE.split(), "--val-batches", "4"]
 
 

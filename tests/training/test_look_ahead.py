@@ -18,7 +18,7 @@ from apr.training.loop import Trainer
 from run_cases import cache, is_of_the_run, place, pretrain  # noqa: F401  cache and place are fixtures
 
 cpu = backends.get("cpu")
-LONG = ["--num-steps", "24", "--steps-per-epoch", "12", "--save-every", "8", "--spot-check", "7"]
+LONG = ["--num-steps", "24", "--eval-every", "12", "--save-every", "8", "--spot-check", "7"]
 TIMES = ("wall_ms", "tokens_per_sec", "time")
 
 

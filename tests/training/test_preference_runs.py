@@ -27,7 +27,7 @@ from apr.tokenizer.tokenizer import Tokenizer
 from small_checkpoint import write_checkpoint
 
 RECIPE = [
-    "--seq-length", "63", "--batch-size", "2", "--micro-batch-size", "1", "--num-steps", "4", "--steps-per-epoch", "2",
+    "--seq-length", "63", "--batch-size", "2", "--micro-batch-size", "1", "--num-steps", "4", "--eval-every", "2",
     "--lr", "1e-3", "--warmup-steps", "1", "--val-fraction", "0.3", "--device", "cpu",
 ]  # fmt: skip
 

@@ -118,7 +118,7 @@ def test_the_best_one_is_kept(job, five_best, run, capsys):
 
 
 def test_a_run_of_many_evaluations_does_not_fill_the_disk(job, run):
-    assert start(job, run, "--steps-per-epoch", 1) == 0
+    assert start(job, run, "--eval-every", 1) == 0
     there = files(run)[1]
     assert there[-5:] == [12, 13, 14, 15, 16]
     assert len(there) in (5, 6)  # with the best
@@ -208,7 +208,7 @@ def test_whole_numbers_are_written_shortly():
 
 
 def test_evaluations_checkpoints_and_states_have_each_their_own_interval(job, run, monkeypatch, capsys):
-    more = ["--steps-per-epoch", 2, "--checkpoint-every", 6, "--save-every", 5, "--keep-states", 9]
+    more = ["--eval-every", 2, "--checkpoint-every", 6, "--save-every", 5, "--keep-states", 9]
     assert start(job, run, *more) == 0
     assert [m["step"] for m in metrics(run) if "val_loss" in m] == list(range(0, 17, 2))
     assert files(run)[1] == [3, 6, 8]  # of steps 6, 12 and the end
@@ -323,7 +323,7 @@ def slow_writer(monkeypatch, steps=2):
     return behind
 
 
-SPARSE = ["--steps-per-epoch", 8, "--save-every", 4]
+SPARSE = ["--eval-every", 8, "--save-every", 4]
 
 
 def test_the_bytes_are_those_of_a_run_that_waits(job, run, monkeypatch, capsys):
@@ -384,7 +384,7 @@ def test_observers_hear_of_a_checkpoint_before_the_next_evaluation(job, run, mon
     emit = Trainer.emit
     monkeypatch.setattr(Trainer, "emit", lambda self, e: (heard.append(e), emit(self, e))[1])
     slow_writer(monkeypatch)
-    assert start(job, run, "--steps-per-epoch", 8, "--save-every", 0) == 0
+    assert start(job, run, "--eval-every", 8, "--save-every", 0) == 0
     names = [e.method for e in heard if e.method in ("stepped", "evaluated", "saved")]
     first = names.index("saved")
     assert names[:first].count("stepped") in range(9, 17)

@@ -39,7 +39,7 @@ from apr.training.settings import DEMO, Settings, from_command_line, resolve
 from data_cases import put as put_documents
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ["--num-steps", "12", "--steps-per-epoch", "4"]
+STEPS = ["--num-steps", "12", "--eval-every", "4"]
 SIZES = [
     "--batch-size",
     "4",
@@ -314,7 +314,7 @@ def test_target_and_early_stop(place, tmp_path, capsys):
 
 def test_data_that_ends(place, tmp_path, capsys):
     args = ["--on-exhausted", "stop", "--batch-size", 64, "--micro-batch-size", 64, "--num-steps", 10_000]
-    assert pretrain(place, tmp_path / "a", *args, "--steps-per-epoch", 50) == 0
+    assert pretrain(place, tmp_path / "a", *args, "--eval-every", 50) == 0
     assert "cycle" in capsys.readouterr().out
     last = lines(tmp_path / "a")[-1]
     assert 0 < last["step"] < 10_000
@@ -332,7 +332,7 @@ def test_each_pass_over_the_data_has_a_line(place, run, tmp_path, capsys):
         place / "config.json",
     ]
     args += ["--batch-size", 64, "--micro-batch-size", 64, "--num-steps", 100, "--val-batches", 1]
-    assert pretrain(place, tmp_path / "a", *args, "--steps-per-epoch", 100, model=False) == 0
+    assert pretrain(place, tmp_path / "a", *args, "--eval-every", 100, model=False) == 0
     out = capsys.readouterr().out
     whole = [json.loads(x) for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     passes = [x for x in whole if "passes" in x]

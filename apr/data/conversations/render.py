@@ -10,6 +10,7 @@ from typing import NoReturn
 import numpy as np
 
 from ...common.errors import Refused
+from ...common.units import plural
 from ...tokenizer.chat_template import ChatTemplate, Message, answer_ends
 from ...tokenizer.template_process import TemplateStopped
 from ...tokenizer.tokenizer import Tokenizer, text_difference
@@ -104,7 +105,8 @@ def _unmark(text: str, example: Example) -> tuple[str, Spans]:
     if example.untrained:
         turns = [k for k, m in enumerate(example.messages) if m["role"] == "assistant"]
         if len(turns) != len(spans):
-            detail = f"the template marks {len(spans)} answers of {len(turns)} messages, so nothing says which to leave out"
+            marks = f"{plural(len(spans), 'answer')} of {plural(len(turns), 'message')} of the assistant"
+            detail = f"the template marks {marks}, so nothing says which to leave out"
             raise Unusable("answers that are left out", detail)
         spans = [span for k, span in zip(turns, spans, strict=True) if k not in example.untrained]
     return "".join(out), [(a, b) for a, b in spans if a < b]

@@ -1,0 +1,250 @@
+"""What people expect of a trainer: passes over the data, files of settings, flags that are nearly right, grids of runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apr.cli import sweep
+from apr.cli.main import main
+from apr.common.errors import MalformedFile, Refused, UsageError
+from apr.common.options import given, near
+from apr.training import inputs
+from apr.training import settings as all_settings
+from apr.training.settings import Settings, check, read_config, steps_of
+from crashing import Job, failed_checks, go_on, quicken
+
+EPOCHS = 0.02
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("habits") / "job", 8, 4).make()
+
+
+@pytest.fixture(autouse=True)
+def quick(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    quicken(monkeypatch, job.folder / "cache")
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    args = job.arguments(job.folder / "x", False)
+    made = given(Settings, args, "apr pretrain", "")
+    return {
+        k: v
+        for k, v in made.items()
+        if k not in ("run_dir", "num_steps", "warmup_steps", "sample", "patience")
+    }
+
+
+def in_process(args: list[str], log: Path, running: list[Any]) -> int:
+    """Train in this process, in the place of sweep.launch."""
+    return main(["pretrain", *args])
+
+
+@pytest.fixture(scope="module")
+def swept(job: Job, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], int]:
+    """A grid of two runs that train and one that is refused: its folder, its command, its exit code."""
+    folder = tmp_path_factory.mktemp("sweep")
+    grid = {
+        "base": settings_of(job) | {"epochs": EPOCHS, "schedule": "constant"},
+        "grid": {"lr": [1e-3, 3e-3, 1.0]},
+    }
+    grid["base"] |= {"lr": 1e-3}
+    (folder / "grid.json").write_text(json.dumps(grid))
+    args = ["sweep", str(folder / "grid.json"), "-o", str(folder / "out")]
+    with pytest.MonkeyPatch.context() as m:
+        quicken(m, job.folder / "cache")
+        m.setattr(sweep, "launch", lambda a, log, r: 5 if "lr=1.0" in a[-1] else in_process(a, log, r))
+        log = folder / "out" / "logs" / "lr=1.0.txt"
+        log.parent.mkdir(parents=True)
+        log.write_text("apr pretrain: no such thing\nREFUSED\n")
+        code = main(args)
+    return folder / "out", args, code
+
+
+def test_a_grid_ends_in_one_table(swept: tuple[Path, list[str], int]) -> None:
+    folder, _, code = swept
+    rows = json.loads((folder / "sweep.json").read_text())["runs"]
+    assert [r["verdict"] for r in rows] == ["PASS", "PASS", "NONE"]
+    assert code == 9
+    assert rows[0]["val_loss"] <= rows[1]["val_loss"]
+    assert rows[2]["said"] == "apr pretrain: no such thing"
+    for row in rows[:2]:
+        config = json.loads((Path(row["run_dir"]) / "config.json").read_text())
+        assert config["settings"]["lr"] == row["lr"]
+        want = math.ceil(EPOCHS * config["data"]["train_windows"] / 4)
+        assert row["steps"] == config["settings"]["num_steps"] == want > 4
+        assert config["settings"]["warmup_steps"] == want // 10
+        losses = [json.loads(x) for x in (Path(row["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+        assert row["best_val_loss"] == min(x["val_loss"] for x in losses if "val_loss" in x)
+
+
+def test_the_same_grid_again_keeps_what_has_ended(
+    swept: tuple[Path, list[str], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, args, _ = swept
+    asked: list[list[str]] = []
+    monkeypatch.setattr(sweep, "launch", lambda a, log, r: asked.append(a) or 0)
+    assert main(args) == 9
+    assert [Path(a[-1]).name for a in asked] == ["lr=1.0"]
+    assert "lr=0.001: has ended before, kept" in capsys.readouterr().out
+    verdict = folder / "lr=0.003" / "verdict.json"
+    whole = verdict.read_text()
+    verdict.write_text(whole.replace('"DONE"', '"INTERRUPTED"'))
+    assert main(args) == 9
+    verdict.write_text(whole)
+    assert asked[1] == ["--resume", "--run-dir", str(folder / "lr=0.003")]
+    assert main([*args, "--devices", "cpu,cpu", "--json"]) == 9
+    assert asked[-1][-2:] == ["--device", "cpu"]
+    grid = Path(args[1])
+    was = grid.read_text()
+    grid.write_text(was.replace('"seq_length": 16', '"seq_length": 8'))
+    assert main(args) == 5
+    grid.write_text(was)
+
+
+def test_a_run_of_passes_is_made_longer_by_passes(
+    swept: tuple[Path, list[str], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = swept[0] / "lr=0.003"
+    windows = json.loads((run / "config.json").read_text())["data"]["train_windows"]
+    assert go_on(run, "--epochs", 1.5 * EPOCHS) == 0
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    assert settings["num_steps"] == math.ceil(1.5 * EPOCHS * windows / 4)
+    assert settings["epochs"] is None
+    assert failed_checks(capsys, run) == {}
+
+
+def test_a_wrong_number_of_steps_of_the_passes_is_seen(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Planted: one step too few. The gate before.settings counts anew."""
+    right = all_settings.with_steps
+
+    def one_less(s: Settings, windows: int) -> Settings:
+        s = right(s, windows)
+        return all_settings.dataclasses.replace(s, num_steps=s.num_steps - 1)
+
+    monkeypatch.setattr(inputs, "with_steps", one_less)
+    (tmp_path / "c.json").write_text(json.dumps(settings_of(job) | {"epochs": EPOCHS}))
+    assert main(["pretrain", "--config", str(tmp_path / "c.json"), "--run-dir", str(tmp_path / "run")]) == 5
+    assert "steps of the passes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("epochs", "windows", "batch", "steps"),
+    [(1, 10, 4, 3), (2, 10, 5, 4), (0.5, 10, 5, 1), (0.1, 30, 3, 1), (1e-9, 5, 5, 1)],
+)
+def test_steps_of_passes(epochs: float, windows: int, batch: int, steps: int) -> None:
+    assert steps_of(epochs, windows, batch) == steps
+
+
+def test_two_lengths_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--epochs", "1", "--num-steps", "5"]) == 2
+    assert "--epochs and --num-steps" in capsys.readouterr().err
+
+
+# Files of settings
+
+TOML = 'corpus = "x"\nnum_steps = 1e4\n[optimizer]\nlr = 1e-4\nbatch-size = 8\nshuffle = false\n'
+YAML = "corpus: x\nnum_steps: 1e4\noptimizer:\n  lr: 1e-4\n  batch-size: 8\n  shuffle: no\n"
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.toml", TOML), ("a.yaml", YAML), ("a.yml", YAML)])
+def test_files_of_settings(tmp_path: Path, name: str, text: str) -> None:
+    if name != "a.toml":
+        pytest.importorskip("yaml")
+    (tmp_path / name).write_text(text)
+    got = read_config(tmp_path / name)
+    assert got == {"corpus": "x", "num_steps": 10000, "lr": 1e-4, "batch_size": 8, "shuffle": False}
+    assert isinstance(got["num_steps"], int)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error", "words"),
+    [
+        ("a.toml", "lr = ", MalformedFile, "a.toml: Invalid value"),
+        ("a.toml", "lr = 1\n[b]\nlr = 2\n", UsageError, "lr stands there twice"),
+        ("a.toml", "learning_rate = 1.0\n", UsageError, "unknown setting 'learning_rate' = 1.0; did you mean lr?"),
+        ("a.toml", "num_step = 1\n", UsageError, "did you mean num_steps?"),
+        ("a.toml", "num_steps = 1.5\n", UsageError, "not of type int"),
+        ("a.yaml", "lr: [", MalformedFile, "a.yaml: "),
+        ("a.yaml", "- lr", MalformedFile, "expected an object"),
+        ("a.yaml", "a: &x [1]\nb: *x\n", MalformedFile, "anchors"),
+        ("a.json", "[1]", MalformedFile, "expected an object"),
+    ],
+)  # fmt: skip
+def test_wrong_files_of_settings(
+    tmp_path: Path, name: str, text: str, error: type[Exception], words: str
+) -> None:
+    if name == "a.yaml":
+        pytest.importorskip("yaml")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(error) as e:
+        read_config(tmp_path / name)
+    assert words in str(e.value)
+
+
+def test_the_older_name_of_the_interval_of_evaluations() -> None:
+    assert check({"steps_per_epoch": 7}, "config.json") == {"eval_every": 7}
+    assert given(Settings, ["--steps-per-epoch", "7"], "apr pretrain", "") == {"eval_every": 7}
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--num-step", "3"], "did you mean --num-steps?"),
+        (["--learning-rate", "3"], "did you mean --lr?"),
+        (["--learning_rate=3"], "did you mean --lr?"),
+        (["--num-train-epochs", "3"], "did you mean --epochs?"),
+        (["--zzz", "3"], "--help lists the options"),
+        (["--num-steps", "1.5"], "invalid int value: '1.5'"),
+        (["--num-steps", "ten"], "invalid int value: 'ten'"),
+    ],
+)
+def test_flags_that_are_nearly_right(args: list[str], words: str) -> None:
+    with pytest.raises(UsageError) as e:
+        given(Settings, args, "apr pretrain", "")
+    assert words in str(e.value)
+
+
+def test_a_whole_number_is_written_in_any_way() -> None:
+    for text in ("10000", "1e4", "1_0000", "10000.0"):
+        assert given(Settings, ["--num-steps", text], "apr pretrain", "") == {"num_steps": 10000}
+
+
+def test_a_flag_of_elsewhere_is_one_of_ours() -> None:
+    from apr.common.options import ELSEWHERE
+
+    names = set(all_settings.field_types(Settings))
+    assert {v.replace("-", "_") for v in ELSEWHERE.values()} <= names
+    assert near("learning-rate", ["beta1"]) == ""
+
+
+# Grids that make no sense
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ({"lr": 1.0}, "no table 'grid'"),
+        ({"grid": {}}, "no table 'grid'"),
+        ({"grid": {"lr": 1.0}}, "no table 'grid'"),
+        ({"grid": {"lr": [1.0, 1.0]}}, "two runs are called 'lr=1.0'"),
+        ({"grid": {"lrr": [1.0]}}, "unknown setting 'lrr'"),
+        ({"grid": {"seed": ["a"]}}, "seed = 'a' is not of type int"),
+        ({"run_dir": "x", "grid": {"lr": [1.0]}}, "run_dir is given by the sweep"),
+        ({"epochs": 1, "num_steps": 2, "grid": {"lr": [1.0]}}, "--epochs and --num-steps"),
+        ({"grid": {"seed": list(range(1001))}}, "1,001 combinations"),
+    ],
+)
+def test_grids_that_make_no_sense(tmp_path: Path, grid: Any, words: str) -> None:
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    with pytest.raises((UsageError, Refused)) as e:
+        sweep.read_grid(tmp_path / "grid.json")
+    assert words in str(e.value)
