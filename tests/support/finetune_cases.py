@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +72,46 @@ MARKED = {
 LLAMA_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
-def own_tokenizer() -> str:
-    """A tokenizer.json: bytes, a few merges, and the special tokens of OWN_TEMPLATE."""
+def random_talks(count: int, seed: int) -> list[list[dict[str, str]]]:
+    """Draw conversations of one to four turns: white space at edges, several scripts, code, thoughts, system prompts."""
+    rng = random.Random(seed)
+    words = [
+        "alpha",
+        "beta",
+        "the",
+        "of",
+        "12",
+        "3.5",
+        "\n",
+        "def",
+        "f(x):",
+        "\u00e9",
+        "\u65e5\u672c",
+        "\U0001f642",
+    ]
+    words += [",", ".", "!", "--", "\t"]
+
+    def text() -> str:
+        inner = " ".join(rng.choice(words) for _ in range(rng.randrange(1, 14)))
+        return rng.choice(["", " ", "\n"]) + inner + "x" + rng.choice(["", " ", "\n", "\n\n"])
+
+    def talk() -> list[dict[str, str]]:
+        out = [{"role": "system", "content": text()}] if rng.random() < 0.3 else []
+        for _ in range(rng.randrange(1, 5)):
+            thought = f"<think>\n{text()}\n</think>\n\n" if rng.random() < 0.2 else ""
+            out += [{"role": "user", "content": text()}, {"role": "assistant", "content": thought + text()}]
+        return out + ([{"role": "user", "content": "bye"}] if rng.random() < 0.15 else [])
+
+    return [talk() for _ in range(count)]
+
+
+def special_in(template: str) -> list[str]:
+    """The special tokens that a chat template writes, and the beginning of a text."""
+    return sorted({"<bos>", *re.findall(r"<\|[a-zA-Z_]+\|>|<(?:start|end)_of_turn>", template)})
+
+
+def own_tokenizer(more: Sequence[str] = ()) -> str:
+    """A tokenizer.json: bytes, a few merges, the special tokens of OWN_TEMPLATE, and more."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("i", "n"), ("th", "e"), ("a", "n"), ("Ġ", "the"), ("Ċ", "Ċ"), ("Ġ", "Ġ")]
     words = [*letters, *("".join(m) for m in merges)]
@@ -78,6 +119,7 @@ def own_tokenizer() -> str:
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
     special = ("<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>")
+    special += tuple(t for t in more if t not in special)
     engine.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in special])
     return engine.to_str()
 
