@@ -12,6 +12,7 @@ common, as two rows that change places on both ways, shows here alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,11 @@ def compare_adapter(folder: Path, num_layers: int, want: Mapping[str, np.ndarray
     if odd := sorted(names.keys() ^ there.keys()):
         raise _failed(folder, odd[0], "is in the file or among the names that PEFT looks for, not in both")
     for name, t in there.items():
-        if t.shape["AB".index(name[-8])] != config["r"]:
-            raise _failed(folder, name, f"has the shape {t.shape}, the rank is {config['r']}")
+        module = name.removeprefix("base_model.model.")[: -len(".lora_A.weight")]
+        fits = (r for p, r in config["rank_pattern"].items() if re.match(rf"(.*\.)?({p})$", module))
+        rank = next(fits, config["r"])
+        if t.shape["AB".index(name[-8])] != rank:
+            raise _failed(folder, name, f"has the shape {t.shape}, the rank is {rank}")
     return sum(_compare(folder, name, t, want[names[name]]) for name, t in there.items())
 
 

@@ -17,7 +17,7 @@ from ..common.atomic import write_json, write_text
 from ..common.errors import InputNotFound, MalformedFile, Refused
 from ..common.files import parse_json, read_text
 from ..model.config import ModelConfig
-from ..model.lora import LINEAR, PREFIX, AdapterLayout, LoraConfig
+from ..model.lora import LINEAR, PREFIX, AdapterLayout, LoraConfig, matches
 from ..model.params import Layout, Slot
 from .checkpoint import TEMPLATE
 from .hf import read_safetensors, write_safetensors
@@ -95,14 +95,25 @@ class LoadedAdapter:
         uneven = [name for name, count in names.items() if count != cfg.num_layers]
         ranks = {d.a.shape[0] for d in self.deltas.values()}
         scales = {d.scale for d in self.deltas.values()}
-        if unknown or uneven or len(ranks) > 1 or len(scales) > 1:
+        if unknown or uneven:
             where = "" if unknown else " in some layers only"
-            odd = [*unknown, *uneven]
-            what = f"adapts {odd[0]}{where}" if odd else "has several ranks or scales"
             raise Refused(
-                f"{self.source}: {what}, which --lora-init does not go on with; `apr merge` makes it part of the weights"
+                f"{self.source}: adapts {[*unknown, *uneven][0]}{where}, which --lora-init does not go on with; `apr merge` "
+                "makes it part of the weights"
             )
         targets = tuple(name for name, peft in LINEAR.items() if peft in names)
+        if len(ranks) > 1 or len(scales) > 1:
+            modules = [hf.removesuffix(".weight") for hf in self.deltas]
+            used = {
+                key: tuple(
+                    (p, n) for p, n in (c.get(key) or {}).items() if any(matches(p, m) for m in modules)
+                )
+                for key in PATTERNS
+            }
+            return LoraConfig(
+                int(c["r"]), float(c["lora_alpha"]), targets, bool(c.get("use_rslora")), None,
+                tuple((p, int(n)) for p, n in used["rank_pattern"]), tuple((p, float(n)) for p, n in used["alpha_pattern"]),
+            )  # fmt: skip
         # The first stands for all: ranks and scales are one.
         alpha = _of_pattern(c, "alpha_pattern", next(iter(self.deltas)).removesuffix(".weight"))
         return LoraConfig(ranks.pop(), alpha, targets, bool(c.get("use_rslora")))
@@ -143,8 +154,8 @@ def adapter_config(c: LoraConfig, base: str) -> dict[str, Any]:
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": dict(c.rank_pattern),
+        "alpha_pattern": {p: int(a) if a == int(a) else a for p, a in c.alpha_pattern},
     }
 
 

@@ -130,7 +130,9 @@ def merge_error(adapters: Adapters) -> tuple[float, str]:
             if s.hf not in pairs
             else (be.to_host(cut(adapters.w, slot)) for slot in (pairs[s.hf].b, pairs[s.hf].a))
         )
-        errors.append((_error_of_sum(got, [base, a, b], adapters.config.scale, eps, last), s.hf))
+        errors.append(
+            (_error_of_sum(got, [base, a, b], pairs[s.hf].scale if s.hf in pairs else 0.0, eps, last), s.hf)
+        )
     return _worst(errors)
 
 

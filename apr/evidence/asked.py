@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..common.options import absolute_paths
 from ..data.batches import Batches, Windows
 from ..model.adapters import Adapters
 from ..model.hf_config import from_hf
-from ..model.lora import ALPHA_PER_RANK, LINEAR, PREFIX, parse_targets
+from ..model.lora import ALPHA_PER_RANK, LINEAR, PREFIX, parse_pattern, parse_targets
 from ..model.schedule import WSD_DECAY_SHARE
 from ..model.transformer import Model
 from . import scorer
@@ -216,8 +217,29 @@ def _adapters(a: Adapters | None, s: Mapping[str, Any]) -> Iterator[Row]:
     alpha = ALPHA_PER_RANK * s["lora_rank"] if s["lora_alpha"] is None else s["lora_alpha"]
     yield "adapters, rank", a.config.rank, s["lora_rank"]
     yield "adapters, alpha", a.config.alpha, alpha
-    yield "adapters, scale", a.config.scale, alpha / s["lora_rank"]
+    alphas = dict(parse_pattern("--lora-alpha-pattern", s.get("lora_alpha_pattern")))
+    for pair in a.layout.pairs:
+        rank = pair.a.shape[0]
+        asked = _by_pattern(alphas, pair.module, alpha)
+        yield (
+            f"adapters, scale of {pair.module}",
+            pair.scale,
+            asked / (rank**0.5 if s.get("lora_rslora") else rank),
+        )
+    ranks = dict(parse_pattern("--lora-rank-pattern", s.get("lora_rank_pattern")))
+    for pair in a.layout.pairs:
+        yield (
+            f"adapters, rank of {pair.module}",
+            pair.a.shape[0],
+            int(_by_pattern(ranks, pair.module, s["lora_rank"])),
+        )
     yield "adapters, matrices", a.config.targets, parse_targets(s["lora_targets"])
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str, otherwise: float) -> float:
+    """Look up a number by the first pattern that is the end of a module's name, or all of it."""
+    ends = (n for pattern, n in patterns.items() if re.search(rf"(?:^|\.)(?:{pattern})\Z", module))
+    return next(ends, otherwise)
 
 
 def _adapter_tensors(a: Adapters) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -226,8 +248,11 @@ def _adapter_tensors(a: Adapters) -> Iterator[tuple[str, tuple[int, int]]]:
     for slot in a.model.layout.slots:
         if slot.hf.endswith(ends):
             name = PREFIX + slot.hf.removesuffix(".weight")
-            yield f"{name}.lora_A.weight", (a.config.rank, slot.shape[1])
-            yield f"{name}.lora_B.weight", (slot.shape[0], a.config.rank)
+            rank = int(
+                _by_pattern(dict(a.config.rank_pattern), slot.hf.removesuffix(".weight"), a.config.rank)
+            )
+            yield f"{name}.lora_A.weight", (rank, slot.shape[1])
+            yield f"{name}.lora_B.weight", (slot.shape[0], rank)
 
 
 def _given(s: Mapping[str, Any], explicit: Mapping[str, Any]) -> Iterator[Row]:

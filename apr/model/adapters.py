@@ -94,11 +94,12 @@ class Adapters:
         for part in parts:
             w, pair = getattr(p, part), self._pairs.get((layer, part))
             a, b = (None, None) if pair is None else (cut(self.w, pair.a), cut(self.w, pair.b))
+            scale = self.config.scale if pair is None else pair.scale
             to = out[first : first + w.shape[0]]
             if self.config.base:
-                self.be.adapted_int8(to, w, getattr(p, part + ROW), b, a, self.config.scale)
+                self.be.adapted_int8(to, w, getattr(p, part + ROW), b, a, scale)
             else:
-                self.be.adapted(to, w, b, a, self.config.scale)
+                self.be.adapted(to, w, b, a, scale)
             first += w.shape[0]
         return out
 
@@ -115,7 +116,7 @@ class Adapters:
 
     def add_gradients(self, layer: int, name: str, dy: Any, x: Any) -> None:
         """dA += s (dy B)^T x,  dB += s dy^T (x A^T) of a linear map.  dy (N,O), x (N,I)"""
-        be, s, n, first = self.be, self.config.scale, x.shape[0], 0
+        be, n, first = self.be, x.shape[0], 0
         for part in FUSED.get(name, (name,)):
             rows = getattr(self.model.p.layer[layer], part).shape[0]
             pair, d = self._pairs.get((layer, part)), dy[:, first : first + rows]
@@ -131,7 +132,7 @@ class Adapters:
                 self.named(cut(self.part, slot), f"grad.{at}.{letter}")
                 for slot, letter in ((pair.a, "A"), (pair.b, "B"))
             )
-            rank = a.shape[0]
+            rank, s = a.shape[0], pair.scale
             u, du = (flat[: n * rank].reshape(n, rank) for flat in (self._low, self._d_low))
             be.linear_fwd(u, x, a, None)
             be.gemm(db, d, u, s, 1.0, True, False)

@@ -200,7 +200,7 @@ class BufferPlan:
         return out | (self._adapter_specs(AdapterLayout(c, self.lora)) if self.lora else {})
 
     def _adapter_specs(self, layout: AdapterLayout) -> BufferSpecs:
-        wide, low = WIDE[self.dtype], (self.batch * self.seq * layout.config.rank,)
+        wide, low = WIDE[self.dtype], (self.batch * self.seq * layout.max_rank,)
         part = {"adapter_part": BufferSpec("gradients", (layout.size,), wide)} if self.folds else {}
         return part | {
             "adapters": BufferSpec("weights", (layout.size,), wide),

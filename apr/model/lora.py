@@ -2,13 +2,14 @@
 
     A (r,I), B (O,r), s = alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023, "rslora")
 
-Here are their numbers, names and places; adapters.py computes with them. No dropout.
+Here are their numbers, names and places; adapters.py computes with them. No dropout: W_eff is one matrix.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -28,6 +29,8 @@ PREFIX = "base_model.model."
 LINEAR = {p.name: p.hf.split(".")[-2] for p in LAYER if p.name in SHORT.values()}
 # default of alpha / rank
 ALPHA_PER_RANK = 2.0
+# fields of LoraConfig, and keys of PEFT's adapter_config.json
+PATTERNS = ("rank_pattern", "alpha_pattern")
 # format of the frozen matrices under adapters; none: that of the run
 BASES = ("int8",)
 
@@ -37,6 +40,8 @@ class LoraConfig:
     """Hyper-parameters of adapters: rank r, alpha of the scale, names of the adapted parameters in the table's order.
 
     base: format of the frozen matrices of the blocks, one of BASES, or None for the dtype of the run
+    rank_pattern, alpha_pattern: (pattern, number) for modules whose name ends with a pattern, a regular expression as PEFT
+    has them; the first that matches holds
     """
 
     rank: int
@@ -44,11 +49,23 @@ class LoraConfig:
     targets: tuple[str, ...]
     rslora: bool = False
     base: str | None = None
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
 
     @property
     def scale(self) -> float:
-        """Compute s in W + s B A."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """Compute s in W + s B A, of modules that no pattern names."""
+        return self.scale_of("")
+
+    def rank_of(self, module: str) -> int:
+        """Look up the rank of a module: model.layers.0.self_attn.q_proj."""
+        return next((r for pattern, r in self.rank_pattern if matches(pattern, module)), self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """Compute s of a module."""
+        alpha = next((a for pattern, a in self.alpha_pattern if matches(pattern, module)), self.alpha)
+        rank = self.rank_of(module)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     @property
     def modules(self) -> list[str]:
@@ -57,24 +74,73 @@ class LoraConfig:
 
 
 def lora_config(
-    rank: int | None, alpha: float | None, targets: str | None, base: str | None = None
+    rank: int | None,
+    alpha: float | None,
+    targets: str | None,
+    base: str | None = None,
+    rslora: bool = False,
+    ranks: str | None = None,
+    alphas: str | None = None,
 ) -> LoraConfig | None:
-    """Build a LoraConfig from flags; None without a rank. Raises UsageError."""
+    """Build a LoraConfig from flags; ranks, alphas: patterns. None without a rank. Raises UsageError."""
     if rank is None:
-        if alpha is not None or targets is not None or base is not None:
+        if rslora or any(x is not None for x in (alpha, targets, base, ranks, alphas)):
             raise UsageError(
-                "--lora-alpha, --lora-targets and --lora-base are about adapters: give --lora-rank too"
+                "--lora-alpha, --lora-targets, --lora-base, --lora-rslora and patterns are about adapters: give --lora-rank too"
             )
         return None
     return LoraConfig(
-        rank, ALPHA_PER_RANK * rank if alpha is None else alpha, parse_targets(targets), base=base
+        rank,
+        ALPHA_PER_RANK * rank if alpha is None else alpha,
+        parse_targets(targets),
+        rslora,
+        base,
+        tuple((p, int(n)) for p, n in parse_pattern("--lora-rank-pattern", ranks, whole=True)),
+        tuple(parse_pattern("--lora-alpha-pattern", alphas)),
     )
 
 
+def parse_pattern(name: str, text: str | None, whole: bool = False) -> list[tuple[str, float]]:
+    """Parse "q_proj=4,layers.0.mlp.*=8" into patterns and numbers. Raises UsageError."""
+    found = []
+    for part in filter(None, (p.strip() for p in (text or "").split(","))):
+        pattern, _, number = part.rpartition("=")
+        try:
+            value = float(number)
+            re.compile(pattern)
+        except (ValueError, re.error) as e:
+            raise UsageError(f"{name} {part!r}: write PATTERN=NUMBER, such as q_proj=4 ({e})") from None
+        if not pattern or not 0 < value < math.inf or (whole and value != int(value)):
+            kind = "a whole number" if whole else "a number"
+            raise UsageError(f"{name} {part!r}: write PATTERN=NUMBER with {kind} above 0, such as q_proj=4")
+        found.append((pattern, value))
+    return found
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Ask if a pattern, a regular expression, ends the name of a module, as PEFT asks it."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
 def check_rank(cfg: ModelConfig, config: LoraConfig) -> None:
-    """Raise UsageError for a rank that no adapted matrix can use: above the smaller side of each."""
-    layout = AdapterLayout(cfg, dataclasses.replace(config, rank=1))
-    most = max((min(pair.base.shape) for pair in layout.pairs), default=config.rank)
+    """Raise UsageError for a rank that no adapted matrix can use, above the smaller side of each, and for a pattern that
+    matches no adapted matrix."""
+    plain = dataclasses.replace(config, rank=1, rank_pattern=(), alpha_pattern=())
+    sides = {pair.module: min(pair.base.shape) for pair in AdapterLayout(cfg, plain).pairs}
+    for name, patterns in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
+        for pattern, _ in patterns:
+            if not any(matches(pattern, module) for module in sides):
+                example = next(iter(sides), "")
+                raise UsageError(
+                    f"--lora-{name}-pattern {pattern!r} matches no adapted matrix; their names end like {example!r}, and "
+                    f"--lora-targets says which are adapted"
+                )
+    for module, side in sides.items():
+        if config.rank_of(module) > side and config.rank_pattern:
+            raise UsageError(
+                f"--lora-rank-pattern: rank {config.rank_of(module)} of {module}, a matrix of {side} rows or columns"
+            )
+    most = max(sides.values(), default=config.rank)
     if config.rank > most:
         raise UsageError(
             f"--lora-rank {config.rank}: the adapted matrices have at most {most} rows or columns, and a higher rank adds "
@@ -100,11 +166,17 @@ def parse_targets(text: str | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Pair:
-    """Slots of an adapted matrix: of W in the model's buffer, of A and B in the adapters' buffer."""
+    """Slots of an adapted matrix: of W in the model's buffer, of A and B in the adapters' buffer; s of W + s B A."""
 
     base: Slot
     a: Slot
     b: Slot
+    scale: float
+
+    @property
+    def module(self) -> str:
+        """Hugging Face name of the linear map."""
+        return self.base.hf.removesuffix(".weight")
 
 
 class AdapterLayout:
@@ -122,20 +194,26 @@ class AdapterLayout:
         for s in Layout(cfg).slots:
             if s.layer is None or s.param.name not in config.targets:
                 continue
-            pair = []
+            pair, module = [], s.hf.removesuffix(".weight")
+            rank = config.rank_of(module)
             for letter, shape, init in (
-                ("A", (config.rank, s.shape[1]), "uniform"),
-                ("B", (s.shape[0], config.rank), "zeros"),
+                ("A", (rank, s.shape[1]), "uniform"),
+                ("B", (s.shape[0], rank), "zeros"),
             ):
                 hf = f"{PREFIX}{s.param.hf.removesuffix('.weight')}.lora_{letter}.weight"
                 param = Param(f"{s.param.name}.{letter}", "", init, True, hf)
                 pair.append(Slot(s.layer, param, n, shape))
                 n = round_up(n + prod(shape), ALIGN)
             self.slots += pair
-            self.pairs.append(Pair(s, *pair))
+            self.pairs.append(Pair(s, pair[0], pair[1], config.scale_of(module)))
         self.decayed = n
         self.size = n + ALIGN
         self.by_hf = {s.hf: s for s in self.slots}
+
+    @property
+    def max_rank(self) -> int:
+        """Highest rank of a matrix."""
+        return max((p.a.shape[0] for p in self.pairs), default=self.config.rank)
 
     @property
     def num_parameters(self) -> int:
@@ -195,9 +273,11 @@ def cut(flat: Any, s: Slot) -> Any:
 def lora_to_json(c: LoraConfig) -> dict[str, Any]:
     """Convert to JSON."""
     plain = {"rank": c.rank, "alpha": c.alpha, "targets": list(c.targets), "rslora": c.rslora}
-    return plain | ({"base": c.base} if c.base else {})
+    patterns = {key: dict(getattr(c, key)) for key in PATTERNS if getattr(c, key)}
+    return plain | ({"base": c.base} if c.base else {}) | patterns
 
 
 def lora_of_json(d: Mapping[str, Any]) -> LoraConfig:
     """Read the JSON of lora_to_json."""
-    return LoraConfig(d["rank"], d["alpha"], tuple(d["targets"]), d["rslora"], d.get("base"))
+    patterns = (tuple(d.get(key, {}).items()) for key in PATTERNS)
+    return LoraConfig(d["rank"], d["alpha"], tuple(d["targets"]), d["rslora"], d.get("base"), *patterns)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..common.errors import UsageError
 from ..common.options import dtype_option, exactly_one, option
-from .lora import BASES, lora_config
+from .lora import BASES, LoraConfig, lora_config
 from .presets import PRESETS
 
 
@@ -54,6 +54,17 @@ class ModelSettings:
         "matrices that get adapters, of q,k,v,o,gate,up,down or PEFT's names (default: all of them)",
         metavar="MATRICES",
     )
+    lora_rslora: bool = option(
+        "scale of the adapters is alpha / sqrt(rank), so that a higher rank is not held back (Kalajdzievski 2023)",
+        False,
+    )
+    lora_rank_pattern: str | None = option(
+        "ranks of matrices whose names end with a pattern, such as q_proj=4,layers.0.mlp.*=16 (PEFT's rank_pattern)",
+        metavar="PATTERN=RANK",
+    )
+    lora_alpha_pattern: str | None = option(
+        "alphas of matrices whose names end with a pattern (PEFT's alpha_pattern)", metavar="PATTERN=ALPHA"
+    )
     lora_base: str | None = option(
         "format of the frozen matrices of the blocks: int8, 8-bit integers with a factor for each row (default: --dtype)",
         choices=BASES,
@@ -68,10 +79,25 @@ class ModelSettings:
 def check_model(s: ModelSettings) -> None:
     """Raise UsageError for settings of the model that contradict each other."""
     exactly_one(s, ("model", "init"), "which model")
-    if s.lora_init and (s.lora_rank, s.lora_alpha, s.lora_targets) != (None, None, None):
+    own = s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_rank_pattern, s.lora_alpha_pattern
+    if s.lora_init and (s.lora_rslora or any(x is not None for x in own)):
         raise UsageError(
-            "--lora-init goes on with an adapter as it is; leave --lora-rank, --lora-alpha and --lora-targets out"
+            "--lora-init goes on with an adapter as it is; leave --lora-rank, --lora-alpha, --lora-targets, --lora-rslora and "
+            "the patterns out"
         )
     base = None if s.lora_init else s.lora_base
-    if (lora_config(s.lora_rank, s.lora_alpha, s.lora_targets, base) or s.lora_init) and not s.init:
+    if (adapters_of(s, base) or s.lora_init) and not s.init:
         raise UsageError("adapters belong to a checkpoint: give it with --init")
+
+
+def adapters_of(s: ModelSettings, base: str | None) -> LoraConfig | None:
+    """Build the LoraConfig that the settings ask for; None without adapters. Raises UsageError."""
+    return lora_config(
+        s.lora_rank,
+        s.lora_alpha,
+        s.lora_targets,
+        base,
+        s.lora_rslora,
+        s.lora_rank_pattern,
+        s.lora_alpha_pattern,
+    )

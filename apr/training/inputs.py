@@ -21,10 +21,11 @@ from ..common.progress import Progress
 from ..data.open import OpenedData, open_data
 from ..model.config import ModelConfig
 from ..model.cost import check_positions, choose_micro_batch, computes_act_again, needs
-from ..model.lora import LoraConfig, check_rank, lora_config, lora_to_json
+from ..model.lora import LoraConfig, check_rank, lora_to_json
 from ..model.optim import optimizer_class
 from ..model.params import Layout
 from ..model.presets import config_notes, load_config
+from ..model.settings import adapters_of
 from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.training import LEAST_VOCABULARY
 from .settings import Settings, with_steps
@@ -121,7 +122,7 @@ def open_inputs(
     lora = (
         dataclasses.replace(adapter.lora_config(cfg), base=s.lora_base)
         if adapter
-        else lora_config(s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_base)
+        else adapters_of(s, s.lora_base)
     )
     if s.lora_rank is not None and lora is not None:
         check_rank(cfg, lora)

@@ -132,8 +132,8 @@ def adapter_difference(folder: Path, state: AprFile) -> str:
         return f"{folder.name} adapts {plural(len(found.deltas), 'matrix')}, {len(pairs)} were trained"
     for p in pairs:
         delta = found.deltas[p.base.hf]
-        if delta.scale != lora.scale:
-            return f"{folder.name} has the scale {delta.scale:g}, trained with {lora.scale:g}"
+        if delta.scale != p.scale:
+            return f"{folder.name} has the scale {delta.scale:g}, trained with {p.scale:g}"
         for slot, x in ((p.a, delta.a), (p.b, delta.b)):
             if not np.array_equal(np.asarray(x), np.asarray(state.tensors[slot.hf])):
                 return f"{folder.name}: {slot.hf} is not that of the state of the same step"

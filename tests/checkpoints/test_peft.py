@@ -13,7 +13,7 @@ from apr import backends
 from apr.backends import reference
 from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.hf import read_safetensors, write_hf, write_safetensors
-from apr.checkpoints.peft import CONFIG, WEIGHTS, adapter_start, add_adapter, read_adapter
+from apr.checkpoints.peft import CONFIG, WEIGHTS, adapter_start, add_adapter, read_adapter, write_adapter
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile, Refused
@@ -115,6 +115,34 @@ def test_an_adapter_of_ours_is_what_peft_opened(golden, bases, tmp_path):
     add_adapter(Layout(layout.cfg), host, read_adapter(str(tmp_path / "adapter"), layout.cfg))
     want = np.asarray(golden["ours.logits"])
     assert np.abs(logits(layout.cfg, host, ids[:1]) - want).max() <= 1e-9 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("case", ["rslora", "patterns"])
+def test_scales_and_ranks_by_pattern_are_those_of_peft(golden, bases, tmp_path, case):
+    """Adapters to go on training with compute what PEFT computed, and are written with the numbers that PEFT wrote."""
+    base, ids, _ = bases(BASES[case])
+    loaded = open_any(str(base))
+    adapter = read_adapter(str(put_adapter(golden, case, tmp_path / "adapter")), loaded.cfg)
+    ids = ids[:1]
+    model = Model(
+        loaded.cfg, reference, *ids.shape, "float64", loss_rows=ids.size, lora=adapter.lora_config(loaded.cfg)
+    )
+    host = np.zeros(model.layout.size)
+    fill(model.layout, host, loaded)
+    model.adapters.set_base(model.layout.named(host).__getitem__)
+    flat = adapter_start(model.adapters.layout, adapter)
+    AdamW.of(model.adapters).set_weights(flat.astype(np.float64))
+    tap = Record(reference)
+    model.forward(ids)
+    model.loss(np.zeros_like(ids), tap=tap)
+    want = np.asarray(golden[f"{case}.logits"])
+    assert np.abs(tap.seen["logits"].reshape(want.shape) - want).max() <= 1e-9 * np.abs(want).max()
+    write_adapter(tmp_path / "ours", model.adapters.layout, flat, "base")
+    theirs, ours = (json.loads((tmp_path / x / CONFIG).read_text()) for x in ("adapter", "ours"))
+    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        assert ours[key] == theirs[key], key
+    again = read_adapter(str(tmp_path / "ours"), loaded.cfg)
+    assert again.sha256 == adapter.sha256
 
 
 def start_of(golden, bases, tmp_path, be, dtype):
@@ -236,7 +264,7 @@ def test_folders_that_are_no_adapter(golden, bases, tmp_path):
 
 
 def test_an_adapter_that_differs_between_layers_is_merged_but_not_gone_on_with(golden, bases, tmp_path):
-    for case in ("patterns", "some-layers", "head"):
+    for case in ("some-layers", "head"):
         cfg = open_any(str(bases(BASES[case])[0])).cfg
         adapter = read_adapter(str(put_adapter(golden, case, tmp_path / case)), cfg)
         with pytest.raises(Refused, match="apr merge"):

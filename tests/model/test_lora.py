@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sysconfig
 from pathlib import Path
@@ -27,7 +28,17 @@ from apr.evidence.gates import GATES
 from apr.model.adapters import Adapters
 from apr.model.cost import memory
 from apr.model.hf_config import to_hf
-from apr.model.lora import LINEAR, AdapterLayout, LoraConfig, cut, lora_config, parse_targets
+from apr.model.lora import (
+    LINEAR,
+    AdapterLayout,
+    LoraConfig,
+    check_rank,
+    cut,
+    lora_config,
+    lora_of_json,
+    lora_to_json,
+    parse_targets,
+)
 from apr.model.optim import AdamW
 from apr.model.params import ALIGN, Layout
 from apr.model.presets import PRESETS
@@ -95,6 +106,35 @@ def off(rows):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_gradients_are_the_slopes_of_the_loss(preset, rslora):
     assert off(slopes(preset, LoraConfig(3, 5.0, ALL, rslora))) == []
+
+
+def test_ranks_and_scales_may_differ_between_matrices():
+    """By patterns as PEFT has them: the gradients are slopes, and the first pattern that matches holds."""
+    ranks, alphas = (("layers.0.*q_proj", 1), ("q_proj|gate_proj", 4)), (("down_proj", 9.0),)
+    config = LoraConfig(2, 5.0, ALL, True, None, ranks, alphas)
+    layout = AdapterLayout(PRESETS["llama-tiny"], config)
+    found = {p.module: (p.a.shape[0], p.scale) for p in layout.pairs}
+    assert found["model.layers.0.self_attn.q_proj"] == (1, 5.0)
+    assert found["model.layers.1.self_attn.q_proj"] == (4, 2.5)
+    assert found["model.layers.1.mlp.down_proj"] == (2, 9.0 / math.sqrt(2))
+    assert off(slopes("llama-tiny", config)) == []
+    assert lora_of_json(json.loads(json.dumps(lora_to_json(config)))) == config
+
+
+def test_patterns_that_count_for_nothing_are_refused():
+    cfg = PRESETS["llama-tiny"]
+    for ranks, alphas, said in (
+        ("embed=3", None, "matches no adapted matrix"),
+        (None, "layers.9.*=3", "matches no adapted matrix"),
+        ("q_proj=4000", None, "rank 4000"),
+        ("q_proj", None, "PATTERN=NUMBER"),
+        ("q_proj=1.5", None, "whole number"),
+        ("(=3", None, "PATTERN=NUMBER"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            check_rank(cfg, lora_config(2, None, None, None, False, ranks, alphas))
+    with pytest.raises(UsageError, match="lora-rank too"):
+        lora_config(None, None, None, ranks="q_proj=3")
 
 
 def test_a_gradient_without_its_scale_is_seen(monkeypatch):

@@ -73,6 +73,17 @@ OTHER = {
     "model": (["--model", "wide"], []),
     "config": (["--config", "file"], []),
     "lora_rank": ("init", ["--lora-rank", "3"], ["--lora-rank", "2"]),
+    "lora_rslora": ("init", ["--lora-rank", "2", "--lora-rslora"], ["--lora-rank", "2"]),
+    "lora_rank_pattern": (
+        "init",
+        ["--lora-rank", "2", "--lora-rank-pattern", "layers.0.*q_proj=3"],
+        ["--lora-rank", "2"],
+    ),
+    "lora_alpha_pattern": (
+        "init",
+        ["--lora-rank", "2", "--lora-alpha-pattern", "gate_proj=1"],
+        ["--lora-rank", "2"],
+    ),
     "lora_alpha": ("init", ["--lora-rank", "2", "--lora-alpha", "5"], ["--lora-rank", "2"]),
     "lora_targets": ("init", ["--lora-rank", "2", "--lora-targets", "q,v"], ["--lora-rank", "2"]),
     "lora_base": ("init", ["--lora-rank", "2", "--lora-base", "int8"], ["--lora-rank", "2"]),
