@@ -35,7 +35,7 @@ from apr.model.transformer import Model
 FEWEST_CALLS = 20  # of an op in a graph that is timed
 WARM = 4  # steps before the first that counts: op by op, record, replay, replay
 # Arguments that are read and written; all others count once.
-TWICE = {"rope": {0}, "cross_entropy": {1}, "add_rmsnorm_bwd": {0}, "adamw": {1, 2, 3}}
+TWICE = {"rope": {0}, "cross_entropy": {1}, "add_rmsnorm_bwd": {0}, "adamw": {1, 2, 3}, "swiglu_again": {1}}
 SMALL = {
     "embedding_fwd": {2},
     "embedding_bwd": {0},
@@ -52,6 +52,8 @@ def floor_of(name: str, args: tuple[Any, ...], window: int, flops_rate: float, b
     flops = 0.0
     if name == "linear_fwd":
         flops = 2.0 * args[1].shape[0] * args[2].shape[0] * args[2].shape[1]
+    elif name == "gemm":
+        flops = 2.0 * args[1].size * args[2].size / args[1].shape[0 if args[5] else 1]
     elif name == "linear_bwd":
         flops = (2.0 + 2.0 * (args[1] is not None)) * args[3].shape[0] * args[5].shape[0] * args[5].shape[1]
     elif name.startswith("attention"):
@@ -93,6 +95,8 @@ class Clock:
         if not name.startswith("linear"):
             return name
         x, w = (args[1], args[2]) if name == "linear_fwd" else (args[4], args[5])
+        if name == "linear_bwd" and args[1] is None:
+            name += " of input"
         return f"{name} {x.shape[0]}x{w.shape[0]}x{w.shape[1]}"
 
     def table(self, repeats: int) -> dict[str, dict[str, float]]:
@@ -147,7 +151,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
 
     cfg = PRESETS[a.one]
     batch, seq = a.batch, a.seq
-    model = Model(cfg, backend, batch, seq, a.dtype, recompute=a.recompute)
+    model = Model(cfg, backend, batch, seq, a.dtype, recompute=a.recompute, act_again=backend.act_again)
     opt = AdamW.of(model)
     host = np.zeros(model.layout.size, np.float32)
     model.layout.init(host, 0)
@@ -180,7 +184,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             times.append(cupy.cuda.get_elapsed_time(start, end))
     flops = flops_per_token(cfg, seq) * batch * seq
     ms = statistics.median(times)
-    plan = memory(cfg, backend, batch, seq, a.dtype, recompute=a.recompute)
+    plan = memory(cfg, backend, batch, seq, a.dtype, recompute=a.recompute, act_again=backend.act_again)
     free, total = cupy.cuda.runtime.memGetInfo()
     result = {
         "model": a.one, "B": batch, "T": seq, "dtype": a.dtype, "graph": a.graph, "recompute": a.recompute,

@@ -54,10 +54,8 @@ def _assembled(name: str) -> ModuleType:
 def assemble(name: str, modules: list[ModuleType], plumbing: list[ModuleType]) -> ModuleType:
     """A module with the functions of the contract: ops and facts of `modules`, the others of `plumbing`.
 
-    The functions are wrapped by `ordered` of the first module, if it has one.
     Raises AttributeError for a function that none of them defines.
     """
-    ordered = getattr(modules[0], "ordered", lambda name, f: f)
     backend = ModuleType(f"{__name__}.{name}", modules[0].__doc__)
     for function in (*FACTS, *OPS, *PLUMBING):
         owners = [m for m in (plumbing if function in PLUMBING else modules) if hasattr(m, function)]
@@ -65,8 +63,7 @@ def assemble(name: str, modules: list[ModuleType], plumbing: list[ModuleType]) -
             raise AttributeError(
                 f"backend {name}: {' and '.join(m.__name__ for m in modules)} lack {function}"
             )
-        f = getattr(owners[0], function)
-        setattr(backend, function, f if function in FACTS else ordered(function, f))
+        setattr(backend, function, getattr(owners[0], function))
     return backend
 
 

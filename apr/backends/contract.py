@@ -136,6 +136,7 @@ OPS = {
             f"{_Q}, {_KV}, {_SEEN}; each B",
             "swiglu_fwd: y out N F, gu in N 2*F; each N",
             "swiglu_bwd: dgu out N 2*F, dy in N F, gu in N 2*F; each N",
+            "swiglu_again: y out N F, gu inplace N 2*F, dy in N F; each N",
             "cross_entropy: loss out32 N, logits inplace N V, targets targets N, scale float?, z_loss float; each N",
             "add_sum: total acc64 1, x in32 N",
             "add_sum_sq: total acc64+ 1, x in32 N",
@@ -154,4 +155,4 @@ PLUMBING = frozenset(
     )
 )
 # attributes of a backend that are no functions
-FACTS = ("name", "dtypes", "pad_vocab", "loss_elements", "asynchronous")
+FACTS = ("name", "dtypes", "pad_vocab", "loss_elements", "asynchronous", "act_again")

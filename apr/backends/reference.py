@@ -31,6 +31,7 @@ dtypes = ("float64", "float32")
 pad_vocab = False  # products are much faster with a vocabulary that is padded to a multiple of 64
 loss_elements = 1 << 23  # of logits held at once: enough work for a product, little memory
 asynchronous = False  # calls return before they are done
+act_again = False  # swiglu_again costs so little time that it is worth the memory that it saves, whether or not a job needs it
 _allocated = [0]
 
 
@@ -301,10 +302,7 @@ def _probabilities(q: Array, k: Array, doc_start: Array | None, window: int) -> 
 
 
 def swiglu_fwd(y: Array, gu: Array) -> None:
-    """y = silu(gate) * up, silu(x) = x / (1 + exp(-x)) (Shazeer 2020).
-
-    gu (N,2F) holds gate then up, y (N,F)
-    """
+    """y = silu(gate) * up, silu(x) = x / (1 + exp(-x)) (Shazeer 2020).  gu (N,2F) holds gate then up, y (N,F)"""
     g, u = np.split(gu, 2, -1)
     y[...] = g * _sigmoid(g) * u
 
@@ -315,6 +313,12 @@ def swiglu_bwd(dgu: Array, dy: Array, gu: Array) -> None:
     s = _sigmoid(g)
     f = dy.shape[-1]
     dgu[:, :f], dgu[:, f:] = dy * u * s * (1 + g * (1 - s)), dy * g * s
+
+
+def swiglu_again(y: Array, gu: Array, dy: Array) -> None:
+    """y = silu(gate) * up once more, and gu = its gradient"""
+    swiglu_fwd(y, gu)
+    swiglu_bwd(gu, dy, gu)
 
 
 def _sigmoid(x: Array) -> Array:

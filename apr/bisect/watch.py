@@ -54,6 +54,8 @@ def tap_name(call: Call, name: str, layer: int | None, layers: int, weight: str)
         return str(x.name)
     if call.op == "attention_bwd":
         return prefix + ATTENTION_GRADIENTS[name]
+    if call.op == "swiglu_again" and name == "gu":
+        return prefix + "d_gu"
     if call.op == "rope":
         return prefix + ("d_rope" if buffer.startswith("d") else "rope")
     if weight in ("q_norm", "k_norm") and call.op.startswith("head_rmsnorm") and not name.startswith("dw"):
@@ -378,6 +380,8 @@ class Free(_Watch):
 
 def _terms(call: Call, name: str) -> int:
     """Count the terms of each sum of a product whose result is kept wide; 0 for other outputs."""
+    if call.op == "gemm":
+        return int(call.args["a"].shape[0 if call.args["trans_a"] else 1])
     return int(call.args["dy"].shape[0]) if (call.op, name) == ("linear_bwd", "dw") else 0
 
 

@@ -96,7 +96,7 @@ def main(args: Sequence[str]) -> int:
         cfg, backend, micro, f.seq_length, dtype, f.train,
         recompute=f.recompute, documents=f.mask_documents, lora=lora, saves=True,
         folds=micro < f.batch_size, act_again=again,
-    ), have if f.train and not f.recompute else None)  # fmt: skip
+    ), have if f.train and not f.recompute else None, backend.act_again and f.train)  # fmt: skip
     planned = _disk(f, cfg, dtype, lora) if f.train else None
     room = disk.free_bytes(Path(f.run_dir or "runs"))
     copies = save_copies(cfg, dtype, AdamW, lora) if f.train else 0

@@ -45,6 +45,7 @@ class Block:
     a       activations of this block      s       buffers shared by all blocks
     tables  cos and sin of the angles      cache   keys and values (rows,slots,K,D), or None
     tap     called as tap(name, array)     adds   gradients of matrices are added to; otherwise they begin here
+    act_again  act is not kept: backward computes it again
 
     Where a branch has no norm before it, its `norm` buffer is the residual stream itself; where it has none behind, its
     `out` buffer is delta.
@@ -63,6 +64,7 @@ class Block:
     cache: tuple[Any, Any] | None
     tap: Callable[[str, Any], None]
     adds: bool = True
+    act_again: bool = False
 
     def forward(self, res: Any, delta: Any, at: CachePosition) -> tuple[Any, Any]:
         """Run the block on the residual stream res + delta; returns the two parts of the next one."""
@@ -89,7 +91,7 @@ class Block:
             self.tap("norm2", a.norm2)
         self._linear(a.gu, a.norm2, "wgu")
         self.tap("gu", a.gu)
-        self.activate()
+        be.swiglu_fwd(a.act, a.gu)
         self.tap("act", a.act)
         self._linear(a.mlp_out, a.act, "wdown")
         self.tap("mlp_out", a.mlp_out)
@@ -122,10 +124,6 @@ class Block:
         self.tap("lse", a.lse)
         self.tap("att", a.att)
 
-    def activate(self) -> None:
-        """act = silu(gate) * up."""
-        self.be.swiglu_fwd(self.a.act, self.a.gu)
-
     def backward(self, g: Any) -> None:
         """Compute the gradients of the block's parameters in g, and those of its input in dres.
 
@@ -135,11 +133,9 @@ class Block:
         if layer.mlp_post_norm:
             dout = self._post_norm_bwd(g.mlp_post_norm, a.mlp_out, a.post_rstd2, w.mlp_post_norm)
             self.tap("d_mlp_out", dout)
-        self._linear_bwd(s.dact, g, dout, a.act, "wdown")
-        self.tap("d_act", s.dact)
-        be.swiglu_bwd(s.dgu, s.dact, a.gu)
-        self.tap("d_gu", s.dgu)
-        self._linear_bwd(s.dnorm, g, s.dgu, a.norm2, "wgu")
+        dgu = self._down_bwd_again(g, dout) if self.act_again else self._down_bwd(g, dout)
+        self.tap("d_gu", dgu)
+        self._linear_bwd(s.dnorm, g, dgu, a.norm2, "wgu")
         self.tap("d_norm2", s.dnorm)
         if layer.mlp_norm:
             be.add_rmsnorm_bwd(s.dres, g.mlp_norm, s.dnorm, a.res2, a.rstd2, w.mlp_norm)
@@ -158,6 +154,26 @@ class Block:
         else:
             be.add(s.dres, s.dres, s.dnorm)
         self.tap("d_hidden", s.dres)
+
+    def _down_bwd(self, g: Any, dout: Any) -> Any:
+        """Compute the gradients of the down product's weights, and return that of gu."""
+        a, s = self.a, self.s
+        self._linear_bwd(s.dact, g, dout, a.act, "wdown")
+        self.tap("d_act", s.dact)
+        self.be.swiglu_bwd(s.dgu, s.dact, a.gu)
+        return s.dgu
+
+    def _down_bwd_again(self, g: Any, dout: Any) -> Any:
+        """Do the same with the act that a pass over gu computes beside the gradient, which takes the place of gu."""
+        be, a, s = self.be, self.a, self.s
+        be.linear_bwd(s.dact, None, None, dout, a.act, self._matrix("wdown"), self.adds)
+        self.tap("d_act", s.dact)
+        be.swiglu_again(a.act, a.gu, s.dact)
+        if g.wdown is not None:
+            be.gemm(g.wdown, dout, a.act, 1.0, float(self.adds), True, False)
+        if self.adapters:
+            self.adapters.add_gradients(self.index, "wdown", dout, a.act)
+        return a.gu
 
     def _attention_bwd(self, g: Any) -> None:
         """dnorm from datt."""

@@ -97,8 +97,8 @@ def block_buffers(c: ModelConfig, layer: LayerSpec, batch: int, seq: int) -> Sha
     return shapes
 
 
-def scratch_buffers(c: ModelConfig, batch: int, seq: int, train: bool) -> Shapes:
-    """Shapes of the buffers that all layers share."""
+def scratch_buffers(c: ModelConfig, batch: int, seq: int, train: bool, act_again: bool = False) -> Shapes:
+    """Shapes of the buffers that all layers share. act_again: the gradient of gu takes the place of gu"""
     n, heads = batch * seq, c.num_heads + c.num_kv_heads
     shapes: Shapes = {
         "delta": (n, c.hidden_size),
@@ -114,9 +114,10 @@ def scratch_buffers(c: ModelConfig, batch: int, seq: int, train: bool) -> Shapes
             "dnorm": (n, c.hidden_size),
             "dqkv": (n, (heads + c.num_kv_heads) * c.head_dim),
             "datt": (n, c.num_heads * c.head_dim),
-            "dgu": (n, 2 * c.intermediate_size),
             "dact": (n, c.intermediate_size),
         }
+        if not act_again:
+            shapes["dgu"] = (n, 2 * c.intermediate_size)
         for layer in layers_of(c):
             blocks = block_buffers(c, layer, batch, seq)
             shapes |= {"dqk": blocks["qk"]} if layer.qk_norm else {}
@@ -136,7 +137,7 @@ class BufferPlan:
     documents     attention stops at document borders
     folds         gradients of each micro-batch begin at zero, beside those of the step
     lora          adapters are trained, and the parameters are frozen
-    act_again     blocks share `act`, which backward computes again from `gu`
+    act_again     blocks share `act`, which backward computes again from `gu`, in one pass with the gradient that replaces it
     """
 
     batch: int
@@ -169,7 +170,7 @@ class BufferPlan:
                 if name in block:
                     purpose = "scratch" if shared else "saved"
                     out[name if shared else f"{i}.{name}"] = BufferSpec(purpose, block[name], kind(name))
-        for name, shape in scratch_buffers(c, self.batch, self.seq, self.train).items():
+        for name, shape in scratch_buffers(c, self.batch, self.seq, self.train, self.act_again).items():
             out[name] = BufferSpec("scratch", shape, kind(name))
         columns = logit_columns(c, self.pad_vocab)
         out["logits"] = BufferSpec("logits", (self.loss_rows, columns), self.dtype)

@@ -184,7 +184,9 @@ def choose_micro_batch(need: Callable[..., Memory], s: ModelSettings, backend: M
     if s.micro_batch_size:
         size = min(s.micro_batch_size, batch)
     else:
-        fitting = (d for d in divisors if have is None or need(d).total < FREE_SHARE * have)
+        fitting = (
+            d for d in divisors if have is None or need(d, again=backend.act_again).total < FREE_SHARE * have
+        )
         size = next(fitting, 1)
     if have is not None and need(size, again=True).total > have:
         check_fits(need(size), backend, advice(need, divisors, have, s.recompute))
@@ -192,8 +194,8 @@ def choose_micro_batch(need: Callable[..., Memory], s: ModelSettings, backend: M
 
 
 def computes_act_again(need: Callable[..., Memory], backend: ModuleType, size: int) -> bool:
-    """Decide whether backward computes `act` again, for 2 % of a step: where `size` sequences do not fit otherwise."""
-    return fitted(lambda again: need(size, again=again), backend.free_memory())[1]
+    """Decide whether backward computes `act` again: where that is cheap, or `size` sequences do not fit otherwise."""
+    return fitted(lambda again: need(size, again=again), backend.free_memory(), backend.act_again)[1]
 
 
 def needs(
@@ -216,12 +218,12 @@ def needs(
     return need
 
 
-def fitted(need: Callable[[bool], Memory], have: int | None) -> tuple[Memory, bool]:
-    """Memory of a job, and whether it computes `act` again: where it does not fit otherwise, and fits then."""
-    for again in (False, True):
+def fitted(need: Callable[[bool], Memory], have: int | None, cheap: bool) -> tuple[Memory, bool]:
+    """Memory of a job, and whether it computes `act` again: where that is cheap, or it does not fit otherwise, and fits then."""
+    for again in (True,) if cheap else (False, True):
         if have is None or need(again).total <= have:
             return need(again), again
-    return need(False), False
+    return need(cheap), cheap
 
 
 def advice(need: Callable[..., Memory], sizes: list[int], have: int, recompute: bool) -> str:

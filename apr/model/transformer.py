@@ -148,7 +148,7 @@ class Model:
                 flat = {k: have[prefix + k if prefix + k in have else k].reshape(-1) for k in shapes}
                 return SimpleNamespace(**{k: flat[k][: prod(s)].reshape(s) for k, s in shapes.items()})
 
-            scratch = view(scratch_buffers(self.cfg, batch, seq, self.train))
+            scratch = view(scratch_buffers(self.cfg, batch, seq, self.train, self.act_again))
             shared = {"att_out": scratch.delta, "mlp_out": scratch.delta}
             blocks = []
             for i, layer in enumerate(self.layers):
@@ -245,6 +245,7 @@ class Model:
             cache,
             named,
             adds,
+            self.act_again,
         )
 
     def loss(self, targets: np.ndarray, scale: float | None = None, tap: Tap = no_tap) -> None:
@@ -385,8 +386,6 @@ class Model:
             # the last block's values are still there
             if i + 1 < c.num_layers and self.recompute:
                 self._block(i, blocks[i].res1, None, no_tap)
-            elif i + 1 < c.num_layers and self.act_again:
-                block.activate()
             block.backward(d.layer[i])
             if self._micro:
                 self._micro.fold(i, begins)

@@ -40,7 +40,7 @@ class Inputs(OpenedData):
     lora         adapters to train, None where the weights are trained
     lora_init    adapter to go on with
     carried      metadata of --init for the checkpoints of the run
-    act_again    `act` is computed again in backward, because the job does not fit otherwise
+    act_again    `act` is computed again in backward: it costs little here, or the job does not fit otherwise
     """
 
     settings: Settings

@@ -87,8 +87,8 @@ def test_the_modules_of_cuda_declare_the_functions_of_the_contract() -> None:
     assert {name: have.get(name) for name in WANTED if name not in rows} == {
         name: parameters for name, parameters in WANTED.items() if name not in rows
     }
-    # of the bias, in linear_bwd; of the loss, in kinds.py; of what assemble() calls
-    assert have.keys() - WANTED.keys() == {"add_rows", "noted_numbers", "has_long_rows", "ordered"}
+    # of the bias, in linear_bwd; of the loss, in kinds.py
+    assert have.keys() - WANTED.keys() == {"add_rows", "noted_numbers", "has_long_rows"}
 
 
 def test_what_is_launched_by_rows_passes_the_arrays_of_the_op_and_the_length_of_a_row() -> None:

@@ -34,6 +34,7 @@ WIDE = [
     *table("attention", "1 59 2 1 80, 1 20 2 2 160"),
     *table("attention_documents", "2 97 2 1 80 0, 2 59 2 2 160 17"),
     *table("swiglu", "5 64, 3 4872"),
+    *table("swiglu_again", "5 64"),
     *table("cross_entropy", "5 64, 4 8200, 3 800"),
     *table("cross_entropy_rows_apart", "3 16421 16424"),  # long enough for clusters of blocks
     *table("cross_entropy_z", "4 16384"),
@@ -138,7 +139,7 @@ SMALL = {  # module -> rows that use all of it
         *table("rmsnorm_of_all_heads", "5 640 0 768 1024 1"),
     ],
     "rope": table("rope", "2 59 4 8 0 8, 2 59 4 5 0 8"),
-    "swiglu": table("swiglu", "5 64, 5 59"),
+    "swiglu": [*table("swiglu", "5 64, 5 59"), *table("swiglu_again", "5 64, 5 59")],
 }
 
 
@@ -172,7 +173,9 @@ OFF_BY_ONE = [
     ("loss_cluster", "begin + each), first_of", "begin + each - 1), first_of"),
     ("norm", "y + 1 < blockDim.y", "y + 2 < blockDim.y"),
     ("rope", "first + h * groups < heads", "first + h * groups < heads - 1"),
+    ("loss_cluster", "begin + held)) wait", "begin + held) - 1) wait"),
     ("swiglu", "f < F", "f < F - N"),
+    ("swiglu", "y[i] = gate[i] * s * up[i]", "y[i] = gate[i] * s"),
 ]
 
 

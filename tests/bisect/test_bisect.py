@@ -598,6 +598,7 @@ def all_bits(model: Model, opt: AdamW) -> dict[str, bytes]:
 JOINED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # preset, options, what side 1 believes
     "biases": ("qwen2-tiny", {}, {}),
     "head norms, recompute": ("qwen3-tiny", {"recompute": True}, {}),
+    "act again": ("qwen2-tiny", {"act_again": True}, {}),
     "pieces of the loss, z_loss": ("llama3-tiny", {"loss_rows": 7, "z_loss": 0.01}, {}),
     "eps": ("llama-tiny", {}, {"rms_norm_eps": 0.1}),
     "eps, recompute": ("qwen3-tiny", {"recompute": True}, {"rms_norm_eps": 0.1}),
@@ -668,7 +669,7 @@ def test_a_watch_is_given_every_op_once_and_decides_whether_it_runs() -> None:
     seen, bits = step("")
     assert seen == counted
     assert set(seen) == set(contract.OPS) - {
-        *("head_rmsnorm_fwd", "head_rmsnorm_bwd", "add", "gemm", "adapted", "adapted_int8")
+        *("head_rmsnorm_fwd", "head_rmsnorm_bwd", "add", "gemm", "adapted", "adapted_int8", "swiglu_again")
     }
     counted.clear()
     assert step("swiglu_fwd")[1]["w"] != bits["w"]

@@ -211,7 +211,7 @@ def test_a_check_that_leaves_something_behind_is_seen_by_that(
     assert pretrain("c", "--spot-check 4").steps != plain.steps
 
 
-@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"loss_rows": 7}, {"z_loss": 0.01}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"act_again": True}, {"loss_rows": 7}], ids=str)
 @pytest.mark.parametrize("name", ["qwen3-tiny", "mistral-tiny"])
 def test_weights_stay_and_gradients_are_zero_afterwards(name: str, options: dict[str, Any]) -> None:
     cfg = PRESETS[name]

@@ -171,6 +171,7 @@ CASES = [
         "B T S P H K D W: 2 1 59 97 4 2 5 0, 2 13 97 98 4 1 6 7, 2 59 257 259 2 1 8 0",
     ),
     Case("swiglu", "swiglu_fwd", "swiglu_bwd", "N F: 1 1, 5 59, 97 123, 123 5, 1 257"),
+    Case("swiglu_again", "swiglu_again", "", "N F: 1 1, 5 59, 97 123, 1 257"),
     Case("cross_entropy", "cross_entropy: scale=0.37, z_loss=0.0", "", "N V: 1 5, 5 59, 97 123, 59 1025"),
     Case(
         "cross_entropy_rows_apart",

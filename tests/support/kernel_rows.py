@@ -41,7 +41,10 @@ SHAPES: dict[str, list[Row]] = {  # module -> rows
         *table("attention", "2 17 4 2 64, 1 59 2 1 128"),
         *table("attention_window", "2 17 4 4 64 5"),
     ],
-    "swiglu": table("swiglu", f"{TOKENS} 72, {TOKENS} 56"),
+    "swiglu": [
+        *table("swiglu", f"{TOKENS} 72, {TOKENS} 56"),
+        *table("swiglu_again", f"{TOKENS} 72, {TOKENS} 56"),
+    ],
     "loss": table("cross_entropy_rows_apart", f"{TOKENS} 123 128"),  # as pad_vocab lays them out
     "loss_cluster": table("cross_entropy_rows_apart", "3 16421 16424"),  # long enough for clusters of blocks
     "flat": [

@@ -563,6 +563,22 @@ def swiglu_bwd(dgu, dy, gu):
             du[j] = d * x * s
 
 
+@_kernel("void(float32[:,::1], float32[:,::1], float32[:,::1])")
+def swiglu_again(y, gu, dy):
+    n, f = y.shape
+    for i in prange(n):
+        g, u, dout, out = gu[i, :f], gu[i, f:], dy[i], y[i]
+        # a loop of its own: in one with the other, x / e would become x * s, of other bits than those of swiglu_fwd
+        for j in range(f):
+            x = g[j]
+            out[j] = x / (np.float32(1) + _exp(-x)) * u[j]
+        for j in range(f):
+            x, up, d = g[j], u[j], dout[j]
+            s = np.float32(1) / (np.float32(1) + _exp(-x))
+            g[j] = d * up * s * (np.float32(1) + x * (np.float32(1) - s))
+            u[j] = d * x * s
+
+
 @_kernel("void(float32[::1], float32[:,:], int32[::1], float32, boolean, float32)")
 def cross_entropy(loss, logits, targets, scale, grad, z_loss):
     n, v = logits.shape

@@ -27,6 +27,7 @@ dtypes = ("float32",)
 pad_vocab = False
 loss_elements = 1 << 23
 asynchronous = False
+act_again = False
 _allocated = [0]
 FEW_ROWS = 8  # up to so many, linear_fwd gives a row the same bits whatever rows are beside it
 _NOTHING = np.empty(0, np.float32)

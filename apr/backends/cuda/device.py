@@ -10,7 +10,6 @@ array wait for it. A process computes on one GPU, from the thread that called se
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +22,6 @@ import numpy as np
 
 from ...common.errors import DeviceError
 from . import attention, attention_wgmma, kernels, kinds, launch, matmul, ops
-from .overlap import Overlap
 
 Array = Any  # cupy.ndarray
 
@@ -32,6 +30,7 @@ dtypes = ("bfloat16", "float32")
 pad_vocab = True
 loss_elements = 5 << 28
 asynchronous = True
+act_again = True
 STAGING_BYTES = 16 << 20
 _allocated = [0]
 
@@ -48,30 +47,8 @@ def _pinned(nbytes: int) -> np.ndarray:
     return np.frombuffer(cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
 
 
-class _Streams:
-    """See overlap.Streams."""
-
-    def __init__(self, first: Any) -> None:
-        self.first, self.second = first, cupy.cuda.Stream(non_blocking=True)
-
-    def fork(self) -> None:
-        self.second.wait_event(self._behind(self.first))
-
-    def mark(self) -> Any:
-        return self._behind(self.second)
-
-    def wait(self, event: Any) -> None:
-        self.first.wait_event(event)
-
-    @staticmethod
-    def _behind(stream: Any) -> Any:
-        event = cupy.cuda.Event(disable_timing=True)
-        event.record(stream)
-        return event
-
-
 class _Device:
-    """The GPU of this process, its streams, and what belongs to them."""
+    """The GPU of this process, its stream, and what belongs to them."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -79,12 +56,8 @@ class _Device:
         device.use()
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.stream.__enter__()  # for good. After use(), the end of any `with stream:` makes the null stream current
-        self.workspaces = [launch.zeros(matmul.WORKSPACE_BYTES, "uint8") for _ in range(2)]
-        at = [w.data.ptr for w in self.workspaces]
-        self.products = matmul.open(index, at[0], matmul.WORKSPACE_BYTES, self.stream.ptr)
-        streams = _Streams(self.stream)
-        self.products.use_second(at[1], streams.second.ptr)
-        self.overlap = Overlap(streams, lambda x: int(x.data.ptr))
+        self.workspace = launch.zeros(matmul.WORKSPACE_BYTES, "uint8")
+        self.products = matmul.open(index, self.workspace.data.ptr, matmul.WORKSPACE_BYTES, self.stream.ptr)
         self.staging = [_Staging(), _Staging()]
         ops.machine = SimpleNamespace(
             kernel=launch.kernel,
@@ -102,19 +75,6 @@ def _device() -> _Device:
     if not _devices:
         set_device(0)
     return _devices[0]
-
-
-def ordered(function: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the backend as others call it: in its place among products on the second stream."""
-    if function == "linear_bwd":  # it sends them there
-        return call
-
-    def in_order(*args: Any, **more: Any) -> Any:
-        if _devices and _devices[0].overlap.running:
-            _devices[0].overlap.before_call(function, args, more)
-        return call(*args, **more)
-
-    return functools.wraps(call)(in_order)
 
 
 # Plumbing
@@ -184,7 +144,7 @@ def free_memory() -> int | None:
 
 def overhead() -> int:
     """Bytes for the work space of products and of kernels, and for the kernels themselves."""
-    return 2 * matmul.WORKSPACE_BYTES + launch.SCRATCH_BYTES + (512 << 20)
+    return matmul.WORKSPACE_BYTES + launch.SCRATCH_BYTES + (512 << 20)
 
 
 def from_host(x: Array, host: np.ndarray) -> None:
@@ -254,14 +214,11 @@ def tune(f: Callable[[], None]) -> None:
 
 
 def capture(f: Callable[[], None]) -> Callable[[], None]:
-    """See reference.py: f as a CUDA graph; the returned function launches it on the backend's stream.
-
-    Products of weight gradients run beside the ops that follow: overlap.py."""
+    """See reference.py: f as a CUDA graph; the returned function launches it on the backend's stream."""
     stream = _device().stream
     stream.begin_capture()
     try:
-        with _device().overlap.allowed():
-            f()
+        f()
     except BaseException:
         with suppress(Exception):  # which would only say that the capture has failed
             stream.end_capture()
@@ -283,18 +240,22 @@ def linear_bwd(
     dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Array, w: Array, adds: bool
 ) -> None:
     """See reference.py."""
-    products, overlap = _devices[0].products, _devices[0].overlap
-    if dw is not None:
-        overlap.run(lambda on_second: products.grad_weight(dw, dy, x, adds, on_second), dw, dy, x)
-    overlap.before((dx, db), (dy, w))
+    products = _devices[0].products
     products.grad_input(dx, dy, w)
+    if dw is not None:
+        products.grad_weight(dw, dy, x, adds)
     if db is not None:
         ops.add_rows(db, dy)
 
 
 def gemm(out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: bool, trans_b: bool) -> None:
     """See reference.py."""
-    _devices[0].products.gemm(out, a, b, alpha, beta, trans_a, trans_b)
+    products = _devices[0].products
+    if trans_a and not trans_b and alpha == 1 and beta in (0, 1):
+        # the product of linear_bwd, by the same algorithm
+        products.grad_weight(out, a, b, bool(beta))
+    else:
+        products.gemm(out, a, b, alpha, beta, trans_a, trans_b)
 
 
 def attention_fwd(

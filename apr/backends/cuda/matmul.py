@@ -96,7 +96,7 @@ class Products:
             raise ValueError(f"workspace at {workspace:#x} is not a multiple of {MAX_ALIGNMENT} bytes")
         self._lt, self._gpu, self._cache = lt, gpu, cache
         self._handle, self._nbytes = lt.create("cublasLtCreate").value, nbytes
-        self._context = self._second = self._handle, workspace, nbytes, stream
+        self._context = self._handle, workspace, nbytes, stream
         self._matmul = lt.library.cublasLtMatmul
         self._plans: dict[Key, ProductPlan] = {}
         self._ready: dict[tuple[Any, ...], ProductPlan] = {}
@@ -112,13 +112,9 @@ class Products:
         """dx = dy w.  dx (N,I), dy (N,O), w (O,I); one dtype"""
         self._multiply(GRAD_INPUT, dx, w, dy, None)
 
-    def grad_weight(self, dw: Array, dy: Array, x: Array, adds: bool = True, on_second: bool = False) -> None:
+    def grad_weight(self, dw: Array, dy: Array, x: Array, adds: bool = True) -> None:
         """dw += dy^T x, or = where adds is False, by the same algorithm.  dw (O,I) float32, dy (N,O), x (N,I) of one dtype"""
-        self._multiply(GRAD_WEIGHT, dw, x, dy, None, 0 if adds else _ZERO_AT, on_second)
-
-    def use_second(self, workspace: int, stream: int) -> None:
-        """Send products that are to run on a second stream there, with a workspace of their own of as many bytes."""
-        self._second = self._handle, workspace, self._nbytes, stream
+        self._multiply(GRAD_WEIGHT, dw, x, dy, None, 0 if adds else _ZERO_AT)
 
     def gemm(
         self, out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: bool, trans_b: bool
@@ -156,16 +152,7 @@ class Products:
                 rows.append((str(p.key), p.algorithm.ms, flops / p.algorithm.ms / 1e9))
         return rows
 
-    def _multiply(
-        self,
-        op: Product,
-        d: Array,
-        a: Array,
-        b: Array,
-        bias: Array | None,
-        beta: int = 0,
-        on_second: bool = False,
-    ) -> None:
+    def _multiply(self, op: Product, d: Array, a: Array, b: Array, bias: Array | None, beta: int = 0) -> None:
         """D = op(A) op(B), with beta at that address instead of the plan's."""
         at_d, at_a, at_b = d.data.ptr, a.data.ptr, b.data.ptr
         seen = (
@@ -180,12 +167,12 @@ class Products:
             plan = self._ready[seen] = self._plan(op, d, a, b, bias)
         if bias is not None:
             self._set_bias(plan, bias.data.ptr)
-        status = self._run(plan, at_d, at_a, at_b, beta, on_second)
+        status = self._run(plan, at_d, at_a, at_b, beta)
         if status:
             raise DeviceError(f"cublasLtMatmul: {status_name(status)} for {plan.key}")
 
-    def _run(self, p: ProductPlan, d: int, a: int, b: int, beta: int = 0, on_second: bool = False) -> int:
-        lt, ws, nbytes, to = self._second if on_second else self._context
+    def _run(self, p: ProductPlan, d: int, a: int, b: int, beta: int = 0) -> int:
+        lt, ws, nbytes, to = self._context
         return self._matmul(
             lt, p.desc, p.alpha, a, p.a, b, p.b, beta or p.beta, d, p.d, d, p.d, p.chosen, ws, nbytes, to
         )

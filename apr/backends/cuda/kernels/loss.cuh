@@ -26,10 +26,11 @@ constexpr float LOWEST = -3.402823466e38f;
 template <int BLOCKS>
 __device__ __forceinline__ Softmax joined(const Softmax& mine, float* top, float* sum);
 
-constexpr int GROUP = 4;  // packs that a thread asks for before it waits for the first
+constexpr int GROUP = 4;  // packs that a thread works on at once
 
 // wait: room for `held` packs; tops, sums: for 32 floats each, of a block's shared memory
-template <int N, int BLOCKS>
+// AHEAD: packs that a thread asks for before it waits for the first, and puts into `wait`; 0: as many as it works on
+template <int N, int BLOCKS, int AHEAD>
 __device__ __forceinline__ void cross_entropy(Pack<N>* wait, float* tops, float* sums, float* loss, act* logits,
                                               const int* targets, long long logits_row, int V, int held, int gradient,
                                               float scale, float z_loss) {
@@ -50,6 +51,21 @@ __device__ __forceinline__ void cross_entropy(Pack<N>* wait, float* tops, float*
   }
   const float at_target = to_float(x[target]);  // read before a block of the row writes
 
+  if constexpr (AHEAD > 0)
+    for (int first = first_of; first < begin + held; first += AHEAD * blockDim.x) {
+      Pack<N> p[AHEAD];
+#pragma unroll
+      for (int g = 0; g < AHEAD; g++) {
+        const int i = first + g * blockDim.x;
+        if (i < min(end, begin + held)) p[g] = load<N>(x + (long long)i * N);
+      }
+#pragma unroll
+      for (int g = 0; g < AHEAD; g++) {
+        const int i = first + g * blockDim.x;
+        if (i < min(end, begin + held)) wait[i - begin] = p[g];
+      }
+    }
+
   Softmax s{LOWEST, 0};
   for (int first = first_of; first < end; first += GROUP * blockDim.x) {
     Pack<N> p[GROUP];
@@ -57,12 +73,12 @@ __device__ __forceinline__ void cross_entropy(Pack<N>* wait, float* tops, float*
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
       const int i = first + g * blockDim.x;
-      if (i < end) p[g] = load<N>(x + (long long)i * N);
+      if (i < end) p[g] = AHEAD > 0 && i - begin < held ? wait[i - begin] : load<N>(x + (long long)i * N);
     }
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
       const int i = first + g * blockDim.x;
-      if (i - begin < held) wait[i - begin] = p[g];
+      if (AHEAD == 0 && i - begin < held) wait[i - begin] = p[g];
       if (i < end)
 #pragma unroll
         for (int j = 0; j < N; j++) m = fmaxf(m, p[g][j]);

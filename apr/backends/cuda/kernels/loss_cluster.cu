@@ -1,11 +1,11 @@
 // Cross-entropy and its gradient in place, a cluster of blocks for each long row: see loss.cuh. For sm_90 and later.
 //
 // With a quarter of a row a block takes so little shared memory that a multiprocessor has two: one reads while the other
-// writes.
+// computes and writes. All that it reads of a row of up to 159,744 elements of two bytes is asked for at once.
 #include "loss.cuh"
 #include "cluster.cuh"
 
-constexpr int CLUSTER = 4, CLUSTER_THREADS = 512, SUM_BYTES = 256;
+constexpr int CLUSTER = 4, CLUSTER_THREADS = 384, SUM_BYTES = 256, AHEAD = 13;
 
 template <int BLOCKS>
 __device__ __forceinline__ Softmax joined(const Softmax& mine, float* top, float* sum) {
@@ -25,5 +25,5 @@ cross_entropy_cluster(float* loss, act* logits, const int* targets, long long lo
   extern __shared__ uint4 dynamic_shared[];
   float* const sums = reinterpret_cast<float*>(own_shared(dynamic_shared));
   auto* const wait = reinterpret_cast<Pack<VEC>*>(sums + SUM_BYTES / sizeof(float));
-  cross_entropy<VEC, CLUSTER>(wait, sums, sums + 32, loss, logits, targets, logits_row, V, held, gradient, scale, z_loss);
+  cross_entropy<VEC, CLUSTER, AHEAD>(wait, sums, sums + 32, loss, logits, targets, logits_row, V, held, gradient, scale, z_loss);
 }
