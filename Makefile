@@ -13,6 +13,9 @@ $(error GPU=$(GPU): choose cuda12 or cuda13, by the CUDA version that nvidia-smi
 endif
 endif
 
+# Tests start hundreds of processes: each would compile apr anew where bytecode is not kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: pretrain test gpu-test lint docs install dev clean
 
 pretrain: install

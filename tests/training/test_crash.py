@@ -24,13 +24,13 @@ def killed(tmp_path_factory):
     """What killing found out: a report, and the folder with the undisturbed run."""
     job = Job(tmp_path_factory.mktemp("crash") / "job", 24, 8).make()
     signals = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
-    return crash(job, 6, 1, signals, jobs=2, in_training=0.5), job
+    return crash(job, 4, 1, signals, jobs=2, in_training=0.5), job
 
 
 def test_killed_runs_end_like_an_undisturbed_one(killed):
     report, _ = killed
     assert report.faults == []
-    assert len(report.stops) in (6, 7)  # two at a time
+    assert len(report.stops) in (4, 5)  # two at a time
     assert report.results
     assert sum(sum(counts.values()) for _, counts in report.table()) == len(report.stops)
     assert {s.phase for s in report.stops} <= set(PHASES)

@@ -27,7 +27,10 @@ BASE = [
     "--micro-batch-size", "2", "--seq-length", "16", "--val-batches", "2", "--val-fraction", "0.3", "--seed", "42",
     "--weight-decay", "0.1", "--min-epochs", "0", "--spot-check", "-1",
 ]  # fmt: skip
-LARGE = ["--num-steps", "30", "--eval-every", "30", "--batch-size", "400", "--micro-batch-size", "100"]
+# More than all there is.
+LARGE = [
+    "--corpus", "few", "--num-steps", "30", "--eval-every", "30", "--batch-size", "50", "--micro-batch-size", "50",
+]  # fmt: skip
 # Documents are long: all validation windows.
 BORDERS = ["--seq-length", "64", "--val-batches", "500"]
 # Arguments that the run is given in the place of, or beside, those of the base; and of the run that it is compared with.
@@ -139,6 +142,9 @@ def made(place, tmp_path_factory):
     shutil.copytree(place / "corpus", folder / "less")
     next((folder / "less").glob("*.py")).unlink()
     sources = sorted((place / "corpus").glob("*.py"))
+    (folder / "few").mkdir()
+    for source in (p for p in sources if p.name in ("decoder.py", "encoder.py", "scanner.py", "message.py")):
+        shutil.copy(source, folder / "few" / source.name)
     lines = [json.dumps({"text": p.read_text(), "upper": p.read_text().upper()}) for p in sources]
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.MonkeyPatch.context() as m:
@@ -167,6 +173,7 @@ def made(place, tmp_path_factory):
             assert main(["tokenize", "encode-corpus", source, *args]) == 0
         found = names | {
             "wide": str(folder / "wide.json"), "file": str(folder / "file.json"), "less": str(folder / "less"),
+            "few": str(folder / "few"),
             "records": str(folder / "records.jsonl"), "tokenizer": str(folder / "tok"),
             "shards": str(folder / "shards-corpus"), "other shards": str(folder / "shards-less"),
             "third shards": str(folder / "shards-third"),
