@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,47 @@ def test_spill_allowances_are_needed(compiled: Any) -> None:
             if key in worst:
                 worst[key] = max(worst[key], u.spilled, u.stack)
     assert {k: most for k, most in ALLOWED.items() if not worst[k] > most / 2} == {}
+
+
+# The record
+
+
+SMALL = ("bias", "rope", "swiglu")  # modules that compile fast
+
+
+def test_the_record_is_what_the_compilers_say(major: int) -> None:
+    work = [job for job in nvrtc.jobs(SMALL, ("sm_80",)) if nvrtc.recorded(major, job)]
+    for job, result in zip(work, nvrtc.compile_now(major, work), strict=True):
+        assert nvrtc.row_of(major, job, result) == nvrtc.record()[f"{major} {job.title}"], job.title
+
+
+def test_the_record_answers_the_same_question_alone(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = nvrtc.Job("planted sm_90a", FINE, kernels.options("bfloat16", "sm_90a", {}))
+    usages = [["planted", "sm_90a", 255, 0, 8, 16]]
+    said = "ptxas info    : (C7508) Potential Performance Loss: wgmma"
+    record = {f"{major} {job.title}": [nvrtc.question(major, job), usages, [said]]}
+    monkeypatch.setattr(nvrtc, "record", lambda: record)
+    (result,) = nvrtc.compile_all(major, [job])
+    assert [list(astuple(u)) for u in nvrtc.usage(result.log)] == usages
+    assert complaints([result], {}) == [
+        "planted sm_90a: planted spills 16 bytes, stack 8: at most 0",
+        f"planted sm_90a: {said}",
+    ]
+    assert nvrtc.row_of(major, job, result)[1:] == [usages, [said]]
+    for other in (replace(job, text=job.text + " "), replace(job, options=(*job.options, "-DMORE"))):
+        assert nvrtc.recorded(major, other) is None
+    assert nvrtc.recorded(*(m for m in nvrtc.FOLDERS if m != major), job) is None
+    for versions in ("another", ""):
+        monkeypatch.setattr(nvrtc, "compilers", lambda major, versions=versions: versions)
+        assert nvrtc.recorded(major, job) is None
+
+
+def test_the_record_is_whole(major: int) -> None:
+    missing = [job.title for job in nvrtc.on_record(major) if nvrtc.recorded(major, job) is None]
+    if missing:
+        pytest.skip(
+            f"{len(missing)} jobs were compiled: write them down, python tests/support/nvrtc.py --record"
+        )
 
 
 SPILLING = """

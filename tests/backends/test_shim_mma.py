@@ -20,7 +20,7 @@ from apr.backends.cuda import kernels
 from apr.backends.cuda.arguments import Arguments
 from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault
 from cases import Backend, Row, make, overlay, run
-from host_shim import Library, folder, over, table  # noqa: F401  folder is a fixture
+from host_shim import OPTIMISED, Library, folder, over, precompile, table  # noqa: F401  folder is a fixture
 from host_shim import on_the_host as without_ptx
 from kernel_rows import MMA, parameters_off, rows_of
 from kernel_rows import wrong_in_bfloat16 as wrong
@@ -65,7 +65,7 @@ class Machine:
         key = defines["HEAD_DIM"], defines["DOCUMENTS"]
         if key not in self.libraries:
             names = list(kernels.signatures(MMA))
-            self.libraries[key] = Library(self.text, names, "bfloat16", defines, self.folder)
+            self.libraries[key] = Library(self.text, names, "bfloat16", defines, self.folder, OPTIMISED)
         return self.libraries[key]
 
     def kernel(self, module: str, name: str, act: str, **defines: int) -> Callable[..., None]:
@@ -89,6 +89,7 @@ def backend() -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def machine(folder: Path) -> Machine:
     """The sound kernels, in all variants."""
+    precompile(folder, OPTIMISED)
     made = Machine(folder, kernels.source(MMA))
     with ThreadPoolExecutor(2) as pool:
         variants = [defines for _, defines in kernels.variants(MMA)]

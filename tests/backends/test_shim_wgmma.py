@@ -14,7 +14,7 @@ import pytest
 
 import nvrtc
 import wgmma_probe
-from apr.backends.cuda import kernels, tensor_maps
+from apr.backends.cuda import tensor_maps
 from apr.backends.cuda.arguments import Arguments
 from apr.backends.cuda.kernels.signatures import parse
 from apr.common.errors import DeviceError
@@ -29,9 +29,13 @@ def heads(x: np.ndarray) -> np.ndarray:
     return x[None, :, None, :]
 
 
-def probe(folder: Path, text: str, defines: dict[str, int], seed: int = 1) -> tuple[float, float]:
+def compiled(folder: Path, text: str, defines: dict[str, int]) -> Library:
+    """The probe for the host."""
+    return Library(on_the_host(text, "wgmma_shim.h"), ["probe"], "bfloat16", defines, folder)
+
+
+def probe(library: Library, text: str, defines: dict[str, int], seed: int = 1) -> tuple[float, float]:
     """Errors of the probe's product and of what TMA stored of it, both 0 when they are right: values are whole numbers."""
-    library = Library(on_the_host(text, "wgmma_shim.h"), ["probe"], "bfloat16", defines, folder)
     rng, w = np.random.default_rng(seed), defines["W"]
     a, b = (rng.integers(-4, 5, (n, wgmma_probe.K)).astype(BF16) for n in (64, w))
     want = a.astype(np.float32) @ b.astype(np.float32).T
@@ -52,7 +56,8 @@ def probe(folder: Path, text: str, defines: dict[str, int], seed: int = 1) -> tu
 
 @pytest.mark.parametrize("defines", wgmma_probe.VARIANTS, ids=lambda d: " ".join(map(str, d.values())))
 def test_products_are_exact(folder: Path, defines: dict[str, int]) -> None:
-    assert probe(folder, wgmma_probe.text(), defines) == (0, 0)
+    text = wgmma_probe.text()
+    assert probe(compiled(folder, text, defines), text, defines) == (0, 0)
 
 
 FAULTS = {  # old, new, what is said of it; nothing where the numbers may be wrong instead
@@ -100,10 +105,10 @@ def test_a_fault_is_found(folder: Path, name: str) -> None:
     text = wgmma_probe.text()
     assert text.count(old) >= 1
     text = text.replace(old, new)
-    found = []
+    library, found = compiled(folder, text, PLAIN), []
     for seed in SEEDS:
         try:
-            found += ["wrong"] * (max(probe(folder, text, PLAIN, seed)) != 0)
+            found += ["wrong"] * (max(probe(library, text, PLAIN, seed)) != 0)
         except AssertionError as e:
             found.append(str(e))
         if found:
@@ -119,11 +124,7 @@ def test_the_probe_compiles_for_hopper() -> None:
     major = max((m for m in nvrtc.FOLDERS if nvrtc.installed(m)), default=0)
     if not major:
         pytest.skip("NVRTC is not installed")
-    work = [
-        nvrtc.Job(f"probe {i}", wgmma_probe.text(), kernels.options("bfloat16", "sm_90a", defines))
-        for i, defines in enumerate(wgmma_probe.VARIANTS)
-    ]
-    for r in nvrtc.compile_all(major, work):
+    for r in nvrtc.compile_all(major, nvrtc.probe_jobs()):
         assert r.ok, r.log
         assert "C75" not in r.log
         (u,) = nvrtc.usage(r.log)

@@ -130,24 +130,13 @@ def test_loaded_kernels_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 # Compilation
 
 
-def title(fault: KernelFault, act: str) -> str:
-    """Of a compilation."""
-    return f"{fault.module} {fault.name} {act}"
-
-
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[Callable[[], dict[str, nvrtc.Result]]]:
     """Results by title: every fault in its dtypes under one NVRTC, for Hopper, attention for heads of 64."""
     major = next((m for m in nvrtc.FOLDERS if nvrtc.installed(m)), None)
     if major is None:
         pytest.skip("NVRTC is not installed (make dev installs it on Linux x86-64)")
-    work = []
-    for fault in FAULTS:
-        defines = dict.fromkeys(kernels.SPECIAL.get(fault.module, kernels.Variants()).defines, 64)
-        work += [
-            nvrtc.Job(title(fault, act), fault.edited(), kernels.options(act, "sm_90a", defines))
-            for act in fault.acts
-        ]
+    work = nvrtc.fault_jobs()
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(nvrtc.compile_all, major, work[half::2]) for half in range(2)]
         yield lambda: {r.title: r for run in runs for r in run.result()}
@@ -156,7 +145,7 @@ def compiled() -> Iterator[Callable[[], dict[str, nvrtc.Result]]]:
 @each_fault
 def test_the_edited_source_compiles(fault: KernelFault, compiled: Any) -> None:
     for act in fault.acts:
-        result = compiled()[title(fault, act)]
+        result = compiled()[nvrtc.title(fault, act)]
         assert result.ok, result.log
 
 

@@ -40,9 +40,9 @@ MODULES = (
 )
 
 
+FAST, OPTIMISED = "-O0", "-O1"  # compiled fast, for kernels that run a few times; or run fast
 FLAGS = (
     "-std=c++20",
-    "-O1",
     "-U_FORTIFY_SOURCE",  # it forbids jumps between stacks
     "-fPIC",
     "-shared",
@@ -79,6 +79,12 @@ def table(name: str, sizes: str) -> list[Row]:
     return rows(replace(CASE[name], table=f"{CASE[name].table.split(':')[0]}: {sizes}"))
 
 
+def precompile(folder: Path, level: str = FAST) -> None:
+    """Put the precompiled header of a level into a folder: half of the time that a kernel takes."""
+    (folder / "cuda_shim.h.gch").mkdir(exist_ok=True)
+    gpp("-x", "c++-header", SHIM / "cuda_shim.h", level, "-o", folder / "cuda_shim.h.gch" / level[1:])
+
+
 def gpp(*args: Any) -> None:
     """Run g++. A precompiled header is looked for in the folders of `args` first."""
     done = subprocess.run(["g++", *FLAGS, *map(str, args), f"-I{SHIM}"], capture_output=True, text=True)
@@ -97,14 +103,16 @@ def on_the_host(text: str, shim: str) -> str:
 class Library:
     """A kernel module compiled for the host."""
 
-    def __init__(self, text: str, names: list[str], act: str, defines: dict[str, int], folder: Path) -> None:
+    def __init__(
+        self, text: str, names: list[str], act: str, defines: dict[str, int], folder: Path, level: str = FAST
+    ) -> None:
         number, found = next(NUMBERS), re.search(r"\bCLUSTER = (\d+)", text)
         self._cluster = int(found[1]) if found else 1
         source, out = folder / f"{number}.cpp", folder / f"{number}.so"
         source.write_text("\n".join([text, *(f"SHIM_KERNEL({n})" for n in names)]))
         options = kernels.options(act, "sm_80", defines)
         macros = [o for o in options if o.startswith("-D")]
-        gpp(*macros, f"-I{folder}", "-include", "cuda_shim.h", source, "-o", out)
+        gpp(level, *macros, f"-I{folder}", "-include", "cuda_shim.h", source, "-o", out)
         self._loaded = ctypes.CDLL(str(out))
 
     def __call__(self, name: str, grid: Any, block: Any, args: list[Any], shared: int, seed: int) -> None:
@@ -190,12 +198,12 @@ def backend() -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where libraries are put, with the precompiled header: half of the time that a kernel takes."""
+    """Where libraries are put, with the precompiled header."""
     gcc = shutil.which("g++") and subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
     if not gcc or "Free Software Foundation" not in gcc:
         pytest.skip("there is no g++ of GCC to compile the kernels for the host")
     made = tmp_path_factory.mktemp("shim")
-    gpp("-x", "c++-header", SHIM / "cuda_shim.h", "-o", made / "cuda_shim.h.gch")
+    precompile(made)
     return made
 
 
