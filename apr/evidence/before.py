@@ -23,13 +23,29 @@ def judge_inputs(
     val: Any,
     cfg: ModelConfig,
     source: str,
+    blank: Sequence[str] | None,
+    is_frozen: bool,
 ) -> None:
-    """Judge device, memory, data and configuration. train, val: windows; source: of cfg. Raises Refused."""
+    """Judge device, memory, data, configuration and tokens. train, val: windows; source: of cfg; blank, is_frozen: see tokens.
+
+    Raises Refused."""
     gates.judge(measure.device(backend, dtype))
     gates.judge(measure.memory(need_bytes, backend.free_memory()))
     gates.judge(data(splits))
     gates.judge(disjoint(splits, train, val))
     gates.judge(measure.architecture(cfg, source))
+    gates.judge(tokens(blank, is_frozen))
+
+
+def tokens(blank: Sequence[str] | None, is_frozen: bool) -> Finding:
+    """Judge the rows of special tokens that --init never learnt: blank, None without conversations; is_frozen: they stay so."""
+    gate, bound = "before.tokens", "none that stays 0 or alike"
+    if blank is None:
+        return Finding.skipped(gate, "no conversations", bound)
+    measured = (
+        f"{len(blank)} of special tokens that are 0 or alike{', trained' if blank and not is_frozen else ''}"
+    )
+    return Finding.of(gate, not (blank and is_frozen), measured, bound, ", ".join(blank))
 
 
 def data(splits: Sequence[Split]) -> Finding:

@@ -75,6 +75,13 @@ GATES = {
             "the key that is named; `apr inspect`",
         ),
         Gate(
+            "before.tokens", BEFORE, "SUSPECT",
+            "special tokens of conversations are told apart, or can be learnt",
+            "adapters leave embeddings as they are: of the special tokens that conversations use, no row of --init is 0 or "
+            "bit-equal to another's",
+            "train all weights, without --lora-rank; a template of tokens that the base knows, --chat-template",
+        ),
+        Gate(
             "before.settings", BEFORE, "refuse",
             "model, optimizer, schedule, batches and evaluation are built with the numbers that were asked for",
             "config.json as the file has it, the table of parameters and a second formula of the schedule: all equal",

@@ -68,10 +68,12 @@ class Inputs(OpenedData):
         )
 
     @property
-    def blank_rows_note(self) -> str:
-        """Name the special tokens of conversations whose embedding is 0, or that of another of them: --init never learnt them."""
+    def blank_rows(self) -> list[str] | None:
+        """Name the special tokens of conversations whose embedding is 0, or that of another of them: --init never learnt them.
+
+        None where there are no conversations."""
         if not (self.settings.instruct or self.settings.preferences) or self.init is None:
-            return ""
+            return None
         ids = np.unique(np.concatenate([np.unique(a) for a in self.train.shards.arrays]))
         # Nothing is computed from what stands between examples.
         names = {
@@ -81,12 +83,16 @@ class Inputs(OpenedData):
         table = self.init.tensors[EMBED if EMBED in self.init.tensors else HEAD]
         rows = {int(t): np.asarray(table[t], np.float32) for t in ids if int(t) in names}
         count = Counter(row.tobytes() for row in rows.values())
-        blank = [
+        return [
             f"{names[t]} ({t}, norm {np.linalg.norm(row):.3g})"
             for t, row in rows.items()
             if not row.any() or count[row.tobytes()] > 1
         ]
-        if not blank:
+
+    @property
+    def blank_rows_note(self) -> str:
+        """Say which special tokens --init never learnt; "" where there are none."""
+        if not (blank := self.blank_rows):
             return ""
         return (
             f"embeddings that are 0, or alike, of special tokens in the conversations: {', '.join(blank)}; the checkpoint never "

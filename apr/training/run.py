@@ -196,7 +196,8 @@ def _judge_inputs(i: Inputs, gates: Gates) -> None:
     ).total  # fmt: skip
     check_main_memory(i.backend, save_copies(i.cfg, s.dtype, kind, i.lora))
     source = str(s.init or s.model)
-    before.judge_inputs(gates, i.backend, s.dtype, need, i.audit, i.train, i.val, i.cfg, source)
+    facts = i.audit, i.train, i.val, i.cfg, source, i.blank_rows, i.lora is not None
+    before.judge_inputs(gates, i.backend, s.dtype, need, *facts)
 
 
 def _subject(t: Trainer) -> Subject:

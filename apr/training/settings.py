@@ -332,11 +332,10 @@ def _warmup(s: Settings, mode: str) -> int:
 
 
 def with_steps(s: Settings, windows: int) -> Settings:
-    """Fill in what follows from the number of windows to train on: the steps of --epochs, and their warm-up."""
+    """Fill in what follows from the number of windows: the steps of --epochs and, of resolved settings, their warm-up."""
     if s.epochs is not None and not s.resume:
         s = dataclasses.replace(s, num_steps=steps_of(s.epochs, windows, s.batch_size))
-    if s.warmup_steps is None:
-        assert s.mode is not None
+    if s.warmup_steps is None and s.mode is not None:
         s = dataclasses.replace(s, warmup_steps=_warmup(s, s.mode))
     return s
 

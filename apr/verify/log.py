@@ -90,11 +90,11 @@ def verdict(r: Record) -> Finding:
 
 
 def _later_gates(r: Record) -> set[str]:
-    """List the gates that a run of an older version may lack: those whose failure would have ended it, and those of pairs."""
+    """List the gates that a run of an older version may lack: those whose failure would have ended it, and later ones."""
     if r.config.get("code_sha256") == code_sha256():
         return set()
     ending = {g.id for g in GATES.values() if g.then in ("refuse", "abort")}
-    ending |= set() if r.facts.only_pairs else {"run.margin"}
+    ending |= {"before.tokens"} if r.facts.only_pairs else {"before.tokens", "run.margin"}
     return ending - {row["id"] for row in r.verdict["gates"]}
 
 

@@ -25,6 +25,7 @@ from apr.checkpoints.importing import import_model
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import MalformedFile, Refused
+from apr.common.finding import SKIPPED
 from apr.data.audit import Split, audit
 from apr.data.batches import IGNORED, Batches, Windows
 from apr.data.conversations import prepare
@@ -36,6 +37,7 @@ from apr.data.conversations.shapes import example_of
 from apr.data.open import windows_of
 from apr.data.settings import DataSettings
 from apr.data.source import Skipped, Unusable
+from apr.evidence.before import tokens
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
@@ -768,9 +770,15 @@ def test_special_tokens_that_the_base_never_learnt_are_named(place, tmp_path):
         settings = Settings(
             init=str(init), instruct=str(place / "chats.jsonl"), seq_length=96, val_fraction=0.2, **more
         )
-        return open_inputs(settings).blank_rows_note
+        opened = open_inputs(settings)
+        found = tokens(opened.blank_rows, opened.lora is not None)
+        # The gate: of adapters alone.
+        assert found.passed == (not opened.blank_rows or rank is None)
+        return opened.blank_rows_note
 
+    rank = None
     assert note(place / "hf") == ""
+    assert tokens(None, True).verdict == SKIPPED
     for rank in (None, 3):
         said = note(folder, lora_rank=rank)
         for name in ("<|end|>", "<|user|>", "<|assistant|>"):

@@ -458,6 +458,8 @@ ELSEWHERE = {
     "start.averages",
     "start.preferences",
     "run.margin",
+    # tests/data/test_instruct.py
+    "before.tokens",
     "before.resumed",
     "end.learning",
     "end.base",
@@ -503,6 +505,7 @@ def test_a_sound_run_passes_them_all(sound):
     skipped = {g["id"]: g["why"] for g in v["gates"] if g["verdict"] == SKIPPED}
     assert set(skipped) == {
         "before.resumed",
+        "before.tokens",
         "start.pretrained",
         "start.reproduces",
         "start.preferences",
