@@ -135,6 +135,8 @@ class Trainer:
             self.begin_anew()
         with without_pairs(self.model):
             self.model.tune(self.s.batch_size * self.s.seq_length)
+        # By the products that the steps will use.
+        have_reference(self.model, self.run, self.inputs.train, self.inputs.val, not self.resumed)
 
     def begin_anew(self) -> None:
         """Set weights, optimizer state and data position to those before the first step. Raises Refused."""
@@ -153,7 +155,6 @@ class Trainer:
         self.progress, self._ahead = Progress(), 0
         self.batches.rewind()
         self.emit(WeightsReady(0))
-        have_reference(model, self.run, i.train, i.val, may_compute=True)
 
     def load(self, path: Path | None = None) -> None:
         """Go on from a saved state, the latest one if none is given. Raises Refused, MalformedFile."""
@@ -169,7 +170,6 @@ class Trainer:
         p = self.progress
         self.resumed, self._saved, self._sampled, self._ahead = True, p.step, p.val_step, 0
         self.batches.restore(p.data)
-        have_reference(self.model, self.run, self.inputs.train, self.inputs.val)
         expected, found = still_to_come(p.next, self.s.num_steps), what_is_next(self)
         self.emit(WeightsReady(p.step, True, self.state.sha256(), sha, tuple(p.gates), expected, found))
 

@@ -62,9 +62,7 @@ def use_reference(p: Preferences, run: RunDir, train: Windows, val: Windows) -> 
     return True
 
 
-def have_reference(
-    model: Model, run: RunDir, train: Windows, val: Windows, may_compute: bool = False
-) -> None:
+def have_reference(model: Model, run: RunDir, train: Windows, val: Windows, may_compute: bool) -> None:
     """Take the reference of a run, or compute it where it begins; nothing without preferences. Raises Refused: there is none."""
     if model.preferences is None or use_reference(model.preferences, run, train, val):
         return

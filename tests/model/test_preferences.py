@@ -57,15 +57,22 @@ def reference_of(preferences, ids, targets):
     return {preferences.key(*flat, place): x for place, x in zip(places, values, strict=True)}
 
 
-def step(weights, case, be="reference", loss_rows=None, micro=2, folds=False, **packing):
+def step(weights, case, be="reference", loss_rows=None, micro=2, folds=False, dtype=None, **packing):
     """(mean loss, gradients by name, preferences) of the golden pairs."""
     cfg, file = weights
     be, border = backends.get(be), cfg.vocab_size - 1
     ids, targets = packed(border, **packing)
     model = Model(
-        cfg, be, micro, ids.shape[1], be.dtypes[0], loss_rows=loss_rows, document_end=border, folds=folds
+        cfg,
+        be,
+        micro,
+        ids.shape[1],
+        dtype or be.dtypes[0],
+        loss_rows=loss_rows,
+        document_end=border,
+        folds=folds,
     )
-    host = np.zeros(model.layout.size, model.dtype)
+    host = np.zeros(model.layout.size, np.float64 if model.dtype == "float64" else np.float32)
     for s in model.layout.in_order():
         host[s.offset : s.offset + s.size] = np.asarray(file[f"weight.{s.hf}"]).reshape(-1)
     be.from_host(model.w, host)
@@ -113,6 +120,14 @@ def test_loss_and_gradients_are_those_of_trl(weights, case):
 @pytest.mark.parametrize("case", ["dpo", "orpo"])
 def test_the_cpu_backend_computes_the_same_in_float32(weights, case):
     assert off(step(weights, case, "cpu", loss_rows=16, micro=1, folds=True), case) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-3), ("bfloat16", 0.2)])
+@pytest.mark.parametrize("case", TRL["losses"])
+def test_a_gpu_computes_the_same(weights, cuda, case, dtype, most):
+    """Rows of answers lie anywhere in the pieces of logits: one call of the op for each part of each answer."""
+    assert off(step(weights, case, "cuda", loss_rows=7, micro=1, dtype=dtype), case) <= most
 
 
 def mean_gain(answer):

@@ -252,6 +252,14 @@ def test_labels_are_compared_with_the_files(place):
     assert "prompts" in guard_pairs(shards).measured
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_verified(place, cuda):
+    assert pretrain(place, "gpu", "--device", "cuda") == 0
+    first = next(x for x in lines(place, "gpu") if "val_loss" in x)
+    assert first["val_loss"] == pytest.approx(math.log(2), abs=2e-3)
+    assert main(["verify", str(place / "gpu"), "--replay", "1"]) == 0
+
+
 def test_shapes_of_pairs():
     """Texts, lists of messages with and without a prompt, whole conversations beside a repeated prompt."""
     turns = [{"role": "user", "content": "q"}]
