@@ -138,7 +138,7 @@ def check_rank(cfg: ModelConfig, config: LoraConfig) -> None:
     for module, side in sides.items():
         if config.rank_of(module) > side and config.rank_pattern:
             raise UsageError(
-                f"--lora-rank-pattern: rank {config.rank_of(module)} of {module}, a matrix of {side} rows or columns"
+                f"--lora-rank-pattern: rank {config.rank_of(module)} of {module}, whose smaller side is {side}"
             )
     most = max(sides.values(), default=config.rank)
     if config.rank > most:

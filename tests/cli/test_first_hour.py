@@ -116,7 +116,7 @@ TAKES_MODEL = {
     "trace": ["--tokens", "1,2", "-o", "t.safetensors"],
 }
 AS_A_FLAG = {"plan": ["--init"], "pretrain": ["--num-steps", "1", "--corpus", "text", "--init"]}
-NO_MODEL = {"tokenize", "verify", "report", "completion"}
+NO_MODEL = {"tokenize", "verify", "report", "completion", "sweep"}
 
 
 def test_the_commands_are_all_there() -> None:

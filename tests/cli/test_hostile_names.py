@@ -148,6 +148,8 @@ CALLS: list[tuple[str, ...]] = [
     ("bisect", "m.apr", "--text", "q.jsonl", "--batch-size", "1", "--seq-length", "4"),
     ("qa", "odd"),
     ("completion", EVIL),
+    ("sweep", EVIL),
+    ("sweep", "a.safetensors"),
     (EVIL,),
     ("inspect", "--" + EVIL),
 ]
