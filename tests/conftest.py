@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +19,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parents[1]
+SLOWEST_FILES = 12  # that are named at the end
 SUPPORT = ROOT / "tests" / "support"  # on the path by setup.cfg, but for tests of this file elsewhere
 sys.path += [] if str(SUPPORT) in sys.path else [str(SUPPORT)]
 
@@ -99,3 +102,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
         elif item.get_closest_marker("gpu"):
             item.fixturenames = ["cuda", *names]  # not insert: the items of a function share the list
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the slowest files of a whole run, so that growth is seen."""
+    seconds: Counter[str] = Counter()
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid.split("::")[0]] += report.duration
+    if len(seconds) > SLOWEST_FILES:
+        slowest = "".join(f"\n{s:6.0f}  {name}" for name, s in seconds.most_common(SLOWEST_FILES))
+        terminalreporter.write_line(f"slowest files, of {seconds.total():.0f} s:{slowest}")
