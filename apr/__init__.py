@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from .api import RunResult, load, train
     from .common.errors import AprError
-    from .inference.generate import Sampling
     from .inference.language_model import LanguageModel
+    from .inference.sampling import Sampling
     from .training.callbacks import Callback
 
 __all__ = ["AprError", "Callback", "LanguageModel", "RunResult", "Sampling", "load", "train"]
@@ -27,7 +27,7 @@ _PLACES = {
     "AprError": "common.errors",
     "Callback": "training.callbacks",
     "LanguageModel": "inference.language_model",
-    "Sampling": "inference.generate",
+    "Sampling": "inference.sampling",
 }
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 from .backends.select import select
 from .checkpoints.registry import open_any
-from .common.errors import Refused
 from .common.printable import printable
 from .inference.language_model import LanguageModel
 from .training import run
@@ -36,15 +35,9 @@ def load(
     """Load a checkpoint on a device: an .apr or GGUF file or a Hugging Face folder.
 
     device: "auto", "cpu", "cuda" or "cuda:N". dtype: "float32" or "bfloat16" (default: the backend's first, bfloat16 on
-    a GPU), or "int8": matrices rounded to 8 bits, for faster generation on the CPU, where auto then stays. threads: CPU
+    a GPU), or "int8": matrices rounded to 8 bits, for faster generation. threads: CPU
     threads. Raises InputNotFound, MalformedFile, Refused, DeviceError."""
-    if dtype == "int8":
-        if device not in ("auto", "cpu"):
-            raise Refused(
-                f"--dtype int8 is for the CPU, not for {device}; use --device cpu, or bfloat16 on a GPU"
-            )
-        return LanguageModel(open_any(os.fspath(path)), select("cpu", None, threads), dtype)
-    backend = select(device, dtype, threads)
+    backend = select(device, None if dtype == "int8" else dtype, threads)
     return LanguageModel(open_any(os.fspath(path)), backend, dtype or backend.dtypes[0])
 
 

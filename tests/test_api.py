@@ -18,7 +18,7 @@ from apr.checkpoints.registry import open_any, open_host
 from apr.cli.main import main
 from apr.common.errors import AprError, InputNotFound, Refused, UsageError
 from apr.evidence.seal import compare
-from apr.inference.generate import Sampling
+from apr.inference.sampling import Sampling
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.tokenizer.training import train_tokenizer

@@ -205,6 +205,9 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=9, help="steps that count, in each process")
     p.add_argument("--rounds", type=int, default=3, help="processes for each of apr and the peers")
     p.add_argument("--threads", type=int, default=cores())
+    p.add_argument(
+        "--lora", type=int, default=0, help="with --device cuda: train adapters of this rank on all maps"
+    )
     p.add_argument("--peer", action="append", default=[], help="command of a peer; may be repeated")
     p.add_argument("--note", default="", help="what the peers are, for the record: their versions")
     p.add_argument("--record", type=Path, help="JSON file to add the result to")

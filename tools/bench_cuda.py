@@ -28,6 +28,7 @@ from apr.backends.select import choose
 from apr.common.errors import AprError, UsageError
 from apr.common.provenance import git_commit, versions
 from apr.model.cost import attended, flops_per_token, matmul_rate, memory
+from apr.model.lora import LINEAR, LoraConfig
 from apr.model.optim import AdamW
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
@@ -151,10 +152,18 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
 
     cfg = PRESETS[a.one]
     batch, seq = a.batch, a.seq
-    model = Model(cfg, backend, batch, seq, a.dtype, recompute=a.recompute, act_again=backend.act_again)
-    opt = AdamW.of(model)
+    lora = LoraConfig(a.lora, 2.0 * a.lora, tuple(LINEAR)) if a.lora else None
+    again = backend.act_again and not lora
+    model = Model(cfg, backend, batch, seq, a.dtype, recompute=a.recompute, act_again=again, lora=lora)
     host = np.zeros(model.layout.size, np.float32)
     model.layout.init(host, 0)
+    trained: Any = model
+    if model.adapters:
+        trained = model.adapters
+        trained.set_base(model.layout.named(host).__getitem__)
+        host = np.zeros(trained.layout.size, np.float32)
+        trained.layout.init(host, 0)
+    opt = AdamW.of(trained)
     opt.set_weights(host)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, cfg.vocab_size, (batch, seq + 1)).astype(np.int32)
@@ -182,12 +191,12 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             first = time.time()
         if i >= WARM:
             times.append(cupy.cuda.get_elapsed_time(start, end))
-    flops = flops_per_token(cfg, seq) * batch * seq
+    flops = flops_per_token(cfg, seq, lora=lora) * batch * seq
     ms = statistics.median(times)
-    plan = memory(cfg, backend, batch, seq, a.dtype, recompute=a.recompute, act_again=backend.act_again)
+    plan = memory(cfg, backend, batch, seq, a.dtype, recompute=a.recompute, act_again=again, lora=lora)
     free, total = cupy.cuda.runtime.memGetInfo()
     result = {
-        "model": a.one, "B": batch, "T": seq, "dtype": a.dtype, "graph": a.graph, "recompute": a.recompute,
+        "model": a.one, "B": batch, "T": seq, "dtype": a.dtype, "graph": a.graph, "recompute": a.recompute, "lora": a.lora,
         "ms": round(ms, 3), "ms_all": [round(t, 2) for t in times], "tok_s": round(batch * seq / ms * 1e3),
         "tflops": round(flops / ms / 1e9, 1),
         "peak_gib": round(cupy.get_default_memory_pool().total_bytes() / 2**30, 3),
@@ -229,8 +238,9 @@ def run_peer(command: str) -> list[dict[str, Any]]:
 
 def show(row: dict[str, Any], console: Console) -> None:
     """What a step took, and the ops by their distance from the floor."""
+    adapters = f" adapters of rank {row['lora']}" if row["lora"] else ""
     console.print(
-        f"{row['model']} {row['B']} x {row['T']} {row['dtype']}{' recompute' if row['recompute'] else ''}: "
+        f"{row['model']} {row['B']} x {row['T']} {row['dtype']}{' recompute' if row['recompute'] else ''}{adapters}: "
         f"{row['ms']:.2f} ms, {row['tok_s']:,} tokens/s, {row['tflops']} TFLOP/s, {row['peak_gib']:.2f} GiB allocated "
         f"({row['planned_gib']:.2f} planned, device {row['device_gib']:.2f}), loss {row['loss_first']:.3f} -> "
         f"{row['loss_last']:.3f}, first step {row['start_to_first_step_s']} s after start, tuning {row['tuning_s']} s"
@@ -273,7 +283,8 @@ def main(a: argparse.Namespace, in_process: Callable[[list[str]], dict[str, Any]
             command = [
                 sys.executable, str(Path(__file__).with_name("bench.py")), "--device", "cuda", "--one", name, "--B", str(batch),
                 "--T", str(seq), "--steps", str(a.steps), "--dtype", a.dtype, "--started", str(time.time()),
-                "--ops", str(a.ops), *(["--recompute"] if a.recompute else []), *([] if a.graph else ["--no-graph"]),
+                "--ops", str(a.ops), "--lora", str(a.lora), *(["--recompute"] if a.recompute else []),
+                *([] if a.graph else ["--no-graph"]),
             ]  # fmt: skip
             row = in_process(command)
             record["rows"].append(row)

@@ -1,13 +1,14 @@
-"""How many tokens a second does generation on the CPU give, and how does that compare with transformers?
+"""How many tokens a second does generation give, on the CPU or a GPU, and how does that compare with transformers?
 
     python tools/bench_generate.py                                  two models on this machine
     python tools/bench_generate.py --peer /path/to/python           and Hugging Face transformers under that Python
     python tools/bench_generate.py --stories DIR                    a Hugging Face folder in the place of random weights
     python tools/bench_generate.py --record bench/generate.json     add the result to a record
+    python tools/bench_generate.py --device cuda --models qwen2.5-0.5b --peer python3       on a GPU, 1 and 32 together
 
 Every measurement is a process of its own; apr, apr with int8 matrices and the peer take turns, and medians over the
-rounds are reported. Greedy, float32, always the same number of new tokens: a prompt alone, and 8 of the same length
-together. Prompt: tokens/s up to the first new token; new: tokens/s of those after it.
+rounds are reported. Greedy, float32 (on a GPU bfloat16), always the same number of new tokens: a prompt alone, and 8 of the
+same length together (on a GPU 32). Prompt: tokens/s up to the first new token; new: tokens/s of those after it.
 """
 
 from __future__ import annotations
@@ -28,43 +29,48 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the peer's Python gets no further than this and the standard library
 
-ROWS = 8
+ROWS = {"cpu": 8, "cuda": 32}
 WHO = ("apr", "apr, BLAS alone", "apr int8", "transformers")
-SIZES = {"stories260k": (32, 64), "smollm2-135m": (32, 16)}  # tokens of the prompt, new tokens
+SIZES = {
+    "stories260k": (32, 64),
+    "smollm2-135m": (32, 16),
+    "qwen2.5-0.5b": (64, 128),
+}  # tokens of the prompt, new tokens
 
 
-def prompts(vocab: int, length: int) -> list[list[int]]:
-    """ROWS prompts of token ids."""
-    return [[(7 * i + 13 * row + 5) % (vocab - 10) + 3 for i in range(length)] for row in range(ROWS)]
+def prompts(vocab: int, length: int, rows: int) -> list[list[int]]:
+    """So many prompts of token ids."""
+    return [[(7 * i + 13 * row + 5) % (vocab - 10) + 3 for i in range(length)] for row in range(rows)]
 
 
-def measure(who: str, model: str, folder: str, threads: int) -> dict[str, float]:
+def measure(who: str, model: str, folder: str, threads: int, device: str) -> dict[str, float]:
     """One process's figures."""
-    length, new = SIZES[model]
-    run, vocab = (_transformers if who == "transformers" else _apr)(who, model, folder, threads)
-    batch = prompts(vocab, length)
-    run(batch[:1], 2)
-    run(batch, 2)
+    (length, new), rows = SIZES[model], ROWS[device]
+    run, vocab = (_transformers if who == "transformers" else _apr)(who, model, folder, threads, device)
+    batch = prompts(vocab, length, rows)
+    run(batch[:1], 4)
+    run(batch, 4)
     first, whole, first8, whole8 = (
-        run(rows, n) for rows, n in ((batch[:1], 1), (batch[:1], new), (batch, 1), (batch, new))
+        run(some, n) for some, n in ((batch[:1], 1), (batch[:1], new), (batch, 1), (batch, new))
     )
     return {
         "prompt_tokens_per_sec": length / first,
         "new_tokens_per_sec": (new - 1) / (whole - first),
-        "prompt_tokens_per_sec_of_8": ROWS * length / first8,
-        "new_tokens_per_sec_of_8": ROWS * (new - 1) / (whole8 - first8),
+        f"prompt_tokens_per_sec_of_{rows}": rows * length / first8,
+        f"new_tokens_per_sec_of_{rows}": rows * (new - 1) / (whole8 - first8),
         "rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
 
 
-def _apr(who: str, model: str, folder: str, threads: int) -> Any:
+def _apr(who: str, model: str, folder: str, threads: int, device: str) -> Any:
     """(function that generates n tokens for each prompt and returns its seconds, vocabulary)."""
     import numpy as np
 
     from apr import backends
     from apr.checkpoints.registry import open_host
     from apr.inference import int8
-    from apr.inference.generate import Generator, Sampling
+    from apr.inference.generate import Generator
+    from apr.inference.sampling import Sampling
     from apr.model.params import Layout
     from apr.model.presets import PRESETS
 
@@ -75,15 +81,22 @@ def _apr(who: str, model: str, folder: str, threads: int) -> Any:
         cfg = PRESETS[model]
         host = np.zeros(Layout(cfg).size, np.float32)
         Layout(cfg).init(host, 0)
-    backend = backends.get("cpu")
+    backend = backends.get(device)
     backend.set_threads(threads)
+    dtype = backend.dtypes[0]
+    if device == "cuda":
+        placed = backend.empty(host.size, dtype)
+        backend.from_host(placed, host)
     if who == "apr, BLAS alone":
         from apr.backends.cpu import ops
 
         ops.FEW_ROWS = 0
     if who == "apr int8":
-        backend, host = int8.backend(), int8.Int8Weights(cfg, host)
-    generators = {n: Generator(cfg, backend, host, sum(SIZES[model]), rows=n) for n in (1, ROWS)}
+        backend, placed = int8.backend(backend), int8.Int8Weights(cfg, host, backend)
+    elif device == "cpu":
+        placed = host
+    slots = sum(SIZES[model])
+    generators = {n: Generator(cfg, backend, placed, slots, dtype, rows=n) for n in (1, ROWS[device])}
 
     def run(rows: list[list[int]], n: int) -> float:
         start = time.perf_counter()
@@ -94,7 +107,7 @@ def _apr(who: str, model: str, folder: str, threads: int) -> Any:
     return run, cfg.vocab_size
 
 
-def _transformers(who: str, model: str, folder: str, threads: int) -> Any:
+def _transformers(who: str, model: str, folder: str, threads: int, device: str) -> Any:
     """As _apr, for a folder with config.json, with weights or without."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -102,15 +115,16 @@ def _transformers(who: str, model: str, folder: str, threads: int) -> Any:
 
     logging.set_verbosity_error()
     torch.set_num_threads(threads)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     if (Path(folder) / "model.safetensors").exists():
-        net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     else:
-        net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    net.eval()
+        net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    net.eval().to(device)
     net.generation_config.eos_token_id = None
 
     def run(rows: list[list[int]], n: int) -> float:
-        ids = torch.tensor(rows)
+        ids = torch.tensor(rows, device=device)
         start = time.perf_counter()
         with torch.inference_mode():
             out = net.generate(
@@ -121,6 +135,7 @@ def _transformers(who: str, model: str, folder: str, threads: int) -> Any:
                 do_sample=False,
                 pad_token_id=0,
             )
+        out = out.cpu()
         assert out.shape == (len(rows), ids.shape[1] + n)
         return time.perf_counter() - start
 
@@ -151,9 +166,12 @@ def compare(a: argparse.Namespace, model: str) -> dict[str, Any]:
         for _ in range(a.rounds):
             for who in WHO:
                 python = a.peer if who == "transformers" else sys.executable
+                if who == "apr int8" and a.no_int8:
+                    continue
                 if python and (a.blas or who != "apr, BLAS alone"):
                     folder = own or (made if who == "transformers" else "")
                     args = ["--one", who, "--models", model, "--stories", folder, "--threads", str(a.threads)]
+                    args += ["--device", a.device]
                     runs.setdefault(who, []).append(in_process(python, args))
     results = {
         who: {key: round(statistics.median(r[key] for r in rows), 3) for key in rows[0]}
@@ -162,12 +180,24 @@ def compare(a: argparse.Namespace, model: str) -> dict[str, Any]:
     length, new = SIZES[model]
     return {
         "model": model,
+        "device": a.device,
         "prompt": length,
         "new": new,
         "rounds": a.rounds,
         "load_average": load,
         "results": results,
     }
+
+
+def machine(a: argparse.Namespace) -> str:
+    """Name what computes."""
+    if a.device == "cuda":
+        from apr import backends
+
+        return backends.get("cuda").describe()["gpu"]
+    from apr.common.host import cpu_name
+
+    return f"{cpu_name()}, {a.threads} threads, {platform.system()} {platform.machine()}"
 
 
 def show(row: dict[str, Any]) -> None:
@@ -178,7 +208,8 @@ def show(row: dict[str, Any]) -> None:
     table = Table(
         title=f"{row['model']}: {row['prompt']} tokens of prompt, {row['new']} new; tokens/s", min_width=78
     )
-    for column in ("who", "prompt", "new", "prompt, 8 at once", "new, 8 at once", "peak GiB"):
+    rows = ROWS[row["device"]]
+    for column in ("who", "prompt", "new", f"prompt, {rows} at once", f"new, {rows} at once", "peak GiB"):
         table.add_column(column, justify="left" if column == "who" else "right")
     for who, r in row["results"].items():
         speeds = [v for k, v in r.items() if k != "rss_gib"]
@@ -194,25 +225,26 @@ def main() -> None:
         "--stories", default="", help="Hugging Face folder of stories260K; without it the model is left out"
     )
     p.add_argument("--peer", default="", help="a Python that has torch and transformers")
+    p.add_argument("--device", default="cpu", choices=ROWS)
     p.add_argument("--rounds", type=int, default=3, help="processes for each")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     p.add_argument(
         "--blas", action="store_true", help="also apr without its own product of a matrix and few rows"
     )
+    p.add_argument("--no-int8", action="store_true", help="without apr's 8-bit weights")
     p.add_argument("--note", default="", help="what else the record should say: versions of the peer")
     p.add_argument("--record", type=Path, help="JSON file to add the result to")
     p.add_argument("--one", choices=WHO, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.one:
-        print(json.dumps(measure(a.one, a.models, a.stories, a.threads)))
+        print(json.dumps(measure(a.one, a.models, a.stories, a.threads, a.device)))
         return
-    from apr.common.host import cpu_name
     from apr.common.provenance import git_commit, versions
 
     record: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": git_commit(),
-        "machine": f"{cpu_name()}, {a.threads} threads, {platform.system()} {platform.machine()}",
+        "machine": machine(a),
         "versions": versions(),
         "peer": a.note,
         "rows": [],

@@ -151,7 +151,7 @@ OPS = {
 PLUMBING = frozenset(
     (
         *("empty", "from_host", "to_host", "fill", "copy", "sync", "memory", "overhead", "free_memory"),
-        *("set_threads", "set_device", "describe", "tune", "capture", "read_later"),
+        *("set_threads", "set_device", "describe", "tune", "capture", "read_later", "decoder"),
     )
 )
 # attributes of a backend that are no functions

@@ -57,9 +57,13 @@ def to_host(x: Array) -> np.ndarray:
 
 
 def read_later(numbers: tuple[Array, ...]) -> Callable[[], list[float]]:
-    """A function that waits for, and gives, the values that (1,) float64 arrays have behind what was asked for so far."""
-    values = [float(x[0]) for x in numbers]
+    """A function that waits for, and gives, the values of float64 arrays behind what was asked for so far, all in one list."""
+    values = [float(value) for x in numbers for value in x]
     return lambda: values
+
+
+def decoder() -> Any:
+    """Ops of a decode step that can be recorded (cuda/decode.py), or None."""
 
 
 def fill(x: Array, value: float) -> None:
@@ -336,7 +340,7 @@ def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | Non
     If scale is a number, logits becomes the gradient of scale * sum_n (loss[n] + z_loss * lse[n]^2)
     (Chowdhery et al. 2022, section 5): scale * ((1 + 2 z_loss lse[n]) softmax(logits[n]) - onehot(targets[n])),
     0 where the target is negative. loss itself stays the cross-entropy.
-    loss (N,), logits (N,V), targets (N,) integers below V
+    loss (N,), logits (N,V), targets (N,) integers below V; scale a number, or a (1,) float64 array that holds it
     """
     n = np.flatnonzero(targets >= 0)
     t = targets[n]

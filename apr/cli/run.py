@@ -21,8 +21,8 @@ from ..common.files import parse_json, read_text
 from ..common.options import TOO_MANY, device_option, dtype_option, json_option, option, parse, threads_option
 from ..common.printable import json_line, printable
 from ..common.units import plural
-from ..inference.generate import Continuation, Sampling
 from ..inference.language_model import LanguageModel
+from ..inference.sampling import Continuation, Sampling
 from ..inference.streaming import Text
 from .chat import chat
 from .tables import spoken
@@ -76,7 +76,7 @@ class Flags:
     )
     device: str = device_option()
     dtype: str | None = dtype_option(
-        "; int8: matrices rounded to 8 bits, on the CPU, faster and less exact",
+        "; int8: matrices rounded to 8 bits, faster and less exact",
         ("float32", "bfloat16", "int8"),
     )
     threads: int | None = threads_option()

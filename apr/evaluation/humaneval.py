@@ -15,8 +15,9 @@ from ..common.files import MAX_TEXT, check_values, opened, parse_value, text_of
 from ..common.host import cores
 from ..common.units import plural
 from ..data.source import Source, Unusable
-from ..inference.generate import drawable_ids, generate
-from ..model.cost import check_fits, memory
+from ..inference.generate import Generator, check_prompt, generator_memory, grouped, slots_needed
+from ..inference.sampling import Sampling, drawable_ids
+from ..model.cost import check_fits
 from ..tokenizer.tokenizer import Tokenizer
 from .sandbox import MAX_SECONDS, Judgement, Limits, Program, judge_all, proven
 from .score import Opened
@@ -143,18 +144,38 @@ def continuation(
     """Take tokens of a stream up to a stop sequence; returns (text, tokens taken).
 
     Raises Refused: the stream gave none."""
-    tail = list(prompt[-TAIL_TOKENS:])
-    shown = len(tokenizer.decode(tail, skip_special=True))
-    new: list[int] = []
-    text = ""
+    growing = Growing(tokenizer, prompt, stop)
     for token in stream:
-        new.append(token)
-        text = tokenizer.decode(tail + new, skip_special=True)[shown:]
-        if any(s in text for s in stop):
+        if growing.feed(token):
             break
-    if not new:
-        raise Refused("the model generated no token")
-    return cut(text, stop), len(new)
+    return growing.result()
+
+
+class Growing:
+    """A completion that grows token by token, up to a stop sequence."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self._tokenizer, self._stop, self._tail = tokenizer, stop, list(prompt[-TAIL_TOKENS:])
+        self._shown = len(tokenizer.decode(self._tail, skip_special=True))
+        self._new: list[int] = []
+        self._text = ""
+
+    def feed(self, token: int) -> bool:
+        """Take a token; tells whether a stop sequence is in the text."""
+        self._new.append(token)
+        self._text = self._tokenizer.decode(self._tail + self._new, skip_special=True)[self._shown :]
+        return any(s in self._text for s in self._stop)
+
+    def result(self) -> tuple[str, int]:
+        """Return (text, tokens taken). Raises Refused for none."""
+        if not self._new:
+            raise Refused("the model generated no token")
+        return cut(self._text, self._stop), len(self._new)
+
+
+Jobs = Sequence[tuple[str, int]]  # prompt and seed of each completion
+# so many prompts together; the cpu backend gives up to 8 the bits that each gets alone, a GPU any number
+TOGETHER = {"cpu": 8, "cuda": 32}
 
 
 class Completer:
@@ -177,58 +198,63 @@ class Completer:
                 )
             longest = max(longest, n)
         cache = min(longest + self.settings.max_new_tokens, cfg.max_position_embeddings)
-        o = self.opened
-        need = memory(cfg, o.backend, 1, min(longest, 256), o.dtype, train=False, loss_rows=1, cache=cache)
-        check_fits(need, o.backend, "use fewer --max-new-tokens")
-
-    def complete(self, prompt: str, seed: int) -> tuple[str, int]:
-        """Complete a prompt; returns (completion, tokens). Raises Refused: logits not finite, nothing generated."""
-        s, o = self.settings, self.opened
-        ids = self.tokenizer.encode_text(prompt)
-        ends = o.loaded.end_ids()
-        stream = generate(
-            o.cfg,
-            o.backend,
-            o.weights,
-            ids,
-            s.max_new_tokens,
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-            seed=seed,
-            eos_id=ends,
-            dtype=o.dtype,
-            among=drawable_ids(self.tokenizer, o.cfg.vocab_size, ends),
+        o, rows = self.opened, self._together(len(problems) * self.settings.samples)
+        check_fits(
+            generator_memory(cfg, o.backend, o.dtype, rows, cache), o.backend, "use fewer --max-new-tokens"
         )
-        return continuation(self.tokenizer, ids, stream, STOP)
+
+    def _together(self, jobs: int) -> int:
+        return min(jobs, TOGETHER.get(self.opened.backend.name, 1))
+
+    def complete(self, jobs: Jobs) -> Iterator[tuple[int, tuple[str, int]]]:
+        """Complete prompts, several at once; yields (number of a job, (completion, tokens)) in the order in which they end.
+
+        Raises Refused: logits not finite, nothing generated."""
+        s, o = self.settings, self.opened
+        cfg, ends = o.cfg, o.loaded.end_ids()
+        prompts = [check_prompt(cfg, self.tokenizer.encode_text(prompt)) for prompt, _ in jobs]
+        rules = [Sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, seed) for _, seed in jobs]
+        sizes = [(len(ids), s.max_new_tokens) for ids in prompts]
+        groups = grouped(cfg, sizes, self._together(len(jobs)))
+        slots = max((slots_needed(cfg, [sizes[i] for i in g]) for g in groups), default=1)
+        rows, among = max(map(len, groups), default=1), drawable_ids(self.tokenizer, cfg.vocab_size, ends)
+        generator = Generator(cfg, o.backend, o.weights, slots, o.dtype, rows, among=among)
+        for group in groups:
+            texts = {i: Growing(self.tokenizer, prompts[i], STOP) for i in group}
+            for c, token in generator.run([prompts[i] for i in group], [rules[i] for i in group], ends):
+                i = group[c.number]
+                if texts[i].feed(token):
+                    c.ended = "stop"
+                if c.ended:
+                    yield i, texts[i].result()
 
 
 def run(
-    complete: Callable[[str, int], tuple[str, int]],
+    complete: Callable[[Jobs], Iterator[tuple[int, tuple[str, int]]]],
     problems: Sequence[Problem],
     settings: HumanEvalSettings,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Draw and judge completions. complete(prompt, seed) gives (completion, tokens).
+    """Draw and judge completions. complete([(prompt, seed), ...]) gives (number, (completion, tokens)) in any order.
 
     The sandbox is proven first, so that no score comes of a machine that cannot run programs. Raises Refused: every
     completion is empty, or nothing isolates the programs; NoSandbox."""
     settings.check()
     isolation = proven(settings.limits, settings.allow_unsafe, settings.benchmark)
-    rows: list[dict[str, Any]] = []
-    total = len(problems) * settings.samples
-    for i, p in enumerate(problems):
-        for sample in range(settings.samples):
-            text, tokens = complete(p.prompt, settings.seed + i * settings.samples + sample)
-            rows.append({"task_id": p.task_id, "sample": sample, "completion": text, "tokens": tokens})
-            progress("complete", len(rows), total)
+    each = [(p, sample) for p in problems for sample in range(settings.samples)]
+    total, found = len(each), dict[int, dict[str, Any]]()
+    for i, (text, tokens) in complete([(p.prompt, settings.seed + i) for i, (p, _) in enumerate(each)]):
+        p, sample = each[i]
+        found[i] = {"task_id": p.task_id, "sample": sample, "completion": text, "tokens": tokens}
+        progress("complete", len(found), total)
+    rows = [found[i] for i in range(total)]
     if not any(r["completion"].strip() for r in rows):
         raise Refused(
             f"all {plural(total, 'completion')} are empty: the model generates nothing that could be judged"
         )
     programs = [
         Program(p.prompt + r["completion"], p.entry_point, p.test, p.prompt)
-        for p, r in zip((p for p in problems for _ in range(settings.samples)), rows, strict=True)
+        for (p, _), r in zip(each, rows, strict=True)
     ]
     kept: list[Judgement] = []
     for verdict in judge_all(programs, settings.limits, cores()):

@@ -20,7 +20,8 @@ from ..common.packages import pip_install
 from ..common.printable import printable
 from ..common.units import plural
 from ..inference.chat import no_template
-from ..inference.generate import drawable_ids, generate
+from ..inference.generate import generate
+from ..inference.sampling import drawable_ids
 from ..tokenizer.chat_template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
 from .choices import behind, encode_pair, pair_window

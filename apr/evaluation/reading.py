@@ -18,7 +18,8 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.registry import open_any
 from ..common.errors import AprError
 from ..common.finding import Skip
-from ..inference.generate import drawable_ids, generate
+from ..inference.generate import generate
+from ..inference.sampling import drawable_ids
 from ..model.config import ModelConfig
 from ..model.cost import check_fits, memory
 from ..model.transformer import IGNORED, Model

@@ -124,6 +124,8 @@ class StartGates:
             return
         differs = [k for k, v in self.subject.evaluated_on.items() if recorded.get(k) != v]
         differs += ["weights, without adapters"] if self.subject.adapted else []
+        adapters = self.subject.adapters
+        differs += ["weights, not rounded to 8 bits"] if adapters and adapters.config.base else []
         if differs:
             gates.skip("start.reproduces", f"recorded on other {', '.join(differs)}")
             # The training of the checkpoint is its own affair.

@@ -10,7 +10,8 @@ from ..common.errors import Refused, UsageError
 from ..common.units import plural
 from ..tokenizer.chat_template import ChatTemplate, Message, answer_ends, chat_ids
 from ..tokenizer.tokenizer import Tokenizer
-from .generate import Continuation, Generator, Sampling
+from .generate import Generator
+from .sampling import Continuation, Sampling
 from .streaming import TextStream
 
 

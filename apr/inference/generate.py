@@ -2,172 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from ..common.errors import Refused, UsageError
+from ..common.printable import printable
 from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.cost import Memory, memory
+from ..model.decode import Decoding, lacks
 from ..model.transformer import Model
-from ..tokenizer.tokenizer import Tokenizer
+from .sampling import Continuation, Sampling
 
 PROMPT_CHUNK_TOKENS = 256  # of prefill at a time, so that long prompts need no long buffers
-SORTED_TOKENS = 1024  # likeliest ones, sorted first; the others only when a draw falls on them
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Number of new tokens, and the rule that draws each.
-
-    temperature 0 takes the likeliest. top_k > 0 keeps the k likeliest; top_p < 1 keeps the fewest whose
-    probabilities reach top_p (Holtzman et al. 2020, section 3.1); min_p > 0 those at least min_p times as likely as
-    the likeliest (Nguyen et al. 2024). repetition_penalty divides the logits above 0 of tokens that are in the prompt
-    or were generated, and multiplies those below (Keskar et al. 2019, section 4.1). seed: of the draws.
-    """
-
-    max_tokens: int = 128
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 42
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for an option out of range."""
-        for option, value, good, rule in (
-            ("--temperature", self.temperature, 0 <= self.temperature < np.inf, "at least 0"),
-            ("--top-k", self.top_k, self.top_k >= 0, "at least 0"),
-            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("--min-p", self.min_p, 0 <= self.min_p <= 1, "at least 0 and at most 1"),
-            ("--repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty < np.inf, "above 0"),
-            ("--max-tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
-            ("--seed", self.seed, self.seed >= 0, "at least 0"),
-        ):  # fmt: skip
-            if not good:
-                raise UsageError(f"{option} must be {rule}, not {value}")
-
-
-def pick(
-    logits: np.ndarray,
-    rng: np.random.Generator,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float = 0.0,
-) -> int:
-    """Draw one token id from logits (V,) by the options of Sampling; among equals the lowest id is the likeliest.
-
-    Takes one number from rng, none at temperature 0. Raises Refused for logits that are not finite.
-    """
-    if not np.isfinite(logits).all():
-        raise Refused("the model's logits are not finite: its weights are damaged")
-    if temperature == 0:
-        return int(logits.argmax())
-    # Near 0 a temperature makes the quotients infinite, and all weights but those of the likeliest 0.
-    with np.errstate(over="ignore"):
-        weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
-    draw = rng.random()
-    for count in (min(top_k or SORTED_TOKENS, len(logits)), len(logits)):
-        order = _likeliest(logits, count)
-        p = weights[order]
-        cumulative = np.cumsum(p) / (p.sum() if top_k else weights.sum())
-        keep = min(int(np.searchsorted(cumulative, top_p)) + 1, count) if top_p < 1 else count
-        if min_p > 0:
-            keep = min(keep, int((p[:keep] >= min_p * p[0]).sum()))
-        # True when all tokens that may be drawn are among these; their probabilities are then made to sum to 1.
-        whole = bool(top_k) or count == len(logits) or keep < count
-        if not whole and (top_p < 1 or min_p > 0):
-            continue
-        total = cumulative[keep - 1] if whole else 1
-        at = int(np.searchsorted(cumulative[:keep], draw * total, side="right"))
-        if whole or at < keep:
-            return int(order[min(at, keep - 1)])
-    raise AssertionError("the second turn has all tokens")
-
-
-def drawable_ids(tokenizer: Tokenizer | None, vocab_size: int, ends: Collection[int]) -> np.ndarray | None:
-    """List the ids that may be drawn, int64 (n,) ascending: those with a token, and the ends; None: all vocab_size of them.
-
-    Models have more rows than their tokenizer has tokens, for speed; nothing was trained in those rows."""
-    if tokenizer is None:
-        return None
-    ids = np.union1d(tokenizer.ids, np.fromiter(ends, np.int64))
-    return None if ids.size >= vocab_size else ids
-
-
-def _likeliest(logits: np.ndarray, count: int) -> np.ndarray:
-    """Sort the ids of the `count` largest logits, largest first, lowest id first among equals."""
-    if count < len(logits):
-        least = np.partition(logits, -count)[-count]
-        among = np.flatnonzero(logits >= least)  # all equal to the least, so that the lowest ids stay
-        return among[np.argsort(-logits[among], kind="stable")[:count]]
-    return np.argsort(-logits, kind="stable")
-
-
-def penalise(logits: np.ndarray, ids: Collection[int], penalty: float) -> np.ndarray:
-    """Apply the repetition penalty of Sampling for the tokens `ids` to logits (V,)."""
-    if penalty == 1:
-        return logits
-    seen = np.unique(np.fromiter(ids, np.int64))
-    out = logits.copy()
-    out[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
-    return out
-
-
-@dataclass(eq=False)
-class Continuation:
-    """A prompt and the tokens generated after it.
-
-    ended: "" while the sequence goes on, then "end" (an end-of-text id), "length" (max_tokens), "positions" (the model
-    has no more), or whatever a reader sets: a sequence with a reason gets no more tokens."""
-
-    number: int
-    prompt: list[int]
-    sampling: Sampling
-    new: list[int] = field(default_factory=list)
-    ended: str = ""
-
-    def __post_init__(self) -> None:
-        self._rng = np.random.default_rng(self.sampling.seed)
-
-    @property
-    def position(self) -> int:
-        """Position of the latest token."""
-        return len(self.prompt) + len(self.new) - 1
-
-    def draw(
-        self, logits: np.ndarray, ends: Collection[int], positions: int, among: np.ndarray | None = None
-    ) -> int:
-        """Draw the next token from logits (V,); among: the ids that may be drawn (see drawable_ids)."""
-        s = self.sampling
-        logits = penalise(
-            logits, self.prompt + self.new if s.repetition_penalty != 1 else (), s.repetition_penalty
-        )
-        token = pick(
-            logits if among is None else logits[among], self._rng, s.temperature, s.top_k, s.top_p, s.min_p
-        )
-        token = token if among is None else int(among[token])
-        self.new.append(token)
-        if token in ends:
-            self.ended = "end"
-        elif len(self.new) >= s.max_tokens:
-            self.ended = "length"
-        elif self.position + 1 >= positions:
-            self.ended = "positions"
-        return token
 
 
 class Generator:
     """A model with buffers and a KV cache for up to `rows` sequences of up to `slots` positions together.
 
     weights: flat parameters on the backend (Layout order). chunk: most tokens of a prompt computed at once. among: ids that
-    may be drawn (see drawable_ids).
+    may be drawn (see drawable_ids). recorded: tokens behind the prompt by steps that the device records (decode.Decoding), where
+    it has them.
     """
 
     def __init__(
@@ -180,12 +39,17 @@ class Generator:
         rows: int = 1,
         chunk: int = PROMPT_CHUNK_TOKENS,
         among: np.ndarray | None = None,
+        recorded: bool = True,
     ) -> None:
         self.cfg, self.slots, self.rows, self.chunk = cfg, slots, rows, min(chunk, slots)
         self._among = among
         self.model = Model(
             cfg, backend, rows, self.chunk, dtype, train=False, loss_rows=rows, cache=slots, w=weights
         )
+        lacking = lacks(cfg, backend, dtype)
+        self._decoding = Decoding(self.model, among) if recorded and lacking == "" else None
+        if recorded and lacking:
+            print(printable(f"generation runs op by op: {lacking}"), file=sys.stderr)
         self._turn: object = None  # the latest run(): the cache of an older one is overwritten
         self._seen: list[int] = []  # tokens of a single prompt that row 0 of the cache holds, from slot 0 on
 
@@ -221,9 +85,13 @@ class Generator:
         known = self._common(live[0].prompt) if reuse and len(live) == 1 else 0
         self._seen = self._seen[:known]
         for row, s in enumerate(live):
-            self._read(s.prompt, row, end - len(s.prompt), known, len(live) == 1)
+            slot = 0 if self._decoding else end - len(s.prompt)
+            self._read(s.prompt, row, slot, known, len(live) == 1)
             yield s, s.draw(self.model.last_logits()[0], ends, most, self._among)
             self._check_turn(turn)
+        if self._decoding:
+            yield from self._recorded(self._decoding, live, ends, turn)
+            return
         live = self._compact(live, end)
         while live:
             tokens = np.array([s.new[-1] for s in live], np.int32)
@@ -235,6 +103,42 @@ class Generator:
                 yield s, s.draw(logits, ends, most, self._among)
                 self._check_turn(turn)
             live = self._compact(live, end)
+
+    def _recorded(
+        self, decoding: Decoding, live: list[Continuation], ends: Collection[int], turn: object
+    ) -> Iterator[tuple[Continuation, int]]:
+        """Yield the tokens after the first of each sequence. The device begins a step while the host reads the one before."""
+        most, alone, rows = self.cfg.max_position_embeddings, len(live) == 1, live
+        asked: list[tuple[list[Continuation], Callable[[], list[int]]]] = []
+
+        def goes_on(tokens: int) -> bool:
+            return any(not s.ended and not s.ends_after(tokens, most) for s in rows)
+
+        if goes_on(0):
+            decoding.begin([s.row() for s in live])
+        while goes_on(0):
+            rows = self._fewer(decoding, rows)
+            while len(asked) < 2 and goes_on(len(asked)):
+                asked.append((rows, decoding.step(len(rows))))
+            of, tokens = asked.pop(0)
+            for s, token in zip(of, tokens(), strict=True):
+                if s.ended:
+                    continue
+                if alone:
+                    self._seen.append(s.new[-1])
+                yield s, s.take(token, ends, most)
+                self._check_turn(turn)
+
+    def _fewer(self, decoding: Decoding, rows: list[Continuation]) -> list[Continuation]:
+        """Move the sequences that go on to the first rows, where so few are left that half of the rows or fewer do."""
+        going = [i for i, s in enumerate(rows) if not s.ended]
+        if not going or 2 * len(going) > 1 << (len(rows) - 1).bit_length():
+            return rows
+        rows, free = list(rows), [i for i in range(len(going)) if rows[i].ended]
+        for to, source in zip(free, [i for i in going if i >= len(going)], strict=True):
+            decoding.move(to, source, min(self.slots, rows[source].position + 2))
+            rows[to] = rows[source]
+        return rows[: len(going)]
 
     def _check_turn(self, turn: object) -> None:
         if turn is not self._turn:

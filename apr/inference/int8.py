@@ -1,6 +1,6 @@
-"""Round matrices to 8 bits for generation on the CPU: a quarter of the memory traffic per token.
+"""Round matrices to 8 bits for generation: a quarter (of bfloat16 a half) of the memory traffic per token.
 
-Outside the contract of the backends: no op is added to them. `backend` gives the cpu backend with linear_fwd and
+Outside the contract of the backends: no op is added to them. `backend` gives the cpu or cuda backend with linear_fwd and
 embedding_fwd overridden to accept int8 matrices; a model computes with them when it is given Int8Weights. Only
 inference: there are no gradients, and nothing is saved in this form.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from .. import backends
 from ..model.config import ModelConfig
 from ..model.eight_bits import rounded_rows
-from ..model.params import FUSED, Layout
+from ..model.params import FUSED, Layout, padded_vocab
 
 
 class Int8Matrix:
@@ -24,7 +24,7 @@ class Int8Matrix:
 
     ndim = 2
 
-    def __init__(self, q: np.ndarray, scale: np.ndarray) -> None:
+    def __init__(self, q: Any, scale: Any) -> None:
         self.q, self.scale = q, scale
 
     @classmethod
@@ -32,10 +32,14 @@ class Int8Matrix:
         """Round a float matrix to nearest."""
         return cls(*rounded_rows(w))
 
+    def on(self, backend: Any) -> Int8Matrix:
+        """The matrix on a backend."""
+        return Int8Matrix(_on(backend, self.q), _on(backend, self.scale))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """(O, I)."""
-        return self.q.shape
+        return tuple(self.q.shape)
 
     @property
     def nbytes(self) -> int:
@@ -53,46 +57,63 @@ class Int8Matrix:
         return self.q * self.scale[:, None]
 
 
-class Int8Weights:
-    """All parameters of a model: matrices as Int8Matrix, the rest float32. In the place of Model's flat buffer."""
+def _on(backend: Any, x: np.ndarray, dtype: Any = None) -> Any:
+    placed = backend.empty(x.shape, dtype or x.dtype)
+    backend.from_host(placed, x)
+    return placed
 
-    def __init__(self, cfg: ModelConfig, host: np.ndarray) -> None:
+
+class Int8Weights:
+    """All parameters of a model: matrices as Int8Matrix, the rest of the backend's first dtype. In the place of Model's flat
+    buffer."""
+
+    def __init__(self, cfg: ModelConfig, host: np.ndarray, backend: Any) -> None:
         """host: float32, flat (Layout order); not kept."""
-        self._views = Layout(cfg).views(host)
+        layout = Layout(cfg)
+        self._views = layout.views(host)
         parts = {name for group in FUSED.values() for name in group}  # the model reads them joined
+        top = "embed" if cfg.tie_word_embeddings else "head"
+        rows = padded_vocab(cfg.vocab_size) if backend.pad_vocab else cfg.vocab_size
+        self._head = Int8Matrix.of(layout.head_rows(host, rows)).on(backend)
         for part in (self._views, *self._views.layer):
             for name, x in list(vars(part).items()):
                 if name in parts:
                     delattr(part, name)
-                elif name != "layer" and not (name == "head" and cfg.tie_word_embeddings):
-                    setattr(part, name, Int8Matrix.of(x) if x.ndim == 2 else np.array(x))
-        if cfg.tie_word_embeddings:
-            self._views.head = self._views.embed
+                elif name != "layer" and not (part is self._views and name in (top, "head")):
+                    wide = x.ndim == 1
+                    setattr(
+                        part,
+                        name,
+                        _on(backend, x, backend.dtypes[0]) if wide else Int8Matrix.of(x).on(backend),
+                    )
+        setattr(self._views, top, self._head[: cfg.vocab_size])
+        self._views.head = getattr(self._views, top)
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        parts = [
-            x for part in (self._views, *self._views.layer) for n, x in vars(part).items() if n != "layer"
-        ]
-        return sum({id(x): int(x.nbytes) for x in parts}.values())
+        some = [(n, x) for part in (self._views, *self._views.layer) for n, x in vars(part).items()]
+        return int(self._head.nbytes) + sum(
+            int(x.nbytes) for n, x in some if n != "layer" and x is not self._views.head
+        )
 
     def views(self, flat: Any) -> Any:
         """See Layout.views; flat is this object."""
         return self._views
 
     def head_rows(self, flat: Any, rows: int) -> Int8Matrix:
-        """See Layout.head_rows; the cpu backend asks for no padding."""
-        head: Int8Matrix = self._views.head
-        assert rows == len(head)
-        return head
+        """See Layout.head_rows."""
+        assert rows == len(self._head)
+        return self._head
 
 
-def backend() -> Any:
-    """The cpu backend with linear_fwd and embedding_fwd overridden to accept an Int8Matrix as weights."""
+def backend(of: Any = None) -> Any:
+    """The cpu backend, or the one given, with linear_fwd and embedding_fwd overridden to accept an Int8Matrix as weights."""
+    if of is not None and of.name != "cpu":
+        return _on_a_gpu(of)
     from ..backends.cpu import kernels, ops
 
-    cpu = backends.get("cpu")
+    cpu = of or backends.get("cpu")
 
     def linear_fwd(y: Any, x: Any, w: Any, b: Any) -> None:
         if not isinstance(w, Int8Matrix):
@@ -113,3 +134,21 @@ def backend() -> Any:
             cpu.embedding_fwd(y, ids, w)
 
     return backends.overlay(cpu, linear_fwd=linear_fwd, embedding_fwd=embedding_fwd)
+
+
+def _on_a_gpu(gpu: Any) -> Any:
+    steps = gpu.decoder()
+
+    def linear_fwd(y: Any, x: Any, w: Any, b: Any) -> None:
+        if isinstance(w, Int8Matrix):
+            steps.linear(y, x, w, b)
+        else:
+            gpu.linear_fwd(y, x, w, b)
+
+    def embedding_fwd(y: Any, ids: Any, w: Any) -> None:
+        if isinstance(w, Int8Matrix):
+            steps.rows(y, ids, w)
+        else:
+            gpu.embedding_fwd(y, ids, w)
+
+    return backends.overlay(gpu, linear_fwd=linear_fwd, embedding_fwd=embedding_fwd)

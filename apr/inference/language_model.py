@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from .. import backends
 from ..checkpoints.apr2 import write_apr
 from ..checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from ..checkpoints.checkpoint import HF_FILES, Checkpoint
@@ -27,15 +28,13 @@ from . import int8
 from .chat import Conversation, check_messages, no_template
 from .generate import (
     PROMPT_CHUNK_TOKENS,
-    Continuation,
     Generator,
-    Sampling,
     check_prompt,
-    drawable_ids,
     generator_memory,
     grouped,
     slots_needed,
 )
+from .sampling import Continuation, Sampling, drawable_ids
 from .streaming import Text, TextStream
 
 Ids = Sequence[int] | np.ndarray
@@ -59,16 +58,19 @@ class LanguageModel:
         self.checkpoint = checkpoint
         self.source, self.config = checkpoint.source, checkpoint.cfg
         rounded = dtype == "int8"
-        self.backend, self.dtype = int8.backend() if rounded else backend, "float32" if rounded else dtype
+        self.backend = int8.backend(backend) if rounded else backend
+        self.dtype = backend.dtypes[0] if rounded else dtype
         self.tokenizer: Tokenizer | None = checkpoint.tokenizer
         self.ends = checkpoint.end_ids()
         slots = min(PROMPT_CHUNK_TOKENS, self.config.max_position_embeddings)
         check_fits(
             generator_memory(self.config, backend, self.dtype, 1, slots), backend, "use a smaller model"
         )
-        self.weights: Any = checkpoint.on(backend, self.dtype)
         if rounded:
-            self.weights = int8.Int8Weights(self.config, self.weights)
+            host = checkpoint.on(backends.get("cpu"), "float32")
+            self.weights: Any = int8.Int8Weights(self.config, host, backend)
+        else:
+            self.weights = checkpoint.on(backend, self.dtype)
         self._generator: Generator | None = None
 
     @cached_property
@@ -184,7 +186,7 @@ class LanguageModel:
         """Continue a prompt: text for a text, ids for ids (with the end-of-text id, if one was drawn).
 
         stream: an iterator over pieces of text, or over ids, as they come. stop: strings that end the text and are not
-        part of the text. options: of generate.Sampling (max_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
+        part of the text. options: of sampling.Sampling (max_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
         seed). Raises UsageError for an option, Refused for a prompt that does not fit."""
         words = isinstance(prompt, str)
         ids = self.encode_prompt(prompt) if words else prompt

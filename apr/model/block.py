@@ -80,7 +80,7 @@ class Block:
         self._linear(a.att_out, a.att, "wo")
         self.tap("att_out", a.att_out)
         if layer.attn_post_norm:
-            self._post_norm(a.att_out, a.post_rstd1, w.attn_post_norm)
+            self.post_norm(a.att_out, a.post_rstd1, w.attn_post_norm)
             self.tap("post1", s.delta)
         if layer.mlp_norm:
             be.add_rmsnorm_fwd(a.res2, a.norm2, a.rstd2, a.res1, s.delta, w.mlp_norm, c.rms_norm_eps)
@@ -96,7 +96,7 @@ class Block:
         self._linear(a.mlp_out, a.act, "wdown")
         self.tap("mlp_out", a.mlp_out)
         if layer.mlp_post_norm:
-            self._post_norm(a.mlp_out, a.post_rstd2, w.mlp_post_norm)
+            self.post_norm(a.mlp_out, a.post_rstd2, w.mlp_post_norm)
             self.tap("post2", s.delta)
         return a.res2, s.delta
 
@@ -107,8 +107,7 @@ class Block:
         self.tap("qkv", a.qkv)
         qk = a.qkv
         if layer.qk_norm:
-            for weight, y, x, rstd in self._qk_norms(w, a.qk, a.qkv):
-                be.head_rmsnorm_fwd(y, rstd, x, weight, self.c.rms_norm_eps)
+            self.norm_heads()
             self.tap("qk", a.qk)
             qk = a.qk
         if layer.rope:
@@ -123,6 +122,11 @@ class Block:
         be.attention_fwd(a.att.reshape(q.shape), a.lse, q, k, v, doc_start, layer.window)
         self.tap("lse", a.lse)
         self.tap("att", a.att)
+
+    def norm_heads(self) -> None:
+        """qk = queries and keys of qkv, normalised."""
+        for weight, y, x, rstd in self._qk_norms(self.w, self.a.qk, self.a.qkv):
+            self.be.head_rmsnorm_fwd(y, rstd, x, weight, self.c.rms_norm_eps)
 
     def backward(self, g: Any) -> None:
         """Compute the gradients of the block's parameters in g, and those of its input in dres.
@@ -213,7 +217,7 @@ class Block:
         if self.adapters:
             self.adapters.add_gradients(self.index, name, dy, x)
 
-    def _post_norm(self, x: Any, rstd: Any, weight: Any) -> None:
+    def post_norm(self, x: Any, rstd: Any, weight: Any) -> None:
         """delta = RMSNorm of what a branch gives: head_rmsnorm with one head of width C."""
         n, width = x.shape
         shape = (n, 1, width)

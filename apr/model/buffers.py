@@ -138,6 +138,7 @@ class BufferPlan:
     folds         gradients of each micro-batch begin at zero, beside those of the step
     lora          adapters are trained, and the parameters are frozen
     act_again     blocks share `act`, which backward computes again from `gu`, in one pass with the gradient that replaces it
+    steps         shapes and dtypes of what the backend's decode steps keep; none where it has no such steps
     """
 
     batch: int
@@ -153,6 +154,7 @@ class BufferPlan:
     folds: bool = False
     lora: LoraConfig | None = None
     act_again: bool = False
+    steps: tuple[tuple[str, tuple[tuple[int, ...], str]], ...] = ()
 
     def specs(self, c: ModelConfig) -> BufferSpecs:
         """Every buffer by name: block buffers as LAYER.NAME, or NAME where blocks share one."""
@@ -179,6 +181,8 @@ class BufferPlan:
         if self.documents:
             out["doc_start"] = BufferSpec("scratch", (n,), "int32")
         out["total"] = BufferSpec("scratch", (1,), "float64")
+        if self.train:
+            out["loss_scale"] = BufferSpec("scratch", (1,), "float64")
         for name in ("cos", "sin"):
             out[name] = BufferSpec("scratch", (max(self.seq, self.cache), c.head_dim // 2), wide)
         return out | self._cache_specs(c)
@@ -223,7 +227,21 @@ class BufferPlan:
         for i in range(c.num_layers if self.cache else 0):
             for name in ("keys", "values"):
                 out[f"{i}.{name}"] = BufferSpec("cache", shape, self.dtype)
-        return out
+        return out | (self._step_specs(c) if self.steps else {})
+
+    def _step_specs(self, c: ModelConfig) -> BufferSpecs:
+        """Buffers of decode steps: decode.Decoding."""
+        rows = (self.batch,)
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {
+            **dict.fromkeys(("tokens", "positions", "counts", "top_k"), (rows, "int32")),
+            "chosen": (rows, "float64"),
+            "options": ((*rows, 4), "float64"),
+            "draws": ((*rows, self.cache), "float64"),
+            "seen": ((*rows, c.vocab_size), "uint8"),
+            "allowed": ((c.vocab_size,), "uint8"),
+            **dict(self.steps),
+        }
+        return {f"step_{name}": BufferSpec("cache", *of) for name, of in shapes.items()}
 
 
 def plan_buffers(
@@ -237,7 +255,10 @@ def plan_buffers(
     """BufferPlan with the backend's choice of loss_rows, where none is given, and of pad_vocab."""
     tokens = batch * seq
     rows = min(loss_rows or default_loss_rows(c, tokens, backend.loss_elements), tokens)
-    return BufferPlan(batch, seq, loss_rows=rows, pad_vocab=backend.pad_vocab, **options)
+    cache, ops = options.get("cache", 0), backend.decoder() if options.get("cache") else None
+    sizes = c.num_heads, c.num_kv_heads, c.head_dim
+    steps = () if ops is None else tuple(ops.work_arrays(batch, cache, *sizes).items())
+    return BufferPlan(batch, seq, loss_rows=rows, pad_vocab=backend.pad_vocab, steps=steps, **options)
 
 
 def logit_columns(c: ModelConfig, padded: bool) -> int:

@@ -71,3 +71,8 @@ def add(be: ModuleType, total: Any, x: Any) -> None:
     """total += x.  total, x (n,), n a multiple of ALIGN"""
     rows = total.reshape(-1, ALIGN)
     be.add(rows, rows, x.reshape(-1, ALIGN))
+
+
+def shares_scales(backend: Any, preferences: Any) -> bool:
+    """Tell whether a recorded micro-step serves every loss scale: where calls are asynchronous, the device reads it."""
+    return bool(backend.asynchronous) and not preferences

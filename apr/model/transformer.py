@@ -22,13 +22,13 @@ from .config import ModelConfig
 from .documents import document_starts
 from .families import layers_of
 from .lora import AdapterLayout, LoraConfig
-from .micro_gradients import MicroGradients
+from .micro_gradients import MicroGradients, shares_scales
 from .params import Layout
 from .preferences import Preferences, Weights, within
 from .rope import rope_tables
 from .taps import Tap, no_tap
 
-# recorded passes of a model, one for each shape, loss scale, and whether it begins the gradients
+# recorded passes of a model, one for each shape and whether it begins the gradients; more would fill the memory
 MAX_GRAPHS = 8
 # target without a loss, as any below 0
 IGNORED = -100
@@ -46,11 +46,9 @@ class Model:
     document_end  id that ends a document (and belongs to it): no token sees a token of another document
     folds         gradients of each micro-batch begin at zero and are added to those before it: micro_gradients.py
     preferences   loss of pairs of answers in the place of the mean cross-entropy; set it before any pass
-    preferences   loss of pairs of answers in the place of the mean cross-entropy; set it before any pass
 
     The other options are those of BufferPlan. Positions run on through documents: rotary embedding turns q[t] and k[j] by
-    multiples of t and j, so q[t] . k[j] depends on t - j alone, and so does a window. Starting again at 0 in each document
-    would change nothing.
+    multiples of t and j, so q[t] . k[j] depends on t - j alone, and so does a window: to start at 0 in each changes nothing.
 
     Raises Refused when seq or cache exceed the positions the configuration allows, and for a cache with document_end.
     """
@@ -134,8 +132,8 @@ class Model:
         # targets that went through micro_step
         self.tokens_trained = 0
         # shapes, loss scales and `begins` that were computed once
-        self._warm: set[tuple[int, int, float, bool]] = set()
-        self._passes: dict[tuple[int, int, float, bool], Callable[[], None]] = {}
+        self._warm: set[tuple[int, int, float | None, bool]] = set()
+        self._passes: dict[tuple[int, int, float | None, bool], Callable[[], None]] = {}
 
     def _at(self, batch: int, seq: int) -> tuple[list[Any], Any]:
         """Views of block and scratch buffers for a batch, which may be smaller than the buffers."""
@@ -263,7 +261,7 @@ class Model:
         self._targets = targets
         self.be.from_host(self._at(self.b, self.t)[1].targets, targets.reshape(-1))
 
-    def _loss(self, scale: float | None, tap: Tap = no_tap, begins: bool = False) -> None:
+    def _loss(self, scale: Any, tap: Tap = no_tap, begins: bool = False) -> None:
         be, s = self.be, self._at(self.b, self.t)[1]
         if self._micro and scale is not None:
             self._clear_sums()
@@ -278,7 +276,7 @@ class Model:
             be.from_host(s.loss, pairs)
         be.add_sum(self.total, s.loss)
 
-    def _rows(self, scale: float | None, weights: Weights | None, tap: Tap, begins: bool = False) -> None:
+    def _rows(self, scale: Any, weights: Weights | None, tap: Tap, begins: bool = False) -> None:
         """Compute the losses of rows and, with a scale, or weights in its place, the gradients of the head and of final_norm."""
         be, s = self.be, self._at(self.b, self.t)[1]
         n = self.b * self.t
@@ -314,18 +312,21 @@ class Model:
         """Run forward, loss and backward of one micro-batch, as one launch where the device can.
 
         begins: its gradients take the place of what g holds, and of a matrix's nothing is read; otherwise they are added.
-        The first call for a shape, loss scale and `begins` runs op by op, the second is captured, later ones
-        replay the capture. The values are equal, bit for bit.
+        The first call for a shape and `begins` runs op by op, the second is captured, later ones replay it, with equal bits. The
+        loss scale is a value on the device where calls are asynchronous; elsewhere what is captured is for one scale.
         """
         self._put_ids(ids)
         self._put_targets(targets)
-        key = (self.b, self.t, scale, begins)
+        at: Any = scale
+        if shared := graph and shares_scales(self.be, self.preferences):
+            self.be.from_host(at := self.buffers["loss_scale"], np.array([scale]))
+        key = (self.b, self.t, None if shared else scale, begins)
 
         def op_by_op() -> None:
             if begins and not self._micro:
                 self._clear_sums()
             self._forward(no_tap)
-            self._loss(scale, begins=begins)
+            self._loss(at, begins=begins)
             self.backward(begins=begins)
 
         if not graph:
@@ -333,7 +334,6 @@ class Model:
         elif key in self._passes:
             self._passes[key]()
         elif key in self._warm:
-            # loss scales that never come back would fill the memory
             if len(self._passes) >= MAX_GRAPHS:
                 self._passes.clear()
             self._passes[key] = self.be.capture(op_by_op)

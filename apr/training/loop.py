@@ -36,6 +36,7 @@ from ..common.units import bits_per_byte
 from ..data.batches import Batches, Exhausted, trained_targets
 from ..model.adapters import Adapters
 from ..model.cost import flops_per_token
+from ..model.micro_gradients import shares_scales
 from ..model.optim import hyper_parameters, optimizer_class
 from ..model.preferences import tally_anew, terms, without_pairs
 from ..model.schedule import Schedule
@@ -200,13 +201,12 @@ class Trainer:
     def _compute_gradients(self, ids: np.ndarray, targets: np.ndarray, which: slice) -> int:
         """Compute loss and gradients of those micro-batches of a batch; returns how many targets, or pairs, the batch has."""
         model, counted = self.model, terms(self.model.preferences, ids, targets)
-        # The loss scale is part of the graph key: of instruction batches, whose tokens differ in number, none would be reused.
-        graph = self.s.graph and trained_targets(targets) == targets.size
+        recorded = shares_scales(model.be, model.preferences) or trained_targets(targets) == targets.size
         for n, part in [*enumerate(micro_batches(ids, targets, self.micro))][which]:
             if n == 0:
                 model.be.fill(model.total, 0)
                 tally_anew(model.preferences)
-            model.micro_step(*part, 1 / counted, graph, begins=n == 0)
+            model.micro_step(*part, 1 / counted, self.s.graph and recorded, begins=n == 0)
         return counted
 
     def _look_ahead(self, step: int) -> None:

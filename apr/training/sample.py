@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..inference.generate import drawable_ids, generate
+from ..inference.generate import generate
+from ..inference.sampling import drawable_ids
 from ..model.transformer import Model
 from .inputs import Inputs
 

@@ -23,7 +23,9 @@ from apr.common.errors import DeviceError, Refused
 # Bytes of registers a kernel may spill, or keep on its stack, for want of registers: at most this much under
 # either compiler on any target. One that spills less than half of it has got better: lower the number.
 ALLOWED: dict[tuple[str, str], int] = {
-    ("attention_mma bfloat16 HEAD_DIM=128 DOCUMENTS=0", "attention_dkv_mma"): 40
+    ("attention_mma bfloat16 HEAD_DIM=128 DOCUMENTS=0", "attention_dkv_mma"): 40,
+    # what functions that are called, not pasted in, keep for their callers
+    **{(f"decode_pick {act}", "decode_pick"): 160 for act in ("float32", "bfloat16")},
 }  # (title of the variant without target, kernel): bytes
 
 
@@ -115,7 +117,7 @@ __device__ __forceinline__ void scores(float (&d)[B_ROWS / 2], const unsigned (&
 @pytest.mark.parametrize("module", kernels.modules())
 def test_every_variant_compiles(module: str, major: int, compiled: Any) -> None:
     results = [r for title, r in compiled(major).items() if title.split()[0] == module]
-    assert len(results) == sum(len(kernels.variants(module, t)) for t in nvrtc.TARGETS) > 0
+    assert len(results) == sum(len(kernels.variants(module, t)) for t in nvrtc.targets(module)) > 0
     wrong = complaints(results, ALLOWED)
     assert not wrong, "\n".join(wrong)
     declared = set(kernels.signatures(module))

@@ -49,6 +49,11 @@ def nothing_left(tmp_path_factory, monkeypatch):
     assert children_running(sandbox.SCRIPT) == []
 
 
+def each(complete):
+    """Completions of jobs, one by one."""
+    return lambda jobs: ((i, complete(*job)) for i, job in enumerate(jobs))
+
+
 def said(source: str, layers=sandboxed.LAYERS, test: str = TEST, **limits) -> Judgement:
     return judge(Program(source, "answer", test), Limits(layers=layers, **{"seconds": QUICK, **limits}))
 
@@ -337,12 +342,12 @@ def test_without_isolation_nothing_is_judged_unless_a_flag_says_so():
         assert proven(Limits(LONG, layers=layers), allow_unsafe=True)["program"]
     with pytest.raises(Refused, match="--allow-unsafe"):
         run(
-            lambda p, s: ("    return x + 1\n", 1),
+            each(lambda p, s: ("    return x + 1\n", 1)),
             [PROBLEM],
             HumanEvalSettings(limits=Limits(LONG, layers=())),
         )
     allowed = HumanEvalSettings(limits=Limits(LONG, layers=()), allow_unsafe=True)
-    assert run(lambda p, s: ("    return x + 1\n", 1), [PROBLEM], allowed)["passed"] == 1
+    assert run(each(lambda p, s: ("    return x + 1\n", 1)), [PROBLEM], allowed)["passed"] == 1
 
 
 def test_walls_with_a_gap_are_found_before_anything_is_judged(tmp_path, monkeypatch):
@@ -361,7 +366,7 @@ def test_walls_with_a_gap_are_found_before_anything_is_judged(tmp_path, monkeypa
 def test_the_benchmark_is_the_secret(monkeypatch):
     asked = []
     monkeypatch.setattr(humaneval, "proven", lambda *args: asked.append(args) or {})
-    run(lambda p, s: ("    return x + 1\n", 1), [PROBLEM], HumanEvalSettings(benchmark="h.jsonl"))
+    run(each(lambda p, s: ("    return x + 1\n", 1)), [PROBLEM], HumanEvalSettings(benchmark="h.jsonl"))
     assert asked == [(Limits(), False, "h.jsonl")]
 
 
@@ -559,7 +564,7 @@ def test_a_run_scores_programs_and_says_what_kept_them_in():
 
     other = Problem("t/1", "def answer(x):\n", "answer", TEST)
     result = run(
-        complete, [PROBLEM, other], HumanEvalSettings(samples=2, temperature=0.5, limits=Limits(LONG))
+        each(complete), [PROBLEM, other], HumanEvalSettings(samples=2, temperature=0.5, limits=Limits(LONG))
     )
     assert len(set(seeds)) == 4
     assert result["pass_at_k"]["1"]["value"] == 0.75
@@ -581,13 +586,13 @@ def test_a_run_scores_programs_and_says_what_kept_them_in():
 )
 def test_no_score_without_programs(settings, complete, error, words):
     with pytest.raises(error, match=words):
-        run(complete, [PROBLEM], settings)
+        run(each(complete), [PROBLEM], settings)
 
 
 def test_a_machine_that_cannot_judge_gives_no_score(monkeypatch):
     monkeypatch.setattr(sandbox.sys, "executable", "/no/such/python")
     with pytest.raises(NoSandbox):
-        run(lambda p, s: ("    return x + 1\n", 1), [PROBLEM], HumanEvalSettings())
+        run(each(lambda p, s: ("    return x + 1\n", 1)), [PROBLEM], HumanEvalSettings())
 
 
 @pytest.mark.parametrize(

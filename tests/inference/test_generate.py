@@ -13,15 +13,12 @@ from apr import backends
 from apr.common.errors import Refused, UsageError
 from apr.inference.generate import (
     Generator,
-    Sampling,
-    drawable_ids,
     generate,
     generator_memory,
     grouped,
-    penalise,
-    pick,
     slots_needed,
 )
+from apr.inference.sampling import Sampling, drawable_ids, penalise, pick
 from apr.inference.streaming import StopText, TextStream
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
@@ -243,7 +240,7 @@ def test_a_batch_has_the_very_logits_of_each_prompt_alone(model, monkeypatch):
             seen.append(logits.copy())
             return int(logits.argmax())
 
-        monkeypatch.setattr("apr.inference.generate.pick", keep)
+        monkeypatch.setattr("apr.inference.sampling.pick", keep)
 
     alone = []
     for prompt in PROMPTS:

@@ -22,7 +22,7 @@ from apr.model.optim import AdamW
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.taps import Finite, Record, Stats
-from apr.model.transformer import Model
+from apr.model.transformer import IGNORED, Model
 from cases import overlay
 from checks import (
     CONFIGS,
@@ -255,14 +255,21 @@ def test_two_models_do_not_disturb_each_other(cuda: Any, dtype: str) -> None:
     assert differing(alone[1], trained(cuda, cfgs[1], dtype)) == []
 
 
+def some_targets(cfg: ModelConfig, n: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Ids, targets of which a part does not count, and the loss scale of the others, as instruction data has."""
+    ids, targets = batch(cfg, *SHAPE)
+    targets = np.where(np.arange(targets.size).reshape(targets.shape) % (n + 2), targets, IGNORED)
+    return ids, targets.astype(np.int32), 1 / int((targets >= 0).sum())
+
+
 def test_a_wide_model_replays_bit_for_bit(cuda: Any) -> None:
     """bfloat16, where attention's sums over query heads are split, and with logits in pieces; act kept or computed again."""
     name, log = "qwen2.5-0.5b", []
     for graph, again in ((False, False), (True, False), (False, True), (True, True)):
         model = Model(WIDE[name], cuda, *SHAPE, "bfloat16", loss_rows=64, act_again=again)
         cuda.from_host(model.w, scaled(name))
-        for _ in range(4):
-            model.micro_step(*batch(WIDE[name], *SHAPE), 0.01, graph)
+        for n in range(4):
+            model.micro_step(*some_targets(WIDE[name], n), graph)
         log.append({"g": cuda.to_host(model.g), "total": cuda.to_host(model.total)})
     assert [differing(log[0], other) for other in log[1:]] == [[], [], []]
 
@@ -281,8 +288,8 @@ def adapter_gradients(be: Any, dtype: str, base: str | None, graph: bool) -> np.
     for s in adapters.layout.slots:
         start[s.offset : s.offset + s.size] = 0.02 * rng.standard_normal(s.size)
     be.from_host(adapters.w, start)
-    for _ in range(4):
-        model.micro_step(*batch(cfg, *SHAPE), 0.01, graph)
+    for n in range(4):
+        model.micro_step(*some_targets(cfg, n), graph)
     return np.asarray(be.to_host(model.g))
 
 

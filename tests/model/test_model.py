@@ -394,6 +394,24 @@ def test_a_micro_step_is_recorded_once_for_a_shape_and_scale() -> None:
     assert len(played) == 4 + 2 * 2 * MAX_GRAPHS
 
 
+def test_loss_scales_share_what_is_recorded_where_calls_are_asynchronous() -> None:
+    """A step for each number of targets that a batch has: one record, the bits of the steps op by op."""
+    cfg, made = CONFIGS["llama"], []
+
+    def capture(f: Callable[[], None]) -> Callable[[], None]:
+        made.append(f)
+        return f
+
+    ids, targets = batch(cfg)
+    got = randomised(on(overlay(reference, capture=capture, asynchronous=True))(cfg, "float32"))
+    want = randomised(on(reference)(cfg, "float32"))
+    for n in range(2 * MAX_GRAPHS):
+        got.micro_step(ids, targets, 1 / (n + 3))
+        want.micro_step(ids, targets, 1 / (n + 3), graph=False)
+        assert differing(sums(want), sums(got)) == [], n
+    assert len(made) == 1
+
+
 @every_model
 @every_backend
 def test_tuning_leaves_no_trace(cfg: ModelConfig, be: Any, dtype: str) -> None:

@@ -157,6 +157,8 @@ class Host:
             text = self._texts.get(module) or kernels.source(module)
             if '#line 1 "cluster.cuh"' in text:
                 text = on_the_host(text, "cluster_shim.h")
+            elif module.startswith("decode_"):
+                text = on_the_host(text, "decode_shim.h")
             self._libraries[key] = Library(text, list(kernels.signatures(module)), act, defines, self._folder)
         return self._libraries[key]
 

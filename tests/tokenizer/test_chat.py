@@ -23,7 +23,7 @@ from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
 from apr.common.errors import Refused, UsageError
-from apr.inference.generate import Sampling
+from apr.inference.sampling import Sampling
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.tokenizer.chat_template import ChatTemplate, answer_ends, chat_ids
@@ -306,7 +306,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(made, tmp_path):
     command = [sys.executable, "-m", "apr.cli.main", "run", str(made / "m.apr"), "--chat"]
     begun = tmp_path / "begun"
     slow = (
-        "import time, pathlib, apr.inference.generate as g\nold = g.pick\n"
+        "import time, pathlib, apr.inference.sampling as g\nold = g.pick\n"
         f"begun = pathlib.Path({str(begun)!r})\n"
         "g.pick = lambda *a: (begun.touch(), time.sleep(0.05), old(*a))[2]\n"
     )

@@ -189,6 +189,20 @@ def test_a_run_learns_and_says_what_computed(cuda: Any, run: tuple[str, Path], p
     assert np.allclose(losses, on_cpu, rtol=1e-4 if dtype == "float32" else 2.0**-7)
 
 
+@pytest.mark.parametrize("base", [[], ["--lora-base", "int8"]], ids=["", "int8"])
+def test_gates_pass_on_a_run_of_adapters(
+    run: tuple[str, Path], place: Path, tmp_path: Path, base: list[str]
+) -> None:
+    """Adapters on the last checkpoint of a run: every gate is judged, and none fails."""
+    line = command(place, tmp_path / "b", "--dtype", run[0], "--lora-rank", "4", *base)
+    at = line.index("--model")
+    line[at : at + 2] = ["--init", str(sorted((run[1] / "ckpt").glob("*.apr"))[-1])]
+    assert main(line) == 0
+    verdict = json.loads((tmp_path / "b" / "verdict.json").read_text())
+    assert verdict["verdict"] == "PASS", [g for g in verdict["gates"] if g["verdict"] != "PASS"]
+    assert {"end.base", "end.reload"} <= {g["id"] for g in verdict["gates"]}
+
+
 def test_the_gpu_that_is_named_is_the_one_nvidia_smi_knows(run: tuple[str, Path]) -> None:
     if shutil.which("nvidia-smi") is None:
         pytest.skip("no nvidia-smi")

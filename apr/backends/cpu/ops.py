@@ -171,7 +171,8 @@ def attention_bwd(
 
 def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | None, z_loss: float) -> None:
     """See reference.py."""
-    kernels.cross_entropy(loss, logits, targets, scale or 0.0, scale is not None, z_loss)
+    number = 0.0 if scale is None else float(np.asarray(scale).reshape(()))
+    kernels.cross_entropy(loss, logits, targets, number, scale is not None, z_loss)
 
 
 def add_sum(total: Array, x: Array) -> None:

@@ -418,8 +418,9 @@ def has_long_rows(vocab: int, itemsize: int) -> bool:
     return vocab * itemsize // 16 >= CLUSTER_PACKS * _constant("loss_cluster", "CLUSTER")
 
 
-def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | None, z_loss: float) -> None:
-    """See reference.py."""
+def cross_entropy(loss: Array, logits: Array, targets: Array, scale: Any, z_loss: float) -> None:
+    """See reference.py. An array is read by the launch, not here, so that one that is recorded may read another value."""
+    number, at = (0.0, scale) if hasattr(scale, "shape") else (scale or 0.0, None)
     n, vocab = logits.shape
     v = _vector((_row(logits) * logits.itemsize,), logits)
     pack = 16 if v else logits.itemsize  # bytes
@@ -436,7 +437,7 @@ def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | Non
         logits,
         (blocks * n,),
         (min(most, round_up(each, 32)),),
-        *(loss, logits, targets, _row(logits), vocab, held, int(scale is not None), scale or 0.0, z_loss),
+        *(loss, logits, targets, _row(logits), vocab, held, int(scale is not None), number, at, z_loss),
         shared=own + held * pack,
     )
 

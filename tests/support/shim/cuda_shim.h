@@ -18,6 +18,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __noinline__ __attribute__((noinline))
 #define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ thread_local  // there is one system thread, so all fibers share it

@@ -21,9 +21,10 @@ __device__ __forceinline__ Softmax joined(const Softmax& mine, float* top, float
 // shared: SUM_BYTES + held * 16 bytes
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CLUSTER_THREADS, 2)
 cross_entropy_cluster(float* loss, act* logits, const int* targets, long long logits_row, int V, int held, int gradient,
-                      float scale, float z_loss) {
+                      float scale, const double* scale_at, float z_loss) {
   extern __shared__ uint4 dynamic_shared[];
   float* const sums = reinterpret_cast<float*>(own_shared(dynamic_shared));
   auto* const wait = reinterpret_cast<Pack<VEC>*>(sums + SUM_BYTES / sizeof(float));
-  cross_entropy<VEC, CLUSTER, AHEAD>(wait, sums, sums + 32, loss, logits, targets, logits_row, V, held, gradient, scale, z_loss);
+  cross_entropy<VEC, CLUSTER, AHEAD>(wait, sums, sums + 32, loss, logits, targets, logits_row, V, held, gradient,
+                                     scale_at ? (float)*scale_at : scale, z_loss);
 }

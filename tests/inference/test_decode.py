@@ -1,0 +1,277 @@
+"""Generation by decode steps that a device records: the kernels on the host (tests/support/host_shim.py), with the text of the
+path that computes op by op, greedy and drawn, alone and together, for every family; on a GPU the recorded steps themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from apr import backends
+from apr.backends import reference
+from apr.backends.cuda import decode, kernels, ops
+from apr.common.errors import Refused
+from apr.inference import int8
+from apr.inference.generate import Generator, generator_memory
+from apr.inference.sampling import Sampling, pick
+from apr.model.params import Layout
+from apr.model.presets import PRESETS
+from cases import overlay
+from host_shim import Host, folder  # noqa: F401  folder is a fixture
+
+FAMILIES = [name for name in PRESETS if name.endswith("-tiny")]
+PROMPTS = [[5, 9, 2], list(range(30)), [7] * 11]
+ENDS = {17, 50}
+# Greedy, drawn with each limit, and one that ends early.
+SAMPLING = [
+    Sampling(5, 0.0),
+    Sampling(3, 1.2, seed=4, top_k=9, min_p=0.02, repetition_penalty=1.2),
+    Sampling(2, 0.9, seed=3, top_p=0.9),
+]
+VARIANTS: dict[str, dict[str, int]] = {
+    "decode_linear": {"TOKEN_TILES": 1},
+    "decode_attention": {"LANES": 16},
+    "decode_pick": {},
+}
+
+
+@pytest.fixture(scope="module")
+def host(folder: Path) -> Host:
+    """The modules of decoding, compiled for the host."""
+    made = Host(folder)
+    made.shared_bytes = 1 << 17
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(made.library, m, "float32", **d) for m, d in VARIANTS.items()]:
+            job.result()
+    return made
+
+
+@pytest.fixture
+def shim(host: Host, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A backend whose decode steps are the kernels on the host, and whose other ops are the reference's."""
+    monkeypatch.setattr(ops, "machine", host)
+    monkeypatch.setattr(ops, "embedding_fwd", reference.embedding_fwd)
+    return overlay(reference, decoder=lambda: decode, pad_vocab=True)
+
+
+def weights(cfg: Any, seed: int = 7) -> np.ndarray:
+    """Parameters that are all different from 0 and 1."""
+    w = np.zeros(Layout(cfg).size, np.float32)
+    Layout(cfg).randomise(w, seed, 0.2)
+    return w
+
+
+def texts(
+    be: Any,
+    cfg: Any,
+    w: Any,
+    recorded: bool,
+    which: tuple[int, ...] = (0, 1, 2),
+    dtype: str = "float32",
+    **options: Any,
+) -> dict[int, Any]:
+    """New ids of some PROMPTS computed together, and why each ended."""
+    generator = Generator(cfg, be, w, 64, dtype, rows=len(which), recorded=recorded, **options)
+    seen: dict[int, Any] = {}
+    for c, _ in generator.run([PROMPTS[i] for i in which], [SAMPLING[i] for i in which], ENDS):
+        seen[which[c.number]] = c.new, c.ended
+    return seen
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_is_that_of_the_path_op_by_op(name: str, shim: Any) -> None:
+    """Sequences of other lengths that end at other times; of three, one moves to the row of another."""
+    cfg = PRESETS[name]
+    w, among = weights(cfg), np.arange(0, cfg.vocab_size, 2)
+    which = (0, 1, 2) if name == "mistral-tiny" else (1, 2)
+    assert texts(shim, cfg, w, True, which, among=among) == texts(shim, cfg, w, False, which, among=among)
+
+
+def test_what_a_sequence_gets_does_not_depend_on_the_others(shim: Any) -> None:
+    cfg = PRESETS["mistral-tiny"]
+    w = weights(cfg)
+    assert texts(shim, cfg, w, True, (1, 2)) == {i: texts(shim, cfg, w, True, (i,))[i] for i in (1, 2)}
+
+
+def test_readers_end_sequences_and_conversations_use_the_cache_again(shim: Any) -> None:
+    """A stop string ends a sequence from outside; the next prompt begins with what the cache holds."""
+    cfg = PRESETS["qwen3-tiny"]
+    w = weights(cfg)
+
+    def answers(recorded: bool) -> list[list[int]]:
+        generator = Generator(cfg, shim, w, 64, recorded=recorded)
+        first: list[int] = []
+        for c, token in generator.run([[5, 9, 2]], Sampling(9, 0.0), reuse=True):
+            first.append(token)
+            c.ended = "stop" if len(first) == 3 else ""
+        longer = [5, 9, 2, *first, 40]
+        return [first, [t for _, t in generator.run([longer], Sampling(4, 0.0), reuse=True)]]
+
+    assert answers(True) == answers(False)
+    assert [len(a) for a in answers(True)] == [3, 4]
+
+
+def test_a_step_that_cannot_be_recorded_runs_op_by_op_and_says_so(shim: Any, capsys: Any) -> None:
+    cfg, calls = PRESETS["llama-tiny"], []
+    w = weights(cfg)
+    want = texts(shim, cfg, w, False, (0,))
+
+    def capture(f: Any) -> Any:
+        calls.append(f)
+        raise RuntimeError("no graph today")
+
+    assert texts(overlay(shim, capture=capture), cfg, w, True, (0,)) == want
+    assert len(calls) == 1
+    assert "its step cannot be recorded: no graph today" in capsys.readouterr().err
+    wide = dataclasses.replace(cfg, hidden_size=44)
+    Generator(wide, shim, weights(wide), 64)
+    assert "runs op by op: rows of 44 elements are no multiple of 8" in capsys.readouterr().err
+    assert Generator(cfg, reference, w, 64)._decoding is None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_capture_that_does_nothing_is_seen(shim: Any) -> None:
+    """The fault that the comparison of texts is for: a recorded step that does not run."""
+    cfg = PRESETS["llama-tiny"]
+    w, deaf = weights(cfg), overlay(shim, capture=lambda f: lambda: None)
+    assert texts(deaf, cfg, w, True, (0,)) != texts(shim, cfg, w, False, (0,))
+
+
+def test_damaged_weights_are_refused_and_every_byte_is_planned(shim: Any) -> None:
+    cfg = PRESETS["qwen2-tiny"]
+    w = weights(cfg)
+    before = shim.memory()
+    generator = Generator(cfg, shim, w, 20, rows=2)
+    assert shim.memory() - before == generator_memory(cfg, shim, "float32", 2, 20).total - w.nbytes
+    run = generator.run([[1, 2]], Sampling(5, 0.0))
+    next(run)
+    Layout(cfg).views(w).layer[0].wdown[...] = np.nan
+    with pytest.raises(Refused, match="not finite"):
+        list(run)
+
+
+PICKS: list[tuple[float, dict[str, Any]]] = [
+    (0.0, {"temperature": 0.9, "top_k": 2500}),  # more equal logits than a list holds
+    (0.5, {"temperature": 0.7}),
+    (3.0, {"temperature": 0.9, "top_p": 0.9, "min_p": 1e-3, "top_k": 300}),
+    (3.0, {"temperature": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("scale", "options"), PICKS)
+def test_the_draw_of_the_device_is_that_of_the_host(shim: Any, scale: float, options: dict[str, Any]) -> None:
+    n, vocab = 3, 3000
+    options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **options}
+    logits = (scale * np.random.default_rng(1).standard_normal((n, vocab))).astype(np.float32).round(2)
+    allowed = np.arange(vocab) % 7 != 3
+    draws = np.stack([np.random.default_rng(seed).random(1) for seed in range(n)])
+    tokens, positions, steps = (np.zeros(n, np.int32) for _ in range(3))
+    made = decode.work_arrays(n, 1, 1, 1, 4)
+    work = tuple(np.zeros(*made[name]) for name in ("bins", "sums", "tops"))
+    row = options["temperature"], options["top_p"], options["min_p"], 1.0
+    chosen, seen = np.zeros(n), np.zeros((n, vocab), np.uint8)
+    top_k = np.full(n, options["top_k"], np.int32)
+    numbers = draws, np.tile(np.array(row), (n, 1)), top_k
+    decode.pick(
+        tokens, positions, steps, chosen, seen, work, logits, vocab, allowed.astype(np.uint8), *numbers
+    )
+    ids = np.flatnonzero(allowed)
+    want = [int(ids[pick(x[ids], np.random.default_rng(seed), **options)]) for seed, x in enumerate(logits)]
+    assert (chosen.tolist(), tokens.tolist()) == (want, want)
+    assert not work[0].any()
+    assert not work[1].any()
+
+
+def test_products_on_tensor_cores(host: Host, shim: Any) -> None:
+    """Two tiles of tokens and one; inputs that fill no step; biases, gates, norms, sums; 8-bit weights."""
+    rng = np.random.default_rng(0)
+    bf16 = np.dtype("bfloat16")
+
+    def made(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(bf16)
+
+    for n, o, k, gated in ((3, 24, 72, False), (19, 20, 136, True)):
+        x, b, norm, old = made(n, k), made(o), made(k), made(n, o)
+        wide = made((1 + gated) * o, k)
+        q = int8.Int8Matrix.of(wide.astype(np.float32))
+        normed = np.zeros((n, k), bf16)
+        decode.rms_norm(normed, x, norm, 1e-5)
+        f = x.astype(np.float32)
+        want = f / np.sqrt((f * f).mean(-1, keepdims=True) + 1e-5) * norm.astype(np.float32)
+        assert np.abs(normed.astype(np.float32) - want).max() <= 2.0**-8 * np.abs(want).max()
+        for w, values in ((wide, wide.astype(np.float32)), (q, q.to_float())):
+            y = old.copy()
+            decode.linear(y, x, w, None if gated else b, norm=norm, eps=1e-5, adds=not gated, gated=gated)
+            z = normed.astype(np.float32) @ values.T
+            if gated:
+                gate, up = np.split(z, 2, -1)
+                z = gate / (1 + np.exp(-gate)) * up
+            else:
+                z = z + b.astype(np.float32) + old.astype(np.float32)
+            assert np.abs(y.astype(np.float32) - z).max() <= 0.02 * np.abs(z).max(), (n, type(w))
+
+
+# Faults: (module, right, wrong, window), each with a text that shows it.
+FAULTS = [
+    ("decode_attention", "max(0, pos - window + 1)", "max(0, pos - window)", 3),
+    (
+        "decode_attention",
+        "const float factor = exp_(all[i * next + statistics] - most);",
+        "const float factor = 1;",
+        260,
+    ),
+    ("decode_pick", "positions[n] = min(positions[n] + 1, slots - 1)", "positions[n] = positions[n]", 260),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f[2][:20])
+def test_a_planted_fault_changes_the_text(
+    fault: Any, folder: Path, host: Host, shim: Any, monkeypatch: Any
+) -> None:
+    module, right, wrong, window = fault
+    assert right in kernels.source(module)
+    spoiled = Host(folder, {module: kernels.source(module).replace(right, wrong)})
+    spoiled.shared_bytes = host.shared_bytes
+    spoiled._libraries = {k: x for k, x in host._libraries.items() if k[0] != module}
+    cfg = dataclasses.replace(PRESETS["mistral-tiny"], max_position_embeddings=300, sliding_window=window)
+    w, prompt = weights(cfg), [i * 7 % 123 for i in range(254)]
+
+    def text(recorded: bool) -> list[int]:
+        run = Generator(cfg, shim, w, 260, recorded=recorded).run([prompt], Sampling(4, 0.0))
+        return [token for _, token in run]
+
+    want = text(False)
+    assert text(True) == want
+    monkeypatch.setattr(ops, "machine", spoiled)
+    assert text(True) != want
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+def test_recorded_text_on_a_gpu(name: str) -> None:
+    """In float32 that of the path op by op; in bfloat16 and int8 the recorded step has the bits of the one that is not, alone
+    and together."""
+    be, cfg = backends.get("cuda"), PRESETS[name]
+    host = weights(cfg)
+
+    def on(dtype: str) -> Any:
+        placed = be.empty(host.size, dtype)
+        be.from_host(placed, host)
+        return placed
+
+    wide = on("float32")
+    assert texts(be, cfg, wide, True) == texts(be, cfg, wide, False)
+    unrecorded = overlay(be, capture=lambda f: f)
+    rounded = int8.Int8Weights(cfg, host, be)
+    for of, w in ((lambda x: x, on("bfloat16")), (int8.backend, rounded)):
+        got = texts(of(be), cfg, w, True, dtype="bfloat16")
+        assert got == texts(of(unrecorded), cfg, w, True, dtype="bfloat16")
+        for i in range(3):
+            assert texts(of(be), cfg, w, True, (i,), "bfloat16") == {i: got[i]}
