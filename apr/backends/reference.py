@@ -58,8 +58,7 @@ def to_host(x: Array) -> np.ndarray:
 
 def read_later(numbers: tuple[Array, ...]) -> Callable[[], list[float]]:
     """A function that waits for, and gives, the values of float64 arrays behind what was asked for so far, all in one list."""
-    values = [float(value) for x in numbers for value in x]
-    return lambda: values
+    return [float(value) for x in numbers for value in x].copy
 
 
 def decoder() -> Any:
@@ -112,8 +111,7 @@ def overhead() -> int:
 
 
 def tune(f: Callable[[], None]) -> None:
-    """Find the fastest way to do what f does; it may run several times or not at all. What it writes is
-    undefined afterwards."""
+    """Find the fastest way to do what f does, by running it or not. What it writes is undefined afterwards."""
 
 
 def capture(f: Callable[[], None]) -> Callable[[], None]:
@@ -291,8 +289,7 @@ def _per_query_head(x: Array, q: Array) -> Array:
 
 def _probabilities(q: Array, k: Array, doc_start: Array | None, window: int) -> tuple[Array, Array]:
     s = np.einsum("bthd,bshd->bhts", q, _per_query_head(k, q)) * q.dtype.type(q.shape[-1]) ** -0.5
-    t = np.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
-    j = np.arange(k.shape[1])[None]
+    t, j = np.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1], np.arange(k.shape[1])[None]
     seen = (j <= t) & ((j > t - window) if window else True)
     if doc_start is not None:
         seen = seen & (j >= doc_start[:, None, :, None])
@@ -342,8 +339,7 @@ def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | Non
     0 where the target is negative. loss itself stays the cross-entropy.
     loss (N,), logits (N,V), targets (N,) integers below V; scale a number, or a (1,) float64 array that holds it
     """
-    n = np.flatnonzero(targets >= 0)
-    t = targets[n]
+    n, t = np.flatnonzero(targets >= 0), targets[targets >= 0]
     m = logits.max(-1, keepdims=True)
     lse = m + np.log(np.exp(logits - m).sum(-1, keepdims=True))
     loss[...] = 0
