@@ -21,8 +21,10 @@ unexport PYTHONDONTWRITEBYTECODE
 pretrain: install
 	$(BIN)/python tools/pretrain.py $(ARGS)
 
-# Two processes, each with whole files of tests: what a file makes once is made once.
-test: lint
+# Two processes, each with whole files of tests: what a file makes once is made once. In a fresh checkout the kernels of the CPU
+# are compiled beside mypy: for either, and for tests that would wait for the kernels, the other core has nothing to do.
+test: dev
+	$(BIN)/python -c 'import apr.backends.cpu.ops' & $(MAKE) --no-print-directory lint && wait
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # On a machine with a GPU, with the environment that is there: nothing is installed.
