@@ -88,11 +88,11 @@ def targets(module: str) -> tuple[str, ...]:
     return TARGETS[:1] if module in PORTABLE else TARGETS
 
 
-def jobs(modules: Iterable[str] | None = None) -> list[Job]:
-    """Every variant of every module (or of some) on every target of it."""
+def jobs(modules: Iterable[str] | None = None, only: tuple[str, ...] = ()) -> list[Job]:
+    """Every variant of every module (or of some) on every target of it, or on some."""
     found = []
     for module in kernels.modules() if modules is None else modules:
-        for arch in targets(module):
+        for arch in only or targets(module):
             for act, defines in kernels.variants(module, arch):
                 what = " ".join([module, act, *(f"{k}={v}" for k, v in defines.items()), arch])
                 found.append(Job(what, kernels.source(module), kernels.options(act, arch, defines)))
