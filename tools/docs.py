@@ -54,6 +54,7 @@ CODES = {
     6: "aborted",
     7: "cannot write",
     8: "device",
+    10: "rank lost",
     130: "interrupted",
 }
 

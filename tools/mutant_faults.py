@@ -96,10 +96,10 @@ FAULTS: tuple[Mutant, ...] = (
     fault("gradients_pile_up", "the gradients of a step begin with those of the step before", LOOP,
           "begins=n == 0", "begins=False", "plain", T_TRAIN),
     fault("first_part_twice", "the first micro-batch is computed in the place of every other", LOOP,
-          "[*enumerate(micro_batches(ids, targets, self.micro))][which]:",
+          "[*enumerate(parts)][which]:",
           "[(n, (ids[: self.micro], targets[: self.micro])) for n in range(-(-len(ids) // self.micro))][which]:",
           "plain", T_TRAIN),
-    fault("one_sequence_lost", "the last sequence of a micro-batch has the targets of the first", LOOP,
+    fault("one_sequence_lost", "the last sequence of a micro-batch has the targets of the first", EVALUATE,
           "yield ids[i : i + size], targets[i : i + size]",
           "yield ids[i : i + size], np.concatenate([targets[i : i + size - 1], targets[i : i + 1]])", "plain", T_TRAIN),
     # The log

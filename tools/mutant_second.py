@@ -77,7 +77,7 @@ SECOND: tuple[Mutant, ...] = (
           "            self.steps,\n        )\n"
           '        self.state["v"][part].view(np.uint32)[...] &= np.uint32(0xFFFF0000)\n', "plain", T_MODEL),
     fault("norm_of_the_matrices_alone", "clipping leaves vectors out of the norm", OPTIM,
-          "be.add_sum_sq(self.sum_sq, self.g)", "be.add_sum_sq(self.sum_sq, self.g[: self.decayed])", "qknorm", T_MODEL),
+          "be.add_sum_sq)(self.sum_sq, self.g)", "be.add_sum_sq)(self.sum_sq, self.g[: self.decayed])", "qknorm", T_MODEL),
     # The model
     fault("angles_in_float16", "angles of the rotary embedding are rounded to float16", ROPE,
           "angle = np.outer(np.arange(positions), freq)",
@@ -113,10 +113,10 @@ SECOND: tuple[Mutant, ...] = (
           T_MODEL),
     # Resuming
     fault("tokens_counted_anew", "a resumed run counts its tokens from 0", LOOP,
-          "p = self.progress\n        self.resumed", "p = self.progress\n        p.tokens_seen = 0\n        self.resumed",
+          "self.run.state)\n        self.resumed", "self.run.state)\n        p.tokens_seen = 0\n        self.resumed",
           "resumed", T_TRAIN),
     fault("best_loss_forgotten", "a resumed run forgets its best loss", LOOP,
-          "p = self.progress\n        self.resumed", "p = self.progress\n        p.best_val = math.inf\n        self.resumed",
+          "self.run.state)\n        self.resumed", "self.run.state)\n        p.best_val = math.inf\n        self.resumed",
           "resumed", T_TRAIN),
 )
 # fmt: on

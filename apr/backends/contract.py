@@ -155,4 +155,4 @@ PLUMBING = frozenset(
     )
 )
 # attributes of a backend that are no functions
-FACTS = ("name", "dtypes", "pad_vocab", "loss_elements", "asynchronous", "act_again")
+FACTS = ("name", "dtypes", "pad_vocab", "loss_elements", "asynchronous", "act_again", "square_tiles")

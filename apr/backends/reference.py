@@ -26,12 +26,12 @@ from ..common.host import available_memory, cpu_name
 
 Array = Any  # an array of this backend: numpy.ndarray here
 
-name = "reference"
-dtypes = ("float64", "float32")
+name, dtypes = "reference", ("float64", "float32")
 pad_vocab = False  # products are much faster with a vocabulary that is padded to a multiple of 64
 loss_elements = 1 << 23  # of logits held at once: enough work for a product, little memory
 asynchronous = False  # calls return before they are done
 act_again = False  # swiglu_again costs so little time that it is worth the memory that it saves, whether or not a job needs it
+square_tiles = dict.fromkeys(dtypes, (1 << 14,) * 2)  # of a norm: gradients, new weights, in a term
 _allocated = [0]
 
 
@@ -356,13 +356,13 @@ def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | Non
 
 
 def add_sum(total: Array, x: Array) -> None:
-    """total[0] += sum(x).  total (1,) float64"""
+    """total[0] += sum(x).  total (1,) float64, x of the dtype of the job, or float64 and in this order"""
     total += x.sum(dtype=total.dtype)
 
 
 def add_sum_sq(total: Array, x: Array) -> None:
-    """total[0] += sum(x^2).  total (1,) float64"""
-    total += np.square(x, dtype=np.result_type(x, total)).sum(dtype=total.dtype)
+    """total[0] += sum(x^2).  total (1,) float64, x (n,); or total[r] += sum(x[r]^2), total (r,), x (r, n)"""
+    total += np.square(x, dtype=np.result_type(x, total)).sum(-1, dtype=total.dtype)
 
 
 def clip_factor(factor: Array, sum_sq: Array, max_norm: float) -> None:

@@ -24,6 +24,7 @@ from ..model.config import ModelConfig
 from ..model.lora import AdapterLayout, lora_of_json, lora_to_json
 from ..model.optim import Optimizer
 from ..model.params import Layout
+from ..ranks.shard import Shard
 from .apr2 import read_apr, write_apr
 from .apr2_metadata import config_to_metadata, metadata_to_config
 
@@ -51,7 +52,8 @@ def device_sha256(be: Any, layout: Layout | AdapterLayout, *flats: Any) -> str:
 def _device_tensors(be: Any, layout: Layout | AdapterLayout, flats: Iterable[Any]) -> Iterator[np.ndarray]:
     for flat in flats:
         for s in layout.in_order():
-            yield be.to_host(flat[s.offset : s.offset + s.size])
+            part = flat[s.offset : s.offset + s.size]
+            yield part if isinstance(flat, np.ndarray) else be.to_host(part)
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,15 @@ class Snapshot:
 class TrainingState:
     """Everything of a run that training changes: the flat arrays of an optimizer, named by a layout.
 
-    adapters: whose A and B are trained, None where the weights themselves are.
+    adapters: whose A and B are trained, None where the weights themselves are. shard: the part that this rank owns, None in
+    one process. Of several ranks all call the same methods, and rank 0 gets what they return.
     """
 
     cfg: ModelConfig
     layout: Layout | AdapterLayout
     optimizer: Optimizer
     adapters: Adapters | None = None
+    shard: Shard | None = None
 
     def buffers(self) -> dict[str, Any]:
         """List the flat arrays on the device by the prefix of their tensors' names."""
@@ -106,8 +110,8 @@ class TrainingState:
         return {"": opt.master} | {f"{OPTIMIZER}{name}.": flat for name, flat in sorted(opt.state.items())}
 
     def sha256(self) -> str:
-        """SHA-256 of weights and optimizer state as they are on the device, each tensor read by itself."""
-        return sha256(_device_tensors(self.optimizer.be, self.layout, self._judged()))
+        """SHA-256 of weights and optimizer state as they are on the device, each tensor read by itself; "" but on rank 0."""
+        return self._sha256(self._judged())
 
     def _judged(self) -> list[Any]:
         """List the arrays on the device by the optimizer's own names, not as `buffers` lists them for a file."""
@@ -116,7 +120,7 @@ class TrainingState:
 
     def weights_sha256(self) -> str:
         """SHA-256 of the weights alone."""
-        return sha256(_device_tensors(self.optimizer.be, self.layout, [self.optimizer.master]))
+        return self._sha256([self.optimizer.master])
 
     def distances(self, path: Path) -> dict[str, float]:
         """Measure how far weights and optimizer state are from those of a saved state, in norms of what was saved."""
@@ -131,13 +135,32 @@ class TrainingState:
             out[prefix] = float(np.linalg.norm(now - saved)) / max(float(np.linalg.norm(saved)), 1e-30)
         return out
 
-    def snapshot(self, copy: Callable[[str, Any], np.ndarray], becomes_state: bool = True) -> Snapshot:
+    def _sha256(self, flats: Iterable[Any]) -> str:
+        wholes = [self._whole(flat) for flat in flats]
+        is_here = all(whole is not None for whole in wholes)
+        return sha256(_device_tensors(self.optimizer.be, self.layout, wholes)) if is_here else ""
+
+    def _whole(self, flat: Any) -> Any:
+        """Join the parts of a flat array; itself in one process."""
+        return flat if self.shard is None else self.shard.whole(flat)
+
+    def snapshot(self, copy: Callable[[str, Any], np.ndarray], becomes_state: bool = True) -> Snapshot | None:
         """Copy the flat arrays to the host, where training does not change them. copy: as HostCopies do it.
 
-        becomes_state: the copy is written as a state, which is judged by the hash of the device."""
+        becomes_state: the copy is written as a state, which is judged by the hash of the device. None but on rank 0."""
+        if self.shard is not None:
+            return self._joined(self.shard, becomes_state)
         flats = {prefix: copy(prefix, flat) for prefix, flat in self.buffers().items()}
         sha = device_sha256(self.optimizer.be, self.layout, *self._judged()) if becomes_state else ""
         return Snapshot(self.cfg, self.layout, flats, self._adapter_facts(), sha)
+
+    def _joined(self, shard: Shard, becomes_state: bool) -> Snapshot | None:
+        """Join the parts of all ranks; what is hashed is joined by itself."""
+        flats = {prefix: shard.whole(flat) for prefix, flat in self.buffers().items()}
+        size = shard.cut.size * 4 * len(flats)
+        sha = self.sha256() if becomes_state and size <= READ_AGAIN else ""
+        whole = {prefix: flat for prefix, flat in flats.items() if flat is not None}
+        return Snapshot(self.cfg, self.layout, whole, self._adapter_facts(), sha) if whole else None
 
     def load(self, path: Path) -> tuple[dict[str, Any], str | None]:
         """Put a saved state into the optimizer; return its progress and recorded SHA-256 (None in old states).
@@ -151,15 +174,27 @@ class TrainingState:
         self._check(file.metadata, file.tensors, path)
         for prefix, flat in self.buffers().items():
             host = self._read(file.tensors, prefix, path)
-            if prefix:
-                opt.be.from_host(flat, host)
+            if not prefix:
+                self.set_weights(host)
             else:
-                opt.set_weights(host)
+                opt.be.from_host(flat, host if self.shard is None else self.shard.take(host))
         step = progress.get("step")
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise MalformedFile(f"{path}: training.step = {step!r}; no run was ever there")
         opt.steps = step
         return progress, file.metadata.get("state_sha256")
+
+    def set_weights(self, host: np.ndarray) -> None:
+        """Set the weights that are trained to a float32 buffer (layout.size,)."""
+        if self.shard is None:
+            self.optimizer.set_weights(host)
+        else:
+            opt = self.optimizer
+            own = self.shard.take(host)
+            self.shard.begin(host)
+            opt.be.from_host(opt.w, own)
+            if opt.master is not opt.w:
+                opt.be.from_host(opt.master, own)
 
     def _read(self, tensors: Mapping[str, Any], prefix: str, path: Path) -> np.ndarray:
         host = np.zeros(self.layout.size, np.float32)

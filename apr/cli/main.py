@@ -16,6 +16,7 @@ from ..common.errors import AprError, DeviceError, Interrupted, IOFailure, Refus
 from ..common.packages import broken_package
 from ..common.printable import printable
 from ..common.version import __version__
+from ..ranks.environment import refuse_several
 from ..training.signals import handled, unswallowed
 
 COMMANDS = {
@@ -63,7 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, args: Sequence[str]) -> int:
     """Run one sub-command with its own arguments; returns the exit code, of errors that of their class in errors.py."""
-    return _ended(name, lambda: importlib.import_module(f"apr.cli.{MODULES.get(name, name)}").main, args)
+    return _ended(name, lambda: _find(name), args)
+
+
+def _find(name: str) -> Callable[..., int | None]:
+    """Import a command; only one works with several ranks. Raises UsageError."""
+    if name != "pretrain":
+        refuse_several(name, os.environ)
+    found: Callable[..., int | None] = importlib.import_module(f"apr.cli.{MODULES.get(name, name)}").main
+    return found
 
 
 def _ended(name: str, find: Callable[[], Any], *args: Sequence[str]) -> int:

@@ -7,8 +7,9 @@ Example: apr plan --model qwen2.5-0.5b --micro-batch-size 2 --seq-length 1024"""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from ..common.errors import Refused, UsageError
 from ..common.options import device_option, dtype_option, json_option, option, parse, threads_option
 from ..common.units import plural
 from ..model.config import ModelConfig
-from ..model.cost import check_positions, fitted, flops_per_token, matmul_rate, memory, save_copies
+from ..model.cost import Memory, check_positions, fitted, flops_per_token, matmul_rate, memory, save_copies
 from ..model.lora import BASES, AdapterLayout, LoraConfig, check_rank, lora_config
 from ..model.optim import AdamW
 from ..model.params import Layout
 from ..model.presets import PRESETS, load_config
 from ..training import disk
+from ..training.rank_memory import efficiency, on_ranks
 from ..training.settings import Settings
 from .show import Show
 
@@ -69,6 +71,7 @@ class Flags:
         "format of the frozen matrices of the blocks (default: --dtype)", choices=BASES
     )
     dtype: str | None = dtype_option()
+    gpus: int = option("GPUs of one machine that train together, for memory and speed of each", 1, above=0)
     device: str = device_option()
     threads: int | None = threads_option()
     json: bool = json_option()
@@ -92,11 +95,19 @@ def main(args: Sequence[str]) -> int:
     dtype = f.dtype or backend.dtypes[0]
     layout, micro = Layout(cfg), min(f.micro_batch_size or f.batch_size, f.batch_size)
     have = backend.free_memory()
-    need, again = fitted(lambda again: memory(
-        cfg, backend, micro, f.seq_length, dtype, f.train,
-        recompute=f.recompute, documents=f.mask_documents, lora=lora, saves=True,
-        folds=micro < f.batch_size, act_again=again,
-    ), have if f.train and not f.recompute else None, backend.act_again and f.train)  # fmt: skip
+    describe: Callable[..., Memory] = partial(
+        memory, cfg, backend, micro, f.seq_length, dtype, f.train,
+        recompute=f.recompute, documents=f.mask_documents, lora=lora, saves=True, folds=micro < f.batch_size and f.gpus == 1,
+    )  # fmt: skip
+    if f.gpus > 1:
+        if not f.train or backend.name != "cuda":
+            raise UsageError(
+                f"--gpus {f.gpus} plans a training on GPUs, and this is {backend.name}{'' if f.train else ', --no-train'}"
+            )
+        trained = AdapterLayout(cfg, lora) if lora else layout
+        describe = on_ranks(describe, trained, dtype, AdamW, f.gpus)
+    limit = have if f.train and not f.recompute else None
+    need, again = fitted(lambda again: describe(act_again=again), limit, backend.act_again and f.train)
     planned = _disk(f, cfg, dtype, lora) if f.train else None
     room = disk.free_bytes(Path(f.run_dir or "runs"))
     copies = save_copies(cfg, dtype, AdamW, lora) if f.train else 0
@@ -121,6 +132,9 @@ def main(args: Sequence[str]) -> int:
         "matmul_flops_per_sec": rate,
         "tokens_per_sec_limit": rate / flops,
     }
+    if f.gpus > 1:
+        tokens = micro * f.seq_length
+        result["efficiency"] = efficiency(layout, rate, flops, tokens, f.gpus)
     steps = f.num_steps
     if steps is not None:
         result["flops"] = flops * steps * f.batch_size * f.seq_length
@@ -139,6 +153,8 @@ def main(args: Sequence[str]) -> int:
         *parts,
         ("all buffers", f"{need.total / gib:9.3f} GiB for {micro} x {f.seq_length} tokens at once"),
         *([("to fit", "the input of the down product is computed again in backward, for 2 % of a step")] if again else []),
+        *([("efficiency", f"{result['efficiency']:.1%} of {f.gpus} GPUs that train alone, computed from rates of two H200s")]
+          if f.gpus > 1 else []),
         ("free memory", f"{have / gib:9.3f} GiB" if have is not None else "the system does not say"),
         *([("main memory", f"{copies / gib:9.3f} GiB of copies that saves are written from")] if beside else []),
         *([("disk", planned.in_words(room))] if planned else []),

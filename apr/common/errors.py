@@ -67,6 +67,13 @@ class DeviceError(AprError):
     exit_code = 8
 
 
+class RankLost(AprError):
+    """Another rank has ended, or hangs."""
+
+    exit_code = 10
+    status = "RANK_LOST"
+
+
 class Interrupted(AprError):
     """Ctrl-C or SIGTERM, after the state was saved."""
 

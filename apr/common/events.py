@@ -10,7 +10,7 @@ order; an exception of one is an exception of the run. The order of events:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -128,6 +128,22 @@ class Reproduced(Event):
     step: int
     loss: float
     recorded: float
+
+
+@dataclass(frozen=True)
+class RanksComputed(Event):
+    """Several ranks have computed the gradients of a step.
+
+    seconds     of each rank, for the fastest of its micro-batches: of the processor on a CPU
+    other       rank whose micro-batch this one has computed again; -1 where none was due
+    own, again  hashes of the gradients of the own micro-batch, and of the other's
+    """
+
+    step: int
+    seconds: Sequence[float]
+    other: int = -1
+    own: Sequence[tuple[str, int]] = ()
+    again: Sequence[tuple[str, int]] = ()
 
 
 @dataclass(frozen=True)

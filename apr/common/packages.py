@@ -18,6 +18,9 @@ OPTIONAL = {
     "trackio": ">=0.2",
     "mlflow": ">=2.10",
     "PyYAML": ">=6",
+    "mpi4py": ">=4",
+    "nvidia-nccl-cu12": ">=2.30.4",
+    "nvidia-nccl-cu13": ">=2.30.4",
     "lm_eval": ">=0.4.3",
 }
 # Package of the default installation: its version in setup.cfg. It is imported by this name, with _ for -.

@@ -18,18 +18,21 @@ from ..model.adapters import Adapters
 from ..model.eight_bits import rounded_rows
 from ..model.lora import cut
 from ..model.params import Layout, Slot
+from ..ranks.shard import Shard
 from .measure import gradient_norm, gradients
 
 # Of an 8-bit integer: that of the largest weight of a row.
 FULL = 127
 
 
-def adapter_gradients(adapters: Adapters, scratch: Any) -> Callable[[float], Finding]:
+def adapter_gradients(
+    adapters: Adapters, scratch: Any, g: Any, shard: Shard | None
+) -> Callable[[float], Finding]:
     """Read all gradients before a step (gate run.gradients); returns the judge of the norm in the log.
 
     While a B is all zeros, as at the start, the gradient of its A must be zero too, and every other must not.
-    scratch (1,) float64."""
-    zero, norm = gradients(adapters, scratch)  # type: ignore[arg-type]
+    scratch (1,) float64. g: gradients of the step, shard: the part that they are, None for all."""
+    zero, norm = gradients(adapters, g, shard)
     waiting = []
     for p, (_, b) in zip(adapters.layout.pairs, adapters.layout.views(adapters.w), strict=True):
         adapters.be.fill(scratch, 0)

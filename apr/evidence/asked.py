@@ -27,7 +27,17 @@ from .subject import Subject
 
 Row = tuple[str, Any, Any]
 # Settings of a process, not of the numbers that it computes.
-OF_THE_PROCESS = ("resume", "run_dir", "threads", "json", "config")
+OF_THE_PROCESS = (
+    "resume",
+    "run_dir",
+    "threads",
+    "json",
+    "config",
+    "ranks",
+    "gpus",
+    "rank_timeout",
+    "cross_check",
+)
 SHOWN = 3
 # Places of a pass that are looked up; and windows of which chance seldom gives two equal orders: of 12, one in 30,000.
 MAX_PLACES, FEWEST_SHUFFLED = 1 << 18, 16
@@ -84,8 +94,9 @@ def _rows(t: Subject, schedule: Any, config: Mapping[str, Any]) -> Iterator[Row]
             yield f"setting {f.name}", built[f.name], s[f.name]
     yield "model", t.model.cfg, from_hf(config["model"], "config.json")
     yield from _model(t, s)
-    in_order = s["micro_batch_size"] < s["batch_size"] and "order_of_sums" in config
-    yield "sums over micro-batches", t.adapters.folds if t.adapters else t.model.folds, in_order
+    if t.shard is None:
+        in_order = s["micro_batch_size"] < s["batch_size"] and "order_of_sums" in config
+        yield "sums over micro-batches", t.adapters.folds if t.adapters else t.model.folds, in_order
     yield from _optimizer(t, s)
     yield from _schedule(t, schedule, s)
     if s.get("epochs"):
@@ -126,11 +137,14 @@ def _optimizer(t: Subject, s: Mapping[str, Any]) -> Iterator[Row]:
     for f in dataclasses.fields(opt):
         if f.kw_only:
             yield f"{type(opt).__name__}, {f.name}", getattr(opt, f.name), s[f.name]
-    yield f"{type(opt).__name__}, weights", opt.w is trained.w, True
-    yield f"{type(opt).__name__}, gradients", opt.g is trained.g, True
+    size = t.shard.cut.length if t.shard else trained.layout.size
+    yield f"{type(opt).__name__}, weights", (t.shard.trained if t.shard else opt.w) is trained.w, True
+    yield f"{type(opt).__name__}, gradients", t.shard is not None or opt.g is trained.g, True
+    yield f"{type(opt).__name__}, elements", (opt.w.size, opt.g.size), (size,) * 2
     for slot in trained.layout.slots:
-        decays = slot.offset + slot.size <= opt.decayed
-        yield f"{type(opt).__name__}, decay of {slot.hf}", decays, len(slot.shape) > 1
+        whole = [slice(slot.offset, slot.offset + slot.size)]
+        for part in t.shard.inside(slot.offset, slot.size) if t.shard else whole:
+            yield f"{type(opt).__name__}, decay of {slot.hf}", part.stop <= opt.decayed, len(slot.shape) > 1
 
 
 def _schedule(t: Subject, schedule: Any, s: Mapping[str, Any]) -> Iterator[Row]:

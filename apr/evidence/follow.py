@@ -12,6 +12,7 @@ from ..common.finding import Finding
 from ..model.lora import AdapterLayout
 from ..model.optim import Optimizer, State
 from ..model.params import Layout
+from ..ranks.shard import Shard
 from .measure import EPS32, bits
 
 FOLLOWED_ELEMENTS = 4096  # of all parameters, through optimizer steps
@@ -20,10 +21,13 @@ FOLLOWED_ELEMENTS = 4096  # of all parameters, through optimizer steps
 class Follow:
     """Follows a sample of all parameters through an optimizer step: gradients into state, state into weights.
 
-    settings: of the run, which the numbers of the formula come from. layout: of the trained tensors, whose matrices decay
+    settings: of the run, which the numbers of the formula come from. layout: of the trained tensors, whose matrices decay.
+    shard: the part of the optimizer, None where that is all
     """
 
-    def __init__(self, opt: Optimizer, settings: Any, layout: Layout | AdapterLayout) -> None:
+    def __init__(
+        self, opt: Optimizer, settings: Any, layout: Layout | AdapterLayout, shard: Shard | None = None
+    ) -> None:
         cut, size = opt.decayed, opt.w.size
         # Vectors apart: of a large model they are fewer than the elements between two places.
         steps = [max(1, n // FOLLOWED_ELEMENTS) | 1 for n in (cut, size - cut)]
@@ -33,6 +37,8 @@ class Follow:
             if f.kw_only:
                 setattr(self._formula, f.name, getattr(settings, f.name))
         places = np.concatenate([np.arange(p.start, p.stop, p.step) for p in self.parts])
+        places = shard.places(places) if shard else places
+        self._is_empty = not (places >= 0).any()
         self._decay = np.zeros(places.size)
         for s in layout.slots:
             if len(s.shape) > 1:
@@ -54,6 +60,10 @@ class Follow:
         of each weight to its move, and the root of the sum of their squares to the fit."""
         opt, formula, old = self.opt, self._formula, self._old
         formula.steps = step
+        if self._is_empty:
+            return Finding.skipped(
+                "run.learning-rate", "this rank updates no weights: there are fewer tiles than ranks"
+            )
         new, state = self._read(opt.master), self._state()
         direction = formula.direction(old, state, self._decay)
         moved = old - new

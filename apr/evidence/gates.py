@@ -104,6 +104,12 @@ GATES = {
             "the saved state before it",
         ),
         Gate(
+            "before.ranks", BEFORE, "refuse",
+            "ranks that train together have the same code, data, settings and device, and each weight has one owner",
+            "hashes and names of every rank: equal; the parts of the weights: each element once",
+            "the rank that is named; ranks.json",
+        ),
+        Gate(
             "start.loss", START, "abort",
             "random weights know nothing, neither more nor less",
             "logits are normal with variance s^2 = C sigma^2, so the loss is ln V + s^2/2, and above it where a tied "
@@ -186,6 +192,12 @@ GATES = {
             "apr/model/preferences.py; chosen and rejected; sums and means; --beta, --label-smoothing",
         ),
         Gate(
+            "start.ranks", START, "abort",
+            "every rank computes what the others do",
+            "once per process, the first micro-batch of the first step on every rank: the loss and all gradients have equal bits",
+            "the rank that is named: its processor, its memory, its versions",
+        ),
+        Gate(
             "run.finite", RUNNING, "abort",
             "every loss, norm and weight is a finite number",
             "the loss of each step and the L2 norms of all gradients and of all weights after it",
@@ -221,6 +233,27 @@ GATES = {
             "tokens/s times the time of the step are the tokens that it adds to those seen; bits per byte are the loss in nats "
             "times the tokens of the validation text, log2(e) and one over its bytes: within 1e-9 of it",
             "apr/training/loop.py, where the line is made; apr/common/units.py",
+        ),
+        Gate(
+            "run.ranks-equal", RUNNING, "abort",
+            "all ranks have the same weights",
+            "CRC-32 of every tensor on every rank, after the first step of a process, every 10th, and at evaluations: equal",
+            "the rank that is named, by majority: its memory; the last saved state is before it",
+        ),
+        Gate(
+            "run.cross-check", RUNNING, "abort",
+            "a rank computes what another one would, also long after the start",
+            "every --cross-check steps each rank computes the micro-batch of another one again, of another pair each time: all "
+            "gradients have equal bits",
+            "the rank that is named: its processor, its memory; with two ranks, both",
+        ),
+        Gate(
+            "run.straggler", RUNNING, "SUSPECT",
+            "no rank keeps the others waiting",
+            "the fastest micro-batch of a rank in 20 steps, in time of its processor, beside the median of the other ranks: what "
+            "else a machine does passes, and counts little in that time",
+            "the rank that is named: clock, temperature, --threads, and what else runs there",
+            {"straggler": 2.0},
         ),
         Gate(
             "run.placeholder", RUNNING, "abort",

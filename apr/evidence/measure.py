@@ -18,6 +18,7 @@ from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, to_hf
 from ..model.optim import Optimizer, Trained
 from ..model.transformer import Model
+from ..ranks.shard import Shard
 
 EPS32 = float(np.finfo(np.float32).eps)
 # Put into gradients before a step, and the least norm of those that still hold some of it; sums of squares may be float32.
@@ -178,24 +179,31 @@ def final_hidden(model: Model, ids: np.ndarray) -> np.ndarray:
     return seen["final_norm"].astype(np.float32).reshape(*ids.shape, -1)
 
 
-def gradients(model: Model, scratch: Any) -> tuple[list[str], float]:
-    """Read (names of tensors with an all-zero gradient, L2 norm of all gradients summed tensor by tensor). scratch (1,)
-    float64."""
-    be, zero, total = model.be, [], 0.0
-    for s in model.layout.slots:
-        square = host_square(be.to_host(model.g[s.offset : s.offset + s.size]).astype(np.float32, copy=False))
+def squares(trained: Any, flat: Any, shard: Shard | None) -> list[float]:
+    """Sum the squares of each tensor on the host. flat: all elements, or a rank's part of them; then of all ranks together."""
+    own = []
+    for s in trained.layout.slots:
+        parts = shard.inside(s.offset, s.size) if shard else [slice(s.offset, s.offset + s.size)]
+        host = (trained.be.to_host(flat[p]).astype(np.float32, copy=False) for p in parts)
+        own.append(sum(map(host_square, host), 0.0))
+    return own if shard is None else [sum(parts) for parts in zip(*shard.ranks.share(own), strict=True)]
+
+
+def gradients(trained: Any, g: Any, shard: Shard | None) -> tuple[list[str], float]:
+    """Read (names of tensors with an all-zero gradient, L2 norm of all gradients summed tensor by tensor).
+
+    g: gradients of the step, shard: the part that they are, None for all."""
+    zero, total = [], 0.0
+    for s, square in zip(trained.layout.slots, squares(trained, g, shard), strict=True):
         total += square
         if square == 0:
             zero.append(s.hf)
     return zero, math.sqrt(total) if total >= 0 else math.nan
 
 
-def weight_norm(opt: Optimizer, trained: Any, logged: float) -> Finding:
+def weight_norm(opt: Optimizer, trained: Any, logged: float, shard: Shard | None) -> Finding:
     """Compare the weight norm of the log with that of all tensors, squared and summed on the host in float64."""
-    squares = (
-        host_square(opt.be.to_host(opt.master[s.offset : s.offset + s.size])) for s in trained.layout.slots
-    )
-    norm = math.sqrt(sum(squares))
+    norm = math.sqrt(sum(squares(trained, opt.master, shard)))
     measured, bound = f"weight norm {logged:.6g}, all tensors apart {norm:.6g}", "equal within 1e-5 of it"
     return Finding.of("run.gradients", abs(norm - logged) <= 1e-5 * max(norm, logged), measured, bound)
 
@@ -213,7 +221,7 @@ def spoil_gradients(trained: Trained) -> None:
         trained.be.fill(trained.g[s.offset : s.offset + s.size], SPOILED)
 
 
-def gradients_left(trained: Trained, scratch: Any) -> float:
+def gradients_left(trained: Optimizer, scratch: Any) -> float:
     """Read the L2 norm of the gradients of a step before which they were spoiled; 0 where nothing of that is in them."""
     trained.be.fill(scratch, 0)
     trained.be.add_sum_sq(scratch, trained.g)

@@ -78,11 +78,11 @@ class StartGates:
         t = self.subject
         if t.adapters and t.init:
             loaded = base_loaded(t.adapters, t.init)
-            why = "" if t.adapted else new_adapters(t.adapters, t.optimizer, t.settings.seed)
+            why = "" if t.adapted else new_adapters(t.adapters, t.whole, t.settings.seed)
             return replace(loaded, verdict=FAIL, measured=why, why=why) if why else loaded
         if t.init:
-            return measure.loaded_weights(t.model, t.optimizer, t.init)
-        return random_weights(t.model, t.optimizer, t.settings.initializer_range, t.settings.seed)
+            return measure.loaded_weights(t.model, t.whole, t.init)
+        return random_weights(t.model, t.whole, t.settings.initializer_range, t.settings.seed)
 
     def started(self, e: Started) -> None:
         """Change the second half of sequences, and compare what the head reads."""
@@ -191,18 +191,21 @@ class StepGates:
         if is_followed(self.steps):
             with self.gates.timed("run.gradients"):
                 measure.spoil_gradients(self.subject.adapters or model)
+                for _, own in self.subject.shard.runs if self.subject.shard else ():
+                    self.subject.backend.fill(self.subject.optimizer.g[own], measure.SPOILED)
 
     def gradients_ready(self, e: GradientsReady) -> None:
         """Look for what was in the gradients before; read those of every tensor, in the first step of this process."""
         t = self.subject
         if is_followed(self.steps):
             with self.gates.timed("run.gradients"):
-                self.left = measure.gradients_left(t.adapters or t.model, self.scratch)
+                self.left = measure.gradients_left(t.optimizer, self.scratch)
         self.gradients = None
         if not self.steps and t.adapters:
-            self.gradients = adapter_gradients(t.adapters, self.scratch)
+            self.gradients = adapter_gradients(t.adapters, self.scratch, t.optimizer.g, t.shard)
         elif not self.steps:
-            self.gradients = partial(measure.gradient_norm, *measure.gradients(t.model, self.scratch))
+            found = measure.gradients(t.model, t.optimizer.g, t.shard)
+            self.gradients = partial(measure.gradient_norm, *found)
         self.steps += 1
 
     def measured(self, e: Measured) -> None:
@@ -220,7 +223,8 @@ class StepGates:
         if self.gradients is not None and t.settings.seq_length < 2:
             gates.skip("run.gradients", "attention over one token has no gradient of queries and keys")
         elif self.gradients is not None:
-            gates.judge(measure.weight_norm(t.optimizer, t.adapters or t.model, e.line["weight_norm"]), step)
+            norm = measure.weight_norm(t.optimizer, t.adapters or t.model, e.line["weight_norm"], t.shard)
+            gates.judge(norm, step)
             gates.judge(self.gradients(e.line["grad_norm"]), step)
 
 
@@ -282,7 +286,8 @@ class LearningRateGate:
 
     def __init__(self, subject: Subject, gates: Gates) -> None:
         self.gates, self.settings, self.steps = gates, subject.settings, 0
-        self.follow = Follow(subject.optimizer, subject.settings, (subject.adapters or subject.model).layout)
+        layout = (subject.adapters or subject.model).layout
+        self.follow = Follow(subject.optimizer, subject.settings, layout, subject.shard)
         self.is_near_clipping = self.is_held = False
 
     def gradients_ready(self, e: GradientsReady) -> None:

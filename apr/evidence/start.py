@@ -57,7 +57,7 @@ class FirstStep:
             batch = e.ids[: model.batch], e.targets[: model.batch]
             with gates.timed("start.slope"):
                 scale = 1 / max(1, terms(model.preferences, e.ids, e.targets))
-                job = Job(model, t.optimizer, t.adapters, batch, scale, graph)
+                job = Job(model, t.whole, t.adapters, batch, scale, graph)
                 gates.judge(slope_finding(job), e.step)
         with gates.timed("start.borders"):
             gates.judge(borders(t, e.ids[: model.batch]), e.step)
@@ -70,7 +70,7 @@ class FirstStep:
     def gradients_ready(self, e: GradientsReady) -> None:
         """Read a sample of the gradients of the step."""
         if self.pieces is not None and not self.pieces.is_complete:
-            self.pieces.compare(_sample(self.subject))
+            self.pieces.compare(_sample(self.subject, self.subject.optimizer.g, 1))
 
     def measured(self, e: Measured) -> None:
         """Judge the line of the step beside the same batch in other pieces."""
@@ -79,11 +79,16 @@ class FirstStep:
             self.gates.judge(pieces.finding(e.line, self.subject.model.dtype), e.line["step"])
 
 
-def _sample(t: Subject) -> np.ndarray:
-    """Read every n-th gradient of what is trained, float64."""
-    g = t.optimizer.g
-    part = g[:: max(1, g.size // SAMPLED_ELEMENTS) | 1]
-    return np.asarray(t.backend.to_host(part), np.float64)
+def _sample(t: Subject, g: Any, place: int = 0) -> np.ndarray:
+    """Read every n-th gradient of what this rank owns, float64. g: of the flat array (place 0), or its own part (1)"""
+    step = (
+        max(1, g.size // SAMPLED_ELEMENTS) | 1
+        if t.shard is None
+        else max(1, t.shard.cut.length // SAMPLED_ELEMENTS) | 1
+    )
+    runs = [(slice(None),) * 2] if t.shard is None else t.shard.runs
+    parts = [np.asarray(t.backend.to_host(g[run[place]][::step]), np.float64) for run in runs]
+    return np.concatenate(parts) if parts else np.zeros(0)
 
 
 class Pieces:
@@ -104,10 +109,11 @@ class Pieces:
         self.count, self.loss = len(cuts) - 1, total / counted
         self.evaluated = scorer.batch_loss(model, ids, targets)
         be.fill(t.scratch, 0)
-        be.add_sum_sq(t.scratch, t.optimizer.g)
-        self.norm, self.sample = math.sqrt(float(be.to_host(t.scratch)[0])), _sample(t)
+        g = (t.adapters or model).g
+        be.add_sum_sq(t.scratch, g)
+        self.norm, self.sample = math.sqrt(float(be.to_host(t.scratch)[0])), _sample(t, g)
         model.tokens_trained = before
-        for flat in (model.g, model.total):
+        for flat in (g, model.total):
             be.fill(flat, 0)
 
     def compare(self, sample: np.ndarray) -> None:

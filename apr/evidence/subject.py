@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +15,8 @@ from ..model.adapters import Adapters
 from ..model.config import ModelConfig
 from ..model.optim import Optimizer
 from ..model.transformer import Model
+from ..ranks.communicator import Communicator
+from ..ranks.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Subject:
     scratch       (1,) float64 on the device
     evaluated_on  conditions of a validation loss, beside the weights
     run           folder of the run
+    ranks         those that train together
+    shard         part of the weights that this rank updates; None in one process
+    make_whole    makes an optimizer of all weights, for a moment, on rank 0: `optimizer` itself in one process
     """
 
     settings: Any
@@ -47,3 +52,11 @@ class Subject:
     scratch: Any
     evaluated_on: dict[str, Any]
     run: Path
+    ranks: Communicator
+    shard: Shard | None
+    make_whole: Callable[[], Optimizer]
+
+    @property
+    def whole(self) -> Optimizer:
+        """Optimizer of all weights, without a state: for gates that move weights, and back."""
+        return self.make_whole()

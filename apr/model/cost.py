@@ -175,12 +175,22 @@ def check_fits(need: Memory, backend: ModuleType, advice: str) -> None:
         )
 
 
-def choose_micro_batch(need: Callable[..., Memory], s: ModelSettings, backend: ModuleType, batch: int) -> int:
+def choose_micro_batch(
+    need: Callable[..., Memory],
+    s: ModelSettings,
+    backend: ModuleType,
+    batch: int,
+    ranks: int = 1,
+    local: int = 1,
+) -> int:
     """Choose the sequences computed at once: those asked for, or the largest divisor of the batch that fits. need: `needs`
+
+    ranks: each gets a micro-batch, where nobody has asked for a size. local: of them, that share the memory.
 
     Raises Refused for a job that does not fit, with the options that would."""
     have = backend.free_memory()
-    divisors = [d for d in range(batch, 0, -1) if batch % d == 0]
+    have = have and have // local
+    divisors = [d for d in range(batch // min(ranks, batch), 0, -1) if batch % d == 0]
     if s.micro_batch_size:
         size = min(s.micro_batch_size, batch)
     else:
@@ -206,13 +216,17 @@ def needs(
     seq: int,
     lora: LoraConfig | None,
     optimizer: type[Optimizer],
+    folds: bool = True,
 ) -> Callable[..., Memory]:
-    """Describe a job's memory: a function of the sequences computed at once, and of what is computed again."""
+    """Describe a job's memory: a function of the sequences computed at once, and of what is computed again.
+
+    folds: one process adds up several micro-batches, other than ranks, which exchange them"""
 
     def need(size: int, recompute: bool = s.recompute, again: bool = False) -> Memory:
         return memory(
             cfg, backend, size, seq, s.dtype or backend.dtypes[0],
-            recompute=recompute, optimizer=optimizer, lora=lora, saves=True, folds=size < batch, act_again=again,
+            recompute=recompute, optimizer=optimizer, lora=lora, saves=True,
+            folds=folds and size < batch, act_again=again,
         )  # fmt: skip
 
     return need

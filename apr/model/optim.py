@@ -64,6 +64,16 @@ class Trained(Protocol):
     layout: Any
 
 
+class Norms(Protocol):
+    """Sums of squares over the parts of several ranks, each total[0] += sum, total (1,) float64."""
+
+    def add_gradients(self, total: Any, g: Any) -> None:
+        """Add those of the gradients."""
+
+    def add_weights(self, total: Any, x: Any) -> None:
+        """Add those of new weights."""
+
+
 @dataclass(eq=False, repr=False)
 class Optimizer:
     """Update flat weights from flat gradients; own the state, the step count and the hyper-parameters.
@@ -77,7 +87,8 @@ class Optimizer:
     A subclass gives `moments`, `update` (the op of the backend; `squares` where it also adds to `square`), and the same
     formula for the host in `next_state` and `direction`. Its keyword-only fields are its hyper-parameters, read from the
     settings of a run by name.
-    grad_clip 0 means no clipping. after_update is called whenever w has changed.
+    grad_clip 0 means no clipping. after_update is called whenever w has changed. norms: sums over the parts of all ranks,
+    where w is the part of one of them.
     """
 
     be: ModuleType
@@ -85,6 +96,7 @@ class Optimizer:
     g: Any
     decayed: int
     after_update: Callable[[], None] = lambda: None
+    norms: Norms | None = None
     weight_decay: float = field(default=OptimSettings.weight_decay, kw_only=True)
     grad_clip: float = field(default=OptimSettings.grad_clip, kw_only=True)
     # {name of a state: power of the gradient that it averages}
@@ -138,15 +150,25 @@ class Optimizer:
         self.steps += 1
         for total in (self.sum_sq, self.square):
             be.fill(total, 0)
-        be.add_sum_sq(self.sum_sq, self.g)
+        (self.norms.add_gradients if self.norms else be.add_sum_sq)(self.sum_sq, self.g)
         be.clip_factor(self.factor, self.sum_sq, self.grad_clip or math.inf)
-        for part, decay in ((slice(0, self.decayed), self.weight_decay), (slice(self.decayed, None), 0.0)):
+        parts = slice(0, self.decayed), slice(self.decayed, None)
+        for part, decay in zip(parts, (self.weight_decay, 0.0), strict=True):
             self.update(part, lr, decay)
-        if not self.squares:
+        if self.norms:
+            # Of all ranks, as one process adds.
+            be.fill(self.square, 0)
+            (self.norms.add_weights if self.squares else self.norms.add_gradients)(self.square, self.master)
+        elif not self.squares:
             be.add_sum_sq(self.square, self.master)
         if clear:
             be.fill(self.g, 0)
         self.after_update()
+
+    def read_later(self, loss: Any) -> Callable[[], list[float]]:
+        """Ask for numbers of the latest step: a loss (1,) float64, and the squared norms of gradients and weights."""
+        found: Callable[[], list[float]] = self.be.read_later((loss, self.sum_sq, self.square))
+        return found
 
     def grad_norm(self, square: float | None = None) -> float:
         """Global L2 norm of the gradients of the latest step, before clipping: of its square, or read from the device."""

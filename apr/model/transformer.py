@@ -17,7 +17,7 @@ from ..common.errors import Refused
 from ..common.units import plural
 from .adapters import Adapters, Nothing, Split, add_rows
 from .block import START, Block, CachePosition
-from .buffers import Buffers, Shapes, block_buffers, plan_buffers, scratch_buffers
+from .buffers import Buffers, BufferSpecs, Shapes, block_buffers, plan_buffers, scratch_buffers
 from .config import ModelConfig
 from .documents import document_starts
 from .families import layers_of
@@ -67,10 +67,9 @@ class Model:
         recompute: bool = False,
         z_loss: float = 0.0,
         document_end: int | None = None,
-        folds: bool = False,
-        lora: LoraConfig | None = None,
-        act_again: bool = False,
-    ) -> None:
+        folds: bool = False, lora: LoraConfig | None = None, act_again: bool = False,
+        make_buffers: Callable[[ModuleType, BufferSpecs], Buffers] = Buffers,
+    ) -> None:  # fmt: skip
         if dtype not in backend.dtypes:
             raise Refused(f"backend {backend.name} computes in {', '.join(backend.dtypes)}, not {dtype}")
         if max(seq, cache) > cfg.max_position_embeddings:
@@ -89,7 +88,7 @@ class Model:
             documents=document_end is not None, folds=folds, lora=lora, act_again=act_again,
         )  # fmt: skip
         self.loss_rows, self.act_again = plan.loss_rows, act_again
-        self.buffers = Buffers(backend, plan.specs(cfg))
+        self.buffers = make_buffers(backend, plan.specs(cfg))
         self.adapters = w if isinstance(w, Adapters) else None
         shared = self.adapters.model.w if self.adapters else w
         self.w = self.buffers["w"] if w is None else shared
@@ -132,8 +131,8 @@ class Model:
         # targets that went through micro_step
         self.tokens_trained = 0
         # shapes, loss scales and `begins` that were computed once
-        self._warm: set[tuple[int, int, float | None, bool]] = set()
-        self._passes: dict[tuple[int, int, float | None, bool], Callable[[], None]] = {}
+        self._warm: set[tuple[Any, ...]] = set()
+        self._passes: dict[tuple[Any, ...], Callable[[], None]] = {}
 
     def _at(self, batch: int, seq: int) -> tuple[list[Any], Any]:
         """Views of block and scratch buffers for a batch, which may be smaller than the buffers."""
@@ -307,27 +306,29 @@ class Model:
         return self.be.to_host(logits[:, : self.cfg.vocab_size])
 
     def micro_step(
-        self, ids: np.ndarray, targets: np.ndarray, scale: float, graph: bool = True, begins: bool = False
-    ) -> None:
+        self, ids: np.ndarray, targets: np.ndarray, scale: float, graph: bool = True, begins: bool = False,
+        ready: Callable[[int | None], None] = lambda layer: None, also: tuple[Any, ...] = (),
+    ) -> None:  # fmt: skip
         """Run forward, loss and backward of one micro-batch, as one launch where the device can.
 
         begins: its gradients take the place of what g holds, and of a matrix's nothing is read; otherwise they are added.
-        The first call for a shape and `begins` runs op by op, the second is captured, later ones replay it, with equal bits. The
-        loss scale is a value on the device where calls are asynchronous; elsewhere what is captured is for one scale.
+        ready: as of `backward`. The first call for a shape, `begins` and what `ready` depends on (also) runs op by op, the second
+        is captured, later ones replay it, with equal bits. The loss scale is a value on the device where calls are asynchronous;
+        elsewhere what is captured is for one scale.
         """
         self._put_ids(ids)
         self._put_targets(targets)
         at: Any = scale
         if shared := graph and shares_scales(self.be, self.preferences):
             self.be.from_host(at := self.buffers["loss_scale"], np.array([scale]))
-        key = (self.b, self.t, None if shared else scale, begins)
+        key = (self.b, self.t, None if shared else scale, begins, also)
 
         def op_by_op() -> None:
             if begins and not self._micro:
                 self._clear_sums()
             self._forward(no_tap)
             self._loss(at, begins=begins)
-            self.backward(begins=begins)
+            self.backward(ready=ready, begins=begins)
 
         if not graph:
             op_by_op()
@@ -335,7 +336,7 @@ class Model:
             self._passes[key]()
         elif key in self._warm:
             if len(self._passes) >= MAX_GRAPHS:
-                self._passes.clear()
+                self._passes = {k: f for k, f in self._passes.items() if k[-1]}
             self._passes[key] = self.be.capture(op_by_op)
             self._passes[key]()
         else:

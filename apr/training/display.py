@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -83,3 +84,9 @@ class Display:
             )
         else:
             self.difference(report)
+
+
+def say(show: Callable[..., None], *args: Any) -> None:
+    """Show a part of the end; a terminal that is full, closed or cannot show a character takes nothing from the run."""
+    with suppress(OSError, ValueError):
+        show(*args)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,10 @@ from ..common.units import LAST_STEPS, perplexity
 from ..data.batches import Windows, sequential, trained_targets
 from ..model.preferences import tally_anew, terms
 from ..model.transformer import Model
+from ..ranks.communicator import ALONE, Communicator
 from .inputs import Inputs
+
+Part = tuple[np.ndarray, np.ndarray]
 
 
 class Stopped(Exception):
@@ -37,28 +41,47 @@ def evaluate(
     micro: int,
     most: int | None,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Communicator = ALONE,
 ) -> Loss:
     """Compute the mean loss over all windows, or `most` of them, evenly spaced; `micro` at once.
 
-    The standard error is that of the means of micro-batches. Raises Stopped when stop() says so."""
-    be, preferences = model.be, model.preferences
-    be.fill(model.total, 0)
-    tokens, counted, before = 0, 0, 0.0
+    Several ranks compute a micro-batch each, whose losses are added in the order of micro-batches. The standard error is that
+    of the means of micro-batches. Raises Stopped when stop() says so."""
+    preferences, tokens, counted, before = model.preferences, 0, 0, 0.0
     tally_anew(preferences)
     means: list[float] = []
-    for ids, targets in sequential(windows, micro, most):
+    for parts in rounds(sequential(windows, micro, most), ranks.count):
         if stop():
             raise Stopped
-        model.forward(ids)
-        model.loss(targets)
-        count = terms(preferences, ids, targets)
-        counted += count
-        tokens += trained_targets(targets)
-        total = float(be.to_host(model.total)[0])
-        means.append((total - before) / count)
-        before = total
+        own = _sum_of_losses(model, *parts[ranks.rank]) if ranks.rank < len(parts) else 0.0
+        for (ids, targets), loss in zip(parts, ranks.share(own), strict=False):
+            count, total = terms(preferences, ids, targets), before + loss
+            counted += count
+            tokens += trained_targets(targets)
+            means.append((total - before) / count)
+            before = total
     error = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
     return Loss(before / counted, tokens, error, preferences.tally.figures() if preferences else {})
+
+
+def _sum_of_losses(model: Model, ids: np.ndarray, targets: np.ndarray) -> float:
+    model.be.fill(model.total, 0)
+    model.forward(ids)
+    model.loss(targets)
+    return float(model.be.to_host(model.total)[0])
+
+
+def micro_batches(ids: np.ndarray, targets: np.ndarray, size: int) -> Iterator[Part]:
+    """Cut a batch (B, T) into parts of at most `size` sequences."""
+    for i in range(0, len(ids), size):
+        yield ids[i : i + size], targets[i : i + size]
+
+
+def rounds(parts: Iterable[Part], count: int) -> Iterator[list[Part]]:
+    """Take `count` micro-batches at a time, one for each rank; fewer in the last round."""
+    parts = iter(parts)
+    while found := list(islice(parts, count)):
+        yield found
 
 
 def evaluated_on(i: Inputs) -> dict[str, Any]:

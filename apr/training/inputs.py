@@ -26,8 +26,11 @@ from ..model.optim import optimizer_class
 from ..model.params import Layout
 from ..model.presets import config_notes, load_config
 from ..model.settings import adapters_of
+from ..ranks.communicator import ALONE, Communicator
 from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.training import LEAST_VOCABULARY
+from .buckets import layout_of
+from .rank_memory import on_ranks
 from .settings import Settings, with_steps
 
 
@@ -52,6 +55,12 @@ class Inputs(OpenedData):
     lora_init: LoadedAdapter | None = None
     carried: dict[str, Any] = field(default_factory=dict)
     act_again: bool = False
+
+    @property
+    def micro(self) -> int:
+        """Return the sequences of a micro-batch."""
+        assert self.settings.micro_batch_size is not None
+        return self.settings.micro_batch_size
 
     @property
     def config_notes(self) -> list[str]:
@@ -112,11 +121,13 @@ def open_inputs(
     progress: Progress | None = None,
     tokenizer: Tokenizer | None = None,
     cfg: ModelConfig | None = None,
+    ranks: Communicator = ALONE,
 ) -> Inputs:
     """Open device, data, tokenizer and model description; tokenizer and cfg take the place of those that the settings name.
+    ranks: for which a micro-batch size is chosen.
 
     Raises AprError where they do not fit together."""
-    chosen = choose(s.device, s.dtype, s.threads)
+    chosen = choose(ranks.device(s.device), s.dtype, s.threads)
     backend = chosen.backend
     init = open_any(s.init) if s.init else None
     cfg = init.cfg if init else cfg or load_config(str(s.model))
@@ -133,8 +144,10 @@ def open_inputs(
     if s.lora_rank is not None and lora is not None:
         check_rank(cfg, lora)
     s = with_steps(dataclasses.replace(s, dtype=s.dtype or backend.dtypes[0]), len(data.train))
-    need = needs(s, cfg, backend, s.batch_size, s.seq_length, lora, optimizer_class(s))
-    micro = choose_micro_batch(need, s, backend, s.batch_size)
+    need = needs(s, cfg, backend, s.batch_size, s.seq_length, lora, optimizer_class(s), ranks.count == 1)
+    if ranks.even:
+        need = on_ranks(need, layout_of(cfg, lora), str(s.dtype), optimizer_class(s), ranks.count)
+    micro = choose_micro_batch(need, s, backend, s.batch_size, ranks.count, 1 if ranks.even else ranks.local)
     return Inputs(
         **vars(data),
         settings=dataclasses.replace(s, micro_batch_size=micro),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from ..checkpoints.checkpoint import fill, reader
 from ..checkpoints.peft import adapter_start
 from ..checkpoints.state import TrainingState
-from ..common.errors import AprError, MalformedFile
+from ..common.errors import AprError
 from ..common.events import (
     Evaluated,
     Event,
@@ -35,14 +35,16 @@ from ..common.events import (
 from ..common.units import bits_per_byte
 from ..data.batches import Batches, Exhausted, trained_targets
 from ..model.adapters import Adapters
+from ..model.buffers import Buffers
 from ..model.cost import flops_per_token
 from ..model.micro_gradients import shares_scales
 from ..model.optim import hyper_parameters, optimizer_class
 from ..model.preferences import tally_anew, terms, without_pairs
 from ..model.schedule import Schedule
 from ..model.transformer import Model
+from ..ranks.communicator import ALONE, Communicator
 from .callbacks import CallbackFailed
-from .evaluate import Loss, Stopped, epoch_facts, evaluate
+from .evaluate import Loss, Stopped, epoch_facts, evaluate, micro_batches
 from .inputs import Inputs
 from .progress import Progress
 from .references import have_reference, preferences_of
@@ -52,14 +54,9 @@ from .sample import sample_text
 from .saving import Epoch, Saver
 from .settings import is_due
 from .signals import StopRequest, handled
+from .split import Split
 
 SAMPLE_TOKENS = 64  # of the continuation of --sample at each evaluation
-
-
-def micro_batches(ids: np.ndarray, targets: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cut a batch (B, T) into parts of at most `size` sequences."""
-    for i in range(0, len(ids), size):
-        yield ids[i : i + size], targets[i : i + size]
 
 
 class Trainer:
@@ -67,53 +64,46 @@ class Trainer:
 
     observers   hear every event, in order
     findings    gives the findings of the gates, for saved states
+    ranks       those that train together; all of them take the same steps, and rank 0 writes
     """
 
-    def __init__(self, inputs: Inputs, run: RunDir) -> None:
+    def __init__(self, inputs: Inputs, run: RunDir, ranks: Communicator = ALONE) -> None:
         s = inputs.settings
-        assert s.micro_batch_size is not None
-        assert s.dtype is not None
         assert s.lr is not None
         assert s.lr_min is not None
         assert s.warmup_steps is not None
-        self.inputs, self.run, self.s = inputs, run, s
-        self.micro: int = s.micro_batch_size
+        self.inputs, self.run, self.s, self.ranks, self.micro = inputs, run, s, ranks, inputs.micro
         folds = self.micro < s.batch_size and run.sums_micro_batches()
-        self.model = Model(
-            inputs.cfg,
-            inputs.backend,
-            self.micro,
-            s.seq_length,
-            s.dtype,
-            recompute=s.recompute,
-            z_loss=s.z_loss,
-            document_end=inputs.document_end,
-            folds=folds,
-            lora=inputs.lora,
-            act_again=inputs.act_again,
+        split = self.split = (
+            Split(ranks, inputs.backend, inputs.cfg, inputs.lora, s.cross_check) if ranks.count > 1 else None
         )
+        self.model = Model(
+            inputs.cfg, inputs.backend, self.micro, s.seq_length, str(s.dtype),
+            recompute=s.recompute, z_loss=s.z_loss, document_end=inputs.document_end, folds=folds and not split,
+            lora=inputs.lora, act_again=inputs.act_again, make_buffers=split.make_buffers if split else Buffers,
+        )  # fmt: skip
         self.model.preferences = preferences_of(s, inputs.train, inputs.document_end)
         self.lora = self.model.adapters
         if self.lora and inputs.init:
             self.lora.set_base(reader(self.model.layout, inputs.init))
         trained: Model | Adapters = self.lora or self.model
-        kind = optimizer_class(s)
-        self.opt = kind.of(trained, **hyper_parameters(kind, s))
-        self.state = TrainingState(inputs.cfg, trained.layout, self.opt, self.lora)
+        kind, hyper = optimizer_class(s), hyper_parameters(optimizer_class(s), s)
+        self.opt = split.optimizer(self.model, kind, **hyper) if split else kind.of(trained, **hyper)
+        shard = split.shard if split else None
+        self.state = TrainingState(inputs.cfg, trained.layout, self.opt, self.lora, shard)
         self.schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)
         self.batches = Batches(inputs.train, s.batch_size, s.seed, s.shuffle, s.on_exhausted)
         self.flops_per_token = flops_per_token(inputs.cfg, s.seq_length, lora=inputs.lora)
-        self.progress = Progress()
-        self.resumed = False
-        self.stop = StopRequest()
+        self.progress, self.resumed, self.stop = Progress(), False, StopRequest()
         self.failed: CallbackFailed | None = None
         self.observers: list[Any] = []
         self.findings: Callable[[], list[dict[str, Any]]] = list
         # Ends of the run before it was made longer, where it was evaluated too.
         self.ends = {s.num_steps, *run.ends()}
         self.saver = Saver(inputs, run, self.model, self.state, self.emit)
+        self._is_agreed = False  # between ranks, that they stop
         self._steps_here = 0  # of this process
-        # Of the step whose gradients are computed already: its number, targets trained on so far; time of the last reading.
+        # Of the step whose gradients are computed already: its number, targets trained on for it; time of the last reading.
         self._ahead, self._trained_ahead, self._read_at = 0, 0, 0.0
         self._saved = self._sampled = -1  # steps of the latest state and sample
 
@@ -125,7 +115,11 @@ class Trainer:
         """Ask for a stop, as Ctrl-C does, and keep the first error."""
         self.failed, self.stop.is_asked = self.failed or error, True
 
-    # Weights
+    def is_stopping(self, asks: bool = True) -> bool:
+        """Tell if a stop is asked for, of any rank: all of them ask together, and stop after the same step."""
+        if self.split and asks and not self._is_agreed:
+            self._is_agreed = any(self.ranks.share(self.stop.is_asked))
+        return self._is_agreed if self.split else self.stop.is_asked
 
     def prepare(self, resume: bool) -> None:
         """Load the latest saved state, where there is one to go on from, or begin anew. Raises Refused, MalformedFile."""
@@ -135,7 +129,7 @@ class Trainer:
         else:
             self.begin_anew()
         with without_pairs(self.model):
-            self.model.tune(self.s.batch_size * self.s.seq_length)
+            (self.split or self.model).tune(self.s.batch_size * self.s.seq_length)
         # By the products that the steps will use.
         have_reference(self.model, self.run, self.inputs.train, self.inputs.val, not self.resumed)
 
@@ -151,7 +145,7 @@ class Trainer:
             fill(model.layout, host, i.init)
         else:
             model.layout.init(host, self.s.seed, self.s.initializer_range)
-        self.opt.set_weights(host)
+        self.state.set_weights(host)
         self.opt.reset()
         self.progress, self._ahead = Progress(), 0
         self.batches.rewind()
@@ -159,16 +153,14 @@ class Trainer:
 
     def load(self, path: Path | None = None) -> None:
         """Go on from a saved state, the latest one if none is given. Raises Refused, MalformedFile."""
+        if self.split and self.ranks.rank:
+            path = self.ranks.share(None)[0]
         saved, sha, damaged = self.run.load_state(self.state, path)
+        if self.split and not self.ranks.rank:
+            self.ranks.share(self.run.state / f"step-{saved['step']:06d}.apr")
         for note in damaged:
             self.emit(Noted(note))
-        try:
-            self.progress = Progress(**saved)
-        except TypeError as e:
-            raise MalformedFile(
-                f"{self.run.state}: a state of another version of apr, or none: {e}"
-            ) from None
-        p = self.progress
+        p = self.progress = Progress.of(saved, self.run.state)
         self.resumed, self._saved, self._sampled, self._ahead = True, p.step, p.val_step, 0
         self.batches.restore(p.data)
         expected, found = still_to_come(p.next, self.s.num_steps), what_is_next(self)
@@ -179,6 +171,7 @@ class Trainer:
     def train_step(self) -> Line:
         """Take one optimizer step on the mean loss over the tokens, or pairs, of a batch; returns its line of the log."""
         model, opt, step, start = self.model, self.opt, self.progress.step + 1, time.perf_counter()
+        self.ranks.at(f"step {step}", is_timed=self._steps_here > 0)
         ids, targets = self.batches.next()
         tokens, read = trained_targets(targets), time.perf_counter()
         self.emit(StepBegun(step, ids, targets))
@@ -186,23 +179,30 @@ class Trainer:
         start += time.perf_counter() - read
         is_begun = self._ahead == step
         if is_begun:
-            start, model.tokens_trained = self._read_at, self._trained_ahead
+            start, model.tokens_trained = self._read_at, model.tokens_trained + self._trained_ahead
         counted = self._compute_gradients(ids, targets, slice(int(is_begun), None))
         self.emit(GradientsReady(step))
         lr = self.schedule(step)
         opt.step(lr, clear=False)
-        numbers = model.be.read_later((model.total, opt.sum_sq, opt.square))
+        numbers = (self.split or opt).read_later(model.total)
         self._look_ahead(step)
         line = self._measure(lr, tokens, counted, start, targets.size, numbers)
+        if self.split:
+            self.emit(self.split.computed(step))
         line |= model.preferences.tally.figures() if model.preferences else {}
         self.emit(Measured(line))
+        self.ranks.at(f"after step {step}", is_timed=self._steps_here > 1)
         return line
 
     def _compute_gradients(self, ids: np.ndarray, targets: np.ndarray, which: slice) -> int:
         """Compute loss and gradients of those micro-batches of a batch; returns how many targets, or pairs, the batch has."""
         model, counted = self.model, terms(self.model.preferences, ids, targets)
         recorded = shares_scales(model.be, model.preferences) or trained_targets(targets) == targets.size
-        for n, part in [*enumerate(micro_batches(ids, targets, self.micro))][which]:
+        parts = micro_batches(ids, targets, self.micro)
+        if self.split:
+            self.split.gradients(parts, 1 / counted, self.s.graph and recorded, which)
+            return counted
+        for n, part in [*enumerate(parts)][which]:
             if n == 0:
                 model.be.fill(model.total, 0)
                 tally_anew(model.preferences)
@@ -215,16 +215,16 @@ class Trainer:
         One micro-batch: copies of more ids would wait for the device, and the numbers would be read as late as it is done.
         Events and counts stay those of this step. Not before observers ask the model, an evaluation, or pairs."""
         busy = any(o.computes_before(step + 1) for o in self.observers if hasattr(o, "computes_before"))
-        can = self.inputs.backend.asynchronous and self._steps_here and not self.stop.is_asked
+        can = self.inputs.backend.asynchronous and self._steps_here and not self.is_stopping(asks=False)
         if self.model.preferences or not can or busy or self._ends_epoch(step):
             return
         try:
-            batch, model, trained = self.batches.peek(), self.model, self.model.tokens_trained
+            batch, model, was = self.batches.peek(), self.model, self.model.tokens_trained
         except AprError:  # which the step itself will raise
             return
         if batch is not None:
             self._compute_gradients(*batch, slice(1))
-            self._ahead, self._trained_ahead, model.tokens_trained = step + 1, model.tokens_trained, trained
+            self._ahead, self._trained_ahead, model.tokens_trained = step + 1, model.tokens_trained - was, was  # fmt: skip
 
     def _measure(self, lr: float, tokens: int, n: int, start: float, positions: int, numbers: Any) -> Line:
         """Read loss and norms of the step from the device, and count it."""
@@ -244,15 +244,9 @@ class Trainer:
             p.best_flops = max(p.best_flops, self.flops_per_token * positions / wall)
         self._steps_here += 1
         return dict(
-            step=p.step,
-            train_loss=loss,
-            grad_norm=norm,
-            weight_norm=self.opt.weight_norm(square_of_weights),
-            lr=lr,
-            tokens_per_sec=tokens / wall,
-            tokens_seen=p.tokens_seen,
-            wall_ms=1e3 * wall,
-        )
+            step=p.step, train_loss=loss, grad_norm=norm, weight_norm=self.opt.weight_norm(square_of_weights), lr=lr,
+            tokens_per_sec=tokens / wall, tokens_seen=p.tokens_seen, wall_ms=1e3 * wall,
+        )  # fmt: skip
 
     def _announce_pass(self) -> None:
         """Log that the data begins again."""
@@ -267,7 +261,7 @@ class Trainer:
         """Compute the validation loss of the weights as they are. Raises Stopped."""
         s, self._ahead = self.s, 0
         most = s.val_batches and s.val_batches * s.batch_size
-        return evaluate(self.model, self.inputs.val, self.micro, most, lambda: self.stop.is_asked)
+        return evaluate(self.model, self.inputs.val, self.micro, most, self.is_stopping, self.ranks)
 
     def _evaluate_and_log(self) -> Line:
         """Evaluate; returns the line of the log. Raises Aborted through its observers."""
@@ -290,7 +284,7 @@ class Trainer:
         else:
             p.evals_without_best += 1
         self.emit(Evaluated(line, p.epoch_losses))
-        if self.s.sample is not None and self._sampled < p.step:
+        if self.s.sample is not None and self._sampled < p.step and self.ranks.rank == 0:
             self._sampled = p.step
             text = sample_text(self.inputs, self.model, self.s.sample, SAMPLE_TOKENS)
             self.run.log.write_sample(step=p.step, prompt=self.s.sample, text=text)
@@ -298,6 +292,7 @@ class Trainer:
 
     def _end_epoch(self) -> Epoch:
         """Evaluate, and sum up the epoch that ends there."""
+        self.ranks.at(f"evaluation after step {self.progress.step}")
         p, line = self.progress, self._evaluate_and_log()
         facts = epoch_facts(line, p.epoch_losses, p.tokens_seen, p.grad_norm_max, p.seconds)
         p.epoch_losses, p.grad_norm_max = [], 0.0
@@ -311,6 +306,7 @@ class Trainer:
             self.progress.gates = self.findings()
             self._saved, progress = self.progress.step, dataclasses.asdict(self.progress)
         if epoch or state:
+            self.ranks.at(f"saving after step {self.progress.step}")
             self.saver.save(epoch, progress)
 
     # The run
@@ -333,7 +329,7 @@ class Trainer:
                     self.saver.wait()
                     stopped = interrupted(self.run, p.step, self.failed)
                     raise stopped from stopped.__cause__
-            if self.stop.is_asked:  # the signals are the caller's again: none is lost between
+            if self.is_stopping():  # the signals are the caller's again: none is lost between
                 raise interrupted(self.run, p.step, self.failed)
             return status
         finally:
@@ -355,12 +351,12 @@ class Trainer:
         p, s = self.progress, self.s
         status = self._finished() if self.resumed and p.val_step == p.step else None  # it had ended before
         try:
-            while not (status or self.stop.is_asked) and (p.step < s.num_steps or self._epoch_is_over()):
+            while not (status or self.is_stopping()) and (p.step < s.num_steps or self._epoch_is_over()):
                 status = self._step_and_save()
         except Exhausted as e:
             self._save(self._end_epoch() if p.epoch_losses else None)
             self.emit(Noted(str(e)))
-        if self.stop.is_asked and self._saved < p.step:
+        if self.is_stopping() and self._saved < p.step:
             self._save(None)
         self.saver.wait()
         return status or "DONE"
@@ -379,7 +375,7 @@ class Trainer:
         is_end = bool(status) or p.step in self.ends
         due = p.step % s.save_every == 0 if s.save_every else epoch is not None
         is_kept = is_end or is_due(p.step, s.checkpoint_every)
-        self._save(epoch if is_kept else None, due or is_end or self.stop.is_asked)
+        self._save(epoch if is_kept else None, due or is_end or self.is_stopping())
         return status
 
     def _epoch_is_over(self) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
+
+from ..common.errors import MalformedFile
 
 
 @dataclass
@@ -38,3 +41,11 @@ class Progress:
     constant: int = 0
     gates: list[dict[str, Any]] = field(default_factory=list)
     next: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any], path: Path) -> Self:
+        """Take the position from a saved state in a folder. Raises MalformedFile."""
+        try:
+            return cls(**saved)
+        except TypeError as e:
+            raise MalformedFile(f"{path}: a state of another version of apr, or none: {e}") from None

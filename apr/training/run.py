@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..common.atomic import drawn, locked, write_text
 from ..common.errors import AprError, InputNotFound, Interrupted, IOFailure, MalformedFile
-from ..common.files import make_folder
 from ..common.finding import PASS
 from ..common.host import threads
-from ..common.options import absolute_paths
-from ..common.provenance import code_sha256, git_commit, versions
+from ..common.provenance import code_sha256, versions
 from ..evidence import before, verdict
 from ..evidence.asked import settings_arrive
 from ..evidence.end import judge_end
@@ -33,29 +32,33 @@ from ..evidence.observers import (
     StepGates,
     VerdictFile,
 )
+from ..evidence.ranks import RankGates, same_job
 from ..evidence.resumed import WitnessGate
 from ..evidence.seal import EVIDENCE, compare, seal
 from ..evidence.start import FirstStep
 from ..evidence.subject import Subject
-from ..model.cost import check_main_memory, memory, save_copies
-from ..model.hf_config import to_hf
+from ..model.cost import check_main_memory, save_copies
 from ..model.optim import optimizer_class
-from ..model.params import Layout
+from ..ranks.communicator import ALONE, Communicator
+from ..ranks.launch import check_asked
 from ..report.curve import loss_curve
 from ..report.page import render
 from . import disk, loggers, summary
 from .callbacks import Callback, CallbackFailed, Callbacks
-from .display import Display
+from .config_file import first_config, record_device, run_dir
+from .display import Display, say
 from .evaluate import evaluated_on
+from .followed import FollowedRun
 from .inputs import Inputs, open_inputs
 from .loop import Trainer
 from .progress import Progress
-from .resume import DECIDE_BITS, check_same_data, check_same_kernels, continued
-from .rundir import MICRO_BATCHES, SUMS, RunDir, next_free, resume_command
+from .resume import check_same_data, check_same_kernels, continued
+from .rundir import RunDir, how_to_go_on
 from .sample import sample_text
-from .settings import DEMO, Settings, resolve
+from .settings import Settings, resolve
 from .signals import interrupting
-from .spot import FormulaChecks, SpotChecks
+from .split import check_order, check_ranks, memory_of
+from .spot import FormulaChecks, SpotChecks, SpotTimes
 from .start import StartRecord
 from .tasks import TaskScores
 
@@ -68,10 +71,18 @@ def train(
     show: Display,
     callbacks: Sequence[Callback] = (),
     explicit: dict[str, Any] | None = None,
+    ranks: Communicator = ALONE,
 ) -> dict[str, Any]:
     """Run a job, or the rest of one (settings.resume); returns the result, the object that --json prints.
 
-    explicit: settings that were asked for, which a resumed run is compared with."""
+    explicit: settings that were asked for, which a resumed run is compared with. ranks: those that train together; {} is
+    returned but on rank 0."""
+    check_asked(settings.ranks, ranks, settings.gpus)
+    ranks.limit(settings.rank_timeout)
+    if ranks.rank:
+        with interrupting():
+            _follow(ranks, explicit or {})
+        return {}
     start = time.perf_counter()
     run = None
     try:
@@ -79,29 +90,44 @@ def train(
             if settings.resume:
                 settings = continued(settings, explicit or {})
                 if ended := _ended(settings, explicit or {}, show):
+                    ranks.share(None)
                     return ended
             settings = resolve(settings, explicit or {})
             gates = Gates(parse_bounds(settings.bounds))
             loggers.check(settings.log)
-            inputs = open_inputs(settings, show.preparing)
+            if ranks.count > 1:
+                settings = dataclasses.replace(
+                    settings, threads=settings.threads or max(1, threads() // ranks.local)
+                )
+            inputs = open_inputs(settings, show.preparing, ranks=ranks)
+            check_ranks(
+                ranks,
+                inputs.backend,
+                settings.batch_size,
+                inputs.micro,
+                bool(inputs.train.shards.facts.get("pairs")),
+            )
             disk.check(inputs)
-            run = _run_dir(inputs)
+            run = run_dir(inputs)
             with locked(run.path, "training in it"):
                 if settings.resume:
+                    check_order(ranks, run)
                     check_same_data(inputs, run)
                     check_same_kernels(inputs, run)
                     run.lengthen(settings.num_steps)
                     run.rebound(settings.bounds)
                 else:
-                    run.create(_config(inputs, run))
+                    run.create(first_config(inputs, run))
                 run.clean()
                 # The hashes of an earlier end are not those of a run that goes on.
                 (run.path / EVIDENCE).unlink(missing_ok=True)
-                show.table("apr pretrain", summary.opening(inputs, run))
+                show.table("apr pretrain", summary.opening(inputs, run, ranks))
                 for note in summary.notes(inputs):
                     show.note(note)
                 asked = {} if settings.resume else explicit or {}
-                result, failed = _train(inputs, run, show, gates, start, callbacks, asked)
+                result, failed = _train(
+                    inputs, run, show, gates, start, callbacks, asked, explicit or {}, ranks
+                )
     except KeyboardInterrupt:
         raise _stopped(run) from None
     finally:
@@ -115,9 +141,7 @@ def _stopped(run: RunDir | None) -> Interrupted:
     """Make the error of a run that was stopped at once: outside the training loop, or by a second signal."""
     if run is None or not (run.path / "config.json").exists():
         return Interrupted("stopped before training began; the same command goes on")
-    states = run.states()
-    saved = f"the last saved state is {states[-1].stem}" if states else "there is no saved state yet"
-    return Interrupted(f"stopped at once; {saved}. Go on with: {resume_command(run)}")
+    return Interrupted(f"stopped at once; {how_to_go_on(run)}")
 
 
 def _train(
@@ -128,14 +152,19 @@ def _train(
     start: float,
     callbacks: Sequence[Callback],
     asked: dict[str, Any],
+    explicit: dict[str, Any],
+    ranks: Communicator,
 ) -> tuple[dict[str, Any], CallbackFailed | None]:
     """Run in the locked folder, from the first gate to the last; returns the result, and a callback's last error."""
     trainer, heard = None, list(callbacks)
     try:
         heard = [*callbacks, *loggers.open_all(inputs.settings.log, run.path)]
-        _judge_inputs(inputs, gates)
-        trainer = Trainer(inputs, run)
+        ranks.on_end(lambda e: _record_end(run, show, gates, trainer, e, heard), lambda: how_to_go_on(run))
+        ranks.share((inputs.settings, run.path))
+        _judge_inputs(inputs, gates, ranks)
+        trainer = Trainer(inputs, run, ranks)
         subject, tasks = _subject(trainer), TaskScores(inputs, trainer.model, run.log, show)
+        of_ranks = _of_ranks(subject, gates, inputs, explicit)
         gates.judge(settings_arrive(subject, trainer.schedule, run.read_config(), asked))
         facts = Facts.of(run.read_config(), gates.given)
         log_gates = LogGates(gates, facts, run.log.lines, run.states)
@@ -145,6 +174,7 @@ def _train(
             SpotChecks(trainer.model, inputs.settings.spot_check, run.log, trainer.emit),
             StartRecord(run, trainer.state),
             log_gates,
+            of_ranks,
             StepGates(subject, gates),
             PlaceholderGate(log_gates),
             LearningRateGate(subject, gates),
@@ -161,11 +191,11 @@ def _train(
             StartGates(subject, gates, show.note),
         ]
         trainer.prepare(inputs.settings.resume)
-        _record_device(show, inputs, run)
+        record_device(show, inputs, run)
         if trainer.resumed and trainer.progress.step >= inputs.settings.num_steps:
             show.note("all steps of this run are done: nothing is trained, its last gates are asked again")
         status = trainer.train()
-        _say(show.stop)
+        say(show.stop)
         result = _finish(trainer, subject, gates, show, status, start)
     except AprError as e:
         _record_end(run, show, gates, trainer, e, heard)
@@ -183,17 +213,11 @@ def _train(
     return result, trainer.failed
 
 
-def _judge_inputs(i: Inputs, gates: Gates) -> None:
+def _judge_inputs(i: Inputs, gates: Gates, ranks: Communicator) -> None:
     """Judge the inputs before anything large is allocated. Raises Refused."""
     s = i.settings
     assert s.dtype is not None
-    assert s.micro_batch_size is not None
-    kind = optimizer_class(s)
-    need = memory(
-        i.cfg, i.backend, s.micro_batch_size, s.seq_length, s.dtype,
-        recompute=s.recompute, documents=i.document_end is not None, lora=i.lora, optimizer=kind, saves=True,
-        folds=s.micro_batch_size < s.batch_size, act_again=i.act_again,
-    ).total  # fmt: skip
+    kind, need = optimizer_class(s), memory_of(i, ranks)
     check_main_memory(i.backend, save_copies(i.cfg, s.dtype, kind, i.lora))
     source = str(s.init or s.model)
     facts = i.audit, i.train, i.val, i.cfg, source, i.blank_rows, i.lora is not None
@@ -205,8 +229,50 @@ def _subject(t: Trainer) -> Subject:
     i = t.inputs
     return Subject(
         i.settings, i.backend, i.cfg, t.model, t.opt, t.lora, t.batches, i.val, i.audit, i.init, i.lora_init is not None,
-        i.document_end, i.backend.empty((1,), "float64"), evaluated_on(i), t.run.path,
+        i.document_end, i.backend.empty((1,), "float64"), evaluated_on(i), t.run.path, t.ranks,
+        t.split.shard if t.split else None, t.split.whole if t.split else lambda: t.opt,
     )  # fmt: skip
+
+
+def _of_ranks(subject: Subject, gates: Gates, i: Inputs, explicit: dict[str, Any]) -> RankGates:
+    """Compare the ranks before the start, and make the observer that goes on with it. Raises Refused."""
+    ranks, shard = subject.ranks, subject.shard
+    if shard is None:
+        gates.skip("before.ranks", "one process")
+        return RankGates(subject, gates, [{"host": platform.node()}])
+    own: dict[str, Any] = {"host": platform.node(), "part": [[p.start, p.stop] for p, _ in shard.runs]}
+    device = i.backend.describe()
+    own |= {"uuid": device.pop("uuid", "")}
+    # Of the products computed so far, which rank 0 has had more of: Split.tune compares them.
+    device.pop("matmul_algorithms", None)
+    own |= {"settings": explicit, "data": i.describe(), "code": code_sha256(), "device": device}
+    facts = ranks.share(own | {"versions": versions()})
+    gates.judge(same_job(facts, shard.cut.size))
+    return RankGates(subject, gates, facts)
+
+
+def _follow(ranks: Communicator, explicit: dict[str, Any]) -> None:
+    """Train as one of the ranks that write nothing, with the settings and in the folder that rank 0 gives."""
+    ranks.at("waiting for rank 0 to open its inputs")
+    if (job := ranks.share(None)[0]) is None:
+        return
+    settings, path = job
+    inputs = open_inputs(settings, ranks=ranks)
+    run, gates = FollowedRun(path), Gates(parse_bounds(settings.bounds))
+    trainer = Trainer(inputs, run, ranks)
+    subject = _subject(trainer)
+    ranks.on_end(
+        lambda e: _record_end(run, Display(), gates, trainer, e, (), at_once=True), lambda: how_to_go_on(run)
+    )
+    trainer.observers = [
+        SpotTimes(settings.spot_check),
+        StartRecord(run, trainer.state),
+        _of_ranks(subject, gates, inputs, explicit),
+        StepGates(subject, gates),
+        LearningRateGate(subject, gates),
+    ]
+    trainer.prepare(settings.resume)
+    trainer.train()
 
 
 def _record_end(
@@ -236,7 +302,7 @@ def _close(run: RunDir, show: Display) -> None:
         write_text(run.path / "report.html", render(run.path, Settings))
     except Exception as e:  # whatever is wrong with the page, the run has ended and its files are whole
         again = f"`apr report {shlex.quote(str(run.path))}` tries again"
-        _say(show.note, f"no report.html: {e}; {again}")
+        say(show.note, f"no report.html: {e}; {again}")
     seal(run.path)
 
 
@@ -271,62 +337,11 @@ def _ended(settings: Settings, explicit: dict[str, Any], show: Display) -> dict[
     return result
 
 
-def _run_dir(i: Inputs) -> RunDir:
-    """Make the folder of the run where it is missing, and write nothing in it: another run may be in there."""
-    s = i.settings
-    if s.resume:
-        assert s.run_dir is not None
-        return RunDir(Path(s.run_dir))
-    name = "demo" if all(getattr(s, k) == v for k, v in DEMO.items()) else Path(str(s.model or s.init)).stem
-    return RunDir(make_folder(Path(s.run_dir) if s.run_dir else next_free(name)))
-
-
-def _config(i: Inputs, run: RunDir) -> dict[str, Any]:
-    """Make the first config.json of a run."""
-    s = i.settings
-    return {
-        "settings": {
-            **absolute_paths(Settings, dataclasses.asdict(s)),
-            "resume": False,
-            "other_kernels": False,
-            "run_dir": str(run.path),
-            "threads": s.threads or threads(),
-        },
-        "model": to_hf(i.cfg),
-        "num_parameters": Layout(i.cfg).num_parameters,
-        "data": i.describe(),
-        "data_guards": i.guards(),
-        "data_folders": {side.name: str(side.folder.resolve()) for side in i.audit},
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "code_sha256": code_sha256(),
-        SUMS: MICRO_BATCHES,
-    }
-
-
-def _record_device(show: Display, i: Inputs, run: RunDir) -> None:
-    """Record device and memory in config.json, and note where they differ from those of the resumed run."""
-    facts, was = (
-        {**i.backend.describe(), "memory_bytes": str(i.backend.memory())},
-        run.read_config().get("device"),
-    )
-    if i.settings.resume and isinstance(was, dict):
-        for key in DECIDE_BITS:
-            # Older runs recorded fewer keys.
-            if key in was and was[key] != facts.get(key):
-                show.note(
-                    f"{key} was {was[key]} when the run began and is {facts.get(key)} now: its numbers may differ "
-                    "in the last bits from here on"
-                )
-        facts = {**was, "went_on_with": [*was.get("went_on_with", []), facts]}
-    run.record("device", facts)
-
-
 def _finish(
     trainer: Trainer, subject: Subject, gates: Gates, show: Display, status: str, start: float
 ) -> dict[str, Any]:
     """Judge the last gates of a run that came to its end, and write its verdict; returns its result."""
-    i, p, run, last = trainer.inputs, trainer.progress, trainer.run, _last_evaluation(trainer.run)
+    i, p, run, last = trainer.inputs, trainer.progress, trainer.run, trainer.run.last_evaluation()
     result = {
         "status": status,
         "steps": p.step,
@@ -344,17 +359,10 @@ def _finish(
             text = f"\n{' sample ':-^68}\n{result['sample']}\n{'':-^68}\n"
         except Exception as e:  # the weights are trained and saved, whatever they say
             text = f"no sample: {type(e).__name__}: {e}"
-        _say(show.note, text)
-    judge_end(subject, gates, last, p.best_flops)
+        say(show.note, text)
+    judge_end(subject, gates, last, p.best_flops / trainer.ranks.count)
     result["verdict"] = verdict.save_verdict(run.path, gates, status, p.step, last["val_loss"])
     return result
-
-
-def _last_evaluation(run: RunDir) -> dict[str, Any]:
-    evaluations = [line for line in run.log.lines() if "val_loss" in line]
-    if not evaluations:
-        raise MalformedFile(f"{run.log.path}: no evaluation in it; the checkpoints are whole")
-    return evaluations[-1]
 
 
 def _publish(
@@ -373,18 +381,12 @@ def _publish(
     try:
         drawn(lambda path: loss_curve(lines, entropy, i.cfg.vocab_size, path), run.path / "loss.png")
     except IOFailure as e:
-        _say(show.note, f"no loss.png: {e}")
+        say(show.note, f"no loss.png: {e}")
     finally:
         Callbacks(heard, trainer.callback_failed).ended(result)
     _close(run, show)
     seconds = time.perf_counter() - start
-    rows = summary.closing(i, run, trainer.progress, _last_evaluation(run), result["verdict"], seconds)
-    _say(show.verdict, gates)
-    _say(show.table, "result", rows)
-    _say(show.note, result["status"])
-
-
-def _say(say: Callable[..., None], *args: Any) -> None:
-    """Show a part of the end; a terminal that is full, closed or cannot show a character takes nothing from the run."""
-    with suppress(OSError, ValueError):
-        say(*args)
+    rows = summary.closing(i, run, trainer.progress, run.last_evaluation(), result["verdict"], seconds)
+    say(show.verdict, gates)
+    say(show.table, "result", rows)
+    say(show.note, result["status"])

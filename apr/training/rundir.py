@@ -120,6 +120,13 @@ class RunDir:
         for left in [*self.path.glob(".*.tmp"), *self.ckpt.glob("**/.*.tmp")]:
             left.unlink(missing_ok=True)
 
+    def last_evaluation(self) -> dict[str, Any]:
+        """Read the last line of an evaluation in the log. Raises MalformedFile where there is none."""
+        evaluations = [line for line in self.log.lines() if "val_loss" in line]
+        if not evaluations:
+            raise MalformedFile(f"{self.log.path}: no evaluation in it; the checkpoints are whole")
+        return evaluations[-1]
+
     # Checkpoints
 
     def save_epoch(
@@ -297,6 +304,13 @@ def interrupted(run: RunDir, step: int, failed: CallbackFailed | None) -> Interr
 def resume_command(run: RunDir) -> str:
     """Write the command line that goes on with a run."""
     return f"apr pretrain --resume --run-dir {shlex.quote(str(run.path))}"
+
+
+def how_to_go_on(run: RunDir) -> str:
+    """Name the last saved state, and the command that goes on from it."""
+    states = run.states()
+    saved = f"the last saved state is {states[-1].stem}" if states else "there is no saved state yet"
+    return f"{saved}. Go on with: {resume_command(run)}"
 
 
 def next_free(name: str, root: Path = Path("runs")) -> Path:

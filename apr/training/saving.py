@@ -53,7 +53,7 @@ class Saver:
     ) -> None:
         self.inputs, self.run, self.model, self.state, self.emit = inputs, run, model, state, emit
         # The weights that compute are those that the optimizer updates.
-        self._is_shared = state.optimizer.master is model.w
+        self._is_shared = state.adapters is None and state.optimizer.master is state.optimizer.w
         self._copy = HostCopies(state.optimizer.be)
         self._merged: np.ndarray | None = None
         self._thread: threading.Thread | None = None
@@ -67,6 +67,8 @@ class Saver:
         Waits for the save before, and for this one with --no-background-saves. Raises IOFailure of either."""
         self.wait()
         snapshot, weights, sha = self.state.snapshot(self._copy, progress is not None), None, ""
+        if snapshot is None:
+            return
         if epoch is not None:
             weights = snapshot.flats[""] if self._is_shared else self._weights()
             # As the device has them, apart from the copy: what is written is judged by that.
@@ -99,6 +101,8 @@ class Saver:
 
     def reserve(self) -> None:
         """Make the memory of the copies before the first step, where that takes time."""
+        if self.state.shard is not None:
+            return
         others = {} if self._is_shared or self.model.adapters else {CHECKPOINT: self.model.w}
         self._copy.reserve(self.state.buffers() | others)
         self._note_problem()

@@ -153,6 +153,30 @@ class RunSettings:
     )
     device: str = device_option()
     threads: int | None = threads_option()
+    ranks: int | None = option(
+        "processes on this machine that train together, with --device cpu; any number gives the same bits; see docs/ranks.md",
+        above=0,
+        may_change=True,
+    )
+    gpus: str | None = option(
+        "GPUs of this machine that train together, a number or all; any number gives the same bits; see docs/ranks.md",
+        metavar="N",
+        may_change=True,
+    )
+    cross_check: int = option(
+        "of several ranks, each computes the micro-batch of another one again every so many steps; 0: never",
+        500,
+        at_least=0,
+        metavar="STEPS",
+        may_change=True,
+    )
+    rank_timeout: float = option(
+        "a rank that says nothing for so long, or stands still in a step while others wait, ends the run",
+        120.0,
+        above=0,
+        metavar="SECONDS",
+        may_change=True,
+    )
     resume: bool = option("go on with the run in --run-dir from its last saved state", False, may_change=True)
     other_kernels: bool = option(
         "with --resume, although this GPU computes attention or the loss by other kernels: the last bits differ from here on",

@@ -1,4 +1,4 @@
-"""Turn SIGINT and SIGTERM into a stop of the run that saves its state."""
+"""Turn SIGINT, SIGTERM and SIGUSR1 into a stop of the run that saves its state."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 @contextmanager
 def handled(
     handler: Callable[[int, FrameType | None], Any],
-    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT),
+    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1),
 ) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM, or other signals, inside the block.
+    """Handle SIGINT, SIGTERM and SIGUSR1, or other signals, inside the block.
 
     Does nothing outside the main thread: no other gets signals."""
     if threading.current_thread() is not threading.main_thread():
@@ -32,7 +32,7 @@ def handled(
 
 
 def interrupting() -> Any:
-    """Raise KeyboardInterrupt at SIGINT and SIGTERM, also where a shell ignores SIGINT for background processes."""
+    """Raise KeyboardInterrupt at SIGINT, SIGTERM and SIGUSR1, also where a shell ignores SIGINT for background processes."""
     return handled(signal.default_int_handler)
 
 

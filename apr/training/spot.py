@@ -19,16 +19,24 @@ from .metrics import MetricsLog
 CONTEXT_TOKENS = 16
 
 
-class SpotChecks:
-    """Checks before the first step of a process, and then every so many steps; 0: the first only, -1: none."""
+class SpotTimes:
+    """Steps of spot checks, for ranks that make none."""
 
-    def __init__(self, model: Model, every: int, log: MetricsLog, emit: Callable[[Event], None]) -> None:
-        self.model, self.every, self.log, self.emit = model, every, log, emit
-        self.has_checked = False
+    def __init__(self, every: int) -> None:
+        self.every = every
 
     def computes_before(self, step: int) -> bool:
         """Tell whether a check is due, other than in the first step."""
         return self.every > 0 and (step - 1) % self.every == 0
+
+
+class SpotChecks(SpotTimes):
+    """Checks before the first step of a process, and then every so many steps; 0: the first only, -1: none."""
+
+    def __init__(self, model: Model, every: int, log: MetricsLog, emit: Callable[[Event], None]) -> None:
+        super().__init__(every)
+        self.model, self.log, self.emit = model, log, emit
+        self.has_checked = False
 
     def step_begun(self, e: StepBegun) -> None:
         """Compare the model with the reference, where a check is due. Raises Aborted through its observers."""

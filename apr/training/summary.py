@@ -11,6 +11,7 @@ from ..common.finding import guards_passed
 from ..common.units import LAST_STEPS, plural
 from ..model.lora import AdapterLayout
 from ..model.params import Layout
+from ..ranks.communicator import ALONE, Communicator
 from . import disk
 from .display import Rows
 from .inputs import Inputs
@@ -20,7 +21,7 @@ from .rundir import RunDir, epoch_of
 from .settings import Settings
 
 
-def opening(i: Inputs, run: RunDir) -> Rows:
+def opening(i: Inputs, run: RunDir, ranks: Communicator = ALONE) -> Rows:
     """Describe data, model, job and device before the first step."""
     s, c, train = i.settings, i.cfg, i.train.shards
     tokens, what = s.num_steps * s.batch_size * s.seq_length, i.backend.describe()
@@ -39,6 +40,7 @@ def opening(i: Inputs, run: RunDir) -> Rows:
         ("disk", disk.need(i).in_words(disk.free_bytes(run.path))),
         ("device", f"{i.backend.name}{chosen}: {what.get('gpu') or what['cpu']}"),
         ("", f"{s.dtype}, {plural(s.micro_batch_size or 1, 'sequence')} at once{', recomputing blocks' if s.recompute else ''}"),
+        *([("ranks", f"{ranks.count}, {ranks.local} on this machine: {ranks.words}")] if ranks.count > 1 else []),
         ("run directory", str(run.path)),
     ]  # fmt: skip
 

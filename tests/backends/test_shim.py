@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 
 from apr.backends.cuda import kernels, ops
 from cases import BAND, LARGEST, ROWS, Row, make, run
@@ -42,6 +44,7 @@ WIDE = [
     *table("adamw", "4096"),
     *table("adamw_master", "4096"),
     *table("add_sum_sq", "4096"),
+    *table("add_sum_sq_rows", "5 4096, 7 1024"),
 ]
 
 APART = {
@@ -103,6 +106,27 @@ def test_order_of_threads_does_not_matter(shim: Any, row: Row) -> None:
     assert differing(*(run(shim, row, "bfloat16", values) for _ in range(2))) == []
 
 
+@every_dtype
+def test_a_norm_has_the_same_bits_whoever_has_which_tiles(shim: Any, dtype: str) -> None:
+    """Terms of a norm, tile by tile as ranks make them, are those of the whole, and those of the weights that adamw makes."""
+    rng, n = np.random.default_rng(0), 3 * 16384 + 640
+    gradients, weights = ops.square_tiles[dtype]
+    x = rng.standard_normal(n, np.float32)
+    w = x if dtype == "float32" else x.astype(bfloat16)
+    m, v, g = (np.zeros(n, np.float32) for _ in range(3))
+    by_adamw, whole = np.zeros(1), np.zeros(1)
+    shim.adamw(w, x, m, v, by_adamw, g, np.ones(1), 1e-3, 0.9, 0.95, 1e-8, 0.1, 1)
+    shim.add_sum_sq(whole, x)
+    for tile, want in ((gradients, whole), (weights, by_adamw)):
+        rows = np.zeros(-(-n // tile) * tile, np.float32)
+        rows[:n] = x
+        rows, terms, total = rows.reshape(-1, tile), np.zeros(-(-n // tile)), np.zeros(1)
+        for first in range(0, len(rows), 2):  # a rank's rows are anywhere in memory
+            shim.add_sum_sq(terms[first : first + 2], rows[first : first + 2].copy())
+        shim.add_sum(total, terms)
+        assert total.tobytes() == want.tobytes()
+
+
 def test_the_rows_launch_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     used: set[tuple[str, str]] = set()
     machine = SimpleNamespace(
@@ -130,7 +154,12 @@ SMALL = {  # module -> rows that use all of it
     ],
     "bias": table("linear", "123 64 5, 70 5 3"),
     "embedding": table("embedding", "257 8 5, 70 24 1, 1500 3 50"),
-    "flat": [*table("add_sum", "4097"), *table("add", "5 59"), *table("adamw_master", "1025, 64")],
+    "flat": [
+        *table("add_sum", "4097"),
+        *table("add_sum_sq", "4097"),
+        *table("add", "5 59"),
+        *table("adamw_master", "1025, 64"),
+    ],
     "loss": [*table("cross_entropy", "3 800, 5 59"), *table("cross_entropy_loss_only", "5 1025")],
     "loss_cluster": table("cross_entropy_rows_apart", "3 8197 8200"),
     "norm": [
@@ -165,6 +194,7 @@ OFF_BY_ONE = [
     ("attention", "key >= from", "key + 1 >= from"),
     ("embedding", "sorted[tile * TILE - 1] == id", "sorted[tile * TILE] == id"),
     ("flat", "rest < n", "rest < n - 1"),
+    ("flat", "left < length", "left < length - 1"),
     ("flat", "long long j = i; j < n;", "long long j = i; j < n - 1;"),
     ("loss", "j == target % N", "j == target % N - 1"),
     ("loss_cluster", "  cluster_sync();\n  Softmax s{", "  Softmax s{"),

@@ -214,7 +214,7 @@ def the_loss_of_training_is_not_the_evaluated_one(m):
 def the_mean_of_means(m):
     right = evaluate.evaluate
 
-    def means(model, windows, micro, most, stop=lambda: False):
+    def means(model, windows, micro, most, *more):
         parts = [right(model, windows, micro, most)]
         model.be.fill(model.total, 0)
         found = []

@@ -22,22 +22,23 @@ FOUNDATION = ("common",)
 ROOMS: dict[str, tuple[str, ...]] = {
     "common": (),
     "backends": FOUNDATION,
+    "ranks": FOUNDATION,
     "tokenizer": FOUNDATION,
     "model": FOUNDATION,
     "data": (*FOUNDATION, "tokenizer"),
-    "checkpoints": (*FOUNDATION, "tokenizer", "model"),
+    "checkpoints": (*FOUNDATION, "tokenizer", "model", "ranks"),
     "inference": (*FOUNDATION, "tokenizer", "model", "checkpoints", "backends"),
     "bisect": (*FOUNDATION, "tokenizer", "model", "backends", "checkpoints", "data"),
     "evaluation": (*FOUNDATION, "tokenizer", "model", "backends", "checkpoints", "data", "bisect", "inference"),
-    "evidence": (*FOUNDATION, "model", "checkpoints", "data"),
+    "evidence": (*FOUNDATION, "model", "checkpoints", "data", "ranks"),
     "report": (*FOUNDATION, "evidence"),
     "training": (
         *FOUNDATION, "tokenizer", "model", "backends", "checkpoints", "data", "inference", "bisect", "evaluation",
-        "evidence", "report",
+        "evidence", "report", "ranks",
     ),
     "verify": (
         *FOUNDATION, "tokenizer", "model", "backends", "checkpoints", "data", "inference", "bisect", "evaluation",
-        "evidence", "report", "training",
+        "evidence", "report", "training", "ranks",
     ),
 }  # fmt: skip
 ROOMS["api"] = tuple(ROOMS)
@@ -47,7 +48,7 @@ ORCHESTRATOR, ONLY_ORCHESTRATED = "apr.training.run", ("evidence", "report")
 # Imports inside functions: what is optional, or too heavy for every command to load, and of apr what loads such a thing.
 OPTIONAL = {
     "cupy", "cupy_backends", "cuda", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numba", "pyarrow", "rich",
-    "scipy_openblas64", "readline", "tensorboardX", "tokenizers", "torch", "transformers", "wandb", "lm_eval",
+    "mpi4py", "scipy_openblas64", "readline", "tensorboardX", "tokenizers", "torch", "transformers", "wandb", "lm_eval",
     "yaml", "zstandard",
 }  # fmt: skip
 OPENERS = ("What", "Whether", "How", "Where", "Which", "The one", "The same")
@@ -291,6 +292,8 @@ OPENERS_OF_FILES = {
     "apr.evaluation.sandboxed": {"tester": "descriptors of the sandbox", "": "descriptors of the sandbox"},
     "apr.evaluation.walls": {"own_root": "/proc/self", "_build": "a mount point", "landlock": "folders of Python's own"},
     "apr.evidence.end": {"in_fresh_process": "the answer of our own process"},
+    "apr.ranks.launch": {"start": "the exit code of our own ranks"},
+    "apr.ranks.watch": {"_read": "a line of our own ranks"},
     "apr.report.page": {"_template": "our own template"},
     "apr.report.run_files": {"_lines": "lines of bounded length", "_parsed": "a line of bounded length"},
     "apr.tokenizer.identity": {"older_identities": "JSON that Tokenizer has checked"},

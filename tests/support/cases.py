@@ -189,6 +189,7 @@ CASES = [
     Case("add_sum", "add_sum", "", "N: 1, 59, 257"),
     Case("add_sum_of_losses", "add_sum: x in32+ N", "", "N: 40001"),
     Case("add_sum_sq", "add_sum_sq", "", "N: 1, 59, 257, 40001"),
+    Case("add_sum_sq_rows", "add_sum_sq: total acc64+ R, x in32 R N", "", "R N: 1 1, 5 59, 3 1024, 2 2048"),
     Case("clip_factor", "clip_factor: max_norm=0.5", "", "N: 1"),
     # the weights are their own master
     Case("adamw", f"adamw: w inplace32 N, master>w, {ADAMW}", "", "N: 1, 59, 257, 40001"),

@@ -11,8 +11,7 @@ from apr.checkpoints.apr2 import read_apr
 from apr.cli.main import main
 from apr.model.transformer import Model
 from apr.training.loop import Trainer
-from apr.training.run import RunDir
-from apr.training.rundir import SUMS
+from apr.training.rundir import SUMS, RunDir
 from run_cases import cache, place, pretrain  # noqa: F401
 
 

@@ -617,14 +617,14 @@ def cross_entropy(loss, logits, targets, scale, grad, z_loss):
                 )
 
 
-_CHUNK = 16384  # elements of a flat buffer that one iteration takes
+CHUNK = 16384  # elements of a flat buffer that one iteration takes
 
 
 @_kernel("void(float32[::1], float32)")
 def fill(x, value):
     n = x.size
-    for p in prange((n + _CHUNK - 1) // _CHUNK):
-        part = x[p * _CHUNK : min(n, (p + 1) * _CHUNK)]
+    for p in prange((n + CHUNK - 1) // CHUNK):
+        part = x[p * CHUNK : min(n, (p + 1) * CHUNK)]
         for i in range(part.size):
             part[i] = value
 
@@ -633,11 +633,11 @@ def fill(x, value):
 def total(x, square):
     """sum x or sum x^2: float32 within 256 terms, float64 across; always cut in the same places."""
     n = x.size
-    chunks = (n + _CHUNK - 1) // _CHUNK
+    chunks = (n + CHUNK - 1) // CHUNK
     partial = np.zeros(chunks, np.float64)
     for p in prange(chunks):
-        end = min(n, (p + 1) * _CHUNK)
-        for i0 in range(p * _CHUNK, end, 256):
+        end = min(n, (p + 1) * CHUNK)
+        for i0 in range(p * CHUNK, end, 256):
             s = np.float32(0)
             terms = x[i0 : min(end, i0 + 256)]
             if square:
@@ -660,8 +660,8 @@ def total(x, square):
 def adamw(w, m, v, g, factor, rate, c1, c2, bias1, bias2, eps, shrink):
     """rate = lr, c = 1 - beta, bias = 1 / (1 - beta^step), shrink = lr * decay."""
     n = w.size
-    for p in prange((n + _CHUNK - 1) // _CHUNK):
-        part = slice(p * _CHUNK, min(n, (p + 1) * _CHUNK))
+    for p in prange((n + CHUNK - 1) // CHUNK):
+        part = slice(p * CHUNK, min(n, (p + 1) * CHUNK))
         wp, mp, vp, gp = w[part], m[part], v[part], g[part]
         for i in range(wp.size):  # from 0: an index that might be negative keeps a loop from vectorising
             d = gp[i] * factor

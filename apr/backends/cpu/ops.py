@@ -28,6 +28,7 @@ pad_vocab = False
 loss_elements = 1 << 23
 asynchronous = False
 act_again = False
+square_tiles = {"float32": (kernels.CHUNK, kernels.CHUNK)}
 _allocated = [0]
 FEW_ROWS = 8  # up to so many, linear_fwd gives a row the same bits whatever rows are beside it
 _NOTHING = np.empty(0, np.float32)
@@ -177,12 +178,12 @@ def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | Non
 
 def add_sum(total: Array, x: Array) -> None:
     """See reference.py."""
-    total += kernels.total(x, False)
+    total += kernels.total(x, False) if x.dtype == np.float32 else np.add.accumulate(x)[-1]
 
 
 def add_sum_sq(total: Array, x: Array) -> None:
     """See reference.py."""
-    total += kernels.total(x, True)
+    total += [kernels.total(row, True) for row in x] if x.ndim == 2 else kernels.total(x, True)
 
 
 clip_factor = reference.clip_factor  # of one number

@@ -114,6 +114,10 @@ class Cache:
         """The algorithm remembered for `key`."""
         return self._known.get(key)
 
+    def look_again(self) -> None:
+        """Read what other processes have written since: a rank that tunes first saves the others the search."""
+        self._known = {**self._read(), **self._found}
+
     def put(self, key: str, algorithm: Algorithm) -> None:
         """Remember an algorithm that was measured; save() writes it to disk."""
         self._known[key] = self._found[key] = algorithm

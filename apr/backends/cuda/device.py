@@ -31,6 +31,7 @@ pad_vocab = True
 loss_elements = 5 << 28
 asynchronous = True
 act_again = True
+square_tiles = ops.square_tiles
 STAGING_BYTES = 16 << 20
 _allocated = [0]
 

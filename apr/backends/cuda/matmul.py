@@ -101,7 +101,7 @@ class Products:
         self._plans: dict[Key, ProductPlan] = {}
         self._ready: dict[tuple[Any, ...], ProductPlan] = {}
         self._alpha, self._beta = c_float(), c_float()  # of gemm
-        self._tuning = False
+        self._tuning, self._tuned = False, set[Key]()
         self._progress: Callable[[str], None] | None = None
 
     def forward(self, y: Array, x: Array, w: Array, b: Array | None) -> None:
@@ -132,6 +132,8 @@ class Products:
         searched overwrites dw, so zero the gradients afterwards. Under stream capture nothing is searched.
         """
         self._ready.clear()
+        self._cache.look_again()
+        self._tuned = set()
         self._tuning, self._progress = True, progress
         try:
             yield
@@ -139,9 +141,13 @@ class Products:
             self._tuning, self._progress = False, None
             self._cache.save()
 
-    def digest(self) -> str:
-        """sha256 of the algorithms in use so far. Two runs can be bit-equal only where it is equal."""
-        return digest({str(p.key): p.algorithm for p in self._plans.values() if p.algorithm})
+    def digest(self, tuned: bool = False) -> str:
+        """sha256 of the algorithms in use so far, or of those of the last `tuning`. Two runs can be bit-equal only where it is
+        equal."""
+        plans = self._plans.values()
+        return digest(
+            {str(p.key): p.algorithm for p in plans if p.algorithm and (not tuned or p.key in self._tuned)}
+        )
 
     def table(self) -> list[tuple[str, float, float]]:
         """(key, ms, TFLOP/s) of each product in use whose algorithm was measured, in the order of first use."""
@@ -181,6 +187,8 @@ class Products:
         """The plan for these arrays, with an algorithm: found by a search, remembered, or the heuristic's."""
         key = key_of(op, d, a, b, bias)
         plan = self._plans.get(key)
+        if self._tuning:
+            self._tuned.add(key)
         if plan is None:
             plan = self._describe(op, key, d, a, b)
         if bias is not None:  # before the heuristic, which looks at its alignment

@@ -46,6 +46,8 @@ Numbers = dict[tuple[str, str], set[float]]  # (kernel, parameter) -> the values
 
 BLOCKS = 264  # two on each multiprocessor of an H200: in how many parts sums over rows are cut
 SUM_BLOCKS = 1056
+# dtype of weights: elements of gradients, and of new weights (a block of adamw), whose squares are one term of a norm
+square_tiles = {"float32": (1 << 14, 1024), "bfloat16": (1 << 14, 2048)}
 CLUSTER_PACKS = 512  # of 16 bytes, of a row, that a block of a cluster has at least
 SHARED_STATIC = 1024  # bytes that a kernel may have besides its dynamic shared memory
 
@@ -445,22 +447,34 @@ def cross_entropy(loss: Array, logits: Array, targets: Array, scale: Any, z_loss
 # Flat buffers
 
 
-def _sum(total: Array, x: Array, square: int) -> None:
-    v = _vector((), x)
-    blocks = min(SUM_BLOCKS, ceil_div(x.size, 1024))
-    partial = machine.scratch((blocks,), "float64", 0)
-    _run("flat", "sum_v" if v else "sum_1", x, (blocks,), (256,), partial, x, x.size, square)
-    _run("flat", "sum_add", x, (1,), (1024,), total, partial, blocks)
-
-
 def add_sum(total: Array, x: Array) -> None:
     """See reference.py."""
-    _sum(total, x, 0)
+    if x.dtype == np.float64:
+        machine.kernel("flat", "sum_add", "float32")((1,), (1024,), (total, x, x.size))
+        return
+    blocks = min(SUM_BLOCKS, ceil_div(x.size, 1024))
+    partial = machine.scratch((blocks,), "float64", 0)
+    _run("flat", "sum_v" if _vector((), x) else "sum_1", x, (blocks,), (256,), partial, x, x.size)
+    _run("flat", "sum_add", x, (1,), (1024,), total, partial, blocks)
 
 
 def add_sum_sq(total: Array, x: Array) -> None:
     """See reference.py."""
-    _sum(total, x, 1)
+    if x.ndim == 2:
+        _squares(total, x, x.shape[1], 1)
+        return
+    tile = square_tiles["float32"][0]
+    tiles = ceil_div(x.size, tile)
+    partial = machine.scratch((tiles,), "float64", 0)
+    _squares(partial, x, tile, 0)
+    _run("flat", "sum_add", x, (1,), (1024,), total, partial, tiles)
+
+
+def _squares(partial: Array, x: Array, row: int, adds: int) -> None:
+    """partial[b] += sum of x^2, or = without adds, over the b-th `row` elements."""
+    width = (4 if row == square_tiles["float32"][1] else 8) if _vector((4 * row,), x) else 1
+    blocks = (ceil_div(x.size, row),)
+    machine.kernel("flat", f"squares_{width}", "float32")(blocks, (256,), (partial, x, x.size, row, adds))
 
 
 def clip_factor(factor: Array, sum_sq: Array, max_norm: float) -> None:

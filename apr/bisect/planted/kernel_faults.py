@@ -666,8 +666,8 @@ _CATALOGUE = (
         "the sum of squares is 0.1 % too large",
         *(
             "flat",
-            "total += square ? (double)v[j] * v[j] :",
-            "total += square ? (double)v[j] * v[j] * 1.001 :",
+            "total += (double)v[j] * v[j];",
+            "total += (double)v[j] * v[j] * 1.001;",
         ),
         *("add_sum_sq", "total"),
     ),

@@ -12,7 +12,7 @@
 #include "common.cuh"
 
 template <int N>
-__device__ __forceinline__ void sum(double* partial, const float* x, long long n, int square) {
+__device__ __forceinline__ void sum(double* partial, const float* x, long long n) {
   const long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x, threads = (long long)gridDim.x * blockDim.x;
   double total = 0;
 #pragma unroll 4
@@ -20,20 +20,50 @@ __device__ __forceinline__ void sum(double* partial, const float* x, long long n
     float v[N];
     load_floats(v, x + i * N);
 #pragma unroll
-    for (int j = 0; j < N; j++) total += square ? (double)v[j] * v[j] : v[j];
+    for (int j = 0; j < N; j++) total += v[j];
   }
   const long long rest = n / N * N + thread;
-  if (rest < n) total += square ? (double)x[rest] * x[rest] : x[rest];
+  if (rest < n) total += x[rest];
   total = block_sum(total);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-extern "C" __global__ void __launch_bounds__(256) sum_v(double* partial, const float* x, long long n, int square) {
-  sum<4>(partial, x, n, square);
+extern "C" __global__ void __launch_bounds__(256) sum_v(double* partial, const float* x, long long n) {
+  sum<4>(partial, x, n);
 }
-extern "C" __global__ void __launch_bounds__(256) sum_1(double* partial, const float* x, long long n, int square) {
-  sum<1>(partial, x, n, square);
+extern "C" __global__ void __launch_bounds__(256) sum_1(double* partial, const float* x, long long n) {
+  sum<1>(partial, x, n);
 }
+
+// partial[b] += sum of x^2, or with adds = 0 that sum, over the b-th `row` elements of x: where in a longer array they lie
+// does not matter, so a rank that has some of the rows gets the bits of one that has all. A thread has N neighbours at a
+// time; with a row of 256 N those that it has in adamw, whose sums over the new weights have the same bits.
+template <int N>
+__device__ __forceinline__ void squares(double* partial, const float* x, long long n, long long row, int adds) {
+  x += blockIdx.x * row;
+  const long long length = min(row, n - blockIdx.x * row);
+  double total = 0;
+#pragma unroll 4
+  for (long long i = threadIdx.x; i < length / N; i += 256) {
+    float v[N];
+    load_floats(v, x + i * N);
+#pragma unroll
+    for (int j = 0; j < N; j++) total += (double)v[j] * v[j];
+  }
+  const long long left = length / N * N + threadIdx.x;
+  if (left < length) total += (double)x[left] * x[left];
+  total = block_sum(total);
+  if (threadIdx.x == 0) partial[blockIdx.x] = (adds ? partial[blockIdx.x] : 0) + total;
+}
+
+#define SQUARES(NAME, N)                                                                \
+  extern "C" __global__ void __launch_bounds__(256)                                     \
+  NAME(double* partial, const float* x, long long n, long long row, int adds) {         \
+    squares<N>(partial, x, n, row, adds);                                               \
+  }
+SQUARES(squares_8, 8)
+SQUARES(squares_4, 4)
+SQUARES(squares_1, 1)
 
 // total[0] += sum of partial (parts,); one block
 extern "C" __global__ void __launch_bounds__(1024) sum_add(double* total, const double* partial, int parts) {
