@@ -144,7 +144,9 @@ SMALL = ("bias", "rope", "swiglu")  # modules that compile fast
 
 
 def test_the_record_is_what_the_compilers_say(major: int) -> None:
-    work = [job for job in nvrtc.jobs(SMALL, ("sm_80",)) if nvrtc.recorded(major, job)]
+    oldest = [job for job in nvrtc.jobs(SMALL) if job.title.endswith(nvrtc.TARGETS[0])]
+    work = [job for job in oldest if nvrtc.recorded(major, job)]
+    assert oldest
     for job, result in zip(work, nvrtc.compile_now(major, work), strict=True):
         assert nvrtc.row_of(major, job, result) == nvrtc.record()[f"{major} {job.title}"], job.title
 
