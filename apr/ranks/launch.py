@@ -34,6 +34,8 @@ OPEN_MPI = {
     "OMPI_MCA_rmaps_base_oversubscribe": "1",
     "OMPI_MCA_hwloc_base_binding_policy": "none",
     "OMPI_MCA_mpi_yield_when_idle": "1",
+    # Seconds that ranks have, when one of them is killed, to say which and to write the verdict; they end by themselves.
+    "PRTE_MCA_odls_base_sigkill_timeout": "20",
 }
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 # What a rank without a parent gets.

@@ -41,7 +41,8 @@ def check_ranks(
         return
     if has_pairs:
         raise Refused(
-            f"{ranks.count} ranks, and pairs of answers to prefer one of: such a run has one process: no --ranks or --gpus"
+            f"{ranks.count} ranks, and the data holds pairs of answers: their loss and its reference are computed in one "
+            "process only; start it without --ranks, --gpus, mpirun or srun"
         )
     if (backend.name == "cuda") != ranks.even:
         raise Refused(

@@ -95,6 +95,8 @@ def test_jobs_that_ranks_cannot_share_are_refused():
         check_ranks(Two(), Cpu, 4, 4)
     with pytest.raises(Exception, match=r"2 ranks that speak an MPI on backend cuda.*NCCL.*--gpus N"):
         check_ranks(Two(), Gpu, 4, 1)
+    with pytest.raises(Exception, match="2 ranks, and the data holds pairs of answers"):
+        check_ranks(Two(), Cpu, 4, 1, has_pairs=True)
 
 
 @pytest.mark.parametrize("command", ["eval", "bisect", "qa", "plan", "verify"])
