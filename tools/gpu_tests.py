@@ -21,7 +21,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
@@ -82,7 +84,17 @@ def main() -> int:
     if args.processes > 1:
         runs = [("gpu and not alone", ["-n", str(args.processes)]), ("gpu and alone", [])]
     reports = []
-    with tempfile.TemporaryDirectory() as folder:
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    # Beside other tests where several processes are asked for: the sanitizers wait for the CPU most of the time.
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(gpu_record.SANITIZERS)) as beside:
+
+        def sanitize() -> dict[str, Future[dict[str, Any]]]:
+            tools = gpu_record.SANITIZERS if args.sanitizer_seconds else ()
+            return {
+                t: beside.submit(gpu_record.sanitize, t, sanitizer, args.sanitizer_seconds) for t in tools
+            }
+
+        sanitized = sanitize() if args.processes > 1 else {}
         for which, several in runs:
             report = Path(folder) / f"{len(reports)}.xml"
             pytest_command = [sys.executable, "-m", "pytest", "-m", which, f"--junitxml={report}"]
@@ -90,8 +102,8 @@ def main() -> int:
             if not report.exists():
                 return code
             reports.append(report.read_text())
+        sanitized = sanitized or sanitize()
     tests = gpu_record.outcome(*reports)
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     record = {
         "commit": git_commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -100,9 +112,7 @@ def main() -> int:
         "versions": versions(),
         "tests": tests,
         "sanitizer": {
-            tool: gpu_record.sanitize(tool, sanitizer, args.sanitizer_seconds)
-            if args.sanitizer_seconds
-            else {"ran": False, "why": "not asked for"}
+            tool: sanitized[tool].result() if tool in sanitized else {"ran": False, "why": "not asked for"}
             for tool in gpu_record.SANITIZERS
         },
         "sources": before,
