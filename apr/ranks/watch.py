@@ -221,11 +221,13 @@ class Watch:
 
     def _finish(self, error: AprError) -> None:
         self.is_ending = True
-        with suppress(Exception):
-            self.write(error)
+        # First of all: Open MPI ends this process 0.2 s after it has seen that another one is gone.
+        _record(error.exit_code)
         with suppress(OSError):
             text = f"apr pretrain: {error}\n{error.status}\n"
             os.write(2, printable(text).encode())
+        with suppress(Exception):
+            self.write(error)
         self.end(error.exit_code)
 
 
