@@ -69,7 +69,9 @@ def test_what_a_fault_says_exists(fault: KernelFault) -> None:
 
 
 def test_every_module_has_faults() -> None:
-    assert {fault.module for fault in FAULTS} == set(kernels.modules())
+    # Decode steps are no part of a training step: their faults are planted in tests/inference/test_decode.py.
+    training = {module for module in kernels.modules() if not module.startswith("decode_")}
+    assert {fault.module for fault in FAULTS} == training
     assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 16
 
 
