@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ def read_table(path: Path) -> dict[str, Any]:
     try:
         if suffix == ".toml":
             return tomllib.loads(text)
-        value = _yaml(text, path) if suffix in (".yaml", ".yml") else parse_value(text, str(path))
+        value = (
+            _yaml(text, path) if suffix in (".yaml", ".yml") else parse_value(text, str(path), unique=True)
+        )
     except (tomllib.TOMLDecodeError, RecursionError) as e:
         raise MalformedFile(f"{path}: {e or 'nested too deeply'}") from None
     if not isinstance(value, dict):
@@ -41,13 +44,24 @@ def _yaml(text: str, path: Path) -> Any:
         raise UsageError(
             f"{path}: reading YAML needs PyYAML ({e}): {pip_install('PyYAML')}; TOML needs nothing"
         ) from None
-    # An alias may stand for an alias, and grow without end.
-    if re.search(r"(?m)(^|[\s:\[{,-])[&*][A-Za-z0-9_]", text):
-        raise MalformedFile(f"{path}: has anchors or aliases; write the values out")
     try:
+        # An alias may stand for an alias, and grow without end.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise MalformedFile(f"{path}: has anchors and aliases; write the values out")
+        if twice := next(_twice(yaml.compose(text, yaml.SafeLoader)), ""):
+            raise MalformedFile(f"{path}: {twice} stands there twice")
         return _numbers(yaml.safe_load(text))
     except (yaml.YAMLError, ValueError) as e:
         raise MalformedFile(f"{path}: {' '.join(str(e).split())}") from None
+
+
+def _twice(node: Any) -> Iterator[str]:
+    """Yield the keys that a mapping of a YAML tree, or one below it, has more than once: only the last would count."""
+    children = node.value if node is not None and isinstance(node.value, list) else []
+    keys = [child[0].value for child in children if isinstance(child, tuple)]
+    yield from (str(key) for i, key in enumerate(keys) if key in keys[:i])
+    for child in children:
+        yield from _twice(child[1] if isinstance(child, tuple) else child)
 
 
 def _numbers(value: Any) -> Any:

@@ -147,7 +147,7 @@ def _judge_evaluation(log: Sequence[Line], i: int, facts: Facts) -> list[Finding
         moved = margin(line, facts.bound("chosen_fall"))
         findings += [moved] if moved else []
     if steps:
-        findings += _judge_epoch(line, steps, facts)
+        findings += _judge_epoch(log, i, steps, facts)
     return findings
 
 
@@ -169,11 +169,13 @@ def diverged(loss: float, before: Line, facts: Facts, step: int) -> Finding:
     return Finding.of("run.diverged", is_good, f"{loss:.4f}", f"at most {bound:.4f}, {source}", why, **more)
 
 
-def _judge_epoch(line: Line, steps: list[Line], facts: Facts) -> list[Finding]:
-    """Judge an evaluation beside the steps before it."""
+def _judge_epoch(log: Sequence[Line], i: int, steps: list[Line], facts: Facts) -> list[Finding]:
+    """Judge an evaluation beside the steps since the one before it, and earlier ones where they are few."""
+    line = log[i]
     losses, loss = [s["train_loss"] for s in steps], line["val_loss"]
     share, error = facts.bound("val_below_train"), line["val_loss_stderr"]
-    findings = [of_losses.below_train(loss, error, losses[-LAST_STEPS:], losses, share)]
+    longer = [x["train_loss"] for x in islice(steps_before(log, i), LAST_STEPS)][::-1]
+    findings = [of_losses.below_train(loss, error, losses[-LAST_STEPS:], losses, share, longer)]
     if facts.only_answers:
         why = "an answer can follow from its question, so no loss is too low"
         findings.append(Finding.skipped("end.plausible", why))

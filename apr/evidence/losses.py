@@ -13,6 +13,8 @@ from ..common.units import plural
 
 # Of ln V: the loss of a checkpoint that knows nothing lies there or above; the order of tokens gains it nothing.
 NEAR_CHANCE, SHUFFLED_GAIN = 0.9, 0.03
+# Steps whose losses alone say nothing of their spread.
+FEW_STEPS = 3
 
 
 def pretrained_loss(
@@ -41,11 +43,21 @@ def pretrained_loss(
 
 
 def below_train(
-    val: float, stderr: float, last: Sequence[float], epoch: Sequence[float], share: float
+    val: float,
+    stderr: float,
+    last: Sequence[float],
+    epoch: Sequence[float],
+    share: float,
+    longer: Sequence[float] = (),
 ) -> Finding:
     """Compare a validation loss with the training loss of the same moment, by the lowest of its estimates; the mean over
-    the epoch is of weights that were worse."""
+    the epoch is of weights that were worse. longer: last with those before the evaluation before."""
+    longer = longer or last
+    if len(longer) < FEW_STEPS:
+        why = f"{plural(len(longer), 'step')}: how far apart losses of batches lie is not known"
+        return Finding.skipped("run.val-below-train", why)
     mean, estimates = float(np.mean(epoch)), losses_at_the_end(last)
+    estimates += losses_at_the_end(longer) if len(last) < FEW_STEPS else []
     lows = [(1 - share) * x - 5 * math.hypot(stderr, error) for x, error in estimates]
     low = min(lows)
     end = estimates[lows.index(low)][0]

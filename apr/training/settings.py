@@ -255,7 +255,7 @@ def flat(table: Mapping[str, Any], source: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in table.items():
         for name, v in value.items() if isinstance(value, dict) else [(key, value)]:
-            if (name := str(name).replace("-", "_")) in out and isinstance(value, dict):
+            if (name := str(name).replace("-", "_")) in out:
                 raise UsageError(f"{source}: {name} stands there twice")
             out[name] = v
     return out
@@ -282,6 +282,8 @@ def check(values: dict[str, Any], source: str) -> dict[str, Any]:
     older = {f.metadata["also"].replace("-", "_"): name for name, f in fields.items() if f.metadata["also"]}
     for given_key, value in values.items():
         key = older.get(given_key, given_key)
+        if key in out:
+            raise UsageError(f"{source}: {key} stands there twice, also by its older name; give it once")
         if key not in plain:
             hint = near(key.replace("_", "-"), [name.replace("_", "-") for name in plain])
             raise UsageError(

@@ -879,6 +879,14 @@ def test_a_loss_that_falls_is_not_taken_for_the_same_moment(steps, shape):
         assert not losses.below_train(0.7 * values[-1], 0.02, last, values[:-1], 0.05).passed
 
 
+def test_losses_of_few_steps_have_a_spread_that_is_unknown():
+    """One hard batch since the last evaluation says nothing; a validation far below all steps is seen all the same."""
+    assert losses.below_train(0.169, 0.01, [0.245], [0.245], 0.05).passed is None
+    before = [0.20, 0.14, 0.19, 0.16, 0.18]
+    assert losses.below_train(0.169, 0.01, [0.245], [0.245], 0.05, [*before, 0.245]).passed
+    assert losses.below_train(0.01, 0.001, [0.245], [0.245], 0.05, [*before, 0.245]).passed is False
+
+
 @pytest.mark.parametrize("fault", ["decay of vectors", "stale copy", "one element"])
 def test_the_followed_elements_see(fault):
     cfg = PRESETS["qwen2-tiny"]

@@ -176,6 +176,12 @@ def test_files_of_settings(tmp_path: Path, name: str, text: str) -> None:
         ("a.yaml", "lr: [", MalformedFile, "a.yaml: "),
         ("a.yaml", "- lr", MalformedFile, "expected an object"),
         ("a.yaml", "a: &x [1]\nb: *x\n", MalformedFile, "anchors"),
+        ("a.yaml", "lr: 1\nseed: 3\nlr: 2\n", MalformedFile, "lr stands there twice"),
+        ("a.yaml", "b:\n  lr: 1\n  lr: 2\n", MalformedFile, "lr stands there twice"),
+        ("a.yaml", "b:\n  lr: 1\nlr: 2\n", UsageError, "lr stands there twice"),
+        ("a.json", '{"lr": 1, "lr": 2}', MalformedFile, "'lr' is there twice"),
+        ("a.toml", "num-steps = 1\nnum_steps = 2\n", UsageError, "num_steps stands there twice"),
+        ("a.toml", "eval_every = 1\nsteps_per_epoch = 2\n", UsageError, "eval_every stands there twice"),
         ("a.json", "[1]", MalformedFile, "expected an object"),
     ],
 )  # fmt: skip
@@ -188,6 +194,12 @@ def test_wrong_files_of_settings(
     with pytest.raises(error) as e:
         read_config(tmp_path / name)
     assert words in str(e.value)
+
+
+def test_a_text_in_yaml_may_look_like_an_alias(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    (tmp_path / "a.yaml").write_text("sample: '*p = &x; R &D'\n")
+    assert read_config(tmp_path / "a.yaml") == {"sample": "*p = &x; R &D"}
 
 
 def test_the_older_name_of_the_interval_of_evaluations() -> None:

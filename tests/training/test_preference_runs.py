@@ -20,6 +20,7 @@ from apr.common.finding import FAIL, PASS
 from apr.data.conversations.packed import PackedShards
 from apr.data.conversations.pairs import guard_pairs, open_pairs, pair_of
 from apr.data.conversations.pairs_kept import pairs_kept
+from apr.data.conversations.prepare import prepare_conversations
 from apr.data.source import Unusable
 from apr.evaluation import tasks
 from apr.evidence.pairs import losses_of, margin
@@ -30,6 +31,10 @@ RECIPE = [
     "--seq-length", "63", "--batch-size", "2", "--micro-batch-size", "1", "--num-steps", "4", "--eval-every", "2",
     "--lr", "1e-3", "--warmup-steps", "1", "--val-fraction", "0.3", "--device", "cpu",
 ]  # fmt: skip
+
+
+# Ends of prompts and beginnings of answers that are one token together.
+SEAMS = [("x:    ", "    return"), ("se", "lf.x"), ("x retu", "rn x")]
 
 
 def pair(i, swap=False):
@@ -270,6 +275,12 @@ def test_shapes_of_pairs():
         {"prompt": "q", "chosen": turns + good, "rejected": turns + bad},
         {"chosen": turns + good, "rejected": turns + bad},
         {"prompt": turns, "chosen": "yes", "rejected": "no"},
+        {"prompt": turns, "chosen": turns + good, "rejected": turns + bad},
+        {
+            "prompt": "q",
+            "chosen": [{"from": "gpt", "value": "yes"}],
+            "rejected": [{"from": "gpt", "value": "no"}],
+        },
     ]
     for record in shapes:
         found = pair_of("f:1", record)
@@ -286,6 +297,48 @@ def test_shapes_of_pairs():
     ):
         with pytest.raises(Unusable):
             pair_of("f:1", wrong)
+
+
+def test_what_stands_beside_a_pair_is_not_dropped():
+    """The system prompt, earlier turns, tools; answers of earlier turns are context, whatever their role is called."""
+    said = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    found = pair_of(
+        "f:1", {**said, "system": "Be brief.", "history": [["a", "b"]], "tools": [{"name": "add"}]}
+    )
+    for side, answer in ((found.chosen, "yes"), (found.rejected, "no")):
+        assert [m["content"] for m in side.messages] == ["Be brief.", "a", "b", "q", answer]
+        assert side.untrained == {2}
+        assert side.tools == ({"name": "add"},)
+    assert found.prompt != pair_of("f:1", {**said, "system": "Be long."}).prompt
+    talk = [
+        {"role": "human", "content": "a"},
+        {"role": "gpt", "content": "b"},
+        {"role": "human", "content": "c"},
+    ]
+    sides = {key: [*talk, {"role": "gpt", "content": key}] for key in ("chosen", "rejected")}
+    assert pair_of("f:1", sides).chosen.untrained == {1}
+
+
+def test_a_token_may_hold_the_end_of_a_prompt_and_the_beginning_of_an_answer(place, monkeypatch, tmp_path):
+    """Both answers begin at the first token that differs; a pair without a token before that is left out."""
+    monkeypatch.setenv("APR_CACHE", str(tmp_path))
+    tokenizer, records = Tokenizer.from_file(place), [pair(i) for i in range(12)]
+    ends = {
+        tokenizer.encode(a + b).size - tokenizer.encode(a).size - tokenizer.encode(b).size for a, b in SEAMS
+    }
+    assert min(ends) < 0
+    for i, (prompt, answer) in enumerate(SEAMS):
+        records.append({"prompt": f"{i} {prompt}", "chosen": answer, "rejected": f"7 {i}"})
+    records.append({"prompt": "", "chosen": "self", "rejected": "def"})
+    (tmp_path / "seams.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    made = prepare_conversations(
+        str(tmp_path / "seams.jsonl"), tmp_path, tokenizer, None, 63, 0.3, pairs=True
+    )
+    sides = {side: PackedShards(folder, tokenizer) for side, folder in made.sides.items()}
+    assert all(guard_pairs(s).passed for s in sides.values())
+    assert pairs_kept(open_pairs(str(tmp_path / "seams.jsonl")), sides, tokenizer).passed
+    assert sum(s.manifest.pairs for s in sides.values()) == 12 + len(SEAMS)
+    assert sides["train"].manifest.skipped == {"no prompt in common": 1}
 
 
 def test_the_second_formula_is_that_of_trl():

@@ -42,7 +42,6 @@ SAMPLED_ROWS = 128
 BUDGET_BYTES = 64 << 20
 # Of the answers, those that a chat template, or a vocabulary alone, may write otherwise than the files have them.
 TEMPLATE_SHARE, VOCABULARY_SHARE = 0.05, 0.01
-# Reasons to leave a record out of which nobody knows how many there were.
 # Tokens before an answer that hold the generation prompt.
 CONTEXT_TOKENS = 64
 # Private characters, no letters: a template may change those.
@@ -214,7 +213,7 @@ def _read(corpus: Conversations, spelling: Spelling, frame: Frame, tokenizer: To
                 )
                 out.has_context |= any(names.get(k, k) in m for m in said for k in ("train", "weight"))
                 out.has_context |= isinstance(_under(value, names.get("prompt", "prompt")), list)
-                answers = [t for m in said for t in _contents(m, names)]
+                answers = [t for m in said for t in contents(m, names)]
                 answers += [
                     x.split(end)[0] if end else x for t in texts for x in t.split(frame.prompt or "\n")[1:]
                 ]
@@ -265,7 +264,7 @@ def _under(value: Any, name: str) -> Any:
     return value
 
 
-def _contents(message: dict[str, Any], names: dict[str, str]) -> Iterator[str]:
+def contents(message: dict[str, Any], names: dict[str, str]) -> Iterator[str]:
     """Yield the text of a message, of parts joined."""
     for key in ("content", "value"):
         content = message.get(names.get(key, key))

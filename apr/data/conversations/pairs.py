@@ -27,11 +27,15 @@ from .keys import KeyMap
 from .pack import Spool
 from .packed import PackedShards, PackManifest
 from .render import EncodedExample, Encoder
-from .shapes import Example, canonical, example_of
+from .shapes import Example, as_message, canonical, earlier, example_of
 
 BATCH_PAIRS = 128
 TOO_LONG = "longer than --seq-length"
 CHOSEN, REJECTED = 1, 2
+# Of a record, what a template is handed beside its messages.
+BESIDE = ("system", "tools", "chat_template_kwargs")
+# Tokens at the end of a prompt that may be spelled otherwise, because an answer's beginning is in the last of them.
+SEAM_TOKENS = 8
 NO_PAIR = (
     "wanted prompt, chosen and rejected, or chosen and rejected as lists of messages with the prompt in them"
 )
@@ -56,10 +60,14 @@ def pair_of(name: str, value: Any, keys: KeyMap | None = None) -> Pair:
     prompt, sides = value.get("prompt"), [value["chosen"], value["rejected"]]
     if sides[0] == sides[1]:
         raise Unusable("equal answers", "chosen and rejected are the same")
-    if isinstance(prompt, str) and all(isinstance(s, str) for s in sides):
+    beside = {key: value[key] for key in BESIDE if value.get(key)}
+    before = [*earlier(value)] if value.get("history") else []
+    if isinstance(prompt, str) and all(isinstance(s, str) for s in sides) and not (beside or before):
         examples = [example_of(name, {"prompt": prompt, "response": s}) for s in sides]
         return Pair(name, canonical([prompt, *sides]), canonical(prompt), *examples)
-    turns = [_turns(prompt, side, key) for side, key in zip(sides, ("chosen", "rejected"), strict=True)]
+    turns = [
+        [*before, *_turns(prompt, side, key)] for side, key in zip(sides, ("chosen", "rejected"), strict=True)
+    ]
     shared = next((i for i, (a, b) in enumerate(zip(*turns, strict=False)) if a != b), min(map(len, turns)))
     while shared and turns[0][shared - 1].get("role") == "assistant":
         shared -= 1
@@ -67,8 +75,9 @@ def pair_of(name: str, value: Any, keys: KeyMap | None = None) -> Pair:
         raise Unusable("no prompt", f"chosen and rejected begin otherwise; {NO_PAIR}")
     # Earlier answers are part of the prompt.
     context = [{**m, "train": False} if m.get("role") == "assistant" else m for m in turns[0][:shared]]
-    examples = [example_of(name, {"messages": [*context, *t[shared:]]}) for t in turns]
-    return Pair(name, canonical(turns), canonical(turns[0][:shared]), *examples)
+    examples = [example_of(name, {**beside, "messages": [*context, *t[shared:]]}) for t in turns]
+    more = [beside] if beside else []
+    return Pair(name, canonical([*turns, *more]), canonical([*turns[0][:shared], *more]), *examples)
 
 
 def _turns(prompt: Any, side: Any, key: str) -> list[dict[str, Any]]:
@@ -77,8 +86,10 @@ def _turns(prompt: Any, side: Any, key: str) -> list[dict[str, Any]]:
         side = [{"role": "assistant", "content": side}]
     if not isinstance(side, list) or not side or not all(isinstance(m, dict) for m in side):
         raise Unusable("not a list", f"{key} is neither a text nor a list of messages")
+    side = [as_message(m) for m in side]
     if isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt):
-        return [*prompt, *side]
+        prompt = [as_message(m) for m in prompt]
+        return side if side[: len(prompt)] == prompt else [*prompt, *side]
     # Beside whole conversations, a prompt repeats their question.
     if side[0].get("role") != "assistant" or not isinstance(prompt, str):
         return side
@@ -165,6 +176,8 @@ def _fitted(name: str, c: Any, r: Any, m: PackManifest) -> tuple[EncodedExample,
             why = "the chat template writes earlier answers otherwise than the last: give pairs with one answer each"
             return Skipped(name, "answers by turn", why)
     (chosen,), (rejected,) = c, r
+    if wrong := _share_prompt(chosen, rejected):
+        return Skipped(name, "no prompt in common", wrong)
     # A border stands behind each but the last of a row.
     over = chosen.ids.size + rejected.ids.size + 1 - (m.seq_length + 1)
     if over <= 0:
@@ -179,6 +192,24 @@ def _fitted(name: str, c: Any, r: Any, m: PackManifest) -> tuple[EncodedExample,
     return replace(chosen, ids=chosen.ids[cut:], trained=chosen.trained[cut:]), replace(
         rejected, ids=rejected.ids[cut:], trained=rejected.trained[cut:]
     )
+
+
+def _share_prompt(chosen: EncodedExample, rejected: EncodedExample) -> str:
+    """Begin both answers at the first token that differs; returns what is wrong with the prompts, or "".
+
+    A token may hold the end of a text and the beginning of its answer: of "A: " with "Paris" and with "4", the prompt is "A:"
+    and the answers are " Paris" and " 4"."""
+    firsts = [int(np.argmax(e.trained)) for e in (chosen, rejected)]
+    least = min(firsts)
+    differs = np.flatnonzero(chosen.ids[:least] != rejected.ids[:least])
+    common = int(differs[0]) if differs.size else least
+    if not common:
+        return "the two answers have no token before them in common"
+    if max(firsts) - common > SEAM_TOKENS:
+        return f"the prompts of the two answers, of {firsts[0]:,} and {firsts[1]:,} tokens, differ from token {common:,} on"
+    for e, first in zip((chosen, rejected), firsts, strict=True):
+        e.trained[common:first] = True
+    return ""
 
 
 # Guards

@@ -11,9 +11,9 @@ from ...common.finding import Finding
 from ...common.units import plural
 from ...tokenizer.tokenizer import Tokenizer
 from ..plain import Unfollowed, records
-from .answers import BUDGET_BYTES, Spelling, sampled_rows
+from .answers import BUDGET_BYTES, Spelling, contents, sampled_rows
 from .packed import PackedShards
-from .pairs import CHOSEN, REJECTED, Pairs
+from .pairs import CHOSEN, REJECTED, SEAM_TOKENS, Pairs
 
 PAIRS, PAIRS_BOUND = (
     "pairs of the files",
@@ -34,8 +34,8 @@ def pairs_kept(corpus: Pairs, sides: dict[str, PackedShards], tokenizer: Tokeniz
                 for label, key in ((CHOSEN, "chosen"), (REJECTED, "rejected")):
                     said = value.get(key) if isinstance(value, dict) else None
                     turns = said if isinstance(said, list) else [{"content": said}]
-                    texts = (m.get("content") for m in turns[-1:] if isinstance(m, dict))
-                    answers[label].update(k for t in texts if isinstance(t, str) for k in spelling.keys(t))
+                    texts = (t for m in turns[-1:] if isinstance(m, dict) for t in contents(m, {}))
+                    answers[label].update(k for t in texts for k in spelling.keys(t))
     except Unfollowed:
         return Finding.skipped(PAIRS, "the files are longer than a check reads", PAIRS_BOUND)
     for shards in sides.values():
@@ -47,7 +47,9 @@ def pairs_kept(corpus: Pairs, sides: dict[str, PackedShards], tokenizer: Tokeniz
                     continue
                 text = spelling.key(tokenizer.decode(ids[first:last]))
                 own = int(labels[first])
-                kinds = [k for k in answers if any(text[i:] in answers[k] for i in (0, 1))]
+                # The first tokens may hold the end of the prompt.
+                seam = len(spelling.key(tokenizer.decode(ids[first : min(last, first + SEAM_TOKENS)])))
+                kinds = [k for k in answers if any(text[i:] in answers[k] for i in range(max(2, seam)))]
                 found["own" if own in kinds else "other" if kinds else "none"] += 1
     total = sum(found.values())
     measured = f"{found['own']:,} of {plural(total, 'sampled answer')} found in {plural(count, 'record')}"

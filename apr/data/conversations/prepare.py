@@ -33,7 +33,7 @@ from .shapes import Example, canonical
 BATCH_EXAMPLES = 256
 SIDES = ("train", "val")
 # Of the table of shapes: folders of other versions are not used again.
-READ_AS = 2
+READ_AS, PAIRED_AS = 2, 2
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,13 @@ def prepare_conversations(
         [FORMAT, READ_AS, corpus.map.names],
         [tokenizer.sha256, tokenizer.eos_token, rendering],
     )
-    made_by: list[Any] = [*read_by, *encoded_by, seq_length, val_fraction, *(["pairs"] if pairs else [])]
+    made_by: list[Any] = [
+        *read_by,
+        *encoded_by,
+        seq_length,
+        val_fraction,
+        *(["pairs", PAIRED_AS] if pairs else []),
+    ]
     if template is None and bos == "auto" and tokenizer.prefix_ids:
         made_by.append(list(tokenizer.prefix_ids))
     if skipped := getattr(corpus.sources, "skipped", ()):

@@ -84,10 +84,18 @@ def _messages(name: str, record: Record) -> Example:
 
 def _sharegpt(name: str, record: Record) -> Example:
     turns = record["conversations"]
-    if isinstance(turns, list):
-        names = {"from": "role", "value": "content"}
-        turns = [{names.get(k, k): v for k, v in t.items()} if isinstance(t, dict) else t for t in turns]
+    turns = [as_message(t) for t in turns] if isinstance(turns, list) else turns
     return conversation(name, record, turns, "conversations")
+
+
+def as_message(turn: Any) -> Any:
+    """Give a turn of ShareGPT our keys, and its speaker our name of the role."""
+    if not isinstance(turn, dict):
+        return turn
+    names = {"from": "role", "value": "content"}
+    out = {names.get(k, k): v for k, v in turn.items()}
+    role = out.get("role")
+    return {**out, "role": OTHER_ROLES.get(role, role)} if isinstance(role, str) else out
 
 
 def _alpaca(name: str, record: Record) -> Example:
@@ -181,11 +189,11 @@ def _pair(name: str, record: Record, question: str, prompt: str, response: str) 
         raise Unusable("no answer", "the response is empty")
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
     if record.get("system") or record.get("history"):
-        return conversation(name, record, [*_earlier(record), *turns], "messages")
+        return conversation(name, record, [*earlier(record), *turns], "messages")
     return Example(name, canonical([prompt, response]), tuple(turns), prompt, response)
 
 
-def _earlier(record: Record) -> Iterator[Record]:
+def earlier(record: Record) -> Iterator[Record]:
     """Yield the turns before those of a pair: "history", a list of questions with their answers."""
     history = record.get("history", [])
     if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
