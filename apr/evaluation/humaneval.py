@@ -17,7 +17,8 @@ from ..common.units import plural
 from ..data.source import Source, Unusable
 from ..inference.generate import Generator, check_prompt, generator_memory, grouped, slots_needed
 from ..inference.sampling import Sampling, drawable_ids
-from ..model.cost import check_fits
+from ..model.cost import Memory, check_fits
+from ..model.decode import lacks
 from ..tokenizer.tokenizer import Tokenizer
 from .sandbox import MAX_SECONDS, Judgement, Limits, Program, judge_all, proven
 from .score import Opened
@@ -174,8 +175,8 @@ class Growing:
 
 
 Jobs = Sequence[tuple[str, int]]  # prompt and seed of each completion
-# so many prompts together; the cpu backend gives up to 8 the bits that each gets alone, a GPU any number
-TOGETHER = {"cpu": 8, "cuda": 32}
+# so many prompts together: the cpu backend gives up to 8 the bits that each gets alone, recorded steps any number
+TOGETHER, RECORDED = 8, 32
 
 
 class Completer:
@@ -184,9 +185,11 @@ class Completer:
     def __init__(self, opened: Opened, settings: HumanEvalSettings) -> None:
         self.opened, self.settings = opened, settings
         self.tokenizer = opened.need_tokenizer()
+        recorded = lacks(opened.cfg, opened.backend, opened.dtype, opened.held) == ""
+        self._rows = RECORDED if recorded else TOGETHER if opened.backend.name == "cpu" else 1
 
     def check_fits(self, problems: Sequence[Problem]) -> None:
-        """Raises Refused: a prompt is too long, or the longest takes more memory than there is."""
+        """Complete no more prompts together than fit. Raises Refused: a prompt is too long, or the longest does not fit alone."""
         cfg, longest = self.opened.cfg, 0
         for p in problems:
             n = len(self.tokenizer.encode_text(p.prompt))
@@ -198,13 +201,18 @@ class Completer:
                 )
             longest = max(longest, n)
         cache = min(longest + self.settings.max_new_tokens, cfg.max_position_embeddings)
-        o, rows = self.opened, self._together(len(problems) * self.settings.samples)
-        check_fits(
-            generator_memory(cfg, o.backend, o.dtype, rows, cache), o.backend, "use fewer --max-new-tokens"
-        )
+        o, have = self.opened, self.opened.backend.free_memory()
+        self._rows = self._together(len(problems) * self.settings.samples)
+
+        def need() -> Memory:
+            return generator_memory(cfg, o.backend, o.dtype, self._rows, cache)
+
+        while self._rows > 1 and have is not None and need().total > have:
+            self._rows //= 2
+        check_fits(need(), o.backend, "use fewer --max-new-tokens")
 
     def _together(self, jobs: int) -> int:
-        return min(jobs, TOGETHER.get(self.opened.backend.name, 1))
+        return min(jobs, self._rows)
 
     def complete(self, jobs: Jobs) -> Iterator[tuple[int, tuple[str, int]]]:
         """Complete prompts, several at once; yields (number of a job, (completion, tokens)) in the order in which they end.
@@ -234,8 +242,11 @@ def run(
     problems: Sequence[Problem],
     settings: HumanEvalSettings,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    may_be_empty: bool = False,
 ) -> dict[str, Any]:
-    """Draw and judge completions. complete([(prompt, seed), ...]) gives (number, (completion, tokens)) in any order.
+    """Draw and judge completions. may_be_empty: as those of a model that has hardly been trained; its score is 0.
+
+    complete([(prompt, seed), ...]) gives (number, (completion, tokens)) in any order.
 
     The sandbox is proven first, so that no score comes of a machine that cannot run programs. Raises Refused: every
     completion is empty, or nothing isolates the programs; NoSandbox."""
@@ -248,7 +259,7 @@ def run(
         found[i] = {"task_id": p.task_id, "sample": sample, "completion": text, "tokens": tokens}
         progress("complete", len(found), total)
     rows = [found[i] for i in range(total)]
-    if not any(r["completion"].strip() for r in rows):
+    if not may_be_empty and not any(r["completion"].strip() for r in rows):
         raise Refused(
             f"all {plural(total, 'completion')} are empty: the model generates nothing that could be judged"
         )

@@ -56,6 +56,7 @@ class Opened:
     backend: ModuleType
     dtype: str
     tokenizer: Tokenizer | None
+    held: Any = None  # weights that are on the backend already, such as those of a model in training
 
     @property
     def cfg(self) -> ModelConfig:
@@ -64,8 +65,8 @@ class Opened:
 
     @cached_property
     def weights(self) -> Any:
-        """Parameters on the backend, a flat buffer (Layout order); loaded when first asked for."""
-        return self.loaded.on(self.backend, self.dtype)
+        """Parameters on the backend, a flat buffer (Layout order), or their adapters; loaded when first asked for."""
+        return self.held if self.held is not None else self.loaded.on(self.backend, self.dtype)
 
     def need_tokenizer(self) -> Tokenizer:
         """Return the tokenizer. Raises Refused: none."""

@@ -34,22 +34,13 @@ class Task:
     source: str
 
 
-@dataclass(frozen=True)
-class Held(Opened):
-    """A model whose weights are on the backend already, such as one in training."""
-
-    held: Any = None
-
-    @property
-    def weights(self) -> Any:
-        """The weights, or their adapters."""
-        return self.held
-
-
-def held(cfg: ModelConfig, backend: ModuleType, dtype: str, tokenizer: Tokenizer, weights: Any) -> Held:
-    """Give weights that are on a backend the face of an opened checkpoint."""
-    source: Any = SimpleNamespace(cfg=cfg, source="the model in training")
-    return Held(source, backend, dtype, tokenizer, weights)
+def held(cfg: ModelConfig, backend: ModuleType, dtype: str, tokenizer: Tokenizer, weights: Any) -> Opened:
+    """Give weights that are on a backend the face of an opened checkpoint. A text ends as those it was trained on."""
+    ends = frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+    source: Any = SimpleNamespace(
+        cfg=cfg, source="the model in training", end_ids=lambda: ends, template=lambda: None
+    )
+    return Opened(source, backend, dtype, tokenizer, weights)
 
 
 def parse_tasks(text: str, flag: str) -> list[Task]:
@@ -141,7 +132,7 @@ def _humaneval(
     problems = humaneval.read_problems(task.source)[:limit]
     completer = humaneval.Completer(opened, settings)
     completer.check_fits(problems)
-    found = humaneval.run(completer.complete, problems, settings, progress)
+    found = humaneval.run(completer.complete, problems, settings, progress, opened.held is not None)
     return {"metric": "pass@1", **found["pass_at_k"]["1"], "items": found["problems"]}
 
 

@@ -46,7 +46,7 @@ class Generator:
         self.model = Model(
             cfg, backend, rows, self.chunk, dtype, train=False, loss_rows=rows, cache=slots, w=weights
         )
-        lacking = lacks(cfg, backend, dtype)
+        lacking = lacks(cfg, backend, dtype, weights)
         self._decoding = Decoding(self.model, among) if recorded and lacking == "" else None
         if recorded and lacking:
             print(printable(f"generation runs op by op: {lacking}"), file=sys.stderr)
@@ -115,7 +115,7 @@ class Generator:
             return any(not s.ended and not s.ends_after(tokens, most) for s in rows)
 
         if goes_on(0):
-            decoding.begin([s.row() for s in live])
+            decoding.begin([s.row(most) for s in live])
         while goes_on(0):
             rows = self._fewer(decoding, rows)
             while len(asked) < 2 and goes_on(len(asked)):

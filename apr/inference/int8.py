@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import backends
+from ..common.errors import Refused
 from ..model.config import ModelConfig
 from ..model.eight_bits import rounded_rows
 from ..model.params import FUSED, Layout, padded_vocab
@@ -68,8 +69,10 @@ class Int8Weights:
     buffer."""
 
     def __init__(self, cfg: ModelConfig, host: np.ndarray, backend: Any) -> None:
-        """host: float32, flat (Layout order); not kept."""
+        """host: float32, flat (Layout order); not kept. Raises Refused for rows that the backend's kernels cannot read."""
         layout = Layout(cfg)
+        if (steps := backend.decoder()) and (lacking := _lacks(steps, cfg)):
+            raise Refused(f"8-bit weights on {backend.name}: {lacking}; use another --dtype")
         self._views = layout.views(host)
         parts = {name for group in FUSED.values() for name in group}  # the model reads them joined
         top = "embed" if cfg.tie_word_embeddings else "head"
@@ -105,6 +108,11 @@ class Int8Weights:
         """See Layout.head_rows."""
         assert rows == len(self._head)
         return self._head
+
+
+def _lacks(steps: Any, c: ModelConfig) -> str:
+    """Name what keeps the kernels of decode steps from reading these matrices; heads of any width are read."""
+    return str(steps.lacks(1, "float32", c.hidden_size, c.num_heads * c.head_dim, c.intermediate_size))
 
 
 def backend(of: Any = None) -> Any:

@@ -147,11 +147,12 @@ class Continuation:
         """Position of the latest token."""
         return len(self.prompt) + len(self.new) - 1
 
-    def row(self) -> Row:
-        """Collect what a device needs to draw the tokens after the first by itself."""
+    def row(self, positions: int) -> Row:
+        """Collect what a device needs to draw the tokens after the first by itself, up to the last of the positions."""
         s = self.sampling
         kind = s.temperature, s.top_p, s.min_p, s.repetition_penalty
-        draws = self._rng.random(s.max_tokens - 1) if s.temperature > 0 else np.zeros(0)
+        most = min(s.max_tokens, positions - len(self.prompt)) - 1
+        draws = self._rng.random(most) if s.temperature > 0 else np.zeros(0)
         return Row(self.prompt + self.new, kind, s.top_k, draws)
 
     def draw(

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 
 from ..common.printable import printable
+from .adapters import Adapters
 from .config import ModelConfig
 from .taps import no_tap
 from .transformer import Model
 
 
-def lacks(c: ModelConfig, backend: Any, dtype: str) -> str | None:
-    """Name what keeps a model from being decoded by recorded steps; "" for nothing, None where the backend has none."""
-    ops = backend.decoder()
+def lacks(c: ModelConfig, backend: Any, dtype: str, weights: Any = None) -> str | None:
+    """Name what keeps a model from being decoded by recorded steps; "" for nothing, None where there are none: on some
+    backends, and with adapters, whose matrices are made anew for each linear map."""
+    ops = None if isinstance(weights, Adapters) else backend.decoder()
     inner = c.num_heads * c.head_dim
     return None if ops is None else ops.lacks(c.head_dim, dtype, c.hidden_size, inner, c.intermediate_size)
 

@@ -10,6 +10,7 @@ import random
 import numpy as np
 import pytest
 
+from apr import backends
 from apr.checkpoints.apr2 import write_apr
 from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.hf import write_hf
@@ -19,9 +20,10 @@ from apr.common.errors import Aborted, MalformedFile, Refused, UsageError
 from apr.common.options import check_ranges, field_types
 from apr.data.batches import Windows
 from apr.data.shards import TokenShards
-from apr.evaluation import choices
+from apr.evaluation import choices, humaneval, tasks
 from apr.evaluation.loss import ByteCount, Sums, measure, shard_windows, text_windows, window_at, windows_in
 from apr.evaluation.score import Scored, Scorer, Window, open_model
+from apr.inference.generate import generator_memory
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
@@ -655,6 +657,34 @@ def test_humaneval_end_to_end(capsys, small, tmp_path):
     (tmp_path / "h.jsonl").write_text(json.dumps(problem))
     code, _, err = call(capsys, *args)
     assert (code, "t/0" in err, "pass" in err) == (5, True, False)
+
+
+def test_code_of_a_model_in_training_is_scored(small, tmp_path, monkeypatch):
+    """What it completes is what its checkpoint does, also where there is room for one prompt alone; white space is a 0."""
+    problem = {
+        "task_id": "t/0",
+        "prompt": "def f(x):\n",
+        "entry_point": "f",
+        "test": "def check(f):\n    assert 0\n",
+    }
+    (tmp_path / "h.jsonl").write_text(json.dumps(problem))
+    stored = open_model(str(small / "hf"), "cpu")
+    be, tokenizer = stored.backend, stored.need_tokenizer()
+    opened = tasks.held(stored.cfg, be, "float32", tokenizer, stored.weights)
+    monkeypatch.setattr(tasks, "MAX_NEW_TOKENS", 8)
+    task = tasks.Task("h", tasks.HUMANEVAL, str(tmp_path / "h.jsonl"))
+    assert tasks.score(opened, [task], 32)["h"]["value"] == 0
+    problems = [humaneval.Problem(f"t/{i}", "def f(x):\n" * (1 + i), "f", "") for i in range(4)]
+    settings = humaneval.HumanEvalSettings(1, 0.8, max_new_tokens=8)
+    jobs, found = [(p.prompt, i) for i, p in enumerate(problems)], []
+    alone = generator_memory(stored.cfg, be, "float32", 1, 64).total
+    for of, have in ((stored, None), (opened, None), (opened, alone)):
+        low = dataclasses.replace(of, backend=backends.overlay(be, free_memory=lambda have=have: have))
+        completer = humaneval.Completer(low, settings)
+        completer.check_fits(problems)
+        found.append((completer._rows, dict(completer.complete(jobs))))
+    assert [rows for rows, _ in found] == [4, 4, 1]
+    assert found[0][1] == found[1][1] == found[2][1]
 
 
 def test_a_table_for_people(capsys, small):

@@ -17,9 +17,11 @@ from apr.backends.cuda import decode, kernels, ops
 from apr.common.errors import Refused
 from apr.inference import int8
 from apr.inference.generate import Generator, generator_memory
-from apr.inference.sampling import Sampling, pick
+from apr.inference.sampling import Continuation, Sampling, pick
+from apr.model.lora import LoraConfig
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
+from apr.model.transformer import Model
 from cases import overlay
 from host_shim import Host, folder  # noqa: F401  folder is a fixture
 
@@ -152,6 +154,31 @@ def test_damaged_weights_are_refused_and_every_byte_is_planned(shim: Any) -> Non
     Layout(cfg).views(w).layer[0].wdown[...] = np.nan
     with pytest.raises(Refused, match="not finite"):
         list(run)
+
+
+def test_adapters_speak_op_by_op(shim: Any) -> None:
+    """Recorded steps read matrices, which are not those of a model with adapters."""
+    cfg = PRESETS["llama-tiny"]
+    model = Model(cfg, shim, 1, 8, lora=LoraConfig(2, 8.0, ("wq", "wdown")))
+    adapters: Any = model.adapters
+    host = weights(cfg)
+    adapters.set_base(model.layout.named(host).__getitem__)
+    adapters.w[...] = np.random.default_rng(0).standard_normal(adapters.w.shape)
+    assert texts(shim, cfg, adapters, True, (0,)) == texts(shim, cfg, adapters, False, (0,))
+    assert texts(shim, cfg, adapters, False, (0,)) != texts(shim, cfg, host, False, (0,))
+
+
+def test_draws_end_with_the_positions() -> None:
+    """However many tokens are asked for, no more numbers are drawn than the model has positions."""
+    draws = Continuation(0, [5, 9, 2], Sampling(10**15, 0.9, seed=3)).row(6).draws
+    assert draws.tolist() == np.random.default_rng(3).random(2).tolist()
+
+
+def test_rows_that_kernels_of_8_bits_cannot_read_are_refused(shim: Any) -> None:
+    cfg = dataclasses.replace(PRESETS["llama-tiny"], intermediate_size=172)
+    with pytest.raises(Refused, match="rows of 172 elements are no multiple of 8; use another --dtype"):
+        int8.Int8Weights(cfg, weights(cfg), shim)
+    assert int8.Int8Weights(cfg, weights(cfg), reference).nbytes
 
 
 PICKS: list[tuple[float, dict[str, Any]]] = [
