@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import Refused, UsageError
-from ..common.printable import printable
 from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.cost import Memory, memory
-from ..model.decode import Decoding, lacks
+from ..model.decode import Decoding, lacks, say_once
 from ..model.transformer import Model
 from .sampling import Continuation, Sampling
 
@@ -49,7 +47,7 @@ class Generator:
         lacking = lacks(cfg, backend, dtype, weights)
         self._decoding = Decoding(self.model, among) if recorded and lacking == "" else None
         if recorded and lacking:
-            print(printable(f"generation runs op by op: {lacking}"), file=sys.stderr)
+            say_once(f"generation runs op by op: {lacking}")
         self._turn: object = None  # the latest run(): the cache of an older one is overwritten
         self._seen: list[int] = []  # tokens of a single prompt that row 0 of the cache holds, from slot 0 on
 

@@ -72,7 +72,7 @@ class Int8Weights:
         """host: float32, flat (Layout order); not kept. Raises Refused for rows that the backend's kernels cannot read."""
         layout = Layout(cfg)
         if (steps := backend.decoder()) and (lacking := _lacks(steps, cfg)):
-            raise Refused(f"8-bit weights on {backend.name}: {lacking}; use another --dtype")
+            raise Refused(f"8-bit weights on {backend.name}: {lacking}; use another --dtype, or --device cpu")
         self._views = layout.views(host)
         parts = {name for group in FUSED.values() for name in group}  # the model reads them joined
         top = "embed" if cfg.tie_word_embeddings else "head"

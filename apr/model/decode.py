@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,12 @@ def lacks(c: ModelConfig, backend: Any, dtype: str, weights: Any = None) -> str 
     ops = None if isinstance(weights, Adapters) else backend.decoder()
     inner = c.num_heads * c.head_dim
     return None if ops is None else ops.lacks(c.head_dim, dtype, c.hidden_size, inner, c.intermediate_size)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Tell people on the standard error stream, once in a process: tasks make a generator for each of thousands of texts."""
+    print(printable(line), file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Decoding:
             self._graphs[rows] = self.model.be.capture(lambda: self._launch(rows))
         except Exception as e:
             self.recorded = False
-            print(printable(f"generation runs op by op: its step cannot be recorded: {e}"), file=sys.stderr)
+            say_once(f"generation runs op by op: its step cannot be recorded: {e}")
             self._launch(rows)
             return
         self._graphs[rows]()

@@ -115,6 +115,6 @@ def test_the_interface(folder, tmp_path, capsys):
 def test_a_real_model_loses_little(data):
     """stories260K: mean loss of its reference text, nats/token."""
     want = json.loads((data("stories260K") / "ref.json").read_text())
-    model = apr.load(data("stories260K") / "hf", dtype="int8")
+    model = apr.load(data("stories260K") / "hf", "cpu", "int8")
     loss = model.loss(want["ids"])
     assert 1e-6 < abs(loss - want["nll_mean"]) < 0.01
