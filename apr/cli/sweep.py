@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -78,9 +79,7 @@ def main(args: Sequence[str]) -> int:
         if all(run is not r for r, _ in commands):
             show.print(cell(f"{run.name}: has ended before, kept"))
     _train(commands, devices, folder, show)
-    rows = sorted(
-        (_row(folder, run) for run in runs), key=lambda r: (r["val_loss"] is None, r["val_loss"] or 0.0)
-    )
+    rows = sorted((_row(folder, run) for run in runs), key=_place)
     write_json(folder / "sweep.json", {"grid": str(f.grid), "runs": rows})
     if f.json:
         print(json.dumps({"folder": str(folder), "runs": rows}, indent=2))
@@ -210,6 +209,13 @@ def _row(folder: Path, run: Run) -> dict[str, Any]:
         "best_val_loss": min(losses, default=None),
         "said": str(found.get("error") or ""),
     }
+
+
+def _place(row: dict[str, Any]) -> tuple[bool, bool, float]:
+    """Order runs: those that passed by their loss, then the others, whose losses are not to be believed."""
+    loss = row["val_loss"]
+    is_number = isinstance(loss, int | float) and math.isfinite(loss)
+    return row["verdict"] != PASS, not is_number, loss if is_number else 0.0
 
 
 def _last_words(log: Path) -> Iterator[str]:

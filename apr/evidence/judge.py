@@ -110,7 +110,9 @@ def _judge_step(log: Sequence[Line], i: int, facts: Facts) -> list[Finding]:
         equal += 1
     measured = f"{equal + 1} equal losses in a row" if equal else "no two losses in a row are equal"
     is_real = equal < max(1, most - 1) and loss != 0
+    zero = "exactly 0, of pairs that are told apart beyond what float32 holds: a lower --beta or --lr"
     why = f"train_loss = {loss!r}: {measured if loss else 'exactly 0'}, which no measurement gives"
+    why = f"train_loss = {loss!r}: {zero}" if facts.only_pairs and not loss else why
     bound = f"below {most}, and never 0"
     more: dict[str, Any] = {"score": equal, "where": step}
     real = Finding.of("run.placeholder", is_real, measured, bound, "" if is_real else why, **more)

@@ -37,7 +37,8 @@ def losses_of(s: Any, c: Any, nc: Any, r: Any, nr: Any, c0: Any, r0: Any) -> np.
         return np.square(mean_c - mean_r - c0 / nc + r0 / nr - 0.5 / beta)
     if s.preference_loss == "simpo":
         return either(beta * (mean_c - mean_r) - (0.5 if s.simpo_gamma is None else s.simpo_gamma))
-    p, q = np.exp(mean_c), np.exp(mean_r)
+    # Of an answer that is certain, the odds have no end; the last 1e-12 of a probability is not asked about.
+    p, q = (np.minimum(np.exp(x), 1 - 1e-12) for x in (mean_c, mean_r))
     odds = np.log(p) - np.log1p(-p) - np.log(q) + np.log1p(-q)
     return beta * np.logaddexp(0, -odds) - mean_c
 
@@ -107,11 +108,12 @@ def formula(t: Subject, e: StepBegun) -> Finding:
         p.reference, p.tally = kept, tally
     given = be.to_host(model.buffers["loss"][: ids.size]).astype(np.float64)
     be.fill(model.total, 0)
-    given = given[given != 0]
+    # A loss may be as small as 0 in float32.
+    at = [row * ids.shape[1] + int(spots[0]) for label, row, spots in found if label == CHOSEN]
+    elsewhere = np.count_nonzero(np.delete(given, at))
+    given = given[at]
     worst = (
-        float((np.abs(given - want) / np.maximum(np.abs(want), 1e-3)).max())
-        if given.size == want.size
-        else np.inf
+        np.inf if elsewhere else float((np.abs(given - want) / np.maximum(np.abs(want), 1e-3)).max(initial=0))
     )
     why = ""
     if not worst <= LOSS:

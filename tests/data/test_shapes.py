@@ -233,6 +233,17 @@ def test_every_kind_of_file_is_read(tmp_path: Path, tok: Tokenizer, name: str, i
         assert judged(str(path), tmp_path / "out", tok).passed
 
 
+def test_a_map_is_for_the_records_that_have_its_keys(tmp_path: Path, tok: Tokenizer) -> None:
+    """Others have our keys, or lack the answer: those are counted."""
+    theirs = [{"q": f"{i} + 2?", "a": f"It is {i + 2}."} for i in range(12)]
+    ours = [{"prompt": f"{i} - 2?", "response": f"That gives {i - 2}."} for i in range(12)]
+    talks = [{"dialog": [turn("user", f"{i} * 2?"), turn("assistant", f"So {2 * i}.")]} for i in range(12)]
+    path = lines(tmp_path, [*theirs, *ours, *talks, {"q": "9 + 9?"}, {"messages": [ASK, SAY]}])
+    found = judged(path, tmp_path / "out", tok, keys="prompt=q,response=a,messages=dialog")
+    assert found.passed, found
+    assert "38 records" in found.measured
+
+
 @pytest.mark.parametrize(
     ("record", "reason", "words"),
     [
@@ -245,6 +256,7 @@ def test_every_kind_of_file_is_read(tmp_path: Path, tok: Tokenizer, name: str, i
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs of preferences", "--map response=chosen"),
         ({"chosen": [ASK, SAY], "rejected": [ASK]}, "pairs of preferences", "--map messages=chosen"),
         ({"messages": [turn("robot", "b")]}, "role", "--map assistant=NAME"),
+        ({"messages": [ASK, {**SAY, "weight": 0.5}]}, "weight", "weight is 0.5; write 0 or leave it out"),
         ({"messages": [turn("user", [{"type": "image"}]), SAY]}, "parts that are no text", "messages[0].content[0]"),
         ({"messages": [turn("user", None), SAY]}, "not a string", "messages[0].content"),
         ({"messages": [ASK, {**SAY, "train": "no"}]}, "train", "messages[1].train"),

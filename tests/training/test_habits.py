@@ -84,6 +84,14 @@ def test_a_grid_ends_in_one_table(swept: tuple[Path, list[str], int]) -> None:
         assert row["best_val_loss"] == min(x["val_loss"] for x in losses if "val_loss" in x)
 
 
+def test_a_run_that_did_not_pass_is_not_the_best_of_a_table() -> None:
+    """Nor is a loss that is no number."""
+    rows = [("FAIL", 0.0), ("PASS", 2.0), ("NONE", None), ("PASS", math.nan), ("PASS", 1.0), ("SUSPECT", 0.5)]
+    placed = sorted(({"verdict": v, "val_loss": x} for v, x in rows), key=sweep._place)
+    assert [(r["verdict"], r["val_loss"]) for r in placed][:2] == [("PASS", 1.0), ("PASS", 2.0)]
+    assert [r["verdict"] for r in placed[2:]] == ["PASS", "FAIL", "SUSPECT", "NONE"]
+
+
 def test_the_same_grid_again_keeps_what_has_ended(
     swept: tuple[Path, list[str], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -240,6 +240,25 @@ def test_a_fault_ends_the_run(place, monkeypatch, capsys, fault):
     shutil.rmtree(place / fault.__name__)
 
 
+def test_a_loss_of_0_in_float32_is_that_of_the_formula(place, capsys):
+    """So strong a comparison leaves nothing to learn, and the error says so."""
+    assert pretrain(place, "strong", "--preference-loss", "simpo", "--beta", "1e6", "--simpo-gamma", "0") in (
+        0,
+        6,
+    )
+    assert gate(place, "strong", "start.preferences")["verdict"] == PASS
+    shutil.rmtree(place / "strong")
+
+
+def test_the_odds_of_a_certain_answer_are_finite():
+    for sums in ((0.0, -1.0), (-1.0, 0.0), (0.0, 0.0)):
+        answers = [formulas.Answer(x, 1, math.nan) for x in sums]
+        want = formulas.orpo(*answers, formulas.Constants(0.1, 0.0, 0.0)).loss
+        c, r = (np.array([x]) for x in sums)
+        found = losses_of(formulas.PreferenceSettings(preference_loss="orpo"), c, 1, r, 1, c, r)
+        assert found == pytest.approx(want, rel=1e-4, abs=1e-8)
+
+
 def test_labels_are_compared_with_the_files(place):
     folder = next((place / "cache/instruct").glob("*/train"))
     tokenizer = Tokenizer.from_file(place)

@@ -212,7 +212,7 @@ def _read(corpus: Conversations, spelling: Spelling, frame: Frame, tokenizer: To
                     texts and not frame.prompt
                 )
                 out.has_context |= any(names.get(k, k) in m for m in said for k in ("train", "weight"))
-                out.has_context |= isinstance(_under(value, names.get("prompt", "prompt")), list)
+                out.has_context |= any(isinstance(x, list) for x in _named(value, "prompt", names))
                 answers = [t for m in said for t in contents(m, names)]
                 answers += [
                     x.split(end)[0] if end else x for t in texts for x in t.split(frame.prompt or "\n")[1:]
@@ -240,21 +240,25 @@ def _said(value: Any, names: dict[str, str], speakers: set[str]) -> tuple[list[d
     for turns in _values(value, names):
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
-                who = (turn.get(names.get(key, key)) for key in ("role", "from"))
+                who = (x for key in ("role", "from") for x in _named(turn, key, names))
                 said += [turn] if any(isinstance(w, str) and w in speakers for w in who) else []
             elif isinstance(turn, list) and len(turn) == 2:
                 said.append({"content": turn[1]})
     for key in ("output", "response", "completion"):
-        answer = _under(value, names.get(key, key))
-        said += [{"content": answer}] if isinstance(answer, str) else []
-    text = _under(value, names.get("text", "text"))
-    return said, [text] if isinstance(text, str) and not said else []
+        said += [{"content": x} for x in _named(value, key, names) if isinstance(x, str)]
+    texts = [x for x in _named(value, "text", names) if isinstance(x, str)]
+    return said, [] if said else texts[:1]
 
 
 def _values(value: dict[str, Any], names: dict[str, str]) -> Iterator[Any]:
     """Yield the values of a record, those that --map finds inside others too."""
     yield from value.values()
     yield from (_under(value, name) for name in names.values() if "." in name)
+
+
+def _named(value: Any, key: str, names: dict[str, str]) -> list[Any]:
+    """List the values under the name of the file for a key, and under the key itself: other records may have that."""
+    return [_under(value, name) for name in dict.fromkeys([names.get(key, key), key])]
 
 
 def _under(value: Any, name: str) -> Any:
@@ -267,12 +271,14 @@ def _under(value: Any, name: str) -> Any:
 def contents(message: dict[str, Any], names: dict[str, str]) -> Iterator[str]:
     """Yield the text of a message, of parts joined."""
     for key in ("content", "value"):
-        content = message.get(names.get(key, key))
-        if isinstance(content, list):
-            parts = [p if isinstance(p, str) else p.get("text") for p in content if isinstance(p, dict | str)]
-            content = "".join(p for p in parts if isinstance(p, str))
-        if isinstance(content, str):
-            yield content
+        for content in _named(message, key, names):
+            if isinstance(content, list):
+                parts = [
+                    p if isinstance(p, str) else p.get("text") for p in content if isinstance(p, dict | str)
+                ]
+                content = "".join(p for p in parts if isinstance(p, str))
+            if isinstance(content, str):
+                yield content
 
 
 class Spelling:

@@ -57,7 +57,7 @@ def pair_of(name: str, value: Any, keys: KeyMap | None = None) -> Pair:
     if not isinstance(value, dict) or not {"chosen", "rejected"} <= value.keys():
         there = ", ".join(map(repr, list(value)[:10])) if isinstance(value, dict) else type(value).__name__
         raise Unusable("no pair", f"there is {there}; {NO_PAIR}")
-    prompt, sides = value.get("prompt"), [value["chosen"], value["rejected"]]
+    prompt, sides = value.get("prompt", value.get("conversations")), [value["chosen"], value["rejected"]]
     if sides[0] == sides[1]:
         raise Unusable("equal answers", "chosen and rejected are the same")
     beside = {key: value[key] for key in BESIDE if value.get(key)}
@@ -82,8 +82,8 @@ def pair_of(name: str, value: Any, keys: KeyMap | None = None) -> Pair:
 
 def _turns(prompt: Any, side: Any, key: str) -> list[dict[str, Any]]:
     """Join a prompt and an answer to messages. Raises Unusable."""
-    if isinstance(side, str):
-        side = [{"role": "assistant", "content": side}]
+    if isinstance(side, str | dict):
+        side = [{"role": "assistant", "content": side} if isinstance(side, str) else side]
     if not isinstance(side, list) or not side or not all(isinstance(m, dict) for m in side):
         raise Unusable("not a list", f"{key} is neither a text nor a list of messages")
     side = [as_message(m) for m in side]

@@ -33,7 +33,11 @@ def pairs_kept(corpus: Pairs, sides: dict[str, PackedShards], tokenizer: Tokeniz
                 value = corpus.map(value) if isinstance(value, dict) else value
                 for label, key in ((CHOSEN, "chosen"), (REJECTED, "rejected")):
                     said = value.get(key) if isinstance(value, dict) else None
-                    turns = said if isinstance(said, list) else [{"content": said}]
+                    turns = (
+                        said
+                        if isinstance(said, list)
+                        else [said if isinstance(said, dict) else {"content": said}]
+                    )
                     texts = (t for m in turns[-1:] if isinstance(m, dict) for t in contents(m, {}))
                     answers[label].update(k for t in texts for k in spelling.keys(t))
     except Unfollowed:

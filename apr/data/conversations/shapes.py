@@ -263,7 +263,7 @@ def _message(turn: Any, where: str) -> tuple[Record, bool]:
         message["tool_calls"] = _calls(calls, f"{where}.tool_calls")
     _check_texts(message, where)
     for key, is_out in UNTRAINED.items():
-        if key in turn and not isinstance(turn[key], bool | int | float):
+        if key in turn and turn[key] not in (0, 1):
             raise Unusable(key, f"{where}.{key} is {turn[key]!r}; write {json.dumps(is_out)} or leave it out")
     return message, not any(key in turn and turn[key] == is_out for key, is_out in UNTRAINED.items())
 
