@@ -12,6 +12,8 @@ from . import rule
 LONG_SUM, LONG_GRADIENT = 4096, 256
 # Rows and columns whose elements are summed in order.
 SAMPLE = 8
+# Elements of a product that are few: of more, plain NumPy's largest error is as large as another order's.
+FEW = 4096
 # Standard errors that stand for the error of plain NumPy, of which a gradient may have three times as much.
 CHANCE = rule.SIGMAS / 3
 
@@ -47,14 +49,23 @@ def summed_in_order(op: str, name: str, low: dict[str, Any], want: np.ndarray) -
 
 
 def by_chance(op: str, name: str, low: dict[str, Any], want: np.ndarray) -> list[np.ndarray]:
-    """Return the gradient of a vector, of a norm or a bias, as far off as chance may take a sum over tokens in float32.
+    """Return a gradient of a vector, of a norm or a bias, as far off as chance may take a sum over tokens in float32; of a
+    product with few elements the same.
 
     Where terms cancel, the sum on its way is larger than its end, and each addition may be off by u |sum|. NumPy's own error
-    is one draw: of the few elements of a vector it may be a lucky one, so it is no measure of another order's.
+    is one draw: of few elements it may be a lucky one, so it is no measure of another order's.
 
         sigma = u / sqrt(3) sqrt(sum_n S_n^2),  S_n = the sum of the first n terms, u = 2^-24
 
     S begins at zero, as parts of a sum do, or at what the gradient was: the larger of the two."""
+    if (op, name) in (("linear_fwd", "y"), ("linear_bwd", "dx")) and want.size <= FEW:
+        rows, columns = (low["x"], low["w"]) if name == "y" else (low["dy"], low["w"].T)
+        if rows.dtype != np.float32 or rows.shape[1] >= LONG_SUM:
+            return []
+        bias = low["b"] if name == "y" and low["b"] is not None else 0.0
+        sums = np.cumsum(rows[:, None, :].astype(np.float64) * columns, axis=2)
+        squares = np.square(sums).sum(2) + np.square(sums[..., -1] + bias)
+        return [want + CHANCE * rule.EPS["float32"] / 2 * np.sqrt(squares / 3)]
     if want.ndim != 1 or (op, name) not in (
         ("linear_bwd", "db"), ("add_rmsnorm_bwd", "dw"), ("head_rmsnorm_bwd", "dw"),
     ):  # fmt: skip

@@ -442,3 +442,42 @@ def test_a_short_vector_whose_terms_cancel_may_be_summed_in_any_order(order):
 def test_a_fault_in_the_sum_of_a_short_vector_is_seen(fault):
     seen = [seed for seed in range(40) if not gradient_of_a_norm(summed_otherwise(fault), seed).ok]
     assert seen == list(range(40))
+
+
+def product_of_few(be: Any, seed: int, wide: int = 64) -> ArrayComparison:
+    """What is said of a product with 32 x 4 elements as `be` computes it, the first factor of an adapter.
+
+    The first half of its terms is positive, the others all but cancel it."""
+    rng = np.random.default_rng(seed)
+    signs = np.where(np.arange(wide) < wide // 2, 1, -1)
+    args = {
+        n: Twin(tap, [a.astype(np.float32).astype(np.float64), a.astype(np.float32)])
+        for n, tap, a in (
+            ("y", "1.low", np.empty((32, 4))),
+            ("x", "x", np.abs(rng.standard_normal((32, wide)))),
+            ("w", "1.w", np.abs(rng.standard_normal((4, wide))) * signs),
+        )
+    }
+    looking = watch.Forced([reference, be], "float32", Layout(PRESETS["qwen3-tiny"]))
+    looking(Call("linear_fwd", {**args, "b": None}), lambda: None)
+    return looking.rows[-1]
+
+
+def multiplied(order: Any, of_term: float = 1.0) -> Any:
+    """A backend that adds up the terms of a product one by one, in an order; the first weighs `of_term`."""
+
+    def linear_fwd(y: Any, x: Any, w: Any, b: Any) -> None:
+        terms = x[:, None, :] * w
+        terms[..., 0] *= np.float32(of_term)
+        y[...] = np.cumsum(order(terms), 2, dtype=np.float32)[..., -1]
+
+    return overlay(cpu, linear_fwd=linear_fwd)
+
+
+@pytest.mark.parametrize(
+    "order", [lambda t: t, lambda t: t[..., ::-1], lambda t: t[..., np.random.default_rng(0).permutation(64)]],
+    ids=["in order", "backwards", "at random"],
+)  # fmt: skip
+def test_a_product_of_few_elements_may_be_summed_in_any_order(order: Any) -> None:
+    assert max(product_of_few(multiplied(order), seed).ratio for seed in range(60)) < 0.9
+    assert not product_of_few(multiplied(order, 1.0001), 0).ok
