@@ -24,6 +24,7 @@ DECIDING = (
     "cublaslt",
     "matmul_algorithms",
     "attention",
+    "cross_entropy",
 )
 # Of a loss up to OTHER_STEPS behind a state, where another device or version computes it.
 OTHER_STEP, OTHER_STEPS = {"float32": 1e-3, "bfloat16": 2e-2}, 20

@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 
 import apr
+from apr.evidence.resumed import DECIDING
 from apr.model.optim import OPTIMIZERS
+from apr.training.resume import DECIDE_BITS
 from apr.training.run import continued
 from apr.training.settings import DEMO, RunSettings, Settings
 
@@ -76,3 +78,8 @@ def test_a_run_from_before_bos_goes_on_without_it(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"settings": settings}))
         going_on = continued(Settings(run_dir=str(tmp_path), resume=True), {})
         assert (going_on.bos, going_on.corpus, going_on.resume) == (want, "c", True)
+
+
+def test_what_decides_bits_is_one_list():
+    """What a resumed run notes of another device is compared where its steps are computed again."""
+    assert set(DECIDE_BITS) <= set(DECIDING)
