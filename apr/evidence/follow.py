@@ -56,8 +56,10 @@ class Follow:
     def after(self, lr: float, grad_norm: float, tolerance: float, step: int) -> Finding:
         """Compare weights and state after step number `step` with the optimizer's formula, gradient clipping included.
 
-        fitted lr = sum(moved * direction) / sum(direction^2). Rounding of the weights to float32 adds a random eps / 2
-        of each weight to its move, and the root of the sum of their squares to the fit."""
+        fitted lr = sum(moved * direction) / sum(direction^2). Weights are float32, and a move below half a unit of their last
+        place is lost, of all weights of a size: so the fit is compared with those of moves that are rounded as weights are,
+        of a learning rate a little lower and a little higher. What the formula's own last bit leaves is random: eps / 2 of
+        each weight in its move, and the root of the sum of their squares in the fit."""
         opt, formula, old = self.opt, self._formula, self._old
         formula.steps = step
         if self._is_empty:
@@ -70,13 +72,18 @@ class Follow:
         rounding = EPS32 * np.maximum(np.abs(old), np.abs(new))
         weight = float(direction @ direction)
         fitted = float(moved @ direction) / weight if weight else 0.0
+        kind = opt.be.to_host(opt.master[:1]).dtype
+        low, high = (
+            float((old - (old - lr * k * direction).astype(kind)) @ direction) / weight if weight else 0.0
+            for k in (1 - tolerance, 1 + tolerance)
+        )
         noise = 3 * float(np.sqrt(((rounding * direction) ** 2).sum())) / weight if weight else 0.0
         off = np.abs(moved - lr * direction) - (rounding + 1e-3 * lr * np.abs(direction) + 1e-30)
         worst = int(off.argmax())
         measured = f"log {lr:.6e}, weights {fitted:.6e}"
-        bound = f"equal within {tolerance:g} of it and {noise:.0e}"
+        bound = f"equal within {tolerance:g} of it and {noise:.0e}, rounded to the weights' last places"
         why = ""
-        if not abs(fitted - lr) <= tolerance * lr + noise:
+        if not low - noise <= fitted <= high + noise:
             why = f"the log says a learning rate of {lr:.4e}, the weights moved by one of {fitted:.4e}"
         elif off[worst] > 0:
             name, asked = type(opt).__name__, lr * direction[worst]
