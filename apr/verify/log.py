@@ -10,6 +10,7 @@ from ..common.provenance import code_sha256
 from ..common.units import plural
 from ..evidence.gates import GATES, Gates
 from ..evidence.judge import judge, near, target
+from ..evidence.ranks import read_ranks
 from ..model.schedule import Schedule
 from ..training.evaluate import epoch_facts
 from .record import Record
@@ -95,6 +96,7 @@ def _later_gates(r: Record) -> set[str]:
         return set()
     ending = {g.id for g in GATES.values() if g.then in ("refuse", "abort")}
     ending |= {"before.tokens"} if r.facts.only_pairs else {"before.tokens", "run.margin"}
+    ending |= set() if any(read_ranks(r.run.path)) else {"run.straggler"}
     return ending - {row["id"] for row in r.verdict["gates"]}
 
 
