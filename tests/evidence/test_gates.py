@@ -35,7 +35,7 @@ from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.schedule import Schedule
 from apr.model.transformer import Model
-from apr.training import evaluate, inputs, loop
+from apr.training import evaluate, inputs, loop, split
 from apr.training import run as running
 from apr.training.loop import Trainer
 from run_cases import (  # noqa: F401  cache and place are fixtures
@@ -88,7 +88,7 @@ def device_computes_wrongly(m, place, folder):
 
 def plan_exceeds_memory(m, place, folder):
     have = cpu.free_memory()
-    m.setattr(running, "memory", lambda *a, **k: type("M", (), {"total": 2 * have})())
+    m.setattr(split, "memory", lambda *a, **k: type("M", (), {"total": 2 * have})())
     m.setattr(inputs, "choose_micro_batch", lambda *_: 2)
 
 
@@ -222,7 +222,7 @@ def gradients_are_not_cleared(m, place, folder):
     def compute(self, *a):
         with pytest.MonkeyPatch.context() as here:
             here.setattr(Model, "micro_step", lambda self, *b, begins: micro_step(self, *b))
-            right(self, *a)
+            return right(self, *a)
 
     m.setattr(Trainer, "_compute_gradients", compute)
 
