@@ -60,7 +60,7 @@ from .signals import interrupting
 from .split import check_order, check_ranks, memory_of
 from .spot import FormulaChecks, SpotChecks, SpotTimes
 from .start import StartRecord
-from .tasks import TaskScores
+from .tasks import TaskScores, check_tasks
 
 ENDED = ("DONE", "TARGET_REACHED", "EARLY_STOP")  # status words of runs that came to their end
 SAMPLE_TOKENS = 160  # of the continuation of --sample at the end
@@ -95,6 +95,7 @@ def train(
             settings = resolve(settings, explicit or {})
             gates = Gates(parse_bounds(settings.bounds))
             loggers.check(settings.log)
+            check_tasks(settings.eval_tasks)
             if ranks.count > 1:
                 settings = dataclasses.replace(
                     settings, threads=settings.threads or max(1, threads() // ranks.local)

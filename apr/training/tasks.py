@@ -17,6 +17,12 @@ from .settings import is_due
 SEQ_LENGTH = 1024
 
 
+def check_tasks(text: str | None) -> None:
+    """Look into the files of --eval-tasks before a run has a folder. Raises as parse_tasks does."""
+    if text:
+        parse_tasks(text, "--eval-tasks")
+
+
 class TaskScores:
     """Scores --eval-tasks at evaluations whose step is due, and writes a line of the log each time."""
 

@@ -233,6 +233,15 @@ def test_every_kind_of_file_is_read(tmp_path: Path, tok: Tokenizer, name: str, i
         assert judged(str(path), tmp_path / "out", tok).passed
 
 
+def test_keys_may_change_places() -> None:
+    keys = KeyMap.parse("chosen=rejected,rejected=chosen")
+    assert keys({"prompt": "q", "chosen": "a", "rejected": "b"}) == {
+        "prompt": "q",
+        "chosen": "b",
+        "rejected": "a",
+    }
+
+
 def test_a_map_is_for_the_records_that_have_its_keys(tmp_path: Path, tok: Tokenizer) -> None:
     """Others have our keys, or lack the answer: those are counted."""
     theirs = [{"q": f"{i} + 2?", "a": f"It is {i + 2}."} for i in range(12)]

@@ -157,6 +157,7 @@ def test_a_task_of_the_harness_needs_it(place, monkeypatch, capsys):
     """Without it one error with the command that installs it, before anything is trained; with it the model in training."""
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     assert pretrain(place, "never", "--eval-tasks", "arc_easy") == 2
+    assert not (place / "never").exists()
     assert "pip install" in capsys.readouterr().err
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: object())
     asked = {}

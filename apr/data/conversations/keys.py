@@ -39,15 +39,15 @@ class KeyMap:
         """Give a record our names. A key inside another is written a.b."""
         if not self.names:
             return record
-        out = dict(record)
+        out, taken = dict(record), {ours for ours, _ in self.names}
         for ours, theirs in self.names:
             value: Any = record
             for key in theirs.split("."):
                 value = value.get(key) if isinstance(value, dict) else None
             if ours in OF_RECORDS and value is not None:
                 out[ours] = value
-                # Left in place, it would decide what shape the record has.
-                out.pop(theirs, None) if theirs != ours else None
+                # Left in place, it would decide what shape the record has. Keys may change places.
+                out.pop(theirs, None) if theirs not in taken else None
         return {
             key: [self._turn(t) for t in turns] if isinstance(turns, list) else turns
             for key, turns in out.items()
