@@ -72,6 +72,11 @@ class RunDir:
         for key in PARTS:
             if key in d and not isinstance(d[key], dict):
                 raise MalformedFile(f"{path}: {key} = {short(d[key])} is no object; restore the file")
+        later = d.get("device", {}).get("went_on_with", [])
+        if not isinstance(later, list) or not all(isinstance(x, dict) for x in later):
+            raise MalformedFile(
+                f"{path}: device.went_on_with = {short(later)} is no list of devices; restore the file"
+            )
         return d
 
     def sums_micro_batches(self) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from apr.backends import reference
-from cases import BAND, CASES, LARGEST, ROWS, Arg, Arrays, Backend, Case, Row, make, rows, run
+from cases import BAND, CASES, LARGEST, ROWS, TAKE_64, Arg, Arrays, Backend, Case, Row, make, rows, run
 from precision import differing, error, figures, flash, off, unseen
 
 pytestmark = pytest.mark.gpu
@@ -212,10 +212,6 @@ def test_a_small_row_of_every_wide_kernel(judge: Any, row: Row, dtype: str) -> N
 
 
 # What kernels must not be given
-
-
-# add_sum also adds sums of tiles, which are float64.
-TAKE_64 = ("clip_factor", "add_sum", "add_sum_of_losses")
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES if case.name not in TAKE_64])

@@ -12,7 +12,7 @@ import pytest
 
 from apr import backends
 from apr.backends.contract import OPS, WRITES
-from cases import BF16, CASES, LARGEST, ROWS, Arrays, Backend, Row, make, overlay, rows, run
+from cases import BF16, CASES, LARGEST, ROWS, TAKE_64, Arrays, Backend, Row, make, overlay, rows, run
 from precision import (
     Figures,
     accuracy,
@@ -398,7 +398,7 @@ def test_nan_stays_nan(
             assert not np.isnan(out[output]).all(), output
 
 
-@over([row for row in LARGEST if row.case.name != "clip_factor"])
+@over([row for row in LARGEST if row.case.name not in TAKE_64])
 def test_cpu_refuses_float64(row: Row) -> None:
     with pytest.raises(TypeError):
         run(cpu, row, np.float64, make(row, np.float64))

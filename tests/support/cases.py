@@ -47,6 +47,8 @@ DCACHE = "dq out B T H@0/H+2*K D, dk out B S@0/P K D, dv out B S@0/P K D"
 DOCUMENTS = (1, 5, 59, 2, 97, 17, 123, 257)  # lengths of documents
 ADAMW = "lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1, step=3"
 
+# Cases of ops that take float64 by contract: add_sum adds sums of tiles too.
+TAKE_64 = ("clip_factor", "add_sum", "add_sum_of_losses", "add_sum_of_tiles")
 CASES = [
     Case("embedding", "embedding_fwd", "embedding_bwd", "N C V: 1 1 1, 5 59 97, 257 123 59"),
     Case(
@@ -188,6 +190,7 @@ CASES = [
     ),
     Case("add_sum", "add_sum", "", "N: 1, 59, 257"),
     Case("add_sum_of_losses", "add_sum: x in32+ N", "", "N: 40001"),
+    Case("add_sum_of_tiles", "add_sum: x in64 N", "", "N: 1, 59, 257"),
     Case("add_sum_sq", "add_sum_sq", "", "N: 1, 59, 257, 40001"),
     Case("add_sum_sq_rows", "add_sum_sq: total acc64+ R, x in32 R N", "", "R N: 1 1, 5 59, 3 1024, 2 2048"),
     Case("clip_factor", "clip_factor: max_norm=0.5", "", "N: 1"),

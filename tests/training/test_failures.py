@@ -321,6 +321,16 @@ def test_a_dataset_that_is_removed_while_it_is_read(
     equal(job, undisturbed, run)
 
 
+@pytest.mark.parametrize("later", [None, [None], "cuda"])
+def test_later_devices_that_are_no_devices_are_named(job, stopped, run, later, capsys):
+    shutil.copytree(stopped, run)
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "device": {**config["device"], "went_on_with": later}}))
+    assert go_on(run) == 4
+    said(capsys, 4, "device.went_on_with")
+
+
 def test_a_shard_or_a_corpus_that_is_gone_at_resume(
     job, stopped, dataset, run, tmp_path, monkeypatch, capsys
 ):
