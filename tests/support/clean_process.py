@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -49,7 +50,10 @@ class CleanProcess:
         asked = {"module": module, "args": args, "environ": dict(os.environ), "cwd": os.getcwd()}
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
+        timeout = options.get("timeout")
         try:
+            if not select.select([server.stdout], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(command, timeout)
             code, out, err = json.loads(server.stdout.readline())
         except BaseException:  # a signal while it is waited for: the next one asks a server of its own
             self.end()
