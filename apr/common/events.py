@@ -39,6 +39,11 @@ def emit(observers: Iterable[Any], event: Event) -> None:
             hear(event)
 
 
+def is_busy(observers: Iterable[Any], step: int) -> bool:
+    """Tell if an observer computes with the model before a step: then ranks wait for the one that has it."""
+    return any(o.computes_before(step) for o in observers if hasattr(o, "computes_before"))
+
+
 @dataclass(frozen=True)
 class WeightsReady(Event):
     """Weights and moments are on the device.

@@ -58,6 +58,9 @@ class Communicator(Protocol):
     def at(self, doing: str, is_timed: bool = False) -> None:
         """Say what this rank does, for the message about a rank that hangs. is_timed: it may not take longer than the limit."""
 
+    def ends(self) -> None:
+        """Say that this process ends by an error of its own, in its own time: what other ranks report is no reason any more."""
+
     def limit(self, seconds: float) -> None:
         """Set the time after which a rank that says nothing, or stands still, is taken to hang."""
 
@@ -108,6 +111,9 @@ class Alone:
         return nullcontext()
 
     def at(self, doing: str, is_timed: bool = False) -> None:
+        """See Communicator."""
+
+    def ends(self) -> None:
         """See Communicator."""
 
     def limit(self, seconds: float) -> None:

@@ -61,6 +61,10 @@ class Nccl(Watched):
         """Name the GPU of this rank, where a --device is asked for. Raises Refused for one GPU for several ranks."""
         if os.environ.get(library.SHARED):
             return "cuda" if asked == "auto" else asked
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if shown and "," not in shown and asked in ("auto", "cuda", "cuda:0"):
+            # The launcher shows every rank its own GPU alone; that it is not another one's too is asked when they join.
+            return "cuda:0"
         if ":" in asked and self.local > 1:
             raise Refused(
                 f"--device {asked} is one GPU, and {self.local} ranks are on this machine: give --device cuda, and every rank "

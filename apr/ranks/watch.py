@@ -71,7 +71,8 @@ class Watch:
         self.before_end: Callable[[], None] = lambda: None
         self.peers: list[Peer] = []
         self.failed: RankFailed | None = None
-        self.is_ending = False
+        # Of this rank itself, which writes it down in its own time.
+        self.has_error = self.is_ending = False
         self._lock, self._judged = threading.Lock(), time.monotonic()
         self._connect(count, share)
         threading.Thread(target=self._run, name="heartbeats", daemon=True).start()
@@ -199,7 +200,8 @@ class Watch:
                 peer.heard = peer.moved = now
             return
         is_waiting = self.waiting is not None and now - self.waiting > MEETING_SECONDS
-        if self.failed and self.rank == 0 and (is_waiting or now - self.failed.since > FAILED_SECONDS):
+        is_reason = self.failed is not None and self.rank == 0 and not self.has_error
+        if self.failed and is_reason and (is_waiting or now - self.failed.since > FAILED_SECONDS):
             self._finish(self.failed)
         most = max([self.meetings, *(p.meetings for p in self.peers)])
         for peer in self.peers:

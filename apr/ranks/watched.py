@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -35,9 +36,14 @@ class Watched:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
+            if self.rank:
+                # Of the launcher: while rank 0 ends the run, it alone is stopped.
+                with suppress(ValueError):
+                    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             self.share("done")
             self.watch.leave()
             return
+        self.ends()
         if isinstance(error, KeyboardInterrupt):
             error = Interrupted("interrupted")
         if self.rank:
@@ -84,6 +90,11 @@ class Watched:
     def at(self, doing: str, is_timed: bool = False) -> None:
         """See Communicator."""
         self.watch.doing, self.watch.is_timed = doing, is_timed
+
+    def ends(self) -> None:
+        """See Communicator."""
+        self.watch.has_error = True
+        self.at("writing the end of the run")
 
     def limit(self, seconds: float) -> None:
         """See Communicator."""

@@ -16,7 +16,7 @@ import numpy as np
 from ..checkpoints.checkpoint import fill, reader
 from ..checkpoints.peft import adapter_start
 from ..checkpoints.state import TrainingState
-from ..common.errors import AprError
+from ..common.errors import AprError, Interrupted
 from ..common.events import (
     Evaluated,
     Event,
@@ -31,6 +31,7 @@ from ..common.events import (
     Stepped,
     WeightsReady,
     emit,
+    is_busy,
 )
 from ..common.units import bits_per_byte
 from ..data.batches import Batches, Exhausted, trained_targets
@@ -171,7 +172,7 @@ class Trainer:
     def train_step(self) -> Line:
         """Take one optimizer step on the mean loss over the tokens, or pairs, of a batch; returns its line of the log."""
         model, opt, step, start = self.model, self.opt, self.progress.step + 1, time.perf_counter()
-        self.ranks.at(f"step {step}", is_timed=self._steps_here > 0)
+        self.ranks.at(f"step {step}", is_timed=self._steps_here > 0 and not is_busy(self.observers, step))
         ids, targets = self.batches.next()
         tokens, read = trained_targets(targets), time.perf_counter()
         self.emit(StepBegun(step, ids, targets))
@@ -214,9 +215,8 @@ class Trainer:
 
         One micro-batch: copies of more ids would wait for the device, and the numbers would be read as late as it is done.
         Events and counts stay those of this step. Not before observers ask the model, an evaluation, or pairs."""
-        busy = any(o.computes_before(step + 1) for o in self.observers if hasattr(o, "computes_before"))
         can = self.inputs.backend.asynchronous and self._steps_here and not self.is_stopping(asks=False)
-        if self.model.preferences or not can or busy or self._ends_epoch(step):
+        if self.model.preferences or not can or is_busy(self.observers, step + 1) or self._ends_epoch(step):
             return
         try:
             batch, model, was = self.batches.peek(), self.model, self.model.tokens_trained
@@ -327,11 +327,15 @@ class Trainer:
                     if p.epoch_losses:
                         self._save(None)
                     self.saver.wait()
-                    stopped = interrupted(self.run, p.step, self.failed)
-                    raise stopped from stopped.__cause__
+                    status = Interrupted.status
             if self.is_stopping():  # the signals are the caller's again: none is lost between
+                self.ranks.share("saved")  # by rank 0, which an error of another one would end
                 raise interrupted(self.run, p.step, self.failed)
             return status
+        except BaseException:
+            # Others may have the same error, and no save to wait for.
+            self.ranks.ends()
+            raise
         finally:
             # The error of the run is the one to show.
             self.saver.settle()

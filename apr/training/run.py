@@ -287,6 +287,8 @@ def _record_end(
 ) -> None:
     """Write the verdict of a run that did not finish, and if there is time, its page and its hashes."""
     p = trainer.progress if trainer else Progress()
+    if trainer:
+        trainer.ranks.ends()
     gates.close(f"the run ended before it: {e.status}")
     with suppress(AprError, OSError):  # the error that ended the run is the one to show
         val = p.val_losses[-1] if p.val_losses else None

@@ -138,6 +138,24 @@ def test_two_ranks_on_one_gpu_are_refused_unless_asked_for(monkeypatch):
     assert attached(["GPU-a", "GPU-a"]) == ["NCCL 2.30.4, a test"] * 2
 
 
+@pytest.mark.parametrize(
+    ("shown", "asked", "device"),
+    [
+        (None, "cuda", "cuda:1"),
+        ("0,1", "auto", "cuda:1"),
+        ("5", "cuda", "cuda:0"),
+        ("GPU-b", "auto", "cuda:0"),
+    ],
+)
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_is_shown(monkeypatch, shown, asked, device):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    ranks = Nccl.__new__(Nccl)
+    ranks.local, ranks.place = 2, 1
+    assert ranks.device(asked) == device
+
+
 # Who starts ranks, and how they find each other
 
 

@@ -248,6 +248,15 @@ if rank is not None:
                 os.kill(os.getpid(), int(what))
         return right(self)
     Trainer.train_step = train_step
+    if what == "wait":
+        # Longer than rank 0 has where another rank has failed.
+        from apr.ranks import watch
+        from apr.training import run
+        from apr.training.rundir import RunDir
+        watch.FAILED_SECONDS, saved, sealed = 0.5, RunDir.save_state, run.seal
+        def slow(function):
+            return lambda *args: (time.sleep(2), function(*args))[1]
+        RunDir.save_state, run.seal = slow(saved), slow(sealed)
 """
 
 
@@ -341,7 +350,9 @@ def test_a_signal_stops_all_ranks_after_the_same_step(started, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 130, err
-    assert "stopped after step 3, state saved" in err
+    assert "apr pretrain: stopped after step 3, state saved" in err
+    assert "rank 1 (" not in err
+    assert (tmp_path / "run" / "evidence.json").exists()
     assert (tmp_path / "run" / "ckpt" / "state" / "step-000003.apr").exists()
 
 
