@@ -126,7 +126,7 @@ def documents_are_masked_unasked(m):
 
 def a_flag_is_lost_on_its_way(m):
     right = running.resolve
-    m.setattr(running, "resolve", lambda s: dataclasses.replace(right(s), grad_clip=1.0))
+    m.setattr(running, "resolve", lambda *a: dataclasses.replace(right(*a), grad_clip=1.0))
     return ["--grad-clip", 0.5]
 
 
