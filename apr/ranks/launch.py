@@ -204,7 +204,10 @@ def _said(path: Path) -> str:
 
 
 def _at_once() -> Interrupted:
-    return Interrupted("stopped at once; --resume with the run's --run-dir goes on from its last saved state")
+    return Interrupted(
+        "stopped at once; --resume with the run's --run-dir goes on from its last saved state; before there is a run, the same "
+        "command begins again"
+    )
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, int]:

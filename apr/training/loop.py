@@ -328,8 +328,8 @@ class Trainer:
                         self._save(None)
                     self.saver.wait()
                     status = Interrupted.status
-            if self.is_stopping():  # the signals are the caller's again: none is lost between
                 self.ranks.share("saved")  # by rank 0, which an error of another one would end
+            if self.is_stopping():  # the signals are the caller's again: none is lost between
                 raise interrupted(self.run, p.step, self.failed)
             return status
         except BaseException:
