@@ -281,7 +281,10 @@ def test_train_tells_of_everything(job, tmp_path, capfd, background):
 
 def test_settings_come_in_three_ways(job, tmp_path):
     losses = []
-    (tmp_path / "job.json").write_text(json.dumps({**job, "run_dir": str(tmp_path / "b"), "num-steps": 3}))
+    with_hyphens = {key.replace("_", "-"): value for key, value in job.items()}
+    (tmp_path / "job.json").write_text(
+        json.dumps({**with_hyphens, "run-dir": str(tmp_path / "b"), "num-steps": 3})
+    )
     short = {**job, "num_steps": 3}
     as_settings = Settings(**{**short, "run_dir": str(tmp_path / "c")})
     for config in ({**short, "run_dir": str(tmp_path / "a")}, tmp_path / "job.json", as_settings):
