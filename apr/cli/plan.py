@@ -71,7 +71,9 @@ class Flags:
         "format of the frozen matrices of the blocks (default: --dtype)", choices=BASES
     )
     dtype: str | None = dtype_option()
-    gpus: int = option("GPUs of one machine that train together, for memory and speed of each", 1, above=0)
+    gpus: int = option(
+        "GPUs of one machine that train together, for memory and speed of each", 1, above=0, metavar="N"
+    )
     device: str = device_option()
     threads: int | None = threads_option()
     json: bool = json_option()

@@ -156,6 +156,7 @@ class RunSettings:
     ranks: int | None = option(
         "processes on this machine that train together, with --device cpu; any number gives the same bits; see docs/ranks.md",
         above=0,
+        metavar="N",
         may_change=True,
     )
     gpus: str | None = option(

@@ -64,6 +64,7 @@ def test_a_resumed_run_keeps_what_decides_its_numbers():
         "device", "run_dir", "resume", "save_every", "keep_states", "ladder_mib", "json", "config", "threads", "graph",
         "spot_check", "bounds", "log", "keep_checkpoints", "background_saves", "other_kernels",
         "eval_tasks", "eval_tasks_every", "eval_tasks_limit",
+        "ranks", "gpus", "rank_timeout", "cross_check",
     }  # fmt: skip
     assert not may_change & set(DEMO)
     assert {f.name for f in dataclasses.fields(RunSettings)} - may_change == {"mode"}

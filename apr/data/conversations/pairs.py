@@ -206,7 +206,8 @@ def _share_prompt(chosen: EncodedExample, rejected: EncodedExample) -> str:
     if not common:
         return "the two answers have no token before them in common"
     if max(firsts) - common > SEAM_TOKENS:
-        return f"the prompts of the two answers, of {firsts[0]:,} and {firsts[1]:,} tokens, differ from token {common:,} on"
+        long = f"{firsts[0]:,} and {plural(firsts[1], 'token')}"
+        return f"the prompts of the two answers, of {long}, differ from token {common:,} on"
     for e, first in zip((chosen, rejected), firsts, strict=True):
         e.trained[common:first] = True
     return ""
