@@ -16,14 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from apr.common.host import cores, cpu_name
-from apr.common.provenance import git_commit, versions
+from apr.common.provenance import circumstances
 from apr.data.batches import AHEAD, Batches, Windows
 from apr.data.corpus import Corpus
 from apr.data.encode import encode_corpus
@@ -97,7 +94,10 @@ def read_batches(folder: Path, tokenizer: Tokenizer, batch: int = 16, seq: int =
         stream.next()
         waited.append(time.perf_counter() - start)
         time.sleep(0.02)
-    return {"read_ms": 1e3 * float(np.median(drawn)), "wait_ms": 1e3 * float(np.median(waited[AHEAD:]))}
+    return {
+        "read_ms": 1e3 * float(np.median(drawn)),
+        "wait_ms": 1e3 * float(np.median(waited[AHEAD:])),
+    }
 
 
 def main() -> None:
@@ -140,10 +140,7 @@ def main() -> None:
         records = json.loads(path.read_text()) if path.exists() else []
         records.append(
             {
-                "date": datetime.now(UTC).date().isoformat(),
-                "commit": git_commit(),
-                "machine": f"{cpu_name()}, {cores()} cores, {platform.system()} {platform.machine()}",
-                "versions": versions(),
+                **circumstances(),
                 "text": args.text,
                 "rounds": args.rounds,
                 "results": {w: {k: round(v, 4) for k, v in row.items()} for w, row in rows.items()},

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import signal
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 from rich.console import Console
 from rich.table import Table
 
-from apr.common.host import cores, cpu_name
-from apr.common.provenance import git_commit, versions
+from apr.common.provenance import circumstances
 from crashing import Job, Report, crash
 
 
@@ -92,10 +89,7 @@ def record(report: Report, f: argparse.Namespace, seconds: float) -> dict[str, A
         if s.number != signal.SIGKILL:
             stops.setdefault(s.phase, []).append(round(s.seconds, 2))
     return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": git_commit(),
-        "machine": f"{cpu_name()}, {cores()} cores, {platform.system()} {platform.machine()}",
-        "versions": versions(),
+        **circumstances(),
         "seed": f.seed,
         "steps": f.steps,
         "moments_in_training": f.in_training,

@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 from rich.console import Console
 from rich.table import Table
 
-from apr.common.host import cores, cpu_name
-from apr.common.provenance import git_commit, versions
+from apr.common.host import cores
+from apr.common.provenance import circumstances
 from fuzzing import FORMATS, Tally, fuzz, replay, store
 
 
@@ -123,10 +121,7 @@ def record(
         for name, t in tallies.items()
     }
     return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": git_commit(),
-        "machine": f"{cpu_name()}, {cores()} cores, {platform.system()} {platform.machine()}",
-        "versions": versions(),
+        **circumstances(),
         "seed": seed,
         "seconds": round(seconds, 1),
         "files": sum(t.files for t in tallies.values()),

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -22,7 +21,6 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 import numpy as np
 
 from apr.checkpoints.apr2 import read_apr
-from apr.common.host import cores, cpu_name
-from apr.common.provenance import git_commit, versions
+from apr.common.provenance import circumstances
 from crashing import TIMED, Job
 
 KINDS = ("SIGKILL", "SIGSTOP", "error", "full disk")
@@ -185,10 +182,7 @@ def main() -> int:
         with ThreadPoolExecutor(f.jobs) as pool:
             list(pool.map(one, range(f.disturbances)))
     record = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": git_commit(),
-        "machine": f"{cpu_name()}, {cores()} cores, {platform.system()} {platform.machine()}",
-        "versions": versions(),
+        **circumstances(),
         "seed": f.seed,
         "steps": f.steps,
         "seconds": round(time.monotonic() - began, 1),

@@ -27,6 +27,7 @@ from ..common.atomic import check_output, write_json
 from ..common.errors import AprError, InputNotFound, Interrupted, MalformedFile, Refused, UsageError
 from ..common.files import make_folder, read_json, read_text
 from ..common.finding import PASS
+from ..common.host import importing_this
 from ..common.options import json_option, option, parse
 from ..common.tables import read_table
 from ..evidence.verdict import read_verdict
@@ -70,8 +71,8 @@ def main(args: Sequence[str]) -> int:
     """Train what is still to be trained, and print the table; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr sweep", __doc__ or "")
     runs, folder = read_grid(Path(f.grid)), Path(f.output or Path("runs") / Path(f.grid).stem)
-    for place in (make_folder(folder / "settings"), make_folder(folder / "logs")):
-        assert place.is_dir()
+    make_folder(folder / "settings")
+    make_folder(folder / "logs")
     commands = [(run, command) for run in runs if (command := _command(folder, run))]
     show = Output(f.json, soft_wrap=True)
     devices = [d.strip() for d in f.devices.split(",") if d.strip()] if f.devices else [""]
@@ -182,7 +183,7 @@ def launch(args: list[str], log: Path, running: list[subprocess.Popen[bytes]]) -
         process = subprocess.Popen(
             [sys.executable, "-m", "apr.cli.main", "pretrain", *args],
             stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])},
+            env=importing_this(os.environ),
         )  # fmt: skip
         running.append(process)
         return process.wait()

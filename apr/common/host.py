@@ -1,10 +1,11 @@
-"""The machine that apr runs on: CPU cores, processor, main memory, cache folder."""
+"""The machine that apr runs on: CPU cores, processor, main memory, cache folder, processes."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from . import cgroup
@@ -30,6 +31,12 @@ def cpu_name() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def importing_this(env: Mapping[str, str]) -> dict[str, str]:
+    """Give a process that is started the environment in which it imports the apr that starts it."""
+    path = [str(Path(__file__).resolve().parents[2]), *filter(None, [env.get("PYTHONPATH")])]
+    return {**env, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def available_memory() -> int | None:

@@ -7,9 +7,12 @@ import os
 import platform
 import subprocess
 from contextlib import suppress
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+from .host import cores, cpu_name
 from .version import __version__
 
 
@@ -20,6 +23,16 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):  # a GPU can do without the CPU's packages
             found[package] = version(package)
     return found
+
+
+def circumstances() -> dict[str, Any]:
+    """Describe when, by which code and on which machine something is measured, for the record of it."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": git_commit(),
+        "machine": f"{cpu_name()}, {cores()} cores, {platform.system()} {platform.machine()}",
+        "versions": versions(),
+    }
 
 
 def git_commit() -> str | None:

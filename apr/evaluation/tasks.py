@@ -107,7 +107,7 @@ def _choices(
     windows, _ = choices.windows_of(tokenizer, items, seq, before, next(iter(before), tokenizer.eos_id))
     scorer = Scorer(opened, fitting(windows, seq), batch)
     found = choices.measure(scorer, items, windows, lambda done, total: progress(task.name, done, total))
-    by_rule = {f"{rule}": figure["value"] for rule, figure in found["accuracy"].items()}
+    by_rule = {rule: figure["value"] for rule, figure in found["accuracy"].items()}
     shown = found["accuracy"][SHOWN_RULE]
     return {
         "metric": "accuracy",

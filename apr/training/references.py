@@ -15,7 +15,7 @@ from ..common.atomic import atomic_write
 from ..common.errors import MalformedFile, Refused
 from ..common.files import opened
 from ..data.batches import Windows, sequential
-from ..model.preferences import Preferences, PreferenceSettings, without_pairs
+from ..model.preferences import Preferences, PreferenceSettings, row_losses
 from ..model.transformer import Model
 from .rundir import RunDir
 
@@ -92,12 +92,3 @@ def compute_reference(model: Model, run: RunDir, train: Windows, val: Windows) -
     sha256 = hashlib.sha256(found.tobytes()).hexdigest()
     run.record(RECORD, {"sha256": sha256, "answers": found.size})
     use_reference(p, run, train, val)
-
-
-def row_losses(model: Model, ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Compute the cross-entropies of all rows (B*T,), without the loss of pairs."""
-    with without_pairs(model):
-        model.forward(ids)
-        model.loss(targets)
-        losses: np.ndarray = model.be.to_host(model.buffers["loss"][: ids.size])
-    return losses

@@ -622,14 +622,13 @@ def test_a_checkpoint_without_a_tokenizer_takes_the_one_of_the_shards(capsys, sm
     assert (d["loss"], d["bytes"]) == (same["loss"], same["bytes"])
 
 
+# of HumanEval, but for its test
+PROBLEM = {"task_id": "t/0", "prompt": "def f(x):\n", "entry_point": "f"}
+
+
 def test_humaneval_end_to_end(capsys, small, tmp_path):
     """Random weights write no right program: the score is 0, and every line says why."""
-    problem = {
-        "task_id": "t/0",
-        "prompt": "def f(x):\n",
-        "entry_point": "f",
-        "test": "def check(candidate):\n    assert candidate(1) == 2\n",
-    }
+    problem = {**PROBLEM, "test": "def check(candidate):\n    assert candidate(1) == 2\n"}
     (tmp_path / "h.jsonl").write_text(json.dumps(problem))
     args = [small / "hf", "--humaneval", tmp_path / "h.jsonl", "--max-new-tokens", 12, "--timeout", 20]
     d = result(capsys, *args, "--samples", 2, "--output", tmp_path / "o.jsonl")
@@ -661,12 +660,7 @@ def test_humaneval_end_to_end(capsys, small, tmp_path):
 
 def test_code_of_a_model_in_training_is_scored(small, tmp_path, monkeypatch):
     """What it completes is what its checkpoint does, also where there is room for one prompt alone; white space is a 0."""
-    problem = {
-        "task_id": "t/0",
-        "prompt": "def f(x):\n",
-        "entry_point": "f",
-        "test": "def check(f):\n    assert 0\n",
-    }
+    problem = {**PROBLEM, "test": "def check(f):\n    assert 0\n"}
     (tmp_path / "h.jsonl").write_text(json.dumps(problem))
     stored = open_model(str(small / "hf"), "cpu")
     be, tokenizer = stored.backend, stored.need_tokenizer()
