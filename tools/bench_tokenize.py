@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from apr.common.provenance import circumstances
-from apr.data.batches import AHEAD, Batches, Windows
+from apr.data.batches import BATCHES_AHEAD, Batches, Windows
 from apr.data.corpus import Corpus
 from apr.data.encode import encode_corpus
 from apr.data.find import find_sources
@@ -96,7 +96,7 @@ def read_batches(folder: Path, tokenizer: Tokenizer, batch: int = 16, seq: int =
         time.sleep(0.02)
     return {
         "read_ms": 1e3 * float(np.median(drawn)),
-        "wait_ms": 1e3 * float(np.median(waited[AHEAD:])),
+        "wait_ms": 1e3 * float(np.median(waited[BATCHES_AHEAD:])),
     }
 
 
