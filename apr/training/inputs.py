@@ -17,7 +17,10 @@ from ..checkpoints.registry import open_any
 from ..checkpoints.side_files import with_one_template, with_turn_ends
 from ..checkpoints.tensors import EMBED, HEAD
 from ..common.errors import Refused
+from ..common.host import available_memory
 from ..common.progress import Progress
+from ..common.units import in_bytes, plural
+from ..data.batches import BATCHES_AHEAD
 from ..data.open import OpenedData, open_data
 from ..model.config import ModelConfig
 from ..model.cost import check_positions, choose_micro_batch, computes_act_again, needs
@@ -132,6 +135,7 @@ def open_inputs(
     init = open_any(s.init) if s.init else None
     cfg = init.cfg if init else cfg or load_config(str(s.model))
     _check_vocabulary(s, cfg)
+    _check_step(s)
     check_positions(cfg, s.seq_length)
     data = open_data(s, cfg.vocab_size, init, progress, tokenizer)
     base = parameters(Layout(cfg), init) if s.lora_init and init else None
@@ -169,6 +173,17 @@ def _check_vocabulary(s: Settings, cfg: ModelConfig) -> None:
             f"--model {s.model}: a vocabulary of {cfg.vocab_size} is too small for text, which needs the 256 bytes and an "
             "end of text. The presets that end in -tiny are for tests of the mathematics: take llama-demo or qwen2-3m, or a "
             f"config.json with vocab_size = {LEAST_VOCABULARY} or more"
+        )
+
+
+def _check_step(s: Settings) -> None:
+    """Raise Refused where main memory cannot hold the ids of a step and of those that are read ahead."""
+    need = (1 + BATCHES_AHEAD) * 2 * 4 * s.batch_size * s.seq_length  # ids and targets, int32
+    free = available_memory()
+    if free is not None and need > free:
+        raise Refused(
+            f"--batch-size {s.batch_size}: {plural(s.batch_size * s.seq_length, 'token')} a step, whose ids, with "
+            f"{BATCHES_AHEAD} steps read ahead, take {in_bytes(need)} of main memory, where {in_bytes(free)} are free; lower it"
         )
 
 

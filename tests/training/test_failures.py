@@ -829,6 +829,11 @@ def test_other_kernels_without_a_run_to_go_on_with(job, run, capsys):
     said(capsys, 2, "--other-kernels goes on with a run")
 
 
+def test_a_step_that_main_memory_cannot_hold(job, run, capsys):
+    assert start(job, run, "--batch-size", 2**40) == 5
+    said(capsys, 5, "--batch-size 1099511627776")
+
+
 def test_a_refused_resume_leaves_the_evidence(undisturbed, run, capsys):
     shutil.copytree(undisturbed, run)
     config = json.loads((run / "config.json").read_text())
