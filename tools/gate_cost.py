@@ -41,6 +41,7 @@ OF_STEPS = (
     "StepGates",
     "LearningRateGate",
     "DataGate",
+    "MixtureGate",
     "LogGates",
     "PlaceholderGate",
     "VerdictFile",

@@ -60,7 +60,7 @@ FAULTS: tuple[Mutant, ...] = (
           T_TRAIN),
     fault("masks_not_passed", "the model is built without the borders of documents", LOOP,
           "document_end=inputs.document_end,", "document_end=None,", "masked", T_TRAIN),
-    fault("always_shuffled", "--no-shuffle is ignored", LOOP, "s.shuffle, s.on_exhausted)", "True, s.on_exhausted)", "window",
+    fault("always_shuffled", "--no-shuffle is ignored", LOOP, "s.shuffle, s.on_exhausted,", "True, s.on_exhausted,", "window",
           T_TRAIN),
     fault("all_windows_evaluated", "--val-batches is ignored", LOOP, "most = s.val_batches and s.val_batches * s.batch_size",
           "most = None", "plain", T_TRAIN),
@@ -122,7 +122,7 @@ FAULTS: tuple[Mutant, ...] = (
     fault("mean_of_means", "the validation loss is a mean of means of micro-batches", EVALUATE, "Loss(before / counted,",
           "Loss(float(np.mean(means)),", "instruct", T_TRAIN),
     fault("first_windows_evaluated", "validation windows are the first ones, not spread evenly", BATCHES,
-          "yield windows.read(places * windows.count // stop)", "yield windows.read(places)", "plain", T_DATA),
+          "yield places * windows.count // stop", "yield places", "plain", T_DATA),
     # Data
     fault("windows_overlap", "windows begin at half the stride: tokens are predicted twice", BATCHES,
           "self._stride = shards.row_tokens or seq_length", "self._stride = shards.row_tokens or seq_length // 2", "plain",

@@ -18,6 +18,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 Line = dict[str, Any]
+
+
+def by_source(line: Line, key: str) -> dict[str, Any]:
+    """Pick the figures of the sources of a mixture from a line of the log, such as "val_loss/NAME", by name."""
+    return {k[len(key) + 1 :]: x for k, x in line.items() if k.startswith(key + "/")}
+
+
 # Key in the metadata of a checkpoint: the step at which it was removed.
 REMOVED = "removed_at_step"
 
@@ -111,11 +118,12 @@ class Stepped(Event):
 
 @dataclass(frozen=True)
 class PassEnded(Event):
-    """The data begins again, after so many complete passes over its windows."""
+    """The data, or a source of a mixture, begins again, after so many complete passes over its windows."""
 
     step: int
     passes: int
     windows: int
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ def option(
     also: str = "",
     names: Sequence[str] = (),
     may_change: bool = False,
+    inside: Callable[[str, Callable[[str], str]], str] | None = None,
 ) -> Any:
     """Declare a dataclass field that is an option.
 
@@ -50,6 +51,7 @@ def option(
     metavar                 placeholder of the value in --help (default: the last word of the name)
     path, names             the value is a file or folder; values with a meaning of their own
     may_change              a resumed run may set it anew
+    inside                  writes a value that has paths in it with other paths: inside(value, path of a path)
 
     A tuple[str, ...] takes one or more values if positional, otherwise one value each time its flag is given."""
     metadata = dict(locals())
@@ -99,7 +101,7 @@ ELSEWHERE = {
     "max-grad-norm": "grad-clip", "lr-scheduler-type": "schedule", "eval-steps": "eval-every", "save-steps": "save-every",
     "save-total-limit": "keep-checkpoints", "report-to": "log", "lora-r": "lora-rank", "lora-target-modules": "lora-targets",
     "train-file": "corpus", "datasets": "instruct", "gradient-checkpointing": "recompute", "adam-beta1": "beta1",
-    "adam-beta2": "beta2", "data-seed": "seed",
+    "adam-beta2": "beta2", "data-seed": "seed", "data-mixture": "mix", "data-path": "mix", "streams": "mix", "mixture": "mix",
 }  # fmt: skip
 
 
@@ -231,7 +233,11 @@ def check_ranges(cls: type, values: Mapping[str, Any]) -> None:
 
 def check_names(cls: type, values: Mapping[str, Any]) -> None:
     """Raise IOFailure for a path, or a working folder, that could not be written into a record, which is UTF-8."""
-    paths = {flag(f.name): values.get(f.name) for f in dataclasses.fields(cls) if f.metadata["path"]}
+    paths = {
+        flag(f.name): values.get(f.name)
+        for f in dataclasses.fields(cls)
+        if f.metadata["path"] or f.metadata["inside"]
+    }
     for name, value in {"working folder": os.getcwd(), **paths}.items():
         try:
             str(value).encode()
@@ -270,9 +276,15 @@ def absolute_paths(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(values)
     for name, value in values.items():
         is_path = name in kept and kept[name]["path"] and value not in (None, "", *kept[name]["names"])
-        if is_path and Path(value).exists():
-            out[name] = str(Path(value).resolve())
+        if is_path:
+            out[name] = _absolute(value)
+        elif name in kept and kept[name]["inside"] and value:
+            out[name] = kept[name]["inside"](value, _absolute)
     return out
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def numbers(text: str | None, flag: str, names: Sequence[str]) -> dict[str, float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from ..common.errors import AprError, InputNotFound
 from ..common.finding import Finding
@@ -22,14 +24,29 @@ from .shards import Shards, TokenShards
 
 @dataclass
 class Split:
-    """One folder of token shards, "train" or "val": its scan and its findings. shards is None when they cannot be
-    opened."""
+    """One folder of token shards, "train" or "val", of a source of a mixture "NAME/train" or "NAME/val": its scan and its
+    findings. shards is None when they cannot be opened."""
 
     name: str
     folder: Path
     shards: Shards | None = None
     scan: Scan | None = None
     findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def side(self) -> str:
+        """ "train" or "val"."""
+        return self.name.rpartition("/")[2]
+
+    @property
+    def source(self) -> str:
+        """Name of the source of a mixture, "" where the data has one source."""
+        return self.name.rpartition("/")[0]
+
+
+def named(source: str, side: str) -> str:
+    """Name a split."""
+    return f"{source}/{side}" if source else side
 
 
 def sides_of(folder: Path) -> dict[str, Path]:
@@ -39,6 +56,15 @@ def sides_of(folder: Path) -> dict[str, Path]:
         val = folder / "val"
         return {"train": folder / "train"} | ({"val": val} if val.is_dir() else {})
     return {"train": folder}
+
+
+def folders_in(folder: Path, sources: Iterable[str]) -> dict[str, Path]:
+    """List the splits of a folder, by name; of a mixture, it has a folder for each source."""
+    return {
+        named(source, side): path
+        for source in sources
+        for side, path in sides_of(folder / source if source else folder).items()
+    }
 
 
 def holds_examples(folder: Path) -> bool:
@@ -75,7 +101,8 @@ def audit(
     lenient: bool = False,
     progress: Progress | None = None,
 ) -> list[Split]:
-    """Read all the data of "train" and, where given, "val", and check every guard of text or of packed examples.
+    """Read all the data of "train" and, where given, "val", of each source, and check every guard of text or of packed
+    examples. No document of any source's "train" may stand in the "val" of any source.
 
     lenient: shards that cannot be opened or differ from their manifest become a failed finding instead of an error
     (InputNotFound, MalformedFile, Refused)."""
@@ -85,12 +112,14 @@ def audit(
             split.shards = open_shards(split.folder, tokenizer, verify=False)
             if isinstance(split.shards, TokenShards):
                 split.findings.append(_opened(split.shards))
-    val = splits.get("val")
     # val first: train looks its documents up among those of val
-    for name in ("val", "train"):
-        if name in splits:
-            other = val.scan if val and name == "train" else None
-            _read(splits[name], other, keep=name == "val", lenient=lenient, progress=progress)
+    held_out: list[np.ndarray] = []
+    for split in sorted(splits.values(), key=lambda x: x.side != "val"):
+        is_val = split.side == "val"
+        against = None if is_val or not held_out else np.sort(np.concatenate(held_out))
+        _read(split, against, keep=is_val, lenient=lenient, progress=progress)
+        if is_val and split.scan:
+            held_out.append(split.scan.identities)
     for split in splits.values():
         if isinstance(split.shards, PackedShards):
             with _caught(split, "sha256, ids and labels", "those of instruct.json", lenient):
@@ -106,16 +135,21 @@ def audit(
             split.findings.append(conserved(split.shards, split.scan.counts, tokenizer))
         if model_vocab is not None:
             split.findings.append(fits_model(tokenizer, model_vocab))
-    train = splits["train"]
-    if val and val.scan and val.shards and train.scan and train.shards:
-        train.findings.append(disjoint(train.scan.shared, train.shards, val.shards))
-    if val and isinstance(train.shards, PackedShards) and isinstance(val.shards, PackedShards):
-        train.findings.append(guard_disjoint(train.shards, val.shards))
+    vals = [x for x in splits.values() if x.side == "val" and x.shards]
+    for train in (x for x in splits.values() if x.side == "train"):
+        read = [x.shards for x in vals if x.shards and x.scan]
+        if read and train.scan and train.shards:
+            train.findings.append(disjoint(train.scan.shared, train.shards, read))
+        packed = [x.shards for x in vals if isinstance(x.shards, PackedShards)]
+        if packed and isinstance(train.shards, PackedShards):
+            train.findings.append(guard_disjoint(train.shards, packed))
     return list(splits.values())
 
 
-def _read(split: Split, other: Scan | None, keep: bool, lenient: bool, progress: Progress | None) -> None:
-    """Scan shards of text, if they could be opened. other: scan of the split whose documents must not recur."""
+def _read(
+    split: Split, against: np.ndarray | None, keep: bool, lenient: bool, progress: Progress | None
+) -> None:
+    """Scan shards of text, if they could be opened. against: identities of documents that must not recur."""
     if not isinstance(split.shards, TokenShards):
         return
     total, done = split.shards.total_tokens, 0
@@ -128,7 +162,7 @@ def _read(split: Split, other: Scan | None, keep: bool, lenient: bool, progress:
 
     name, bound = "sha256, ids and counts", "those of the manifest"
     with _caught(split, name, bound, lenient):
-        split.scan = split.shards.check(keep, other.identities if other else None, count)
+        split.scan = split.shards.check(keep, against, count)
         m = split.shards.manifest
         measured = f"{plural(m.shard_count, 'shard')}, {plural(m.total_tokens, 'token')}, {plural(m.total_documents, 'document')}"
         split.findings.append(Finding.of(name, True, measured, bound))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from typing import Any
@@ -15,6 +15,7 @@ from ..common.errors import AprError, Refused
 from ..common.units import plural
 from .scan import mix
 from .shards import Shards
+from .turns import Turns
 
 # Target of a position that no loss is computed for.
 IGNORED = -100
@@ -35,6 +36,9 @@ class Windows:
 
     Windows of text share one token with their neighbours, so each token but a shard's first is predicted exactly once; the
     rest at a shard's end is dropped and counted in `tokens_dropped`. Tokens that the shards mask are IGNORED as targets.
+
+    sources  (name, first window, number of windows) of each source of a mixture; otherwise one, whose name is ""
+
     Raises Refused when no window fits, or rows have another length."""
 
     def __init__(self, shards: Shards, seq_length: int) -> None:
@@ -55,15 +59,34 @@ class Windows:
         self.count = int(self._ends[-1])
         used = np.where(counts > 0, (counts - 1) * self._stride + seq_length + 1, 0)
         self.tokens_dropped = int((sizes - used).sum())
-        if not self.count:
-            raise Refused(
-                f"{shards.folder}: no window of seq_length = {seq_length} + 1 tokens in "
-                f"{plural(shards.total_tokens, 'token')} (largest shard {sizes.max()}); "
-                "lower --seq-length or use more data"
-            )
+        self._of_each, at = [], 0
+        for name, part in shards.parts:
+            windows = int(counts[at : at + len(part.arrays)].sum())
+            if not windows:
+                largest = sizes[at : at + len(part.arrays)].max()
+                raise Refused(
+                    f"{part.folder}: no window of seq_length = {seq_length} + 1 tokens in "
+                    f"{plural(part.total_tokens, 'token')} (largest shard {largest}); "
+                    "lower --seq-length or use more data"
+                )
+            self._of_each.append((name, windows))
+            at += len(part.arrays)
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def sources(self) -> list[tuple[str, int, int]]:
+        """List (name, first window, number of windows) of each source."""
+        if len(self._of_each) == 1:
+            return [(self._of_each[0][0], 0, self.count)]
+        ends = np.cumsum([n for _, n in self._of_each]).tolist()
+        return [(name, end - n, n) for (name, n), end in zip(self._of_each, ends, strict=True)]
+
+    def source_of(self, indices: np.ndarray) -> np.ndarray:
+        """Find the source, by number, of the windows `indices` int64 (B,)."""
+        ends = [first + n for _, first, n in self.sources]
+        return np.searchsorted(ends, indices, side="right")
 
     @property
     def targets(self) -> int:
@@ -121,7 +144,7 @@ class Permutation:
     put in again until it falls inside, which ends because a permutation's cycles are closed
     (Black and Rogaway 2002, "cycle walking"). Integers only: the same on every machine."""
 
-    def __init__(self, n: int, seed: int, number: int) -> None:
+    def __init__(self, n: int, seed: int, number: int | str) -> None:
         self.n = n
         half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
         self._half = np.uint64(half)
@@ -147,7 +170,8 @@ class Batches:
     """The stream of batches: every window once a pass, in a new order each pass when shuffled.
 
     batch_size is the rows that `next` returns, those of a step; several ranks read the same stream. on_exhausted "cycle": a
-    batch may straddle two passes; "stop": Exhausted is raised when a pass has fewer windows left than a step takes.
+    batch may straddle two passes; "stop": Exhausted is raised when a pass has fewer windows left than a step takes. turns: of
+    the sources of a mixture, each of which has passes of its own; see Turns.
     Raises Refused for arguments that make no sense."""
 
     def __init__(
@@ -157,17 +181,22 @@ class Batches:
         seed: int,
         shuffle: bool = True,
         on_exhausted: str = "cycle",
+        turns: Sequence[int] = (1,),
     ) -> None:
         if batch_size < 1:
             raise Refused(f"batch_size = {batch_size} is not a way to read a stream")
         if on_exhausted not in ("cycle", "stop"):
             raise Refused(f"on_exhausted = {on_exhausted!r}; choose cycle or stop")
-        if on_exhausted == "stop" and batch_size > windows.count:
+        self.windows = windows
+        self.turns, self.sources = Turns(turns), self.windows.sources
+        # Places up to which no source begins again.
+        self._limit, last = min((self.turns.place(k, n), k) for k, (*_, n) in enumerate(self.sources))
+        self._first_used_up = self.sources[last][0]
+        if on_exhausted == "stop" and batch_size > self._limit:
             raise Refused(
                 f"{windows.shards.folder}: a step takes {plural(batch_size, 'window')}, there are "
-                f"{windows.count}; lower --batch-size or --seq-length"
+                f"{self._limit}; lower --batch-size or --seq-length"
             )
-        self.windows = windows
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
@@ -191,29 +220,64 @@ class Batches:
         if not windows.shards.masks:
             return self._read * windows.seq_length
         if not 0 < at <= self._read:
-            number = self._read // windows.count
-            at, targets = number * windows.count, number * windows.targets
-        targets += windows.targets_of(self._indices(np.arange(at, self._read, dtype=np.int64)))
+            targets = sum(self.targets_by_source())
+        else:
+            targets += windows.targets_of(self._indices(np.arange(at, self._read, dtype=np.int64)))
         self._counted = (self._read, targets)
         return targets
 
+    def targets_by_source(self, ago: int = 0) -> list[int]:
+        """Number of targets of each source that were read, by the position in the data, up to so many batches ago."""
+        read = self._read - ago * self.batch_size
+        return [self._targets_of(k, self.turns.count(k, read)) for k in range(len(self.sources))]
+
+    def _targets_of(self, k: int, position: int) -> int:
+        """Number of targets of a source before a position of its own stream."""
+        _, first, n = self.sources[k]
+        if not self.windows.shards.masks:
+            return position * self.windows.seq_length
+        number, rest = divmod(position, n)
+        inside = self._own(k, np.arange(number * n, position, dtype=np.int64))
+        whole = self.windows.targets_of(np.arange(first, first + n)) if number else 0
+        return number * whole + (self.windows.targets_of(inside) if rest else 0)
+
     @property
     def passes(self) -> int:
-        """Passes over the data that are complete."""
-        return self._read // self.windows.count
+        """Passes over the data, over every source of it, that are complete."""
+        return min(self.passes_at(self._read))
+
+    def passes_at(self, read: int) -> list[int]:
+        """Passes over each source that are complete when so many windows were read."""
+        return [self.turns.count(k, read) // n for k, (*_, n) in enumerate(self.sources)]
+
+    def passes_ended(self) -> Iterator[dict[str, Any]]:
+        """Yield passes, windows and, in a mixture, source of each source of which the latest batch completed a pass."""
+        before, after = self.passes_at(self._read - self.batch_size), self.passes_at(self._read)
+        for (name, _, windows), was, passes in zip(self.sources, before, after, strict=True):
+            if passes > was:
+                yield {"passes": passes, "windows": windows} | ({"source": name} if name else {})
+
+    def sources_of(self, batches: int) -> np.ndarray | None:
+        """Sources, by number, of the rows (batch_size,) of the batch that `next` gives (0), or gave last (-1); None where there
+        is one source."""
+        if len(self.sources) == 1:
+            return None
+        first = self._read + batches * self.batch_size
+        return self.turns(np.arange(first, first + self.batch_size, dtype=np.int64))[0]
 
     def peek(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Read the batch that `next` gives, and stay; None where the data is used up."""
-        if self.on_exhausted == "stop" and self._read + self.batch_size > self.windows.count:
+        if self.on_exhausted == "stop" and self._read + self.batch_size > self._limit:
             return None
         return self._ahead[0].result() if self._ahead else self._draw(self._read)
 
     def next(self) -> tuple[np.ndarray, np.ndarray]:
         """(ids, targets), int32 (batch_size, seq_length) each."""
-        n = self.windows.count
+        n = self._limit
         if self.on_exhausted == "stop" and self._read + self.batch_size > n:
+            first = f" until {self._first_used_up} is used up" if self._first_used_up else ""
             raise Exhausted(
-                f"{self.windows.shards.folder}: {max(0, n - self._read)} of {plural(n, 'window')} left, a step takes "
+                f"{self.windows.shards.folder}: {max(0, n - self._read)} of {plural(n, 'window')} left{first}, a step takes "
                 f"{self.batch_size}; allow another pass with --on-exhausted cycle"
             )
         batch = self._ahead.popleft().result() if self._ahead else self._draw(self._read)
@@ -227,9 +291,11 @@ class Batches:
         self._ahead.clear()
         return self.windows.targets_of(self._indices(np.arange(first, self._read, dtype=np.int64)))
 
-    def order(self, first: int, count: int) -> np.ndarray:
-        """Look up the windows int64 (count,) at places first ... first + count - 1 of the endless stream, reading none."""
-        return self._indices(np.arange(first, first + count, dtype=np.int64))
+    def order(self, first: int, count: int, source: int | None = None) -> np.ndarray:
+        """Look up the windows int64 (count,) at places first ... first + count - 1 of the endless stream, or of a source's own,
+        reading none."""
+        places = np.arange(first, first + count, dtype=np.int64)
+        return self._indices(places) if source is None else self._own(source, places)
 
     def _draw_ahead(self) -> None:
         """Read the next batches on a thread, so that no step waits for the disk.
@@ -239,7 +305,7 @@ class Batches:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         while len(self._ahead) < BATCHES_AHEAD:
             first = self._read + len(self._ahead) * self.batch_size
-            if self.on_exhausted == "stop" and first + self.batch_size > self.windows.count:
+            if self.on_exhausted == "stop" and first + self.batch_size > self._limit:
                 return
             self._ahead.append(self._reader.submit(self._draw, first))
 
@@ -249,14 +315,24 @@ class Batches:
 
     def _indices(self, places: np.ndarray) -> np.ndarray:
         """Look up the windows (B,) int64 at places (B,) int64 of the endless stream."""
-        number, place = np.divmod(places, self.windows.count)
+        sources, positions = self.turns(places)
+        indices = np.empty_like(positions)
+        for k in np.unique(sources):
+            indices[sources == k] = self._own(int(k), positions[sources == k])
+        return indices
+
+    def _own(self, k: int, positions: np.ndarray) -> np.ndarray:
+        """Look up the windows (B,) int64 at positions (B,) int64 of a source's own endless stream."""
+        _, first, n = self.sources[k]
+        number, place = np.divmod(positions, n)
         if not self.shuffle:
-            return place
+            return first + place
         indices = np.empty_like(place)
         for p in np.unique(number):
-            permutation = Permutation(self.windows.count, self.seed, int(p))
+            # Of equal sources the orders differ.
+            permutation = Permutation(n, self.seed, f"{p} of source {k}" if k else int(p))
             indices[number == p] = permutation(place[number == p])
-        return indices
+        return first + indices
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -267,6 +343,7 @@ class Batches:
             "step_windows": self.batch_size,
             "seed": self.seed,
             "shuffle": self.shuffle,
+            **({"turns": list(self.turns.counts)} if len(self.sources) > 1 else {}),
         }
 
     def state(self) -> dict[str, Any]:
@@ -304,12 +381,17 @@ def sequential(
 
     With max_windows fewer windows, evenly spaced, so that all documents contribute; the choice does not depend on the
     batch size."""
+    return (windows.read(indices) for indices in spread(windows, batch_size, max_windows))
+
+
+def spread(windows: Windows, batch_size: int, max_windows: int | None = None) -> Iterator[np.ndarray]:
+    """Yield the windows int64 (B,) that `sequential` reads."""
     if batch_size < 1:
         raise Refused(f"batch_size = {batch_size} is not positive")
     stop = windows.count if max_windows is None else min(windows.count, max_windows)
     for start in range(0, stop, batch_size):
         places = np.arange(start, min(start + batch_size, stop), dtype=np.int64)
-        yield windows.read(places * windows.count // stop)
+        yield places * windows.count // stop
 
 
 def trained_targets(targets: np.ndarray) -> int:

@@ -219,13 +219,15 @@ def sample_documents(shards: Shards, count: int = SAMPLED_DOCUMENTS) -> Iterable
             yield f"{shards.files[index].name}:{place + start}", ids
 
 
-def disjoint(shared: int, train: Shards, val: Shards) -> Finding:
-    """Require that no document stands in both splits; shared: documents of train that the scan met again in val."""
+def disjoint(shared: int, train: Shards, vals: Sequence[Shards]) -> Finding:
+    """Require that no document stands in both splits; shared: documents of train that the scan met again in val, of any
+    source."""
     name, bound = "documents on both sides", "0"
-    if train.border_id is None or val.border_id is None:
+    if train.border_id is None or any(val.border_id is None for val in vals):
         why = "eos_policy none: no document can be told from the next"
         return Finding.of(name, None, "unknown", bound, why)
-    why = f"{train.folder} and {val.folder} hold the same documents; validation would measure memory"
+    held_out = " or ".join(str(val.folder) for val in vals)
+    why = f"{train.folder} and {held_out} hold the same documents; validation would measure memory"
     measured = f"{shared:,} of {train.total_documents:,}"
     return Finding.of(name, shared == 0, measured, bound, why if shared else "")
 

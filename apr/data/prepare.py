@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,40 @@ def prepare(
             },
         )
     return PreparedCorpus(folder, tokenizer, key, False, reason, distinct)
+
+
+def tokenizer_of(
+    corpora: Sequence[Corpus],
+    vocab_size: int,
+    val_fraction: float,
+    progress: Progress | None,
+    root: Path,
+) -> Tokenizer:
+    """Train a tokenizer on the training sides of all corpora, in a folder below root named by what determines it, or find it
+    there."""
+    keys = [
+        _key(corpus, f"train {vocab_size} {val_fraction!r}", val_fraction, progress) for corpus in corpora
+    ]
+    folder = root / hashlib.sha256(" ".join(key for key, *_ in keys).encode()).hexdigest()[:16]
+
+    def wait() -> None:
+        if progress:
+            progress("wait for another process, which trains this tokenizer,", 0, 0)
+
+    with locked(make_folder(folder), "training a tokenizer in it", wait):
+        # Written last, once it is whole.
+        if (folder / RECORD).is_file():
+            return Tokenizer.from_file(folder / "tokenizer")
+        texts = (
+            text
+            for corpus, (_, sides, _) in zip(corpora, keys, strict=True)
+            for item in _distinct(corpus, None)
+            if not sides.hold_out(item.sha256)
+            for text in item.chunks()
+        )
+        made = train_tokenizer(texts, vocab_size, folder / "tokenizer", progress=progress)
+        write_json(folder / RECORD, {"format": FORMAT, "tokenizer_sha256": made.sha256})
+    return made
 
 
 def _reused(folder: Path, key: str, distinct: int) -> tuple[PreparedCorpus | None, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..common.errors import UsageError
 from ..common.options import exactly_one, option
+from .mix_text import kinds_of, with_paths
 
 
 def widen_option() -> Any:
@@ -40,6 +41,13 @@ class DataSettings:
     preferences: str | None = option(
         "pairs of a chosen and a rejected answer to learn from, in the files that --instruct takes; see docs/preferences.md",
         path=True,
+    )
+    mix: str | None = option(
+        "several sources, each with its share of the sequences, 'corpus=web/ weight=0.7; corpus=code/ weight=0.3', or with a "
+        "budget over the run, tokens=2e6; all are corpora and datasets of text, or all conversations; in a settings file a table "
+        "[[mix]] for each; see docs/mixtures.md",
+        metavar="SOURCES",
+        inside=with_paths,
     )
     chat_template: str | None = option(
         "with --instruct or --preferences, file of the chat template (default: the checkpoint's own)",
@@ -82,21 +90,30 @@ class DataSettings:
     seed: int = option("seed of initial weights and data order", 42, at_least=0)
 
 
+def has_conversations(s: DataSettings) -> bool:
+    """Tell data that the chat template writes: conversations, or pairs of preferences."""
+    return bool(s.instruct or s.preferences) or "instruct" in kinds_of(s.mix)
+
+
 def check_data(s: DataSettings) -> None:
     """Raise UsageError for settings of the data that contradict each other."""
-    exactly_one(s, ("corpus", "dataset", "instruct", "preferences"), "what to train on")
-    conversations = s.instruct or s.preferences
+    exactly_one(s, ("corpus", "dataset", "instruct", "preferences", "mix"), "what to train on")
+    conversations = has_conversations(s)
     if s.chat_template and not conversations:
         raise UsageError("--chat-template goes with --instruct or --preferences; give both or none")
     if s.map and not conversations:
         raise UsageError(
             "--map goes with --instruct or --preferences; --content-field names the text of a corpus"
         )
-    if s.bos != "auto" and s.dataset:
+    if s.mix and s.val_dataset:
+        raise UsageError(
+            "--val-dataset goes with --dataset; each source of --mix has its own validation side"
+        )
+    if s.bos != "auto" and (s.dataset or kinds_of(s.mix) == {"dataset"}):
         raise UsageError("--bos goes with --corpus or --instruct; token shards begin as they were encoded")
     if conversations and s.val_dataset:
         raise UsageError(
             "--val-dataset goes with --dataset; with --instruct or --preferences, give --val-fraction"
         )
-    if (s.corpus or conversations) and not s.val_fraction:
+    if (s.corpus or s.mix or conversations) and not s.val_fraction:
         raise UsageError("--val-fraction 0 leaves nothing to validate with; give a share above 0")

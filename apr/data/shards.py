@@ -55,6 +55,11 @@ class Shards:
     sha256: str
 
     @property
+    def parts(self) -> list[tuple[str, Shards]]:
+        """List the sources of a mixture, by name; of other data one, whose name is ""."""
+        return [("", self)]
+
+    @property
     def unigram_entropy(self) -> float:
         """Entropy of the token frequencies, nats/token."""
         return float(self.figures["unigram_entropy_nats"])

@@ -17,12 +17,13 @@ import numpy as np
 from ..common.finding import Finding
 from ..common.options import absolute_paths
 from ..data.batches import Batches, Windows
+from ..data.mix_text import tables_of
 from ..model.adapters import Adapters
 from ..model.hf_config import from_hf
 from ..model.lora import ALPHA_PER_RANK, LINEAR, PREFIX, parse_pattern, parse_targets
 from ..model.schedule import WSD_DECAY_SHARE
 from ..model.transformer import Model
-from . import scorer
+from . import scorer, stream
 from .subject import Subject
 
 Row = tuple[str, Any, Any]
@@ -99,6 +100,10 @@ def _rows(t: Subject, schedule: Any, config: Mapping[str, Any]) -> Iterator[Row]
         yield "sums over micro-batches", t.adapters.folds if t.adapters else t.model.folds, in_order
     yield from _optimizer(t, s)
     yield from _schedule(t, schedule, s)
+    budgets = [float(x["tokens"]) for x in tables_of(s.get("mix") or "") if "tokens" in x]
+    if budgets and not config.get("ends") and not t.settings.resume:
+        rows = sum(math.ceil(n / s["seq_length"]) for n in budgets)
+        yield "steps of the budgets", s["num_steps"], math.ceil(rows / s["batch_size"])
     if s.get("epochs"):
         passes = s["epochs"] * data["train_windows"] / s["batch_size"]
         yield "steps of the passes", s["num_steps"], max(1, -int(-(passes - 1e-9) // 1))
@@ -175,23 +180,36 @@ def _batches(t: Subject, s: Mapping[str, Any], data: Mapping[str, Any]) -> Itera
     yield "windows, number", w.count, data["train_windows"]
     yield "windows, read as the shards have them", _reads_as_stored(w, s["seq_length"]), True
     yield from _passes(b, s["shuffle"])
+    yield "batches, sources", [name for name, *_ in b.sources], list(data.get("mixture", [""]))
+    for name, share, turns in zip(
+        data.get("mixture", ()), stream.asked_shares(s.get("mix") or ""), b.turns.counts, strict=False
+    ):
+        is_same = abs(turns / sum(b.turns.counts) - share) <= stream.RESOLUTION
+        yield f"batches, turns of {name}", turns if not is_same else share, share
     if w.shards is not t.val.shards:
         yield "windows, number by the sizes of the shards", w.count, sum(_windows(w, s["seq_length"]))
 
 
 def _passes(b: Batches, shuffle: bool) -> Iterator[Row]:
-    """Yield what two passes would read: no window twice, in the order of the shards or, shuffled, in two others."""
-    n = b.windows.count
-    asked = min(n, MAX_PLACES)
-    first, second = (b.order(start, asked) for start in (0, n))
-    in_order = np.arange(asked)
-    for name, x in (("first", first), ("second", second)):
-        known = (x >= 0) & (x < n)
-        yield f"batches, windows of the {name} pass", np.unique(x[known]).size, asked
-        if not shuffle or n >= FEWEST_SHUFFLED:
-            yield f"batches, the {name} pass is shuffled", bool((x != in_order).any()), shuffle
-    if shuffle and n >= FEWEST_SHUFFLED:
-        yield "batches, the second pass has the order of the first", bool((first == second).all()), False
+    """Yield what two passes over each source would read: no window twice, in the order of the shards or, shuffled, in two
+    others."""
+    counts, at, begin = _windows(b.windows, b.windows.seq_length), 0, 0
+    for k, (name, shards) in enumerate(b.windows.shards.parts):
+        n = sum(counts[at : at + len(shards.arrays)]) if name else b.windows.count
+        of_source = f" of {name}" if name else ""
+        asked = min(n, MAX_PLACES)
+        # In a mixture the order of a source, as it takes its turns.
+        first, second = (b.order(start, asked, k if name else None) - begin for start in (0, n))
+        in_order = np.arange(asked)
+        for word, x in (("first", first), ("second", second)):
+            known = (x >= 0) & (x < n)
+            yield f"batches, windows of the {word} pass{of_source}", np.unique(x[known]).size, asked
+            if not shuffle or n >= FEWEST_SHUFFLED:
+                yield f"batches, the {word} pass{of_source} is shuffled", bool((x != in_order).any()), shuffle
+        if shuffle and n >= FEWEST_SHUFFLED:
+            same = bool((first == second).all())
+            yield f"batches, the second pass{of_source} has the order of the first", same, False
+        at, begin = at + len(shards.arrays), begin + n
 
 
 def _reads_as_stored(w: Windows, seq_length: int) -> bool:

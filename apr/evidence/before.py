@@ -64,8 +64,8 @@ def disjoint(splits: Sequence[Split], train: Any, val: Any) -> Finding:
         end, last = train.first + train.count, val.first + val.count - 1
         measured = f"windows {train.first:,} to {end - 1:,} and {val.first:,} to {last:,}"
         return Finding.of(gate, end <= val.first, measured, bound)
-    for split in splits:
-        for f in split.findings:
-            if f.name == "documents on both sides":
-                return Finding(gate, f.verdict, f"documents: {f.measured}", bound, f.why)
+    found = [f for split in splits for f in split.findings if f.name == "documents on both sides"]
+    for f in sorted(found, key=lambda f: f.severity, reverse=True)[:1]:
+        measured = "; ".join(x.measured for x in found)
+        return Finding(gate, f.verdict, f"documents: {measured}", bound, f.why)
     return Finding.skipped(gate, "the documents of the two sides were not compared", bound)

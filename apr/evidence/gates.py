@@ -179,8 +179,8 @@ GATES = {
             "start.averages", START, "abort",
             "loss and gradients of a batch do not depend on the pieces that it is computed in",
             "once per process, the batch of the first step from its last row to its first, one row alone and then a "
-            "micro-batch at a time: same count of targets, loss within 1e-5, norm 1e-4, gradients 1e-3 (bfloat16: 2e-3, 2e-2, "
-            "0.1)",
+            "micro-batch at a time: same count of targets, loss, of a mixture that of each source, within 1e-5, norm 1e-4, "
+            "gradients 1e-3 (bfloat16: 2e-3, 2e-2, 0.1)",
             "the scale of the loss, and what is summed over micro-batches",
         ),
         Gate(
@@ -275,6 +275,14 @@ GATES = {
             "data that is used up begins again or ends the run",
             "complete passes over the windows, as counted by the reader and as they follow from the tokens trained on",
             "--on-exhausted",
+        ),
+        Gate(
+            "run.mixture", RUNNING, "abort",
+            "each source of a mixture is drawn in the share that was asked for",
+            "windows drawn of each source in this process, beside the weights or budgets of the settings: at every step within "
+            "two windows for each source and 1e-4 of them; as often as run.learning-rate, the rows of the batch beside the "
+            "shards of the source whose turn it is",
+            "--mix; apr/data/turns.py",
         ),
         Gate(
             "run.val-below-train", EVALUATION, "SUSPECT",

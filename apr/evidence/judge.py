@@ -19,6 +19,7 @@ from .gates import BOUNDS
 from .pairs import margin
 
 RELATIVE_TOLERANCE = 1e-9  # of a figure that is computed again from the same numbers
+OF_PARTS = 1e-5  # of a sum whose parts were added in another order
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Facts:
     target             --target-val-loss, nats/token
     bounds             bounds of gates that replace those of the table
     only_pairs         the loss is that of pairs of answers, which has no length in bytes
+    sources            of a mixture, by name
     """
 
     vocab_size: int
@@ -45,6 +47,7 @@ class Facts:
     target: float | None
     bounds: Mapping[str, float]
     only_pairs: bool = False
+    sources: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any], bounds: Mapping[str, float]) -> Facts:
@@ -60,6 +63,7 @@ class Facts:
             s["target_val_loss"],
             bounds,
             bool(data.get("packed", {}).get("pairs")),
+            tuple(data.get("mixture", ())),
         )
 
     def bound(self, name: str) -> float:
@@ -117,7 +121,34 @@ def _judge_step(log: Sequence[Line], i: int, facts: Facts) -> list[Finding]:
     more: dict[str, Any] = {"score": equal, "where": step}
     real = Finding.of("run.placeholder", is_real, measured, bound, "" if is_real else why, **more)
     seen = [0] if step == 1 else [x["tokens_seen"] for x in islice(steps_before(log, i), 1)]
-    return [finite, real, *(_speed(line, line["tokens_seen"] - n) for n in seen)]
+    found = [finite, real, *(_speed(line, line["tokens_seen"] - n) for n in seen)]
+    if facts.sources:
+        earlier = [{}] if step == 1 else list(islice(steps_before(log, i), 1))
+        found += [_of_sources(line, x, facts) for x in earlier]
+    return found
+
+
+def _of_sources(line: Line, before: Line, facts: Facts) -> Finding:
+    """Compare the losses of the sources of a step, each times its targets, with the loss of all times all targets."""
+    keys = [f"tokens_seen/{name}" for name in facts.sources]
+    if not all(key in line for key in keys):
+        return Finding.of(
+            "run.log", False, f"no {' or '.join(keys)}", "the targets of each source", where=line["step"]
+        )
+    new = [line[key] - before.get(key, 0) for key in keys]
+    losses = [line.get(f"train_loss/{name}") for name in facts.sources]
+    return _adds_up(line, "train_loss", line["tokens_seen"] - before.get("tokens_seen", 0), losses, new)
+
+
+def _adds_up(
+    line: Line, key: str, count: int, losses: Sequence[float | None], counts: Sequence[int]
+) -> Finding:
+    total = sum(n * (x or 0.0) for x, n in zip(losses, counts, strict=True))
+    is_known = all((x is not None) == bool(n) for x, n in zip(losses, counts, strict=True))
+    want = line[key] * count
+    measured = f"{key} of the sources, {sum(counts):,} targets in all, gives {total:.8g}"
+    is_same = is_known and sum(counts) == count and abs(total - want) <= OF_PARTS * abs(want)
+    return Finding.of("run.log", is_same, measured, f"{count:,} targets, {want:.8g}", where=line["step"])
 
 
 def _speed(line: Line, tokens: int) -> Finding:
@@ -141,6 +172,10 @@ def _judge_evaluation(log: Sequence[Line], i: int, facts: Facts) -> list[Finding
     is_finite = math.isfinite(loss)
     why = "" if is_finite else f"val_loss = {loss} is not finite"
     findings = [Finding.of("run.finite", is_finite, f"val_loss = {loss:.6g}", "finite", why, where=step)]
+    if facts.sources:
+        of_each = [line.get(f"val_loss/{name}") for name in facts.sources]
+        counts = [line.get(f"val_tokens/{name}", 0) for name in facts.sources]
+        findings.append(_adds_up(line, "val_loss", line["val_tokens"], of_each, counts))
     if facts.val_bytes and not facts.only_pairs:
         findings.append(_bits(line, facts))
     steps, before = epoch_before(log, i)
@@ -177,7 +212,11 @@ def _judge_epoch(log: Sequence[Line], i: int, steps: list[Line], facts: Facts) -
     losses, loss = [s["train_loss"] for s in steps], line["val_loss"]
     share, error = facts.bound("val_below_train"), line["val_loss_stderr"]
     longer = [x["train_loss"] for x in islice(steps_before(log, i), LAST_STEPS)][::-1]
-    findings = [of_losses.below_train(loss, error, losses[-LAST_STEPS:], losses, share, longer)]
+    if facts.sources:
+        # The sources have other shares of what is trained on than of what is held out.
+        findings = [_below_train(log, i, steps, name, share) for name in facts.sources]
+    else:
+        findings = [of_losses.below_train(loss, error, losses[-LAST_STEPS:], losses, share, longer)]
     if facts.only_answers:
         why = "an answer can follow from its question, so no loss is too low"
         findings.append(Finding.skipped("end.plausible", why))
@@ -187,6 +226,24 @@ def _judge_epoch(log: Sequence[Line], i: int, steps: list[Line], facts: Facts) -
         tokens, decade = steps[-1]["tokens_seen"], facts.bound("drop_per_decade")
         findings.append(of_losses.learning(loss, facts.entropy, tokens, decade))
     return [f if f.verdict == SKIPPED else replace(f, where=line["step"]) for f in findings]
+
+
+def _below_train(log: Sequence[Line], i: int, steps: list[Line], name: str, share: float) -> Finding:
+    """Compare the validation loss of a source with its own training losses."""
+    key, line = f"train_loss/{name}", log[i]
+    losses = [x[key] for x in steps if key in x]
+    before = (x[key] for x in steps_before(log, i) if key in x)
+    if not losses or f"val_loss/{name}" not in line:
+        return Finding.skipped("run.val-below-train", f"no step of {name}")
+    f = of_losses.below_train(
+        line[f"val_loss/{name}"], line[f"val_loss_stderr/{name}"], losses[-LAST_STEPS:], losses, share,
+        [*islice(before, LAST_STEPS)][::-1],
+    )  # fmt: skip
+    return (
+        f
+        if f.verdict == SKIPPED
+        else replace(f, measured=f"{name}: {f.measured}", why=f.why and f"{name}: {f.why}")
+    )
 
 
 def target(line: Line, target: float) -> Finding:

@@ -22,7 +22,6 @@ from ..common.events import (
     SpotChecked,
     Started,
     StepBegun,
-    Stepped,
     WeightsReady,
 )
 from ..common.finding import FAIL, SUSPECT, Finding
@@ -160,10 +159,11 @@ class StartGates:
         t = self.subject
         rows = t.model.b * t.model.t
         rstd = float(t.backend.to_host(t.model.buffers["rstd"][:rows]).mean())
-        scans = {split.name: split.scan for split in t.splits}
-        scan = scans.get("val") or scans["train"]
-        assert scan is not None
-        share = scan.counts / max(1, scan.counts.sum())
+        # Of packed examples, which start from a checkpoint, there is no scan.
+        found = [split for split in t.splits if split.scan]
+        scans = [x.scan for x in found if x.side == "val" and x.scan] or [x.scan for x in found if x.scan]
+        counts = np.sum([scan.counts for scan in scans], axis=0)
+        share = counts / max(1, counts.sum())
         spread = float(1 / max(np.square(share).sum(), 1e-12))
         ids, targets = next(iter(sequential(t.val, 64)))
         repeated, margin = float((ids == targets).mean()), self.gates.bound("start_margin")
@@ -319,21 +319,6 @@ class LearningRateGate:
             with self.gates.timed("run.learning-rate"):
                 self.gates.judge(self.follow.after(lr, line["grad_norm"], tolerance, step), step)
         self.steps += 1
-
-
-class DataGate:
-    """Gate run.data: passes over the data, as the reader counts them and as they follow from the tokens. Raises Aborted."""
-
-    def __init__(self, subject: Subject, gates: Gates) -> None:
-        self.batches, self.gates = subject.batches, gates
-
-    def stepped(self, e: Stepped) -> None:
-        """Compare the passes after a step."""
-        b = self.batches
-        expected = e.line["tokens_seen"] // b.windows.targets
-        measured = f"{plural(b.passes, 'complete pass')}, {plural(b.windows_read, 'window')} read"
-        bound = f"{expected} by the tokens trained on"
-        self.gates.judge(Finding.of("run.data", b.passes == expected, measured, bound))
 
 
 class SpotGate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,8 @@ def validation(t: Subject, line: Line) -> Finding:
     windows, total, tokens = chosen(t)[::-1], 0.0, 0
     size = max(1, model.batch - 1)
     by_hand, counted = 0.0, 0
+    names = [name for name, x in t.val.shards.parts for _ in x.arrays]
+    apart = dict.fromkeys(names, (0.0, 0))
     for first in range(0, len(windows), size):
         ids, targets = read(t.val.shards, windows[first : first + size], t.settings.seq_length)
         with without_pairs(model):
@@ -74,6 +77,10 @@ def validation(t: Subject, line: Line) -> Finding:
         total += float(pairs.sum())
         tokens += int((targets >= 0).sum())
         counted += pairs.size
+        each = zip(windows[first : first + size], rows.reshape(ids.shape), targets, strict=True)
+        for (shard, _), losses, target in each:
+            loss, n = apart[names[shard]]
+            apart[names[shard]] = loss + float(losses.sum()), n + int((target >= 0).sum())
     loss = total / max(1, counted if model.preferences else tokens)
     off = abs(line["val_loss"] - loss) / max(abs(loss), 1e-9)
     measured = (
@@ -81,6 +88,11 @@ def validation(t: Subject, line: Line) -> Finding:
         f"{ROWS_BY_HAND} rows from their logits within {by_hand:.1e}"
     )
     is_same = off <= LOSS[dtype] and tokens == line["val_tokens"] and by_hand <= BY_HAND[dtype]
+    for name, (total, tokens) in apart.items() if len(t.val.shards.parts) > 1 else ():
+        said, of_name = line.get(f"val_loss/{name}", math.nan), total / max(1, tokens)
+        off = abs(said - of_name) / max(abs(of_name), 1e-9)
+        measured += f"; {name} {said:.6f}, apart {of_name:.6f} on {tokens:,}"
+        is_same = is_same and off <= LOSS[dtype] and tokens == line.get(f"val_tokens/{name}")
     return Finding.of(gate, is_same, measured, f"equal, the loss within {LOSS[dtype]:g} of it", score=off)
 
 

@@ -100,13 +100,16 @@ class Pieces:
         self.tokens, before = int((targets >= 0).sum()), model.tokens_trained
         counted = max(1, terms(model.preferences, ids, targets))
         self.is_complete, self.off, total = False, math.inf, 0.0
-        ids, targets = ids[::-1], targets[::-1]
+        ids, targets, rows = ids[::-1], targets[::-1], list[float]()
         cuts = [0, *range(1, len(ids), model.batch), len(ids)]
         for n, (first, last) in enumerate(pairwise(cuts)):
             part = np.ascontiguousarray(ids[first:last]), np.ascontiguousarray(targets[first:last])
             model.micro_step(*part, 1 / counted, False, begins=n == 0)
-            total += float(be.to_host(model.buffers["loss"][: part[0].size]).astype(np.float64).sum())
+            losses = be.to_host(model.buffers["loss"][: part[0].size]).astype(np.float64)
+            total += float(losses.sum())
+            rows += losses.reshape(part[0].shape).sum(1).tolist() if not model.preferences else []
         self.count, self.loss = len(cuts) - 1, total / counted
+        self.by_source = self._by_source(t, np.array(rows), (targets >= 0).sum(1))
         self.evaluated = scorer.batch_loss(model, ids, targets)
         be.fill(t.scratch, 0)
         g = (t.adapters or model).g
@@ -115,6 +118,15 @@ class Pieces:
         model.tokens_trained = before
         for flat in (g, model.total):
             be.fill(flat, 0)
+
+    def _by_source(self, t: Subject, losses: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+        """Mean losses of the sources of a mixture, of sequences from the last to the first."""
+        b = t.batches
+        if len(b.sources) == 1:
+            return {}
+        which = b.windows.source_of(b.order(b.windows_read - len(counts), len(counts)))[::-1]
+        of_each = [(name, which == k) for k, (name, *_) in enumerate(b.sources)]
+        return {name: losses[mine].sum() / counts[mine].sum() for name, mine in of_each if counts[mine].any()}
 
     def compare(self, sample: np.ndarray) -> None:
         """Compare the sample of the step's gradients with that of the pieces: |a - b| / |b|."""
@@ -133,6 +145,8 @@ class Pieces:
             "gradient norm": abs(line["grad_norm"] - self.norm) / max(self.norm, 1e-30) / NORM[dtype],
             "gradients": self.off / SAMPLE[dtype],
         }
+        for name, x in self.by_source.items():
+            off[f"loss of {name}"] = abs(line.get(f"train_loss/{name}", math.nan) - x) / abs(x) / LOSS[dtype]
         if line["step"] == 1:
             off["number of targets"] = math.inf if line["tokens_seen"] != self.tokens else 0.0
         wrong = [name for name, ratio in off.items() if not ratio <= 1]

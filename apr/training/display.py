@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.events import Evaluated, Noted, PassEnded, SpotChecked, Started, Stepped
+from ..common.events import Evaluated, Noted, PassEnded, SpotChecked, Started, Stepped, by_source
 from ..common.units import plural
 
 Rows = Sequence[tuple[str, str]]
@@ -54,7 +54,7 @@ class Display:
     def pass_ended(self, e: PassEnded) -> None:
         """Show that the data begins again."""
         self.note(
-            f"step {e.step:>5}  pass {e.passes} over the {plural(e.windows, 'window')} of the data is complete"
+            f"step {e.step:>5}  pass {e.passes} over the {plural(e.windows, 'window')} of {e.source or 'the data'} is complete"
         )
 
     def evaluated(self, e: Evaluated) -> None:
@@ -70,6 +70,8 @@ class Display:
         self.note(
             f"step {step:>5}  {train}val {loss:.4f} nats/token  {e.line['val_bits_per_byte']:.3f} bits/byte"
         )
+        if each := by_source(e.line, "val_loss"):
+            self.note(" " * 12 + "  ".join(f"{name} {x:.4f}" for name, x in each.items()))
 
     def spot_checked(self, e: SpotChecked) -> None:
         """Show that all arrays agree, or every array that does not."""

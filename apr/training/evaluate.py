@@ -6,19 +6,21 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..common.events import Line
 from ..common.units import LAST_STEPS, perplexity
-from ..data.batches import Windows, sequential, trained_targets
+from ..data.batches import Windows, sequential, spread, trained_targets
 from ..model.preferences import tally_anew, terms
 from ..model.transformer import Model
 from ..ranks.communicator import ALONE, Communicator
+from .by_source import EvaluationBySource
 from .inputs import Inputs
 
 Part = tuple[np.ndarray, np.ndarray]
+T = TypeVar("T")
 
 
 class Stopped(Exception):
@@ -27,12 +29,13 @@ class Stopped(Exception):
 
 class Loss(NamedTuple):
     """Mean in nats per target, or per pair, number of targets, standard error of the mean (0: there was one micro-batch only);
-    of pairs also accuracy, margin and so on."""
+    of pairs also accuracy, margin and so on; of a mixture the losses of its sources."""
 
     mean: float
     tokens: int
     stderr: float
     pairs: Mapping[str, float] = MappingProxyType({})
+    by_source: Mapping[str, float] = MappingProxyType({})
 
 
 def evaluate(
@@ -50,25 +53,38 @@ def evaluate(
     preferences, tokens, counted, before = model.preferences, 0, 0, 0.0
     tally_anew(preferences)
     means: list[float] = []
-    for parts in rounds(sequential(windows, micro, most), ranks.count):
+    apart, is_mixed = EvaluationBySource(windows), len(windows.sources) > 1
+    read = zip(sequential(windows, micro, most), spread(windows, micro, most), strict=False)
+    for parts in rounds(read, ranks.count):
         if stop():
             raise Stopped
-        own = _sum_of_losses(model, *parts[ranks.rank]) if ranks.rank < len(parts) else 0.0
-        for (ids, targets), loss in zip(parts, ranks.share(own), strict=False):
+        own: tuple[float, list[float]] = (0.0, [])
+        if ranks.rank < len(parts):
+            own = _sum_of_losses(model, *parts[ranks.rank][0], is_mixed)
+        for ((ids, targets), indices), (loss, rows) in zip(parts, ranks.share(own), strict=False):
             count, total = terms(preferences, ids, targets), before + loss
             counted += count
             tokens += trained_targets(targets)
             means.append((total - before) / count)
             before = total
+            apart.add(indices, targets, rows)
     error = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-    return Loss(before / counted, tokens, error, preferences.tally.figures() if preferences else {})
+    of_pairs = preferences.tally.figures() if preferences else {}
+    return Loss(before / counted, tokens, error, of_pairs, apart.line() if is_mixed else {})
 
 
-def _sum_of_losses(model: Model, ids: np.ndarray, targets: np.ndarray) -> float:
+def _sum_of_losses(
+    model: Model, ids: np.ndarray, targets: np.ndarray, by_row: bool
+) -> tuple[float, list[float]]:
+    """Compute the sum of the losses and, where asked, that of each sequence."""
     model.be.fill(model.total, 0)
     model.forward(ids)
     model.loss(targets)
-    return float(model.be.to_host(model.total)[0])
+    total, rows = float(model.be.to_host(model.total)[0]), []
+    if by_row:
+        losses = np.asarray(model.be.to_host(model.buffers["loss"][: ids.size]), np.float64)
+        rows = losses.reshape(ids.shape).sum(1).tolist()
+    return total, rows
 
 
 def micro_batches(ids: np.ndarray, targets: np.ndarray, size: int) -> Iterator[Part]:
@@ -77,7 +93,7 @@ def micro_batches(ids: np.ndarray, targets: np.ndarray, size: int) -> Iterator[P
         yield ids[i : i + size], targets[i : i + size]
 
 
-def rounds(parts: Iterable[Part], count: int) -> Iterator[list[Part]]:
+def rounds(parts: Iterable[T], count: int) -> Iterator[list[T]]:
     """Take `count` micro-batches at a time, one for each rank; fewer in the last round."""
     parts = iter(parts)
     while found := list(islice(parts, count)):

@@ -21,7 +21,9 @@ from ..common.host import available_memory
 from ..common.progress import Progress
 from ..common.units import in_bytes, plural
 from ..data.batches import BATCHES_AHEAD
+from ..data.mix_text import kinds_of
 from ..data.open import OpenedData, open_data
+from ..data.settings import has_conversations
 from ..model.config import ModelConfig
 from ..model.cost import check_positions, choose_micro_batch, computes_act_again, needs
 from ..model.lora import LoraConfig, check_rank, lora_to_json
@@ -73,18 +75,14 @@ class Inputs(OpenedData):
     @property
     def chat_template(self) -> str | None:
         """Text of the template that writes the conversations of the run; None without one."""
-        return (
-            template_in(self.carried.get(HF_FILES, {}))
-            if self.settings.instruct or self.settings.preferences
-            else None
-        )
+        return template_in(self.carried.get(HF_FILES, {})) if has_conversations(self.settings) else None
 
     @property
     def blank_rows(self) -> list[str] | None:
         """Name the special tokens of conversations whose embedding is 0, or that of another of them: --init never learnt them.
 
         None where there are no conversations."""
-        if not (self.settings.instruct or self.settings.preferences) or self.init is None:
+        if not has_conversations(self.settings) or self.init is None:
             return None
         ids = np.unique(np.concatenate([np.unique(a) for a in self.train.shards.arrays]))
         # Nothing is computed from what stands between examples.
@@ -168,7 +166,12 @@ def open_inputs(
 
 def _check_vocabulary(s: Settings, cfg: ModelConfig) -> None:
     """Raise Refused where a tokenizer would have to be trained that is smaller than any can be."""
-    if s.corpus and not s.init and not s.tokenizer and cfg.vocab_size < LEAST_VOCABULARY:
+    if (
+        (s.corpus or "corpus" in kinds_of(s.mix))
+        and not s.init
+        and not s.tokenizer
+        and cfg.vocab_size < LEAST_VOCABULARY
+    ):
         raise Refused(
             f"--model {s.model}: a vocabulary of {cfg.vocab_size} is too small for text, which needs the 256 bytes and an "
             "end of text. The presets that end in -tiny are for tests of the mathematics: take llama-demo or qwen2-3m, or a "
@@ -193,7 +196,7 @@ def _carried(s: Settings, init: Checkpoint | None, tokenizer: Tokenizer) -> dict
     if init is None:
         return {}
     texts = {} if s.tokenizer else dict(init.texts)
-    if (s.instruct or s.preferences) and (template := init.template(s.chat_template)):
+    if has_conversations(s) and (template := init.template(s.chat_template)):
         if s.chat_template or template_in(texts) is None:
             texts = with_one_template({**texts, TEMPLATE: template.text})
         known = [] if tokenizer.eos_id is None else [tokenizer.eos_id]

@@ -35,6 +35,7 @@ from ..common.events import (
 )
 from ..common.units import bits_per_byte
 from ..data.batches import Batches, Exhausted, trained_targets
+from ..data.mixture import turns_of
 from ..model.adapters import Adapters
 from ..model.buffers import Buffers
 from ..model.cost import flops_per_token
@@ -44,6 +45,7 @@ from ..model.preferences import tally_anew, terms, without_pairs
 from ..model.schedule import Schedule
 from ..model.transformer import Model
 from ..ranks.communicator import ALONE, Communicator
+from .by_source import StepsBySource
 from .callbacks import CallbackFailed
 from .evaluate import Loss, Stopped, epoch_facts, evaluate, micro_batches
 from .inputs import Inputs
@@ -74,14 +76,14 @@ class Trainer:
         assert s.lr_min is not None
         assert s.warmup_steps is not None
         self.inputs, self.run, self.s, self.ranks, self.micro = inputs, run, s, ranks, inputs.micro
-        folds = self.micro < s.batch_size and run.sums_micro_batches()
         split = self.split = (
             Split(ranks, inputs.backend, inputs.cfg, inputs.lora, s.cross_check) if ranks.count > 1 else None
         )
         self.model = Model(
             inputs.cfg, inputs.backend, self.micro, s.seq_length, str(s.dtype),
-            recompute=s.recompute, z_loss=s.z_loss, document_end=inputs.document_end, folds=folds and not split,
-            lora=inputs.lora, act_again=inputs.act_again, make_buffers=split.make_buffers if split else Buffers,
+            recompute=s.recompute, z_loss=s.z_loss, document_end=inputs.document_end, lora=inputs.lora,
+            folds=self.micro < s.batch_size and run.sums_micro_batches() and not split,
+            act_again=inputs.act_again, make_buffers=split.make_buffers if split else Buffers,
         )  # fmt: skip
         self.model.preferences = preferences_of(s, inputs.train, inputs.document_end)
         self.lora = self.model.adapters
@@ -93,7 +95,8 @@ class Trainer:
         shard = split.shard if split else None
         self.state = TrainingState(inputs.cfg, trained.layout, self.opt, self.lora, shard)
         self.schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)
-        self.batches = Batches(inputs.train, s.batch_size, s.seed, s.shuffle, s.on_exhausted)
+        self.batches = Batches(inputs.train, s.batch_size, s.seed, s.shuffle, s.on_exhausted, turns_of(s))
+        self.by_source = StepsBySource(self.model, self.batches, self.micro, ranks)
         self.flops_per_token = flops_per_token(inputs.cfg, s.seq_length, lora=inputs.lora)
         self.progress, self.resumed, self.stop = Progress(), False, StopRequest()
         self.failed: CallbackFailed | None = None
@@ -102,11 +105,10 @@ class Trainer:
         # Ends of the run before it was made longer, where it was evaluated too.
         self.ends = {s.num_steps, *run.ends()}
         self.saver = Saver(inputs, run, self.model, self.state, self.emit)
-        self._is_agreed = False  # between ranks, that they stop
-        self._steps_here = 0  # of this process
+        # Between ranks, that they stop; steps of this process, of the latest state and of the latest sample.
+        self._is_agreed, self._steps_here, self._saved, self._sampled = False, 0, -1, -1
         # Of the step whose gradients are computed already: its number, targets trained on for it; time of the last reading.
         self._ahead, self._trained_ahead, self._read_at = 0, 0, 0.0
-        self._saved = self._sampled = -1  # steps of the latest state and sample
 
     def emit(self, event: Event) -> None:
         """Deliver an event to the observers."""
@@ -186,28 +188,31 @@ class Trainer:
         lr = self.schedule(step)
         opt.step(lr, clear=False)
         numbers = (self.split or opt).read_later(model.total)
+        of_sources = self.by_source.read_later(targets)
         self._look_ahead(step)
         line = self._measure(lr, tokens, counted, start, targets.size, numbers)
         if self.split:
             self.emit(self.split.computed(step))
-        line |= model.preferences.tally.figures() if model.preferences else {}
+        line |= of_sources() | (model.preferences.tally.figures() if model.preferences else {})
         self.emit(Measured(line))
         self.ranks.at(f"after step {step}", is_timed=self._steps_here > 1)
         return line
 
-    def _compute_gradients(self, ids: np.ndarray, targets: np.ndarray, which: slice) -> int:
-        """Compute loss and gradients of those micro-batches of a batch; returns how many targets, or pairs, the batch has."""
+    def _compute_gradients(self, ids: np.ndarray, targets: np.ndarray, which: slice, ahead: int = -1) -> int:
+        """Compute loss and gradients of those micro-batches of a batch; returns its targets, or pairs. ahead: 0: the next."""
+        self.by_source.begin(ahead)
         model, counted = self.model, terms(self.model.preferences, ids, targets)
         recorded = shares_scales(model.be, model.preferences) or trained_targets(targets) == targets.size
         parts = micro_batches(ids, targets, self.micro)
         if self.split:
-            self.split.gradients(parts, 1 / counted, self.s.graph and recorded, which)
+            self.split.gradients(parts, 1 / counted, self.s.graph and recorded, which, self.by_source.keep)
             return counted
         for n, part in [*enumerate(parts)][which]:
             if n == 0:
                 model.be.fill(model.total, 0)
                 tally_anew(model.preferences)
             model.micro_step(*part, 1 / counted, self.s.graph and recorded, begins=n == 0)
+            self.by_source.keep(n, n)
         return counted
 
     def _look_ahead(self, step: int) -> None:
@@ -223,7 +228,7 @@ class Trainer:
         except AprError:  # which the step itself will raise
             return
         if batch is not None:
-            self._compute_gradients(*batch, slice(1))
+            self._compute_gradients(*batch, slice(1), 0)
             self._ahead, self._trained_ahead, model.tokens_trained = step + 1, model.tokens_trained - was, was  # fmt: skip
 
     def _measure(self, lr: float, tokens: int, n: int, start: float, positions: int, numbers: Any) -> Line:
@@ -248,13 +253,6 @@ class Trainer:
             tokens_per_sec=tokens / wall, tokens_seen=p.tokens_seen, wall_ms=1e3 * wall,
         )  # fmt: skip
 
-    def _announce_pass(self) -> None:
-        """Log that the data begins again."""
-        b, step = self.batches, self.progress.step
-        if b.passes > (b.windows_read - b.batch_size) // b.windows.count:
-            self.run.log.write(step=step, passes=b.passes, windows=b.windows.count)
-            self.emit(PassEnded(step, b.passes, b.windows.count))
-
     # Evaluations
 
     def evaluate(self) -> Loss:
@@ -267,13 +265,13 @@ class Trainer:
         """Evaluate; returns the line of the log. Raises Aborted through its observers."""
         self.saver.wait()
         start = time.perf_counter()
-        loss, tokens, error, pairs = self.evaluate()
+        loss, tokens, error, pairs, by_source = self.evaluate()
         p, shards = self.progress, self.inputs.val.shards
         p.seconds += (seconds := time.perf_counter() - start)
         line: Line = dict(step=p.step, val_loss=loss, val_tokens=tokens)
         bits = dict(val_bits_per_byte=bits_per_byte(loss, shards.total_tokens, shards.total_bytes))
         line |= ({f"val_{k}": x for k, x in pairs.items()} or bits) | dict(
-            val_loss_stderr=error, wall_ms=1e3 * seconds
+            val_loss_stderr=error, wall_ms=1e3 * seconds, **by_source
         )
         self.emit(Measured(line))
         self.run.log.write(**line)
@@ -372,7 +370,9 @@ class Trainer:
             line = self.train_step()
             self.run.log.write(**line)
             self.emit(Stepped(line))
-            self._announce_pass()
+            for ended in self.batches.passes_ended():
+                self.run.log.write(step=p.step, **ended)
+                self.emit(PassEnded(p.step, **ended))
             self.saver.poll()
         epoch = self._end_epoch() if self._epoch_is_over() else None
         status = self._finished() if epoch else None

@@ -22,7 +22,6 @@ from ..evidence.end import judge_end
 from ..evidence.gates import Gates, parse_bounds
 from ..evidence.judge import Facts
 from ..evidence.observers import (
-    DataGate,
     FormulasGate,
     LearningRateGate,
     LogGates,
@@ -31,11 +30,13 @@ from ..evidence.observers import (
     StartGates,
     StepGates,
     VerdictFile,
+    is_followed,
 )
 from ..evidence.ranks import RankGates, same_job
 from ..evidence.resumed import WitnessGate
 from ..evidence.seal import EVIDENCE, compare, seal
 from ..evidence.start import FirstStep
+from ..evidence.stream import DataGate, MixtureGate
 from ..evidence.subject import Subject
 from ..model.cost import check_main_memory, save_copies
 from ..model.optim import optimizer_class
@@ -181,6 +182,7 @@ def _train(
             LearningRateGate(subject, gates),
             WitnessGate(subject, gates, lambda: run.log.witnesses, run.read_config),
             DataGate(subject, gates),
+            MixtureGate(subject, gates, is_followed),
             FirstStep(subject, gates),
             FormulasGate(gates),
             FormulaChecks(trainer.model, trainer.emit),

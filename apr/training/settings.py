@@ -26,6 +26,8 @@ from ..common.options import (
 )
 from ..common.tables import read_table
 from ..data.audit import tokenizer_beside
+from ..data.mix_text import EXAMPLE, as_text, keys_of, kinds_of
+from ..data.mixture import sources_of, steps_of_budgets
 from ..data.settings import DataSettings, check_data
 from ..model.optim import OptimSettings
 from ..model.preferences import PreferenceSettings, check_preferences
@@ -233,10 +235,13 @@ DEMO: dict[str, Any] = dict(
 
 def from_command_line(args: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
     """Parse a command line into (settings, values given explicitly: by flag or configuration file)."""
+    for name in ("--corpus", "--dataset", "--instruct", "--mix"):
+        if sum(arg == name or arg.startswith(f"{name}=") for arg in args) > 1:
+            raise UsageError(f"{name} is given twice; several sources are a mixture: {EXAMPLE}")
     explicit = given(Settings, args, "apr pretrain", __doc__ or "")
     if "config" in explicit:
         explicit = {**read_config(Path(explicit["config"])), **explicit}
-    what = {"corpus", "dataset", "instruct", "preferences", "model", "init"}
+    what = {"corpus", "dataset", "instruct", "preferences", "mix", "model", "init"}
     if not explicit.keys() & what and not explicit.get("resume"):
         explicit = {k: v for k, v in DEMO.items() if k != "num_steps" or "epochs" not in explicit} | explicit
     return Settings(**explicit), explicit
@@ -264,6 +269,10 @@ def flat(table: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def check_length(explicit: Mapping[str, Any]) -> None:
     """Raise UsageError for two lengths of a run."""
+    if explicit.get("num_steps") is not None and "tokens" in keys_of(explicit.get("mix")):
+        raise UsageError(
+            "--num-steps and the tokens of --mix both say how long a run is; give weights, or leave --num-steps out"
+        )
     if explicit.get("epochs") is not None and explicit.get("num_steps") is not None:
         raise UsageError("--epochs and --num-steps both say how long a run is; give one of them")
 
@@ -291,6 +300,8 @@ def check(values: dict[str, Any], source: str) -> dict[str, Any]:
                 f"{source}: unknown setting {key!r} = {value!r}{hint.replace('--', '').replace('-', '_')}; "
                 "`apr pretrain --help` lists them"
             )
+        if key == "mix" and isinstance(value, list):
+            value = as_text(value, source)
         if plain[key] is int and isinstance(value, float) and value.is_integer():
             value = int(value)
         if plain[key] is float and isinstance(value, int) and not isinstance(value, bool):
@@ -313,6 +324,7 @@ def resolve(s: Settings, explicit: Mapping[str, Any] | None = None) -> Settings:
     """Fill in settings that depend on others. Raises UsageError for a contradiction or a number out of range."""
     check_length(explicit or {})
     check_data(s)
+    sources_of(s)
     check_model(s)
     mode = s.mode or ("finetune" if s.init else "from-scratch")
     if mode == "finetune" and not s.init:
@@ -328,8 +340,12 @@ def resolve(s: Settings, explicit: Mapping[str, Any] | None = None) -> Settings:
             f"{s.eval_every}"
         )
     for name in ("instruct", "preferences"):
-        if getattr(s, name) and not s.init:
+        if (getattr(s, name) or name in kinds_of(s.mix)) and not s.init:
             raise UsageError(f"--{name} fine-tunes a checkpoint: give it with --init")
+    if s.mix and s.epochs is not None:
+        raise UsageError(
+            "--epochs of a mixture, whose sources differ in length: give --num-steps, or tokens in the place of weights"
+        )
     if s.preferences and s.z_loss:
         raise UsageError("--z-loss is a part of the mean loss of tokens; it does not go with --preferences")
     if s.dataset and not s.tokenizer and not tokenizer_beside(Path(s.dataset)).is_dir():
@@ -350,8 +366,13 @@ def resolve(s: Settings, explicit: Mapping[str, Any] | None = None) -> Settings:
         mode=mode,
         lr=lr,
         lr_min=0.01 * lr if s.lr_min is None else s.lr_min,
-        warmup_steps=_warmup(s, mode) if s.warmup_steps is None and s.epochs is None else s.warmup_steps,
+        warmup_steps=_warmup(s, mode) if s.warmup_steps is None and not _is_measured(s) else s.warmup_steps,
     )
+
+
+def _is_measured(s: Settings) -> bool:
+    """Tell a run whose length follows from its data."""
+    return s.epochs is not None or "tokens" in keys_of(s.mix)
 
 
 def _warmup(s: Settings, mode: str) -> int:
@@ -360,6 +381,8 @@ def _warmup(s: Settings, mode: str) -> int:
 
 def with_steps(s: Settings, windows: int) -> Settings:
     """Fill in what follows from the number of windows: the steps of --epochs and, of resolved settings, their warm-up."""
+    if (steps := steps_of_budgets(s)) is not None and not s.resume:
+        s = dataclasses.replace(s, num_steps=steps)
     if s.epochs is not None and not s.resume:
         s = dataclasses.replace(s, num_steps=steps_of(s.epochs, windows, s.batch_size))
     if s.warmup_steps is None and s.mode is not None:

@@ -167,8 +167,12 @@ class Split:
             self.be.from_host(made.master, self.shard.start)
         return made
 
-    def gradients(self, parts: Iterable[Part], scale: float, graph: bool, which: slice = slice(None)) -> None:
-        """Compute the gradients of a step in the own `g`: micro-batches in rounds, one for each rank, of them `which` rounds."""
+    def gradients(
+        self, parts: Iterable[Part], scale: float, graph: bool, which: slice = slice(None),
+        keep: Callable[[int, int], None] = lambda n, micro_batch: None,
+    ) -> None:  # fmt: skip
+        """Compute the gradients of a step in the own `g`: micro-batches in rounds, one for each rank, of them `which` rounds.
+        keep: hears of each own micro-batch before the next, its number here and in the step."""
         model, rank, count, parts = self.model, self.ranks.rank, self.ranks.count, [*parts]
         every = [*enumerate(rounds(parts, count))]
         for n, batches in every[which]:
@@ -187,6 +191,7 @@ class Split:
                 start, self._folding = time.process_time(), 0.0
                 model.micro_step(*batches[rank], scale, graph, begins=True, ready=fold, also=also)
                 step.keep(self.be, model.total)
+                keep(n, n * count + rank)
                 step.seconds = min(step.seconds, time.process_time() - start - self._folding)
                 if is_due and n == 0:
                     step.own = hashes(self.be, self.trained.layout, self.trained.g)

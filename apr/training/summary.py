@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 from ..common.errors import MalformedFile
-from ..common.events import REMOVED
+from ..common.events import REMOVED, by_source
 from ..common.finding import guards_passed
 from ..common.units import LAST_STEPS, plural
+from ..data.mixture import turns_of
+from ..data.turns import Turns
 from ..model.lora import AdapterLayout
 from ..model.params import Layout
 from ..ranks.communicator import ALONE, Communicator
@@ -29,6 +31,7 @@ def opening(i: Inputs, run: RunDir, ranks: Communicator = ALONE) -> Rows:
     return [
         ("corpus", i.corpus_name),
         ("", _split(i)),
+        *_mixture(i),
         ("tokenizer", f"{plural(i.tokenizer.vocab_size, 'id')}, {train.total_bytes / train.total_tokens:.2f} bytes/token"),
         ("data", _guarded(i)),
         ("model", f"{c.family}, {plural(Layout(c).num_parameters, 'parameter')}: "
@@ -43,6 +46,20 @@ def opening(i: Inputs, run: RunDir, ranks: Communicator = ALONE) -> Rows:
         *([("ranks", f"{ranks.count}, {ranks.local} on this machine: {ranks.words}")] if ranks.count > 1 else []),
         ("run directory", str(run.path)),
     ]  # fmt: skip
+
+
+def _mixture(i: Inputs) -> Rows:
+    """Describe each source of a mixture: its share, its tokens, how often a run reads them."""
+    if not i.shares:
+        return []
+    s, turns, rows = i.settings, Turns(turns_of(i.settings)), list[tuple[str, str]]()
+    each = zip(i.train.sources, i.train.shards.parts, i.val.shards.parts, strict=True)
+    for k, ((name, _, windows), (_, train), (_, val)) in enumerate(each):
+        drawn = turns.count(k, s.num_steps * s.batch_size)
+        passes = f"{drawn / windows:.3g} passes over its {plural(windows, 'window')}"
+        size = f"{train.total_tokens:,} to train on, {val.total_tokens:,} held out"
+        rows.append(("" if rows else "mixture", f"{100 * i.shares[name]:.4g} % {name}: {size}; {passes}"))
+    return rows
 
 
 def notes(i: Inputs) -> list[str]:
@@ -164,6 +181,7 @@ def closing(
         else (
             ("validation loss", f"{loss:.4f} nats/token = {evaluation['val_bits_per_byte']:.3f} bits/byte"),
             ("", f"on {plural(evaluation['val_tokens'], 'token')} that training never saw"),
+            *(("", f"of {name} {x:.4f}") for name, x in by_source(evaluation, "val_loss").items()),
         )
     )
     yardsticks = (

@@ -12,7 +12,7 @@ from ..common.errors import MalformedFile, UsageError
 from ..common.events import Line
 from ..common.files import short
 from ..common.finding import SEVERITY
-from ..data.audit import sides_of
+from ..data.audit import folders_in
 from ..evidence.gates import parse_bounds
 from ..evidence.judge import Facts, epoch_before
 from ..evidence.verdict import VERDICT, read_verdict
@@ -105,8 +105,13 @@ class Record:
         last = len(steps) - 1
         return [i for i in range(1, last + 1) if is_due(steps[i], every) or steps[i] in ends or i == last]
 
+    @property
+    def sources(self) -> list[str]:
+        """List the sources of a mixture, by name; of other data one, ""."""
+        return list(self.config["data"].get("mixture", [""]))
+
     def folders(self) -> dict[str, Path]:
         """Find the folders of the shards, by side."""
         if self.options.dataset is not None:
-            return sides_of(Path(self.options.dataset))
+            return folders_in(Path(self.options.dataset), self.sources)
         return {k: Path(v) for k, v in self.config["data_folders"].items()}

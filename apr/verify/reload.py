@@ -23,7 +23,7 @@ from ..common.errors import AprError, MalformedFile, Refused
 from ..common.files import read_json
 from ..common.printable import printable
 from ..common.units import plural
-from ..data.audit import Split, open_shards, sides_of
+from ..data.audit import Split, folders_in, open_shards
 from ..data.open import windows_of
 from ..model.lora import AdapterLayout, lora_of_json
 from ..model.params import Layout
@@ -78,7 +78,7 @@ def checkpoint_loss(r: Recorded, backend: ModuleType, dtype: str, dataset: str |
         raise MalformedFile(f"{r.checkpoint}: no tokenizer in it, so the shards cannot be read")
     folders = {k: Path(v) for k, v in r.config["data_folders"].items()}
     if dataset is not None:
-        folders = sides_of(Path(dataset))
+        folders = folders_in(Path(dataset), r.config["data"].get("mixture", [""]))
     sides = [
         Split(name, folder, open_shards(folder, tokenizer, verify=False)) for name, folder in folders.items()
     ]

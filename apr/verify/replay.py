@@ -16,6 +16,8 @@ from ..common.events import Line
 from ..common.finding import Finding
 from ..common.provenance import code_sha256
 from ..common.units import plural
+from ..data.audit import named
+from ..data.mixture import as_datasets
 from ..evidence.resumed import computes_the_same
 from ..training.inputs import open_inputs
 from ..training.loop import Trainer
@@ -109,7 +111,7 @@ class _Again:
             "equal bits" if self.is_same else f"within {self.tolerance:g}: another backend or version"
         )
         self.lines = {line["step"]: line for line in r.steps}
-        self.evaluated = {line["step"]: line["val_loss"] for line in r.evaluations}
+        self.evaluated = {line["step"]: line for line in r.evaluations}
         self.worst, self.steps, self.saved = 0.0, 0, r.run.all_states()
 
     def run(self, base: int, last: int) -> str:
@@ -136,7 +138,8 @@ class _Again:
         """Compare the line of a step: (relative difference, "" where it is within the tolerance)."""
         was = self.lines[line["step"]]
         self.steps += 1
-        offs = {key: abs(line[key] - was[key]) / max(abs(was[key]), 1e-9) for key in COMPARED}
+        keys = [*COMPARED, *(key for key in was if "/" in key)]
+        offs = {key: abs(line[key] - was[key]) / max(abs(was[key]), 1e-9) for key in keys}
         key = max(offs, key=lambda k: offs[k])
         self.worst = max(self.worst, offs[key])
         if offs[key] <= self.tolerance:
@@ -146,10 +149,11 @@ class _Again:
     def _evaluation(self, step: int) -> str:
         if step not in self.evaluated:
             return ""
-        loss, was = self.trainer.evaluate().mean, self.evaluated[step]
-        if abs(loss - was) <= self.of_evaluation * abs(was):
-            return ""
-        return f"step {step}: val_loss = {loss!r}, recorded {was!r}"
+        again, said = self.trainer.evaluate(), self.evaluated[step]
+        for key, loss in {"val_loss": again.mean, **again.by_source}.items():
+            if not abs(loss - said[key]) <= self.of_evaluation * abs(said[key]):
+                return f"step {step}: {key} = {loss!r}, recorded {said[key]!r}"
+        return ""
 
     def _state(self, step: int) -> str:
         if step not in self.saved:
@@ -201,9 +205,14 @@ def _trainer(r: Record) -> tuple[Trainer, bool]:
         changes["dtype"] = "float32"
     # The shards that the run was trained on: to encode its corpus again would write, and the corpus may have grown.
     folders = r.folders()
+    if r.settings.mix:
+        # Each source has both sides in one folder.
+        places = {name: str(folders[named(name, "train")].parent) for name in r.sources}
+        changes["mix"] = as_datasets(r.settings, places)
+    else:
+        changes["dataset"] = str(folders["train"])
+        changes["val_dataset"] = str(folders["val"]) if "val" in folders else None
     changes |= {
-        "dataset": str(folders["train"]),
-        "val_dataset": str(folders["val"]) if "val" in folders else None,
         "corpus": None,
         "instruct": None,
         "chat_template": None,

@@ -12,7 +12,7 @@ from ..checkpoints.registry import open_any
 from ..checkpoints.state import sha256
 from ..common.finding import Finding
 from ..data.audit import Split, open_shards
-from ..data.batches import Batches
+from ..data.mixture import stream
 from ..data.open import windows_of
 from ..model.hf_config import from_hf
 from ..model.lora import AdapterLayout, lora_of_json
@@ -91,4 +91,4 @@ def _batch(r: Record) -> str:
         Split(name, folder, open_shards(folder, tokenizer, verify=False)) for name, folder in folders.items()
     ]
     windows, _ = windows_of(s, sides)
-    return batch_sha256(*Batches(windows, s.batch_size, s.seed, s.shuffle, s.on_exhausted).next())
+    return batch_sha256(*stream(windows, s).next())

@@ -14,15 +14,15 @@ from ..checkpoints.apr2 import read_apr
 from ..checkpoints.peft import read_adapter
 from ..checkpoints.registry import open_any
 from ..checkpoints.state import OPTIMIZER, saved_hashes, sha256
-from ..common.events import REMOVED
+from ..common.events import REMOVED, by_source
 from ..common.files import read_json
 from ..common.finding import Finding
 from ..common.units import plural
 from ..data.audit import Split, audit
-from ..data.batches import Batches, Windows
+from ..data.batches import Windows
 from ..data.guards import Bounds
-from ..data.open import facts_of, windows_of
-from ..data.shards import Shards
+from ..data.mixture import sources_of, stream
+from ..data.open import facts_of, mixture_facts, windows_of
 from ..evidence.adapters import checkpoint_merge_error
 from ..evidence.seal import EVIDENCE, compare
 from ..evidence.signature import signer
@@ -176,13 +176,12 @@ def data(r: Record) -> Finding:
         return Finding.skipped("data", why, bound)
     splits = audit(folders, tokenizer, Bounds.parse(r.settings.widen), loaded.cfg.vocab_size)
     for split in splits:
-        side, folder, shards = split.name, split.folder, split.shards
+        side, folder, shards = split.side, split.folder, split.shards
         assert shards is not None
-        if shards.sha256 != want[f"{side}_sha256"]:
+        of_source = want["mixture"][split.source] if split.source else want
+        if shards.sha256 != of_source[f"{side}_sha256"]:
             return Finding.of("data", False, f"{folder}: {shards.sha256[:12]}", bound)
         tokens += shards.total_tokens
-        if shards.masks and side == "train" and (wrong := _miscounted(r, shards)):
-            return Finding.of("data", False, wrong, bound)
     wrong = _other_facts(r, splits) or _other_guards(r, splits)
     return Finding.of(
         "data",
@@ -195,10 +194,13 @@ def data(r: Record) -> Finding:
 def _other_facts(r: Record, splits: list[Split]) -> str:
     """Find a figure of the data in config.json that the shards do not have; "" for none."""
     train, val = windows_of(r.settings, splits)
-    for key, value in facts_of(train, val).items():
+    facts: dict[str, Any] = facts_of(train, val)
+    if r.settings.mix:
+        facts["mixture"] = mixture_facts(train, val, {x.name: x.share for x in sources_of(r.settings)})
+    for key, value in facts.items():
         if key in r.config["data"] and r.config["data"][key] != value:
             return f"{key} = {r.config['data'][key]}, the shards have {value}"
-    return ""
+    return _miscounted(r, train) if train.shards.masks or r.settings.mix else ""
 
 
 def _other_guards(r: Record, splits: list[Split]) -> str:
@@ -221,13 +223,17 @@ def _guards(splits: list[Split]) -> int:
     return sum(len(split.findings) for split in splits)
 
 
-def _miscounted(r: Record, shards: Shards) -> str:
-    """Find the first step whose trained tokens are not those of the windows that it read; "" for none."""
-    s, counted = r.settings, 0
-    stream = Batches(Windows(shards, s.seq_length), s.batch_size, s.seed, s.shuffle, s.on_exhausted)
+def _miscounted(r: Record, windows: Windows) -> str:
+    """Find the first step whose trained tokens are not those of the windows that it read, in all or of a source; "" for none."""
+    batches, counted = stream(windows, r.settings), 0
     for line in r.steps:
-        counted += stream.skip()
+        counted += batches.skip()
         if line["tokens_seen"] != counted:
             seen = f"tokens_seen = {line['tokens_seen']}"
             return f"step {line['step']}: {seen}, its windows and those before have {counted}"
+        if r.settings.mix:
+            want = zip(windows.sources, batches.targets_by_source(), strict=True)
+            expected = {name: n for (name, *_), n in want}
+            if (said := by_source(line, "tokens_seen")) != expected:
+                return f"step {line['step']}: tokens_seen of sources {said}, the windows up to it have {expected}"
     return ""

@@ -458,6 +458,7 @@ ELSEWHERE = {
     "start.averages",
     "start.preferences",
     "run.margin",
+    "run.mixture",
     # tests/data/test_instruct.py
     "before.tokens",
     "before.resumed",
@@ -468,8 +469,8 @@ ELSEWHERE = {
     "run.straggler",
     "end.learning",
     "end.base",
-}  # faults that need another run, below, in test_start_gates.py, test_first_step.py, test_preference_runs.py, test_lora.py and
-# test_ranks.py
+}  # faults that need another run, below, in test_start_gates.py, test_first_step.py, test_preference_runs.py, test_mixture.py,
+# test_lora.py and test_ranks.py
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
@@ -517,6 +518,7 @@ def test_a_sound_run_passes_them_all(sound):
         "start.reproduces",
         "start.preferences",
         "run.margin",
+        "run.mixture",
         "start.borders",
         "start.ranks",
         "run.ranks-equal",

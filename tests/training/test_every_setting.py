@@ -104,6 +104,7 @@ REASONS = {
     "instruct": "another kind of data: tests/data/test_instruct.py",
     "chat_template": "of instruction data: tests/data/test_instruct.py",
     "map": "keys of instruction data: tests/data/test_shapes.py",
+    "mix": "several sources: tests/training/test_mixture.py",
     "preferences": "another kind of data: tests/training/test_preference_runs.py",
     "preference_loss": "of pairs: tests/model/test_preferences.py",
     "beta": "of pairs: tests/model/test_preferences.py",

@@ -10,7 +10,7 @@ with the separator.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -256,11 +256,11 @@ def _round_trip(shards: PackedShards, tokenizer: Tokenizer) -> Finding:
     return Finding.of(name, True, f"{plural(count, 'example')}", bound)
 
 
-def guard_disjoint(train: PackedShards, val: PackedShards) -> Finding:
-    """Require that no example stands on both sides."""
+def guard_disjoint(train: PackedShards, vals: Sequence[PackedShards]) -> Finding:
+    """Require that no example stands on both sides, of any source."""
 
     def digests(s: PackedShards) -> set[bytes]:
         return {hashlib.sha256(x.tobytes()).digest()[:16] for x in s.examples(range(s.manifest.rows))}
 
-    shared = len(digests(train) & digests(val))
+    shared = len(digests(train) & set[bytes]().union(*map(digests, vals)))
     return Finding.of("documents on both sides", shared == 0, f"{shared:,}", "0")

@@ -1,0 +1,107 @@
+"""Gates of the stream of batches: passes over the data, and the shares of the sources of a mixture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from ..common.events import StepBegun, Stepped
+from ..common.finding import Finding
+from ..common.units import plural
+from ..data.mix_text import tables_of
+from . import scorer
+from .gates import Gates
+from .subject import Subject
+
+GATE = "run.mixture"
+# Resolution of shares: one of so many windows.
+RESOLUTION = 1e-4
+
+
+def asked_shares(text: str) -> list[float]:
+    """Read the share of each source from the text of --mix."""
+    parts = [float(t.get("weight") or t["tokens"]) for t in tables_of(text)]
+    return [part / sum(parts) for part in parts]
+
+
+class DataGate:
+    """Gate run.data: passes over the data, as the reader counts them and as they follow from the tokens. Raises Aborted."""
+
+    def __init__(self, subject: Subject, gates: Gates) -> None:
+        self.batches, self.gates = subject.batches, gates
+
+    def stepped(self, e: Stepped) -> None:
+        """Compare the passes after a step."""
+        b = self.batches
+        counted = b.passes_at(b.windows_read) if b.sources[0][0] else [b.passes]
+        for (name, first, n), passes in zip(b.sources, counted, strict=True):
+            of_source = f" of {name}" if name else ""
+            whole = b.windows.targets_of(np.arange(first, first + n)) if name else b.windows.targets
+            expected = e.line[f"tokens_seen/{name}" if name else "tokens_seen"] // whole
+            measured = (
+                f"{plural(passes, 'complete pass')}{of_source}, {plural(b.windows_read, 'window')} read"
+            )
+            bound = f"{expected} by the tokens trained on"
+            self.gates.judge(Finding.of("run.data", passes == expected, measured, bound))
+
+
+class MixtureGate:
+    """Gate run.mixture: counts the windows that this process draws of each source. Raises Aborted.
+
+    is_followed: tells from the steps of this process if the rows of the next are compared with the shards of their source"""
+
+    def __init__(self, subject: Subject, gates: Gates, is_followed: Any) -> None:
+        self.t, self.gates, self.is_followed = subject, gates, is_followed
+        self.names = [name for name, *_ in subject.batches.sources]
+        self.shares = asked_shares(subject.settings.mix or "")
+        self.drawn: Counter[str] = Counter()
+        self.steps, self.foreign = 0, ""
+        if not self.shares:
+            gates.skip(GATE, "the data has one source")
+
+    def step_begun(self, e: StepBegun) -> None:
+        """Find the source of each row of the batch, by the tokens that stand in its shards."""
+        if not self.shares:
+            return
+        b, (parts, ends) = self.t.batches, self._ends()
+        windows = b.order(b.windows_read - len(e.ids), len(e.ids))
+        which = np.searchsorted(ends, windows, "right")
+        self.drawn.update(parts[i] for i in which.tolist())
+        if self.is_followed(self.steps):
+            step = b.windows.shards.row_tokens or b.windows.seq_length
+            first = windows - np.append(0, ends)[which]
+            places = [(int(i), int(n) * step) for i, n in zip(which, first, strict=True)]
+            ids, targets = scorer.read(b.windows.shards, places, b.windows.seq_length)
+            wrong = (ids != e.ids).any(1) | (targets != np.maximum(e.targets, -1)).any(1)
+            if wrong.any():
+                row = int(np.argmax(wrong))
+                self.foreign = (
+                    f"row {row} of the batch is not the window of {parts[which[row]]} whose turn it is"
+                )
+        self.steps += 1
+
+    def _ends(self) -> tuple[list[str], np.ndarray]:
+        """List the source of each shard, and the number of windows up to its end."""
+        w = self.t.batches.windows
+        row = w.shards.row_tokens
+        sizes = [a.size // row if row else max(0, a.size - 1) // w.seq_length for a in w.shards.arrays]
+        return [name for name, x in w.shards.parts for _ in x.arrays], np.cumsum(sizes)
+
+    def stepped(self, e: Stepped) -> None:
+        """Compare the windows drawn with the shares of the settings."""
+        if not self.shares:
+            return
+        total, slack = sum(self.drawn.values()), 2 * len(self.names)
+        off = {
+            name: abs(self.drawn[name] - share * total) / (slack + RESOLUTION * total)
+            for name, share in zip(self.names, self.shares, strict=True)
+        }
+        each = zip(self.names, self.shares, strict=True)
+        measured = ", ".join(f"{n} {self.drawn[n]:,} of {total:,}, asked {100 * s:.4g} %" for n, s in each)
+        worst, bound = max(off, key=lambda n: off[n]), f"the share asked for, within {slack} windows"
+        why = self.foreign or (f"{worst} is not drawn as was asked: {measured}" if off[worst] > 1 else "")
+        self.gates.judge(
+            Finding.of(GATE, not why, measured, bound, why, score=max(off.values())), e.line["step"]
+        )
