@@ -179,7 +179,7 @@ FAULTS: tuple[Mutant, ...] = (
           "                view *= view.dtype.type(std if", "plain", T_MODEL),
     # Adapters
     fault("adapter_scale_lost", "the gradient of B lacks the scale", ADAPTERS,
-          "be.gemm(db, d, u, s, 1.0, True, False)", "be.gemm(db, d, u, 1.0, 1.0, True, False)", "lora", T_MODEL),
+          "be.gemm(db, dy, u, s, 1.0, True, False)", "be.gemm(db, dy, u, 1.0, 1.0, True, False)", "lora", T_MODEL),
     fault("adapter_of_a_layer_unused", "adapters of layer 1 are trained and not added", ADAPTERS,
           "self.be.adapted(to, w, b, a, scale)",
           "self.be.adapted(to, w, b, a, 0.0 if layer == 1 else scale)", "lora", T_MODEL),
@@ -188,8 +188,8 @@ FAULTS: tuple[Mutant, ...] = (
     fault("adapter_start_too_wide", "A begins with the bound of its rank, not of its inputs", LORA,
           "bound = 1 / math.sqrt(s.shape[1])", "bound = 1 / math.sqrt(s.shape[0])", "lora", T_MODEL),
     fault("a_target_left_out", "values get no adapter though they are a target", LORA,
-          "if s.layer is None or s.param.name not in config.targets:",
-          'if s.layer is None or s.param.name not in config.targets or s.param.name == "wv":', "lora", T_MODEL),
+          "if s.param.name not in adapted:",
+          'if s.param.name not in adapted or s.param.name == "wv":', "lora", T_MODEL),
     # Saving and resuming
     fault("saved_in_bfloat16", "checkpoints are rounded to bfloat16", RUNDIR, "write_apr(path, meta, tensors, model.dtype)",
           'write_apr(path, meta, tensors, "bfloat16")', "plain", T_TRAIN),

@@ -25,7 +25,11 @@ from mutant_faults import (
     fault,
 )
 
-KERNELS, PEFT, CONFIG = "apr/backends/cpu/kernels.py", "apr/checkpoints/peft.py", "apr/model/hf_config.py"
+KERNELS, PEFT, CONFIG = (
+    "apr/backends/cpu/kernels.py",
+    "apr/checkpoints/peft_write.py",
+    "apr/model/hf_config.py",
+)
 
 # fmt: off
 SECOND: tuple[Mutant, ...] = (

@@ -204,6 +204,20 @@ def join(models: Sequence[Model], watch: Watch = run_both) -> Model:
     if both.adapters:
         layout = both.adapters.layout
         both.adapters = Adapters(both, layout, lambda x, name: Twin(name, x.sides, x.start))
+        both.d = both.adapters.gradients()
+        # A padded vocabulary has more rows on one side; where micro-batches are folded, gradients lie elsewhere on one side.
+        parts = getattr(both.adapters.part, "sides", [])
+        views = [
+            (m.adapters, m._logits.shape[1], part)
+            for m, part in zip(models, parts, strict=True)
+            if m.adapters
+        ]
+        heads = [a.head_views(rows, part) for a, rows, part in views]
+        for key in heads[0]:
+            name = "effective" if key == "out" else f"{'grad.' * (key == 'grad')}{_head_name(both)}.B"
+            both.adapters.head[key] = Twin(name, [head[key] for head in heads])
+        whole = [a.whole_head(rows, part)[1] for a, rows, part in views]
+        both._dhead = None if whole[0] is None else Twin("grad." + _head_name(both), whole)
     return both
 
 

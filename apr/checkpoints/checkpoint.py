@@ -224,12 +224,16 @@ def parameters(layout: Layout, checkpoint: Checkpoint) -> Parameters:
     """Match a checkpoint's tensors with the parameters of a layout, both ways.
 
     Every parameter is there, every stored tensor is one, shapes are equal. With tied embeddings a
-    checkpoint may store the matrix under the head's name, or twice if the copies are bit-equal.
+    checkpoint may store the matrix under the head's name, or twice if the copies are bit-equal. A layout whose head is apart
+    takes both from a checkpoint where they are one.
     Raises Refused naming what is missing, unexpected or of the wrong shape.
     """
     tensors, source = checkpoint.tensors, checkpoint.source
     stored = {name: name for name in tensors if not name.endswith(INV_FREQ)}
     tied = layout.cfg.tie_word_embeddings
+    if not tied and checkpoint.cfg.tie_word_embeddings:
+        # An adapter of someone else took them apart.
+        stored[EMBED] = stored[HEAD] = EMBED if EMBED in stored else HEAD
     if tied and HEAD in stored:
         del stored[HEAD]
         if EMBED not in stored:

@@ -76,24 +76,37 @@ def compare_folder(folder: Path, want: Mapping[str, np.ndarray], tied: bool) -> 
 
 
 def compare_adapter(folder: Path, num_layers: int, want: Mapping[str, np.ndarray]) -> int:
-    """Compare an adapter with `want`, {q_proj of layer 1, its A: "1.q_proj.A"}; returns the elements. Raises IOFailure."""
+    """Compare an adapter with `want`, {name in the file: tensor}, by the names that PEFT looks for; returns the elements.
+    Raises IOFailure."""
     config = read_json(folder / "adapter_config.json")
     there = safetensors(folder / "adapter_model.safetensors")
-    names = {
-        f"base_model.model.model.layers.{i}.{BLOCK[module]}.{module}.lora_{x}.weight": f"{i}.{module}.{x}"
-        for i in range(num_layers)
-        for module in config["target_modules"]
-        for x in "AB"
-    }
-    if odd := sorted(names.keys() ^ there.keys()):
-        raise _failed(folder, odd[0], "is in the file or among the names that PEFT looks for, not in both")
+    names, first = set(), "base_model.model."
+    for module in config["target_modules"]:
+        for x in "AB":
+            if module in BLOCK:
+                names |= {
+                    f"{first}model.layers.{i}.{BLOCK[module]}.{module}.lora_{x}.weight"
+                    for i in range(num_layers)
+                }
+            else:
+                names.add(
+                    f"{first}lm_head.lora_{x}.weight"
+                    if module == "lm_head"
+                    else f"{first}model.{module}.lora_embedding_{x}"
+                )
+    ends = tuple(f"{end}.weight" for end in config["modules_to_save"] or ())
+    whole = {name for name in want if ".lora_" not in name and name.endswith(ends)} if ends else set()
+    for odd in sorted((names | whole) ^ there.keys()) + sorted(there.keys() ^ want.keys()):
+        raise _failed(folder, odd, "is in the file or among the names that PEFT looks for, not in both")
     for name, t in there.items():
-        module = name.removeprefix("base_model.model.")[: -len(".lora_A.weight")]
+        if name in whole:
+            continue
+        module, _, letter = name.removesuffix(".weight").removeprefix(first).rpartition(".")
         fits = (r for p, r in config["rank_pattern"].items() if re.match(rf"(.*\.)?({p})$", module))
         rank = next(fits, config["r"])
-        if t.shape["AB".index(name[-8])] != rank:
+        if t.shape["AB".index(letter[-1])] != rank:
             raise _failed(folder, name, f"has the shape {t.shape}, the rank is {rank}")
-    return sum(_compare(folder, name, t, want[names[name]]) for name, t in there.items())
+    return sum(_compare(folder, name, t, want[name]) for name, t in there.items())
 
 
 def compare_gguf(path: Path, cfg: ModelConfig, want: Mapping[str, np.ndarray]) -> int:

@@ -6,31 +6,26 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..common.atomic import write_json, write_text
 from ..common.errors import InputNotFound, MalformedFile, Refused
 from ..common.files import parse_json, read_text
 from ..model.config import ModelConfig
-from ..model.lora import LINEAR, PREFIX, AdapterLayout, LoraConfig, matches
+from ..model.lora import LINEAR, OUTSIDE, PREFIX, TARGETS, AdapterLayout, LoraConfig, cut, matches, module_of
 from ..model.params import Layout, Slot
-from .checkpoint import TEMPLATE
-from .hf import read_safetensors, write_safetensors
-from .other_readers import compare_adapter
+from .hf import read_safetensors
 from .tensors import EMBED, HEAD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Keys that change what an adapter computes, with the only value that apr honours (an empty one is always good).
 MUST_BE: dict[str, Any] = {
     "peft_type": "LORA",
-    "use_dora": False,
     "bias": "none",
-    "modules_to_save": None,
     "lora_bias": False,
     "fan_in_fan_out": False,
     "layer_replication": None,
@@ -50,49 +45,82 @@ HARMLESS = {
     "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "layers_to_transform",
     "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "runtime_config", "peft_version", "qalora_group_size", "ensure_weight_tying",
-    "tie_word_embeddings",
+    "tie_word_embeddings", "use_dora", "modules_to_save",
 }  # fmt: skip
 # Initial values of A and B; others also change the base, so that the adapter does not belong to it.
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # PEFT saves the untouched matrix of an adapted head beside A and B (save_embedding_layers="auto").
 _BASE = re.compile(rf"^{re.escape(PREFIX)}(?P<module>.+?)(\.base_layer)?\.weight$")
 PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-_NAME = re.compile(rf"^{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<letter>A|B)(\.default)?\.weight$")
+_NAME = re.compile(
+    rf"^{re.escape(PREFIX)}(?P<module>.+)\.(?P<part>lora_(embedding_)?[AB]|lora_magnitude_vector)(\.default)?(\.weight)?$"
+)
 
 
 @dataclass(frozen=True)
 class Delta:
-    """scale * b a, added to a matrix.  a (r,I), b (O,r), mapped files"""
+    """scale * b a, added to a matrix.  a (r,I), b (O,r), mapped files, of an embedding the transposes of what is in the file
+
+    magnitude: of DoRA (Liu et al. 2024, eq. 5), norms that the rows of the sum get, of an embedding its columns; or None"""
 
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
+    is_table: bool = False
+
+    def added(self, w: np.ndarray) -> np.ndarray:
+        """Add to a matrix, in float64."""
+        a, b = np.asarray(self.a, np.float64), np.asarray(self.b, np.float64)
+        total: np.ndarray = w.astype(np.float64) + (self.scale * b) @ a
+        if self.magnitude is None:
+            return total
+        share = np.asarray(self.magnitude, np.float64) / np.linalg.norm(total, axis=0 if self.is_table else 1)
+        return total * (share if self.is_table else share[:, None])
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """A checked adapter: its configuration file, and its deltas by the Hugging Face name of the matrix."""
+    """A checked adapter: its configuration file, its deltas by the Hugging Face name of the matrix, and the tensors that were
+    trained whole.
+
+    cfg: configuration of the base with the adapter; its head is apart where the adapter takes head and embedding apart"""
 
     config: dict[str, Any]
     deltas: Mapping[str, Delta]
     source: str
+    saved: Mapping[str, np.ndarray]
+    cfg: ModelConfig
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of all A and B as float32, by name, and of their scales."""
+        """SHA-256 of all A and B as float32, by name, and of their scales; and of what was trained whole, and magnitudes."""
         digest = hashlib.sha256()
         for hf, d in sorted(self.deltas.items()):
             digest.update(f"{hf} {d.scale!r}\0".encode())
-            for x in (d.a, d.b):
+            for x in (d.a, d.b, *(() if d.magnitude is None else (d.magnitude,))):
                 digest.update(np.ascontiguousarray(x, "<f4").view(np.uint8).data)
+        for hf, x in sorted(self.saved.items()):
+            digest.update(f"{hf}\0".encode())
+            digest.update(np.ascontiguousarray(x, "<f4").view(np.uint8).data)
         return digest.hexdigest()
 
     def lora_config(self, cfg: ModelConfig) -> LoraConfig:
         """Build the LoraConfig to go on training with. Raises Refused for adapters that differ between layers."""
         c = self.config
         names = Counter(hf.split(".")[-2] for hf in self.deltas)
-        unknown = sorted(set(names) - set(LINEAR.values()))
-        uneven = [name for name, count in names.items() if count != cfg.num_layers]
+        outside = set(OUTSIDE.values())
+        unknown = sorted(set(names) - set(TARGETS.values()))
+        uneven = [name for name, count in names.items() if count != cfg.num_layers and name not in outside]
+        why = ""
+        if self.cfg != cfg:
+            why = "has an embedding and a head of their own, of a base where they are one matrix, of which --lora-init trains one"
+        elif odd := [hf for hf in self.saved if hf.split(".")[-2] in LINEAR.values()]:
+            why = f"trained {odd[0]} whole, of which --lora-init trains adapters only"
+        elif c.get("use_dora"):
+            why = "is one of DoRA, which --lora-init does not go on with"
+        if why:
+            raise Refused(f"{self.source}: {why}; `apr merge` makes it part of the weights")
         ranks = {d.a.shape[0] for d in self.deltas.values()}
         scales = {d.scale for d in self.deltas.values()}
         if unknown or uneven:
@@ -101,7 +129,8 @@ class LoadedAdapter:
                 f"{self.source}: adapts {[*unknown, *uneven][0]}{where}, which --lora-init does not go on with; `apr merge` "
                 "makes it part of the weights"
             )
-        targets = tuple(name for name, peft in LINEAR.items() if peft in names)
+        targets = tuple(name for name, peft in TARGETS.items() if peft in names)
+        saved = tuple(c.get("modules_to_save") or ())
         if len(ranks) > 1 or len(scales) > 1:
             modules = [hf.removesuffix(".weight") for hf in self.deltas]
             used = {
@@ -113,10 +142,11 @@ class LoadedAdapter:
             return LoraConfig(
                 int(c["r"]), float(c["lora_alpha"]), targets, bool(c.get("use_rslora")), None,
                 tuple((p, int(n)) for p, n in used["rank_pattern"]), tuple((p, float(n)) for p, n in used["alpha_pattern"]),
+                saved,
             )  # fmt: skip
         # The first stands for all: ranks and scales are one.
         alpha = _of_pattern(c, "alpha_pattern", next(iter(self.deltas)).removesuffix(".weight"))
-        return LoraConfig(ranks.pop(), alpha, targets, bool(c.get("use_rslora")))
+        return LoraConfig(ranks.pop(), alpha, targets, bool(c.get("use_rslora")), saved=saved)
 
     @cached_property
     def note(self) -> str:
@@ -131,60 +161,6 @@ class LoadedAdapter:
         return (
             f"{self.source}: {', '.join(idle)}: matches no adapted matrix, and is passed over" if idle else ""
         )
-
-
-def adapter_config(c: LoraConfig, base: str) -> dict[str, Any]:
-    """Build adapter_config.json as PEFT writes it, without keys at their defaults that only matter in training."""
-    alpha = int(c.alpha) if c.alpha == int(c.alpha) else c.alpha
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": None,
-        "inference_mode": True,
-        "r": c.rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "target_modules": c.modules,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": c.rslora,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": dict(c.rank_pattern),
-        "alpha_pattern": {p: int(a) if a == int(a) else a for p, a in c.alpha_pattern},
-    }
-
-
-def write_adapter(
-    folder: Path, layout: AdapterLayout, flat: np.ndarray, base: str, template: str | None = None
-) -> None:
-    """Write adapters for PEFT.from_pretrained.  flat (layout.size,) on the host; base: name of the base model, for people;
-    template: the chat template that the adapters were trained with
-
-    Raises IOFailure, Refused: not finite.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.ascontiguousarray(x) for name, x in layout.named(flat).items()}
-    write_safetensors(folder / WEIGHTS, tensors, "float32")
-    if template is not None:
-        write_text(folder / TEMPLATE, template)
-    named = {
-        f"{p.base.layer}.{LINEAR[p.base.param.name]}.{x}": s
-        for p in layout.pairs
-        for x, s in (("A", p.a), ("B", p.b))
-    }
-    config = adapter_config(layout.config, base)
-    write_json(folder / CONFIG, config)
-    try:
-        compare_adapter(folder, layout.cfg.num_layers, {name: tensors[s.hf] for name, s in named.items()})
-    except BaseException:
-        # Without it nobody takes the folder for a whole one.
-        (folder / CONFIG).unlink()
-        raise
 
 
 def read_adapter(
@@ -209,29 +185,72 @@ def read_adapter(
         raise InputNotFound(f"{folder}: no {WEIGHTS}{hint}")
     config = parse_json(read_text(folder / CONFIG), str(folder / CONFIG))
     _check_config(config, str(folder / CONFIG))
-    tensors = read_safetensors(folder / WEIGHTS)
-    pairs: dict[str, dict[str, np.ndarray]] = {}
+    tensors, file = read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS)
+    apart = replace(cfg, tie_word_embeddings=False)
+    by_hf, parts, saved = Layout(apart).by_hf, dict[str, dict[str, np.ndarray]](), dict[str, np.ndarray]()
+    of_whole = _whole_modules(config, by_hf, cfg.tie_word_embeddings, str(folder / CONFIG))
     for name in tensors:
-        match = _NAME.match(name)
-        if match is None:
-            _check_untouched(name, tensors[name], cfg, base or {}, str(folder / WEIGHTS))
-            continue
-        pairs.setdefault(match["module"], {})[match["letter"]] = tensors[name]
-    if not pairs:
+        if match := _NAME.match(name):
+            parts.setdefault(match["module"], {})[match["part"]] = tensors[name]
+        elif name.removeprefix(PREFIX) in of_whole:
+            saved[name.removeprefix(PREFIX)] = tensors[name]
+        else:
+            _check_untouched(name, tensors[name], cfg, base or {}, file)
+    if not parts:
         raise MalformedFile(f"{folder / WEIGHTS}: holds no adapter")
-    by_hf = Layout(cfg).by_hf
-    deltas = {}
-    for module, pair in pairs.items():
-        slot = by_hf.get(f"{module}.weight")
-        if slot is None or len(slot.shape) != 2 or slot.param.name == "embed":
-            hint = (
-                "; the head is tied to the embedding"
-                if module == "lm_head" and cfg.tie_word_embeddings
-                else ""
+    for hf in of_whole:
+        if hf not in saved:
+            raise MalformedFile(
+                f"{file}: no tensor {PREFIX + hf}, which modules_to_save of {CONFIG} says it holds"
             )
-            raise Refused(f"{folder / WEIGHTS}: adapts {module}, which is no linear map of this model{hint}")
-        deltas[slot.hf] = _delta(config, module, pair, slot, str(folder / WEIGHTS))
-    return LoadedAdapter(config, deltas, source)
+        if saved[hf].shape != by_hf[hf].shape:
+            raise Refused(
+                f"{file}: {PREFIX + hf} has the shape {saved[hf].shape}, this model's is {by_hf[hf].shape}: is it the adapter of "
+                "another model, or of one with more tokens?"
+            )
+    deltas = {}
+    for module, part in parts.items():
+        slot = by_hf.get(f"{module}.weight")
+        if slot is None or len(slot.shape) != 2:
+            raise Refused(f"{file}: adapts {module}, which is no linear map of this model, and no embedding")
+        deltas[slot.hf] = _delta(config, module, part, slot, file)
+    if cfg.tie_word_embeddings and not _takes_apart(deltas, saved):
+        deltas.pop(HEAD, None)
+        saved.pop(HEAD, None)
+        apart = cfg
+    return LoadedAdapter(config, deltas, source, saved, apart if cfg.tie_word_embeddings else cfg)
+
+
+def _whole_modules(
+    config: dict[str, Any], by_hf: Mapping[str, Slot], is_tied: bool, source: str
+) -> list[str]:
+    """Name the tensors that modules_to_save says were trained whole. Raises Refused: an entry that matches nothing."""
+    ends = config.get("modules_to_save") or []
+    if not isinstance(ends, list) or not all(isinstance(end, str) and end for end in ends):
+        raise MalformedFile(f"{source}: modules_to_save = {ends!r} is not a list of names")
+    for end in ends:
+        if not any(module_of(hf).endswith(end) for hf in by_hf):
+            raise Refused(
+                f"{source}: modules_to_save has {end!r}, which is no module of this model: was the adapter trained with "
+                "another head?"
+            )
+    whole = [hf for hf in by_hf if any(module_of(hf).endswith(end) for end in ends)]
+    if is_tied and config.get("ensure_weight_tying") and {EMBED, HEAD} & {*whole}:
+        whole += [hf for hf in (EMBED, HEAD) if hf not in whole]
+    return whole
+
+
+def _takes_apart(deltas: Mapping[str, Delta], saved: Mapping[str, np.ndarray]) -> bool:
+    """Tell if an adapter makes a head that was the embedding another matrix than it."""
+    if (EMBED in saved) != (HEAD in saved) or (EMBED in deltas) != (HEAD in deltas):
+        return True
+    if EMBED in saved and not np.array_equal(saved[EMBED], saved[HEAD]):
+        return True
+    if EMBED not in deltas:
+        return False
+    x, y = deltas[EMBED], deltas[HEAD]
+    is_same = x.scale == y.scale and np.array_equal(x.a, y.a) and np.array_equal(x.b, y.b)
+    return not is_same or x.magnitude is not None
 
 
 def _check_untouched(
@@ -243,14 +262,15 @@ def _check_untouched(
     want = base.get(EMBED if hf == HEAD and cfg.tie_word_embeddings else hf)
     if want is None:
         raise Refused(
-            f"{source}: tensor {name!r} is no A or B of a linear map (lora_A, lora_B), which is all that apr adds"
+            f"{source}: tensor {name!r} is no A or B (lora_A, lora_B), and {CONFIG} does not say that it was trained "
+            "(modules_to_save), so apr does not know what it is for"
         )
     if stored.shape != want.shape or not (
         np.array_equal(stored.astype(want.dtype), want) or np.array_equal(want.astype(stored.dtype), stored)
     ):
         raise Refused(
-            f"{source}: tensor {name!r} differs from {hf} of the base: it was trained itself, or belongs to another base; "
-            "apr adds A and B only, so merge it with PEFT"
+            f"{source}: tensor {name!r} differs from {hf} of the base: it was trained itself, which modules_to_save of {CONFIG} "
+            "does not say, or belongs to another base"
         )
 
 
@@ -309,11 +329,26 @@ def _matches(key: str, pattern: str, module: str) -> bool:
 
 
 def _delta(
-    config: dict[str, Any], module: str, pair: dict[str, np.ndarray], slot: Slot, source: str
+    config: dict[str, Any], module: str, part: dict[str, np.ndarray], slot: Slot, source: str
 ) -> Delta:
-    if set(pair) != {"A", "B"}:
-        raise MalformedFile(f"{source}: {module} has lora_{next(iter(pair))} only")
-    a, b = pair["A"], pair["B"]
+    is_table = slot.param.name == "embed"
+    kind, magnitude = "lora_embedding_" if is_table else "lora_", part.pop("lora_magnitude_vector", None)
+    if set(part) != {f"{kind}A", f"{kind}B"}:
+        raise MalformedFile(
+            f"{source}: {module} has {' and '.join(sorted(part))} only; it takes {kind}A and {kind}B"
+        )
+    a, b = (part[f"{kind}{x}"] for x in "AB")
+    if is_table:
+        a, b = b.T, a.T
+    if (magnitude is not None) != bool(config.get("use_dora")):
+        has = "has no" if magnitude is None else "has a"
+        raise MalformedFile(
+            f"{source}: {module} {has} lora_magnitude_vector, and use_dora = {config.get('use_dora')!r}"
+        )
+    if magnitude is not None and magnitude.reshape(-1).shape != slot.shape[int(is_table) : int(is_table) + 1]:
+        raise Refused(
+            f"{source}: {module} has lora_magnitude_vector {magnitude.shape}, the matrix is {slot.shape}"
+        )
     rank = _of_pattern(config, "rank_pattern", module)
     if a.shape != (rank, slot.shape[1]) or b.shape != (slot.shape[0], rank):
         raise Refused(
@@ -321,19 +356,22 @@ def _delta(
             f"({rank:g}, {slot.shape[1]}) and ({slot.shape[0]}, {rank:g}): is it the adapter of another model?"
         )
     alpha = _of_pattern(config, "alpha_pattern", module)
-    return Delta(a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank))
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return Delta(a, b, scale, None if magnitude is None else magnitude.reshape(-1), is_table)
 
 
 def add_adapter(layout: Layout, flat: np.ndarray, adapter: LoadedAdapter) -> None:
-    """flat += scale * b a for every adapted matrix, in float64, rounded once.  flat (layout.size,) float32 on the host"""
-    for hf, delta in adapter.deltas.items():
-        s = layout.by_hf[hf]
-        view = flat[s.offset : s.offset + s.size].reshape(s.shape)
-        a, b = np.asarray(delta.a, np.float64), np.asarray(delta.b, np.float64)
-        total = view.astype(np.float64) + (delta.scale * b) @ a
-        if not np.isfinite(total).all():
+    """flat += scale * b a for every adapted matrix, in float64, rounded once; what was trained whole takes its place.
+
+    flat (layout.size,) float32 on the host, layout that of adapter.cfg"""
+    for hf in [*adapter.saved, *adapter.deltas]:
+        view = cut(flat, layout.by_hf[hf])
+        if hf in adapter.saved:
+            view[...] = adapter.saved[hf]
+        if hf in adapter.deltas:
+            view[...] = adapter.deltas[hf].added(view)
+        if not np.isfinite(view).all():
             raise Refused(f"{adapter.source}: {hf} with its adapter is not finite")
-        view[...] = total
 
 
 def adapter_start(layout: AdapterLayout, adapter: LoadedAdapter) -> np.ndarray:
@@ -343,4 +381,6 @@ def adapter_start(layout: AdapterLayout, adapter: LoadedAdapter) -> np.ndarray:
         delta = adapter.deltas[p.base.hf]
         for s, x in ((p.a, delta.a), (p.b, delta.b)):
             flat[s.offset : s.offset + s.size] = np.asarray(x, np.float32).reshape(-1)
+    for base, s in layout.saved:
+        cut(flat, s)[...] = adapter.saved[base.hf]
     return flat

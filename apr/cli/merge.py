@@ -65,9 +65,10 @@ def main(args: Sequence[str]) -> int:
         raise Refused(f"{out}: is there already; choose another name, or --force")
     try_output(out)
     base = open_any(f.base)
-    layout = Layout(base.cfg)
-    tensors = parameters(layout, base)
+    tensors = parameters(Layout(base.cfg), base)
     adapter = read_adapter(f.adapter, base.cfg, tensors)
+    # Of which the head may be apart.
+    layout = Layout(adapter.cfg)
     if adapter.note:
         print(printable(f"note: {adapter.note}"), file=sys.stderr)
     host = np.zeros(layout.size, np.float32)
@@ -75,7 +76,7 @@ def main(args: Sequence[str]) -> int:
     add_adapter(layout, host, adapter)
     stored = {t.dtype for t in tensors.values()}
     dtype = f.dtype or ("bfloat16" if stored == {BF16} else "float32")
-    meta: dict[str, Any] = config_to_metadata(base.cfg)
+    meta: dict[str, Any] = config_to_metadata(adapter.cfg)
     texts = base.texts
     # As apr and TRL save it beside an adapter for conversations.
     if os.path.lexists(template := Path(f.adapter) / TEMPLATE):
@@ -98,6 +99,8 @@ def main(args: Sequence[str]) -> int:
         "out": str(out),
         "dtype": dtype,
         "matrices": len(adapter.deltas),
+        "modules_trained_whole": sorted(adapter.saved),
+        "head": "tied" if adapter.cfg.tie_word_embeddings else "apart",
         "ranks": sorted({int(d.a.shape[0]) for d in adapter.deltas.values()}),
         "base_sha256": base.sha256,
         "adapter_sha256": adapter.sha256,
@@ -108,5 +111,8 @@ def main(args: Sequence[str]) -> int:
     else:
         ranks = ", ".join(map(str, result["ranks"]))
         words = f"{plural(len(adapter.deltas), 'matrix')} with adapters of rank {ranks}, {dtype}"
+        words += f", {plural(len(adapter.saved), 'tensor')} trained whole" if adapter.saved else ""
+        words += ", DoRA" if adapter.config.get("use_dora") else ""
+        words += ", head and embedding taken apart" if adapter.cfg != base.cfg else ""
         print(printable(f"{out}: {words}, weights {result['sha256'][:12]}"))
     return 0

@@ -20,7 +20,8 @@ from ..common.options import device_option, dtype_option, json_option, option, p
 from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.cost import Memory, check_positions, fitted, flops_per_token, matmul_rate, memory, save_copies
-from ..model.lora import BASES, AdapterLayout, LoraConfig, check_rank, lora_config
+from ..model.lora import BASES, AdapterLayout, LoraConfig
+from ..model.lora_settings import check_rank, lora_config
 from ..model.optim import AdamW
 from ..model.params import Layout
 from ..model.presets import PRESETS, load_config
@@ -65,8 +66,13 @@ class Flags:
     mask_documents: bool = option("attention stops where a document ends", False)
     lora_rank: int | None = option("train adapters of this rank instead of the weights", at_least=1)
     lora_targets: str | None = option(
-        "matrices that get adapters, of q,k,v,o,gate,up,down (default: all of them)", metavar="MATRICES"
+        "matrices that get adapters, of q,k,v,o,gate,up,down (default: all of them), and embed,head",
+        metavar="MATRICES",
     )
+    lora_modules_to_save: str | None = option(
+        "modules to train whole beside the adapters: embed_tokens, lm_head, norm and so on", metavar="MODULES"
+    )
+    train_embeddings: bool = option("with adapters, train embedding and head whole", False)
     lora_base: str | None = option(
         "format of the frozen matrices of the blocks (default: --dtype)", choices=BASES
     )
@@ -86,7 +92,14 @@ def main(args: Sequence[str]) -> int:
         raise UsageError("say which model: give --model or --init, one of them")
     if f.recompute and not f.train:
         raise UsageError("--recompute is about backward, --no-train has none; give one of them")
-    lora = lora_config(f.lora_rank, None, f.lora_targets, f.lora_base)
+    lora = lora_config(
+        f.lora_rank,
+        None,
+        f.lora_targets,
+        f.lora_base,
+        saved=f.lora_modules_to_save,
+        embeddings=f.train_embeddings,
+    )
     if lora and not f.train:
         raise UsageError("--lora-rank is about training, --no-train has none; give one of them")
     cfg = open_any(f.init).cfg if f.init else load_config(str(f.model))

@@ -121,9 +121,9 @@ def merge_error(adapters: Adapters) -> tuple[float, str]:
     last = 2.0**-8 if dtype == "bfloat16" else 0.0
     pairs = {p.base.hf: p for p in adapters.layout.pairs}
     for s, arrays in adapters.base_values():
-        if s.layer is None or (s.hf not in pairs and len(arrays) == 1):
+        if s.hf not in pairs and len(arrays) == 1:
             continue
-        got = be.to_host(adapters.effective(s.layer, s.param.name))
+        got = be.to_host(adapters.computed(s))
         base = be.to_host(arrays[0]).reshape(s.shape)
         if len(arrays) == 2:
             base = be.to_host(arrays[1]).astype(np.float64)[:, None] * base
@@ -136,6 +136,10 @@ def merge_error(adapters: Adapters) -> tuple[float, str]:
         errors.append(
             (_error_of_sum(got, [base, a, b], pairs[s.hf].scale if s.hf in pairs else 0.0, eps, last), s.hf)
         )
+    adapters.begin_forward()
+    for s, slot in adapters.layout.saved:
+        got, want = (be.to_host(x).astype(np.float64) for x in (adapters.computed(s), cut(adapters.w, slot)))
+        errors.append((float((np.abs(got - want) / (last * np.abs(want) + 1e-30)).max()), s.hf))
     return _worst(errors)
 
 
@@ -146,10 +150,11 @@ def checkpoint_merge_error(
     dtype allows, and its tensor; infinite where a tensor without adapter differs.
 
     base_format: of the matrices of the blocks in the run, see LoraConfig.base"""
-    layout, last = Layout(base.cfg), 2.0**-8 if dtype == "bfloat16" else 0.0
+    layout, last = Layout(merged.cfg), 2.0**-8 if dtype == "bfloat16" else 0.0
     before, after, errors = parameters(layout, base), parameters(layout, merged), [(0.0, "no tensor")]
     for s in layout.in_order():
         x, got, delta = before[s.hf].astype(np.float32), after[s.hf], adapter.deltas.get(s.hf)
+        x = np.asarray(adapter.saved.get(s.hf, x), np.float32)
         if base_format and s.layer is not None and len(s.shape) == 2:
             q, row = rounded_rows(x)
             x = row[:, None] * q
@@ -161,18 +166,25 @@ def checkpoint_merge_error(
             errors.append((0.0 if same else np.inf, s.hf))
         else:
             eps = float(np.finfo(np.float32).eps)
-            errors.append((_error_of_sum(got, [x, delta.a, delta.b], delta.scale, eps, last), s.hf))
+            m = delta.magnitude if delta.magnitude is None or delta.is_table else delta.magnitude[:, None]
+            errors.append((_error_of_sum(got, [x, delta.a, delta.b], delta.scale, eps, last, m), s.hf))
     return _worst(errors)
 
 
-def _error_of_sum(got: Any, parts: list[Any], scale: float, eps: float, last: float) -> float:
+def _error_of_sum(
+    got: Any, parts: list[Any], scale: float, eps: float, last: float, magnitude: Any = None
+) -> float:
     """Largest |got - (base + scale b a)| in float64, in units of r + 4 roundings of the sum to eps and one to `last`.
 
-    parts: base (O,I), a (r,I), b (O,r)
+    parts: base (O,I), a (r,I), b (O,r); magnitude (O,1) or (1,I): norms that the rows, or columns, of the sum get
     """
     got, base, a, b = (np.asarray(x).astype(np.float64) for x in (got, *parts))
     want = base + scale * (b @ a)
     size = np.abs(base) + scale * (np.abs(b) @ np.abs(a))
+    if magnitude is not None:
+        m = np.asarray(magnitude, np.float64)
+        share = m / np.sqrt((want * want).sum(1 if m.ndim == 2 else 0, keepdims=m.ndim == 2))
+        want, size = want * share, size * np.abs(share)
     return float((np.abs(got - want) / ((len(a) + 4) * eps * size + last * np.abs(want) + 1e-30)).max())
 
 

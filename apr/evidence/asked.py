@@ -20,7 +20,8 @@ from ..data.batches import Batches, Windows
 from ..data.mix_text import tables_of
 from ..model.adapters import Adapters
 from ..model.hf_config import from_hf
-from ..model.lora import ALPHA_PER_RANK, LINEAR, PREFIX, parse_pattern, parse_targets
+from ..model.lora import ALPHA_PER_RANK, PREFIX, TARGETS
+from ..model.lora_settings import parse_pattern, parse_saved, parse_targets
 from ..model.schedule import WSD_DECAY_SHARE
 from ..model.transformer import Model
 from . import scorer, stream
@@ -240,6 +241,12 @@ def _adapters(a: Adapters | None, s: Mapping[str, Any]) -> Iterator[Row]:
         return
     yield "adapters, format of the base", a.config.base, s.get("lora_base")
     want = dict(_adapter_tensors(a))
+    ends = (
+        a.config.saved
+        if s["lora_init"]
+        else parse_saved(s.get("lora_modules_to_save"), bool(s.get("train_embeddings")))
+    )
+    want |= _whole_tensors(a, ends)
     got = {slot.hf: slot.shape for slot in a.layout.slots}
     yield "adapters, tensors", len(got), len(want)
     for name, shape in want.items():
@@ -274,17 +281,34 @@ def _by_pattern(patterns: Mapping[str, float], module: str, otherwise: float) ->
     return next(ends, otherwise)
 
 
-def _adapter_tensors(a: Adapters) -> Iterator[tuple[str, tuple[int, int]]]:
+def _adapter_tensors(a: Adapters) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield (name, shape) of A and B of every matrix that is a target, by the names of the model's own tensors."""
-    ends = tuple(f".{LINEAR[target]}.weight" for target in a.config.targets)
+    ends, is_tied = (
+        tuple(f".{TARGETS[target]}.weight" for target in a.config.targets),
+        a.cfg.tie_word_embeddings,
+    )
     for slot in a.model.layout.slots:
-        if slot.hf.endswith(ends):
+        # Embedding and head are one matrix, by the name of either.
+        names = [f".{slot.hf}", *([".lm_head.weight"] if is_tied and slot.param.name == "embed" else [])]
+        if any(name.endswith(ends) for name in names):
             name = PREFIX + slot.hf.removesuffix(".weight")
             rank = int(
                 _by_pattern(dict(a.config.rank_pattern), slot.hf.removesuffix(".weight"), a.config.rank)
             )
-            yield f"{name}.lora_A.weight", (rank, slot.shape[1])
-            yield f"{name}.lora_B.weight", (slot.shape[0], rank)
+            kinds = ("embedding_B", "embedding_A") if slot.param.name == "embed" else ("A.weight", "B.weight")
+            yield f"{name}.lora_{kinds[0]}", (rank, slot.shape[1])
+            yield f"{name}.lora_{kinds[1]}", (slot.shape[0], rank)
+
+
+def _whole_tensors(a: Adapters, ends: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """List the shapes of what is trained whole: the model's own tensors whose modules' names end so."""
+    is_tied, out = a.cfg.tie_word_embeddings, {}
+    for slot in a.model.layout.slots:
+        module = slot.hf.rpartition(".")[0]
+        names = [module, "lm_head"] if is_tied and slot.param.name == "embed" else [module]
+        if ends and any(name.endswith(ends) for name in names):
+            out[PREFIX + slot.hf] = slot.shape
+    return out
 
 
 def _given(s: Mapping[str, Any], explicit: Mapping[str, Any]) -> Iterator[Row]:

@@ -39,12 +39,10 @@ def judge_inputs(
 
 def tokens(blank: Sequence[str] | None, is_frozen: bool) -> Finding:
     """Judge the rows of special tokens that --init never learnt: blank, None without conversations; is_frozen: they stay so."""
-    gate, bound = "before.tokens", "none that stays 0 or alike"
+    gate, bound = "before.tokens", "none that stays 0, alike or at the mean"
     if blank is None:
         return Finding.skipped(gate, "no conversations", bound)
-    measured = (
-        f"{len(blank)} of special tokens that are 0 or alike{', trained' if blank and not is_frozen else ''}"
-    )
+    measured = f"{len(blank)} of special tokens that are 0, alike or at the mean{', trained' if blank and not is_frozen else ''}"
     return Finding.of(gate, not (blank and is_frozen), measured, bound, ", ".join(blank))
 
 

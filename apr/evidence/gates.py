@@ -77,9 +77,11 @@ GATES = {
         Gate(
             "before.tokens", BEFORE, "SUSPECT",
             "special tokens of conversations are told apart, or can be learnt",
-            "adapters leave embeddings as they are: of the special tokens that conversations use, no row of --init is 0 or "
-            "bit-equal to another's",
-            "train all weights, without --lora-rank; a template of tokens that the base knows, --chat-template",
+            "adapters leave embedding and head as they are, but those that are trained with them: of the special tokens that "
+            "conversations use, no row of --init is 0, bit-equal to another's, below 1 % of the usual norm, or nearer to the "
+            "mean of all rows than 1 % of the usual distance",
+            "--train-embeddings, which learns them beside the adapters; train all weights, without --lora-rank; a template of "
+            "tokens that the base knows, --chat-template",
         ),
         Gate(
             "before.settings", BEFORE, "refuse",

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..checkpoints.checkpoint import Checkpoint, parameters
 from ..common.finding import Finding
 from ..common.units import plural
 from ..model.adapters import Adapters
+from ..model.lora import PREFIX
 from ..model.optim import Optimizer
 from ..model.params import Slot
 from ..model.transformer import Model
@@ -57,11 +59,20 @@ def random_weights(model: Model, opt: Optimizer, std: float, seed: int) -> Findi
     return Finding.of("before.weights", not why, why if why else measured, bound, score=worst)
 
 
-def new_adapters(adapters: Adapters, opt: Optimizer, seed: int) -> str:
-    """Find what differs from new adapters of a seed: A uniform in +-1 / sqrt(I) from its own stream, B zero; "" for nothing."""
+def new_adapters(adapters: Adapters, opt: Optimizer, seed: int, init: Checkpoint | None = None) -> str:
+    """Find what differs from new adapters of a seed: A uniform in +-1 / sqrt(I) from its own stream, of an embedding normal, B
+    zero, and what is trained whole as the checkpoint has it; "" for nothing."""
+    file = parameters(adapters.model.layout, init) if init and adapters.layout.saved else {}
     for number, s in enumerate(adapters.layout.in_order()):
         x = adapters.be.to_host(opt.master[s.offset : s.offset + s.size])
         again = np.zeros(s.size, np.float32)
+        if s.hf.endswith("lora_embedding_B"):
+            rng = np.random.Generator(np.random.PCG64([seed, number]))
+            again = rng.standard_normal(s.size, np.float32)
+        elif ".lora_" not in s.hf:
+            if not np.array_equal(x, np.asarray(file[s.hf.removeprefix(PREFIX)], np.float32).reshape(-1)):
+                return f"{s.hf} is not that of the checkpoint"
+            continue
         if s.hf.endswith("lora_A.weight"):
             most = 1 / math.sqrt(s.shape[1])
             rng = np.random.Generator(np.random.PCG64([seed, number]))

@@ -77,7 +77,7 @@ class StartGates:
         t = self.subject
         if t.adapters and t.init:
             loaded = base_loaded(t.adapters, t.init)
-            why = "" if t.adapted else new_adapters(t.adapters, t.whole, t.settings.seed)
+            why = "" if t.adapted else new_adapters(t.adapters, t.whole, t.settings.seed, t.init)
             return replace(loaded, verdict=FAIL, measured=why, why=why) if why else loaded
         if t.init:
             return measure.loaded_weights(t.model, t.whole, t.init)

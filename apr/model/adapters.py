@@ -2,6 +2,9 @@
 
     u = x A^T,  du = dy B,  dA += s du^T x,  dB += s dy^T u
 
+An embedding or a head is a matrix like the others: of an embedding x is one-hot, so that u = B[ids], dB[ids] += s dy A^T.
+What is trained whole has its values, rounded, among the factors, where the passes read them.
+
 W_eff of one linear map at a time lies in a buffer that all maps share: it is made where the map is computed, forward and
 backward, so that nothing holds a second copy of the weights and none can be stale. dx = dy W_eff; W has no gradient.
 Sums are float32 (float64). W_eff, u and du are rounded once to the dtype of the model, and so are A and B for u and du.
@@ -16,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .eight_bits import rounded_rows
-from .lora import AdapterLayout, cut
+from .lora import AdapterLayout, Pair, cut
 from .micro_gradients import add
 from .params import FUSED, Slot
 
@@ -39,16 +42,11 @@ class Split:
         return self.high[place.start - self.at : None if place.stop is None else place.stop - self.at]
 
 
-class Nothing:
-    """Gradients of frozen parameters: None, whatever the name, in every layer."""
+class Gradients:
+    """Gradients of a model under adapters by name: None, but of what is trained whole. `layer` has those of the blocks."""
 
-    @property
-    def layer(self) -> Nothing:
-        """Gradients of the blocks."""
-        return self
-
-    def __getitem__(self, layer: int) -> Nothing:
-        return self
+    def __init__(self, layers: int = 0) -> None:
+        self.layer = [Gradients() for _ in range(layers)]
 
     def __getattr__(self, name: str) -> None:
         return None
@@ -76,11 +74,99 @@ class Adapters:
         self.folds = "adapter_part" in have
         self.part = have["adapter_part"] if self.folds else self.g
         self._effective, self._low, self._d_low = have["effective"], have["low"], have["d_low"]
+        # Of an embedding, whose gradients are added by rows.
+        self._d_low_wide = have.get("d_low_wide")
         self._pairs = {(p.base.layer, p.base.param.name): p for p in layout.pairs}
-        self._maps = layout.maps()
         self.base_sha256 = ""
+        # Of the head, for as many rows as the logits have columns: open_head.
+        self.head: dict[str, Any] = {}
+
+    # In a model
+
+    def place(self, p: Any) -> None:
+        """Put what is trained whole in the place of the views of frozen parameters."""
+        for base, slot in self.layout.saved:
+            setattr(
+                p if base.layer is None else p.layer[base.layer], base.param.name, cut(self.factors, slot)
+            )
+        if self.cfg.tie_word_embeddings:
+            p.head = p.embed
+
+    def gradients(self) -> Gradients:
+        """View the gradients of what is trained whole by the names of the model's own."""
+        out = Gradients(self.cfg.num_layers)
+        for base, slot in self.layout.saved:
+            name = base.param.name if base.layer is None else f"{base.layer}.{base.param.name}"
+            view = self.named(cut(self.part, slot), f"grad.{name}")
+            setattr(out if base.layer is None else out.layer[base.layer], base.param.name, view)
+        return out
+
+    def open_head(self, rows: int, frozen: Any) -> tuple[Any, Any]:
+        """View the first rows of the head that is trained whole, and of its gradient; the frozen one, and None, otherwise."""
+        self.head, (head, gradient) = self.head_views(rows, self.part), self.whole_head(rows, self.part)
+        return frozen if head is None else head, gradient
+
+    def whole_head(self, rows: int, part: Any) -> tuple[Any, Any]:
+        """View the first rows of the head that is trained whole, and of its gradient in `part`; None twice for another one."""
+        name = "embed" if self.cfg.tie_word_embeddings else "head"
+        for base, slot in self.layout.saved:
+            if base.param.name == name:
+                whole, shape = slice(slot.offset, slot.offset + rows * slot.shape[1]), (rows, slot.shape[1])
+                return self.factors[whole].reshape(shape), part[whole].reshape(shape)
+        return None, None
+
+    def head_views(self, rows: int, part: Any) -> dict[str, Any]:
+        """View the first rows of W_eff of an adapted head, and of its B: as it is, rounded, and its gradient in `part`."""
+        pair = self._pairs.get((None, "embed" if self.cfg.tie_word_embeddings else "head"))
+        if pair is None:
+            return {}
+        (rank, width), flats = pair.a.shape, (("b", self.w), ("factor", self.factors), ("grad", part))
+        whole = slice(pair.b.offset, pair.b.offset + rows * rank)
+        out = {key: flat[whole].reshape(rows, rank) for key, flat in flats}
+        return out | {"out": self._effective[: rows * width].reshape(rows, width)}
 
     # In a pass
+
+    def begin_forward(self) -> None:
+        """Round what is trained whole to the dtype of the model."""
+        for _, slot in self.layout.saved:
+            self.be.copy(cut(self.factors, slot), cut(self.w, slot))
+
+    def outside(self, name: str, w: Any) -> Any:
+        """W_eff of embedding or head, until the next matrix is asked for; w, what the model has there, without adapters.
+
+        A head has as many rows as w."""
+        pair = self._pairs.get((None, "embed" if self.cfg.tie_word_embeddings else name))
+        if pair is None:
+            return w
+        a, base = cut(self.w, pair.a), pair.base
+        if name == "head":
+            out, b = self.head["out"], self.head["b"]
+        else:
+            out, b = self._effective[: base.size].reshape(base.shape), cut(self.w, pair.b)
+        out = self.named(out, base.param.name)
+        self.be.adapted(out, w, b, a, pair.scale)
+        return out
+
+    def add_head_gradients(self, dy: Any, x: Any) -> None:
+        """Add the gradients of the adapters of a head.  dy (n,rows), x (n,C)"""
+        if self.head:
+            pair = self._pairs[None, "embed" if self.cfg.tie_word_embeddings else "head"]
+            self._add(pair, dy, x, self.head["factor"], self.head["grad"])
+
+    def add_embedding_gradients(self, dy: Any, ids: Any) -> None:
+        """dA += s B[ids]^T dy,  dB[ids] += s dy A^T of an embedding.  dy (N,C), ids (N,)"""
+        if (pair := self._pairs.get((None, "embed"))) is None:
+            return
+        be, n, rank, s = self.be, dy.shape[0], pair.a.shape[0], pair.scale
+        (a, b), (da, db) = self._factors(pair), self._sums(pair)
+        u = self._low[: n * rank].reshape(n, rank)
+        be.embedding_fwd(u, ids, b)
+        be.gemm(da, u, dy, s, 1.0, True, False)
+        du = self._d_low_wide[: n * rank].reshape(n, rank)
+        be.fill(du, 0)
+        be.gemm(du, dy, a, s, 1.0, False, True)
+        be.embedding_bwd(db, du, ids)
 
     def effective(self, layer: int, name: str) -> Any:
         """W_eff (O,I) of a matrix, or of several that are joined, until the next call; W itself where that is the same."""
@@ -116,28 +202,35 @@ class Adapters:
 
     def add_gradients(self, layer: int, name: str, dy: Any, x: Any) -> None:
         """dA += s (dy B)^T x,  dB += s dy^T (x A^T) of a linear map.  dy (N,O), x (N,I)"""
-        be, n, first = self.be, x.shape[0], 0
+        first = 0
         for part in FUSED.get(name, (name,)):
             rows = getattr(self.model.p.layer[layer], part).shape[0]
             pair, d = self._pairs.get((layer, part)), dy[:, first : first + rows]
             first += rows
-            if pair is None:
-                continue
-            at = f"{layer}.{part}"
-            a, b = (
-                self.named(cut(self.factors, slot), f"{at}.{letter}")
-                for slot, letter in ((pair.a, "A"), (pair.b, "B"))
-            )
-            da, db = (
-                self.named(cut(self.part, slot), f"grad.{at}.{letter}")
-                for slot, letter in ((pair.a, "A"), (pair.b, "B"))
-            )
-            rank, s = a.shape[0], pair.scale
-            u, du = (flat[: n * rank].reshape(n, rank) for flat in (self._low, self._d_low))
-            be.linear_fwd(u, x, a, None)
-            be.gemm(db, d, u, s, 1.0, True, False)
-            be.linear_bwd(du, None, None, d, u, b, True)
-            be.gemm(da, du, x, s, 1.0, True, False)
+            if pair is not None:
+                self._add(pair, d, x)
+
+    def _factors(self, pair: Pair) -> tuple[Any, Any]:
+        """View A and B, rounded, of a pair."""
+        a, b = ((slot, cut(self.factors, slot)) for slot in (pair.a, pair.b))
+        return self.named(a[1], _tap(a[0])), self.named(b[1], _tap(b[0]))
+
+    def _sums(self, pair: Pair) -> tuple[Any, Any]:
+        """View the gradients of A and B of a pair."""
+        a, b = ((slot, cut(self.part, slot)) for slot in (pair.a, pair.b))
+        return self.named(a[1], "grad." + _tap(a[0])), self.named(b[1], "grad." + _tap(b[0]))
+
+    def _add(self, pair: Pair, dy: Any, x: Any, b: Any = None, db: Any = None) -> None:
+        """Add the gradients of a pair; b, db: with the rows of the padding."""
+        be, n, s = self.be, x.shape[0], pair.scale
+        (a, own_b), (da, own_db) = self._factors(pair), self._sums(pair)
+        b, db = (own_b, own_db) if b is None else (b, db)
+        rank = a.shape[0]
+        u, du = (flat[: n * rank].reshape(n, rank) for flat in (self._low, self._d_low))
+        be.linear_fwd(u, x, a, None)
+        be.gemm(db, dy, u, s, 1.0, True, False)
+        be.linear_bwd(du, None, None, dy, u, b, True)
+        be.gemm(da, du, x, s, 1.0, True, False)
 
     # Frozen weights
 
@@ -178,10 +271,28 @@ class Adapters:
 
     def tensors(self) -> Iterator[tuple[Slot, Any]]:
         """List (slot, array on the device until the next one) of the weights that the model computes with, W_eff and W."""
+        self.begin_forward()
         for slot in self.model.layout.in_order():
-            is_map = slot.layer is not None and slot.offset < self.model.layout.matrices
-            x = self.effective(slot.layer, slot.param.name) if is_map else cut(self.model.w, slot)
-            yield slot, x
+            yield slot, self.computed(slot)
+
+    def computed(self, slot: Slot) -> Any:
+        """Return the values of a tensor that the model computes with, until the next one is asked for."""
+        name = slot.param.name
+        if slot.layer is not None and slot.offset < self.model.layout.matrices:
+            return self.effective(slot.layer, name)
+        own = getattr(self.model.p if slot.layer is None else self.model.p.layer[slot.layer], name)
+        if (None, name) not in self._pairs:
+            return own
+        return (
+            self.outside("head", self.model._head)[: slot.shape[0]]
+            if name == "head"
+            else self.outside("embed", own)
+        )
+
+
+def _tap(slot: Slot) -> str:
+    """Name the tap of a factor: 3.wq.A, embed.B."""
+    return slot.param.name if slot.layer is None else f"{slot.layer}.{slot.param.name}"
 
 
 def add_rows(p: Any, slots: list[Slot], rows: Any) -> None:

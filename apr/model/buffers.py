@@ -207,6 +207,8 @@ class BufferPlan:
     def _adapter_specs(self, layout: AdapterLayout) -> BufferSpecs:
         wide, low = WIDE[self.dtype], (self.batch * self.seq * layout.max_rank,)
         part = {"adapter_part": BufferSpec("gradients", (layout.size,), wide)} if self.folds else {}
+        if any(p.base.param.name == "embed" for p in layout.pairs):
+            part["d_low_wide"] = BufferSpec("scratch", low, wide)
         return part | {
             "adapters": BufferSpec("weights", (layout.size,), wide),
             "factors": BufferSpec("weights", (layout.size,), self.dtype),

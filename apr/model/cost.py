@@ -50,14 +50,19 @@ def flops_per_token(c: ModelConfig, seq: int, backward: bool = True, lora: LoraC
     """Floating-point operations of matrix products per token: 2 per weight forward and 4 backward
     (Kaplan et al. 2020, section 2.1), and of q k^T and p v, 2 * 2 * H * D per key seen, likewise.
 
-    Under adapters 2 per weight backward, for its input alone, and 4 for each element of A and B: their gradients, and the
-    low-rank products that these follow from. Recomputed activations, masked scores and what is computed once a pass, as
-    W + s B A, are not counted.
+    Under adapters 2 per weight backward, for its input alone, 2 more of a head that is trained whole, and 4 for each element of
+    A and B: their gradients, and the low-rank products that these follow from. Recomputed activations, masked scores and what
+    is computed once a pass, as W + s B A, are not counted.
     """
     layers = Counter(layer.window for layer in layers_of(c))
     scores = sum(4 * n * c.num_heads * c.head_dim * attended(window, seq) for window, n in layers.items())
     if backward and lora:
-        return 4 * matmul_parameters(c) + 3 * scores + 4 * AdapterLayout(c, lora).num_parameters
+        layout = AdapterLayout(c, lora)
+        adapters = sum(p.a.size + p.b.size for p in layout.pairs)
+        # A head that is trained whole has a gradient.
+        head = "embed" if c.tie_word_embeddings else "head"
+        heads = sum(s.size for s, _ in layout.saved if s.param.name == head)
+        return 4 * matmul_parameters(c) + 3 * scores + 4 * adapters + 2 * heads
     return (2 * matmul_parameters(c) + scores) * (3 if backward else 1)
 
 

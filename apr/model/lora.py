@@ -2,31 +2,36 @@
 
     A (r,I), B (O,r), s = alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023, "rslora")
 
+Of an embedding W (V,C), A (r,C) and B (V,r) are the transposes of PEFT's lora_embedding_B and lora_embedding_A: W_eff is
+made as of any matrix. Beside adapters, whole copies of embedding, head and norms may be trained: PEFT's modules_to_save.
+A head that is the embedding stays it: one matrix, adapted or copied once, as with PEFT's ensure_weight_tying.
+
 Here are their numbers, names and places; adapters.py computes with them. No dropout: W_eff is one matrix.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from ..common.errors import UsageError
 from ..common.rounding import round_up
 from .config import ModelConfig
-from .params import ALIGN, LAYER, MAPS, Layout, Param, Slot
+from .params import ALIGN, LAYER, MAPS, Layout, Param, Slot, padded_vocab
 
 SHORT = {"q": "wq", "k": "wk", "v": "wv", "o": "wo", "gate": "wgate", "up": "wup", "down": "wdown"}
 # PEFT's names begin with those of its two wrappers
 PREFIX = "base_model.model."
 # {wq: q_proj}
 LINEAR = {p.name: p.hf.split(".")[-2] for p in LAYER if p.name in SHORT.values()}
+# matrices outside the blocks, which all-linear leaves out
+OUTSIDE = {"embed": "embed_tokens", "head": "lm_head"}
+TARGETS = LINEAR | OUTSIDE
 # default of alpha / rank
 ALPHA_PER_RANK = 2.0
 # fields of LoraConfig, and keys of PEFT's adapter_config.json
@@ -42,6 +47,7 @@ class LoraConfig:
     base: format of the frozen matrices of the blocks, one of BASES, or None for the dtype of the run
     rank_pattern, alpha_pattern: (pattern, number) for modules whose name ends with a pattern, a regular expression as PEFT
     has them; the first that matches holds
+    saved: ends of the names of modules that are trained whole beside adapters, as PEFT's modules_to_save: embed_tokens
     """
 
     rank: int
@@ -51,6 +57,7 @@ class LoraConfig:
     base: str | None = None
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
+    saved: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -70,51 +77,11 @@ class LoraConfig:
     @property
     def modules(self) -> list[str]:
         """List the Hugging Face names of the targets: q_proj."""
-        return [LINEAR[t] for t in self.targets]
+        return [TARGETS[t] for t in self.targets]
 
-
-def lora_config(
-    rank: int | None,
-    alpha: float | None,
-    targets: str | None,
-    base: str | None = None,
-    rslora: bool = False,
-    ranks: str | None = None,
-    alphas: str | None = None,
-) -> LoraConfig | None:
-    """Build a LoraConfig from flags; ranks, alphas: patterns. None without a rank. Raises UsageError."""
-    if rank is None:
-        if rslora or any(x is not None for x in (alpha, targets, base, ranks, alphas)):
-            raise UsageError(
-                "--lora-alpha, --lora-targets, --lora-base, --lora-rslora and patterns are about adapters: give --lora-rank too"
-            )
-        return None
-    return LoraConfig(
-        rank,
-        ALPHA_PER_RANK * rank if alpha is None else alpha,
-        parse_targets(targets),
-        rslora,
-        base,
-        tuple((p, int(n)) for p, n in parse_pattern("--lora-rank-pattern", ranks, whole=True)),
-        tuple(parse_pattern("--lora-alpha-pattern", alphas)),
-    )
-
-
-def parse_pattern(name: str, text: str | None, whole: bool = False) -> list[tuple[str, float]]:
-    """Parse "q_proj=4,layers.0.mlp.*=8" into patterns and numbers. Raises UsageError."""
-    found = []
-    for part in filter(None, (p.strip() for p in (text or "").split(","))):
-        pattern, _, number = part.rpartition("=")
-        try:
-            value = float(number)
-            re.compile(pattern)
-        except (ValueError, re.error) as e:
-            raise UsageError(f"{name} {part!r}: write PATTERN=NUMBER, such as q_proj=4 ({e})") from None
-        if not pattern or not 0 < value < math.inf or (whole and value != int(value)):
-            kind = "a whole number" if whole else "a number"
-            raise UsageError(f"{name} {part!r}: write PATTERN=NUMBER with {kind} above 0, such as q_proj=4")
-        found.append((pattern, value))
-    return found
+    def saves(self, module: str) -> bool:
+        """Tell if a module is trained whole, as PEFT tells it: by the end of its name."""
+        return any(module.endswith(end) for end in self.saved)
 
 
 def matches(pattern: str, module: str) -> bool:
@@ -122,46 +89,14 @@ def matches(pattern: str, module: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
-def check_rank(cfg: ModelConfig, config: LoraConfig) -> None:
-    """Raise UsageError for a rank that no adapted matrix can use, above the smaller side of each, and for a pattern that
-    matches no adapted matrix."""
-    plain = dataclasses.replace(config, rank=1, rank_pattern=(), alpha_pattern=())
-    sides = {pair.module: min(pair.base.shape) for pair in AdapterLayout(cfg, plain).pairs}
-    for name, patterns in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
-        for pattern, _ in patterns:
-            if not any(matches(pattern, module) for module in sides):
-                example = next(iter(sides), "")
-                raise UsageError(
-                    f"--lora-{name}-pattern {pattern!r} matches no adapted matrix; their names end like {example!r}, and "
-                    f"--lora-targets says which are adapted"
-                )
-    for module, side in sides.items():
-        if config.rank_of(module) > side and config.rank_pattern:
-            raise UsageError(
-                f"--lora-rank-pattern: rank {config.rank_of(module)} of {module}, whose smaller side is {side}"
-            )
-    most = max(sides.values(), default=config.rank)
-    if config.rank > most:
-        raise UsageError(
-            f"--lora-rank {config.rank}: the adapted matrices have at most {most} rows or columns, and a higher rank adds "
-            f"nothing; give at most {most}, usual are 8 to 64"
-        )
+def adapted_in(cfg: ModelConfig, config: LoraConfig) -> set[str]:
+    """Names of the parameters that get adapters: a head that is the embedding is adapted there."""
+    return {"embed" if t == "head" and cfg.tie_word_embeddings else t for t in config.targets}
 
 
-def parse_targets(text: str | None) -> tuple[str, ...]:
-    """Parse "q,v", "q_proj,v_proj" or "all-linear" (None) into names of the parameter table. Raises UsageError."""
-    if text is None or text == "all-linear":
-        return tuple(LINEAR)
-    known = {**SHORT, **{peft: name for name, peft in LINEAR.items()}}
-    given = [part for part in text.replace(",", " ").split() if part]
-    for part in given:
-        if part not in known:
-            raise UsageError(
-                f"--lora-targets {part}: not one of {', '.join(SHORT)} (or {', '.join(LINEAR.values())}, or all-linear)"
-            )
-    if not given:
-        raise UsageError("--lora-targets: empty; leave it out to adapt all linear maps of the blocks")
-    return tuple(name for name in LINEAR if name in {known[part] for part in given})
+def module_of(hf: str) -> str:
+    """Cut the name of a tensor to that of its module: model.norm."""
+    return hf.rsplit(".", 1)[0]
 
 
 @dataclass(frozen=True)
@@ -180,35 +115,62 @@ class Pair:
 
 
 class AdapterLayout:
-    """Slots of A and B of every adapted matrix in a flat buffer, as Layout has them of a model's parameters.
+    """Slots of A and B of every adapted matrix in a flat buffer, and of what is trained whole, as Layout has them of a model.
 
-    All are matrices, so all decay. ALIGN elements of padding follow, so that the optimizer's region without decay is not
-    empty; saved hashes of optimizer state include the padding.
+    saved: (slot of the model, slot here) of every tensor that is trained whole. Matrices decay, vectors follow. ALIGN elements
+    of padding are last, so that the optimizer's region without decay is not empty; saved hashes of optimizer state include
+    the padding.
     """
 
     def __init__(self, cfg: ModelConfig, config: LoraConfig) -> None:
         self.cfg, self.config = cfg, config
         self.slots: list[Slot] = []
         self.pairs: list[Pair] = []
-        n = 0
-        for s in Layout(cfg).slots:
-            if s.layer is None or s.param.name not in config.targets:
+        self.saved: list[tuple[Slot, Slot]] = []
+        self.whole, n, adapted = Layout(cfg), 0, adapted_in(cfg, config)
+        for s in self.whole.slots:
+            if s.param.name not in adapted:
                 continue
             pair, module = [], s.hf.removesuffix(".weight")
-            rank = config.rank_of(module)
+            rank, is_table = config.rank_of(module), s.param.name == "embed"
             for letter, shape, init in (
-                ("A", (rank, s.shape[1]), "uniform"),
+                ("A", (rank, s.shape[1]), "normal" if is_table else "uniform"),
                 ("B", (s.shape[0], rank), "zeros"),
             ):
-                hf = f"{PREFIX}{s.param.hf.removesuffix('.weight')}.lora_{letter}.weight"
+                # PEFT's A of an embedding is what is zero, and both are transposed.
+                end = f"lora_embedding_{'BA'['AB'.index(letter)]}" if is_table else f"lora_{letter}.weight"
+                hf = f"{PREFIX}{s.param.hf.removesuffix('.weight')}.{end}"
                 param = Param(f"{s.param.name}.{letter}", "", init, True, hf)
                 pair.append(Slot(s.layer, param, n, shape))
-                n = round_up(n + prod(shape), ALIGN)
+                n = _behind(n, s, shape)
             self.slots += pair
             self.pairs.append(Pair(s, pair[0], pair[1], config.scale_of(module)))
+        whole = [s for s in self.whole.slots if self._is_saved(s)]
+        for s in whole:
+            if s.param.decay:
+                n = self._add_saved(s, n)
         self.decayed = n
+        for s in whole:
+            if not s.param.decay:
+                n = self._add_saved(s, n)
         self.size = n + ALIGN
         self.by_hf = {s.hf: s for s in self.slots}
+
+    def _is_saved(self, s: Slot) -> bool:
+        """Tell if a tensor of the model is trained whole; a head that is the embedding counts as the embedding."""
+        tied = s.param.name == "embed" and self.cfg.tie_word_embeddings
+        return self.config.saves(module_of(s.hf)) or (tied and self.config.saves("lm_head"))
+
+    def _add_saved(self, s: Slot, n: int) -> int:
+        slot = Slot(s.layer, replace(s.param, init="base", hf=PREFIX + s.param.hf), n, s.shape)
+        self.slots.append(slot)
+        self.saved.append((s, slot))
+        return _behind(n, s, s.shape)
+
+    def trains(self, name: str) -> bool:
+        """Tell if embedding or head, by its name in the table, is adapted or trained whole."""
+        slots = [s for s, _ in self.saved] + [p.base for p in self.pairs]
+        return any(s.param.name == name for s in slots)
 
     @property
     def max_rank(self) -> int:
@@ -241,19 +203,29 @@ class AdapterLayout:
             if s.layer is not None and s.param.name in names:
                 key = s.layer, names[s.param.name]
                 sizes[key] = sizes.get(key, 0) + s.size
-        return max(sizes.values())
+        outside = [rows_of(p.base) * p.base.shape[1] for p in self.pairs if p.base.layer is None]
+        return max([*sizes.values(), *outside], default=0)
 
     def in_order(self) -> list[Slot]:
-        """Sort the slots by layer, then in the order of the parameter table, A before B."""
-        inner = {name: i for i, name in enumerate(LINEAR)}
-        return sorted(self.slots, key=lambda s: (s.layer, inner[s.param.name[:-2]], s.param.name))
+        """Sort the slots by layer, then in the order of the parameter table, A before B; behind them what is outside of the
+        blocks, and what is trained whole."""
+        inner = {name: i for i, name in enumerate(TARGETS)}
+        whole = {slot.hf: i for i, (_, slot) in enumerate(self.saved)}
+
+        def key(s: Slot) -> tuple[int, float, int, str]:
+            if s.hf in whole:
+                return 1, 0, whole[s.hf], ""
+            return 0, math.inf if s.layer is None else s.layer, inner[s.param.name[:-2]], s.param.name
+
+        return sorted(self.slots, key=key)
 
     def named(self, flat: Any) -> dict[str, Any]:
         """View all A and B in a flat buffer by PEFT's names, in order."""
         return {s.hf: cut(flat, s) for s in self.in_order()}
 
-    def init(self, flat: np.ndarray, seed: int) -> None:
-        """Fill a host buffer as PEFT does: A uniform in +-1/sqrt(I) (kaiming_uniform with a = sqrt(5)), B zeros.
+    def init(self, flat: np.ndarray, seed: int, read: Callable[[str], np.ndarray] | None = None) -> None:
+        """Fill a host buffer as PEFT does: A uniform in +-1/sqrt(I) (kaiming_uniform with a = sqrt(5)), of an embedding normal,
+        B zeros; what is trained whole begins as read(Hugging Face name) gives it.
 
         Each tensor has its own random stream, named by seed and position.
         """
@@ -263,6 +235,12 @@ class AdapterLayout:
                 rng = np.random.Generator(np.random.PCG64([seed, number]))
                 bound = 1 / math.sqrt(s.shape[1])
                 cut(flat, s)[...] = rng.uniform(-bound, bound, s.shape)
+            elif s.param.init == "normal":
+                rng = np.random.Generator(np.random.PCG64([seed, number]))
+                cut(flat, s)[...] = rng.standard_normal(s.shape, np.float32)
+        for base, slot in self.saved:
+            if read is not None:
+                cut(flat, slot)[...] = read(base.hf)
 
 
 def cut(flat: Any, s: Slot) -> Any:
@@ -270,14 +248,29 @@ def cut(flat: Any, s: Slot) -> Any:
     return flat[s.offset : s.offset + s.size].reshape(s.shape)
 
 
+def rows_of(s: Slot) -> int:
+    """Count the rows that a matrix takes in a flat buffer: a vocabulary is padded."""
+    return padded_vocab(s.shape[0]) if s.param.shape.startswith("V") else s.shape[0]
+
+
+def _behind(n: int, base: Slot, shape: tuple[int, ...]) -> int:
+    """Find the place behind a slot at n whose rows may be those of a vocabulary."""
+    rows = rows_of(base) if shape[0] == base.shape[0] else shape[0]
+    return round_up(n + rows * prod(shape[1:]), ALIGN)
+
+
 def lora_to_json(c: LoraConfig) -> dict[str, Any]:
     """Convert to JSON."""
     plain = {"rank": c.rank, "alpha": c.alpha, "targets": list(c.targets), "rslora": c.rslora}
     patterns = {key: dict(getattr(c, key)) for key in PATTERNS if getattr(c, key)}
-    return plain | ({"base": c.base} if c.base else {}) | patterns
+    saved = {"saved": list(c.saved)} if c.saved else {}
+    return plain | ({"base": c.base} if c.base else {}) | patterns | saved
 
 
 def lora_of_json(d: Mapping[str, Any]) -> LoraConfig:
     """Read the JSON of lora_to_json."""
-    patterns = (tuple(d.get(key, {}).items()) for key in PATTERNS)
-    return LoraConfig(d["rank"], d["alpha"], tuple(d["targets"]), d["rslora"], d.get("base"), *patterns)
+    ranks, alphas = (tuple(d.get(key, {}).items()) for key in PATTERNS)
+    whole = tuple(d.get("saved", ()))
+    return LoraConfig(
+        d["rank"], d["alpha"], tuple(d["targets"]), d["rslora"], d.get("base"), ranks, alphas, whole
+    )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ..common.errors import UsageError
 from ..common.options import dtype_option, exactly_one, option
-from .lora import BASES, LoraConfig, lora_config
+from .lora import BASES, LoraConfig
+from .lora_settings import lora_config
 from .presets import PRESETS
 
 
@@ -51,8 +52,17 @@ class ModelSettings:
         "scale of the adapters is alpha / rank (default: twice the rank)", above=0
     )
     lora_targets: str | None = option(
-        "matrices that get adapters, of q,k,v,o,gate,up,down or PEFT's names (default: all of them)",
+        "matrices that get adapters, of q,k,v,o,gate,up,down or PEFT's names (default: all of them), and embed,head",
         metavar="MATRICES",
+    )
+    lora_modules_to_save: str | None = option(
+        "modules to train whole beside the adapters, by the ends of their names: embed_tokens, lm_head, norm and so on (PEFT's "
+        "modules_to_save)",
+        metavar="MODULES",
+    )
+    train_embeddings: bool = option(
+        "with adapters, train embedding and head whole, every row: for tokens of a template that --init never saw",
+        False,
     )
     lora_rslora: bool = option(
         "scale of the adapters is alpha / sqrt(rank), so that a higher rank is not held back (Kalajdzievski 2023)",
@@ -79,11 +89,18 @@ class ModelSettings:
 def check_model(s: ModelSettings) -> None:
     """Raise UsageError for settings of the model that contradict each other."""
     exactly_one(s, ("model", "init"), "which model")
-    own = s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_rank_pattern, s.lora_alpha_pattern
-    if s.lora_init and (s.lora_rslora or any(x is not None for x in own)):
+    own = (
+        s.lora_rank,
+        s.lora_alpha,
+        s.lora_targets,
+        s.lora_rank_pattern,
+        s.lora_alpha_pattern,
+        s.lora_modules_to_save,
+    )
+    if s.lora_init and (s.lora_rslora or s.train_embeddings or any(x is not None for x in own)):
         raise UsageError(
-            "--lora-init goes on with an adapter as it is; leave --lora-rank, --lora-alpha, --lora-targets, --lora-rslora and "
-            "the patterns out"
+            "--lora-init goes on with an adapter as it is; leave --lora-rank, --lora-alpha, --lora-targets, --lora-rslora, "
+            "--lora-modules-to-save, --train-embeddings and the patterns out"
         )
     base = None if s.lora_init else s.lora_base
     if (adapters_of(s, base) or s.lora_init) and not s.init:
@@ -100,4 +117,6 @@ def adapters_of(s: ModelSettings, base: str | None) -> LoraConfig | None:
         s.lora_rslora,
         s.lora_rank_pattern,
         s.lora_alpha_pattern,
+        s.lora_modules_to_save,
+        s.train_embeddings,
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..common.errors import Refused
 from ..common.units import plural
-from .adapters import Adapters, Nothing, Split, add_rows
+from .adapters import Adapters, Split, add_rows
 from .block import START, Block, CachePosition
 from .buffers import Buffers, BufferSpecs, Shapes, block_buffers, plan_buffers, scratch_buffers
 from .config import ModelConfig
@@ -102,27 +102,27 @@ class Model:
             add_rows(self.p, matrices, self.buffers["rows"])
         if lora:
             self.adapters = Adapters(self, AdapterLayout(cfg, lora))
+            self.adapters.place(self.p)
         if train:
             self.g = self.adapters.g if self.adapters else self.buffers["g"]
-            self.d = Nothing() if self.adapters else self.layout.views(self.g)
+            self.d = self.adapters.gradients() if self.adapters else self.layout.views(self.g)
         self._micro: MicroGradients | None = None
         if train and folds and not self.adapters:
             self._micro = MicroGradients(backend, self.layout, self.g, self.buffers["g_part"])
             self.d = self.layout.views(self._micro.part, self._micro.pieces.place)
         # columns from V on, if any, are 0, and so is their gradient
-        self._logits = self.buffers["logits"]
-        columns = self._logits.shape[1]
-        self._head = source.head_rows(self.w, columns)
-        if train:
-            self._dhead = None if self.adapters else self.layout.head_rows(self.g, columns)
+        columns = (logits := self.buffers["logits"]).shape[1]
+        self._logits, self._head, self._dhead = logits, source.head_rows(self.w, columns), None
         if self._micro:
             self._dhead = self.layout.head_rows(self._micro.part, columns, self._micro.pieces.place)
+        elif self.adapters:
+            self._head, self._dhead = self.adapters.open_head(columns, self._head)
+        elif train:
+            self._dhead = self.layout.head_rows(self.g, columns)
         self.total = self.buffers["total"]
         self.preferences: Preferences | None = None
-        self._cache = [
-            (self.buffers[f"{i}.keys"], self.buffers[f"{i}.values"])
-            for i in range(cfg.num_layers if cache else 0)
-        ]
+        kept = range(cfg.num_layers if cache else 0)
+        self._cache = [(self.buffers[f"{i}.keys"], self.buffers[f"{i}.values"]) for i in kept]
         self.cos, self.sin = self.buffers["cos"], self.buffers["sin"]
         self._angles = rope_tables(cfg, max(seq, cache))
         for table, values in zip((self.cos, self.sin), self._angles, strict=True):
@@ -206,7 +206,9 @@ class Model:
     def _forward(self, tap: Tap, at: CachePosition = START) -> None:
         be, c, p = self.be, self.cfg, self.p
         blocks, s = self._at(self.b, self.t)
-        be.embedding_fwd(blocks[0].res1, s.ids, p.embed)
+        if self.adapters:
+            self.adapters.begin_forward()
+        be.embedding_fwd(blocks[0].res1, s.ids, self._outside("embed", p.embed))
         res, delta = blocks[0].res1, None
         for i in range(c.num_layers):
             res, delta = self._block(i, res, delta, tap, at)
@@ -229,21 +231,9 @@ class Model:
         cache = self._cache[i] if self._cache else None
         tables = self.cos, self.sin
         return Block(
-            self.be,
-            self.cfg,
-            i,
-            self.layers[i],
-            self.p.layer[i],
-            self.adapters,
-            blocks[i],
-            s,
-            (self.b, self.t),
-            tables,
-            cache,
-            named,
-            adds,
-            self.act_again,
-        )
+            self.be, self.cfg, i, self.layers[i], self.p.layer[i], self.adapters, blocks[i], s, (self.b, self.t), tables,
+            cache, named, adds, self.act_again,
+        )  # fmt: skip
 
     def loss(self, targets: np.ndarray, scale: float | None = None, tap: Tap = no_tap) -> None:
         """Add the losses of targets (B,T), or of their pairs, to self.total, in nats; negative targets are left out.
@@ -262,8 +252,10 @@ class Model:
 
     def _loss(self, scale: Any, tap: Tap = no_tap, begins: bool = False) -> None:
         be, s = self.be, self._at(self.b, self.t)[1]
-        if self._micro and scale is not None:
+        if scale is not None and self._micro:
             self._clear_sums()
+        elif scale is not None and self.adapters:
+            self.adapters.begin_backward()
         self._rows(None if self.preferences else scale, None, tap, begins)
         if self.preferences:
             # The losses of all rows came first: the weight of each depends on those of its pair.
@@ -278,7 +270,7 @@ class Model:
     def _rows(self, scale: Any, weights: Weights | None, tap: Tap, begins: bool = False) -> None:
         """Compute the losses of rows and, with a scale, or weights in its place, the gradients of the head and of final_norm."""
         be, s = self.be, self._at(self.b, self.t)[1]
-        n = self.b * self.t
+        n, head = self.b * self.t, self._outside("head", self._head)
         for first in range(0, n, self.loss_rows):
             rows = slice(first, min(n, first + self.loss_rows))
             suffix = "" if n <= self.loss_rows else f".{first}"
@@ -286,7 +278,7 @@ class Model:
             logits = whole[:, : self.cfg.vocab_size]
             # All logits are there already, where they fit.
             if weights is None or n > self.loss_rows:
-                be.linear_fwd(whole, s.final_norm[rows], self._head, None)
+                be.linear_fwd(whole, s.final_norm[rows], head, None)
             tap(None, "logits" + suffix, logits)
             for at, weight in [(rows, scale)] if weights is None else within(weights, rows):
                 be.cross_entropy(
@@ -296,13 +288,21 @@ class Model:
             if scale is not None:
                 tap(None, "d_logits" + suffix, logits)
                 adds = first > 0 or not (begins or self._micro)
-                be.linear_bwd(s.dnorm[rows], self._dhead, None, whole, s.final_norm[rows], self._head, adds)
+                be.linear_bwd(s.dnorm[rows], self._dhead, None, whole, s.final_norm[rows], head, adds)
+                if self.adapters:
+                    self.adapters.add_head_gradients(whole, s.final_norm[rows])
+
+    def _outside(self, name: str, w: Any) -> Any:
+        """Embedding or head, with adapters until another matrix is asked for."""
+        return self.adapters.outside(name, w) if self.adapters else w
 
     def last_logits(self) -> np.ndarray:
         """Logits of the last position of each sequence of the latest forward, on the host, (B,V)."""
         s = self._at(self.b, self.t)[1]
         logits = self._logits[: self.b]
-        self.be.linear_fwd(logits, s.final_norm[self.t - 1 :: self.t], self._head, None)
+        self.be.linear_fwd(
+            logits, s.final_norm[self.t - 1 :: self.t], self._outside("head", self._head), None
+        )
         return self.be.to_host(logits[:, : self.cfg.vocab_size])
 
     def micro_step(
@@ -377,8 +377,6 @@ class Model:
         be, c, p, d = self.be, self.cfg, self.p, self.d
         blocks, s = self._at(self.b, self.t)
         tap(None, "d_final_norm", s.dnorm)
-        if self.adapters:
-            self.adapters.begin_backward()
         be.fill(s.dres, 0)
         be.add_rmsnorm_bwd(s.dres, d.final_norm, s.dnorm, s.res, s.rstd, p.final_norm)
         tap(None, f"d_hidden.{c.num_layers}", s.dres)
@@ -393,6 +391,8 @@ class Model:
             ready(i)
         if d.embed is not None:
             be.embedding_bwd(d.embed, s.dres, s.ids)
+        if self.adapters:
+            self.adapters.add_embedding_gradients(s.dres, s.ids)
         if self._micro:
             self._micro.fold(None, begins)
         if self.adapters:

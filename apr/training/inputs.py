@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +28,8 @@ from ..data.open import OpenedData, open_data
 from ..data.settings import has_conversations
 from ..model.config import ModelConfig
 from ..model.cost import check_positions, choose_micro_batch, computes_act_again, needs
-from ..model.lora import LoraConfig, check_rank, lora_to_json
+from ..model.lora import AdapterLayout, LoraConfig, lora_to_json
+from ..model.lora_settings import check_rank
 from ..model.optim import optimizer_class
 from ..model.params import Layout
 from ..model.presets import config_notes, load_config
@@ -37,6 +40,9 @@ from ..tokenizer.training import LEAST_VOCABULARY
 from .buckets import layout_of
 from .rank_memory import on_ranks
 from .settings import Settings, with_steps
+
+# Rows of a table that say what is usual, and the share of it below which a row was never learnt.
+SAMPLED_ROWS, SMALL = 4096, 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +85,22 @@ class Inputs(OpenedData):
 
     @property
     def blank_rows(self) -> list[str] | None:
-        """Name the special tokens of conversations whose embedding is 0, or that of another of them: --init never learnt them.
+        """Name the special tokens of conversations that --init never learnt, by their rows of embedding and head.
 
         None where there are no conversations."""
+        found = self._blank
+        return None if found is None else [text for texts in found.values() for text in texts]
+
+    @property
+    def leaves_blank(self) -> bool:
+        """Tell if adapters leave a table with such rows as it is."""
+        layout = AdapterLayout(self.cfg, self.lora) if self.lora else None
+        return layout is not None and any(
+            t and not layout.trains(name) for name, t in (self._blank or {}).items()
+        )
+
+    @cached_property
+    def _blank(self) -> dict[str, list[str]] | None:
         if not has_conversations(self.settings) or self.init is None:
             return None
         ids = np.unique(np.concatenate([np.unique(a) for a in self.train.shards.arrays]))
@@ -90,14 +109,16 @@ class Inputs(OpenedData):
             t: text for t, text in self.tokenizer.special_tokens().items() if t != self.train.shards.border_id
         }
         # A tied matrix may be stored under the head's name.
-        table = self.init.tensors[EMBED if EMBED in self.init.tensors else HEAD]
-        rows = {int(t): np.asarray(table[t], np.float32) for t in ids if int(t) in names}
-        count = Counter(row.tobytes() for row in rows.values())
-        return [
-            f"{names[t]} ({t}, norm {np.linalg.norm(row):.3g})"
-            for t, row in rows.items()
-            if not row.any() or count[row.tobytes()] > 1
-        ]
+        tables = {"embed": EMBED if EMBED in self.init.tensors else HEAD}
+        tables |= {} if self.cfg.tie_word_embeddings else {"head": HEAD}
+        used = [int(t) for t in ids if int(t) in names]
+        return {
+            name: [
+                f"{names[t]} ({t}, norm {norm:.3g}{', in the head' if name == 'head' else ''})"
+                for t, norm in never_learnt(self.init.tensors[hf], used).items()
+            ]
+            for name, hf in tables.items()
+        }
 
     @property
     def blank_rows_note(self) -> str:
@@ -105,9 +126,9 @@ class Inputs(OpenedData):
         if not (blank := self.blank_rows):
             return ""
         return (
-            f"embeddings that are 0, or alike, of special tokens in the conversations: {', '.join(blank)}; the checkpoint never "
-            "learnt these tokens"
-            + (", and adapters leave embeddings as they are: train all weights" if self.lora else "")
+            f"rows that are 0, alike, or at the mean, of special tokens in the conversations: {', '.join(blank)}; the checkpoint "
+            "never learnt these tokens"
+            + (", and adapters leave them as they are: give --train-embeddings" if self.leaves_blank else "")
         )
 
     def describe(self) -> dict[str, Any]:
@@ -115,6 +136,24 @@ class Inputs(OpenedData):
         facts = super().describe() | {"init_sha256": self.init.sha256 if self.init else None}
         facts |= {"lora": lora_to_json(self.lora)} if self.lora else {}
         return facts | ({"lora_init_sha256": self.lora_init.sha256} if self.lora_init else {})
+
+
+def never_learnt(table: np.ndarray, ids: Sequence[int]) -> dict[int, float]:
+    """Find rows that nothing was learnt for, of these ids: 0, bit-equal to another of them, of next to no norm, or at the mean
+    of all rows, where tokens begin that are added to a model. {id: norm}"""
+    rows = {t: np.asarray(table[t], np.float32) for t in ids}
+    count = Counter(row.tobytes() for row in rows.values())
+    usual = np.asarray(table[:: max(1, len(table) // SAMPLED_ROWS)], np.float32)
+    mean = usual.mean(0)
+    norm, distance = (float(np.median(np.linalg.norm(x, axis=1))) for x in (usual, usual - mean))
+    return {
+        t: float(np.linalg.norm(row))
+        for t, row in rows.items()
+        if not row.any()
+        or count[row.tobytes()] > 1
+        or np.linalg.norm(row) < SMALL * norm
+        or np.linalg.norm(row - mean) < SMALL * distance
+    }
 
 
 def open_inputs(

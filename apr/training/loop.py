@@ -143,7 +143,7 @@ class Trainer:
         if self.lora and i.lora_init:
             host = adapter_start(self.lora.layout, i.lora_init)
         elif self.lora:
-            self.lora.layout.init(host, self.s.seed)
+            self.lora.layout.init(host, self.s.seed, reader(model.layout, i.init) if i.init else None)
         elif i.init:
             fill(model.layout, host, i.init)
         else:

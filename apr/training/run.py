@@ -223,7 +223,7 @@ def _judge_inputs(i: Inputs, gates: Gates, ranks: Communicator) -> None:
     kind, need = optimizer_class(s), memory_of(i, ranks)
     check_main_memory(i.backend, save_copies(i.cfg, s.dtype, kind, i.lora))
     source = str(s.init or s.model)
-    facts = i.audit, i.train, i.val, i.cfg, source, i.blank_rows, i.lora is not None
+    facts = i.audit, i.train, i.val, i.cfg, source, i.blank_rows, i.leaves_blank
     before.judge_inputs(gates, i.backend, s.dtype, need, *facts)
 
 

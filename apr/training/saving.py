@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..backends.host_copies import HostCopies
-from ..checkpoints.peft import write_adapter
+from ..checkpoints.peft_write import write_adapter
 from ..checkpoints.state import READ_AGAIN, Snapshot, TrainingState, device_sha256, sha256
 from ..common.events import Event, Noted, Saved
 from ..model.lora import AdapterLayout

@@ -84,6 +84,7 @@ def _adapters(i: Inputs) -> Rows:
     more += [f", {p} {x:g}" for patterns in (c.rank_pattern, c.alpha_pattern) for p, x in patterns]
     numbers = f"rank {c.rank}, alpha {c.alpha:g}{''.join(more)}"
     text = f"{plural(n, 'parameter')} ({share:.2g} %), {numbers}: {', '.join(c.modules)}"
+    text += f"; whole: {', '.join(c.saved)}" if c.saved else ""
     return [("adapters", text + (f", going on with {i.settings.lora_init}" if i.lora_init else ""))]
 
 

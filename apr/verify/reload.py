@@ -130,6 +130,12 @@ def adapter_difference(folder: Path, state: AprFile) -> str:
     pairs = AdapterLayout(cfg, lora).pairs
     if set(found.deltas) != {p.base.hf for p in pairs}:
         return f"{folder.name} adapts {plural(len(found.deltas), 'matrix')}, {len(pairs)} were trained"
+    whole = AdapterLayout(cfg, lora).saved
+    if set(found.saved) != {base.hf for base, _ in whole}:
+        return f"{folder.name} holds {plural(len(found.saved), 'whole tensor')}, {len(whole)} were trained"
+    for base, slot in whole:
+        if not np.array_equal(found.saved[base.hf], np.asarray(state.tensors[slot.hf])):
+            return f"{folder.name}: {base.hf} is not that of the state of the same step"
     for p in pairs:
         delta = found.deltas[p.base.hf]
         if delta.scale != p.scale:

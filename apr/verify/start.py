@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoints.checkpoint import Checkpoint, fill
+from ..checkpoints.checkpoint import Checkpoint, fill, reader
 from ..checkpoints.peft import adapter_start, read_adapter
 from ..checkpoints.registry import open_any
 from ..checkpoints.state import sha256
@@ -72,7 +72,7 @@ def _adapter(
 ) -> np.ndarray:
     """Begin adapters as training does."""
     if source is None or init is None:
-        layout.init(host, seed)
+        layout.init(host, seed, reader(Layout(layout.cfg), init) if init else None)
         return host
     return adapter_start(layout, read_adapter(source, layout.cfg))
 

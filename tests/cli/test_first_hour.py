@@ -22,7 +22,8 @@ from apr.common.errors import InputNotFound, IOFailure, UsageError
 from apr.common.finding import PASS, Finding, guards_passed
 from apr.common.run_paths import instead_of, is_state, latest_checkpoint, run_of
 from apr.model.config import ModelConfig
-from apr.model.lora import LoraConfig, check_rank, lora_config
+from apr.model.lora import LoraConfig
+from apr.model.lora_settings import check_rank, lora_config
 from apr.model.params import Layout
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.training import train_tokenizer

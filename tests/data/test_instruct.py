@@ -771,9 +771,9 @@ def test_special_tokens_that_the_base_never_learnt_are_named(place, tmp_path):
             init=str(init), instruct=str(place / "chats.jsonl"), seq_length=96, val_fraction=0.2, **more
         )
         opened = open_inputs(settings)
-        found = tokens(opened.blank_rows, opened.lora is not None)
-        # The gate: of adapters alone.
-        assert found.passed == (not opened.blank_rows or rank is None)
+        found = tokens(opened.blank_rows, opened.leaves_blank)
+        # The gate: of adapters alone, and not of those that train the rows.
+        assert found.passed == (not opened.blank_rows or rank is None or bool(more.keys() - {"lora_rank"}))
         return opened.blank_rows_note
 
     rank = None
@@ -785,7 +785,20 @@ def test_special_tokens_that_the_base_never_learnt_are_named(place, tmp_path):
             assert f"{name} ({ids[name]}, norm" in said
         assert "<|endoftext|>" not in said
         assert f"<|end|> ({ids['<|end|>']}, norm 0)" in said
-        assert ("adapters leave embeddings" in said) == bool(rank)
+        assert ("adapters leave them as they are: give --train-embeddings" in said) == bool(rank)
+    for more in (
+        dict(train_embeddings=True),
+        dict(lora_modules_to_save="lm_head"),
+        dict(lora_targets="q,embed"),
+    ):
+        assert "adapters leave" not in note(folder, lora_rank=3, **more)
+    # Rows as others add them to a model: at the mean of all rows, or next to nothing.
+    usual = np.array(base.tensors["model.embed_tokens.weight"])
+    for row in (usual.mean(0), usual[ids["<|end|>"]] * 1e-3):
+        table[...] = usual
+        table[ids["<|end|>"]] = row
+        write_safetensors(folder / "model.safetensors", tensors)
+        assert f"<|end|> ({ids['<|end|>']}, norm" in note(folder, lora_rank=3)
 
 
 def test_a_merged_adapter_carries_the_template_too(place, tmp_path):

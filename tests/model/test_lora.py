@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import shutil
-import sysconfig
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +15,7 @@ from apr import backends
 from apr.backends import overlay, reference
 from apr.bisect import rule
 from apr.bisect.spot import spot_check
-from apr.checkpoints import peft
+from apr.checkpoints import peft_write as peft
 from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
@@ -27,24 +25,22 @@ from apr.evidence.adapters import adapter_gradients, base_loaded, base_unchanged
 from apr.evidence.gates import GATES
 from apr.model.adapters import Adapters
 from apr.model.cost import memory
-from apr.model.hf_config import to_hf
 from apr.model.lora import (
     LINEAR,
     AdapterLayout,
     LoraConfig,
-    check_rank,
     cut,
-    lora_config,
     lora_of_json,
     lora_to_json,
-    parse_targets,
 )
+from apr.model.lora_settings import check_rank, lora_config, parse_targets
 from apr.model.optim import AdamW
 from apr.model.params import ALIGN, Layout
 from apr.model.presets import PRESETS
 from apr.model.settings import ModelSettings
 from apr.model.transformer import Model
 from apr.training.settings import Settings, resolve
+from lora_runs import cache, cached, metrics, place, pretrain, steps, weights  # noqa: F401
 from precision import rounded
 
 cpu = backends.get("cpu")
@@ -439,7 +435,7 @@ def test_targets_and_numbers_of_the_command_line():
     assert LoraConfig(4, 8.0, ALL).scale == 2.0
     assert LoraConfig(4, 8.0, ALL, rslora=True).scale == 4.0
     assert lora_config(None, None, None) is None
-    for bad in ((4, None, "embed"), (4, None, " "), (None, 8.0, None)):
+    for bad in ((4, None, "norm"), (4, None, " "), (None, 8.0, None)):
         with pytest.raises(UsageError):
             lora_config(*bad)
     for outside in ({"lora_rank": 0}, {"lora_alpha": -1.0}, {"lora_alpha": 0.0}):
@@ -477,52 +473,6 @@ def test_moments_are_of_the_adapters_only():
 
 # Whole runs
 
-RECIPE = [
-    "--lr", "1e-2", "--warmup-steps", "2", "--num-steps", "6", "--eval-every", "3", "--batch-size", "4",
-    "--micro-batch-size", "2", "--seq-length", "16", "--val-batches", "4", "--val-fraction", "0.3", "--device", "cpu",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory):
-    """A folder for tokenised corpora."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, cached):
-    """A corpus of real Python, and a checkpoint of a small Qwen2 with a tokenizer, trained for a few steps."""
-    folder = tmp_path_factory.mktemp("lora")
-    (folder / "corpus").mkdir()
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    for source in sorted((stdlib / "json").glob("*.py")) + sorted((stdlib / "email").glob("*.py")):
-        shutil.copy(source, folder / "corpus" / source.name)
-    cfg = dataclasses.replace(PRESETS["qwen2-tiny"], vocab_size=400)
-    (folder / "config.json").write_text(json.dumps(to_hf(cfg)))
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("APR_CACHE", str(cached))
-        args = [
-            "--corpus",
-            str(folder / "corpus"),
-            "--model",
-            str(folder / "config.json"),
-            *RECIPE,
-            "--spot-check",
-            "-1",
-        ]
-        assert main(["pretrain", *args, "--run-dir", str(folder / "base")]) == 0
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def cache(cached, monkeypatch):
-    monkeypatch.setenv("APR_CACHE", str(cached))
-
-
-def pretrain(place, run_dir, *more, init="base/ckpt/epoch-002.apr"):
-    args = ["--corpus", str(place / "corpus"), "--init", str(place / init), "--run-dir", str(run_dir)]
-    return main(["pretrain", *args, *RECIPE, *map(str, more)])
-
 
 @pytest.fixture(scope="module")
 def run(place, cached, tmp_path_factory):
@@ -532,19 +482,6 @@ def run(place, cached, tmp_path_factory):
         path = tmp_path_factory.mktemp("adapters") / "run"
         assert pretrain(place, path, "--lora-rank", "4") == 0
     return path
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps(run):
-    keys = ("step", "train_loss", "grad_norm", "weight_norm", "lr", "tokens_seen")
-    return [tuple(m[k] for k in keys) for m in metrics(run) if "train_loss" in m]
-
-
-def weights(path):
-    return {name: np.asarray(x) for name, x in read_apr(path).tensors.items()}
 
 
 def test_a_run_lowers_the_loss_and_passes_its_gates(run):
@@ -682,7 +619,9 @@ def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault)
         monkeypatch.setattr(AdapterLayout, "__init__", init)
     elif fault == "another_scale_is_saved":
         right_config = peft.adapter_config
-        monkeypatch.setattr(peft, "adapter_config", lambda c, b: {**right_config(c, b), "lora_alpha": c.rank})
+        monkeypatch.setattr(
+            peft, "adapter_config", lambda c, *a: {**right_config(c, *a), "lora_alpha": c.rank}
+        )
     elif fault == "adapters_are_saved_in_bfloat16":
         right_write = peft.write_safetensors
         monkeypatch.setattr(peft, "write_safetensors", lambda path, x, _: right_write(path, x, "bfloat16"))
@@ -722,7 +661,7 @@ def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault)
         (["--lora-alpha", "8"], "--lora-rank"),
         (["--lora-base", "int8"], "--lora-rank"),
         (["--lora-rank", "0"], "at least 1"),
-        (["--lora-rank", "4", "--lora-targets", "head"], "--lora-targets head"),
+        (["--lora-rank", "4", "--lora-targets", "norm"], "--lora-targets norm"),
         (["--lora-rank", "4", "--lora-init", "x"], "--lora-init"),
         (["--lora-init", "nowhere"], "adapter_config.json"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from apr import backends
 from apr.backends import overlay
 from apr.model.cost import fitted, memory
-from apr.model.lora import lora_config
+from apr.model.lora_settings import lora_config
 from apr.model.micro_gradients import MicroGradients, Pieces
 from apr.model.params import Layout
 from apr.model.presets import PRESETS

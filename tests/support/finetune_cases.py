@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from apr.checkpoints.peft import write_adapter
+from apr.checkpoints.peft_write import write_adapter
 from apr.model.hf_config import from_hf
 from apr.model.lora import LINEAR, AdapterLayout, LoraConfig
 
@@ -140,5 +140,29 @@ def our_adapter(folder: Path, config: str) -> tuple[AdapterLayout, np.ndarray]:
     for s in layout.in_order():
         if s.param.init == "zeros":
             flat[s.offset : s.offset + s.size] = 0.05 * rng.standard_normal(s.size, np.float32)
+    write_adapter(folder, layout, flat, "base")
+    return layout, flat
+
+
+# what is adapted and trained whole, by case
+PUBLISHED = {
+    "embed": (("wq", "embed", "head"), ()),
+    "embed-tied": (("wq", "embed"), ()),
+    "whole": (("wq",), ("embed_tokens", "lm_head", "norm")),
+    "whole-tied": (("wq",), ("embed_tokens",)),
+}
+
+
+def published_adapter(
+    folder: Path, config: str, case: str, base: dict[str, np.ndarray]
+) -> tuple[AdapterLayout, np.ndarray]:
+    """An adapter with more than factors of blocks, written by apr; its layout and values."""
+    targets, saved = PUBLISHED[case]
+    layout = AdapterLayout(from_hf(json.loads(config), "config"), LoraConfig(3, 6.0, targets, saved=saved))
+    flat, rng = np.zeros(layout.size, np.float32), np.random.Generator(np.random.PCG64(7))
+    layout.init(flat, 5, base.__getitem__)
+    for s in layout.in_order():
+        if s.param.init in ("zeros", "base"):
+            flat[s.offset : s.offset + s.size] += 0.05 * rng.standard_normal(s.size, np.float32)
     write_adapter(folder, layout, flat, "base")
     return layout, flat

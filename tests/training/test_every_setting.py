@@ -89,6 +89,10 @@ OTHER = {
     ),
     "lora_alpha": ("init", ["--lora-rank", "2", "--lora-alpha", "5"], ["--lora-rank", "2"]),
     "lora_targets": ("init", ["--lora-rank", "2", "--lora-targets", "q,v"], ["--lora-rank", "2"]),
+    "lora_modules_to_save": (
+        "init", ["--lora-rank", "2", "--lora-modules-to-save", "norm"], ["--lora-rank", "2"],
+    ),
+    "train_embeddings": ("init", ["--lora-rank", "2", "--train-embeddings"], ["--lora-rank", "2"]),
     "lora_base": ("init", ["--lora-rank", "2", "--lora-base", "int8"], ["--lora-rank", "2"]),
     "lora_init": ("init", ["--lora-init", "adapter"], ["--lora-rank", "2"]),
     "init": ("init", [], ["--init", "other"]),
