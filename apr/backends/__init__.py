@@ -3,7 +3,7 @@
 | name      | what it is                                        | dtypes           |
 |-----------|---------------------------------------------------|------------------|
 | reference | every op in plain NumPy: the specification        | float64, float32 |
-| cpu       | OpenBLAS and Numba kernels, one pool of threads   | float32          |
+| cpu       | OpenBLAS and Numba kernels, one pool of threads   | float32, bfloat16|
 | cuda      | CuPy arrays, cuBLASLt and our own CUDA kernels    | float32, bfloat16|
 """
 

@@ -72,8 +72,7 @@ def choose(device: str, dtype: str | None = None, threads: int | None = None) ->
             note, avoidable = e.note, e.gpu
     backend = backend or backends.get("cpu")
     if dtype is not None and dtype not in backend.dtypes:
-        hint = "" if backend.name == "cuda" else "; for bfloat16 use --device cuda"
-        hint += f" (not chosen: {note})" if device == "auto" and note and hint else ""
+        hint = f" (cuda not chosen: {note})" if device == "auto" and note and backend.name == "cpu" else ""
         raise Refused(
             f"--dtype {dtype}: the {backend.name} backend computes in {', '.join(backend.dtypes)}{hint}"
         )

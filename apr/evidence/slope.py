@@ -26,6 +26,9 @@ from .measure import EPS32, log_sum_exp
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
 # Of a row's loss, by rounding on its way through the model.
 ROUNDING = {"float32": 4 * EPS32, "bfloat16": 2.0**-10}
+# Roundings to bfloat16 do not average out over rows that share weights, in a trained model least: steps too short to bend the
+# loss, in units of the tensor's root mean square, along so many directions, show what they make of it.
+SHORT, SHORT_STEPS = 2.0**-9, 4
 # Steps along u, in units of the tensor's root mean square: the first one along which the loss is nearly a parabola. The
 # first of all is for slopes that rounding would hide.
 STEPS, STRAIGHT = (0.3, 0.1, 0.03, 0.01), 0.05
@@ -158,11 +161,27 @@ def slopes(job: Job) -> Iterator[Slope]:
     loss = job.loss()
     rows = max(1, int(np.count_nonzero(job.targets >= 0)))
     noise = ROUNDING[job.model.dtype] * max(loss, rows * job.scale) / np.sqrt(rows)
+    if job.model.dtype == "bfloat16":
+        noise = max(noise, _noise(job, g, loss))
     for kind, slots in kinds.items():
         for number in range(1 if 2.0 * job.layout.size * job.ids.size > MANY_FLOP else DIRECTIONS):
             direction = _signs(job, slots, f"{kind} {number}")
             yield _slope(job, kind, direction, g, noise)
             job.back(direction)
+
+
+def _noise(job: Job, g: np.ndarray, loss: float) -> float:
+    """Measure what roundings of weights and activations make of the loss, beside what the gradient says of a short step."""
+    square = 0.0
+    for number in range(SHORT_STEPS):
+        direction = _signs(job, list(job.layout.slots), f"short {number}")
+        moved = job.move(direction, SHORT) - loss
+        for place, u in direction:
+            start = job.start[place]
+            moved -= float(g[place] @ (job.rounded(start + np.float32(SHORT) * u) - job.rounded(start)))
+        square += moved**2
+        job.back(direction)
+    return float(np.sqrt(square / SHORT_STEPS))
 
 
 def _signs(job: Job, slots: list[Slot], name: str) -> Direction:
@@ -192,8 +211,10 @@ def _slope(job: Job, kind: str, direction: Direction, g: np.ndarray, noise: floa
         found = Slope(kind, claimed, claimed + off, size, tolerance + 0.1 * bend + rounding + 1e-30)
         if found.ratio > 1:
             nearer = _difference(job, direction, g, step / 4)
-            # Far from a parabola the difference depends on the step; that of a wrong gradient does not.
-            if abs((4 * nearer[0] - near[0]) / 3 - off) <= 0.5 * abs(off):
+            # Far from a parabola the difference depends on the step; that of a wrong gradient does not. Where rounding keeps
+            # steps long, only the shortest that still shows a slope of this size tells the two apart.
+            shorter = job.model.dtype == "bfloat16" and 4 * noise / (0.3 * step) < 2 * size
+            if abs((4 * nearer[0] - near[0]) / 3 - off) <= 0.5 * abs(off) and not shorter:
                 break
         elif bend <= STRAIGHT * size + rounding:
             break

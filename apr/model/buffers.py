@@ -59,6 +59,8 @@ class Buffers:
     def __init__(self, backend: ModuleType, specs: BufferSpecs) -> None:
         whole = backend.empty(sum(s.nbytes for s in specs.values()), "uint8")
         self.arrays: dict[str, Any] = {}
+        for dtype in {s.dtype for s in specs.values()}:  # a backend makes ready what it needs for a dtype
+            backend.empty(0, dtype)
         start = 0
         for name, s in specs.items():
             self.arrays[name] = whole[start : start + s.size].view(np.dtype(s.dtype)).reshape(s.shape)

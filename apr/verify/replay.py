@@ -201,8 +201,6 @@ def _trainer(r: Record) -> tuple[Trainer, bool]:
     """Make the run's trainer as it was; True where everything that decides on the last bit is as it was."""
     device = r.options.device or r.config["settings"]["device"]
     changes: dict[str, Any] = {"device": device, "resume": False, "spot_check": -1, "sample": None}
-    if device == "cpu" and r.settings.dtype == "bfloat16":
-        changes["dtype"] = "float32"
     # The shards that the run was trained on: to encode its corpus again would write, and the corpus may have grown.
     folders = r.folders()
     if r.settings.mix:

@@ -218,7 +218,7 @@ def test_threads_asked_for_must_exist() -> None:
 
 
 def test_model_refuses_a_dtype_its_backend_lacks() -> None:
-    with pytest.raises(Refused, match="backend cpu computes in float32, not float64"):
+    with pytest.raises(Refused, match="backend cpu computes in float32, bfloat16, not float64"):
         Model(PRESETS["llama-tiny"], backends.get("cpu"), 1, 1, dtype="float64")
 
 

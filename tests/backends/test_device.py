@@ -153,8 +153,9 @@ def test_cupys_cache_cannot_be_written(
 def test_cpu_means_cpu(machine: Machine) -> None:
     machine.cuda = OSError("not to be asked")
     assert device.choose("cpu") == device.Selection(backends.get("cpu"), "")
-    with pytest.raises(Refused, match=r"computes in float32; for bfloat16 use --device cuda$"):
-        device.choose("cpu", "bfloat16")
+    assert device.choose("cpu", "bfloat16").backend is backends.get("cpu")
+    with pytest.raises(Refused, match=r"--dtype float64: the cpu backend computes in float32, bfloat16$"):
+        device.choose("cpu", "float64")
 
 
 @pytest.mark.parametrize("asked", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CUDA", "cuda0", "cpu:0", ""])
@@ -273,8 +274,8 @@ def test_what_is_missing_is_named(machine: Machine, plant: dict[str, Any], why: 
     chosen = device.choose("auto")  # the only one that may choose, and it says why
     assert chosen.backend.name == "cpu"
     assert why in chosen.note
-    with pytest.raises(Refused, match=r"for bfloat16 use --device cuda \(not chosen: ") as refused:
-        device.choose("auto", "bfloat16")
+    with pytest.raises(Refused, match=r"computes in float32, bfloat16 \(cuda not chosen: ") as refused:
+        device.choose("auto", "float16")
     assert why in str(refused.value)
 
 

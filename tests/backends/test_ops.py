@@ -39,6 +39,7 @@ every_backend = pytest.mark.parametrize(
     [
         ("reference", "float32"),
         ("cpu", "float32"),
+        ("cpu", "bfloat16"),
         ("rounded", "bfloat16"),
         pytest.param("cuda", "float32", marks=gpu),
         pytest.param("cuda", "bfloat16", marks=gpu),
@@ -135,9 +136,10 @@ def test_gradient_of_cross_entropy(row: Row) -> None:
 
 
 @over(ROWS)
-def test_accuracy(row: Row) -> None:
-    """cpu in float32; that it writes all of its outputs, nothing else and no input is checked by run()."""
-    figures = accuracy(cpu, row, np.float32)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_accuracy(row: Row, dtype: str) -> None:
+    """cpu; that it writes all of its outputs, nothing else and no input is checked by run()."""
+    figures = accuracy(cpu, row, dtype)
     assert not off(figures), figures
 
 
@@ -285,23 +287,28 @@ def test_nan_is_off() -> None:
 # Determinism
 
 
-@pytest.mark.parametrize("be", ["reference", "cpu"], indirect=True)
+@pytest.mark.parametrize(
+    ("be", "dtype"),
+    [("reference", "float32"), ("cpu", "float32"), ("cpu", "bfloat16")],
+    indirect=["be"],
+)
 @over(LARGEST)
-def test_two_runs_are_equal(row: Row, be: Any) -> None:
-    values = make(row, np.float32)
-    assert not differing(*(run(be, row, np.float32, values) for _ in range(2)))
+def test_two_runs_are_equal(row: Row, be: Any, dtype: str) -> None:
+    values = make(row, dtype)
+    assert not differing(*(run(be, row, dtype, values) for _ in range(2)))
 
 
 @over(LARGEST)
-def test_number_of_threads_does_not_matter(row: Row, threads: None) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_number_of_threads_does_not_matter(row: Row, dtype: str, threads: None) -> None:
     """Bit for bit, but for the products of linear_fwd, linear_bwd and gemm: OpenBLAS sums a block by its shape."""
     if numba.config.NUMBA_NUM_THREADS < 2:
         pytest.skip("this process has one thread only")
-    values, results = make(row, np.float32), []
+    values, results = make(row, dtype), []
     for n in (1, 2):
         cpu.set_threads(n)
-        results.append(run(cpu, row, np.float32, values))
-        figures = accuracy(cpu, row, np.float32)
+        results.append(run(cpu, row, dtype, values))
+        figures = accuracy(cpu, row, dtype)
         assert not off(figures), (n, figures)
     products = {"y", "dx", "dw", "out"} if row.case.name.startswith(("linear", "gemm")) else set()
     assert set(differing(*results)) <= products

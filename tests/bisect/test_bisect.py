@@ -905,10 +905,11 @@ def test_what_is_just_within_passes_and_what_is_just_beyond_fails(tap: str) -> N
     assert beyond.err == pytest.approx(abs(beyond.got - beyond.want))
 
 
+@pytest.mark.parametrize("be", [rule.rounded(rule.flash()), cpu], ids=["rounded", "cpu"])
 @pytest.mark.parametrize("name", catalogue.TINY)
-def test_a_side_that_stores_bfloat16_agrees(name: str) -> None:
-    """Plain NumPy with every array rounded, the flash way of attention: no GPU is needed to judge in bfloat16."""
-    report = judged(rule.rounded(rule.flash()), name, "bfloat16", Plan())
+def test_a_side_that_stores_bfloat16_agrees(name: str, be: Any) -> None:
+    """Plain NumPy with every array rounded, the flash way of attention, and the cpu backend: no GPU is needed."""
+    report = judged(be, name, "bfloat16", Plan())
     assert report.agree, report.guilty[:3]
 
 
@@ -917,9 +918,10 @@ def test_a_side_that_stores_bfloat16_agrees(name: str) -> None:
 )
 def test_faults_are_seen_in_bfloat16(name: str) -> None:
     fault = FAULTS[name]
-    row = catalogue.bisect(fault, rule.rounded(), "bfloat16").first
-    assert row is not None
-    assert catalogue.Planted(fault, "", row, 0.0).is_named, row
+    for be in (rule.rounded(), cpu):
+        row = catalogue.bisect(fault, be, "bfloat16").first
+        assert row is not None
+        assert catalogue.Planted(fault, "", row, 0.0).is_named, row
 
 
 def test_difference_names_the_worst_element() -> None:

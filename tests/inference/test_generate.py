@@ -33,6 +33,7 @@ FAMILIES = [name for name in PRESETS if name.endswith("-tiny")]
 BACKENDS = [
     ("reference", "float64"),
     ("cpu", "float32"),
+    ("cpu", "bfloat16"),
     pytest.param("cuda", "float32", marks=pytest.mark.gpu),
     pytest.param("cuda", "bfloat16", marks=pytest.mark.gpu),
 ]

@@ -52,6 +52,7 @@ every_backend = pytest.mark.parametrize(
     [
         ("reference", "float64"),
         ("cpu", "float32"),
+        ("cpu", "bfloat16"),
         ("rounded", "bfloat16"),
         pytest.param("cuda", "float32", marks=pytest.mark.gpu),
         pytest.param("cuda", "bfloat16", marks=pytest.mark.gpu),
@@ -151,6 +152,7 @@ def test_gradient_of_every_parameter_is_the_numeric_one(cfg: ModelConfig) -> Non
     ("be", "dtype"),
     [
         ("cpu", "float32"),
+        ("cpu", "bfloat16"),
         pytest.param("cuda", "float32", marks=pytest.mark.gpu),
         pytest.param("cuda", "bfloat16", marks=pytest.mark.gpu),
     ],

@@ -81,9 +81,9 @@ def off_in_bfloat16(stories, backend):
     return off + ["loss"] * (not abs(got[1] - loss) <= 2 * abs(base[1] - loss) + 2.0**-8 * loss)
 
 
-@pytest.mark.gpu
-def test_bfloat16(stories, cuda):
-    assert off_in_bfloat16(stories, cuda) == []
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bfloat16(stories, backend):
+    assert off_in_bfloat16(stories, backend) == []
 
 
 def test_faults_are_seen_in_bfloat16(stories):

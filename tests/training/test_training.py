@@ -408,7 +408,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(place, tmp_path, monke
         (["--device", "cuda"], 8, "cuda"),
         (["--device", "cuda:3"], 8, "cuda:3"),
         (["--device", "gpu"], 8, "gpu"),
-        (["--dtype", "bfloat16"], 5, "bfloat16"),
+        (["--dtype", "float16"], 2, "float16"),
         (["--threads", "9999"], 2, "9999"),
         (["--dataset", "x"], 2, "--corpus"),
         (["--mode", "finetune"], 2, "--init"),

@@ -19,6 +19,7 @@ import numpy as np
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 
+from .bfloat16 import bfloat16, kept, pointer
 from .start import compile_all
 
 
@@ -67,14 +68,18 @@ _PARALLEL = dict.fromkeys(
 _PARALLEL["prange"] = True
 # Sums may be reordered (they must be, to use vector registers); NaN and infinity keep their meaning.
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
-_kernels = []
+_kernels, low = [], []  # (kernel, signature) of float32, and of bfloat16
 
 
 def _kernel(signature, parallel=True):
+    """Compile for float32 in the place of `act`; where that stands, for bfloat16 too once low.py is imported."""
+
     def register(f):
         options = dict(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
         k = njit(parallel=_PARALLEL if parallel else False, **options)(f)
-        _kernels.append((k, signature))
+        _kernels.append((k, signature.replace("act", "float32")))
+        if "act" in signature:
+            low.append((k, eval(signature, {**vars(types), "act": bfloat16})))
         return k
 
     return register
@@ -95,17 +100,10 @@ def _float(typing, x):
     return types.float32(types.int32), lambda c, b, s, a: b.bitcast(a[0], c.get_value_type(types.float32))
 
 
-@intrinsic
-def _pointer(typing, x):
-    """Address to pointer."""
-    to = types.CPointer(types.float32)
-    return to(types.uintp), lambda c, b, s, a: b.inttoptr(a[0], c.get_value_type(to))
-
-
 @njit(inline="always")
-def _row(address, n):
-    """n float32 at an address, as a contiguous array: rows of strided views vectorise too."""
-    return carray(_pointer(np.uintp(address)), (n,))
+def _row(x, address, n):
+    """n elements of an array at an address, as a contiguous array: rows of strided views vectorise too."""
+    return carray(pointer(x, np.uintp(address)), (n,))
 
 
 @njit(inline="always")
@@ -194,7 +192,7 @@ def gemm(c, a, b, ta, tb, alpha, beta, rows, cols):
             )
 
 
-@_kernel("void(float32[:,:], float32[:,:], float32[:,:], boolean)")
+@_kernel("void(act[:,:], act[:,:], act[:,:], boolean)")
 def linear_few(y, x, w, add):
     """y = x w^T, or y += x w^T, for few rows x: what counts is to read w once, and BLAS would copy it first.
 
@@ -204,13 +202,13 @@ def linear_few(y, x, w, add):
     px, pw, py = x.ctypes.data, w.ctypes.data, y.ctypes.data
     for p in prange((o + 31) // 32):
         for j in range(p * 32, min(o, p * 32 + 32)):
-            wr = _row(pw + j * w.strides[0], k)
+            wr = _row(w, pw + j * w.strides[0], k)
             for i in range(n):
-                xr = _row(px + i * x.strides[0], k)
+                xr = _row(x, px + i * x.strides[0], k)
                 s = np.float32(0)
                 for e in range(k):
                     s += xr[e] * wr[e]
-                yr = _row(py + i * y.strides[0] + 4 * j, 1)
+                yr = _row(y, py + i * y.strides[0] + y.itemsize * j, 1)
                 yr[0] = yr[0] + s if add else s
 
 
@@ -224,16 +222,16 @@ def linear_few_int8(y, x, w, scale, add):
         for j in range(p * 32, min(o, p * 32 + 32)):
             wr = w[j]
             for i in range(n):
-                xr = _row(px + i * x.strides[0], k)
+                xr = _row(x, px + i * x.strides[0], k)
                 s = np.float32(0)
                 for e in range(k):
                     s += xr[e] * np.float32(wr[e])
                 s *= scale[j]
-                yr = _row(py + i * y.strides[0] + 4 * j, 1)
+                yr = _row(y, py + i * y.strides[0] + y.itemsize * j, 1)
                 yr[0] = yr[0] + s if add else s
 
 
-@_kernel("void(float32[:,::1], float32[:,::1])")
+@_kernel("void(act[:,::1], act[:,::1])")
 def copy_rows(y, x):
     """y = x"""
     for j in prange(x.shape[0]):
@@ -260,18 +258,18 @@ def embedding_int8(y, ids, w, scale):
             to[e] = np.float32(row[e]) * factor
 
 
-@_kernel("void(float32[:,:], float32[::1])")
+@_kernel("void(act[:,:], act[::1])")
 def fill_rows(y, b):
     """y[n] = b"""
     n, o = y.shape
     base, stride = y.ctypes.data, y.strides[0]
     for i in prange(n):
-        row = _row(base + i * stride, o)
+        row = _row(y, base + i * stride, o)
         for j in range(o):
             row[j] = b[j]
 
 
-@_kernel("void(float32[::1], float32[:,:])")
+@_kernel("void(float32[::1], act[:,:])")
 def add_columns(db, dy):
     """db += sum_n dy[n]"""
     n, o = dy.shape
@@ -280,14 +278,14 @@ def add_columns(db, dy):
         j0, j1 = p * 64, min(o, p * 64 + 64)
         total = np.zeros(64, np.float32)
         for i in range(n):
-            row = _row(base + i * stride + 4 * j0, j1 - j0)
+            row = _row(dy, base + i * stride + dy.itemsize * j0, j1 - j0)
             for j in range(j1 - j0):
                 total[j] += row[j]
         for j in range(j1 - j0):
             db[j0 + j] += total[j]
 
 
-@_kernel("void(float32[:,::1], int32[::1], float32[:,::1])")
+@_kernel("void(act[:,::1], int32[::1], act[:,::1])")
 def embedding_fwd(y, ids, w):
     n, c = y.shape
     for i in prange(n):
@@ -295,7 +293,7 @@ def embedding_fwd(y, ids, w):
             y[i, j] = w[ids[i], j]
 
 
-@_kernel("void(float32[:,::1], float32[:,::1], int32[::1])")
+@_kernel("void(float32[:,::1], act[:,::1], int32[::1])")
 def embedding_bwd(dw, dy, ids):
     n, c = dy.shape
     for p in prange((c + 63) // 64):  # each thread owns columns, so that tokens add in order
@@ -305,7 +303,7 @@ def embedding_bwd(dw, dy, ids):
                 to[j] += part[j]
 
 
-@_kernel("void(float32[:,::1], float32[:,::1], float32[:,::1])")
+@_kernel("void(act[:,::1], act[:,::1], act[:,::1])")
 def add(out, a, b):
     n, c = out.shape
     for i in prange(n):
@@ -313,16 +311,14 @@ def add(out, a, b):
             out[i, j] = a[i, j] + b[i, j]
 
 
-@_kernel(
-    "void(float32[:,::1], float32[:,::1], float32[::1], float32[:,::1], float32[:,::1], float32[::1], float32, boolean)"
-)
+@_kernel("void(act[:,::1], act[:,::1], float32[::1], act[:,::1], act[:,::1], act[::1], float32, boolean)")
 def add_rmsnorm_fwd(res, y, rstd, res_in, delta, w, eps, add):
     n, c = res.shape
     for i in prange(n):
         ss = np.float32(0)
         if add:
             for j in range(c):
-                x = res_in[i, j] + delta[i, j]
+                x = kept(res, res_in[i, j] + delta[i, j])
                 res[i, j] = x
                 ss += x * x
         else:
@@ -339,7 +335,7 @@ def add_rmsnorm_fwd(res, y, rstd, res_in, delta, w, eps, add):
 _ROWS = 32  # rows whose weight gradient is summed before it is added to the others
 
 
-@_kernel("void(float32[:,::1], float32[::1], float32[:,::1], float32[:,::1], float32[::1], float32[::1])")
+@_kernel("void(act[:,::1], float32[::1], act[:,::1], act[:,::1], float32[::1], act[::1])")
 def add_rmsnorm_bwd(dres, dw, dy, res, rstd, w):
     n, c = res.shape
     blocks = (n + _ROWS - 1) // _ROWS
@@ -360,14 +356,14 @@ def add_rmsnorm_bwd(dres, dw, dy, res, rstd, w):
             dw[j] += partial[b, j]
 
 
-@_kernel("void(float32[:,:,:], float32[:,:], float32[:,:,:], float32[::1], float32)")
+@_kernel("void(act[:,:,:], float32[:,:], act[:,:,:], act[::1], float32)")
 def head_rmsnorm_fwd(y, rstd, x, w, eps):
     n, h, d = x.shape
     py, px = y.ctypes.data, x.ctypes.data
     for i in prange(n):
         for k in range(h):
-            xr = _row(px + i * x.strides[0] + k * x.strides[1], d)
-            yr = _row(py + i * y.strides[0] + k * y.strides[1], d)
+            xr = _row(x, px + i * x.strides[0] + k * x.strides[1], d)
+            yr = _row(y, py + i * y.strides[0] + k * y.strides[1], d)
             ss = np.float32(0)
             for j in range(d):
                 ss += xr[j] * xr[j]
@@ -377,7 +373,7 @@ def head_rmsnorm_fwd(y, rstd, x, w, eps):
                 yr[j] = xr[j] * r * w[j]
 
 
-@_kernel("void(float32[:,:,:], float32[::1], float32[:,:,:], float32[:,:,:], float32[:,:], float32[::1])")
+@_kernel("void(act[:,:,:], float32[::1], act[:,:,:], act[:,:,:], float32[:,:], act[::1])")
 def head_rmsnorm_bwd(dx, dw, dy, x, rstd, w):
     n, h, d = x.shape
     blocks = (n + _ROWS - 1) // _ROWS
@@ -386,9 +382,9 @@ def head_rmsnorm_bwd(dx, dw, dy, x, rstd, w):
     for b in prange(blocks):
         for i in range(b * _ROWS, min(n, (b + 1) * _ROWS)):
             for k in range(h):
-                xr = _row(px + i * x.strides[0] + k * x.strides[1], d)
-                dyr = _row(pdy + i * dy.strides[0] + k * dy.strides[1], d)
-                dxr = _row(pdx + i * dx.strides[0] + k * dx.strides[1], d)
+                xr = _row(x, px + i * x.strides[0] + k * x.strides[1], d)
+                dyr = _row(dy, pdy + i * dy.strides[0] + k * dy.strides[1], d)
+                dxr = _row(dx, pdx + i * dx.strides[0] + k * dx.strides[1], d)
                 r = rstd[i, k]
                 dot = np.float32(0)
                 for j in range(d):
@@ -403,7 +399,7 @@ def head_rmsnorm_bwd(dx, dw, dy, x, rstd, w):
             dw[j] += partial[b, j]
 
 
-@_kernel("void(float32[:,:,:,:], float32[:,::1], float32[:,::1], float32)")
+@_kernel("void(act[:,:,:,:], float32[:,::1], float32[:,::1], float32)")
 def rope(x, cos, sin, sign):
     nb, nt, nh, d = x.shape
     half = d // 2
@@ -411,7 +407,7 @@ def rope(x, cos, sin, sign):
     for i in prange(nb * nt):
         t = i % nt
         for h in range(nh):
-            row = _row(base + (i // nt) * x.strides[0] + t * x.strides[1] + h * x.strides[2], d)
+            row = _row(x, base + (i // nt) * x.strides[0] + t * x.strides[1] + h * x.strides[2], d)
             for j in range(half):
                 a, b, c, s = row[j], row[j + half], cos[t, j], sign * sin[t, j]
                 row[j] = a * c - b * s
@@ -495,8 +491,8 @@ def attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window):
         dk0 = pdk + b * dk.strides[0] + kv * dk.strides[2]
         dv0 = pdv + b * dv.strides[0] + kv * dv.strides[2]
         for j in range(ns):
-            _zero(_row(dk0 + j * dk.strides[1], d))
-            _zero(_row(dv0 + j * dv.strides[1], d))
+            _zero(_row(dk, dk0 + j * dk.strides[1], d))
+            _zero(_row(dv, dv0 + j * dv.strides[1], d))
         for h in range(kv * group, kv * group + group):
             for i0 in range(0, nt, _BLOCK):
                 i1 = min(nt, i0 + _BLOCK)
@@ -515,7 +511,7 @@ def attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window):
                 _sgemm(_ROW_MAJOR, _N, _T, rows, n, d, scale, qb, lq, kb, lk, 0.0, pp, ns)
                 _sgemm(_ROW_MAJOR, _N, _T, rows, n, d, 1.0, dyb, ly, vb, lv, 0.0, pd, ns)
                 for i in range(rows):
-                    yr, dyr = _row(yb + i * y.strides[1], d), _row(dyb + i * dy.strides[1], d)
+                    yr, dyr = _row(y, yb + i * y.strides[1], d), _row(dy, dyb + i * dy.strides[1], d)
                     dot = np.float32(0)
                     for e in range(d):
                         dot += yr[e] * dyr[e]
@@ -540,7 +536,7 @@ def attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window):
         prob[0, 0] = dprob[0, 0] = 0  # keeps them alive until here, as in attention_fwd
 
 
-@_kernel("void(float32[:,::1], float32[:,::1])")
+@_kernel("void(act[:,::1], act[:,::1])")
 def swiglu_fwd(y, gu):
     n, f = y.shape
     for i in prange(n):
@@ -550,7 +546,7 @@ def swiglu_fwd(y, gu):
             out[j] = x / (np.float32(1) + _exp(-x)) * u[j]
 
 
-@_kernel("void(float32[:,::1], float32[:,::1], float32[:,::1])")
+@_kernel("void(act[:,::1], act[:,::1], act[:,::1])")
 def swiglu_bwd(dgu, dy, gu):
     n, f = dy.shape
     for i in prange(n):
@@ -563,7 +559,7 @@ def swiglu_bwd(dgu, dy, gu):
             du[j] = d * x * s
 
 
-@_kernel("void(float32[:,::1], float32[:,::1], float32[:,::1])")
+@_kernel("void(act[:,::1], act[:,::1], act[:,::1])")
 def swiglu_again(y, gu, dy):
     n, f = y.shape
     for i in prange(n):
@@ -583,7 +579,7 @@ def swiglu_again(y, gu, dy):
 def cross_entropy(loss, logits, targets, scale, grad, z_loss):
     n, v = logits.shape
     for i in prange(n):
-        row = _row(logits[i].ctypes.data, v)
+        row = _row(logits, logits[i].ctypes.data, v)
         t = targets[i]
         if t < 0:
             loss[i] = 0
@@ -596,7 +592,7 @@ def cross_entropy(loss, logits, targets, scale, grad, z_loss):
             own = row[t]
             for j0 in range(0, v, 512):
                 part = np.float32(0)
-                terms = _row(row.ctypes.data + 4 * j0, min(512, v - j0))
+                terms = _row(logits, row.ctypes.data + 4 * j0, min(512, v - j0))
                 if grad:
                     for j in range(terms.size):
                         e = _exp(terms[j] - top)
@@ -620,7 +616,7 @@ def cross_entropy(loss, logits, targets, scale, grad, z_loss):
 CHUNK = 16384  # elements of a flat buffer that one iteration takes
 
 
-@_kernel("void(float32[::1], float32)")
+@_kernel("void(act[::1], float32)")
 def fill(x, value):
     n = x.size
     for p in prange((n + CHUNK - 1) // CHUNK):

@@ -1,8 +1,9 @@
-"""The cpu backend: float32, OpenBLAS for matrix products and Numba for the rest.
+"""The cpu backend: float32 or bfloat16, OpenBLAS for matrix products and Numba for the rest.
 
 The functions, their parameters and what they compute are those of reference.py, where the formulas
 stand; the loops are in kernels.py, and an op that is one kernel with the op's own arguments is not repeated here.
-Plumbing that is not defined here is that of reference.py: arrays are NumPy's.
+Plumbing that is not defined here is that of reference.py: arrays are NumPy's. In bfloat16 an op computes in float32 from
+what is stored, and rounds a result once, where it is stored; kernels take arrays of either.
 """
 
 from __future__ import annotations
@@ -17,27 +18,29 @@ from ...common.errors import DeviceError, UsageError
 from ...common.host import cpu_name
 from ...common.units import plural
 from .. import reference
+from ..contract import BF16
 from . import kernels
 from .start import start_threads
 
 Array = Any
 
 name = "cpu"
-dtypes = ("float32",)
+dtypes = ("float32", "bfloat16")
 pad_vocab = False
 loss_elements = 1 << 23
 asynchronous = False
 act_again = False
-square_tiles = {"float32": (kernels.CHUNK, kernels.CHUNK)}
+square_tiles = dict.fromkeys(dtypes, (kernels.CHUNK, kernels.CHUNK))
 _allocated = [0]
 FEW_ROWS = 8  # up to so many, linear_fwd gives a row the same bits whatever rows are beside it
-_NOTHING = np.empty(0, np.float32)
-_NOTHING2 = np.empty((0, 0), np.float32)
+_NOTHING2 = {kind: np.empty((0, 0), kind) for kind in map(np.dtype, dtypes)}
 _NO_BORDERS = np.empty((0, 0), np.int32)
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any) -> Array:
     """A new zero-filled array; its bytes count in memory()."""
+    if dtype == BF16:
+        _low()
     x = np.zeros(shape, dtype)
     _allocated[0] += x.nbytes
     return x
@@ -50,10 +53,38 @@ def memory() -> int:
 
 def fill(x: Array, value: float) -> None:
     """See reference.py."""
-    if x.flags.c_contiguous and x.dtype == np.float32:
+    if x.flags.c_contiguous and x.dtype in _NOTHING2:
         kernels.fill(x.reshape(-1), value)
     else:
         x[...] = value
+
+
+def _low() -> Any:
+    """The kernels of bfloat16 alone; compiled, or read from Numba's cache, when they are first asked for."""
+    from . import low
+
+    return low
+
+
+def _deep(x: Array) -> Array:
+    return x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def _wide(x: Array) -> Array:
+    """x itself where it is float32, or a copy that is."""
+    if x.dtype != BF16:
+        return x
+    y = np.empty(x.shape, np.float32)
+    _low().widen(_deep(y), _deep(x))
+    return y
+
+
+def copy(y: Array, x: Array) -> None:
+    """See reference.py."""
+    if y.dtype == BF16 and x.dtype == np.float32 and y.shape == x.shape and x.ndim <= 4:
+        _low().narrow(_deep(y), _deep(x))
+    else:
+        reference.copy(y, x)
 
 
 def set_device(index: int) -> None:
@@ -88,42 +119,64 @@ def _grid(parts: int, m: int, n: int) -> tuple[int, int]:
 def gemm(out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: bool, trans_b: bool) -> None:
     """See reference.py."""
     rows, cols = _grid(numba.get_num_threads(), *out.shape)
-    kernels.gemm(out, a, b, trans_a, trans_b, alpha, beta, rows, cols)
+    kernels.gemm(out, _wide(a), _wide(b), trans_a, trans_b, alpha, beta, rows, cols)
+
+
+def _like(x: Array) -> Array:
+    """x itself where it is float32, or an array to put what is not yet rounded."""
+    return np.empty(x.shape, np.float32) if x.dtype == BF16 else x
+
+
+def _put(x: Array, wide: Array) -> None:
+    """Round what _like gave into its place."""
+    if wide is not x:
+        copy(x, wide)
 
 
 def linear_fwd(y: Array, x: Array, w: Array, b: Array | None) -> None:
     """See reference.py."""
+    few = len(x) <= FEW_ROWS
+    to = y if few else _like(y)
     if b is not None:
-        kernels.fill_rows(y, b)
-    if len(x) <= FEW_ROWS:
+        kernels.fill_rows(to, _wide(b) if to is not y else b)
+    if few:
         kernels.linear_few(y, x, w, b is not None)
-    else:
-        gemm(y, x, w, 1.0, 0.0 if b is None else 1.0, False, True)
+        return
+    gemm(to, x, w, 1.0, 0.0 if b is None else 1.0, False, True)
+    _put(y, to)
 
 
 def linear_bwd(
     dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Array, w: Array, adds: bool
 ) -> None:
     """See reference.py."""
-    gemm(dx, dy, w, 1.0, 0.0, False, False)
+    to, wide = _like(dx), _wide(dy)
+    gemm(to, wide, w, 1.0, 0.0, False, False)
+    _put(dx, to)
     if dw is not None:
-        gemm(dw, dy, x, 1.0, 1.0 if adds else 0.0, True, False)
+        gemm(dw, wide, x, 1.0, 1.0 if adds else 0.0, True, False)
     if db is not None:
         kernels.add_columns(db, dy)
 
 
 def adapted(out: Array, w: Array, b: Array | None, a: Array | None, factor: float) -> None:
     """See reference.py."""
-    kernels.copy_rows(out, w)
-    if b is not None and a is not None:
-        gemm(out, b, a, factor, 1.0, False, False)
+    if b is None or a is None:
+        kernels.copy_rows(out, w)
+        return
+    to = _like(out)
+    kernels.copy_rows(to, _wide(w))
+    gemm(to, b, a, factor, 1.0, False, False)
+    _put(out, to)
 
 
 def adapted_int8(out: Array, w: Array, row: Array, b: Array | None, a: Array | None, factor: float) -> None:
     """See reference.py."""
-    kernels.from_int8(out, w, row)
+    to = _like(out)
+    kernels.from_int8(to, w, row)
     if b is not None and a is not None:
-        gemm(out, b, a, factor, 1.0, False, False)
+        gemm(to, b, a, factor, 1.0, False, False)
+    _put(out, to)
 
 
 def add_rmsnorm_fwd(
@@ -131,25 +184,27 @@ def add_rmsnorm_fwd(
 ) -> None:
     """See reference.py."""
     kernels.add_rmsnorm_fwd(
-        res, y, rstd, res_in, _NOTHING2 if delta is None else delta, w, eps, delta is not None
+        res, y, rstd, res_in, _NOTHING2.get(res.dtype) if delta is None else delta, w, eps, delta is not None
     )
 
 
 def add_rmsnorm_bwd(dres: Array, dw: Array | None, dy: Array, res: Array, rstd: Array, w: Array) -> None:
     """See reference.py."""
-    kernels.add_rmsnorm_bwd(dres, np.empty_like(w) if dw is None else dw, dy, res, rstd, w)
+    kernels.add_rmsnorm_bwd(dres, np.empty(w.shape, np.float32) if dw is None else dw, dy, res, rstd, w)
 
 
 def head_rmsnorm_bwd(dx: Array, dw: Array | None, dy: Array, x: Array, rstd: Array, w: Array) -> None:
     """See reference.py."""
-    kernels.head_rmsnorm_bwd(dx, np.empty_like(w) if dw is None else dw, dy, x, rstd, w)
+    kernels.head_rmsnorm_bwd(dx, np.empty(w.shape, np.float32) if dw is None else dw, dy, x, rstd, w)
 
 
 def attention_fwd(
     y: Array, lse: Array, q: Array, k: Array, v: Array, doc_start: Array | None, window: int
 ) -> None:
     """See reference.py."""
-    kernels.attention_fwd(y, lse, q, k, v, _NO_BORDERS if doc_start is None else doc_start, window)
+    to, (q, k, v) = _like(y), map(_wide, (q, k, v))
+    kernels.attention_fwd(to, lse, q, k, v, _NO_BORDERS if doc_start is None else doc_start, window)
+    _put(y, to)
 
 
 def attention_bwd(
@@ -167,13 +222,18 @@ def attention_bwd(
 ) -> None:
     """See reference.py."""
     borders = _NO_BORDERS if doc_start is None else doc_start
-    kernels.attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, borders, window)
+    to = [_like(x) for x in (dq, dk, dv)]
+    dy, y, q, k, v = map(_wide, (dy, y, q, k, v))
+    kernels.attention_bwd(*to, dy, y, lse, q, k, v, borders, window)
+    for x, wide in zip((dq, dk, dv), to, strict=True):
+        _put(x, wide)
 
 
 def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | None, z_loss: float) -> None:
     """See reference.py."""
     number = 0.0 if scale is None else float(np.asarray(scale).reshape(()))
-    kernels.cross_entropy(loss, logits, targets, number, scale is not None, z_loss)
+    module = _low() if logits.dtype == BF16 else kernels
+    module.cross_entropy(loss, logits, targets, number, scale is not None, z_loss)
 
 
 def add_sum(total: Array, x: Array) -> None:
@@ -208,7 +268,7 @@ def adamw(
     bias1, bias2 = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
     kernels.adamw(master, m, v, g, factor[0], lr, 1 - beta1, 1 - beta2, bias1, bias2, eps, lr * decay)
     if w.ctypes.data != master.ctypes.data:
-        reference.copy(w, master)
+        copy(w, master)
     add_sum_sq(square, master)
 
 

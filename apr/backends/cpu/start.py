@@ -95,6 +95,7 @@ def compile_all(kernels, module):
 def _read(kernels):
     """Read kernels from the cache, and compile what is not in it; the first one last: where it is, all are."""
     for k, signature in reversed(kernels):
+        k.disable_compile(False)
         k.compile(signature)
 
 

@@ -1,0 +1,100 @@
+"""A run in bfloat16 on the cpu backend: stories260K trains beside float32, its gates pass, and its bits come again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from apr import backends
+from apr.backends.contract import BF16
+from apr.checkpoints.apr2 import read_apr
+from apr.checkpoints.registry import open_host
+from apr.cli.main import main
+from apr.common.finding import FAIL
+from apr.evidence.slope import Job, slope_finding
+from apr.model.optim import AdamW
+from apr.model.transformer import Model
+
+STEPS = 50
+
+
+def trained(folder: Path, text: Path, stories: Path, dtype: str, name: str = "") -> Path:
+    path = folder / (name or dtype)
+    args = ["--corpus", text, "--init", stories, "--num-steps", STEPS, "--eval-every", STEPS // 2]
+    args += ["--batch-size", 4, "--micro-batch-size", 2, "--seq-length", 64, "--lr", 1e-3]
+    assert main(["pretrain", *map(str, args), "--dtype", dtype, "--run-dir", str(path)]) == 0
+    return path
+
+
+def losses(run: Path) -> np.ndarray:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return np.array([line["train_loss"] for line in lines if "train_loss" in line])
+
+
+@pytest.fixture(scope="module")
+def stories(data: Any) -> Path:
+    return Path(data("stories260K")) / "hf"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory, data: Any) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    story = (Path(data("tinystories-excerpt")) / "tinystories-train-head.txt").read_text()
+    for n in range(4):
+        (folder / f"{n}.txt").write_text(story[n * 20_000 : (n + 1) * 20_000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, text: Path, stories: Path) -> Path:
+    return trained(tmp_path_factory.mktemp("runs"), text, stories, "bfloat16")
+
+
+def test_fifty_steps_beside_float32(run: Path, text: Path, stories: Path, tmp_path: Path) -> None:
+    """Every gate passes, the spot check among them, and no loss is further from float32's than roundings take it."""
+    verdict = json.loads((run / "verdict.json").read_text())
+    assert verdict["verdict"] == "PASS"
+    assert [g["id"] for g in verdict["gates"] if g["verdict"] == FAIL] == []
+    wide, low = losses(trained(tmp_path, text, stories, "float32")), losses(run)
+    assert len(low) == len(wide) == STEPS
+    assert np.abs(low / wide - 1).max() < 0.01
+    assert not np.array_equal(low, wide)
+
+
+def test_the_bits_come_again(run: Path, text: Path, stories: Path, tmp_path: Path) -> None:
+    """Checkpoint and master weights of a second run, and recorded steps computed again by `apr verify`."""
+    again = trained(tmp_path, text, stories, "bfloat16")
+    for pattern in ("*.apr", "state/*.apr"):
+        one, two = (read_apr(sorted((r / "ckpt").glob(pattern))[-1]).tensors for r in (run, again))
+        assert one.keys() == two.keys()
+        assert all(np.array(one[n]).tobytes() == np.array(two[n]).tobytes() for n in one)
+        assert {np.array(x).dtype for x in one.values()} == {
+            BF16 if pattern == "*.apr" else np.dtype("float32")
+        }
+    assert main(["verify", str(run), "--replay", "2"]) == 0
+
+
+@pytest.mark.parametrize("fault", [None, "k", "v"])
+def test_slopes_of_a_trained_model(fault: str | None, stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roundings move the loss of a trained model by much; a lost gradient of keys or of values is seen all the same."""
+    cpu = backends.get("cpu")
+    right = cpu.attention_bwd
+    if fault:
+
+        def lost(dq: Any, dk: Any, dv: Any, *rest: Any) -> None:
+            right(dq, dk, dv, *rest)
+            cpu.fill(dk if fault == "k" else dv, 0)
+
+        monkeypatch.setattr(cpu, "attention_bwd", lost)
+    source = open_host(str(stories), "float32")
+    readme = (Path(__file__).parents[2] / "docs" / "how-it-works.md").read_text()
+    ids = np.array(source.tokenizer.encode(readme)[: 4 * 129], np.int32).reshape(4, 129)
+    model = Model(source.cfg, cpu, 4, 128, "bfloat16")
+    opt = AdamW.of(model)
+    opt.set_weights(np.asarray(source.on(cpu, "float32")))
+    found = slope_finding(Job(model, opt, None, (ids[:, :-1], ids[:, 1:]), 1 / 1024, False))
+    assert found.passed is (fault is None), found
