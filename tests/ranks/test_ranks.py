@@ -91,14 +91,17 @@ def made(place, tmp_path_factory, env):
         }
         for a in range(40)
     ]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
+    for name, some in (("chats", chats), ("first", chats[:16]), ("second", chats[16:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(c) + "\n" for c in some))
     text = ["--corpus", str(place / "corpus"), "--model", str(place / "config.json"), "--seq-length", "16"]
     chat = ["--init", str(folder / "hf"), "--instruct", str(folder / "chats.jsonl"), "--seq-length", "96"]
     chat += ["--bounds", "pretrained_share=9"]
+    mix = f"instruct={folder}/first.jsonl weight=0.25; instruct={folder}/second.jsonl weight=0.75"
     kinds = {
         "plain": text,
         "masks": [*text, "--mask-documents", "--recompute", "--z-loss", "0.01"],
         "instruct": chat,
+        "mix": [*chat[:2], "--mix", mix, *chat[4:]],
         "lora": [*chat, "--lora-rank", "2"],
     }
 
@@ -115,7 +118,7 @@ def made(place, tmp_path_factory, env):
             job("another-order", text, 2, fault="pieces_in_another_order"),
             *(job(fault, [*text, *FAULTS[fault][2:]], 2, fault=fault) for fault in FAULTS),
         ],
-        3: [*(job(name, kinds[name], 3) for name in ("masks", "instruct")), resumed(2)],
+        3: [*(job(name, kinds[name], 3) for name in ("masks", "instruct", "mix")), resumed(2)],
         4: [job("plain", text, 4)],
     }  # fmt: skip
     outcomes = {count: together(count, folder, of_one, env) for count, of_one in jobs.items()}
@@ -150,7 +153,7 @@ def numbers(run):
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("plain", 2), ("plain", 4), ("lora", 2), ("masks", 3), ("instruct", 3)]
+    ("kind", "count"), [("plain", 2), ("plain", 4), ("lora", 2), ("masks", 3), ("instruct", 3), ("mix", 3)]
 )
 def test_any_number_of_ranks_gives_the_same_bits(made, kind, count):
     folder, outcomes = made
