@@ -44,20 +44,21 @@ class Windows:
     def __init__(self, shards: Shards, seq_length: int) -> None:
         if seq_length < 1:
             raise Refused(f"seq_length = {seq_length} is not positive")
-        if shards.row_tokens and shards.row_tokens != seq_length + 1:
-            raise Refused(
-                f"{shards.folder}: packed for --seq-length {shards.row_tokens - 1}, not {seq_length}; give --instruct"
-            )
+        for _, part in shards.parts:
+            if part.row_tokens and part.row_tokens != seq_length + 1:
+                raise Refused(
+                    f"{part.folder}: packed for --seq-length {part.row_tokens - 1}, not {seq_length}; give --instruct"
+                )
         self.shards = shards
         self.seq_length = seq_length
-        self._stride = shards.row_tokens or seq_length
+        self._strides = np.array(shards.strides(seq_length))
         sizes = np.array([array.size for array in shards.arrays], dtype=np.int64)
-        counts = (sizes - seq_length - 1) // self._stride + 1
+        counts = (sizes - seq_length - 1) // self._strides + 1
         # Index behind the last window of each shard; index of the first window here among those of the shards.
         self._ends = np.cumsum(counts)
         self.first = 0
         self.count = int(self._ends[-1])
-        used = np.where(counts > 0, (counts - 1) * self._stride + seq_length + 1, 0)
+        used = np.where(counts > 0, (counts - 1) * self._strides + seq_length + 1, 0)
         self.tokens_dropped = int((sizes - used).sum())
         self._of_each, at = [], 0
         for name, part in shards.parts:
@@ -120,7 +121,7 @@ class Windows:
         indices = indices + self.first
         which = np.searchsorted(self._ends, indices, side="right")
         self.shards.check_sizes(np.unique(which))
-        starts = (indices - np.append(0, self._ends)[which]) * self._stride
+        starts = (indices - np.append(0, self._ends)[which]) * self._strides[which]
         rows = self._cut(self.shards.arrays, which, starts)
         ids, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
         if self.shards.masks:

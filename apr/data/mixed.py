@@ -1,4 +1,4 @@
-"""Shards of several sources as one: the arrays of each, one source behind the other."""
+"""Put the shards of several sources together: the arrays of each, one source behind the other."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from .shards import Shards
 
 
 class MixedShards(Shards):
-    """One side of a mixture. The sources are all text, or all packed examples.
+    """One side of a mixture. Text beside packed examples has a target at every position, and attention stops in it where
+    documents end, as it does between examples.
 
     counts: of the ids of each source's targets (V,), None where nobody has counted them: then there are no figures.
-    Raises Refused: text beside examples, or examples packed otherwise."""
+    Raises Refused: examples packed with another id between them than the one that ends a document."""
 
     def __init__(self, parts: Sequence[tuple[str, Shards]], counts: Sequence[np.ndarray | None]) -> None:
         self._of_each = list(parts)
         every = [shards for _, shards in parts]
-        if len({bool(x.masks) for x in every}) > 1:
-            raise Refused(
-                f"{every[0].folder} and {every[1].folder}: one source holds packed examples, another text; mix text with text, "
-                "and conversations with conversations"
-            )
+        packed = [x for x in every if x.row_tokens]
         borders = {x.border_id for x in every}
-        if every[0].masks and len(borders) > 1:
+        if packed and len(borders) > 1:
+            said = ", ".join(f"{name} by {x.border_id}" for name, x in parts)
             raise Refused(
-                f"{' and '.join(str(x.folder) for x in every)}: packed with other ids between examples, {borders}; give the "
-                "conversations as one folder"
+                f"--mix: attention stops at one id, but documents and examples of the sources end by several, {said}; one that "
+                "stands inside examples cannot end them: give all conversations as one folder, and text a run of its own"
             )
         self.folder = every[0].folder
-        self.files = [f for x in every for f in x.files[: len(x.arrays)]]
-        self.files += [f for x in every for f in x.files[len(x.arrays) :]]
+        self.files = [f for x in every for f in x.files]
         self.arrays = [a for x in every for a in x.arrays]
-        self.masks = [m for x in every for m in x.masks]
-        self.row_tokens = every[0].row_tokens
-        rows = [x.row_targets for x in every if x.row_targets is not None]
-        self.row_targets = np.concatenate(rows) if rows else None
+        self.row_tokens = every[0].row_tokens if len(packed) == len(every) else None
+        self.masks, self.row_targets = [], None
+        if packed:
+            of_window = max(x.row_tokens or 0 for x in packed) - 1
+            ones = [[np.broadcast_to(np.uint8(1), a.shape) for a in x.arrays] for x in every]
+            self.masks = [m for x, all_of in zip(every, ones, strict=True) for m in x.masks or all_of]
+            self.row_targets = np.concatenate([_targets(x, of_window) for x in every])
         self.prefix_ids = every[0].prefix_ids if len({x.prefix_ids for x in every}) == 1 else ()
         self.border_id = borders.pop() if len(borders) == 1 else None
         self.vocab_size = every[0].vocab_size
@@ -51,13 +51,34 @@ class MixedShards(Shards):
         counted = [c for c in counts if c is not None]
         known = len(counted) == len(every)
         self.figures = figures(np.sum(counted, axis=0), self.total_bytes, None) if known else {}
-        self.facts = _together([x.facts for x in every])
+        self.facts = _together([x.facts for x in packed])
         self.sha256 = hashlib.sha256("".join(x.sha256 for x in every).encode()).hexdigest()
+
+    def check_sizes(self, indices: np.ndarray) -> None:
+        """See Shards."""
+        first = 0
+        for _, part in self._of_each:
+            own = indices[(indices >= first) & (indices < first + len(part.arrays))] - first
+            if own.size:
+                part.check_sizes(own)
+            first += len(part.arrays)
+
+    def strides(self, seq_length: int) -> list[int]:
+        """See Shards."""
+        return [n for _, part in self._of_each for n in part.strides(seq_length)]
 
     @property
     def parts(self) -> list[tuple[str, Shards]]:
         """List the sources, by name."""
         return self._of_each
+
+
+def _targets(shards: Shards, seq_length: int) -> np.ndarray:
+    """Count the targets of each window, int64 (windows,)."""
+    if shards.row_targets is not None:
+        return shards.row_targets
+    windows = sum(max(0, (a.size - 1) // seq_length) for a in shards.arrays)
+    return np.full(windows, seq_length, np.int64)
 
 
 def _together(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:

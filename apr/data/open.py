@@ -330,7 +330,7 @@ def windows_of(s: DataSettings, splits: list[Split]) -> tuple[Windows, Windows]:
     if bare := {x.source: x for x in sides["train"]}.keys() - {x.source for x in sides["val"]} - {""}:
         folder = next(x.folder for x in sides["train"] if x.source in bare)
         raise Refused(
-            f"{folder}: no validation side: in a mixture each source has its own; give a folder with train/ and val/ inside"
+            f"{folder}: no validation side, and in a mixture each has its own; give a folder with train/ and val/ inside"
         )
     if "val" not in windows:
         return windows["train"].split((s.val_batches or HELD_OUT_BATCHES) * s.batch_size)
@@ -351,5 +351,5 @@ def _as_one(splits: list[Split]) -> Shards:
     found = [(split.source, split.shards, split.scan) for split in splits if split.shards]
     if len(found) == 1:
         return found[0][1]
-    counts = [counted(x) if x.masks else scan.counts if scan else None for _, x, scan in found]
+    counts = [counted(x) if x.row_tokens else scan.counts if scan else None for _, x, scan in found]
     return MixedShards([(name, shards) for name, shards, _ in found], counts)

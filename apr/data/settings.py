@@ -44,8 +44,8 @@ class DataSettings:
     )
     mix: str | None = option(
         "several sources, each with its share of the sequences, 'corpus=web/ weight=0.7; corpus=code/ weight=0.3', or with a "
-        "budget over the run, tokens=2e6; all are corpora and datasets of text, or all conversations; in a settings file a table "
-        "[[mix]] for each; see docs/mixtures.md",
+        "budget over the run, tokens=2e6; corpus=, dataset= or instruct=; in a settings file a table [[mix]] for each; see "
+        "docs/mixtures.md",
         metavar="SOURCES",
         inside=with_paths,
     )

@@ -59,6 +59,10 @@ class Shards:
         """List the sources of a mixture, by name; of other data one, whose name is ""."""
         return [("", self)]
 
+    def strides(self, seq_length: int) -> list[int]:
+        """List how far apart the windows of each array begin: rows of packed examples, or running text."""
+        return [self.row_tokens or seq_length] * len(self.arrays)
+
     @property
     def unigram_entropy(self) -> float:
         """Entropy of the token frequencies, nats/token."""

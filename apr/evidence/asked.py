@@ -183,7 +183,10 @@ def _batches(t: Subject, s: Mapping[str, Any], data: Mapping[str, Any]) -> Itera
     yield from _passes(b, s["shuffle"])
     yield "batches, sources", [name for name, *_ in b.sources], list(data.get("mixture", [""]))
     for name, share, turns in zip(
-        data.get("mixture", ()), stream.asked_shares(s.get("mix") or ""), b.turns.counts, strict=False
+        data.get("mixture", ()),
+        stream.asked_shares(s.get("mix") or "", s["seq_length"]),
+        b.turns.counts,
+        strict=False,
     ):
         is_same = abs(turns / sum(b.turns.counts) - share) <= stream.RESOLUTION
         yield f"batches, turns of {name}", turns if not is_same else share, share
@@ -221,18 +224,18 @@ def _reads_as_stored(w: Windows, seq_length: int) -> bool:
     if w.first + w.count > ends[-1]:
         return False
     ids, targets = w.read(sampled)
-    step, shard = w.shards.row_tokens or seq_length, np.searchsorted(ends, sampled + w.first, "right")
+    strides, shard = w.shards.strides(seq_length), np.searchsorted(ends, sampled + w.first, "right")
     within = sampled + w.first - ends[shard] + np.take(counts, shard)
-    places = [(int(i), int(n) * step) for i, n in zip(shard, within, strict=True)]
+    places = [(int(i), int(n) * strides[i]) for i, n in zip(shard, within, strict=True)]
     want = scorer.read(w.shards, places, seq_length)
     return np.array_equal(ids, want[0]) and np.array_equal(np.maximum(targets, -1), want[1])
 
 
 def _windows(w: Windows, seq_length: int) -> list[int]:
     """Count the windows of each shard whose tokens are each predicted once, or the rows of packed examples."""
-    row = w.shards.row_tokens
-    sizes = [array.size for array in w.shards.arrays]
-    return [n // row if row else max(0, n - 1) // seq_length for n in sizes]
+    each = zip(w.shards.arrays, w.shards.strides(seq_length), strict=True)
+    # Rows stand one behind the other; windows of text share a token with their neighbours.
+    return [a.size // n if n > seq_length else max(0, a.size - 1) // n for a, n in each]
 
 
 def _adapters(a: Adapters | None, s: Mapping[str, Any]) -> Iterator[Row]:

@@ -25,12 +25,12 @@ BY_HAND = {"float32": 1e-5, "bfloat16": 2e-2}  # nats/token, beside the size of 
 
 def places(shards: Shards, seq_length: int) -> list[tuple[int, int]]:
     """List (shard, first token) of every window: tokens of a text are each predicted once, examples lie in rows."""
-    row, found = shards.row_tokens, []
+    found, strides = [], shards.strides(seq_length)
     for i, array in enumerate(shards.arrays):
         first = 0
         while first + seq_length + 1 <= array.size:
             found.append((i, first))
-            first += row or seq_length
+            first += strides[i]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -20,9 +21,12 @@ GATE = "run.mixture"
 RESOLUTION = 1e-4
 
 
-def asked_shares(text: str) -> list[float]:
-    """Read the share of each source from the text of --mix."""
-    parts = [float(t.get("weight") or t["tokens"]) for t in tables_of(text)]
+def asked_shares(text: str, seq_length: int) -> list[float]:
+    """Read the share of each source from the text of --mix: its part of the weights, or of the windows of all budgets."""
+    each = tables_of(text)
+    parts = [
+        float(t["weight"]) if "weight" in t else math.ceil(float(t["tokens"]) / seq_length) for t in each
+    ]
     return [part / sum(parts) for part in parts]
 
 
@@ -55,7 +59,7 @@ class MixtureGate:
     def __init__(self, subject: Subject, gates: Gates, is_followed: Any) -> None:
         self.t, self.gates, self.is_followed = subject, gates, is_followed
         self.names = [name for name, *_ in subject.batches.sources]
-        self.shares = asked_shares(subject.settings.mix or "")
+        self.shares = asked_shares(subject.settings.mix or "", subject.settings.seq_length)
         self.drawn: Counter[str] = Counter()
         self.steps, self.foreign = 0, ""
         if not self.shares:
@@ -70,9 +74,9 @@ class MixtureGate:
         which = np.searchsorted(ends, windows, "right")
         self.drawn.update(parts[i] for i in which.tolist())
         if self.is_followed(self.steps):
-            step = b.windows.shards.row_tokens or b.windows.seq_length
+            strides = b.windows.shards.strides(b.windows.seq_length)
             first = windows - np.append(0, ends)[which]
-            places = [(int(i), int(n) * step) for i, n in zip(which, first, strict=True)]
+            places = [(int(i), int(n) * strides[i]) for i, n in zip(which, first, strict=True)]
             ids, targets = scorer.read(b.windows.shards, places, b.windows.seq_length)
             wrong = (ids != e.ids).any(1) | (targets != np.maximum(e.targets, -1)).any(1)
             if wrong.any():
@@ -85,8 +89,8 @@ class MixtureGate:
     def _ends(self) -> tuple[list[str], np.ndarray]:
         """List the source of each shard, and the number of windows up to its end."""
         w = self.t.batches.windows
-        row = w.shards.row_tokens
-        sizes = [a.size // row if row else max(0, a.size - 1) // w.seq_length for a in w.shards.arrays]
+        each = zip(w.shards.arrays, w.shards.strides(w.seq_length), strict=True)
+        sizes = [(a.size - w.seq_length - 1) // stride + 1 for a, stride in each]
         return [name for name, x in w.shards.parts for _ in x.arrays], np.cumsum(sizes)
 
     def stepped(self, e: Stepped) -> None:

@@ -108,6 +108,13 @@ def charts(run: Run) -> list[Plot]:
     charts = [
         plot("loss", "Loss", "nats/token", lines, rules, marks, last_x=last, height=380, tokens_at=tokens_at)
     ]
+    for name in run.sources:
+        found = np.array([or_nan(m.get(f"val_loss/{name}")) for m in e])
+        errors = np.array([or_nan(m.get(f"val_loss_stderr/{name}")) for m in e])
+        own = run.series[f"train_loss/{name}"]
+        has = np.isfinite(own)
+        lines = [*with_mean("train", x[has], own[has]), Line("validation", at, found, "dots", "b", errors)]
+        charts.append(plot(f"loss-{name}", f"Loss of {name}", "nats/token", lines, last_x=last))
     clip = or_nan(run.setting("grad_clip"))
     clips = [Rule(clip, f"clipped to {clip:g}")] if clip > 0 else []
 

@@ -30,7 +30,8 @@ class Run:
     config: dict[str, Any]
     verdict: dict[str, Any] | None
     step: np.ndarray  # of every training step that is logged
-    series: dict[str, np.ndarray]  # the columns SERIES at those steps, nan where a line has no figure
+    # The columns SERIES at those steps, and the losses of the sources of a mixture; nan where a line has no figure.
+    series: dict[str, np.ndarray]
     evaluations: list[dict[str, Any]]
     spot_checks: list[dict[str, Any]]
     passes: list[dict[str, Any]]
@@ -45,6 +46,11 @@ class Run:
     def setting(self, name: str) -> Any:
         """Return a setting of config.json, None where it has none."""
         return self.part("settings").get(name)
+
+    @property
+    def sources(self) -> list[str]:
+        """Sources of a mixture, by name."""
+        return _sources(self.config)
 
     def part(self, name: str) -> dict[str, Any]:
         """Return an object of config.json, {} where it has none."""
@@ -62,6 +68,7 @@ def load(run_dir: Path) -> Run:
     config = read_json(path)
     if not isinstance(config, dict):
         raise MalformedFile(f"{path}: expected a JSON object")
+    columns = [*SERIES, *(f"train_loss/{name}" for name in _sources(config))]
     flat = array("d")  # 8 bytes a figure: a run may have a million steps
     other: list[dict[str, Any]] = []
     for line in _lines(run_dir / "metrics.jsonl", "step"):
@@ -70,13 +77,13 @@ def load(run_dir: Path) -> Run:
             continue
         try:
             flat.append(line["step"])
-            flat.extend(map(line.get, SERIES, itertools.repeat(math.nan)))
+            flat.extend(map(line.get, columns, itertools.repeat(math.nan)))
         except (TypeError, OverflowError):
             raise MalformedFile(
                 f"{run_dir / 'metrics.jsonl'}: a figure of step {line['step']} is not a number"
             ) from None
-    table = np.frombuffer(flat, np.float64).reshape(-1, 1 + len(SERIES)).copy()
-    series = dict(zip(SERIES, table[:, 1:].T, strict=True))
+    table = np.frombuffer(flat, np.float64).reshape(-1, 1 + len(columns)).copy()
+    series = dict(zip(columns, table[:, 1:].T, strict=True))
     seen = series["tokens_seen"]
     np.copyto(seen, 0.0, where=~np.isfinite(seen))
     evaluations = [e for e in other if "val_loss" in e]
@@ -96,6 +103,13 @@ def load(run_dir: Path) -> Run:
         [s for s in _lines(run_dir / "samples.jsonl", "step") if isinstance(s.get("text"), str)],
         run_dir / "ckpt",
     )
+
+
+def _sources(config: dict[str, Any]) -> list[str]:
+    """List the sources of a mixture, by name."""
+    data = config.get("data")
+    mixture = data.get("mixture") if isinstance(data, dict) else None
+    return list(mixture) if isinstance(mixture, dict) else []
 
 
 def _lines(path: Path, key: str) -> Iterator[dict[str, Any]]:

@@ -187,9 +187,9 @@ def check_sentences(run: Run) -> list[str]:
     out += [
         f"Tasks at step {line['step']:,}: {_tasks(line['tasks'])}." for line in run.tasks[-MAX_TASK_LINES:]
     ]
-    if run.passes:
-        last = run.passes[-1]
-        out.append(f"Passes over the data: {last['passes']}, the last complete at step {last['step']:,}.")
+    for source, last in {p.get("source"): p for p in run.passes}.items():
+        what = "the data" if source is None else source
+        out.append(f"Passes over {what}: {last['passes']}, the last complete at step {last['step']:,}.")
     return out
 
 
@@ -275,7 +275,12 @@ def data_rows(run: Run) -> list[tuple[str, str, bool]]:
         "val_windows": "windows held out",
         "val_unigram_entropy_nats": "entropy of token frequencies, held out",
     }
-    data = run.part("data")
+    data = dict(run.part("data"))
+    for name in run.sources:
+        facts = data["mixture"][name]
+        if isinstance(facts, dict):
+            data |= {f"{name}, {k}": v for k, v in facts.items()}
+    data.pop("mixture", None)
     first = [(words[k], as_text(data[k]), False) for k in words if data.get(k) is not None]
     rest = [
         (k.replace("_", " "), as_text(v), k.endswith("sha256"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sysconfig
@@ -11,16 +12,22 @@ import numpy as np
 import pytest
 
 from apr.checkpoints.apr2 import read_apr
+from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
 from apr.common.errors import Refused, UsageError
 from apr.common.events import by_source
 from apr.data import mix_text, mixture
 from apr.data.batches import Batches, Windows
+from apr.data.mixed import MixedShards
 from apr.data.settings import DataSettings
+from apr.data.shards import Shards
 from apr.data.turns import Turns
 from apr.evidence.stream import asked_shares
+from apr.model.params import Layout
+from apr.model.presets import PRESETS
 from apr.training import by_source as losses
 from apr.training.settings import from_command_line, resolve
+from finetune_cases import OWN_TEMPLATE, own_tokenizer
 from run_cases import cache, place  # noqa: F401  fixtures
 
 RECIPE = [
@@ -99,7 +106,7 @@ def test_shares_of_weights_and_budgets():
     budgets = DataSettings(mix="corpus=a tokens=95; corpus=b tokens=1e3", seq_length=10, batch_size=4)
     assert mixture.steps_of_budgets(budgets) == 28
     assert mixture.turns_of(DataSettings(corpus="a")) == [1]
-    assert asked_shares("corpus=a weight=1; corpus=b weight=3") == [0.25, 0.75]
+    assert asked_shares("corpus=a weight=1; corpus=b weight=3", 8) == [0.25, 0.75]
 
 
 @pytest.mark.parametrize(
@@ -225,6 +232,117 @@ def test_verify_computes_a_mixture_again_and_finds_what_was_changed(run, tmp_pat
     capsys.readouterr()
     assert main(["verify", str(changed), "--backend", "none"]) == 9
     assert "tokens_seen" in capsys.readouterr().out
+
+
+# Other kinds of sources
+
+
+@pytest.fixture(scope="module")
+def tuned(place, other, tmp_path_factory):
+    """A checkpoint with a template, conversations, and a run on both, by budgets."""
+    folder = tmp_path_factory.mktemp("tuned")
+    cfg = dataclasses.replace(PRESETS["qwen2-tiny"], vocab_size=320, max_position_embeddings=128)
+    host = np.zeros(Layout(cfg).size, np.float32)
+    Layout(cfg).init(host, 1, 0.05)
+    write_hf(folder / "hf", cfg, Layout(cfg).named(host), "float32")
+    (folder / "hf/tokenizer.json").write_text(own_tokenizer())
+    config = {"eos_token": "<|endoftext|>", "bos_token": "<|bos|>", "chat_template": OWN_TEMPLATE}
+    (folder / "hf/tokenizer_config.json").write_text(json.dumps(config))
+    talk = [
+        ({"role": "user", "content": f"the {n} in"}, {"role": "assistant", "content": f"{n} then"})
+        for n in range(60)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n" for x in talk))
+    mix = f"instruct={folder}/chats.jsonl tokens=1.2e3; corpus={other} tokens=600"
+    args = [
+        "--init",
+        str(folder / "hf"),
+        "--mix",
+        mix,
+        "--run-dir",
+        str(folder / "run"),
+        "--seq-length",
+        "64",
+    ]
+    args += [
+        "--batch-size",
+        "5",
+        "--micro-batch-size",
+        "2",
+        "--val-batches",
+        "3",
+        "--val-fraction",
+        "0.3",
+        "--lr",
+        "1e-3",
+    ]
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("APR_CACHE", str(place / "cache"))
+        assert main(["pretrain", *args, "--bounds", "pretrained_share=9"]) == 0
+    return folder
+
+
+def test_conversations_beside_text_by_budgets(tuned, capsys):
+    log, verdict = lines(tuned / "run"), json.loads((tuned / "run/verdict.json").read_text())
+    # 19 and 10 windows of 64 tokens.
+    assert (verdict["verdict"], verdict["steps"]) == ("PASS", 6)
+    last = log[-2]
+    assert last["tokens_seen/other"] == 64 * round(30 * 10 / 29)
+    assert 0 < last["tokens_seen/chats"] < 20 * 64
+    assert last["tokens_seen"] == last["tokens_seen/other"] + last["tokens_seen/chats"]
+    assert [x["source"] for x in log if "passes" in x] == ["chats"] * sum("passes" in x for x in log)
+    assert row(tuned / "run", "start.borders")["verdict"] == "PASS"
+    assert main(["verify", str(tuned / "run"), "--replay", "1"]) == 0
+
+
+def test_examples_that_end_otherwise_than_text_are_refused():
+    def side(masks, border):
+        x = Shards()
+        x.folder, x.masks, x.border_id, x.row_tokens = Path("x"), masks, border, 9 if masks else None
+        return x
+
+    with pytest.raises(Refused, match="a by 7, b by 8"):
+        MixedShards([("a", side([np.ones(9)], 7)), ("b", side([], 8))], [None, None])
+
+
+def shards_of(place, folder, *names, fraction="0.3"):
+    """Encode corpora with the tokenizer of the run."""
+    tokenizer = next((place / "cache" / "tokenizers").glob("*/tokenizer"))
+    more = ["--tokenizer", str(tokenizer), "--val-fraction", fraction, "-o", str(folder)]
+    assert main(["tokenize", "encode-corpus", *(str(place / name) for name in names), *more]) == 0
+    return folder
+
+
+def test_sources_that_cannot_be_mixed(run, place, tmp_path, capsys):
+    one, bare = (
+        shards_of(place, tmp_path / "one", "other"),
+        shards_of(place, tmp_path / "bare", "corpus", fraction="0"),
+    )
+    # What one source holds out is trained on in the other.
+    other_way = tmp_path / "other-way"
+    shutil.copytree(one, other_way)
+    (other_way / "train").rename(other_way / "x")
+    (other_way / "val").rename(other_way / "train")
+    (other_way / "x").rename(other_way / "val")
+    (tmp_path / "nothing.txt").write_text("")
+    for mix, code, said in (
+        (f"dataset={one} weight=1; dataset={bare} weight=1", 5, "each has its own"),
+        (f"dataset={one} weight=1; dataset={other_way} weight=1", 5, "documents on both sides"),
+        (f"dataset={one} weight=1; corpus={tmp_path}/nothing.txt weight=1", 5, "nothing.txt"),
+        (f"dataset={one} weight=1; corpus={tmp_path}/nowhere weight=1", 3, "nowhere"),
+    ):
+        args = [
+            *RECIPE,
+            "--mix",
+            mix,
+            "--model",
+            str(place / "config.json"),
+            "--run-dir",
+            str(tmp_path / "r"),
+        ]
+        capsys.readouterr()
+        assert main(["pretrain", *args]) == code, said
+        assert said in " ".join(capsys.readouterr().err.split())
 
 
 # Faults
