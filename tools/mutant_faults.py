@@ -125,7 +125,7 @@ FAULTS: tuple[Mutant, ...] = (
           "yield places * windows.count // stop", "yield places", "plain", T_DATA),
     # Data
     fault("windows_overlap", "windows begin at half the stride: tokens are predicted twice", BATCHES,
-          "self._stride = shards.row_tokens or seq_length", "self._stride = shards.row_tokens or seq_length // 2", "plain",
+          "np.array(shards.strides(seq_length))", "np.array(shards.strides(seq_length)) // 2", "plain",
           T_DATA),
     fault("mask_one_early", "the mask of answers is read one token early", BATCHES,
           "mask = self._cut(self.shards.masks, which, starts)[:, 1:]",

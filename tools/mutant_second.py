@@ -44,7 +44,7 @@ SECOND: tuple[Mutant, ...] = (
     fault("labels_shifted_twice", "targets are the tokens after the next", BATCHES, "np.ascontiguousarray(rows[:, 1:])",
           "np.ascontiguousarray(np.roll(rows, -1, axis=1)[:, 1:])", "plain", T_DATA),
     fault("a_token_between_windows_lost", "windows do not share a token: the first of each is never predicted", BATCHES,
-          "self._stride = shards.row_tokens or seq_length", "self._stride = shards.row_tokens or seq_length + 1", "plain",
+          "np.array(shards.strides(seq_length))", "np.array(shards.strides(seq_length)) + 1", "plain",
           T_DATA),
     fault("windows_drawn_with_replacement", "each window is drawn by itself, so some come twice and others never", BATCHES,
           "indices[number == p] = permutation(place[number == p])",
