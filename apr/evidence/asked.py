@@ -22,6 +22,7 @@ from ..model.adapters import Adapters
 from ..model.hf_config import from_hf
 from ..model.lora import ALPHA_PER_RANK, PREFIX, TARGETS
 from ..model.lora_settings import parse_pattern, parse_saved, parse_targets
+from ..model.optim import Optimizer
 from ..model.schedule import WSD_DECAY_SHARE
 from ..model.transformer import Model
 from . import scorer, stream
@@ -141,7 +142,8 @@ def _optimizer(t: Subject, s: Mapping[str, Any]) -> Iterator[Row]:
     """Yield what the optimizer was built with: it must hold the arrays that the passes read and write."""
     opt, trained = t.optimizer, t.adapters or t.model
     for f in dataclasses.fields(opt):
-        if f.kw_only:
+        # A run of an older version has no entry for a number that came later.
+        if f.kw_only and f.name in s:
             yield f"{type(opt).__name__}, {f.name}", getattr(opt, f.name), s[f.name]
     size = t.shard.cut.length if t.shard else trained.layout.size
     yield f"{type(opt).__name__}, weights", (t.shard.trained if t.shard else opt.w) is trained.w, True
@@ -151,6 +153,14 @@ def _optimizer(t: Subject, s: Mapping[str, Any]) -> Iterator[Row]:
         whole = [slice(slot.offset, slot.offset + slot.size)]
         for part in t.shard.inside(slot.offset, slot.size) if t.shard else whole:
             yield f"{type(opt).__name__}, decay of {slot.hf}", part.stop <= opt.decayed, len(slot.shape) > 1
+            share = s.get("lora_plus", 1.0) if ".lora_B." in slot.hf else 1.0
+            yield f"{type(opt).__name__}, share of the learning rate of {slot.hf}", _share(opt, part), share
+
+
+def _share(opt: Optimizer, part: slice) -> float:
+    """Look up the share of the learning rate of a part."""
+    inside = any(f.start <= part.start and part.stop <= f.stop for f in opt.faster)
+    return opt.lora_plus if inside else 1.0
 
 
 def _schedule(t: Subject, schedule: Any, s: Mapping[str, Any]) -> Iterator[Row]:

@@ -40,10 +40,13 @@ class Follow:
         places = shard.places(places) if shard else places
         self._is_empty = not (places >= 0).any()
         self._decay = np.zeros(places.size)
+        self._share = np.ones(places.size)
         for s in layout.slots:
+            inside = (places >= s.offset) & (places < s.offset + s.size)
             if len(s.shape) > 1:
-                inside = (places >= s.offset) & (places < s.offset + s.size)
                 self._decay[inside] = settings.weight_decay
+            if ".lora_B." in s.hf:
+                self._share[inside] = settings.lora_plus
 
     def before(self) -> None:
         """Copy weights, state and gradients before a step."""
@@ -67,7 +70,7 @@ class Follow:
                 "run.learning-rate", "this rank updates no weights: there are fewer tiles than ranks"
             )
         new, state = self._read(opt.master), self._state()
-        direction = formula.direction(old, state, self._decay)
+        direction = formula.direction(old, state, self._decay) * self._share
         moved = old - new
         rounding = EPS32 * np.maximum(np.abs(old), np.abs(new))
         weight = float(direction @ direction)

@@ -167,6 +167,14 @@ class AdapterLayout:
         self.saved.append((s, slot))
         return _behind(n, s, s.shape)
 
+    @property
+    def faster(self) -> tuple[slice, ...]:
+        """Places of every B, with the padding behind it, that LoRA+ moves faster; of an embedding neither factor is meant."""
+        found = [p.b for p in self.pairs if p.base.param.name != "embed"]
+        return tuple(
+            slice(s.offset, round_up(s.offset + s.size, ALIGN)) for s in sorted(found, key=lambda s: s.offset)
+        )
+
     def trains(self, name: str) -> bool:
         """Tell if embedding or head, by its name in the table, is adapted or trained whole."""
         slots = [s for s, _ in self.saved] + [p.base for p in self.pairs]

@@ -7,7 +7,7 @@ states on disk, hashes, --resume, `apr verify` and `apr bisect` follow from that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import Any, ClassVar, Protocol, Self
@@ -53,6 +53,12 @@ class OptimSettings:
     grad_clip: float = option(
         "largest global gradient norm; 0 does not clip", 1.0, at_least=0, metavar="NORM"
     )
+    lora_plus: float = option(
+        "learning rate of B of adapters, in multiples of --lr (LoRA+, Hayou et al. 2024); 16 is usual, with a lower --lr",
+        1.0,
+        above=0,
+        metavar="RATIO",
+    )
 
 
 class Trained(Protocol):
@@ -87,6 +93,7 @@ class Optimizer:
     A subclass gives `moments`, `update` (the op of the backend; `squares` where it also adds to `square`), and the same
     formula for the host in `next_state` and `direction`. Its keyword-only fields are its hyper-parameters, read from the
     settings of a run by name.
+    lora_plus is the share of the learning rate that the elements of `faster`, B of adapters, move with.
     grad_clip 0 means no clipping. after_update is called whenever w has changed. norms: sums over the parts of all ranks,
     where w is the part of one of them.
     """
@@ -97,8 +104,10 @@ class Optimizer:
     decayed: int
     after_update: Callable[[], None] = lambda: None
     norms: Norms | None = None
+    faster: tuple[slice, ...] = ()
     weight_decay: float = field(default=OptimSettings.weight_decay, kw_only=True)
     grad_clip: float = field(default=OptimSettings.grad_clip, kw_only=True)
+    lora_plus: float = field(default=OptimSettings.lora_plus, kw_only=True)
     # {name of a state: power of the gradient that it averages}
     moments: ClassVar[dict[str, int]] = {}
     squares: ClassVar[bool] = False
@@ -118,7 +127,8 @@ class Optimizer:
     @classmethod
     def of(cls, trained: Trained, **options: Any) -> Self:
         """Build an optimizer of a model's weights, or of adapters."""
-        return cls(trained.be, trained.w, trained.g, trained.layout.decayed, **options)
+        layout = trained.layout
+        return cls(trained.be, trained.w, trained.g, layout.decayed, faster=layout.faster, **options)
 
     @classmethod
     def specs(cls, size: int, dtype: str) -> BufferSpecs:
@@ -154,7 +164,8 @@ class Optimizer:
         be.clip_factor(self.factor, self.sum_sq, self.grad_clip or math.inf)
         parts = slice(0, self.decayed), slice(self.decayed, None)
         for part, decay in zip(parts, (self.weight_decay, 0.0), strict=True):
-            self.update(part, lr, decay)
+            for piece, share in self._pieces(part):
+                self.update(piece, lr * share, decay)
         if self.norms:
             # Of all ranks, as one process adds.
             be.fill(self.square, 0)
@@ -164,6 +175,26 @@ class Optimizer:
         if clear:
             be.fill(self.g, 0)
         self.after_update()
+
+    def _pieces(self, part: slice) -> Iterator[tuple[slice, float]]:
+        """Cut a part of the arrays where the learning rate changes: pieces, and their share of it."""
+        faster = self.faster if self.lora_plus != 1 else ()
+        inside = [s for s in faster if part.start <= s.start and (part.stop is None or s.start < part.stop)]
+        if not inside:
+            yield part, 1.0
+            return
+        at = part.start
+        for s in inside:
+            if s.start > at:
+                yield slice(at, s.start), 1.0
+            yield s, self.lora_plus
+            at = s.stop
+        if at < (self.w.size if part.stop is None else part.stop):
+            yield slice(at, part.stop), 1.0
+
+    def rates(self, lr: float) -> dict[str, float]:
+        """Name the learning rates of a step beside lr, for its line of the log."""
+        return {"lr_b": lr * self.lora_plus} if self.lora_plus != 1 else {}
 
     def read_later(self, loss: Any) -> Callable[[], list[float]]:
         """Ask for numbers of the latest step: a loss (1,) float64, and the squared norms of gradients and weights."""

@@ -127,6 +127,9 @@ class Layout:
     that a layer's gradients are one slice, complete in the order in which backward finishes.
     """
 
+    # Parts with a learning rate of their own: of adapters alone.
+    faster: tuple[slice, ...] = ()
+
     def __init__(self, cfg: ModelConfig) -> None:
         self.cfg = cfg
         layers = [*enumerate(layers_of(cfg))]

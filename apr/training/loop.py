@@ -72,9 +72,7 @@ class Trainer:
 
     def __init__(self, inputs: Inputs, run: RunDir, ranks: Communicator = ALONE) -> None:
         s = inputs.settings
-        assert s.lr is not None
-        assert s.lr_min is not None
-        assert s.warmup_steps is not None
+        assert s.lr is not None and s.lr_min is not None and s.warmup_steps is not None  # noqa: PT018
         self.inputs, self.run, self.s, self.ranks, self.micro = inputs, run, s, ranks, inputs.micro
         split = self.split = (
             Split(ranks, inputs.backend, inputs.cfg, inputs.lora, s.cross_check) if ranks.count > 1 else None
@@ -193,7 +191,8 @@ class Trainer:
         line = self._measure(lr, tokens, counted, start, targets.size, numbers)
         if self.split:
             self.emit(self.split.computed(step))
-        line |= of_sources() | (model.preferences.tally.figures() if model.preferences else {})
+        line |= of_sources() | opt.rates(lr)
+        line |= model.preferences.tally.figures() if model.preferences else {}
         self.emit(Measured(line))
         self.ranks.at(f"after step {step}", is_timed=self._steps_here > 1)
         return line

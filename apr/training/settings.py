@@ -359,6 +359,8 @@ def resolve(s: Settings, explicit: Mapping[str, Any] | None = None) -> Settings:
         )
     defaults: dict[str, Any] = MODES[mode]
     adapters = s.lora_rank is not None or s.lora_init is not None
+    if s.lora_plus != 1 and not adapters:
+        raise UsageError("--lora-plus is about B of adapters: give --lora-rank or --lora-init too")
     usual = (LORA_LR if adapters else defaults["lr"]) * (PREFERENCE_SHARE if s.preferences else 1)
     lr = usual if s.lr is None else s.lr
     return dataclasses.replace(

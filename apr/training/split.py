@@ -155,6 +155,11 @@ class Split:
 
     def optimizer(self, model: Model, kind: type[Optimizer], **options: Any) -> Optimizer:
         """Build the optimizer of the own part of a model that was made with these buffers."""
+        if options.get("lora_plus", 1) != 1:
+            raise Refused(
+                f"--lora-plus and {self.ranks.count} ranks: the parts of ranks have one learning rate; start it without "
+                "--ranks, --gpus, mpirun or srun"
+            )
         self.bind(model)
         shard = self.shard
         self.opt = kind(self.be, shard.own, self.g, self.cut.decayed, shard.gather, shard, **options)

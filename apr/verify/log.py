@@ -52,7 +52,13 @@ def learning_rate(r: Record) -> Finding:
     assert s.lr_min is not None
     assert s.warmup_steps is not None
     schedule = Schedule(s.schedule, s.lr, s.lr_min, s.warmup_steps, s.num_steps)
-    wrong = [line["step"] for line in r.steps if not near(line["lr"], schedule(line["step"]))]
+    share = r.settings.lora_plus
+    wrong = [
+        line["step"]
+        for line in r.steps
+        if not near(line["lr"], schedule(line["step"]))
+        or not near(line.get("lr_b", share * line["lr"]), share * line["lr"])
+    ]
     bound = f"{s.schedule} up to {s.lr:g}, {s.warmup_steps} warm-up steps"
     measured = (
         f"step {wrong[0]} and {len(wrong) - 1} more differ" if wrong else f"{plural(len(r.steps), 'step')}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import MalformedFile, Refused
 from apr.evidence.adapters import base_unchanged, checkpoint_merge_error
+from apr.evidence.asked import _optimizer
 from apr.model.adapters import Adapters
+from apr.model.lora import AdapterLayout
 from apr.model.optim import AdamW
 from apr.model.params import Layout
 from apr.model.transformer import Model
@@ -217,3 +220,33 @@ def test_files_that_say_one_thing_and_hold_another_are_refused(bases, folder, tm
             read_adapter(str(out), cfg)
         assert said in str(e.value)
     assert peft.read_adapter(str(folder[0]["dora"]), cfg).deltas
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "near"), [("reference", "float64", 1e-7), ("cpu", "float32", 1e-5)]
+)
+def test_steps_of_lora_plus_are_those_of_peft(golden, bases, folder, backend, dtype, near):
+    start = start_of(bases, folder, "plus", backends.get(backend), dtype, lora_plus=8.0)
+    compare_steps(golden, "plus", *start, near)
+
+
+def test_a_ratio_on_a_in_the_place_of_b_is_seen(golden, bases, folder, monkeypatch):
+    monkeypatch.setattr(
+        AdapterLayout,
+        "faster",
+        property(lambda s: tuple(slice(p.a.offset, p.a.offset + p.a.size) for p in s.pairs[::-1])),
+    )
+    model, opt, ids, targets = start_of(bases, folder, "plus", reference, "float64", lora_plus=8.0)
+    with pytest.raises(AssertionError):
+        compare_steps(golden, "plus", model, opt, ids, targets, 1e-7)
+    settings = SimpleNamespace(**{f.name: getattr(opt, f.name) for f in fields(opt) if f.kw_only})
+    assert asked_rates(model, opt, settings)
+
+
+def asked_rates(model, opt, settings):
+    """Rows of gate before.settings on learning rates that are not as asked for."""
+    subject = SimpleNamespace(
+        optimizer=opt, adapters=model.adapters, model=model, shard=None, settings=settings
+    )
+    rows = _optimizer(subject, vars(settings))
+    return [name for name, built, asked in rows if "learning rate" in name and built != asked]

@@ -19,7 +19,7 @@ from apr.evidence.adapters import merge_error
 from apr.model.adapters import Adapters
 from apr.model.lora import AdapterLayout, LoraConfig, cut, lora_of_json, lora_to_json
 from apr.model.lora_settings import check_rank, lora_config
-from apr.model.optim import AdamW
+from apr.model.optim import AdamW, Optimizer
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
 from lora_runs import cache, cached, metrics, place, pretrain, steps, weights  # noqa: F401
@@ -131,7 +131,17 @@ def test_names_that_mean_nothing_are_refused():
         lora_config(None, None, None, embeddings=True)
 
 
-RUN = ("--lora-rank", "4", "--lora-targets", "q,v", "--train-embeddings", "--lora-modules-to-save", "norm")
+RUN = (
+    "--lora-rank",
+    "4",
+    "--lora-targets",
+    "q,v",
+    "--train-embeddings",
+    "--lora-modules-to-save",
+    "norm",
+    "--lora-plus",
+    "4",
+)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +157,9 @@ def run(place, cached, tmp_path_factory):
 def test_a_run_is_verified_and_what_it_saved_is_its_checkpoint(place, run, tmp_path, capsys):
     verdict = json.loads((run / "verdict.json").read_text())
     assert verdict["verdict"] == "PASS"
+    rates = [(m["lr"], m["lr_b"]) for m in metrics(run) if "train_loss" in m]
+    assert rates
+    assert all(b == 4 * a for a, b in rates)
     assert main(["verify", str(run), "--replay", "2", "--json"]) == 0
     rows = {r["check"]: r["verdict"] for r in json.loads(capsys.readouterr().out)["checks"]}
     assert set(rows.values()) == {"PASS"}
@@ -186,7 +199,12 @@ def test_an_adapter_goes_on(place, run, tmp_path):
     assert abs(next(m["val_loss"] for m in metrics(out) if "val_loss" in m) - end) <= 1e-6
 
 
-FAULTS = {"forgotten in the file": ("end.reload", 9), "stale": ("end.base", 9), "frozen": ("start.slope", 6)}
+FAULTS = {
+    "B by the rate of A": ("run.learning-rate", 6),
+    "forgotten in the file": ("end.reload", 9),
+    "stale": ("end.base", 9),
+    "frozen": ("start.slope", 6),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -207,6 +225,8 @@ def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault)
             "adapter_tensors",
             lambda *a: {k: x * ("embedding_A" not in k) for k, x in right(*a).items()},
         )
+    elif fault == "B by the rate of A":
+        monkeypatch.setattr(Optimizer, "_pieces", lambda self, part: [(part, 1.0)])
     elif fault == "stale":
 
         def stale(self):

@@ -93,6 +93,7 @@ OTHER = {
         "init", ["--lora-rank", "2", "--lora-modules-to-save", "norm"], ["--lora-rank", "2"],
     ),
     "train_embeddings": ("init", ["--lora-rank", "2", "--train-embeddings"], ["--lora-rank", "2"]),
+    "lora_plus": ("init", ["--lora-rank", "2", "--lora-plus", "4"], ["--lora-rank", "2"]),
     "lora_base": ("init", ["--lora-rank", "2", "--lora-base", "int8"], ["--lora-rank", "2"]),
     "lora_init": ("init", ["--lora-init", "adapter"], ["--lora-rank", "2"]),
     "init": ("init", [], ["--init", "other"]),
