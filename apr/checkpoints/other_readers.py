@@ -82,6 +82,11 @@ def compare_adapter(folder: Path, num_layers: int, want: Mapping[str, np.ndarray
     there = safetensors(folder / "adapter_model.safetensors")
     names, first = set(), "base_model.model."
     for module in config["target_modules"]:
+        if config["use_dora"]:
+            names |= {
+                f"{first}model.layers.{i}.{BLOCK[module]}.{module}.lora_magnitude_vector"
+                for i in range(num_layers)
+            }
         for x in "AB":
             if module in BLOCK:
                 names |= {
@@ -99,7 +104,7 @@ def compare_adapter(folder: Path, num_layers: int, want: Mapping[str, np.ndarray
     for odd in sorted((names | whole) ^ there.keys()) + sorted(there.keys() ^ want.keys()):
         raise _failed(folder, odd, "is in the file or among the names that PEFT looks for, not in both")
     for name, t in there.items():
-        if name in whole:
+        if name in whole or name.endswith(".lora_magnitude_vector"):
             continue
         module, _, letter = name.removesuffix(".weight").removeprefix(first).rpartition(".")
         fits = (r for p, r in config["rank_pattern"].items() if re.match(rf"(.*\.)?({p})$", module))

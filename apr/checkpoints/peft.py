@@ -117,8 +117,8 @@ class LoadedAdapter:
             why = "has an embedding and a head of their own, of a base where they are one matrix, of which --lora-init trains one"
         elif odd := [hf for hf in self.saved if hf.split(".")[-2] in LINEAR.values()]:
             why = f"trained {odd[0]} whole, of which --lora-init trains adapters only"
-        elif c.get("use_dora"):
-            why = "is one of DoRA, which --lora-init does not go on with"
+        elif c.get("use_dora") and set(names) & outside:
+            why = "is one of DoRA of embedding or head, which --lora-init does not go on with"
         if why:
             raise Refused(f"{self.source}: {why}; `apr merge` makes it part of the weights")
         ranks = {d.a.shape[0] for d in self.deltas.values()}
@@ -142,11 +142,13 @@ class LoadedAdapter:
             return LoraConfig(
                 int(c["r"]), float(c["lora_alpha"]), targets, bool(c.get("use_rslora")), None,
                 tuple((p, int(n)) for p, n in used["rank_pattern"]), tuple((p, float(n)) for p, n in used["alpha_pattern"]),
-                saved,
+                saved, bool(c.get("use_dora")),
             )  # fmt: skip
         # The first stands for all: ranks and scales are one.
         alpha = _of_pattern(c, "alpha_pattern", next(iter(self.deltas)).removesuffix(".weight"))
-        return LoraConfig(ranks.pop(), alpha, targets, bool(c.get("use_rslora")), saved=saved)
+        return LoraConfig(
+            ranks.pop(), alpha, targets, bool(c.get("use_rslora")), saved=saved, dora=bool(c.get("use_dora"))
+        )
 
     @cached_property
     def note(self) -> str:
@@ -381,6 +383,8 @@ def adapter_start(layout: AdapterLayout, adapter: LoadedAdapter) -> np.ndarray:
         delta = adapter.deltas[p.base.hf]
         for s, x in ((p.a, delta.a), (p.b, delta.b)):
             flat[s.offset : s.offset + s.size] = np.asarray(x, np.float32).reshape(-1)
+        if p.m is not None:
+            cut(flat, p.m)[...] = delta.magnitude
     for base, s in layout.saved:
         cut(flat, s)[...] = adapter.saved[base.hf]
     return flat

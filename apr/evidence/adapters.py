@@ -133,9 +133,9 @@ def merge_error(adapters: Adapters) -> tuple[float, str]:
             if s.hf not in pairs
             else (be.to_host(cut(adapters.w, slot)) for slot in (pairs[s.hf].b, pairs[s.hf].a))
         )
-        errors.append(
-            (_error_of_sum(got, [base, a, b], pairs[s.hf].scale if s.hf in pairs else 0.0, eps, last), s.hf)
-        )
+        pair = pairs.get(s.hf)
+        m = be.to_host(cut(adapters.w, pair.m))[:, None] if pair and pair.m else None
+        errors.append((_error_of_sum(got, [base, a, b], pair.scale if pair else 0.0, eps, last, m), s.hf))
     adapters.begin_forward()
     for s, slot in adapters.layout.saved:
         got, want = (be.to_host(x).astype(np.float64) for x in (adapters.computed(s), cut(adapters.w, slot)))
@@ -184,7 +184,9 @@ def _error_of_sum(
     if magnitude is not None:
         m = np.asarray(magnitude, np.float64)
         share = m / np.sqrt((want * want).sum(1 if m.ndim == 2 else 0, keepdims=m.ndim == 2))
-        want, size = want * share, size * np.abs(share)
+        # With that of the norm, of I squares, and of two more products.
+        want, size = want * share, (1 + np.sqrt(base.shape[-1]) / 4) * size * np.abs(share)
+        last *= 3
     return float((np.abs(got - want) / ((len(a) + 4) * eps * size + last * np.abs(want) + 1e-30)).max())
 
 

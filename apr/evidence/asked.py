@@ -260,6 +260,8 @@ def _adapters(a: Adapters | None, s: Mapping[str, Any]) -> Iterator[Row]:
         else parse_saved(s.get("lora_modules_to_save"), bool(s.get("train_embeddings")))
     )
     want |= _whole_tensors(a, ends)
+    if not s["lora_init"]:
+        yield "adapters, norms of rows", a.config.dora, bool(s.get("lora_dora"))
     got = {slot.hf: slot.shape for slot in a.layout.slots}
     yield "adapters, tensors", len(got), len(want)
     for name, shape in want.items():
@@ -311,6 +313,8 @@ def _adapter_tensors(a: Adapters) -> Iterator[tuple[str, tuple[int, ...]]]:
             kinds = ("embedding_B", "embedding_A") if slot.param.name == "embed" else ("A.weight", "B.weight")
             yield f"{name}.lora_{kinds[0]}", (rank, slot.shape[1])
             yield f"{name}.lora_{kinds[1]}", (slot.shape[0], rank)
+            if a.config.dora:
+                yield f"{name}.lora_magnitude_vector", slot.shape[:1]
 
 
 def _whole_tensors(a: Adapters, ends: tuple[str, ...]) -> dict[str, tuple[int, ...]]:

@@ -62,13 +62,16 @@ def random_weights(model: Model, opt: Optimizer, std: float, seed: int) -> Findi
 def new_adapters(adapters: Adapters, opt: Optimizer, seed: int, init: Checkpoint | None = None) -> str:
     """Find what differs from new adapters of a seed: A uniform in +-1 / sqrt(I) from its own stream, of an embedding normal, B
     zero, and what is trained whole as the checkpoint has it; "" for nothing."""
-    file = parameters(adapters.model.layout, init) if init and adapters.layout.saved else {}
+    file = parameters(adapters.model.layout, init) if init else {}
     for number, s in enumerate(adapters.layout.in_order()):
         x = adapters.be.to_host(opt.master[s.offset : s.offset + s.size])
         again = np.zeros(s.size, np.float32)
         if s.hf.endswith("lora_embedding_B"):
             rng = np.random.Generator(np.random.PCG64([seed, number]))
             again = rng.standard_normal(s.size, np.float32)
+        elif s.hf.endswith("lora_magnitude_vector"):
+            matrix = file[s.hf.removeprefix(PREFIX).replace("lora_magnitude_vector", "weight")]
+            again = np.linalg.norm(np.asarray(matrix, np.float64), axis=1).astype(np.float32)
         elif ".lora_" not in s.hf:
             if not np.array_equal(x, np.asarray(file[s.hf.removeprefix(PREFIX)], np.float32).reshape(-1)):
                 return f"{s.hf} is not that of the checkpoint"

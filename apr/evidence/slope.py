@@ -101,6 +101,8 @@ class Job:
 
     def restore(self) -> bool:
         """Put the weights back and clear gradients and sums; True where all bits are those of before."""
+        if self.adapters and self.adapters.dora:
+            self.adapters.dora.holds = False
         be, model = self.model.be, self.model
         self.opt.set_weights(self.saved)
         be.fill(self.opt.g, 0)
@@ -156,6 +158,9 @@ def slopes(job: Job) -> Iterator[Slope]:
     """Measure the slope along directions of each kind of tensor."""
     job.shake()
     g, kinds = job.gradient(), dict[str, list[Slot]]()
+    if job.adapters and job.adapters.dora:
+        # Norms count as constants in the gradient: they stand still.
+        job.adapters.dora.holds = True
     for s in job.layout.slots:
         kinds.setdefault(s.param.name, []).append(s)
     loss = job.loss()

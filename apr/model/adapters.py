@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from .dora import Dora
 from .eight_bits import rounded_rows
 from .lora import AdapterLayout, Pair, cut
 from .micro_gradients import add
@@ -77,6 +78,7 @@ class Adapters:
         # Of an embedding, whose gradients are added by rows.
         self._d_low_wide = have.get("d_low_wide")
         self._pairs = {(p.base.layer, p.base.param.name): p for p in layout.pairs}
+        self.dora = Dora(self) if layout.config.dora else None
         self.base_sha256 = ""
         # Of the head, for as many rows as the logits have columns: open_head.
         self.head: dict[str, Any] = {}
@@ -164,8 +166,7 @@ class Adapters:
         be.embedding_fwd(u, ids, b)
         be.gemm(da, u, dy, s, 1.0, True, False)
         du = self._d_low_wide[: n * rank].reshape(n, rank)
-        be.fill(du, 0)
-        be.gemm(du, dy, a, s, 1.0, False, True)
+        be.gemm(du, dy, a, s, 0.0, False, True)
         be.embedding_bwd(db, du, ids)
 
     def effective(self, layer: int, name: str) -> Any:
@@ -186,6 +187,8 @@ class Adapters:
                 self.be.adapted_int8(to, w, getattr(p, part + ROW), b, a, scale)
             else:
                 self.be.adapted(to, w, b, a, scale)
+            if self.dora and pair:
+                self.dora.normalise(to, pair, first)
             first += w.shape[0]
         return out
 
@@ -206,9 +209,11 @@ class Adapters:
         for part in FUSED.get(name, (name,)):
             rows = getattr(self.model.p.layer[layer], part).shape[0]
             pair, d = self._pairs.get((layer, part)), dy[:, first : first + rows]
-            first += rows
-            if pair is not None:
+            if pair is not None and self.dora:
+                self.dora.add(pair, d, x, first, self.named)
+            elif pair is not None:
                 self._add(pair, d, x)
+            first += rows
 
     def _factors(self, pair: Pair) -> tuple[Any, Any]:
         """View A and B, rounded, of a pair."""

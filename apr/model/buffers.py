@@ -211,6 +211,8 @@ class BufferPlan:
         part = {"adapter_part": BufferSpec("gradients", (layout.size,), wide)} if self.folds else {}
         if any(p.base.param.name == "embed" for p in layout.pairs):
             part["d_low_wide"] = BufferSpec("scratch", low, wide)
+        if layout.config.dora:
+            part |= dora_specs(layout, self.batch * self.seq, self.dtype, wide)
         return part | {
             "adapters": BufferSpec("weights", (layout.size,), wide),
             "factors": BufferSpec("weights", (layout.size,), self.dtype),
@@ -246,6 +248,30 @@ class BufferPlan:
             **dict(self.steps),
         }
         return {f"step_{name}": BufferSpec("cache", *of) for name, of in shapes.items()}
+
+
+def dora_specs(layout: AdapterLayout, tokens: int, dtype: str, wide: str) -> BufferSpecs:
+    """List the buffers of DoRA (dora.py): rows of norm sqrt(I) and zeros as large as a map; norms of all rows; what is as large
+    as B, or as y."""
+    rows = max(p.base.shape[0] for p in layout.pairs)
+    widest = max(max(p.base.shape) for p in layout.pairs)
+    factor, outputs = rows * layout.max_rank, tokens * rows
+    sizes = {
+        "unit": (layout.largest_map, dtype),
+        "zeros": (max(layout.largest_map, outputs), dtype),
+        "ones": (widest, dtype),
+        "factor": (factor, dtype),
+        "z": (outputs, dtype),
+        "dz": (outputs, dtype),
+        "zeros_wide": (max(factor, widest), wide),
+        "ones_wide": (max(widest, tokens), wide),
+        "sums": (factor, wide),
+        "scaled": (factor, wide),
+        "share": (rows, wide),
+        "constant": (max(1, tokens), wide),
+        "norms": (sum(p.base.shape[0] for p in layout.pairs), wide),
+    }
+    return {f"dora_{name}": BufferSpec("scratch", (size,), kind) for name, (size, kind) in sizes.items()}
 
 
 def plan_buffers(

@@ -62,7 +62,9 @@ def flops_per_token(c: ModelConfig, seq: int, backward: bool = True, lora: LoraC
         # A head that is trained whole has a gradient.
         head = "embed" if c.tie_word_embeddings else "head"
         heads = sum(s.size for s, _ in layout.saved if s.param.name == head)
-        return 4 * matmul_parameters(c) + 3 * scores + 4 * adapters + 2 * heads
+        # What the gradient of the norms of DoRA is made of: each product once more.
+        again = sum(p.base.size for p in layout.pairs if p.m)
+        return 4 * matmul_parameters(c) + 3 * scores + 4 * adapters + 2 * (heads + again)
     return (2 * matmul_parameters(c) + scores) * (3 if backward else 1)
 
 

@@ -48,6 +48,7 @@ class LoraConfig:
     rank_pattern, alpha_pattern: (pattern, number) for modules whose name ends with a pattern, a regular expression as PEFT
     has them; the first that matches holds
     saved: ends of the names of modules that are trained whole beside adapters, as PEFT's modules_to_save: embed_tokens
+    dora: rows of adapted matrices have norms that are trained: dora.py
     """
 
     rank: int
@@ -58,6 +59,7 @@ class LoraConfig:
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     saved: tuple[str, ...] = ()
+    dora: bool = False
 
     @property
     def scale(self) -> float:
@@ -101,12 +103,14 @@ def module_of(hf: str) -> str:
 
 @dataclass(frozen=True)
 class Pair:
-    """Slots of an adapted matrix: of W in the model's buffer, of A and B in the adapters' buffer; s of W + s B A."""
+    """Slots of an adapted matrix: of W in the model's buffer, of A and B in the adapters' buffer; s of W + s B A; the slot of
+    the norms of DoRA."""
 
     base: Slot
     a: Slot
     b: Slot
     scale: float
+    m: Slot | None = None
 
     @property
     def module(self) -> str:
@@ -153,6 +157,14 @@ class AdapterLayout:
         for s in whole:
             if not s.param.decay:
                 n = self._add_saved(s, n)
+        for k, p in enumerate(self.pairs if config.dora else ()):
+            hf = f"{PREFIX}{p.base.param.hf.removesuffix('.weight')}.lora_magnitude_vector"
+            m = Slot(
+                p.base.layer, Param(f"{p.base.param.name}.M", "", "norms", False, hf), n, p.base.shape[:1]
+            )
+            n = round_up(n + m.size, ALIGN)
+            self.slots.append(m)
+            self.pairs[k] = replace(p, m=m)
         self.size = n + ALIGN
         self.by_hf = {s.hf: s for s in self.slots}
 
@@ -246,9 +258,12 @@ class AdapterLayout:
             elif s.param.init == "normal":
                 rng = np.random.Generator(np.random.PCG64([seed, number]))
                 cut(flat, s)[...] = rng.standard_normal(s.shape, np.float32)
-        for base, slot in self.saved:
-            if read is not None:
+        if read is not None:
+            for base, slot in self.saved:
                 cut(flat, slot)[...] = read(base.hf)
+            for p in self.pairs:
+                if p.m is not None:
+                    cut(flat, p.m)[...] = np.sqrt(np.square(read(p.base.hf), dtype=np.float64).sum(1))
 
 
 def cut(flat: Any, s: Slot) -> Any:
@@ -272,7 +287,9 @@ def lora_to_json(c: LoraConfig) -> dict[str, Any]:
     plain = {"rank": c.rank, "alpha": c.alpha, "targets": list(c.targets), "rslora": c.rslora}
     patterns = {key: dict(getattr(c, key)) for key in PATTERNS if getattr(c, key)}
     saved = {"saved": list(c.saved)} if c.saved else {}
-    return plain | ({"base": c.base} if c.base else {}) | patterns | saved
+    return (
+        plain | ({"base": c.base} if c.base else {}) | patterns | saved | ({"dora": True} if c.dora else {})
+    )
 
 
 def lora_of_json(d: Mapping[str, Any]) -> LoraConfig:
@@ -280,5 +297,13 @@ def lora_of_json(d: Mapping[str, Any]) -> LoraConfig:
     ranks, alphas = (tuple(d.get(key, {}).items()) for key in PATTERNS)
     whole = tuple(d.get("saved", ()))
     return LoraConfig(
-        d["rank"], d["alpha"], tuple(d["targets"]), d["rslora"], d.get("base"), ranks, alphas, whole
+        d["rank"],
+        d["alpha"],
+        tuple(d["targets"]),
+        d["rslora"],
+        d.get("base"),
+        ranks,
+        alphas,
+        whole,
+        d.get("dora", False),
     )

@@ -33,15 +33,21 @@ def lora_config(
     alphas: str | None = None,
     saved: str | None = None,
     embeddings: bool = False,
+    dora: bool = False,
 ) -> LoraConfig | None:
     """Build a LoraConfig from flags; ranks, alphas: patterns; embeddings: they and the head are among the saved modules.
 
     None without a rank. Raises UsageError."""
     if rank is None:
-        if rslora or embeddings or any(x is not None for x in (alpha, targets, base, ranks, alphas, saved)):
+        if (
+            rslora
+            or embeddings
+            or dora
+            or any(x is not None for x in (alpha, targets, base, ranks, alphas, saved))
+        ):
             raise UsageError(
-                "--lora-alpha, --lora-targets, --lora-base, --lora-rslora, --lora-modules-to-save, --train-embeddings and "
-                "patterns are about adapters: give --lora-rank too"
+                "--lora-alpha, --lora-targets, --lora-base, --lora-rslora, --lora-dora, --lora-modules-to-save, "
+                "--train-embeddings and patterns are about adapters: give --lora-rank too"
             )
         return None
     return LoraConfig(
@@ -53,6 +59,7 @@ def lora_config(
         tuple((p, int(n)) for p, n in parse_pattern("--lora-rank-pattern", ranks, whole=True)),
         tuple(parse_pattern("--lora-alpha-pattern", alphas)),
         parse_saved(saved, embeddings),
+        dora,
     )
 
 
@@ -109,6 +116,15 @@ def check_rank(cfg: ModelConfig, config: LoraConfig) -> None:
     """Raise UsageError for a rank that no adapted matrix can use, above the smaller side of each, and for a pattern that
     matches no adapted matrix; and as check_saved does."""
     check_saved(cfg, config)
+    if config.dora and config.base:
+        raise UsageError(
+            "--lora-dora and --lora-base int8: norms of rows of 8-bit integers are not trained; leave one out"
+        )
+    if config.dora and (outside := [TARGETS[t] for t in config.targets if t in OUTSIDE]):
+        raise UsageError(
+            f"--lora-dora is of linear maps of the blocks, not of {outside[0]}; leave it out of --lora-targets, or train it "
+            "whole with --train-embeddings"
+        )
     plain = dataclasses.replace(config, rank=1, rank_pattern=(), alpha_pattern=())
     sides = {pair.module: min(pair.base.shape) for pair in AdapterLayout(cfg, plain).pairs}
     for name, patterns in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):

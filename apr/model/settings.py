@@ -68,6 +68,10 @@ class ModelSettings:
         "scale of the adapters is alpha / sqrt(rank), so that a higher rank is not held back (Kalajdzievski 2023)",
         False,
     )
+    lora_dora: bool = option(
+        "train norms of the rows of adapted matrices too, and adapters for their directions (DoRA, Liu et al. 2024)",
+        False,
+    )
     lora_rank_pattern: str | None = option(
         "ranks of matrices whose names end with a pattern, such as q_proj=4,layers.0.mlp.*=16 (PEFT's rank_pattern)",
         metavar="PATTERN=RANK",
@@ -97,10 +101,12 @@ def check_model(s: ModelSettings) -> None:
         s.lora_alpha_pattern,
         s.lora_modules_to_save,
     )
-    if s.lora_init and (s.lora_rslora or s.train_embeddings or any(x is not None for x in own)):
+    if s.lora_init and (
+        s.lora_rslora or s.lora_dora or s.train_embeddings or any(x is not None for x in own)
+    ):
         raise UsageError(
             "--lora-init goes on with an adapter as it is; leave --lora-rank, --lora-alpha, --lora-targets, --lora-rslora, "
-            "--lora-modules-to-save, --train-embeddings and the patterns out"
+            "--lora-dora, --lora-modules-to-save, --train-embeddings and the patterns out"
         )
     base = None if s.lora_init else s.lora_base
     if (adapters_of(s, base) or s.lora_init) and not s.init:
@@ -119,4 +125,5 @@ def adapters_of(s: ModelSettings, base: str | None) -> LoraConfig | None:
         s.lora_alpha_pattern,
         s.lora_modules_to_save,
         s.train_embeddings,
+        s.lora_dora,
     )

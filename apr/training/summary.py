@@ -80,7 +80,7 @@ def _adapters(i: Inputs) -> Rows:
         return []
     n, c = AdapterLayout(i.cfg, i.lora).num_parameters, i.lora
     share = 100 * n / Layout(i.cfg).num_parameters
-    more = [" (rslora)"] if c.rslora else []
+    more = [*([" (rslora)"] if c.rslora else []), *([" (DoRA)"] if c.dora else [])]
     more += [f", {p} {x:g}" for patterns in (c.rank_pattern, c.alpha_pattern) for p, x in patterns]
     numbers = f"rank {c.rank}, alpha {c.alpha:g}{''.join(more)}"
     text = f"{plural(n, 'parameter')} ({share:.2g} %), {numbers}: {', '.join(c.modules)}"

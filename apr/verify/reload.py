@@ -130,6 +130,12 @@ def adapter_difference(folder: Path, state: AprFile) -> str:
     pairs = AdapterLayout(cfg, lora).pairs
     if set(found.deltas) != {p.base.hf for p in pairs}:
         return f"{folder.name} adapts {plural(len(found.deltas), 'matrix')}, {len(pairs)} were trained"
+    for p in pairs:
+        m = found.deltas[p.base.hf].magnitude
+        if (p.m is None) != (m is None):
+            return f"{folder.name} has norms of rows, or was trained with them: one of both"
+        if p.m is not None and m is not None and not np.array_equal(m, np.asarray(state.tensors[p.m.hf])):
+            return f"{folder.name}: {p.m.hf} is not that of the state of the same step"
     whole = AdapterLayout(cfg, lora).saved
     if set(found.saved) != {base.hf for base, _ in whole}:
         return f"{folder.name} holds {plural(len(found.saved), 'whole tensor')}, {len(whole)} were trained"

@@ -17,6 +17,7 @@ from apr.cli.main import main
 from apr.common.errors import UsageError
 from apr.evidence.adapters import merge_error
 from apr.model.adapters import Adapters
+from apr.model.dora import Dora
 from apr.model.lora import AdapterLayout, LoraConfig, cut, lora_of_json, lora_to_json
 from apr.model.lora_settings import check_rank, lora_config
 from apr.model.optim import AdamW, Optimizer
@@ -31,6 +32,7 @@ CONFIGS = {
     "head": LoraConfig(3, 5.0, ("head",)),
     "whole": LoraConfig(3, 5.0, ("wq",), saved=("embed_tokens", "lm_head", "norm")),
     "vectors": LoraConfig(3, 5.0, ("wdown",), saved=("lm_head", "input_layernorm", "q_norm")),
+    "dora": LoraConfig(3, 5.0, ("wk", "wv", "wup", "wdown"), saved=("k_norm",), dora=True),
 }
 
 
@@ -49,6 +51,8 @@ def adapted(be, dtype, config, is_tied, **options):
     for s in layout.slots:
         if s.param.init == "zeros":
             cut(start, s)[...] = 0.1 * rng.standard_normal(s.shape)
+        elif s.param.init == "norms":
+            cut(start, s)[...] *= 1 + 0.1 * rng.standard_normal(s.shape)
     AdamW.of(model.adapters).set_weights(start)
     return model, rng.integers(0, cfg.vocab_size, (2, 9)).astype(np.int32)
 
@@ -66,6 +70,8 @@ def off(config, is_tied):
     loss(model, ids, 1 / 16)
     model.backward()
     w, found, rng = model.adapters.w, [], np.random.default_rng(0)
+    if model.adapters.dora:
+        model.adapters.dora.holds = True
     for s in model.adapters.layout.slots:
         place = slice(s.offset, s.offset + s.size)
         direction, start, ends = rng.standard_normal(s.size), w[place].copy(), []
@@ -104,7 +110,8 @@ def test_a_gradient_that_is_lost_is_seen(lost, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("name", "is_tied"), [("factors", True), ("factors", False), ("whole", True), ("vectors", False)]
+    ("name", "is_tied"),
+    [("factors", True), ("factors", False), ("whole", True), ("vectors", False), ("dora", True)],
 )
 def test_a_spot_check_sees_every_op(name, is_tied, dtype):
     model, ids = adapted(cpu if dtype == "float32" else rounded(), dtype, CONFIGS[name], is_tied)
@@ -112,7 +119,8 @@ def test_a_spot_check_sees_every_op(name, is_tied, dtype):
     assert report.agree, report.first
     taps = {row.tap for row in report.rows}
     head = "embed" if is_tied else "head"
-    assert {f"grad.{head}.B", "grad.embed.A"} <= taps if name == "factors" else f"grad.{head}" in taps
+    own = {"factors": {f"grad.{head}.B", "grad.embed.A"}, "dora": {"grad.1.wdown.M", "grad.0.wk.B"}}
+    assert own.get(name, {f"grad.{head}"}) <= taps
 
 
 def test_names_that_mean_nothing_are_refused():
@@ -123,6 +131,8 @@ def test_names_that_mean_nothing_are_refused():
         (dict(saved=" "), "empty"),
         (dict(saved="lm_head", targets="q,embed"), "train it whole or adapt it"),
         (dict(embeddings=True, targets="lm_head"), "train it whole or adapt it"),
+        (dict(dora=True, base="int8"), "--lora-base int8"),
+        (dict(dora=True, targets="q,embed"), "not of embed_tokens"),
     ):
         targets = options.pop("targets", None)
         with pytest.raises(UsageError, match=said):
@@ -247,6 +257,48 @@ def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault)
     gate, code = FAULTS[fault]
     out = tmp_path / "run"
     assert pretrain(place, out, *more, "--spot-check", "-1") == code
+    rows = {g["id"]: g["verdict"] for g in json.loads((out / "verdict.json").read_text())["gates"]}
+    assert rows[gate] == "FAIL"
+
+
+DORA = ("--lora-rank", "4", "--lora-targets", "q,v,down", "--lora-dora")
+
+
+def test_a_run_of_dora_is_verified_and_what_it_saved_is_its_checkpoint(place, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "m.apr"
+    assert pretrain(place, run, *DORA) == 0
+    capsys.readouterr()
+    assert main(["verify", str(run), "--replay", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["checks"]
+    assert {r["verdict"] for r in rows} == {"PASS"}
+    base = str(place / "base/ckpt/epoch-002.apr")
+    assert main(["merge", base, str(run / "ckpt/epoch-002-adapter"), "-o", str(out)]) == 0
+    merged, checkpoint = weights(out), weights(run / "ckpt/epoch-002.apr")
+    for name, want in checkpoint.items():
+        np.testing.assert_allclose(merged[name], want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("fault", ["norms are frozen", "norms are not saved"])
+def test_faults_of_dora_turn_their_gate_red(place, tmp_path, monkeypatch, fault):
+    gate, code = ("start.slope", 6) if "frozen" in fault else ("end.reload", 9)
+    if "frozen" in fault:
+        right = Dora.add
+
+        def add(self, pair, dy, x, first, named):
+            kept = np.array(cut(self.a.part, pair.m))
+            right(self, pair, dy, x, first, named)
+            cut(self.a.part, pair.m)[...] = kept
+
+        monkeypatch.setattr(Dora, "add", add)
+    else:
+        tensors = peft_write.adapter_tensors
+        monkeypatch.setattr(
+            peft_write,
+            "adapter_tensors",
+            lambda *a: {k: x * (1 + ("magnitude" in k)) for k, x in tensors(*a).items()},
+        )
+    out = tmp_path / "run"
+    assert pretrain(place, out, *DORA, "--spot-check", "-1") == code
     rows = {g["id"]: g["verdict"] for g in json.loads((out / "verdict.json").read_text())["gates"]}
     assert rows[gate] == "FAIL"
 
