@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .errors import MalformedFile, UsageError
 from .files import parse_value, read_text
 from .packages import pip_install
 
-# A number that YAML 1.1 takes for a text, such as 1e-4.
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+# Plain scalars of the core schema of YAML 1.2: their pattern, the characters that they begin with, and what they stand for.
+_SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
+    "null": ("~|null|Null|NULL|", "~nN", lambda text: None),
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789", lambda text: _whole(text)),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+        lambda text: float(re.sub(r"\.(?=[in])", "", text.lower())),
+    ),
+}
 # Characters of a file of settings.
 MAX_CHARACTERS = 1 << 20
 
@@ -50,7 +59,7 @@ def _yaml(text: str, path: Path) -> Any:
             raise MalformedFile(f"{path}: has anchors and aliases; write the values out")
         if twice := next(_twice(yaml.compose(text, yaml.SafeLoader)), ""):
             raise MalformedFile(f"{path}: {twice} stands there twice")
-        return _numbers(yaml.safe_load(text))
+        return yaml.load(text, _core(yaml.SafeLoader))
     except (yaml.YAMLError, ValueError) as e:
         raise MalformedFile(f"{path}: {' '.join(str(e).split())}") from None
 
@@ -64,10 +73,20 @@ def _twice(node: Any) -> Iterator[str]:
         yield from _twice(child[1] if isinstance(child, tuple) else child)
 
 
-def _numbers(value: Any) -> Any:
-    """Make numbers of the texts that are meant so."""
-    if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_numbers(v) for v in value]
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+def _whole(text: str) -> int:
+    """Read 0o17, 0x1f or 017, which is 17."""
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+def _core(safe: Any) -> Any:
+    """Make a loader that reads plain scalars as YAML 1.2 does: yes, no, on and off are text, as are dates and 12:30:00, and 1e4
+    is a number. safe: PyYAML's loader, which reads YAML 1.1."""
+
+    class Core(safe):
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    for kind, (pattern, first, make) in _SCALARS.items():
+        tag = f"tag:yaml.org,2002:{kind}"
+        Core.add_implicit_resolver(tag, re.compile(rf"(?:{pattern})\Z"), [*first, ""])
+        Core.add_constructor(tag, lambda loader, node, make=make: make(node.value))
+    return Core

@@ -309,7 +309,8 @@ def check(values: dict[str, Any], source: str) -> dict[str, Any]:
         if value is not None and (
             not isinstance(value, plain[key]) or (plain[key] is int and isinstance(value, bool))
         ):
-            raise UsageError(f"{source}: {key} = {value!r} is not of type {plain[key].__name__}")
+            hint = "; write true or false" if plain[key] is bool else ""
+            raise UsageError(f"{source}: {key} = {value!r} is not of type {plain[key].__name__}{hint}")
         if value is not None and allowed[key] and value not in allowed[key]:
             raise UsageError(f"{source}: {key} = {value!r}; choose one of {', '.join(allowed[key])}")
         if value is None and fields[key].default is not None:

@@ -81,6 +81,8 @@ def _unasked(r: Record) -> dict[str, str]:
     is_resumed = "went_on_with" in r.config["device"]
     if s.target_val_loss is None:
         out["end.target"] = "there was no target"
+    if not s.mix:
+        out["run.mixture"] = "the data had one source"
     if "lora" not in r.config["data"]:
         out["end.base"] = "there were no adapters"
     if s.init:

@@ -310,6 +310,13 @@ def test_a_map_of_unknown_names_is_refused(text: str) -> None:
         KeyMap.parse(text)
 
 
+@pytest.mark.parametrize("keys", ["messages=dialgo", "messages=dialog,role=speakr", "prompt=a.b"])
+def test_a_map_of_keys_that_no_record_has_is_refused(tmp_path: Path, tok: Tokenizer, keys: str) -> None:
+    rows = [{"dialog": [{"speaker": "user", "content": "a"}, {"speaker": "assistant", "content": "b"}]}] * 3
+    with pytest.raises(Refused, match=r"no record of .* has '(dialgo|speakr|a.b)'; they have 'dialog'"):
+        prepare_conversations(str(lines(tmp_path, rows)), tmp_path / "out", tok, None, 64, 0.3, keys=keys)
+
+
 # The Hub
 
 

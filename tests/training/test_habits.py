@@ -160,7 +160,7 @@ def test_two_lengths_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 # Files of settings
 
 TOML = 'corpus = "x"\nnum_steps = 1e4\n[optimizer]\nlr = 1e-4\nbatch-size = 8\nshuffle = false\n'
-YAML = "corpus: x\nnum_steps: 1e4\noptimizer:\n  lr: 1e-4\n  batch-size: 8\n  shuffle: no\n"
+YAML = "corpus: x\nnum_steps: 1e4\noptimizer:\n  lr: 1e-4\n  batch-size: 8\n  shuffle: false\n"
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.toml", TOML), ("a.yaml", YAML), ("a.yml", YAML)])
@@ -187,6 +187,9 @@ def test_files_of_settings(tmp_path: Path, name: str, text: str) -> None:
         ("a.yaml", "lr: 1\nseed: 3\nlr: 2\n", MalformedFile, "lr stands there twice"),
         ("a.yaml", "b:\n  lr: 1\n  lr: 2\n", MalformedFile, "lr stands there twice"),
         ("a.yaml", "b:\n  lr: 1\nlr: 2\n", UsageError, "lr stands there twice"),
+        ("a.yaml", "shuffle: no\n", UsageError, "shuffle = 'no' is not of type bool; write true or false"),
+        ("a.yaml", "num_steps: 1:30\n", UsageError, "num_steps = '1:30' is not of type int"),
+        ("a.yaml", "num_steps: 1_000\n", UsageError, "num_steps = '1_000' is not of type int"),
         ("a.json", '{"lr": 1, "lr": 2}', MalformedFile, "'lr' is there twice"),
         ("a.toml", "num-steps = 1\nnum_steps = 2\n", UsageError, "num_steps stands there twice"),
         ("a.toml", "eval_every = 1\nsteps_per_epoch = 2\n", UsageError, "eval_every stands there twice"),
@@ -208,6 +211,16 @@ def test_a_text_in_yaml_may_look_like_an_alias(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     (tmp_path / "a.yaml").write_text("sample: '*p = &x; R &D'\n")
     assert read_config(tmp_path / "a.yaml") == {"sample": "*p = &x; R &D"}
+
+
+def test_yaml_is_that_of_version_1_2(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    text = "sample: on\nseed: 017\nnum_steps: 0x10\nlr: 1e-4\ntarget_val_loss:\ncorpus: 2024-01-01\n"
+    (tmp_path / "a.yaml").write_text(text + "tokenizer: '1e5'\nshuffle: TRUE\n")
+    assert read_config(tmp_path / "a.yaml") == {
+        "sample": "on", "seed": 17, "num_steps": 16, "lr": 1e-4, "target_val_loss": None, "corpus": "2024-01-01",
+        "tokenizer": "1e5", "shuffle": True,
+    }  # fmt: skip
 
 
 def test_the_older_name_of_the_interval_of_evaluations() -> None:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from ...common.errors import UsageError
+from ...common.errors import Refused, UsageError
 
 Record = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 OF_RECORDS = ("messages", "conversations", "prompt", "response", "completion", "instruction", "input", "output", "text",
               "system", "history", "tools", "chosen", "rejected")  # fmt: skip
+# Keys of a file that a message names.
+SHOWN_KEYS = 20
 OF_MESSAGES = ("role", "content", "from", "value", "train")
 
 
 @dataclass(frozen=True)
 class KeyMap:
-    """Names of a file for ours, from --map: keys of records, of messages, and roles."""
+    """Names of a file for ours, from --map: keys of records, of messages, and roles.
+
+    met, there  theirs that a record had so far; keys of records and of messages, for a person"""
 
     names: tuple[tuple[str, str], ...] = ()
+    met: set[str] = field(default_factory=set, compare=False)
+    there: dict[str, None] = field(default_factory=dict, compare=False)
 
     @classmethod
     def parse(cls, text: str | None) -> KeyMap:
@@ -39,11 +45,14 @@ class KeyMap:
         """Give a record our names. A key inside another is written a.b."""
         if not self.names:
             return record
+        self._meet(record)
         out, taken = dict(record), {ours for ours, _ in self.names}
         for ours, theirs in self.names:
             value: Any = record
             for key in theirs.split("."):
                 value = value.get(key) if isinstance(value, dict) else None
+            if value is not None:
+                self.met.add(theirs)
             if ours in OF_RECORDS and value is not None:
                 out[ours] = value
                 # Left in place, it would decide what shape the record has. Keys may change places.
@@ -53,9 +62,26 @@ class KeyMap:
             for key, turns in out.items()
         }
 
+    def _meet(self, keys: Record) -> None:
+        """Note the keys of a record or a message."""
+        if len(self.met) < len(self.names):
+            self.met.update(keys)
+            if len(self.there) < SHOWN_KEYS:
+                self.there.update(dict.fromkeys(keys))
+
+    def refuse_unmet(self, corpus: object) -> None:
+        """Raise Refused for a key of theirs that no record had. A role may occur in none."""
+        for ours, theirs in self.names:
+            if theirs not in self.met and ours not in ROLES:
+                known = ", ".join(map(repr, list(self.there)[:SHOWN_KEYS]))
+                raise Refused(
+                    f"--map {ours}={theirs}: no record of {corpus} has {theirs!r}; they have {known}"
+                )
+
     def _turn(self, turn: Any) -> Any:
         if not isinstance(turn, dict):
             return turn
+        self._meet(turn)
         ours = {theirs: name for name, theirs in self.names}
         out = {ours[k] if ours.get(k) in OF_MESSAGES else k: v for k, v in turn.items()}
         for key in ("role", "from"):

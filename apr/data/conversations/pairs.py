@@ -165,6 +165,7 @@ def _pairs(corpus: Pairs, m: PackManifest) -> Iterator[Pair]:
             m.skip(item)
         elif isinstance(item, Pair):
             yield item
+    corpus.map.refuse_unmet(corpus)
 
 
 def _fitted(name: str, c: Any, r: Any, m: PackManifest) -> tuple[EncodedExample, EncodedExample] | Skipped:

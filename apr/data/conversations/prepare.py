@@ -147,6 +147,7 @@ def _examples(corpus: Conversations, m: PackManifest, records: _Counted) -> Iter
             records.unusable(item)
         elif isinstance(item, Example):
             yield item
+    corpus.map.refuse_unmet(corpus)
 
 
 def _pack(
