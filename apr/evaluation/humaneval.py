@@ -17,6 +17,7 @@ from ..common.units import plural
 from ..data.source import Source, Unusable
 from ..inference.generate import Generator, check_prompt, generator_memory, grouped, slots_needed
 from ..inference.sampling import Sampling, drawable_ids
+from ..inference.streaming import BROKEN
 from ..model.cost import Memory, check_fits
 from ..model.decode import lacks
 from ..tokenizer.tokenizer import Tokenizer
@@ -153,25 +154,40 @@ def continuation(
 
 
 class Growing:
-    """A completion that grows token by token, up to a stop sequence."""
+    """A completion that grows token by token, up to a stop sequence.
+
+    Of a long text only the latest tokens are decoded, after some before them, and looked through with the end of the text
+    before: a device may give tokens faster than all of a text could be decoded again for each."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self._tokenizer, self._stop, self._tail = tokenizer, stop, list(prompt[-TAIL_TOKENS:])
-        self._shown = len(tokenizer.decode(self._tail, skip_special=True))
         self._new: list[int] = []
-        self._text = ""
+        self._before, self._longest = "", max(map(len, stop), default=1)
+        self._look_from(self._tail)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=True)
+
+    def _look_from(self, ids: Sequence[int]) -> None:
+        self._latest, self._shown = list(ids), len(self._decode(ids))
 
     def feed(self, token: int) -> bool:
         """Take a token; tells whether a stop sequence is in the text."""
         self._new.append(token)
-        self._text = self._tokenizer.decode(self._tail + self._new, skip_special=True)[self._shown :]
-        return any(s in self._text for s in self._stop)
+        self._latest.append(token)
+        decoded = self._decode(self._latest)
+        text = self._before + decoded[self._shown :]
+        if len(self._latest) >= 3 * TAIL_TOKENS and not decoded.endswith(BROKEN):
+            self._before = text[-self._longest :]
+            self._look_from(self._latest[-TAIL_TOKENS:])
+        return any(s in text for s in self._stop)
 
     def result(self) -> tuple[str, int]:
         """Return (text, tokens taken). Raises Refused for none."""
         if not self._new:
             raise Refused("the model generated no token")
-        return cut(self._text, self._stop), len(self._new)
+        text = self._decode(self._tail + self._new)[len(self._decode(self._tail)) :]
+        return cut(text, self._stop), len(self._new)
 
 
 Jobs = Sequence[tuple[str, int]]  # prompt and seed of each completion

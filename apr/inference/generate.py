@@ -17,12 +17,20 @@ from ..model.transformer import Model
 from .sampling import Continuation, Sampling
 
 PROMPT_CHUNK_TOKENS = 256  # of prefill at a time, so that long prompts need no long buffers
+# of one row, and of all together, where calls are asynchronous: there a chunk costs the host the same whatever its length
+DEVICE_CHUNK_TOKENS, DEVICE_BATCH_TOKENS = 2048, 8192
+
+
+def prompt_chunk(backend: ModuleType, rows: int) -> int:
+    """Most tokens of a prompt to compute at once."""
+    many = min(DEVICE_CHUNK_TOKENS, DEVICE_BATCH_TOKENS // rows) if backend.asynchronous else 0
+    return max(PROMPT_CHUNK_TOKENS, many)
 
 
 class Generator:
     """A model with buffers and a KV cache for up to `rows` sequences of up to `slots` positions together.
 
-    weights: flat parameters on the backend (Layout order). chunk: most tokens of a prompt computed at once. among: ids that
+    weights: flat parameters on the backend (Layout order). chunk: as prompt_chunk, in its place. among: ids that
     may be drawn (see drawable_ids). recorded: tokens behind the prompt by steps that the device records (decode.Decoding), where
     it has them.
     """
@@ -35,11 +43,12 @@ class Generator:
         slots: int,
         dtype: str = "float32",
         rows: int = 1,
-        chunk: int = PROMPT_CHUNK_TOKENS,
+        chunk: int = 0,
         among: np.ndarray | None = None,
         recorded: bool = True,
     ) -> None:
-        self.cfg, self.slots, self.rows, self.chunk = cfg, slots, rows, min(chunk, slots)
+        self.cfg, self.slots, self.rows = cfg, slots, rows
+        self.chunk = min(chunk or prompt_chunk(backend, rows), slots)
         self._among = among
         self.model = Model(
             cfg, backend, rows, self.chunk, dtype, train=False, loss_rows=rows, cache=slots, w=weights
@@ -211,9 +220,8 @@ def grouped(cfg: ModelConfig, jobs: Sequence[tuple[int, int]], rows: int) -> lis
 
 def generator_memory(cfg: ModelConfig, backend: ModuleType, dtype: str, rows: int, slots: int) -> Memory:
     """Compute the memory of a Generator, weights included."""
-    return memory(
-        cfg, backend, rows, min(slots, PROMPT_CHUNK_TOKENS), dtype, train=False, loss_rows=rows, cache=slots
-    )
+    chunk = min(slots, prompt_chunk(backend, rows))
+    return memory(cfg, backend, rows, chunk, dtype, train=False, loss_rows=rows, cache=slots)
 
 
 def generate(
@@ -246,7 +254,7 @@ def generate(
         weights,
         slots_needed(cfg, [(len(ids), max_tokens)]),
         dtype,
-        chunk=min(len(ids), PROMPT_CHUNK_TOKENS),
+        chunk=min(len(ids), prompt_chunk(backend, 1)),
         among=among,
     )
     for _, token in generator.run([ids], sampling, ends):

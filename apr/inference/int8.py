@@ -17,6 +17,9 @@ from ..model.config import ModelConfig
 from ..model.eight_bits import rounded_rows
 from ..model.params import FUSED, Layout, padded_vocab
 
+FEW_LAUNCHES = 4  # on a GPU, of which each reads the matrix; to make it whole costs as much
+WHOLE_ELEMENTS = 1 << 25  # elements, for which scratch has room
+
 
 class Int8Matrix:
     """A matrix (O,I) as scale[o] * q[o,i]: q int8, scale float32 (O,), the largest element of each row being +-127.
@@ -148,10 +151,12 @@ def _on_a_gpu(gpu: Any) -> Any:
     steps = gpu.decoder()
 
     def linear_fwd(y: Any, x: Any, w: Any, b: Any) -> None:
-        if isinstance(w, Int8Matrix):
-            steps.linear(y, x, w, b)
-        else:
+        if not isinstance(w, Int8Matrix):
             gpu.linear_fwd(y, x, w, b)
+        elif len(x) <= FEW_LAUNCHES * steps.MAX_TOKENS or w.q.size > WHOLE_ELEMENTS:
+            steps.linear(y, x, w, b)
+        else:  # a prompt
+            gpu.linear_fwd(y, x, steps.whole(w, x.dtype.name), b)
 
     def embedding_fwd(y: Any, ids: Any, w: Any) -> None:
         if isinstance(w, Int8Matrix):

@@ -142,7 +142,7 @@ class Decoding:
             )  # fmt: skip
             self._branch(block, a.att_out, a.att, w.wo, layer.attn_post_norm and w.attn_post_norm, 1)
             norm = w.mlp_norm if layer.mlp_norm else None
-            ops.linear(a.act, res, w.wgu, norm=norm, eps=eps, gated=True)
+            ops.linear(a.act, res, w.wgu, norm=norm, eps=eps, gated=True, ahead=w.wdown)
             self._branch(block, a.mlp_out, a.act, w.wdown, layer.mlp_post_norm and w.mlp_post_norm, 2)
         logits = m._logits[:n]
         ops.rms_norm(s.final_norm, res, m.p.final_norm, eps)

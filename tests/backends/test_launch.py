@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from apr import backends
-from apr.backends.cuda import kernels
+from apr.backends.cuda import early, kernels
 from apr.common.errors import DeviceError, Refused
 
 TEXT = """// y = x + a
@@ -196,6 +197,64 @@ def test_scratch_is_one_buffer_made_before_capture(fake: Fake, launch: ModuleTyp
     assert launch.scratch.nbytes() == launch.SCRATCH_BYTES == x.base.nbytes
     fake.capturing = True
     assert launch.scratch((4,), "float32", "sums") is x
+
+
+class Placed(np.ndarray):
+    """An array with an address, as CuPy's."""
+
+    data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data))  # type: ignore[assignment]
+
+
+def test_a_kernel_is_launched_early_where_gpu_and_driver_can(
+    fake: Fake, launch: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hopper and CUDA 12.3; elsewhere the kernel waits as others do. The driver gets geometry, attribute and values."""
+    seen: list[Any] = []
+
+    def launches(config: Any, function: Any, at: Any, extra: Any) -> int:
+        c = config._obj
+        kinds = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
+        values = [ctypes.cast(a, ctypes.POINTER(kind))[0] for a, kind in zip(at, kinds, strict=True)]
+        attribute = c.attributes[0]
+        seen.append(
+            (
+                [*c.grid],
+                [*c.block],
+                c.shared,
+                c.stream,
+                c.count,
+                attribute.id,
+                attribute.value,
+                function.value,
+            )
+        )
+        seen.append(values)
+        return 719 if fake.broken else 0
+
+    library = SimpleNamespace(cuLaunchKernelEx=launches)
+    monkeypatch.setattr(launch, "Early", lambda: early.Early(library))
+    runtime, stream = fake.cuda.runtime, SimpleNamespace(ptr=77)
+    monkeypatch.setattr(fake.cuda, "get_current_stream", lambda: stream)
+    kernel = launch.kernel("add", "add_v", "float32")
+    kernel._launch = lambda *of: fake.launched.append(of)
+    kernel._launch.ptr = 5
+    x = np.zeros(4, np.float32).view(Placed)
+    for capability, version, able in (("90", 12030, True), ("80", 13000, False), ("90", 12020, False)):
+        seen.clear(), fake.launched.clear(), launch._early.cache_clear()
+        runtime.driverGetVersion = lambda version=version: version
+        monkeypatch.setattr(fake.cuda, "Device", lambda of=capability: SimpleNamespace(compute_capability=of))
+        kernel((3, 2), (64,), (x, x, 0.5, 4), 1024, early=True)
+        assert (len(seen), len(fake.launched)) == ((2, 0) if able else (0, 1))
+        if able:
+            assert seen == [
+                ([3, 2, 1], [64, 1, 1], 1024, 77, 1, 6, 1, 5),
+                [x.ctypes.data, x.ctypes.data, 0.5, 4],
+            ]
+    launch._early.cache_clear()
+    runtime.driverGetVersion, fake.broken = lambda: 13000, True
+    monkeypatch.setattr(fake.cuda, "Device", lambda: SimpleNamespace(compute_capability="90"))
+    with pytest.raises(DeviceError, match=r"add_v: the GPU refused a launch of grid .*719"):
+        kernel((3,), (64,), (x, x, 0.5, 4), early=True)
 
 
 ON_GPU = """// y[i] = a x[n-1-i] + b[i], turned around in shared memory; b may be null

@@ -3,6 +3,7 @@ path that computes op by op, greedy and drawn, alone and together, for every fam
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,8 +36,8 @@ SAMPLING = [
     Sampling(2, 0.9, seed=3, top_p=0.9),
 ]
 VARIANTS: dict[str, dict[str, int]] = {
-    "decode_linear": {"TOKEN_TILES": 1},
-    "decode_attention": {"LANES": 16},
+    "decode_linear": {"TOKEN_TILES": 0},
+    "decode_attention": {"HEADS": 4, "LANES": 16},
     "decode_pick": {},
 }
 
@@ -215,15 +216,67 @@ def test_the_draw_of_the_device_is_that_of_the_host(shim: Any, scale: float, opt
     assert not work[1].any()
 
 
+def test_ids_of_any_vocabulary_are_drawn(shim: Any, folder: Path, monkeypatch: Any) -> None:
+    """Equal logits, more of them than a list holds: the id alone decides, to its last bit; and ids of too few bits."""
+    vocab, draw = (1 << 21) + 3, 0.999999
+    allowed, seen = np.zeros(vocab, np.uint8), np.zeros((1, vocab), np.uint8)
+    allowed[-2100:] = 1
+    logits = np.zeros((1, vocab), np.float32)
+
+    def drawn() -> float:
+        made = decode.work_arrays(1, 1, 1, 1, 4)
+        work = tuple(np.zeros(*made[name]) for name in ("bins", "sums", "tops"))
+        state, chosen = [np.zeros(1, np.int32) for _ in range(3)], np.zeros(1)
+        numbers = np.full((1, 1), draw), np.array([[1.0, 1.0, 0.0, 1.0]]), np.zeros(1, np.int32)
+        decode.pick(*state, chosen, seen, work, logits, vocab, allowed, *numbers)
+        return float(chosen[0])
+
+    assert drawn() == vocab - 2100 + int(2100 * draw)
+    text, right = kernels.source("decode_pick"), "KEY_BITS - __clz(V)"
+    assert right in text
+    monkeypatch.setattr(ops, "machine", Host(folder, {"decode_pick": text.replace(right, "21")}))
+    assert drawn() != vocab - 2100 + int(2100 * draw)
+
+
+def test_kernels_wait_for_those_ahead(host: Host, folder: Path, shim: Any, monkeypatch: Any) -> None:
+    """An input that is there only after the wait (decode_shim.h), and a kernel that reads it before."""
+    rng = np.random.default_rng(0)
+    x, w, norm, old = (rng.standard_normal(s).astype(np.float32) for s in ((2, 64), (8, 64), 64, (2, 8)))
+    want = old + (x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * norm) @ w.T
+
+    def got(late: str) -> np.ndarray:
+        y, args = old.copy(), {"x": x.copy()}
+        at = {"x": args["x"], "y": y}[late]
+        is_there, library = at.copy(), ops.machine.library("decode_linear", "float32", TOKEN_TILES=0)
+        arrive = library._loaded.shim_late
+        pointers = [ctypes.c_void_p(a.ctypes.data) for a in (at, is_there)]
+        arrive(*pointers, ctypes.c_size_t(at.nbytes))
+        decode.linear(y, args["x"], w, norm=norm, eps=1e-5, adds=True)
+        arrive(None, None, ctypes.c_size_t(0))
+        return y
+
+    for late in ("x", "y"):
+        np.testing.assert_allclose(got(late), want, 1e-4, 1e-4)
+    text, call = kernels.source("decode_linear"), "  wait_for_before();\n"
+    for late, before in (("y", "  const int x_row = "), ("x", "  if (first < O) {\n")):
+        begin, end = text.rsplit(call, 2)[0], text[text.index(before) :]
+        middle = text[len(begin) + len(call) : len(text) - len(end)]
+        spoiled = Host(folder, {"decode_linear": begin + middle + call + end})
+        spoiled.shared_bytes = host.shared_bytes
+        monkeypatch.setattr(ops, "machine", spoiled)
+        assert np.isnan(got(late)).any(), late
+
+
 def test_products_on_tensor_cores(host: Host, shim: Any) -> None:
-    """Two tiles of tokens and one; inputs that fill no step; biases, gates, norms, sums; 8-bit weights."""
+    """Tiles of tokens, two, one and a half; inputs that fill no step, and many; biases, gates, norms, sums; 8-bit weights."""
     rng = np.random.default_rng(0)
     bf16 = np.dtype("bfloat16")
 
     def made(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(bf16)
 
-    for n, o, k, gated in ((3, 24, 72, False), (19, 20, 136, True)):
+    long = decode.LONG * 32
+    for n, o, k, gated in ((3, 24, 72, False), (19, 20, 136, True), (1, 16, long, False), (9, 8, 200, True)):
         x, b, norm, old = made(n, k), made(o), made(k), made(n, o)
         wide = made((1 + gated) * o, k)
         q = int8.Int8Matrix.of(wide.astype(np.float32))

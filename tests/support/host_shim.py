@@ -165,7 +165,9 @@ class Host:
     def kernel(self, module: str, name: str, act: str, **defines: int) -> Callable[..., None]:
         check = Arguments(name, kernels.signatures(module)[name], act, np.ndarray)
 
-        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared: int = 0) -> None:
+        def launch(
+            grid: Any, block: Any, args: tuple[Any, ...], shared: int = 0, early: bool = False
+        ) -> None:
             assert np.prod(block) % 32 == 0 or module == "flat"
             self.seed += 1
             self.library(module, act, **defines)(name, grid, block, check(args), shared, self.seed)

@@ -35,8 +35,6 @@ from apr.bisect.planted.kernel_faults import KERNEL_FAULTS, KernelFault  # noqa:
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 RECORD = ROOT / "tests" / "golden" / "nvrtc.json"
 BATCH = 16  # jobs that are compiled before the record is written
-# Modules in which nothing depends on the target: what compiles for the oldest does for all.
-PORTABLE = ("decode_attention", "decode_linear", "decode_pick")
 FOLDERS = {12: ("cuda_nvrtc/lib", "cuda_runtime/include"), 13: ("cu13/lib", "cu13/include")}
 
 USUAL = re.compile(r"ptxas +(\.|info +: (\d+ bytes gmem|Compiling entry|Function prop|Used \d|Compile time))")
@@ -83,16 +81,11 @@ def installed(major: int) -> tuple[Path, Path] | None:
     return None
 
 
-def targets(module: str) -> tuple[str, ...]:
-    """What a module is compiled for in tests."""
-    return TARGETS[:1] if module in PORTABLE else TARGETS
-
-
 def jobs(modules: Iterable[str] | None = None, only: tuple[str, ...] = ()) -> list[Job]:
     """Every variant of every module (or of some) on every target of it, or on some."""
     found = []
     for module in kernels.modules() if modules is None else modules:
-        for arch in only or targets(module):
+        for arch in only or TARGETS:
             for act, defines in kernels.variants(module, arch):
                 what = " ".join([module, act, *(f"{k}={v}" for k, v in defines.items()), arch])
                 found.append(Job(what, kernels.source(module), kernels.options(act, arch, defines)))

@@ -6,6 +6,7 @@ disk by CuPy, keyed by the text of the source, the options and the compiler's ve
 
 from __future__ import annotations
 
+import ctypes
 import math
 from functools import cache
 from typing import Any
@@ -18,6 +19,8 @@ from cupy_backends.cuda.api.driver import CUDADriverError
 from ...common.errors import DeviceError
 from . import kernels
 from .arguments import ACTS, Arguments, Scratch, out_of_memory
+from .driver import DriverError
+from .early import Early
 from .tensor_maps import tensor_map as tensor_map
 
 SCRATCH_BYTES = 64 << 20
@@ -36,8 +39,11 @@ class Kernel:
         self._arguments = arguments
         self._shared = 0
 
-    def __call__(self, grid: Shape, block: Shape, args: tuple[Any, ...], shared: int = 0) -> None:
-        """Launch grid blocks of block threads with `shared` bytes of dynamic shared memory.
+    def __call__(
+        self, grid: Shape, block: Shape, args: tuple[Any, ...], shared: int = 0, early: bool = False
+    ) -> None:
+        """Launch grid blocks of block threads with `shared` bytes of dynamic shared memory; early: while the kernel before
+        is at work, for one that waits for it by itself.
 
         Raises TypeError and ValueError for arguments that the kernel's declaration does not admit,
         DeviceError for a launch that the GPU refuses.
@@ -49,12 +55,30 @@ class Kernel:
             if shared > self._shared:
                 self.function.max_dynamic_shared_size_bytes = shared
                 self._shared = shared
-            self._launch(grid, block, converted, shared)
-        except CUDADriverError as e:
+            if early and (launcher := _early()):
+                stream = cupy.cuda.get_current_stream().ptr
+                launcher(self._launch.ptr, grid, block, shared, stream, [_value(a) for a in converted])
+            else:
+                self._launch(grid, block, converted, shared)
+        except (CUDADriverError, DriverError) as e:
             raise DeviceError(
                 f"{self.name}: the GPU refused a launch of grid {grid}, block {block}, {shared} bytes of "
                 f"shared memory: {e}"
             ) from e
+
+
+@cache
+def _early() -> Early | None:
+    """Make what launches kernels early, where the GPU and the driver can: Hopper, CUDA 12.3."""
+    able = int(cupy.cuda.Device().compute_capability) >= 90 and cupy.cuda.runtime.driverGetVersion() >= 12030
+    return Early() if able else None
+
+
+def _value(x: Any) -> Any:
+    """An argument of a kernel as the driver reads it."""
+    if x is None or isinstance(x, cupy.ndarray):
+        return ctypes.c_void_p(None if x is None else x.data.ptr)
+    return x
 
 
 @cache

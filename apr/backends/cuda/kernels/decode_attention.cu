@@ -3,21 +3,24 @@
 //   qk (n,(H+K)*D), rows qk_row apart, and v (n,K*D), rows v_row apart: of the new tokens; q_norm, k_norm (D,) or null:
 //   RMSNorm of each head; cos, sin (positions,D/2) float or null: rotation by the angles of positions (n,)
 //   keys, values (rows,slots,K,D): the new ones are put at slot positions[n]; y (n,H*D)
-//   part (n, K*groups, splits, HEADS, D+2) float, arrived (n, K*groups) int of zeros, which it is again at the end
+//   part (n, K*groups, splits, HEADS*(D+2)) float, arrived (n, K*groups) int of zeros, which it is again at the end
 //
-// grid (splits of KEYS slots, K*groups, n): a group is up to HEADS query heads of one key/value head. Blocks whose slots
+// grid (splits of KEYS slots, K*groups, n): a group is up to HEADS query heads of one key/value head, whose bits do not
+// depend on how many these are. Blocks whose slots
 // nobody sees end at once. Each turns its queries; those that hold the newest slot put the key and value there, all the same
-// bits. LANES lanes have a key, and all keys of a block are asked for at once. What a block finds lies in `part`; the last to arrive adds the parts in order. The bits depend on the sequence alone.
-#include "common.cuh"
+// bits. LANES lanes have a key, and all keys of a block that are cached are asked for at once, before the kernels ahead are
+// done: none of them writes such a slot, or a position. Turns with no slot in use are left out. What a block finds lies in
+// `part`; the last to arrive adds the parts in order. The bits depend on the sequence alone.
+#include "decode.cuh"
 
 // PTX
-extern __shared__ uint4 shared[];
 __device__ __forceinline__ float* shared_floats() { return reinterpret_cast<float*>(shared); }
 // end of PTX
 #ifndef LANES
 #define LANES 8
+#define HEADS 4
 #endif
-constexpr int HEADS = 4, THREADS = 512, TURNS = 8, AT_ONCE = THREADS / LANES, KEYS = TURNS * AT_ONCE;
+constexpr int THREADS = 512, TURNS = 8, AT_ONCE = THREADS / LANES, KEYS = TURNS * AT_ONCE;
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
 __device__ __forceinline__ float row_max(float x) {  // over a warp
@@ -52,6 +55,7 @@ __device__ __forceinline__ void attend(act* y, act* keys, act* values, const act
                                        const act* k_norm, const float* cos, const float* sin, const int* positions,
                                        float* part, int* arrived, long long qk_row, long long v_row, int slots, int H, int K,
                                        int D, int window, float scale, float eps) {
+  let_next_begin();
   const int n = blockIdx.z, pos = positions[n], per = H / K, groups = (per + HEADS - 1) / HEADS;
   const int kv = blockIdx.y / groups, h0 = kv * per + blockIdx.y % groups * HEADS, heads = min(HEADS, (kv + 1) * per - h0);
   const int low = window ? max(0, pos - window + 1) : 0, first = low / KEYS, last = pos / KEYS, split = blockIdx.x;
@@ -66,6 +70,7 @@ __device__ __forceinline__ void attend(act* y, act* keys, act* values, const act
   const long long row = (long long)K * D, at = (long long)n * slots * row + kv * D;
   const int pieces = D / N, piece = lane % LANES, mine = threadIdx.x / LANES, from = split * KEYS;
   const bool has = piece < pieces;
+  const int turns = (min(pos - from, KEYS - 1)) / AT_ONCE + 1;  // of this block
   // All that is in the cache already is asked for at once.
   Pack<N> k[TURNS], x[TURNS];
 #pragma unroll
@@ -76,6 +81,7 @@ __device__ __forceinline__ void attend(act* y, act* keys, act* values, const act
       x[t] = load<N>(values + at + j * row + piece * N);
     }
   }
+  wait_for_before();
   if (warp < heads) head(queries + warp * D, qk + n * qk_row + (h0 + warp) * D, q_norm, c, s, eps, D);
   if (split == last && warp == THREADS / 32 - 1) {
     head(of_warps, qk + n * qk_row + (H + kv) * D, k_norm, c, s, eps, D);
@@ -94,6 +100,7 @@ __device__ __forceinline__ void attend(act* y, act* keys, act* values, const act
       for (int i = 0; i < N; i++) q[h][i] = queries[h * D + piece * N + i];
 #pragma unroll
   for (int t = 0; t < TURNS; t++) {
+    if (t >= turns) break;
     const int j = mine + t * AT_ONCE;
     const bool seen = from + j >= low && from + j <= pos;
     if (has && from + j == pos) {
@@ -112,12 +119,15 @@ __device__ __forceinline__ void attend(act* y, act* keys, act* values, const act
   }
   __syncthreads();
   if (warp < heads) {
-    float of[KEYS / 32], most = minus_infinity(), sum = 0;
-#pragma unroll
-    for (int i = 0; i < KEYS / 32; i++) most = fmaxf(most, of[i] = p[warp * KEYS + lane + 32 * i]);
+    float most = minus_infinity(), sum = 0;
+#pragma unroll 4
+    for (int j = lane; j < turns * AT_ONCE; j += 32) most = fmaxf(most, p[warp * KEYS + j]);
     most = row_max(most);
-#pragma unroll
-    for (int i = 0; i < KEYS / 32; i++) sum += of[i] = exp_(of[i] - most), p[warp * KEYS + lane + 32 * i] = of[i];
+#pragma unroll 4
+    for (int j = lane; j < turns * AT_ONCE; j += 32) {
+      const float x = exp_(p[warp * KEYS + j] - most);
+      sum += x, p[warp * KEYS + j] = x;
+    }
     sum = lanes_sum(sum, 32);
     if (lane == 0) sums[2 * warp] = most, sums[2 * warp + 1] = sum;
   }
@@ -125,6 +135,7 @@ __device__ __forceinline__ void attend(act* y, act* keys, act* values, const act
   float out[HEADS][N] = {};
 #pragma unroll
   for (int t = 0; t < TURNS; t++) {
+    if (t >= turns) break;
     const int j = mine + t * AT_ONCE;
     if (has && from + j >= low && from + j <= pos)
 #pragma unroll

@@ -10,12 +10,11 @@
 // temperatures above 0, counts and weighs them by bins of their distance to the largest; decode_pick has a block for a
 // sequence. Weights are exp((x - largest) / T) in double, counted in units of 2^-44, so that sums do not depend on an order. A
 // limit or a draw is the first token, likeliest first and lowest id first among equals, whose running count or weight
-// reaches a bound: its bin, then the bits of its logit and of its id, 11 or 10 at a time. A bin of up to MOST tokens is
+// reaches a bound: its bin, then the bits of its logit and of its id, DIGIT at a time. A bin of up to MOST tokens is
 // listed once.
-#include "common.cuh"
+#include "decode.cuh"
 
 // PTX
-extern __shared__ uint4 shared[];
 __device__ __forceinline__ unsigned long long* shared_words() { return reinterpret_cast<unsigned long long*>(shared); }
 __device__ __forceinline__ void add(long long* p, unsigned long long x) { atomicAdd((unsigned long long*)p, x); }
 // end of PTX
@@ -116,6 +115,8 @@ decode_tops(long long* tops, const unsigned char* seen, const act* logits, const
             const double* options, long long logits_row, int V) {
   __shared__ u64 best[SLICE_THREADS / 32];
   const int n = blockIdx.y, begin = blockIdx.x * slice(V);
+  let_next_begin();
+  wait_for_before();
   const Row row(logits + n * logits_row, allowed, seen + (long long)n * V, options + 4 * n, V);
   u64 top = ~0ull;
   row.each(begin, min(V, begin + slice(V)), [&](int i, float x) {
@@ -139,6 +140,8 @@ decode_weigh(long long* bins, long long* sums, const long long* tops, const unsi
              const unsigned char* allowed, const double* options, long long logits_row, int V) {
   u64 *const counts = shared_words(), *const weights = counts + BINS;
   const int n = blockIdx.y, begin = blockIdx.x * slice(V);
+  let_next_begin();
+  wait_for_before();
   const u64 top = top_of(tops + n * SLICES);
   Row row(logits + n * logits_row, allowed, seen + (long long)n * V, options + 4 * n, V);
   const double min_p = options[4 * n + 2];
@@ -168,18 +171,21 @@ decode_weigh(long long* bins, long long* sums, const long long* tops, const unsi
 struct Work {  // in shared memory
   u64 bins_counts[BINS], bins_weights[BINS], counts[BINS], weights[BINS], list[MOST];
 };
-// Place of a token: likeliest first, lowest id first among equals.
-constexpr int ID_BITS = 21;
-__device__ __forceinline__ u64 place_of(float x, int id) { return (u64)key(x) << ID_BITS | (unsigned)id; }
+// Place of a token: likeliest first, lowest id first among equals. An id takes so many bits, at most 31.
+constexpr int DIGIT = 11, KEY_BITS = 32;
+static_assert(1 << DIGIT == BINS, "a digit has a bin for each value");
+__device__ __forceinline__ int id_bits(int V) { return KEY_BITS - __clz(V); }
+__device__ __forceinline__ u64 place_of(float x, int id, int bits) { return (u64)key(x) << bits | (unsigned)id; }
 
 // f(place, logit) for the tokens of a bin: of the list where there is one.
 template <class F>
 __device__ __forceinline__ void of_bin(const Row& row, const Work& work, int b, int listed, const F& f) {
+  const int bits = id_bits(row.V);
   if (listed) {
-    for (int i = threadIdx.x; i < listed; i += THREADS) f(work.list[i], logit((unsigned)(work.list[i] >> ID_BITS)));
+    for (int i = threadIdx.x; i < listed; i += THREADS) f(work.list[i], logit((unsigned)(work.list[i] >> bits)));
   } else {
     row.each(0, row.V, [&](int i, float x) {
-      if (row.bin(x) == b) f(place_of(x, i), x);
+      if (row.bin(x) == b) f(place_of(x, i, bits), x);
     });
   }
 }
@@ -197,14 +203,15 @@ __device__ __noinline__ bool descend(const Row& row, Work& work, u64& count, u64
     of_bin(row, work, b, 0, [&](u64 place, float) { work.list[atomicAdd(&size, 1)] = place; });
     listed = work.bins_counts[b];
   }
-  u64 found = 0;  // bits of the place
+  u64 found = 0;  // the leading bits of the place
+  const int of_id = id_bits(row.V);
 #pragma unroll 1
-  for (int shift = 42; shift >= 0;) {
-    const int bits = shift == 21 || shift == 0 ? 10 : 11;
+  for (int left = KEY_BITS + of_id; left > 0;) {
+    const int bits = min(DIGIT, left), shift = left - bits;
     for (int i = threadIdx.x; i < BINS; i += THREADS) work.counts[i] = work.weights[i] = 0;
     __syncthreads();
     of_bin(row, work, b, listed, [&](u64 place, float x) {
-      if (place >> (shift + bits) != found) return;
+      if (place >> left != found) return;
       const int i = (int)(place >> shift) & ((1 << bits) - 1);
       atomicAdd(work.counts + i, (u64)1);
       atomicAdd(work.weights + i, row.weight(x));
@@ -212,10 +219,10 @@ __device__ __noinline__ bool descend(const Row& row, Work& work, u64& count, u64
     __syncthreads();
     first_bin(at, work.counts, work.weights, bound);
     found = found << bits | at.bin;
-    shift = shift == 42 ? 31 : shift == 31 ? 21 : shift == 21 ? 10 : shift == 10 ? 0 : -1;
+    left = shift;
   }
-  id = (int)(found & ((1 << ID_BITS) - 1));
-  count = at.count + 1, sum = at.weight + row.weight(logit((unsigned)(found >> ID_BITS)));
+  id = (int)(found & ((1ull << of_id) - 1));
+  count = at.count + 1, sum = at.weight + row.weight(logit((unsigned)(found >> of_id)));
   return true;
 }
 
@@ -225,6 +232,8 @@ decode_pick(int* tokens, int* positions, int* steps, double* chosen, unsigned ch
             const double* options, const int* top_k, long long logits_row, int V, int slots) {
   Work& work = *reinterpret_cast<Work*>(shared_words());
   const int n = blockIdx.x;
+  let_next_begin();
+  wait_for_before();
   const u64 top = top_of(tops + n * SLICES);
   Row row(logits + n * logits_row, allowed, seen + (long long)n * V, options + 4 * n, V);
   int id = (int)(unsigned)top;
