@@ -38,7 +38,8 @@ WIDE = [
     *table("swiglu", "5 64, 3 4872"),
     *table("swiglu_again", "5 64"),
     *table("cross_entropy", "5 64, 4 8200, 3 800"),
-    *table("cross_entropy_rows_apart", "3 16421 16424"),  # long enough for clusters of blocks
+    # long enough for clusters of blocks; for more than they keep in registers
+    *table("cross_entropy_rows_apart", "3 16421 16424, 1 170003 170008"),
     *table("cross_entropy_z", "4 16384"),
     *table("cross_entropy_loss_only", "5 64, 2 16392"),
     *table("adamw", "4096"),
@@ -196,14 +197,15 @@ OFF_BY_ONE = [
     ("flat", "rest < n", "rest < n - 1"),
     ("flat", "left < length", "left < length - 1"),
     ("flat", "long long j = i; j < n;", "long long j = i; j < n - 1;"),
-    ("loss", "j == target % N", "j == target % N - 1"),
+    ("loss", "target - i * N", "target - i * N - 1"),
     ("loss_cluster", "  cluster_sync();\n  Softmax s{", "  Softmax s{"),
     ("loss_cluster", "b < BLOCKS; b++", "b < BLOCKS - 1; b++"),
     ("loss_cluster", "rank * each, end", "rank * (each - 1), end"),
     ("loss_cluster", "begin + each), first_of", "begin + each - 1), first_of"),
-    ("norm", "y + 1 < blockDim.y", "y + 2 < blockDim.y"),
+    ("norm", "y < blockDim.y; y++", "y < blockDim.y - 1; y++"),
     ("rope", "first + h * groups < heads", "first + h * groups < heads - 1"),
-    ("loss_cluster", "begin + held)) wait", "begin + held) - 1) wait"),
+    ("loss_cluster", "THREADS < left) own", "THREADS < left - 1) own"),
+    ("loss_cluster", "on - g * THREADS * N", "on - g * THREADS * N - 1"),
     ("swiglu", "f < F", "f < F - N"),
     ("swiglu", "y[i] = gate[i] * s * up[i]", "y[i] = gate[i] * s"),
 ]

@@ -14,7 +14,10 @@ OPS = ("attention", "cross_entropy")
 def kinds(arch: str) -> dict[str, str]:
     """Name the kernels that a GPU has for each of OPS, for the record of a run."""
     clusters = kernels.variants("loss_cluster", arch)
-    return {"attention": attention_wgmma.kind(arch), "cross_entropy": "clusters" if clusters else "blocks"}
+    return {
+        "attention": attention_wgmma.kind(arch),
+        "cross_entropy": "register clusters" if clusters else "blocks",
+    }
 
 
 def decisive(dtype: str, head_dim: int, vocab: int) -> Iterator[str]:

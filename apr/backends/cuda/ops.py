@@ -48,7 +48,7 @@ BLOCKS = 264  # two on each multiprocessor of an H200: in how many parts sums ov
 SUM_BLOCKS = 1056
 # dtype of weights: elements of gradients, and of new weights (a block of adamw), whose squares are one term of a norm
 square_tiles = {"float32": (1 << 14, 1024), "bfloat16": (1 << 14, 2048)}
-CLUSTER_PACKS = 512  # of 16 bytes, of a row, that a block of a cluster has at least
+CLUSTER_PACKS = 256  # of 16 bytes, of a row, that a block of a cluster has at least
 SHARED_STATIC = 1024  # bytes that a kernel may have besides its dynamic shared memory
 
 
@@ -427,20 +427,28 @@ def cross_entropy(loss: Array, logits: Array, targets: Array, scale: Any, z_loss
     v = _vector((_row(logits) * logits.itemsize,), logits)
     pack = 16 if v else logits.itemsize  # bytes
     pieces = max(1, vocab * logits.itemsize // pack)
-    module, name, blocks, most, own = "loss", "cross_entropy_v" if v else "cross_entropy_1", 1, 1024, 0
+    more = (int(scale is not None), number, at, z_loss)
     if v and machine.clusters and has_long_rows(vocab, logits.itemsize):
-        module, name, blocks = "loss_cluster", "cross_entropy_cluster", _constant("loss_cluster", "CLUSTER")
-        most, own = _constant(module, "CLUSTER_THREADS"), _constant(module, "SUM_BYTES")
-    each = ceil_div(pieces, blocks)
-    held = 0 if scale is None else min(each, (machine.shared_bytes - SHARED_STATIC - own) // pack)
+        module, blocks = "loss_cluster", _constant("loss_cluster", "CLUSTER")
+        _run(
+            module,
+            "cross_entropy_cluster",
+            logits,
+            (blocks * n,),
+            (_constant(module, "CLUSTER_THREADS"),),
+            *(loss, logits, targets, _row(logits), vocab, *more),
+            shared=_constant(module, "SUM_BYTES"),
+        )
+        return
+    held = 0 if scale is None else min(pieces, (machine.shared_bytes - SHARED_STATIC) // pack)
     _run(
-        module,
-        name,
+        "loss",
+        "cross_entropy_v" if v else "cross_entropy_1",
         logits,
-        (blocks * n,),
-        (min(most, round_up(each, 32)),),
-        *(loss, logits, targets, _row(logits), vocab, held, int(scale is not None), number, at, z_loss),
-        shared=own + held * pack,
+        (n,),
+        (min(1024, round_up(pieces, 32)),),
+        *(loss, logits, targets, _row(logits), vocab, held, *more),
+        shared=held * pack,
     )
 
 

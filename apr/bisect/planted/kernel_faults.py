@@ -649,7 +649,7 @@ _CATALOGUE = (
     ),
     KernelFault(
         "kernel_cluster_last_block_lost",
-        "the sum of exponentials of a long row lacks the quarter that the last block of a cluster has",
+        "the sum of exponentials of a long row lacks the part that the last block of a cluster has",
         *("loss_cluster", "b < BLOCKS; b++", "b < BLOCKS - 1; b++"),
         *("cross_entropy", "loss"),
         applies=lambda c: c.vocab_size >= 16384,
@@ -658,7 +658,7 @@ _CATALOGUE = (
     KernelFault(
         "kernel_sum_last_part_lost",
         "sums lack what the last block has added up",
-        *("flat", "i < parts; i += blockDim.x", "i < parts - 1; i += blockDim.x"),
+        *("flat", "blockDim.x < parts ? partial", "blockDim.x < parts - 1 ? partial"),
         *("add_sum", "total"),
     ),
     KernelFault(

@@ -18,3 +18,10 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   return {(unsigned short)((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)}; }
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  auto larger = [](__nv_bfloat16 a, __nv_bfloat16 b) {
+    const float x = __bfloat162float(a), y = __bfloat162float(b);
+    return x != x || x < y ? b : a;
+  };
+  return {larger(a.x, b.x), larger(a.y, b.y)};
+}

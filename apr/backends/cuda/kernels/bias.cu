@@ -4,6 +4,8 @@
 // its sums in the order of threadIdx.y into partial (gridDim.y, O), and bias_add adds those over the parts.
 #include "common.cuh"
 
+constexpr int AHEAD = 8;  // rows that a thread asks for at once
+
 template <int N>
 __device__ __forceinline__ void columns(float* partial, const act* dy, long long dy_row, int rows, int O) {
   __shared__ __align__(16) float sums[256 * N];
@@ -11,11 +13,16 @@ __device__ __forceinline__ void columns(float* partial, const act* dy, long long
   const int first = blockIdx.y * each, last = min(rows, first + each);
   float sum[N] = {};
   if (o < O)
-#pragma unroll 4
-    for (int n = first + threadIdx.y; n < last; n += blockDim.y) {
-      const Pack<N> x = load<N>(dy + n * dy_row + o);
+    for (int n = first + threadIdx.y; n < last; n += AHEAD * blockDim.y) {
+      Pack<N> x[AHEAD];
 #pragma unroll
-      for (int i = 0; i < N; i++) sum[i] += x[i];
+      for (int g = 0; g < AHEAD; g++)
+        if (n + g * blockDim.y < last) x[g] = load<N>(dy + (n + g * blockDim.y) * dy_row + o);
+#pragma unroll
+      for (int g = 0; g < AHEAD; g++)
+        if (n + g * blockDim.y < last)
+#pragma unroll
+          for (int i = 0; i < N; i++) sum[i] += x[g][i];
     }
   store_floats(sums + (threadIdx.y * blockDim.x + threadIdx.x) * N, sum);
   __syncthreads();

@@ -67,8 +67,15 @@ SQUARES(squares_1, 1)
 
 // total[0] += sum of partial (parts,); one block
 extern "C" __global__ void __launch_bounds__(1024) sum_add(double* total, const double* partial, int parts) {
+  constexpr int AHEAD = 16;  // that a thread asks for at once
   double sum = 0;
-  for (int i = threadIdx.x; i < parts; i += blockDim.x) sum += partial[i];
+  for (int first = threadIdx.x; first < parts; first += AHEAD * blockDim.x) {
+    double x[AHEAD];
+#pragma unroll
+    for (int g = 0; g < AHEAD; g++) x[g] = first + g * blockDim.x < parts ? partial[first + g * blockDim.x] : 0;
+#pragma unroll
+    for (int g = 0; g < AHEAD; g++) sum += x[g];
+  }
   sum = block_sum(sum);
   if (threadIdx.x == 0) total[0] += sum;
 }

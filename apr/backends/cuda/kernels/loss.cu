@@ -8,7 +8,7 @@
        float scale, const double* scale_at, float z_loss) {                                                         \
     extern __shared__ uint4 dynamic_shared[];                                                                       \
     __shared__ float tops[32], sums[32];                                                                            \
-    cross_entropy<N, 1, 0>(reinterpret_cast<Pack<N>*>(dynamic_shared), tops, sums, loss, logits, targets, logits_row,  \
+    cross_entropy<N, 1, 0, 0>(reinterpret_cast<Pack<N>*>(dynamic_shared), tops, sums, loss, logits, targets, logits_row,  \
                         V, held, gradient, scale_at ? (float)*scale_at : scale, z_loss);                            \
   }
 KERNEL(cross_entropy_v, VEC)

@@ -6,10 +6,10 @@
 //   loss (N,) float, logits (N,V) with rows logits_row elements apart, targets (N,) int; N*V may exceed 2^31
 //
 // A row belongs to a block, or in equal parts to the BLOCKS blocks of a cluster, which exchange maxima and sums. It is read
-// once for the maximum and the sum of exponentials (Milakov and Gimelshein 2018), and the first `held` packs of a part wait
-// in shared memory for the gradient; the rest is read again, from L2. Rows are taken from the last to the first: those were
-// written last by the product before, and lie in L2. What is left of a row after whole packs, less than a pack, is taken one
-// by one by the last block.
+// once for the maximum and the sum of exponentials (Milakov and Gimelshein 2018), and the first packs of a part wait for the
+// gradient in registers (OWN of each thread) or in shared memory (`held`); the rest is read again, from L2. Rows are taken from
+// the last to the first: those were written last by the product before, and lie in L2. What is left of a row after whole packs,
+// less than a pack, is taken one by one by the last block.
 #include "common.cuh"
 
 struct Softmax {
@@ -27,10 +27,29 @@ template <int BLOCKS>
 __device__ __forceinline__ Softmax joined(const Softmax& mine, float* top, float* sum);
 
 constexpr int GROUP = 4;  // packs that a thread works on at once
+constexpr float LOG2E = 1.44269504f;
+
+// The largest of m and the elements of p.
+template <int N>
+__device__ __forceinline__ float largest(const Pack<N>& p, float m) {
+  if constexpr (IS_BF16 && N > 1) {
+    const auto* const two = reinterpret_cast<const __nv_bfloat162*>(p.word);
+    const __nv_bfloat162 top = __hmax2(__hmax2(two[0], two[1]), __hmax2(two[2], two[3]));
+    return fmaxf(m, fmaxf(to_float(top.x), to_float(top.y)));
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; j++) m = fmaxf(m, p[j]);
+    return m;
+  }
+}
+// exp(x - top); in bfloat16 by a fused product, whose rounding of top * log2(e) all elements of a row share.
+__device__ __forceinline__ float exp_less(float x, float top) {
+  return IS_BF16 ? exp2f(fmaf(x, LOG2E, -top * LOG2E)) : expf(x - top);
+}
 
 // wait: room for `held` packs; tops, sums: for 32 floats each, of a block's shared memory
-// AHEAD: packs that a thread asks for before it waits for the first, and puts into `wait`; 0: as many as it works on
-template <int N, int BLOCKS, int AHEAD>
+// With OWN a block has THREADS threads.
+template <int N, int BLOCKS, int OWN, int THREADS>
 __device__ __forceinline__ void cross_entropy(Pack<N>* wait, float* tops, float* sums, float* loss, act* logits,
                                               const int* targets, long long logits_row, int V, int held, int gradient,
                                               float scale, float z_loss) {
@@ -51,37 +70,36 @@ __device__ __forceinline__ void cross_entropy(Pack<N>* wait, float* tops, float*
   }
   const float at_target = to_float(x[target]);  // read before a block of the row writes
 
-  if constexpr (AHEAD > 0)
-    for (int first = first_of; first < begin + held; first += AHEAD * blockDim.x) {
-      Pack<N> p[AHEAD];
-#pragma unroll
-      for (int g = 0; g < AHEAD; g++) {
-        const int i = first + g * blockDim.x;
-        if (i < min(end, begin + held)) p[g] = load<N>(x + (long long)i * N);
-      }
-#pragma unroll
-      for (int g = 0; g < AHEAD; g++) {
-        const int i = first + g * blockDim.x;
-        if (i < min(end, begin + held)) wait[i - begin] = p[g];
-      }
-    }
-
   Softmax s{LOWEST, 0};
-  for (int first = first_of; first < end; first += GROUP * blockDim.x) {
+  const int rest = first_of + OWN * THREADS, left = end - first_of;
+  act* const from = x + (long long)first_of * N;
+  Pack<N> own[OWN > 0 ? OWN : 1];
+  if constexpr (OWN > 0) {
+#pragma unroll
+    for (int g = 0; g < OWN; g++)
+      if (g * THREADS < left) own[g] = load<N>(from + g * THREADS * N);
+#pragma unroll
+    for (int g = 0; g < OWN; g++)
+      if (g * THREADS < left) s.top = largest(own[g], s.top);
+#pragma unroll
+    for (int g = 0; g < OWN; g++)
+      if (g * THREADS < left)
+#pragma unroll
+        for (int j = 0; j < N; j++) s.sum += exp_less(own[g][j], s.top);
+  }
+  for (int first = rest; first < end; first += GROUP * blockDim.x) {
     Pack<N> p[GROUP];
     float m = s.top;
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
       const int i = first + g * blockDim.x;
-      if (i < end) p[g] = AHEAD > 0 && i - begin < held ? wait[i - begin] : load<N>(x + (long long)i * N);
+      if (i < end) p[g] = load<N>(x + (long long)i * N);
     }
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
       const int i = first + g * blockDim.x;
-      if (AHEAD == 0 && i - begin < held) wait[i - begin] = p[g];
-      if (i < end)
-#pragma unroll
-        for (int j = 0; j < N; j++) m = fmaxf(m, p[g][j]);
+      if (OWN == 0 && i - begin < held) wait[i - begin] = p[g];
+      if (i < end) m = largest(p[g], m);
     }
     s.sum *= exp_(s.top - m);
     s.top = m;
@@ -105,25 +123,34 @@ __device__ __forceinline__ void cross_entropy(Pack<N>* wait, float* tops, float*
   if (threadIdx.x == 0 && rank == 0) loss[n] = logf(s.sum) + (s.top - at_target);
   if (!gradient) return;
   const float share = scale * (1 + 2 * z_loss * (s.top + logf(s.sum))) / s.sum;
-  for (int first = first_of; first < end; first += GROUP * blockDim.x) {
+  // on: elements from the first of a pack to the target
+  auto gradient_of = [&](act* at, const Pack<N>& p, int on, auto exp_of) {
+    float d[N];
+#pragma unroll
+    for (int j = 0; j < N; j++) d[j] = exp_of(p[j], s.top) * share;
+    if (on >= 0 && on < N)
+#pragma unroll
+      for (int j = 0; j < N; j++)
+        if (j == on) d[j] -= scale;
+    store(at, rounded(d));
+  };
+  const int on = target - first_of * N;
+  if constexpr (OWN > 0)
+#pragma unroll
+    for (int g = 0; g < OWN; g++)
+      if (g * THREADS < left) gradient_of(from + g * THREADS * N, own[g], on - g * THREADS * N, exp_less);
+  for (int first = rest; first < end; first += GROUP * blockDim.x) {
     Pack<N> p[GROUP];
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
       const int i = first + g * blockDim.x;
-      if (i < end) p[g] = i - begin < held ? wait[i - begin] : load<N>(x + (long long)i * N);
+      if (i < end) p[g] = OWN == 0 && i - begin < held ? wait[i - begin] : load<N>(x + (long long)i * N);
     }
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
       const int i = first + g * blockDim.x;
-      if (i >= end) break;
-      float d[N];
-#pragma unroll
-      for (int j = 0; j < N; j++) d[j] = exp_(p[g][j] - s.top) * share;
-      if (i == target / N)
-#pragma unroll
-        for (int j = 0; j < N; j++)
-          if (j == target % N) d[j] -= scale;
-      store(x + (long long)i * N, rounded(d));
+      if (i < end)
+        gradient_of(x + (long long)i * N, p[g], target - i * N, [](float x, float top) { return exp_(x - top); });
     }
   }
   if (tail < V) put(x[tail], exp_(to_float(x[tail]) - s.top) * share - (tail == target ? scale : 0));

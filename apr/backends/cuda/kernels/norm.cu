@@ -102,24 +102,24 @@ __device__ __forceinline__ void gradient(act* dx, float (&dw)[K][N], const act* 
   }
 }
 
-// partial[blockIdx.x] = sum of dw over the block's rows, in the order of threadIdx.y.
+// partial[blockIdx.x] = sum of dw over the block's rows, in the order of threadIdx.y. A block of several rows has at most 256
+// threads.
 template <int N, int K>
 __device__ __forceinline__ void write_partial(float* partial, const float (&dw)[K][N], int C) {
-  __shared__ float sums[32 * EACH];  // where a block has several rows, a row has at most this many elements
+  __shared__ __align__(16) float sums[256 * K * N];
   partial += (long long)blockIdx.x * C;
-  for (int y = 0; y < blockDim.y; y++) {
+  float* row = blockDim.y > 1 ? sums + threadIdx.y * C : partial;
 #pragma unroll
-    for (int k = 0; k < K; k++) {
-      const int c = (k * blockDim.x + threadIdx.x) * N;
-      if (threadIdx.y == y && c < C)
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-          const float sum = y ? sums[c + i] + dw[k][i] : dw[k][i];
-          if (y + 1 < blockDim.y) sums[c + i] = sum;
-          else partial[c + i] = sum;
-        }
-    }
-    if (y + 1 < blockDim.y) __syncthreads();
+  for (int k = 0; k < K; k++) {
+    const int c = (k * blockDim.x + threadIdx.x) * N;
+    if (c < C) store_floats(row + c, dw[k]);
+  }
+  if (blockDim.y == 1) return;
+  __syncthreads();
+  for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < C; c += blockDim.x * blockDim.y) {
+    float sum = sums[c];
+    for (int y = 1; y < blockDim.y; y++) sum += sums[y * C + c];
+    partial[c] = sum;
   }
 }
 
