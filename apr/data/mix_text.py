@@ -47,6 +47,10 @@ def tables_of(text: str) -> list[dict[str, str]]:
             tables.append({})
             continue
         key, equals, value = word.partition("=")
+        if key == "preferences":
+            raise UsageError(
+                f"--mix: {word}: pairs of preferences are not mixed; give them alone, with --preferences"
+            )
         if not equals or key not in KEYS:
             raise UsageError(f"--mix: {word!r}: write KEY=VALUE with a key of {', '.join(KEYS)}; {EXAMPLE}")
         if key in tables[-1]:
