@@ -176,6 +176,8 @@ def main(args: Sequence[str]) -> int:
         ("limit of speed", f"{rate / flops:,.0f} tokens/s: all FLOPs at this device's matrix-product rate, "
          f"{rate / 1e9:.0f} GFLOP/s, measured now"),
     ]  # fmt: skip
+    if backend.name == "cpu" and dtype == "float32":
+        rows.append(("bfloat16", _bfloat16_here()))
     if steps is not None:
         rows.append(("whole job", f"{result['flops']:.3g} FLOPs, at least {result['hours_at_limit']:.2f} h"))
     show.table(f"plan: {f.init or f.model}", rows)
@@ -187,6 +189,15 @@ def main(args: Sequence[str]) -> int:
             "--run-dir"
         )
     return code
+
+
+def _bfloat16_here() -> str:
+    """Say what --dtype bfloat16 gives on this processor."""
+    from ..backends.cpu.tiles import path
+
+    if path() == "float32":
+        return "this processor multiplies it as float32: half the memory of activations, no speed"
+    return f"products by {path()}, faster than float32, and half the memory of activations"
 
 
 def _disk(f: Flags, cfg: ModelConfig, dtype: str, lora: LoraConfig | None) -> disk.Disk:

@@ -23,6 +23,7 @@ DECIDING = (
     "cuda",
     "cublaslt",
     "matmul_algorithms",
+    "products",
     "attention",
     "cross_entropy",
 )

@@ -185,6 +185,7 @@ def open_inputs(
     if s.lora_rank is not None and lora is not None:
         check_rank(cfg, lora)
     s = with_steps(dataclasses.replace(s, dtype=s.dtype or backend.dtypes[0]), len(data.train))
+    backend.empty(0, s.dtype)  # makes ready what a dtype needs, of which the record of the run tells
     need = needs(s, cfg, backend, s.batch_size, s.seq_length, lora, optimizer_class(s), ranks.count == 1)
     if ranks.even:
         need = on_ranks(need, layout_of(cfg, lora), str(s.dtype), optimizer_class(s), ranks.count)

@@ -19,7 +19,7 @@ from .settings import Settings, check, steps_of
 BEFORE: dict[str, Any] = {"keep_checkpoints": 0, "ladder_mib": 0, "bos": "none"}
 
 # Facts of a device that may change the last bits of a run.
-DECIDE_BITS = ("backend", "gpu", "cpu", "kernels", "cuda", "cublaslt", "matmul_algorithms", *OPS)
+DECIDE_BITS = ("backend", "gpu", "cpu", "kernels", "cuda", "cublaslt", "matmul_algorithms", "products", *OPS)
 
 
 def continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
@@ -116,10 +116,11 @@ def check_same_kernels(inputs: Inputs, run: RunDir) -> None:
     if s.other_kernels or not isinstance(device, dict):
         return
     was, now = [device, *device.get("went_on_with", [])][-1], inputs.backend.describe()
-    for op in decisive(str(s.dtype), c.head_dim, c.vocab_size):
+    products = ["products"] if s.dtype == "bfloat16" else []  # of the cpu backend, by the processor
+    for op in (*decisive(str(s.dtype), c.head_dim, c.vocab_size), *products):
         if None not in (was.get(op), now.get(op)) and was[op] != now[op]:
             raise Refused(
-                f"{run.path}/config.json: {op} was computed by {was[op]}, and by {now[op]} on this GPU: the numbers would "
-                "differ in the last bits from here on; resume on a GPU of the same kind, or go on all the same with "
-                "--other-kernels"
+                f"{run.path}/config.json: {op} was computed by {was[op]}, and by {now[op]} here: the numbers would "
+                "differ in the last bits from here on; resume on a GPU or a processor of the same kind, or go on all the same "
+                "with --other-kernels"
             )

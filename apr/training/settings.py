@@ -182,7 +182,7 @@ class RunSettings:
     )
     resume: bool = option("go on with the run in --run-dir from its last saved state", False, may_change=True)
     other_kernels: bool = option(
-        "with --resume, although this GPU computes attention or the loss by other kernels: the last bits differ from here on",
+        "with --resume, although other kernels compute attention, the loss or products here: the last bits differ from here on",
         False,
         may_change=True,
     )
@@ -331,7 +331,9 @@ def resolve(s: Settings, explicit: Mapping[str, Any] | None = None) -> Settings:
     if mode == "finetune" and not s.init:
         raise UsageError("--mode finetune needs --init: a checkpoint to start from")
     if s.other_kernels and not s.resume:
-        raise UsageError("--other-kernels goes on with a run on another kind of GPU: give it with --resume")
+        raise UsageError(
+            "--other-kernels goes on with a run on another kind of GPU or processor: give it with --resume"
+        )
     check_preferences(s)
     if (s.eval_tasks_every or s.eval_tasks_limit) and not s.eval_tasks:
         raise UsageError("--eval-tasks-every and --eval-tasks-limit are about --eval-tasks; give it too")

@@ -3,6 +3,7 @@ larger ones, are in test_gpu_ops.py."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from apr import backends
 from apr.backends.contract import OPS, WRITES
+from apr.backends.cpu import tiles
 from cases import BF16, CASES, LARGEST, ROWS, TAKE_64, Arrays, Backend, Row, make, overlay, rows, run
 from precision import (
     Figures,
@@ -141,6 +143,38 @@ def test_accuracy(row: Row, dtype: str) -> None:
     """cpu; that it writes all of its outputs, nothing else and no input is checked by run()."""
     figures = accuracy(cpu, row, dtype)
     assert not off(figures), figures
+
+
+@over([row for row in ROWS if row.case.name.startswith("linear")])
+def test_products_of_a_processor_without_dot_products(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands that are widened, in bfloat16, whatever this processor has."""
+    cpu.empty(0, BF16)
+    monkeypatch.setattr(sys.modules["apr.backends.cpu.low"], "products", None)
+    assert not off(accuracy(cpu, row, BF16))
+
+
+@pytest.mark.skipif(tiles.path() == "float32", reason="this processor has no dot products of bfloat16")
+def test_dot_products_add_pairs_in_order(threads: None) -> None:
+    """Sums that go with no neighbour and no thread: of a product, those of a piece of it, to the bit."""
+    rng = np.random.default_rng(3)
+    x, w = (rng.standard_normal((n, 1025)).astype(np.float32).astype(BF16) for n in (97, 123))
+    y, piece = (cpu.empty(shape, BF16) for shape in ((97, 123), (33, 40)))
+    cpu.linear_fwd(y, x, w, None)
+    cpu.set_threads(1)
+    cpu.linear_fwd(piece, x[40:73], w[70:110], None)
+    assert np.array_equal(piece.view(np.uint16), y[40:73, 70:110].view(np.uint16))
+    dw = np.zeros((123, 1025), np.float32)
+    dy, dx = (cpu.empty(shape, BF16) for shape in ((97, 123), (97, 1025)))
+    cpu.from_host(dy, rng.standard_normal((97, 123)).astype(np.float32))
+    cpu.linear_bwd(dx, dw, None, dy, x, w, False)
+    # One pair: an exact product, a rounded sum.
+    pair = np.zeros((123, 1025), np.float32)
+    cpu.linear_bwd(dx[:2], pair, None, dy[:2], x[:2], w, False)
+    wide = dy[:2].astype(np.float64).T @ x[:2].astype(np.float64)
+    assert np.abs(pair - wide).max() <= 2.0**-23 * np.abs(wide).max()
+    twice = pair.copy()
+    cpu.linear_bwd(dx[:2], twice, None, dy[:2], x[:2], w, True)
+    assert np.array_equal(twice, 2 * pair)
 
 
 @over(LARGEST)

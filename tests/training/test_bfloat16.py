@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from apr import backends
 from apr.backends.contract import BF16
+from apr.backends.cpu import tiles
 from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.registry import open_host
 from apr.cli.main import main
@@ -76,6 +78,19 @@ def test_the_bits_come_again(run: Path, text: Path, stories: Path, tmp_path: Pat
             BF16 if pattern == "*.apr" else np.dtype("float32")
         }
     assert main(["verify", str(run), "--replay", "2"]) == 0
+
+
+def test_a_resume_with_other_products_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(run, tmp_path / "run"))
+    config = json.loads((path / "config.json").read_text())
+    assert config["device"]["products"] == tiles.path()
+    config["device"]["products"] = "other"
+    (path / "config.json").write_text(json.dumps(config))
+    assert main(["pretrain", "--resume", "--run-dir", str(path)]) == 5
+    assert "products was computed by other, and by" in capsys.readouterr().err
+    assert main(["pretrain", "--resume", "--run-dir", str(path), "--other-kernels"]) == 0
 
 
 @pytest.mark.parametrize("fault", [None, "k", "v"])

@@ -786,14 +786,15 @@ def test_going_on_with_a_run_that_ended_early(job, run, capsys, word, more):
 @pytest.mark.parametrize(
     ("before", "more", "wrong"),
     [
-        ({"attention": "wgmma"}, [], "attention was computed by wgmma, and by mma.sync on this GPU"),
+        ({"attention": "wgmma"}, [], "attention was computed by wgmma, and by mma.sync here"),
         (
             {"cross_entropy": "clusters"},
             [],
-            "cross_entropy was computed by clusters, and by blocks on this GPU",
+            "cross_entropy was computed by clusters, and by blocks here",
         ),
         ({"attention": "wgmma"}, ["--other-kernels"], ""),
         ({"attention": "mma.sync", "cross_entropy": "blocks"}, [], ""),
+        ({"products": "other"}, [], ""),  # of bfloat16, and this run is in float32
         ({}, [], ""),  # a run that is older than the record
         (
             {"attention": "mma.sync", "went_on_with": [{"attention": "wgmma"}]},

@@ -47,13 +47,19 @@ def _wide(builder, x):
     return builder.bitcast(builder.shl(builder.zext(x, _I32), _I32(16)), _F32)
 
 
-def _rounded(builder, x):
-    bits = builder.bitcast(x, _I32)
-    is_odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
-    nearest = builder.add(bits, builder.add(is_odd, _I32(0x7FFF)))
-    quiet = builder.or_(bits, _I32(0x400000))
+def rounded(builder, x, lanes=0):
+    """Round a float32, or a vector of so many, in LLVM's code."""
+    word, half = (ir.VectorType(t, lanes) if lanes else t for t in (_I32, _I16))
+
+    def number(n):
+        return ir.Constant(word, [n] * lanes if lanes else n)
+
+    bits = builder.bitcast(x, word)
+    is_odd = builder.and_(builder.lshr(bits, number(16)), number(1))
+    nearest = builder.add(bits, builder.add(is_odd, number(0x7FFF)))
+    quiet = builder.or_(bits, number(0x400000))
     bits = builder.select(builder.fcmp_unordered("uno", x, x), quiet, nearest)
-    return builder.trunc(builder.lshr(bits, _I32(16)), _I16)
+    return builder.trunc(builder.lshr(bits, number(16)), half)
 
 
 @lower_cast(BFloat16, types.Float)
@@ -64,7 +70,7 @@ def _widen(context, builder, source, target, x):
 @lower_cast(types.Float, BFloat16)
 @lower_cast(types.Integer, BFloat16)
 def _narrow(context, builder, source, target, x):
-    return _rounded(builder, context.cast(builder, x, source, types.float32))
+    return rounded(builder, context.cast(builder, x, source, types.float32))
 
 
 @intrinsic
@@ -72,7 +78,7 @@ def kept(typing, array, x):
     """x as `array` would keep it: a float32, rounded where elements are bfloat16."""
     if array.dtype != bfloat16:
         return types.float32(array, types.float32), lambda c, b, s, a: a[1]
-    return types.float32(array, types.float32), lambda c, b, s, a: _wide(b, _rounded(b, a[1]))
+    return types.float32(array, types.float32), lambda c, b, s, a: _wide(b, rounded(b, a[1]))
 
 
 @intrinsic

@@ -11,6 +11,7 @@ matrix products depend on it, all other sums are cut the same way whatever the n
 import ctypes
 import importlib.util
 import os
+from functools import cache
 from pathlib import Path
 
 import llvmlite.binding
@@ -37,6 +38,13 @@ def _load_openblas():
         llvmlite.binding.load_library_permanently(str(libraries[0]))
     except RuntimeError as e:
         raise ImportError(str(e), name=name) from None
+
+
+@cache
+def grid(parts, m, n):
+    """Cut an (m,n) product for `parts` threads: the grid that packs the fewest rows and columns."""
+    pairs = [(r, parts // r) for r in range(1, parts + 1) if parts % r == 0]
+    return min(pairs, key=lambda rc: (rc[1] * m + rc[0] * n, rc))
 
 
 def compiled_for():

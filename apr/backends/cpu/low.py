@@ -4,11 +4,15 @@
 Imported when the first array of bfloat16 is made, so that float32 alone waits for nothing.
 """
 
+from typing import Any
+
 import numpy as np
 from numba import prange
 
 from .kernels import _exp, _kernel, _largest, _row, low
 from .start import compile_all
+
+products: Any = None  # products.py, where the processor has instructions for it
 
 
 @_kernel("void(float32[:,:,:,:], act[:,:,:,:])")

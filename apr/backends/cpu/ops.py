@@ -19,7 +19,7 @@ from ...common.host import cpu_name
 from ...common.units import plural
 from .. import reference
 from ..contract import BF16
-from . import kernels
+from . import kernels, tiles
 from .start import start_threads
 
 Array = Any
@@ -59,10 +59,15 @@ def fill(x: Array, value: float) -> None:
         x[...] = value
 
 
+@cache
 def _low() -> Any:
-    """The kernels of bfloat16 alone; compiled, or read from Numba's cache, when they are first asked for."""
+    """The kernels of bfloat16; compiled, or read from Numba's cache, when they are first asked for."""
     from . import low
 
+    if tiles.path() != "float32":
+        from . import products
+
+        low.products = products
     return low
 
 
@@ -96,7 +101,8 @@ def set_device(index: int) -> None:
 def describe() -> dict[str, str]:
     """See reference.py."""
     threads = str(numba.get_num_threads())
-    return {"backend": name, "cpu": cpu_name(), "threads": threads, "kernels": kernels.compiled_for()}
+    own = {"backend": name, "cpu": cpu_name(), "threads": threads, "kernels": kernels.compiled_for()}
+    return own | ({"products": tiles.path()} if _low.cache_info().currsize else {})
 
 
 def set_threads(n: int) -> None:
@@ -109,16 +115,9 @@ def set_threads(n: int) -> None:
     start_threads(n)
 
 
-@cache
-def _grid(parts: int, m: int, n: int) -> tuple[int, int]:
-    """Cut an (m,n) product for `parts` threads: the grid that packs the fewest rows and columns."""
-    pairs = [(r, parts // r) for r in range(1, parts + 1) if parts % r == 0]
-    return min(pairs, key=lambda rc: (rc[1] * m + rc[0] * n, rc))
-
-
 def gemm(out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: bool, trans_b: bool) -> None:
     """See reference.py."""
-    rows, cols = _grid(numba.get_num_threads(), *out.shape)
+    rows, cols = kernels.grid(numba.get_num_threads(), *out.shape)
     kernels.gemm(out, _wide(a), _wide(b), trans_a, trans_b, alpha, beta, rows, cols)
 
 
@@ -136,6 +135,9 @@ def _put(x: Array, wide: Array) -> None:
 def linear_fwd(y: Array, x: Array, w: Array, b: Array | None) -> None:
     """See reference.py."""
     few = len(x) <= FEW_ROWS
+    if not few and x.dtype == BF16 and (p := _low().products):
+        p.multiply(y, p.rows(x), p.columns(w), x.shape[1], b)
+        return
     to = y if few else _like(y)
     if b is not None:
         kernels.fill_rows(to, _wide(b) if to is not y else b)
@@ -150,6 +152,13 @@ def linear_bwd(
     dx: Array, dw: Array | None, db: Array | None, dy: Array, x: Array, w: Array, adds: bool
 ) -> None:
     """See reference.py."""
+    if dx.dtype == BF16 and (p := _low().products):
+        p.multiply(dx, p.rows(dy), p.terms(w), len(w))
+        if dw is not None:
+            p.multiply(dw, p.transposed(dy), p.terms(x), len(x), adds=adds)
+        if db is not None:
+            kernels.add_columns(db, dy)
+        return
     to, wide = _like(dx), _wide(dy)
     gemm(to, wide, w, 1.0, 0.0, False, False)
     _put(dx, to)
