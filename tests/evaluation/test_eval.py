@@ -530,6 +530,31 @@ def test_a_context_of_spaces_and_one_without_tokens(small):
         choices.encode_pair(tokenizer, "x", "", [])
 
 
+def test_a_long_completion_is_looked_through_as_one_text(data, monkeypatch):
+    """Stop strings that span what is decoded together, at every distance from it; and without the end of the text before."""
+    t, stops = Tokenizer.from_file(data("stories260K/hf")), ("\nxyz", "zebra!")
+    prompt = t.encode_text("Once upon")
+    cases = [t.encode_text("a b c " * 4 + "d" * n + stop + " e") for n in range(24) for stop in stops]
+
+    def ends(ids):
+        growing = humaneval.Growing(t, prompt, stops)
+        taken = next((i for i, token in enumerate(ids) if growing.feed(token)), None)
+        return taken, growing.result()[0]
+
+    def expected(ids):
+        shown = len(t.decode(prompt, skip_special=True))
+        texts = [t.decode(prompt + ids[: i + 1], skip_special=True)[shown:] for i in range(len(ids))]
+        taken = next(i for i, text in enumerate(texts) if any(s in text for s in stops))
+        return taken, humaneval.cut(texts[taken], stops)
+
+    assert [ends(ids) for ids in cases] == [expected(ids) for ids in cases]
+    look = humaneval.Growing._look_from
+    monkeypatch.setattr(
+        humaneval.Growing, "_look_from", lambda self, ids: (look(self, ids), setattr(self, "_before", ""))
+    )
+    assert [ends(ids) for ids in cases] != [expected(ids) for ids in cases]
+
+
 # The command
 
 
