@@ -1,12 +1,14 @@
 """How fast do several GPUs train together, what does it cost beside one, and how does that compare with a peer?
 
     python tools/bench_ranks.py --gpus 2 --rows qwen2.5-0.5b:16x2048,llama-7b:4x4096:recompute
-    ... --peer "python3 ddp.py" --record bench/gpu/ranks.json
+    ... --peer "python tools/ddp_peer.py --peers FOLDER" --record bench/gpu/ranks.json
 
 A row is MODEL:BATCHxSEQ of a GPU, :recompute behind it. It is measured on one GPU and on all of them, each in processes of its
 own, one micro-batch a rank and step, the first of the next step asked for before the numbers of this one are read, as training
 does. Ways: "overlapped" (exchange and sum of a layer beside the backward pass of those before it), "after" (behind the pass),
-"none" (nothing exchanged: the sums are wrong, the time is that of the rest). A peer is a command that takes --gpus and a row and
+"none" (nothing exchanged: the sums are wrong, the time is that of the rest). "alone_ms" has what is moved and added in a step by
+itself, nothing else running: the exchange of all gradients, the same in bfloat16, their sums, and the gathering of weights. A
+peer is a command that takes --gpus and a row and
 prints one JSON line with "ms".
 """
 
@@ -41,11 +43,13 @@ from apr.model.transformer import Model
 from apr.ranks.communicator import Communicator
 from apr.ranks.environment import PLACE, RANK, STARTED
 from apr.ranks.launch import joined
+from apr.ranks.library import SHARED
 from apr.training.rank_memory import on_ranks
 from apr.training.split import Split
 
 WARM, LR, CHUNK = 3, 1e-5, 1 << 24
 FORMAT = "apr-bench-ranks-1"
+DTYPES = {"cuda": "bfloat16", "cpu": "float32"}
 
 
 def parse(row: str) -> tuple[str, int, int, bool]:
@@ -58,14 +62,14 @@ def parse(row: str) -> tuple[str, int, int, bool]:
 class Run:
     """One rank's model, optimizer and batch."""
 
-    def __init__(self, ranks: Communicator, row: str) -> None:
+    def __init__(self, ranks: Communicator, row: str, device: str) -> None:
         name, batch, seq, recompute = parse(row)
-        self.ranks, self.be = ranks, choose(ranks.device("cuda")).backend
-        cfg, be = load_config(name), self.be
+        self.ranks, self.be = ranks, choose(ranks.device(device)).backend
+        cfg, be, dtype = load_config(name), self.be, DTYPES[device]
         layout = Layout(cfg)
         self.split = Split(ranks, be, cfg) if ranks.count > 1 else None
         make = self.split.make_buffers if self.split else Buffers
-        self.model = Model(cfg, be, batch, seq, "bfloat16", recompute=recompute, make_buffers=make)
+        self.model = Model(cfg, be, batch, seq, dtype, recompute=recompute, make_buffers=make)
         if self.split:
             self.split.bind(self.model)
         chunk = np.random.default_rng(0).normal(0, 0.02, CHUNK).astype(np.float32)
@@ -114,6 +118,40 @@ class Run:
         self.model._warm.clear()
         self.model._passes.clear()
 
+    def moves(self, count: int) -> dict[str, float]:
+        """Time by themselves what a step moves and adds: median milliseconds of the slowest rank."""
+        assert self.split
+        split, shard, ranks, cut = self.split, self.split.shard, self.ranks, self.split.cut
+        pieces = [shard.received[: ranks.count * b.each].reshape(ranks.count, b.each) for b in cut.buckets]
+
+        def exchange(x: Any) -> None:
+            with ranks.beside():
+                for b, out in zip(cut.buckets, pieces, strict=True):
+                    starts = [b.first + r * b.each for r in range(ranks.count)]
+                    room = out.reshape(-1).view(x.dtype)[: out.size].reshape(out.shape)
+                    ranks.exchange(room, x, starts, [b.each] * ranks.count)
+            ranks.join()
+
+        def add() -> None:
+            for b, out in zip(cut.buckets, pieces, strict=True):
+                shard._add(split.g[b.at : b.at + b.each], list(out), False)
+
+        found = {}
+        for name, f in {
+            "exchange": lambda: exchange(split._moved["g"]), "exchange_of_weights_dtype": lambda: exchange(split._moved["w"]),
+            "sums": add, "gather": shard.gather,
+        }.items():  # fmt: skip
+            times = []
+            for _ in range(count):
+                self.be.sync()
+                ranks.share(None)
+                start = time.perf_counter()
+                f()
+                self.be.sync()
+                times.append(1e3 * (time.perf_counter() - start))
+            found[name] = round(max(ranks.share(statistics.median(times))), 3)
+        return found
+
     def steps(self, count: int) -> tuple[list[float], list[float]]:
         """Take steps: (milliseconds of each, loss of each)."""
         self.gradients()
@@ -132,10 +170,13 @@ class Run:
 
 def worker(a: argparse.Namespace) -> None:
     """Measure one row as one of the ranks; rank 0 prints it."""
-    import cupy
+    if a.device == "cpu":
+        sys.path.insert(0, str(ROOT / "tests/support"))
+        import fake_nccl
 
+        fake_nccl.install(setattr)
     with joined() as ranks:
-        run, (name, batch, seq, recompute) = Run(ranks, a.worker), parse(a.worker)
+        run, (name, batch, seq, recompute) = Run(ranks, a.worker, a.device), parse(a.worker)
         out: dict[str, Any] = {"row": a.worker, "gpus": ranks.count, "ways": {}}
         for way in a.ways.split(",") if run.split else ["alone"]:
             if run.split:
@@ -146,12 +187,21 @@ def worker(a: argparse.Namespace) -> None:
                 "ms": round(max(every), 3), "ms_of_ranks": [round(t, 2) for t in every],
                 "ms_all": [round(t, 2) for t in times], "losses": losses[:3],
             }  # fmt: skip
-        free, total = cupy.cuda.runtime.memGetInfo()
+        used = 0
+        if a.device == "cuda":
+            import cupy
+
+            free, total = cupy.cuda.runtime.memGetInfo()
+            used = total - free
+            # Several ranks on one GPU, as on a machine that has no more.
+            used //= ranks.count if os.environ.get(SHARED) else 1
+        if run.split:
+            out["alone_ms"] = run.moves(a.steps)
         cfg = load_config(name)
         plan = on_ranks(
-            lambda: memory(cfg, run.be, batch, seq, "bfloat16", recompute=recompute),
+            lambda: memory(cfg, run.be, batch, seq, DTYPES[a.device], recompute=recompute),
             Layout(cfg),
-            "bfloat16",
+            DTYPES[a.device],
             AdamW,
             ranks.count,
         )()
@@ -159,7 +209,7 @@ def worker(a: argparse.Namespace) -> None:
         out |= {
             "ms": best["ms"], "tokens_per_sec": round(run.tokens / best["ms"] * 1e3),
             "tflops_of_a_gpu": round(flops_per_token(cfg, seq) * batch * seq / best["ms"] / 1e9, 1),
-            "device_gib": round((total - free) / 2**30, 3), "planned_gib": round(plan.total / 2**30, 3),
+            "device_gib": round(used / 2**30, 3), "planned_gib": round(plan.total / 2**30, 3),
             "communicator": ranks.words, "device": run.be.describe(),
         }  # fmt: skip
         if ranks.rank == 0:
@@ -200,6 +250,9 @@ def main() -> None:
     p.add_argument("--peer", default="")
     p.add_argument("--peer-gpus", default="1,2")
     p.add_argument("--note", default="")
+    p.add_argument(
+        "--device", default="cuda", choices=list(DTYPES), help="cpu: NCCL played on host memory; does it run?"
+    )
     p.add_argument("--record")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     a = p.parse_args()
@@ -210,7 +263,18 @@ def main() -> None:
     if a.record and Path(a.record).exists():
         record["rows"] = json.loads(Path(a.record).read_text())["rows"]
     for row in a.rows.split(","):
-        command = [sys.executable, __file__, "--worker", row, "--steps", str(a.steps), "--ways", a.ways]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            row,
+            "--steps",
+            str(a.steps),
+            "--ways",
+            a.ways,
+            "--device",
+            a.device,
+        ]
         # Each GPU alone, all at once: as warm as when they train together, and the slowest is what they wait for.
         ones, many = alone(command, a.gpus), measured(command, a.gpus)
         found: dict[str, Any] = {"row": row, "alone": ones, "several": many}

@@ -147,7 +147,7 @@ class Reproduced(Event):
 class RanksComputed(Event):
     """Several ranks have computed the gradients of a step.
 
-    seconds     of each rank, for the fastest of its micro-batches: of the processor on a CPU
+    seconds     of each rank, for the fastest of its micro-batches: of the processor on a CPU, at cross-checks on a GPU
     other       rank whose micro-batch this one has computed again; -1 where none was due
     own, again  hashes of the gradients of the own micro-batch, and of the other's
     """

@@ -28,6 +28,8 @@ BEFORE, START, EQUAL, CROSS, SLOW = (
 )  # fmt: skip
 # Steps over which the fastest time of a rank is taken: what else its machine does passes, a slow processor does not.
 SLOW_STEPS = 20
+# The same on GPUs, which are timed at cross-checks alone: in other passes they wait for each other.
+SLOW_CHECKS = 3
 # Steps between comparisons of all weights; the first step of a process is compared too.
 EQUAL_EVERY = 10
 
@@ -109,7 +111,8 @@ class RankGates:
     def __init__(self, subject: Subject, gates: Gates, facts: Sequence[Mapping[str, Any]]) -> None:
         self.subject, self.gates, self.facts = subject, gates, facts
         self.steps, self.is_recorded = 0, False
-        self.seconds: deque[Sequence[float]] = deque(maxlen=SLOW_STEPS)
+        times = SLOW_CHECKS if subject.backend.asynchronous else SLOW_STEPS
+        self.seconds: deque[Sequence[float]] = deque(maxlen=times)
         self.path = subject.run / RANKS
 
     def step_begun(self, e: StepBegun) -> None:
@@ -144,7 +147,7 @@ class RankGates:
             measured = f"{plural(len(e.own), 'gradient')} of a micro-batch of each of {count} ranks, computed by another"
             self.gates.judge(Finding.of(CROSS, not why, measured, "equal bits", why), e.step)
         if not e.seconds:
-            self.gates.skip(SLOW, "GPUs compute while their processes wait")
+            self.gates.skip(SLOW, f"GPUs are timed at cross-checks; there were fewer than {SLOW_CHECKS}")
             return
         self.seconds.append(e.seconds)
         if len(self.seconds) == self.seconds.maxlen:

@@ -197,7 +197,8 @@ class Split:
                 model.micro_step(*batches[rank], scale, graph, begins=True, ready=fold, also=also)
                 step.keep(self.be, model.total)
                 keep(n, n * count + rank)
-                step.seconds = min(step.seconds, time.process_time() - start - self._folding)
+                if not self.be.asynchronous:
+                    step.seconds = min(step.seconds, time.process_time() - start - self._folding)
                 if is_due and n == 0:
                     step.own = hashes(self.be, self.trained.layout, self.trained.g)
             else:
@@ -208,9 +209,24 @@ class Split:
             if is_due and n == len(every) - 1:
                 # Of every other rank in turn. The first round has a micro-batch of each.
                 step.other = (rank + 1 + (self._count // self.cross_check) % (count - 1)) % count
-                model.micro_step(*parts[step.other], scale, graph, begins=True)
+                step.seconds = min(
+                    step.seconds,
+                    self._timed(partial(model.micro_step, *parts[step.other], scale, False, True)),
+                )
                 step.again = hashes(self.be, self.trained.layout, self.trained.g)
             model.tokens_trained = trained
+
+    def _timed(self, compute: Callable[[], None]) -> float:
+        """Do what no other rank takes part in; returns its seconds on a device, which others do not share; else infinity."""
+        if not self.be.asynchronous:
+            compute()
+            return math.inf
+        with self.ranks.waits():
+            self.be.sync()
+        start = time.perf_counter()
+        compute()
+        self.be.sync()
+        return time.perf_counter() - start
 
     def _fold(self, micro_batches: int, begins: bool, layer: int | None) -> None:
         """Exchange and add what a layer's backward pass has completed."""
@@ -231,14 +247,14 @@ class Split:
         def values() -> list[float]:
             with self.ranks.waits():
                 *losses, square, weights = numbers()
-            # Of the processor: other work on the machine makes no rank look slow. A device works while its process waits.
-            seconds = 0.0 if self.be.asynchronous else step.seconds
-            shared, total = self.ranks.share((losses, step.tokens, seconds)), 0.0
+            # Of the processor: other work on the machine makes no rank look slow. Of a device where another's micro-batch
+            # was computed again: in all others it waits for other ranks.
+            shared, total = self.ranks.share((losses, step.tokens, step.seconds)), 0.0
             for n in range(step.micro_batches):
                 total += shared[n % count][0][n // count]
             self.model.tokens_trained += sum(tokens for _, tokens, _ in shared)
             self.shard.start = None
-            times = () if self.be.asynchronous else tuple(s for _, _, s in shared)
+            times = tuple(s for _, _, s in shared if s < math.inf)
             self._computed = partial(
                 RanksComputed, seconds=times, other=step.other, own=step.own, again=step.again
             )

@@ -314,7 +314,7 @@ def together(count, folder, jobs, env):
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(JOBS), str(path)],
+            [sys.executable, str(JOBS), str(path), *(["played"] if count > 1 else [])],
             env=env | (of_ranks | {RANK: str(r)} if count > 1 else {}),
             stderr=subprocess.PIPE,
             text=True,

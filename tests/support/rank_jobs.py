@@ -1,14 +1,17 @@
 """Run jobs of `apr pretrain` one after the other, on the ranks that this process is one of: python rank_jobs.py JOBS.json
 
-A job is {"name", "args", "fault"}; outcomes go to JOBS.json.out: {name: "DONE", or the status and message of its error}.
+A job is {"name", "args", "fault"}; outcomes go to JOBS.json.out: {name: "DONE", or the status and message of its error}, and
+the seconds of each to JOBS.json.seconds. `played` behind the file: NCCL and the GPUs are those of fake_nccl.py.
 A fault is planted on every rank, and acts on the rank that it names. What takes long and has nothing to do with ranks is left
 out: steps of stock models before the first step, a fresh process and pictures at the end.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -21,6 +24,7 @@ from apr.common.errors import AprError
 from apr.evidence import end
 from apr.evidence import ranks as of_ranks
 from apr.model.transformer import Model
+from apr.ranks import library
 from apr.ranks.launch import joined
 from apr.ranks.shard import TILE, Bucket, Shard
 from apr.training import run as running
@@ -185,6 +189,48 @@ def a_border_off_by_one_tile(ranks):
     return put(Bucket, "of", shifted)
 
 
+def without_copy_engines(ranks):
+    """NCCL moves with kernels, as it does by itself."""
+    return put(library, "ZERO_BLOCKS", lambda _: library.UNDEFINED)
+
+
+def _ends_in_a_step(ranks, number):
+    """A signal ends the last rank where the others wait for its bytes in the recorded pass of step 4."""
+    calls = []
+
+    def ending(right):
+        def train_step(self):
+            calls.append(1)
+            return right(self)
+
+        return train_step
+
+    def computing(right):
+        def micro_step(self, *args, **options):
+            if len(calls) == 4 and ranks.rank == ranks.count - 1:
+                Path(f"{sys.argv[1]}.moment").write_text(str(time.time()))
+                os.kill(os.getpid(), number)
+            return right(self, *args, **options)
+
+        return micro_step
+
+    return put(Trainer, "train_step", ending), put(Model, "micro_step", computing)
+
+
+@contextmanager
+def killed_in_a_step(ranks):
+    one, other = _ends_in_a_step(ranks, signal.SIGKILL)
+    with one, other:
+        yield
+
+
+@contextmanager
+def halted_in_a_step(ranks):
+    one, other = _ends_in_a_step(ranks, signal.SIGSTOP)
+    with one, other:
+        yield
+
+
 def other_code(ranks):
     return put(running, "code_sha256", lambda right: lambda: f"{right()}{'+' * ranks.rank}")
 
@@ -202,16 +248,19 @@ def none(ranks):
     return put(running, "say", lambda right: lambda *args: None)
 
 
-def main(path):
+def main(path, played=""):
     """Run the jobs of a file."""
-    jobs, outcomes = json.loads(Path(path).read_text()), {}
+    jobs, outcomes, seconds = json.loads(Path(path).read_text()), {}, {}
     end._reload = lambda t, gates, evaluation: None
     running.FormulaChecks = lambda *args: None
     running._close = lambda run, show: running.seal(run.path)
-    if "APR_RANKS_AT" in os.environ:
+    if played:
         fake_nccl.install(setattr)
+    if said := os.environ.get("STACKS_AFTER"):
+        faulthandler.dump_traceback_later(float(said), repeat=True)
     with joined() as ranks:
         for job in jobs:
+            start = time.perf_counter()
             with none(ranks), globals()[job.get("fault", "none")](ranks):
                 settings, explicit = from_command_line(job["args"])
                 try:
@@ -219,9 +268,11 @@ def main(path):
                     outcomes[job["name"]] = "DONE"
                 except AprError as e:
                     outcomes[job["name"]] = f"{e.status} {e}"
-        if ranks.rank == 0:
-            Path(f"{path}.out").write_text(json.dumps(outcomes))
+            seconds[job["name"]] = round(time.perf_counter() - start, 2)
+            if ranks.rank == 0:
+                Path(f"{path}.out").write_text(json.dumps(outcomes))
+                Path(f"{path}.seconds").write_text(json.dumps(seconds))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -633,9 +633,18 @@ def fill(x, value):
             part[i] = value
 
 
-@_kernel("float64(float32[::1], boolean)")
-def total(x, square):
-    """sum x or sum x^2: float32 within 256 terms, float64 across; always cut in the same places."""
+@_kernel("float64(float64[::1])", parallel=False)
+def joined(x):
+    """sum x, where the compiler chooses the order: parts of a sum, whoever has made them, are added by this kernel alone."""
+    out = 0.0
+    for p in range(x.size):
+        out += x[p]
+    return out
+
+
+@_kernel("float64[::1](float32[::1], boolean)")
+def parts(x, square):
+    """sum x or sum x^2 of every CHUNK elements: float32 within 256 terms, float64 across; always cut in the same places."""
     n = x.size
     chunks = (n + CHUNK - 1) // CHUNK
     partial = np.zeros(chunks, np.float64)
@@ -651,10 +660,7 @@ def total(x, square):
                 for i in range(terms.size):
                     s += terms[i]
             partial[p] += s
-    out = 0.0
-    for p in range(chunks):
-        out += partial[p]
-    return out
+    return partial
 
 
 @_kernel(

@@ -247,12 +247,13 @@ def cross_entropy(loss: Array, logits: Array, targets: Array, scale: float | Non
 
 def add_sum(total: Array, x: Array) -> None:
     """See reference.py."""
-    total += kernels.total(x, False) if x.dtype == np.float32 else np.add.accumulate(x)[-1]
+    total += kernels.joined(kernels.parts(x, False) if x.dtype == np.float32 else x)
 
 
 def add_sum_sq(total: Array, x: Array) -> None:
     """See reference.py."""
-    total += [kernels.total(row, True) for row in x] if x.ndim == 2 else kernels.total(x, True)
+    rows = x if x.ndim == 2 else (x,)
+    total += [kernels.joined(kernels.parts(row, True)) for row in rows]
 
 
 clip_factor = reference.clip_factor  # of one number
