@@ -1,12 +1,13 @@
 """Does a run of several ranks that is disturbed at any moment, and gone on with by another number, end like one process?
 
-    python tools/rank_kills.py --disturbances 200 --jobs 2 --output bench/ranks.json
+    python tools/rank_kills.py --disturbances 200 --output bench/ranks.json
 
 Runs a tiny job of `apr pretrain` as one process, undisturbed, then again and again with --ranks 2 or 3. In each process one
 rank, drawn at random, is killed (SIGKILL), halted (SIGSTOP), meets an error, or finds the disk full, at a moment drawn from
 its steps and what lies between; then the run goes on with another number of ranks, 1 to 3. After --each disturbances it is left
 alone. Every run must end with the weights, moments, checkpoints and log of the undisturbed one, to the last bit, and every
-disturbed process must end by itself, with an error. Exit code 1 when anything is not as it must be.
+disturbed process must end by itself, with an error. The record is written after every run, and a later call with the same
+seed goes on from it. Exit code 1 when anything is not as it must be.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import argparse
 import json
 import os
 import random
-import subprocess
+import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 import numpy as np
 
 from apr.checkpoints.apr2 import read_apr
+from apr.cli.main import main as apr
 from apr.common.provenance import circumstances
+from apr.training import run as training  # noqa: F401  # what every process that is forked needs
 from crashing import TIMED, Job
 
 KINDS = ("SIGKILL", "SIGSTOP", "error", "full disk")
 # Seconds after which a process counts as hanging.
-PATIENCE = 240
+PATIENCE = 600
+# Seconds of --rank-timeout where a rank is halted, and where none is: whatever else the machine does.
+HALTED, OTHERWISE = 6, 240
 # Put into the processes of a run: the rank that is disturbed, and how, counted from its first step.
 SITE = """
 import errno, os, random, signal, threading
@@ -80,34 +85,54 @@ if rank is not None and rank == os.environ.get("DISTURBED"):
 """
 
 
-def arguments(job: Job, run: Path, resume: bool, ranks: int) -> list[str]:
+def arguments(job: Job, run: Path, resume: bool, ranks: int, timeout: int) -> list[str]:
     """Of `apr pretrain`; five micro-batches a step, which no number of ranks divides."""
+    more = ["--ranks", str(ranks), "--rank-timeout", str(timeout)]
     if resume:
-        return ["--resume", "--run-dir", str(run), "--ranks", str(ranks)]
+        return ["--resume", "--run-dir", str(run), *more]
     made = [
         *job.arguments(run, False), "--batch-size", "5", "--micro-batch-size", "1", "--val-batches", "2", "--spot-check", "-1",
-        "--rank-timeout", "4", "--device", "cpu", "--keep-states", "50", "--keep-checkpoints", "0",
+        "--device", "cpu", "--keep-states", "50", "--keep-checkpoints", "0",
     ]  # fmt: skip
-    return [*made, "--ranks", str(ranks)]
+    return [*made, *more]
 
 
 def start(job: Job, run: Path, ranks: int, more: dict[str, str]) -> tuple[int, str]:
     """Run a process to its end: (exit code, what it said of errors); -1 where it hangs."""
-    env = {**os.environ, **more, "APR_CACHE": str(job.folder / "cache"), "OPENBLAS_NUM_THREADS": "1"}
-    env |= {"ALONE": "1"} if ranks == 1 else {}
-    env["PYTHONPATH"] = f"{job.folder}:{ROOT}"
-    resume = (run / "config.json").exists()
-    command = [sys.executable, "-m", "apr.cli.main", "pretrain", *arguments(job, run, resume, ranks)]
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=job.folder
-    )
-    try:
-        _, err = process.communicate(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
+    resume, timeout = (run / "config.json").exists(), HALTED if more.get("KIND") == "SIGSTOP" else OTHERWISE
+    args, errors = arguments(job, run, resume, ranks, timeout), job.folder / "stderr"
+    # A copy of this process has imported everything already; ranks do that themselves.
+    if not (pid := os.fork()):
+        code = 1
+        try:
+            nowhere, to = (
+                os.open(os.devnull, os.O_WRONLY),
+                os.open(errors, os.O_CREAT | os.O_TRUNC | os.O_WRONLY),
+            )
+            os.dup2(nowhere, 1)
+            os.dup2(to, 2)
+            os.chdir(job.folder)
+            os.environ |= {
+                **more,
+                "APR_CACHE": str(job.folder / "cache"),
+                "PYTHONPATH": f"{job.folder}:{ROOT}",
+            }
+            os.environ |= {"ALONE": "1"} if ranks == 1 else {}
+            if ranks == 1:
+                exec(SITE, {})
+            code = apr(["pretrain", *args])
+        finally:
+            os._exit(code)
+    end, code = time.monotonic() + PATIENCE, None
+    while code is None and time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        code = os.waitstatus_to_exitcode(status) if done else None
+        time.sleep(0.05)
+    if code is None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
         return -1, "it hangs"
-    return process.returncode, err.decode(errors="replace")
+    return code, errors.read_text(errors="replace")
 
 
 def numbers(run: Path) -> tuple[dict[str, dict[str, bytes]], list[dict[str, Any]]]:
@@ -144,10 +169,10 @@ def disturbed(job: Job, index: int, seed: int, most: int) -> tuple[Counter[str],
     code, said = start(job, run, rng.choice((1, ranks)), {})
     if code:
         return counts, [*faults, f"run {index}: exit code {code}: {said[-600:]}"]
-    return counts, faults if numbers(run) == numbers(job.folder / "undisturbed") else [
-        *faults,
-        f"run {index}: other bits",
-    ]
+    if numbers(run) != numbers(job.folder / "undisturbed"):
+        faults.append(f"run {index}: other bits")
+    shutil.rmtree(run)
+    return counts, faults
 
 
 def main() -> int:
@@ -157,45 +182,40 @@ def main() -> int:
     p.add_argument("--seconds", type=float, default=3600, help="begin no run after so long")
     p.add_argument("--steps", type=int, default=24, help="steps of a run")
     p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    p.add_argument("--output", type=Path, help="write a record, as JSON")
+    p.add_argument(
+        "--output", type=Path, help="write a record, as JSON, and go on with the one that is there"
+    )
     f = p.parse_args()
-    began = time.monotonic()
+    began, record = time.monotonic(), {"seed": f.seed, "steps": f.steps, "each": f.each}
+    before = json.loads(f.output.read_text()) if f.output and f.output.exists() else {}
+    before = before if all(before.get(k) == x for k, x in record.items()) else {}
+    kept = {"seconds": 0.0, "disturbances": 0, "named_in_the_message": 0, "of": {}, "runs": 0, "faults": []}
+    record = {**circumstances(), **record, **{k: before.get(k, x) for k, x in kept.items()}}
+    spent = record["seconds"]
     with tempfile.TemporaryDirectory(prefix="rank-kills-") as folder:
         job = Job(Path(folder), f.steps, 4).make()
         (job.folder / "sitecustomize.py").write_text(SITE)
         code, said = start(job, job.folder / "undisturbed", 1, {})
         if code:
             raise SystemExit(f"the undisturbed run ended with {code}: {said}")
-        total, faults, runs = Counter[str](), list[str](), 0
-
-        def one(index: int) -> None:
-            nonlocal total, runs
-            if total.total() - total["named"] >= f.disturbances or time.monotonic() - began > f.seconds:
-                return
-            counts, found = disturbed(job, index, f.seed, f.each)
-            total, runs = total + counts, runs + 1
-            faults.extend(found)
-            seconds, count = time.monotonic() - began, total.total() - total["named"]
-            print(f"{seconds:6.0f} s  {count} disturbances, {runs} runs, {found or 'equal'}", flush=True)
-
-        with ThreadPoolExecutor(f.jobs) as pool:
-            list(pool.map(one, range(f.disturbances)))
-    record = {
-        **circumstances(),
-        "seed": f.seed,
-        "steps": f.steps,
-        "seconds": round(time.monotonic() - began, 1),
-        "disturbances": total.total() - total["named"],
-        "named_in_the_message": total.pop("named"),
-        "of": dict(sorted(total.items())),
-        "runs": runs,
-        "faults": faults,
-    }
+        while record["disturbances"] < f.disturbances and time.monotonic() - began < f.seconds:
+            most = min(f.each, f.disturbances - record["disturbances"])
+            counts, found = disturbed(job, record["runs"], f.seed, most)
+            record["named_in_the_message"] += counts.pop("named", 0)
+            record["of"] = dict(sorted((Counter(record["of"]) + counts).items()))
+            record |= {"disturbances": sum(record["of"].values()), "runs": record["runs"] + 1}
+            record |= {
+                "seconds": round(spent + time.monotonic() - began, 1),
+                "faults": record["faults"] + found,
+            }
+            print(
+                f"{record['seconds']:6.0f} s  {record['disturbances']} disturbances, {found or 'equal'}",
+                flush=True,
+            )
+            if f.output:
+                f.output.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
-    if f.output:
-        f.output.write_text(json.dumps(record, indent=1) + "\n")
-    return int(bool(faults))
+    return int(bool(record["faults"]))
 
 
 if __name__ == "__main__":
