@@ -25,8 +25,8 @@ from ..model.lora_settings import check_rank, lora_config
 from ..model.optim import AdamW
 from ..model.params import Layout
 from ..model.presets import PRESETS, load_config
-from ..training import disk
-from ..training.rank_memory import efficiency, on_ranks
+from ..training import disk, scaling
+from ..training.rank_memory import on_ranks
 from ..training.settings import Settings
 from .show import Show
 
@@ -77,8 +77,10 @@ class Flags:
         "format of the frozen matrices of the blocks (default: --dtype)", choices=BASES
     )
     dtype: str | None = dtype_option()
-    gpus: int = option(
-        "GPUs of one machine that train together, for memory and speed of each", 1, above=0, metavar="N"
+    gpus: int = option("GPUs that train together, for memory and speed of each", 1, above=0, metavar="N")
+    nodes: int = option("machines that they are on, equally many on each", 1, above=0, metavar="N")
+    network_gbits: float = option(
+        "speed of the network between machines, for each GPU", scaling.GBITS, above=0, metavar="GBIT/S"
     )
     device: str = device_option()
     threads: int | None = threads_option()
@@ -114,6 +116,8 @@ def main(args: Sequence[str]) -> int:
         memory, cfg, backend, micro, f.seq_length, dtype, f.train,
         recompute=f.recompute, documents=f.mask_documents, lora=lora, saves=True, folds=micro < f.batch_size and f.gpus == 1,
     )  # fmt: skip
+    if f.gpus % f.nodes:
+        raise UsageError(f"--gpus {f.gpus} are all GPUs, and are not equally many on --nodes {f.nodes}")
     if f.gpus > 1:
         if not f.train or backend.name != "cuda":
             raise UsageError(
@@ -147,9 +151,19 @@ def main(args: Sequence[str]) -> int:
         "matmul_flops_per_sec": rate,
         "tokens_per_sec_limit": rate / flops,
     }
+    together = None
     if f.gpus > 1:
-        tokens = micro * f.seq_length
-        result["efficiency"] = efficiency(layout, rate, flops, tokens, f.gpus)
+        # As fast as products alone would be, and a share of that; a step has as many rounds as there are micro-batches for a GPU.
+        seconds = flops * micro * f.seq_length / (scaling.SHARE * rate) * (4 / 3 if f.recompute else 1)
+        together = scaling.step(
+            adapters or layout, seconds, f.gpus, f.nodes, gbits=f.network_gbits,
+            micro_steps=max(1, -(-f.batch_size // (micro * f.gpus))), backward=3 / 4 if f.recompute else 2 / 3,
+            bytes_of_a_weight=2 if dtype == "bfloat16" and not adapters else 4,
+        )  # fmt: skip
+        result |= {
+            "efficiency": together.efficiency,
+            "scaling": {**vars(together), "seconds": together.seconds},
+        }
     steps = f.num_steps
     if steps is not None:
         result["flops"] = flops * steps * f.batch_size * f.seq_length
@@ -168,8 +182,7 @@ def main(args: Sequence[str]) -> int:
         *parts,
         ("all buffers", f"{need.total / gib:9.3f} GiB for {micro} x {f.seq_length} tokens at once"),
         *([("to fit", "the input of the down product is computed again in backward, for 2 % of a step")] if again else []),
-        *([("efficiency", f"{result['efficiency']:.1%} of {f.gpus} GPUs that train alone, computed from rates of two H200s")]
-          if f.gpus > 1 else []),
+        *(scaling.described(together, f.gpus, f.nodes, f.network_gbits, rate) if together else []),
         ("free memory", f"{have / gib:9.3f} GiB" if have is not None else "the system does not say"),
         *([("main memory", f"{copies / gib:9.3f} GiB of copies that saves are written from")] if beside else []),
         *([("disk", planned.in_words(room))] if planned else []),

@@ -253,8 +253,8 @@ GATES = {
             "run.straggler", RUNNING, "SUSPECT",
             "no rank keeps the others waiting",
             "the fastest micro-batch of a rank in 20 steps, in time of its processor, beside the median of the other ranks: what "
-            "else a machine does passes, and counts little in that time; on GPUs the fastest in 3 cross-checks, which wait for no "
-            "other rank",
+            "else a machine does passes, and counts little in that time; on GPUs the fastest in 3 cross-checks, which wait for "
+            "no other rank",
             "the rank that is named: clock, temperature, --threads, and what else runs there",
             {"straggler": 2.0},
         ),

@@ -1,4 +1,4 @@
-"""Memory and speed of a job on each of several GPUs, before anything is allocated."""
+"""Memory of a job on each of several GPUs, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -53,24 +53,3 @@ def on_ranks(
         )
 
     return of_one
-
-
-# Bytes a second that a GPU sends to the others, and reads and writes in its own memory; share of the rate of products that a step
-# comes to. Of H200s on NVLink: bench/gpu/ranks.json.
-SENT, MOVED, SHARE = 320e9, 4.3e12, 0.7
-
-
-def efficiency(layout: Layout, rate: float, flops: float, tokens: int, count: int) -> float:
-    """Compute tokens a second of a GPU among `count` beside those of one alone, one micro-batch of `tokens` a step.
-
-    What is added: the exchange of what backward completes last, which nothing hides, every fold, and the gathering of weights.
-    AdamW's 26 bytes a weight are shared. rate: FLOP/s of products; flops: of a token"""
-    ready, borders = completed(layout)
-    cut = Cut(layout.size, layout.decayed, count, borders)
-    last = sum(b.each for b in cut.buckets if ready(b) is None)
-    exposed = 4 * last * (count - 1) / SENT
-    folds = 4 * (count + 1) * cut.length / MOVED
-    gathered = 2 * cut.length * (count - 1) / SENT
-    saved = 26 * (layout.size - cut.length) / MOVED
-    alone = flops * tokens / (SHARE * rate)
-    return alone / (alone + exposed + folds + gathered - saved)
