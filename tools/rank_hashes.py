@@ -291,7 +291,9 @@ def main() -> int:
             if world > 1 and "replay" not in record:
                 record["replay"] = p.replayed(world)
                 print("replay", json.dumps(record["replay"]), flush=True)
-                wrong += [] if record["replay"].get("verdict") == "PASS" else [f"replay: {record['replay']}"]
+                # On a GPU one process has other products in use, and is allowed a tolerance that it must not need.
+                is_equal = "worst 0.0e+00" in record["replay"].get("measured", "")
+                wrong += [] if is_equal else [f"replay: {record['replay']}"]
                 if "stopped" in runs:
                     jobs = [p.job(f"resumed-{world}", 1, resumes=str(p.run("stopped", world)))]
                     found = p.start("back", 1, jobs, f.seconds)

@@ -86,6 +86,8 @@ def _ended(name: str, find: Callable[[], Any], *args: Sequence[str]) -> int:
         command = find()
         # As Ctrl-C does, SIGTERM removes what is half written. A SIGINT that is ignored stays so.
         numbers = [n for n in SIGNALS if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
+        # Slurm sends it before time is up, mpirun hands it on: in its first seconds a rank does not die of it either.
+        numbers += [signal.SIGUSR1] if name == "pretrain" else []
         with handled(signal.default_int_handler, tuple(numbers)), unswallowed():
             try:
                 return command(*args) or 0

@@ -1,6 +1,7 @@
 """Judge that several ranks are one run: the same code, data and settings, the same gradients, the same weights.
 
-ranks.json is the record: who trained together from which step on, and hashes of the weights at the evaluations.
+ranks.json is the record: who trained together from which step on, and at the evaluations hashes of the weights and how long a
+micro-batch takes each rank.
 """
 
 from __future__ import annotations
@@ -195,15 +196,38 @@ class RankGates:
             d["starts"].append({"after_step": step, "communicator": t.ranks.words, "ranks": list(self.facts)})
         if sha:
             d["weights"][str(step)] = sha
+        if sha and self.seconds:
+            fastest = np.min(np.asarray(self.seconds), axis=0)
+            d.setdefault("seconds", {})[str(step)] = [round(float(s), 6) for s in fastest]
         write_json(self.path, d)
 
 
+def times(run: Path) -> list[tuple[int, list[float]]]:
+    """List (step, seconds of the fastest micro-batch of each rank before it) as ranks.json has them."""
+    d = read_json(run / RANKS) if (run / RANKS).is_file() else {}
+    found = d.get("seconds") if isinstance(d, dict) else None
+    rows = found.items() if isinstance(found, dict) else ()
+    return sorted(
+        (int(step), [float(s) for s in seconds])
+        for step, seconds in rows
+        if step.isascii()
+        and step.isdigit()
+        and isinstance(seconds, list)
+        and all(isinstance(s, int | float) for s in seconds)
+    )
+
+
+def members(run: Path) -> list[tuple[Any, list[dict[str, Any]]]]:
+    """List (step, ranks) of the starts that ranks.json has; nothing where there is none."""
+    d = read_json(run / RANKS) if (run / RANKS).is_file() else {}
+    starts = d.get("starts") if isinstance(d, dict) else None
+    return [
+        (start.get("after_step", 0), [r for r in start["ranks"] if isinstance(r, dict)])
+        for start in (starts if isinstance(starts, list) else [])
+        if isinstance(start, dict) and isinstance(start.get("ranks"), list)
+    ]
+
+
 def read_ranks(run: Path) -> Iterator[tuple[Any, int]]:
-    """List (step, number of ranks) of the starts that ranks.json has; nothing where there is none."""
-    path = run / RANKS
-    if path.is_file():
-        d = read_json(path)
-        starts = d.get("starts") if isinstance(d, dict) else None
-        for start in starts if isinstance(starts, list) else []:
-            if isinstance(start, dict) and isinstance(start.get("ranks"), list):
-                yield start.get("after_step", 0), len(start["ranks"])
+    """List (step, number of ranks) of the starts."""
+    return ((step, len(ranks)) for step, ranks in members(run))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from types import FrameType
 from typing import Any
 
@@ -41,6 +41,8 @@ OPEN_MPI = {
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 # What a rank without a parent gets.
 PR_SET_PDEATHSIG = 1
+# Names of the folders of launchers, with the number of the process behind it.
+FOLDERS = "apr-ranks-"
 # How long ranks may go on after one of them has failed: they end by themselves, with the reason.
 LEFT_SECONDS = 30
 
@@ -114,7 +116,7 @@ def start_gpus(count: int, args: Sequence[str]) -> int:
 
     Signals are those of `start`. Raises Refused, RankLost."""
     load()
-    with TemporaryDirectory(prefix="apr-ranks-") as folder:
+    with _folder() as folder:
         result = Path(folder) / "exit-code"
         env = importing_this(os.environ) | {
             STARTED: str(count),
@@ -172,7 +174,7 @@ def start(count: int, args: Sequence[str]) -> int:
 
     The first Ctrl-C or SIGTERM stops all ranks after the same step, a second one at once. Raises Refused, RankLost."""
     mpirun = _mpirun()
-    with TemporaryDirectory(prefix="apr-ranks-") as folder:
+    with _folder() as folder:
         result = Path(folder) / "exit-code"
         env = {**(AS_ROOT if os.geteuid() == 0 else {}), **OPEN_MPI, **os.environ}
         env |= {STARTED: str(count), RESULT: str(result)}
@@ -197,6 +199,22 @@ def start(count: int, args: Sequence[str]) -> int:
     if signals:
         raise _at_once()
     raise RankLost(f"mpirun ended with code {code}, and no rank said why")
+
+
+@contextmanager
+def _folder() -> Iterator[str]:
+    """Make a folder for a launcher and its ranks, and remove those of launchers that were killed."""
+    for old in Path(gettempdir()).glob(f"{FOLDERS}*"):
+        with suppress(OSError, ValueError):
+            number = int(old.name.removeprefix(FOLDERS).split("-")[0])
+            if (
+                old.stat().st_uid == os.geteuid()
+                and not Path(f"/proc/{number}").exists()
+                and Path("/proc/self").exists()
+            ):
+                shutil.rmtree(old)
+    with TemporaryDirectory(prefix=f"{FOLDERS}{os.getpid()}-") as folder:
+        yield folder
 
 
 def _said(path: Path) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..common.finding import FAIL, SUSPECT
 from .charts import Line, Mark, Plot, Rule, finite, moving_mean, plot
+from .ranks import rank_chart, rank_section
 from .run_files import Run, load
 from .sections import (
     check_sentences,
@@ -78,6 +79,7 @@ def render(run_dir: Path, options: Any) -> str:
         changed=changed,
         kept=kept,
         environment=environment_rows(run),
+        ranks=rank_section(run),
     )
     clean = page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate of a JSON file is no text
     return clean.translate(CONTROL)
@@ -130,6 +132,7 @@ def charts(run: Run) -> list[Plot]:
     small("grad_norm", "Gradient norm", "unclipped", mean=True, log=True)
     small("weight_norm", "Weight norm", "", mean=False)
     small("tokens_per_sec", "Throughput", "tokens/s", mean=True, zero=True)
+    charts += rank_chart(run, last)
     return charts if x.size or e else []
 
 

@@ -14,7 +14,6 @@ from ..common.events import REMOVED
 from ..common.files import read_json
 from ..common.finding import FAIL, PASS, SKIPPED, SUSPECT
 from ..common.units import plural
-from ..evidence.ranks import read_ranks
 from .run_files import Run
 from .words import as_text, clock, decimal, magnitude, or_nan, perplexity
 
@@ -342,9 +341,6 @@ def environment_rows(run: Run) -> list[tuple[str, str, bool]]:
     size = run.part("device").get("memory_bytes")
     if isinstance(size, str) and size.isdigit():
         out.append(("memory of the model", f"{int(size) / 2**30:.3g} GiB", False))
-    if starts := list(read_ranks(run.ckpt.parent)):
-        words = (f"{plural(count, 'rank')} after step {as_text(step)}" for step, count in starts)
-        out.append(("ranks", ", ".join(words), False))
     out += [(k, as_text(v), False) for k, v in run.part("versions").items()]
     for key, label in (("git_commit", "git commit"), ("code_sha256", "code sha256")):
         if run.config.get(key):

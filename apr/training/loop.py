@@ -96,7 +96,7 @@ class Trainer:
         self.batches = Batches(inputs.train, s.batch_size, s.seed, s.shuffle, s.on_exhausted, turns_of(s))
         self.by_source = StepsBySource(self.model, self.batches, self.micro, ranks)
         self.flops_per_token = flops_per_token(inputs.cfg, s.seq_length, lora=inputs.lora)
-        self.progress, self.resumed, self.stop = Progress(), False, StopRequest()
+        self.progress, self.resumed, self.stop = Progress(), False, StopRequest(says=ranks.rank == 0)
         self.failed: CallbackFailed | None = None
         self.observers: list[Any] = []
         self.findings: Callable[[], list[dict[str, Any]]] = list
@@ -119,7 +119,7 @@ class Trainer:
     def is_stopping(self, asks: bool = True) -> bool:
         """Tell if a stop is asked for, of any rank: all of them ask together, and stop after the same step."""
         if self.split and asks and not self._is_agreed:
-            self._is_agreed = any(self.ranks.share(self.stop.is_asked))
+            self._is_agreed = self.stop.agreed(self.ranks.share(self.stop.is_asked))
         return self._is_agreed if self.split else self.stop.is_asked
 
     def prepare(self, resume: bool) -> None:

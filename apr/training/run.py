@@ -13,6 +13,7 @@ from typing import Any
 
 from ..common.atomic import drawn, locked, write_text
 from ..common.errors import AprError, InputNotFound, Interrupted, IOFailure, MalformedFile
+from ..common.files import sha256_of
 from ..common.finding import PASS
 from ..common.host import threads
 from ..common.provenance import code_sha256, versions
@@ -49,7 +50,7 @@ from .callbacks import Callback, CallbackFailed, Callbacks
 from .config_file import first_config, record_device, run_dir
 from .display import Display, say
 from .evaluate import evaluated_on
-from .followed import FollowedRun
+from .followed import FollowedRun, check_seen
 from .inputs import Inputs, open_inputs
 from .loop import Trainer
 from .progress import Progress
@@ -162,7 +163,7 @@ def _train(
     try:
         heard = [*callbacks, *loggers.open_all(inputs.settings.log, run.path)]
         ranks.on_end(lambda e: _record_end(run, show, gates, trainer, e, heard), lambda: how_to_go_on(run))
-        ranks.share((inputs.settings, run.path))
+        ranks.share((inputs.settings, run.path, sha256_of(run.path / "config.json")[0]))
         _judge_inputs(inputs, gates, ranks)
         trainer = Trainer(inputs, run, ranks)
         subject, tasks = _subject(trainer), TaskScores(inputs, trainer.model, run.log, show)
@@ -259,7 +260,8 @@ def _follow(ranks: Communicator, explicit: dict[str, Any]) -> None:
     ranks.at("waiting for rank 0 to open its inputs")
     if (job := ranks.share(None)[0]) is None:
         return
-    settings, path = job
+    settings, path, sha256 = job
+    check_seen(path, sha256, ranks.rank)
     inputs = open_inputs(settings, ranks=ranks)
     run, gates = FollowedRun(path), Gates(parse_bounds(settings.bounds))
     trainer = Trainer(inputs, run, ranks)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -61,17 +61,30 @@ def unswallowed() -> Iterator[None]:
 
 
 class StopRequest:
-    """A stop after the current step. The first signal asks for it, a second one raises KeyboardInterrupt."""
+    """A stop after the current step. The first signal asks for it, a second one raises KeyboardInterrupt.
 
-    def __init__(self) -> None:
-        self.is_asked = False
+    says: a line tells of it; of several ranks one does"""
+
+    def __init__(self, says: bool = True) -> None:
+        self.is_asked, self._says = False, says
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.is_asked:
             raise KeyboardInterrupt
         self.is_asked = True
-        text = b"\nstopping after this step; press Ctrl-C again to stop at once without saving\n"
+        self._say("press Ctrl-C again to stop at once without saving")
+
+    def agreed(self, asked: Sequence[bool]) -> bool:
+        """Tell whether any rank was asked. asked: of each"""
+        if any(asked):
+            self._say(f"rank {list(asked).index(True)} was asked to")
+        return any(asked)
+
+    def _say(self, more: str) -> None:
+        if not self._says:
+            return
+        self._says = False
         # Not print: the signal may have come in the middle of one, which cannot be entered twice. The reader may be gone:
         # Ctrl-C ends both sides of `apr pretrain 2>&1 | tee log`.
         with suppress(OSError):
-            os.write(2, text)
+            os.write(2, f"\nstopping after this step; {more}\n".encode())

@@ -222,6 +222,7 @@ def test_the_record_names_the_ranks(made):
     assert not (folder / "plain-1" / "ranks.json").exists()
     page = render(folder / "stopped-1", Settings)
     assert "2 ranks after step 2" in page
+    assert "Owns of the weights" in page
     files = json.loads((folder / "plain-2" / "evidence.json").read_text())["files"]
     assert "ranks.json" in files
     for count in (1, 2):
@@ -355,6 +356,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(started, tmp_path):
     assert process.returncode == 130, err
     assert "apr pretrain: stopped after step 3, state saved" in err
     assert "rank 1 (" not in err
+    assert err.count("stopping after this step") == 1
     assert (tmp_path / "run" / "evidence.json").exists()
     assert (tmp_path / "run" / "ckpt" / "state" / "step-000003.apr").exists()
 
