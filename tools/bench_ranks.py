@@ -108,15 +108,14 @@ class Run:
         return self.opt.read_later(self.model.total)
 
     def way(self, name: str) -> None:
-        """Exchange in another way from now on; what was recorded is forgotten."""
+        """Exchange in another way from now on, with the passes that were recorded for it."""
         assert self.split
         if not hasattr(self, "at"):
-            self.at = self.split._at
+            self.at, self.recorded = self.split._at, dict[str, Any]()
         every = sorted(k for ks in self.at.values() for k in ks)
         late = {layer: (every if layer is None and name == "after" else []) for layer in self.at}
         self.split._at = self.at if name == "overlapped" else late
-        self.model._warm.clear()
-        self.model._passes.clear()
+        self.model._warm, self.model._passes = self.recorded.setdefault(name, (set(), {}))
 
     def moves(self, count: int) -> dict[str, float]:
         """Time by themselves what a step moves and adds: median milliseconds of the slowest rank."""
@@ -178,14 +177,21 @@ def worker(a: argparse.Namespace) -> None:
     with joined() as ranks:
         run, (name, batch, seq, recompute) = Run(ranks, a.worker, a.device), parse(a.worker)
         out: dict[str, Any] = {"row": a.worker, "gpus": ranks.count, "ways": {}}
-        for way in a.ways.split(",") if run.split else ["alone"]:
-            if run.split:
-                run.way(way)
-            times, losses = run.steps(a.steps)
+        ways = a.ways.split(",") if run.split else ["alone"]
+        found: dict[str, list[Any]] = {way: [] for way in ways}
+        # In rounds: a GPU is not as fast in one minute as in the next.
+        for _ in range(a.rounds):
+            for way in ways:
+                if run.split:
+                    run.way(way)
+                found[way].append(run.steps(a.steps))
+        for way, rounds in found.items():
+            times = [t for of_round, _ in rounds for t in of_round]
             every = ranks.share(statistics.median(times))
             out["ways"][way] = {
                 "ms": round(max(every), 3), "ms_of_ranks": [round(t, 2) for t in every],
-                "ms_all": [round(t, 2) for t in times], "losses": losses[:3],
+                "ms_of_rounds": [round(statistics.median(of_round), 2) for of_round, _ in rounds],
+                "ms_all": [round(t, 2) for t in times], "losses": rounds[0][1][:3],
             }  # fmt: skip
         used = 0
         if a.device == "cuda":
@@ -246,6 +252,7 @@ def main() -> None:
     p.add_argument("--gpus", type=int, default=2)
     p.add_argument("--rows", default="qwen2.5-0.5b:16x2048")
     p.add_argument("--steps", type=int, default=8)
+    p.add_argument("--rounds", type=int, default=3, help="of all ways, one after the other")
     p.add_argument("--ways", default="overlapped,after,none")
     p.add_argument("--peer", default="")
     p.add_argument("--peer-gpus", default="1,2")
@@ -264,22 +271,16 @@ def main() -> None:
         record["rows"] = json.loads(Path(a.record).read_text())["rows"]
     for row in a.rows.split(","):
         command = [
-            sys.executable,
-            __file__,
-            "--worker",
-            row,
-            "--steps",
-            str(a.steps),
-            "--ways",
-            a.ways,
-            "--device",
-            a.device,
-        ]
-        # Each GPU alone, all at once: as warm as when they train together, and the slowest is what they wait for.
+            sys.executable, __file__, "--worker", row, "--steps", str(a.steps), "--rounds", str(a.rounds), "--ways", a.ways,
+            "--device", a.device,
+        ]  # fmt: skip
+        # Each GPU alone, all at once, before and after: as warm as together, and the slowest is what they wait for.
         ones, many = alone(command, a.gpus), measured(command, a.gpus)
-        found: dict[str, Any] = {"row": row, "alone": ones, "several": many}
-        if all("ms" in x for x in (*ones, many)):
-            found["efficiency"] = round(max(x["ms"] for x in ones) / many["ms"], 4)
+        again = alone(command, a.gpus)
+        found: dict[str, Any] = {"row": row, "alone": ones, "several": many, "alone_again": again}
+        if all("ms" in x for x in (*ones, many, *again)):
+            slowest = [max(x["ms"] for x in of_call) for of_call in (ones, again)]
+            found["efficiency"] = round(statistics.mean(slowest) / many["ms"], 4)
         if a.peer:
             for gpus in map(int, a.peer_gpus.split(",")):
                 done = subprocess.run(

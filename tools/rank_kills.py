@@ -44,7 +44,7 @@ HALTED, OTHERWISE = 6, 240
 # Put into the processes of a run: the rank that is disturbed, and how, counted from its first step.
 SITE = """
 import errno, os, random, signal, threading
-rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("APR_RANK"))
+rank = next((os.environ[n] for n in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "APR_RANK") if n in os.environ), None)
 if rank is not None or "ALONE" in os.environ:
     from apr.evidence import end
     from apr.training import run

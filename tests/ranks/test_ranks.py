@@ -234,7 +234,8 @@ def test_the_record_names_the_ranks(made):
 
 SITE = """
 import os, signal, time
-rank, step, what = os.environ.get("OMPI_COMM_WORLD_RANK"), int(os.environ["FAULT_STEP"]), os.environ["FAULT"]
+rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK"))
+step, what = int(os.environ["FAULT_STEP"]), os.environ["FAULT"]
 if rank is not None:
     from apr.common.errors import IOFailure
     from apr.training.loop import Trainer
