@@ -16,11 +16,12 @@ from .buckets import completed
 # Measured on two H200s on NVLink (bench/gpu/ranks.json). Bytes a second that a GPU sends by copy engines, and reads and writes in
 # its own memory; seconds before the bytes of a bucket begin to move; share of the time in which bytes move beside products that
 # products take longer; times that a sum takes longer beside them; share of the rate of products that a step comes to; bytes of
-# its own memory that a GPU moves for each weight that it updates, norm and zeroing included.
-SENT, MOVED, BEGINS, SLOWS, BESIDE, SHARE, UPDATE = 320e9, 4.3e12, 75e-6, 0.2, 1.48, 0.7, 44
-# Assumed, since no network and no more than two GPUs were there. Of a network's rate, what is used; seconds of its messages;
-# share of a step that is spent in waiting for the slowest GPU, of one node and of several.
-USED, MESSAGE, WAITS = 0.85, 30e-6, (0.005, 0.01)
+# its own memory that a GPU moves for each weight that it updates, norm and zeroing included; share of a step that is spent in
+# waiting for the slower GPU.
+SENT, MOVED, BEGINS, SLOWS, BESIDE, SHARE, UPDATE, WAITS = 326e9, 4.3e12, 40e-6, 0.4, 1.48, 0.7, 44, 0.01
+# Assumed, since no network and no more than two GPUs were there: what of a network's rate is used, seconds of its messages, and
+# waiting among several machines.
+USED, MESSAGE, WAITS_FAR = 0.85, 30e-6, 0.015
 # Gbit/s of the network for each GPU, where --network-gbits does not say
 GBITS = 400.0
 
@@ -71,12 +72,14 @@ def step(
     of_backward = backward * seconds
     of_layer = of_backward / (layers + 0.4)
     free = busy = sums = 0.0
+    # Pieces are added one after the other, each of three streams; the first of a step takes the place of what was there.
+    streams = 3 * (gpus - 1 / micro_steps)
     for b in cut.buckets:
         layer, time = ready(b), moved(4 * b.each)
         begins = of_backward if layer is None else of_layer * (0.4 + layers - layer)
         free = max(free, begins) + time
         busy += time if layer is not None else 0.0
-        sums += (BESIDE if layer is not None else 1.0) * 4 * b.each * (gpus + 2) / MOVED
+        sums += (BESIDE if layer is not None else 1.0) * 4 * b.each * streams / MOVED
     exposed = max(0.0, free - of_backward)
     found = Step(
         micro_steps * seconds + alone,
@@ -88,7 +91,7 @@ def step(
         sum(moved(bytes_of_a_weight * b.each) for b in cut.buckets),
         0.0,
     )
-    return Step(**{**vars(found), "waiting": WAITS[nodes > 1] * found.seconds})
+    return Step(**{**vars(found), "waiting": (WAITS_FAR if nodes > 1 else WAITS) * found.seconds})
 
 
 def described(s: Step, gpus: int, nodes: int, gbits: float, rate: float) -> list[tuple[str, str]]:
@@ -98,20 +101,19 @@ def described(s: Step, gpus: int, nodes: int, gbits: float, rate: float) -> list
         "update": s.update, "gathering weights": s.gather, "waiting": s.waiting,
     }  # fmt: skip
     where = f"{gpus} GPUs" + (f" on {nodes} nodes" if nodes > 1 else "")
-    assumed = [f"{WAITS[nodes > 1]:.1%} of waiting"]
+    assumed = []
     if nodes > 1:
-        assumed.insert(
-            0, f"{gbits:g} Gbit/s of network for each GPU, {USED:.0%} of it used (--network-gbits)"
-        )
+        assumed.append(f"{gbits:g} Gbit/s of network for each GPU, {USED:.0%} of it used (--network-gbits)")
     if gpus > 2:
         assumed.append("NVLink as fast among more than two")
+        assumed.append(f"{WAITS_FAR if nodes > 1 else WAITS:.1%} of waiting")
     measured = (
         f"{rate / 1e12:.0f} TFLOP/s here, now; on two H200s a step at {SHARE:.0%} of it, {SENT / 1e9:.0f} GB/s between GPUs, "
-        f"{MOVED / 1e12:.1f} TB/s within one"
+        f"{MOVED / 1e12:.1f} TB/s within one, {WAITS:.0%} of waiting"
     )
     return [
         ("efficiency", f"{s.efficiency:.1%} of {where} that train alone, computed"),
         ("step", f"{1e3 * s.seconds:.1f} ms: " + ", ".join(f"{1e3 * x:.1f} {n}" for n, x in parts.items())),
         ("measured", measured),
-        ("assumed", "; ".join(assumed)),
+        ("assumed", "; ".join(assumed) or "nothing, on H200s"),
     ]
