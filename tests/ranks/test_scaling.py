@@ -68,7 +68,7 @@ def test_the_plan_of_several_nodes_says_what_was_measured_and_what_is_assumed(mo
     text = " ".join(capsys.readouterr().out.split())
     for words in (
         "of 64 GPUs on 8 nodes that train alone, computed", "100 Gbit/s of network for each GPU, 85% of it used",
-        "700 TFLOP/s here", "320 GB/s between",        "NVLink as fast among more than two", "exchange that nothing hides",
+        "700 TFLOP/s here", "326 GB/s between",        "NVLink as fast among more than two", "exchange that nothing hides",
     ):  # fmt: skip
         assert words in text
     assert main([*job, "--gpus", "2", "--json"]) == 0
