@@ -67,16 +67,11 @@ def test_fifty_steps_beside_float32(run: Path, text: Path, stories: Path, tmp_pa
     assert not np.array_equal(low, wide)
 
 
-def test_the_bits_come_again(run: Path, text: Path, stories: Path, tmp_path: Path) -> None:
-    """Checkpoint and master weights of a second run, and recorded steps computed again by `apr verify`."""
-    again = trained(tmp_path, text, stories, "bfloat16")
-    for pattern in ("*.apr", "state/*.apr"):
-        one, two = (read_apr(sorted((r / "ckpt").glob(pattern))[-1]).tensors for r in (run, again))
-        assert one.keys() == two.keys()
-        assert all(np.array(one[n]).tobytes() == np.array(two[n]).tobytes() for n in one)
-        assert {np.array(x).dtype for x in one.values()} == {
-            BF16 if pattern == "*.apr" else np.dtype("float32")
-        }
+def test_the_bits_come_again(run: Path) -> None:
+    """Recorded steps, computed again by `apr verify`; weights are stored in bfloat16, the rest of a state in float32."""
+    for pattern, kind in (("*.apr", BF16), ("state/*.apr", np.dtype(np.float32))):
+        file = read_apr(sorted((run / "ckpt").glob(pattern))[-1])
+        assert {np.array(x).dtype for x in file.tensors.values()} == {kind}
     assert main(["verify", str(run), "--replay", "2"]) == 0
 
 
