@@ -100,6 +100,8 @@ ELSEWHERE = {
     "base-model": "init", "max-seq-length": "seq-length", "max-length": "seq-length", "sequence-len": "seq-length",
     "max-grad-norm": "grad-clip", "lr-scheduler-type": "schedule", "eval-steps": "eval-every", "save-steps": "save-every",
     "save-total-limit": "keep-checkpoints", "report-to": "log", "lora-r": "lora-rank", "lora-target-modules": "lora-targets",
+    "use-rslora": "lora-rslora", "use-dora": "lora-dora", "modules-to-save": "lora-modules-to-save",
+    "loraplus-lr-ratio": "lora-plus",
     "train-file": "corpus", "datasets": "instruct", "gradient-checkpointing": "recompute", "adam-beta1": "beta1",
     "adam-beta2": "beta2", "data-seed": "seed", "data-mixture": "mix", "data-path": "mix", "streams": "mix", "mixture": "mix",
 }  # fmt: skip
