@@ -18,16 +18,23 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SIZES: dict[str, dict[str, object]] = {
-    "toy": dict(vocab=320, hidden=32, feed=64, layers=2, heads=4, length=48, batch=8, steps=30, tune=8, prefer=6),
-    "real": dict(vocab=8192, hidden=320, feed=864, layers=7, heads=5, length=256, batch=8, steps=120, tune=40, prefer=20),
+    "toy": dict(
+        vocab=320, hidden=32, feed=64, layers=2, heads=4, length=48,
+        batch=8, rate="5e-3", steps=30, tune=8, prefer=6,
+    ),
+    "real": dict(
+        vocab=8192, hidden=320, feed=864, layers=7, heads=5, length=256,
+        batch=8, rate="2e-3", steps=120, tune=40, prefer=20,
+    ),
 }  # fmt: skip
 RECIPE = "--batch-size {batch} --schedule constant --warmup-steps 0 --dtype float32 --device cpu"
 STORIES = {
     "pretrain": [
         "tokenize train code prose.txt --vocab-size {vocab} --special-tokens '<|im_start|>' --special-tokens '<|im_end|>'"
         " -o tok",
-        "pretrain --mix 'corpus=code weight=0.6; corpus=prose.txt weight=0.4' --tokenizer tok --model model.json --seq-length {length} --num-steps {steps} --eval-every"
-        " {steps} --lr 5e-3 --val-fraction 0.1 --run-dir base " + RECIPE,
+        "pretrain --mix 'corpus=code weight=0.6; corpus=prose.txt weight=0.4' --tokenizer tok --model model.json"
+        " --seq-length {length} --num-steps {steps} --eval-every {steps} --lr {rate} --val-fraction 0.1 --run-dir base "
+        + RECIPE,
     ],
     "conversations": [
         "pretrain --init base/ckpt/epoch-001.apr --instruct chats --chat-template chatml.jinja --seq-length {length}"
@@ -77,9 +84,7 @@ SHAPES: dict[str, Callable[[str, str], dict[str, object]]] = {
     "messages": lambda q, a: {
         "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
     },
-    "sharegpt": lambda q, a: {
-        "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
-    },
+    "sharegpt": lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
     "alpaca": lambda q, a: {
         "instruction": q.partition("\n")[0],
         "input": q.partition("\n")[2],
@@ -111,7 +116,8 @@ def _toy() -> tuple[list[tuple[str, str]], str, list[Talk]]:
 
     def function(name: str) -> str:
         a, b = rng.sample(names, 2)
-        return f"def {name}({a}, {b}):\n    {a} = {b} {rng.choice('+-*')} {rng.randrange(10**6)}\n    return {rng.choice((a, b))}\n"
+        line = f"{a} = {b} {rng.choice('+-*')} {rng.randrange(10**6)}"
+        return f"def {name}({a}, {b}):\n    {line}\n    return {rng.choice((a, b))}\n"
 
     modules = [(f"m{i}.py", "\n\n".join(function(rng.choice(names)) for _ in range(12))) for i in range(40)]
     prose = "\n\n".join(". ".join(sentence() for _ in range(6)) + "." for _ in range(80))

@@ -95,12 +95,18 @@ def padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return torch.tensor([r[key] + [value] * (width - len(r[key])) for r in rows])
 
     mask = [[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in rows]
-    return {"input_ids": fill("input_ids", 0), "labels": fill("labels", IGNORED), "attention_mask": torch.tensor(mask)}
+    return {
+        "input_ids": fill("input_ids", 0),
+        "labels": fill("labels", IGNORED),
+        "attention_mask": torch.tensor(mask),
+    }
 
 
 def theirs(story: str, start: Path, steps: list[Any], settings: dict[str, Any]) -> tuple[list[float], float]:
     """Train with TRL; returns the losses of the steps and the seconds."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        start, dtype=torch.float32, attn_implementation="sdpa"
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(start / "tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
@@ -204,7 +210,11 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=ROOT / "tests/golden/stories.json")
     a = p.parse_args()
     out: dict[str, Any] = {
-        "versions": {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__},
+        "versions": {
+            "trl": trl.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
         "size": SIZES[a.size],
     }
     folder = Path(tempfile.mkdtemp())
@@ -226,9 +236,17 @@ def main() -> None:
         rows = [as_pairs(t) for t in taken] if story == "preferences" else taken
         got, seconds = theirs(story, start_of(story, folder, settings), rows, settings)
         worst = max(abs(x - y) / abs(y) for x, y in zip(ours, got, strict=True))
-        print(f"{story}: {len(ours)} steps, {ours[0]:.6f} -> {ours[-1]:.6f}, TRL {got[-1]:.6f}, worst {worst:.1e}", flush=True)
+        print(
+            f"{story}: {len(ours)} steps, {ours[0]:.6f} -> {ours[-1]:.6f}, TRL {got[-1]:.6f}, worst {worst:.1e}",
+            flush=True,
+        )
         spent = sum(line["step_seconds"] for line in lines if "step_seconds" in line)
-        out[story] = {"apr": ours, "trl": got, "worst": worst, "seconds": [round(spent, 2), round(seconds, 2)]}
+        out[story] = {
+            "apr": ours,
+            "trl": got,
+            "worst": worst,
+            "seconds": [round(spent, 2), round(seconds, 2)],
+        }
     target.write_text(json.dumps(out, indent=1) + "\n")
 
 
