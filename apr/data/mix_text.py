@@ -62,14 +62,19 @@ def tables_of(text: str) -> list[dict[str, str]]:
 
 
 def with_paths(text: str, resolve: Callable[[str], str]) -> str:
-    """Write the text of --mix with other paths."""
-    return as_text(
-        [
-            {k: resolve(v) if k in KINDS and v != "stdlib" else v for k, v in t.items()}
-            for t in tables_of(text)
-        ],
-        "--mix",
-    )
+    """Write the text of --mix with other paths; each source keeps its name, which may be that of a link."""
+    tables = []
+    for t in tables_of(text):
+        new = {k: resolve(v) if k in KINDS and v != "stdlib" else v for k, v in t.items()}
+        was, now = ([name_of(x[k]) for k in KINDS if k in x] for x in (t, new))
+        tables.append(new | ({"name": was[0]} if was != now and "name" not in t else {}))
+    return as_text(tables, "--mix")
+
+
+def name_of(path: str) -> str:
+    """Name a source by its file or folder, without suffixes."""
+    last = path.rstrip("/").rpartition("/")[2]
+    return last.split(":")[0].split(".")[0] or last
 
 
 def keys_of(text: str | None) -> set[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..common.errors import UsageError
 from .batches import Batches, Windows
-from .mix_text import EXAMPLE, KINDS, OWN, as_text, tables_of
+from .mix_text import EXAMPLE, KINDS, OWN, as_text, name_of, tables_of
 from .settings import DataSettings
 
 # Places of a period, for weights: shares of up to four decimals, thirds and ninths are exact.
@@ -64,7 +64,7 @@ def _source(s: DataSettings, table: Mapping[str, str]) -> MixSource:
         said = " ".join(f"{k}={v}" for k, v in table.items())
         raise UsageError(f"--mix: {said}: a source is one of {', '.join(KINDS)}; {EXAMPLE}")
     kind, path = kinds[0], table[kinds[0]]
-    name = table.get("name") or _name(path)
+    name = table.get("name") or name_of(path)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise UsageError(
             f"--mix: {kind}={path}: {name!r} is no name of letters, digits, _, . and -; give it a name=NAME"
@@ -81,12 +81,6 @@ def _source(s: DataSettings, table: Mapping[str, str]) -> MixSource:
     own: dict[str, Any] = {key: table[key] for key in OWN if key in table}
     settings = replace(s, **{"mix": None, kind: path, **own})
     return MixSource(name, kind, path, weight or 0.0, None if budget is None else int(budget), settings)
-
-
-def _name(path: str) -> str:
-    """Name a source by its file or folder, without suffixes."""
-    last = path.rstrip("/").rpartition("/")[2]
-    return last.split(":")[0].split(".")[0] or last
 
 
 def _number(name: str, key: str, text: str | None) -> float | None:

@@ -150,6 +150,8 @@ def test_tables_of_a_settings_file(tmp_path, monkeypatch):
         _, explicit = from_command_line(["--config", file])
         assert explicit["mix"] == "corpus='my text' weight=0.7; corpus='b;c' weight=0.3 content_field=x"
     assert mix_text.with_paths(explicit["mix"], lambda p: f"/d/{p}").startswith("corpus='/d/my text'")
+    # A link is resolved to what it stands for, and its source keeps its name.
+    assert mix_text.with_paths("corpus=web weight=1", lambda p: "/d/v2") == "corpus=/d/v2 weight=1 name=web"
     with pytest.raises(UsageError, match="no list of tables"):
         mix_text.as_text({"a": 1}, "s.toml")
     with pytest.raises(UsageError, match="neither text nor a number"):
