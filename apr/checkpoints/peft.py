@@ -154,6 +154,9 @@ class LoadedAdapter:
     def note(self) -> str:
         """Name the patterns that match no adapted matrix, so that their numbers count for nothing; "" for none."""
         modules = [hf.removesuffix(".weight") for hf in self.deltas]
+        if EMBED in self.deltas and self.cfg.tie_word_embeddings:
+            # The same matrix, which the file has under both names.
+            modules.append(module_of(HEAD))
         idle = [
             f"{key} {pattern!r}"
             for key in PATTERNS

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..common.atomic import write_json, write_text
-from ..model.lora import OUTSIDE, PREFIX, AdapterLayout, LoraConfig, cut
+from ..model.lora import OUTSIDE, PREFIX, AdapterLayout, LoraConfig, cut, matches, module_of
 from .checkpoint import TEMPLATE
 from .hf import write_safetensors
 from .other_readers import compare_adapter
@@ -28,6 +28,11 @@ def adapter_config(c: LoraConfig, base: str, is_tied: bool = False) -> dict[str,
     if any(name.endswith(end) for name in ("model.embed_tokens", "lm_head") for end in saved) and is_tied:
         saved = list(dict.fromkeys([*saved, *outside]))
     tying = {"ensure_weight_tying": True} if set(outside) & {*modules, *saved} else {}
+    ranks, alphas = dict(c.rank_pattern), dict(c.alpha_pattern)
+    if both:
+        # By patterns the one matrix could have another rank or scale under the head's name.
+        ranks = _as_embedding(ranks, c.rank)
+        alphas = _as_embedding(alphas, c.alpha)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -46,9 +51,18 @@ def adapter_config(c: LoraConfig, base: str, is_tied: bool = False) -> dict[str,
         "modules_to_save": saved or None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": dict(c.rank_pattern),
-        "alpha_pattern": {p: int(a) if a == int(a) else a for p, a in c.alpha_pattern},
+        "rank_pattern": ranks,
+        "alpha_pattern": {p: int(a) if a == int(a) else a for p, a in alphas.items()},
     } | tying
+
+
+def _as_embedding(patterns: dict[str, Any], otherwise: Any) -> dict[str, Any]:
+    """Put a pattern for the head first, where those that are there name another number for it than for the embedding."""
+    embed, head = (
+        next((n for p, n in patterns.items() if matches(p, module_of(hf))), otherwise) for hf in (EMBED, HEAD)
+    )
+    own = {module_of(HEAD): embed} if embed != head else {}
+    return own | {p: n for p, n in patterns.items() if p not in own}
 
 
 def write_adapter(

@@ -13,6 +13,7 @@ from apr import backends
 from apr.backends import reference
 from apr.bisect.spot import spot_check
 from apr.checkpoints import peft_write
+from apr.checkpoints.peft import read_adapter
 from apr.cli.main import main
 from apr.common.errors import UsageError
 from apr.evidence.adapters import merge_error
@@ -310,3 +311,18 @@ def test_nothing_else_has_a_copy():
     assert {base.hf for base, _ in layout.saved} >= {"model.embed_tokens.weight", "model.norm.weight"}
     for s in layout.slots:
         assert (s.offset + s.size <= layout.decayed) == (len(s.shape) > 1)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_patterns_of_a_tied_embedding_hold_for_the_head_too(key, module, tmp_path):
+    """The one matrix stands in the file twice, and by either name has one rank and scale."""
+    config = LoraConfig(4, 8.0, ("wq", "embed"), **{key: ((module, 2),)})
+    cfg = dataclasses.replace(PRESETS["qwen3-tiny"], tie_word_embeddings=True)
+    layout = AdapterLayout(cfg, config)
+    flat = np.random.default_rng(0).standard_normal(layout.size).astype(np.float32)
+    peft_write.write_adapter(tmp_path, layout, flat, "base")
+    found = read_adapter(str(tmp_path), cfg)
+    assert found.cfg.tie_word_embeddings
+    assert found.note == ""
+    assert {hf: d.scale for hf, d in found.deltas.items()} == {p.base.hf: p.scale for p in layout.pairs}
