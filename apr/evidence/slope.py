@@ -17,6 +17,7 @@ import numpy as np
 from ..common.finding import Finding
 from ..common.host import available_memory
 from ..model.adapters import Adapters
+from ..model.lora import Pair, cut
 from ..model.optim import Optimizer
 from ..model.params import Slot
 from ..model.transformer import Model
@@ -36,6 +37,9 @@ STEPS, STRAIGHT = (0.3, 0.1, 0.03, 0.01), 0.05
 DIRECTIONS, MANY_FLOP = 2, 1e13
 # Constant vectors get noise, as adapters that begin as zeros do: a fault of a bias of 0 would not show.
 NOISE = 0.05
+# Root mean square of what noise in B adds to a matrix, at most, in units of the matrix's, by so many of its rows: where alpha is
+# large, the loss along no step would be a parabola.
+MOST_ADDED, ADDED_ROWS = 0.5, 1024
 # Root mean square of a row that noise takes the place of, in units of the tensor's.
 SMALL_ROW = 0.01
 # Elements of a kind that move, and logits on the host for the slope of a z-loss.
@@ -87,10 +91,12 @@ class Job:
         An embedding that nothing was ever learnt for is such a row. A norm magnifies it as far as eps lets it, and along no
         step is the loss a parabola there."""
         self.start, rng = self.saved.astype(np.float32), np.random.default_rng(0)
+        most = {p.b.hf: p for p in self.adapters.layout.pairs} if self.adapters else {}
         for s in self.layout.slots:
             rows = self.start[s.offset : s.offset + s.size].reshape(-1, s.shape[-1])
             if (rows == rows[0, 0]).all():
-                rows += NOISE * rng.standard_normal(rows.shape, np.float32)
+                noise = min(NOISE, self._most(most[s.hf])) if s.hf in most else NOISE
+                rows += noise * rng.standard_normal(rows.shape, np.float32)
             elif len(rows) > 1:
                 square = np.einsum("ij,ij->i", rows, rows) / rows.shape[1]
                 small = np.flatnonzero(square < square.mean() * SMALL_ROW**2)
@@ -98,6 +104,15 @@ class Job:
                     (small.size, rows.shape[1]), np.float32
                 )
         self.opt.set_weights(self.start)
+
+    def _most(self, pair: Pair) -> float:
+        """Compute how large B of a new adapter may be, by root mean squares, beside its A and its matrix."""
+        assert self.adapters is not None
+        matrix = self.adapters.be.to_host(self.adapters.computed(pair.base)[:ADDED_ROWS])
+        w, a = (
+            float(np.sqrt(np.square(x.astype(np.float64)).mean())) for x in (matrix, cut(self.start, pair.a))
+        )
+        return MOST_ADDED * w / max(pair.scale * a * np.sqrt(pair.a.shape[0]), 1e-30)
 
     def restore(self) -> bool:
         """Put the weights back and clear gradients and sums; True where all bits are those of before."""
@@ -216,9 +231,11 @@ def _slope(job: Job, kind: str, direction: Direction, g: np.ndarray, noise: floa
         found = Slope(kind, claimed, claimed + off, size, tolerance + 0.1 * bend + rounding + 1e-30)
         if found.ratio > 1:
             nearer = _difference(job, direction, g, step / 4)
-            # Far from a parabola the difference depends on the step; that of a wrong gradient does not. Where rounding keeps
-            # steps long, only the shortest that still shows a slope of this size tells the two apart.
-            shorter = job.model.dtype == "bfloat16" and 4 * noise / (0.3 * step) < 2 * size
+            # Far from a parabola the difference depends on the step; that of a wrong gradient does not. Between two steps it may
+            # seem not to: the shortest that rounding leaves, in bfloat16 that shows a slope of this size at all, tells.
+            shorter = 4 * noise / (0.3 * step) < (
+                2 * size if job.model.dtype == "bfloat16" else tolerance / 2
+            )
             if abs((4 * nearer[0] - near[0]) / 3 - off) <= 0.5 * abs(off) and not shorter:
                 break
         elif bend <= STRAIGHT * size + rounding:

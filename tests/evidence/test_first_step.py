@@ -390,6 +390,12 @@ def test_adapters_pass_and_a_scale_that_is_lost_does_not(monkeypatch, preset, ta
     assert slope_finding(job(preset, lora=LoraConfig(2, 8.0, targets))).passed is False
 
 
+@pytest.mark.parametrize("targets", [("wq", "wv"), ("wq", "embed")])
+def test_adapters_of_a_large_scale_pass(targets):
+    """The noise in B must not make the matrix another one: along no step would the loss be a parabola."""
+    assert slope_finding(job("llama-demo", lora=LoraConfig(16, 512.0, targets))).passed
+
+
 def test_what_the_slopes_can_resolve():
     """A gradient of one kind that is 5 % too large is seen along most directions, one of 0.1 % along none."""
     j = job("llama-demo", 0.05, 2, 64)
