@@ -35,14 +35,19 @@ class DataGate:
 
     def __init__(self, subject: Subject, gates: Gates) -> None:
         self.batches, self.gates = subject.batches, gates
+        w = self.batches.windows
+        # Targets of a pass over each source.
+        self.targets = [
+            w.targets_of(np.arange(first, first + n)) if name else w.targets
+            for name, first, n in self.batches.sources
+        ]
 
     def stepped(self, e: Stepped) -> None:
         """Compare the passes after a step."""
         b = self.batches
         counted = b.passes_at(b.windows_read) if b.sources[0][0] else [b.passes]
-        for (name, first, n), passes in zip(b.sources, counted, strict=True):
+        for (name, *_), whole, passes in zip(b.sources, self.targets, counted, strict=True):
             of_source = f" of {name}" if name else ""
-            whole = b.windows.targets_of(np.arange(first, first + n)) if name else b.windows.targets
             expected = e.line[f"tokens_seen/{name}" if name else "tokens_seen"] // whole
             measured = (
                 f"{plural(passes, 'complete pass')}{of_source}, {plural(b.windows_read, 'window')} read"
