@@ -88,5 +88,5 @@ def _core(safe: Any) -> Any:
     for kind, (pattern, first, make) in _SCALARS.items():
         tag = f"tag:yaml.org,2002:{kind}"
         Core.add_implicit_resolver(tag, re.compile(rf"(?:{pattern})\Z"), [*first, ""])
-        Core.add_constructor(tag, lambda loader, node, make=make: make(node.value))
+        Core.add_constructor(tag, lambda loader, node, make=make: make(loader.construct_scalar(node)))
     return Core
