@@ -103,6 +103,7 @@ def made(place, tmp_path_factory, env):
         "instruct": chat,
         "mix": [*chat[:2], "--mix", mix, *chat[4:]],
         "lora": [*chat, "--lora-rank", "2"],
+        "bfloat16": [*text, "--dtype", "bfloat16"],
     }
 
     def job(name, args, count, **more):
@@ -114,7 +115,8 @@ def made(place, tmp_path_factory, env):
     jobs = {
         1: [*(job(name, args, 1) for name, args in kinds.items()), job("stopped", text, 1, fault="stop_asked")],
         2: [
-            *(job(name, kinds[name], 2) for name in ("plain", "lora")), resumed(1), job("stopped", text, 2, fault="stop_asked"),
+            *(job(name, kinds[name], 2) for name in ("plain", "lora", "bfloat16")), resumed(1),
+            job("stopped", text, 2, fault="stop_asked"),
             job("another-order", text, 2, fault="pieces_in_another_order"),
             *(job(fault, [*text, *FAULTS[fault][2:]], 2, fault=fault) for fault in FAULTS),
         ],
@@ -153,7 +155,8 @@ def numbers(run):
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("plain", 2), ("plain", 4), ("lora", 2), ("masks", 3), ("instruct", 3), ("mix", 3)]
+    ("kind", "count"),
+    [("plain", 2), ("plain", 4), ("lora", 2), ("bfloat16", 2), ("masks", 3), ("instruct", 3), ("mix", 3)],
 )
 def test_any_number_of_ranks_gives_the_same_bits(made, kind, count):
     folder, outcomes = made
