@@ -153,6 +153,17 @@ def test_products_of_a_processor_without_dot_products(row: Row, monkeypatch: pyt
     assert not off(accuracy(cpu, row, BF16))
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("ENABLE_AVX", 0), ("CPU_NAME", "haswell"), ("CPU_FEATURES", "+sse4.2")]
+)
+def test_code_for_a_lesser_processor_has_no_dot_products(
+    setting: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLVM would end the process over an instruction that Numba's settings rule out."""
+    monkeypatch.setattr(numba.config, setting, value)
+    assert tiles.path() == "float32"
+
+
 @pytest.mark.skipif(tiles.path() == "float32", reason="this processor has no dot products of bfloat16")
 def test_dot_products_add_pairs_in_order(threads: None) -> None:
     """Sums that go with no neighbour and no thread: of a product, those of a piece of it, to the bit."""

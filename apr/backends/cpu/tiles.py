@@ -27,7 +27,9 @@ ROWS, COLUMNS = 8, 2  # of sums that stay in registers: rows, vectors
 
 def path():
     """Name the path of this processor."""
-    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:  # somebody's choice, of another processor perhaps
+    config = numba.config
+    # Somebody's choice: of another processor perhaps, or of code without AVX, for which LLVM ends the process.
+    if config.CPU_NAME or config.CPU_FEATURES or not config.ENABLE_AVX:
         return "float32"
     return "avx512_bf16" if llvmlite.binding.get_host_cpu_features().get("avx512bf16") else "float32"
 
