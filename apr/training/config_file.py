@@ -50,6 +50,8 @@ def record_device(show: Display, i: Inputs, run: RunDir) -> None:
         {**i.backend.describe(), "memory_bytes": str(i.backend.memory())},
         run.read_config().get("device"),
     )
+    if i.settings.dtype != "bfloat16":  # of another job of this process
+        facts.pop("products", None)
     if i.settings.resume and isinstance(was, dict):
         for key in DECIDE_BITS:
             # Older runs recorded fewer keys.

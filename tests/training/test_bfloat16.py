@@ -17,6 +17,7 @@ from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.registry import open_host
 from apr.cli.main import main
 from apr.common.finding import FAIL
+from apr.evidence.resumed import computes_the_same
 from apr.evidence.slope import Job, slope_finding
 from apr.model.optim import AdamW
 from apr.model.transformer import Model
@@ -86,6 +87,14 @@ def test_a_resume_with_other_products_is_refused(
     assert main(["pretrain", "--resume", "--run-dir", str(path)]) == 5
     assert "products was computed by other, and by" in capsys.readouterr().err
     assert main(["pretrain", "--resume", "--run-dir", str(path), "--other-kernels"]) == 0
+
+
+def test_products_of_bfloat16_decide_nothing_in_float32() -> None:
+    """A process that has computed in both names them; a run in float32 has the same bits whatever they are."""
+    config = {"settings": {"dtype": "float32"}, "device": {"backend": "cpu"}, "code_sha256": "a"}
+    now = {"backend": "cpu", "products": "avx512_bf16"}
+    assert computes_the_same(config, now, "a")
+    assert not computes_the_same({**config, "settings": {"dtype": "bfloat16"}}, now, "a")
 
 
 @pytest.mark.parametrize("fault", [None, "k", "v"])
