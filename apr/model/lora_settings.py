@@ -112,10 +112,8 @@ def check_saved(cfg: ModelConfig, config: LoraConfig, name: str = "--lora-module
                 )
 
 
-def check_rank(cfg: ModelConfig, config: LoraConfig) -> None:
-    """Raise UsageError for a rank that no adapted matrix can use, above the smaller side of each, and for a pattern that
-    matches no adapted matrix; and as check_saved does."""
-    check_saved(cfg, config)
+def check_dora(config: LoraConfig) -> None:
+    """Raise UsageError for norms of rows that are not trained: of 8-bit integers, of embedding and head."""
     if config.dora and config.base:
         raise UsageError(
             "--lora-dora and --lora-base int8: norms of rows of 8-bit integers are not trained; leave one out"
@@ -125,6 +123,13 @@ def check_rank(cfg: ModelConfig, config: LoraConfig) -> None:
             f"--lora-dora is of linear maps of the blocks, not of {outside[0]}; leave it out of --lora-targets, or train it "
             "whole with --train-embeddings"
         )
+
+
+def check_rank(cfg: ModelConfig, config: LoraConfig) -> None:
+    """Raise UsageError for a rank that no adapted matrix can use, above the smaller side of each, and for a pattern that
+    matches no adapted matrix; and as check_saved and check_dora do."""
+    check_saved(cfg, config)
+    check_dora(config)
     plain = dataclasses.replace(config, rank=1, rank_pattern=(), alpha_pattern=())
     sides = {pair.module: min(pair.base.shape) for pair in AdapterLayout(cfg, plain).pairs}
     for name, patterns in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):

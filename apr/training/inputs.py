@@ -29,7 +29,7 @@ from ..data.settings import has_conversations
 from ..model.config import ModelConfig
 from ..model.cost import check_positions, choose_micro_batch, computes_act_again, needs
 from ..model.lora import AdapterLayout, LoraConfig, lora_to_json
-from ..model.lora_settings import check_rank
+from ..model.lora_settings import check_dora, check_rank
 from ..model.optim import optimizer_class
 from ..model.params import Layout
 from ..model.presets import config_notes, load_config
@@ -184,6 +184,8 @@ def open_inputs(
     )
     if s.lora_rank is not None and lora is not None:
         check_rank(cfg, lora)
+    elif lora is not None:
+        check_dora(lora)
     s = with_steps(dataclasses.replace(s, dtype=s.dtype or backend.dtypes[0]), len(data.train))
     backend.empty(0, s.dtype)  # makes ready what a dtype needs, of which the record of the run tells
     need = needs(s, cfg, backend, s.batch_size, s.seq_length, lora, optimizer_class(s), ranks.count == 1)
