@@ -277,7 +277,15 @@ def test_a_run_of_dora_is_verified_and_what_it_saved_is_its_checkpoint(place, tm
     merged, checkpoint = weights(out), weights(run / "ckpt/epoch-002.apr")
     for name, want in checkpoint.items():
         np.testing.assert_allclose(merged[name], want, rtol=0, atol=1e-6)
-    again = ["pretrain", "--init", base, "--lora-init", str(run / "ckpt/epoch-002-adapter"), "--lora-base", "int8"]
+    again = [
+        "pretrain",
+        "--init",
+        base,
+        "--lora-init",
+        str(run / "ckpt/epoch-002-adapter"),
+        "--lora-base",
+        "int8",
+    ]
     again += ["--corpus", str(place / "corpus"), "--seq-length", "16", "--run-dir", str(tmp_path / "again")]
     assert main(again) == 2
     assert "norms of rows of 8-bit integers" in capsys.readouterr().err
