@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import math
 import os
 import shutil
@@ -43,6 +44,8 @@ AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 PR_SET_PDEATHSIG = 1
 # Names of the folders of launchers, with the number of the process behind it.
 FOLDERS = "apr-ranks-"
+# File in such a folder that its launcher holds while it lives.
+HELD = "held"
 # How long ranks may go on after one of them has failed: they end by themselves, with the reason.
 LEFT_SECONDS = 30
 
@@ -211,10 +214,26 @@ def _folder() -> Iterator[str]:
                 old.stat().st_uid == os.geteuid()
                 and not Path(f"/proc/{number}").exists()
                 and Path("/proc/self").exists()
+                and _is_free(old / HELD)
             ):
                 shutil.rmtree(old)
-    with TemporaryDirectory(prefix=f"{FOLDERS}{os.getpid()}-") as folder:
+    with (
+        TemporaryDirectory(prefix=f"{FOLDERS}{os.getpid()}-") as folder,
+        (Path(folder) / HELD).open("wb") as held,
+    ):
+        # Where files cannot be held, nobody finds it free either.
+        with suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield folder
+
+
+def _is_free(held: Path) -> bool:
+    """Tell whether no launcher holds a file: one of another machine or container may, whose processes have other numbers.
+
+    Raises OSError."""
+    with held.open("r+b") as f:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return True
 
 
 def _said(path: Path) -> str:

@@ -17,18 +17,21 @@ SEEN_SECONDS = 15.0
 
 def check_seen(path: Path, sha256: str, rank: int) -> None:
     """Raise Refused where a rank does not find the config.json that rank 0 has written, in the folder of that name."""
-    end, found = time.monotonic() + SEEN_SECONDS, ""
-    while found != sha256:
-        if time.monotonic() > end:
-            what = "another config.json" if found else "none"
-            raise Refused(
-                f"{path}: rank 0 writes the run there, and rank {rank} finds {what} in it; give a --run-dir that all machines see"
-            )
+    end = time.monotonic() + SEEN_SECONDS
+    while True:
+        is_late = time.monotonic() > end
         try:
             found = sha256_of(path / "config.json")[0]
         except AprError:
             found = ""
-        time.sleep(0 if found == sha256 else 0.2)
+        if found == sha256:
+            return
+        if is_late:
+            what = "another config.json" if found else "none"
+            raise Refused(
+                f"{path}: rank 0 writes the run there, and rank {rank} finds {what} in it; give a --run-dir that all machines see"
+            )
+        time.sleep(0.2)
 
 
 class SilentLog(MetricsLog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -26,15 +27,24 @@ def test_folders_of_killed_launchers_go_at_the_next_start(tmp_path, monkeypatch)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for name in (f"{gone.pid}-a", f"{os.getppid()}-b", "of-somebody-else"):
+    elsewhere, begins = f"{gone.pid}-elsewhere", f"{gone.pid}-begins"
+    for name in (f"{gone.pid}-a", f"{os.getppid()}-b", "of-somebody-else", elsewhere, begins):
         (tmp_path / f"{launch.FOLDERS}{name}").mkdir()
-        (tmp_path / f"{launch.FOLDERS}{name}" / "exit-code").touch()
-    with launch._folder() as own:
-        left = {p.name.removeprefix(launch.FOLDERS) for p in tmp_path.iterdir()}
-        assert os.path.basename(own).startswith(f"{launch.FOLDERS}{os.getpid()}-")
-        assert {f"{os.getppid()}-b", "of-somebody-else"} < left
-        assert f"{gone.pid}-a" not in left
+        (tmp_path / f"{launch.FOLDERS}{name}" / launch.HELD).touch()
+    (tmp_path / f"{launch.FOLDERS}{begins}" / launch.HELD).unlink()
+    # A launcher of another machine or container that has the same folder of temporary files: its number is free here.
+    with (tmp_path / f"{launch.FOLDERS}{elsewhere}" / launch.HELD).open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with launch._folder() as own:
+            left = {p.name.removeprefix(launch.FOLDERS) for p in tmp_path.iterdir()}
+            assert os.path.basename(own).startswith(f"{launch.FOLDERS}{os.getpid()}-")
+            assert {f"{os.getppid()}-b", "of-somebody-else", elsewhere, begins} < left
+            assert f"{gone.pid}-a" not in left
+            with pytest.raises(BlockingIOError):
+                launch._is_free(tmp_path / own / launch.HELD)
     assert not os.path.exists(own)
+    with launch._folder():
+        assert not (tmp_path / f"{launch.FOLDERS}{elsewhere}").exists()
 
 
 def test_a_signal_in_the_first_seconds_stops_a_training_and_kills_no_process(monkeypatch, capsys):
@@ -61,6 +71,8 @@ def test_a_folder_that_a_rank_does_not_see_is_named(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     sha256 = hashlib.sha256(b"{}").hexdigest()
     followed.check_seen(tmp_path, sha256, 1)
+    monkeypatch.setattr(followed, "SEEN_SECONDS", -1.0)
+    followed.check_seen(tmp_path, sha256, 1)
     with pytest.raises(
         Refused, match=r"rank 3 finds another config\.json in it; give a --run-dir that all machines see"
     ):
@@ -85,5 +97,8 @@ def test_the_page_shows_ranks_and_the_slowest_of_them(tmp_path):
     assert found["starts"] == "2 ranks after step 0, 3 ranks after step 2"
     row = {"rank": 1, "host": "node1", "gpu": "GPU-1", "part": "33.3 %", "ms": "300.0", "beside": "3.00"}
     assert found["rows"][1] == row
+    record["starts"].append({"after_step": 4, "ranks": ranks})
+    (tmp_path / "ranks.json").write_text(json.dumps(record))
+    assert [r["ms"] for r in rank_section(run)["rows"]] == ["", "", ""]
     (chart,) = rank_chart(run, 4.0)
     assert "slowest rank" in str(vars(chart))
