@@ -104,8 +104,9 @@ def described(s: Step, gpus: int, nodes: int, gbits: float, rate: float) -> list
     assumed = []
     if nodes > 1:
         assumed.append(f"{gbits:g} Gbit/s of network for each GPU, {USED:.0%} of it used (--network-gbits)")
-    if gpus > 2:
+    if gpus // nodes > 2:
         assumed.append("NVLink as fast among more than two")
+    if gpus > 2 or nodes > 1:
         assumed.append(f"{WAITS_FAR if nodes > 1 else WAITS:.1%} of waiting")
     measured = (
         f"{rate / 1e12:.0f} TFLOP/s here, now; on two H200s a step at {SHARE:.0%} of it, {SENT / 1e9:.0f} GB/s between GPUs, "

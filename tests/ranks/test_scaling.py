@@ -49,9 +49,9 @@ def test_a_network_and_more_micro_batches_cost_what_they_move():
 
 
 def test_the_plan_of_several_nodes_says_what_was_measured_and_what_is_assumed(monkeypatch, capsys):
-    cpu = SimpleNamespace(**vars(backends.get("cpu")))
-    cpu.name = "cuda"
-    monkeypatch.setattr(plan, "select", lambda *a: cpu)
+    played = SimpleNamespace(**vars(backends.get("reference")))
+    played.name = "cuda"
+    monkeypatch.setattr(plan, "select", lambda *a: played)
     monkeypatch.setattr(plan, "matmul_rate", lambda *a: 700e12)
     job = [
         "plan",
@@ -68,9 +68,13 @@ def test_the_plan_of_several_nodes_says_what_was_measured_and_what_is_assumed(mo
     text = " ".join(capsys.readouterr().out.split())
     for words in (
         "of 64 GPUs on 8 nodes that train alone, computed", "100 Gbit/s of network for each GPU, 85% of it used",
-        "700 TFLOP/s here", "326 GB/s between",        "NVLink as fast among more than two", "exchange that nothing hides",
+        "700 TFLOP/s here", "326 GB/s between", "NVLink as fast among more than two", "exchange that nothing hides",
     ):  # fmt: skip
         assert words in text
+    assert main([*job, "--gpus", "2", "--nodes", "2"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1.5% of waiting" in text
+    assert "NVLink as fast" not in text
     assert main([*job, "--gpus", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["scaling"]["alone"] / found["scaling"]["seconds"] == pytest.approx(found["efficiency"])
