@@ -18,8 +18,12 @@ def rank_section(run: Run) -> dict[str, Any] | None:
     starts = members(run.ckpt.parent)
     if not starts:
         return None
-    _, ranks = starts[-1]
-    timed = [seconds for _, seconds in times(run.ckpt.parent) if len(seconds) == len(ranks)]
+    after, ranks = starts[-1]
+    # Those of an earlier start are of other processes, perhaps on other machines.
+    since = after if isinstance(after, int) else 0
+    timed = [
+        seconds for step, seconds in times(run.ckpt.parent) if step > since and len(seconds) == len(ranks)
+    ]
     sizes = [_owned(r.get("part")) for r in ranks]
     rows = []
     for n, r in enumerate(ranks):
