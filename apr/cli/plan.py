@@ -121,7 +121,8 @@ def main(args: Sequence[str]) -> int:
     if f.gpus > 1:
         if not f.train or backend.name != "cuda":
             raise UsageError(
-                f"--gpus {f.gpus} plans a training on GPUs, and this is {backend.name}{'' if f.train else ', --no-train'}"
+                f"--gpus {f.gpus} plans a training on GPUs, and this is {backend.name}{'' if f.train else ', --no-train'}: run "
+                "it where one of them is, whose memory and speed it measures"
             )
         trained = AdapterLayout(cfg, lora) if lora else layout
         describe = on_ranks(describe, trained, dtype, AdamW, f.gpus)
