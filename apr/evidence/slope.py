@@ -39,7 +39,7 @@ DIRECTIONS, MANY_FLOP = 2, 1e13
 NOISE = 0.05
 # Root mean square of what noise in B adds to a matrix, at most, in units of the matrix's, by so many of its rows: where alpha is
 # large, the loss along no step would be a parabola.
-MOST_ADDED, ADDED_ROWS = 0.5, 1024
+NOISE_ADDED, ADDED_ROWS = 0.5, 1024
 # Root mean square of a row that noise takes the place of, in units of the tensor's.
 SMALL_ROW = 0.01
 # Elements of a kind that move, and logits on the host for the slope of a z-loss.
@@ -112,7 +112,7 @@ class Job:
         w, a = (
             float(np.sqrt(np.square(x.astype(np.float64)).mean())) for x in (matrix, cut(self.start, pair.a))
         )
-        return MOST_ADDED * w / max(pair.scale * a * np.sqrt(pair.a.shape[0]), 1e-30)
+        return NOISE_ADDED * w / max(pair.scale * a * np.sqrt(pair.a.shape[0]), 1e-30)
 
     def restore(self) -> bool:
         """Put the weights back and clear gradients and sums; True where all bits are those of before."""

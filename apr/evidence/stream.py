@@ -109,7 +109,10 @@ class MixtureGate:
         }
         each = zip(self.names, self.shares, strict=True)
         measured = ", ".join(f"{n} {self.drawn[n]:,} of {total:,}, asked {100 * s:.4g} %" for n, s in each)
-        worst, bound = max(off, key=lambda n: off[n]), f"the share asked for, within {slack} windows"
+        worst, bound = (
+            max(off, key=lambda n: off[n]),
+            f"the share asked for, within {plural(slack, 'window')}",
+        )
         why = self.foreign or (f"{worst} is not drawn as was asked: {measured}" if off[worst] > 1 else "")
         self.gates.judge(
             Finding.of(GATE, not why, measured, bound, why, score=max(off.values())), e.line["step"]
