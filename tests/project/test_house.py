@@ -292,7 +292,7 @@ OPENERS_OF_FILES = {
     "apr.evaluation.sandboxed": {"tester": "descriptors of the sandbox", "": "descriptors of the sandbox"},
     "apr.evaluation.walls": {"own_root": "/proc/self", "_build": "a mount point", "landlock": "folders of Python's own"},
     "apr.evidence.end": {"in_fresh_process": "the answer of our own process"},
-    "apr.ranks.launch": {"start": "the exit code of our own ranks"},
+    "apr.ranks.launch": {"_folder": "our own folder", "_is_free": "a folder of ours", "start": "the exit code of our own ranks"},
     "apr.ranks.watch": {"_read": "a line of our own ranks"},
     "apr.report.page": {"_template": "our own template"},
     "apr.report.run_files": {"_lines": "lines of bounded length", "_parsed": "a line of bounded length"},
