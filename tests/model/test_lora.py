@@ -40,7 +40,7 @@ from apr.model.presets import PRESETS
 from apr.model.settings import ModelSettings
 from apr.model.transformer import Model
 from apr.training.settings import Settings, resolve
-from lora_runs import cache, cached, metrics, place, pretrain, steps, weights  # noqa: F401
+from lora_runs import cache, cached, metrics, place, pretrain, steps, steps_begun, weights  # noqa: F401
 from precision import rounded
 
 cpu = backends.get("cpu")
@@ -581,13 +581,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault):
-    right, steps, more = AdamW.step, [], []
-
-    def step(self, lr, **options):
-        steps.append(self.steps)
-        right(self, lr, **options)
-
-    monkeypatch.setattr(AdamW, "step", step)
+    right, steps, more = AdamW.step, steps_begun(monkeypatch), []
     effective, add, load = Adapters.effective, Adapters.add_gradients, Adapters.set_base
     if fault == "a_frozen_matrix_moves":
 

@@ -24,7 +24,7 @@ from apr.model.lora_settings import check_rank, lora_config
 from apr.model.optim import AdamW, Optimizer
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
-from lora_runs import cache, cached, metrics, place, pretrain, steps, weights  # noqa: F401
+from lora_runs import cache, cached, metrics, place, pretrain, steps, steps_begun, weights  # noqa: F401
 from precision import rounded
 
 cpu = backends.get("cpu")
@@ -220,13 +220,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault):
-    more, begin, right_step, taken = [*RUN], Adapters.begin_forward, AdamW.step, []
-
-    def step(self, lr, **options):
-        taken.append(self.steps)
-        right_step(self, lr, **options)
-
-    monkeypatch.setattr(AdamW, "step", step)
+    more, begin, taken = [*RUN], Adapters.begin_forward, steps_begun(monkeypatch)
     if fault == "forgotten in the file":
         more[3] = "q,embed"
         more.remove("--train-embeddings")

@@ -14,6 +14,7 @@ import pytest
 from apr.checkpoints.apr2 import read_apr
 from apr.cli.main import main
 from apr.model.hf_config import to_hf
+from apr.model.optim import AdamW
 from apr.model.presets import PRESETS
 
 RECIPE = [
@@ -74,3 +75,15 @@ def steps(run):
 
 def weights(path):
     return {name: np.asarray(x) for name, x in read_apr(path).tensors.items()}
+
+
+def steps_begun(monkeypatch):
+    """Collect, as AdamW begins each step, how many it has made; returns the list."""
+    right, begun = AdamW.step, []
+
+    def step(self, lr, **options):
+        begun.append(self.steps)
+        right(self, lr, **options)
+
+    monkeypatch.setattr(AdamW, "step", step)
+    return begun

@@ -7,31 +7,18 @@ Imported when the first array of bfloat16 is made, so that float32 alone waits f
 from typing import Any
 
 import numpy as np
-from numba import prange
+from numba import prange, types
 
+from .bfloat16 import bfloat16
 from .kernels import _exp, _kernel, _largest, _row, low
 from .start import compile_all
 
 products: Any = None  # products.py, where the processor has instructions for it
 
 
-@_kernel("void(float32[:,:,:,:], act[:,:,:,:])")
-def widen(y, x):
-    """y = x, whose last axis is dense in both."""
-    na, nb, nc, n = x.shape
-    py, px = y.ctypes.data, x.ctypes.data
-    for i in prange(na * nb):
-        a, b = i // nb, i % nb
-        for c in range(nc):
-            to = _row(y, py + a * y.strides[0] + b * y.strides[1] + c * y.strides[2], n)
-            row = _row(x, px + a * x.strides[0] + b * x.strides[1] + c * x.strides[2], n)
-            for j in range(n):
-                to[j] = row[j]
-
-
 @_kernel("void(act[:,:,:,:], float32[:,:,:,:])")
-def narrow(y, x):
-    """y = x rounded, whose last axis is dense in both."""
+def convert(y, x):
+    """y = x, rounded where y is bfloat16; the last axis is dense in both."""
     na, nb, nc, n = x.shape
     py, px = y.ctypes.data, x.ctypes.data
     for i in prange(na * nb):
@@ -41,6 +28,9 @@ def narrow(y, x):
             row = _row(x, px + a * x.strides[0] + b * x.strides[1] + c * x.strides[2], n)
             for j in range(n):
                 to[j] = row[j]
+
+
+low.append((convert, types.void(types.Array(types.float32, 4, "A"), types.Array(bfloat16, 4, "A"))))
 
 
 @_kernel("void(float32[::1], act[:,:], int32[::1], float32, boolean, float32)")

@@ -80,14 +80,14 @@ def _wide(x: Array) -> Array:
     if x.dtype != BF16:
         return x
     y = np.empty(x.shape, np.float32)
-    _low().widen(_deep(y), _deep(x))
+    _low().convert(_deep(y), _deep(x))
     return y
 
 
 def copy(y: Array, x: Array) -> None:
     """See reference.py."""
     if y.dtype == BF16 and x.dtype == np.float32 and y.shape == x.shape and x.ndim <= 4:
-        _low().narrow(_deep(y), _deep(x))
+        _low().convert(_deep(y), _deep(x))
     else:
         reference.copy(y, x)
 
