@@ -143,8 +143,19 @@ def train(out: dict[str, np.ndarray], model: Any, ids: np.ndarray, targets: np.n
     """Gradients and STEPS steps by torch."""
     trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
     opt = torch.optim.AdamW(trained.values(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY)
-    losses = []
-    for step in range(STEPS):
+    losses, gradients = taken(model, opt, trained, ids, targets, STEPS)
+    out |= {f"train.grad.{n}": g for n, g in gradients.items()}
+    out["train.loss"], out["train.losses"] = np.array(losses[:1]), np.array(losses)
+    out |= {f"train.after.{n}": p.detach().numpy() for n, p in trained.items()}
+
+
+def taken(
+    model: Any, opt: Any, trained: dict[str, Any], ids: np.ndarray, targets: np.ndarray, steps: int
+) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Take steps of an optimizer on the mean loss, clipped; returns the losses before them and the first gradients."""
+    losses: list[float] = []
+    gradients: dict[str, np.ndarray] = {}
+    for step in range(steps):
         flat = logits_of(model, ids).reshape(-1, model.config.vocab_size)
         loss = torch.nn.functional.cross_entropy(
             flat, torch.from_numpy(targets).long().reshape(-1), ignore_index=-100
@@ -153,11 +164,10 @@ def train(out: dict[str, np.ndarray], model: Any, ids: np.ndarray, targets: np.n
         loss.backward()
         losses.append(loss.item())
         if step == 0:
-            out |= {f"train.grad.{n}": p.grad.numpy().copy() for n, p in trained.items()}
+            gradients = {n: p.grad.numpy().copy() for n, p in trained.items()}
         torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
         opt.step()
-    out["train.loss"], out["train.losses"] = np.array(losses[:1]), np.array(losses)
-    out |= {f"train.after.{n}": p.detach().numpy() for n, p in trained.items()}
+    return losses, gradients
 
 
 def ours(out: dict[str, np.ndarray], meta: dict[str, str]) -> None:

@@ -35,7 +35,7 @@ import numpy as np
 import peft
 import torch
 from peft.optimizers import create_loraplus_optimizer
-from peft_adapters import CLIP, DECAY, LR, ROOT, _versions, base_model, golden, logits_of
+from peft_adapters import DECAY, LR, ROOT, _versions, base_model, golden, logits_of, taken
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -128,19 +128,8 @@ def train(
             for matrices in (True, False)
         ]
         opt = torch.optim.AdamW(groups, lr=LR, **options)
-    losses = []
-    for step in range(steps):
-        flat = logits_of(model, ids).reshape(-1, model.config.vocab_size)
-        loss = torch.nn.functional.cross_entropy(
-            flat, torch.from_numpy(targets).long().reshape(-1), ignore_index=-100
-        )
-        opt.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        if step == 0:
-            out |= {f"{case}.grad.{n}": p.grad.numpy().astype(np.float32) for n, p in trained.items()}
-        torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
-        opt.step()
+    losses, gradients = taken(model, opt, trained, ids, targets, steps)
+    out |= {f"{case}.grad.{n}": g.astype(np.float32) for n, g in gradients.items()}
     out[f"{case}.losses"] = np.array(losses)
     if steps > 1:
         out |= {f"{case}.after.{n}": p.detach().numpy().astype(np.float32) for n, p in trained.items()}
