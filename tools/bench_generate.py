@@ -200,13 +200,16 @@ def _transformers(who: str, model: str, folder: str, threads: int, device: str) 
 
 
 def in_process(python: str, args: list[str]) -> dict[str, float]:
-    """The figures that this file prints when it measures once."""
-    done = subprocess.run(
-        [python, __file__, *args], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
-    )
+    """The figures that this file prints when it measures once. Prints how long it took, and what came of it."""
+    start = time.perf_counter()
+    env = {**os.environ, **({} if python == sys.executable else {"PYTHONPATH": ""})}
+    done = subprocess.run([python, __file__, *args], capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"{python} {' '.join(args)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    figures = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    what = ", ".join(f"{key} {value:,.1f}" for key, value in figures.items())
+    print(f"{args[1]}, {time.perf_counter() - start:.0f} s in all: {what}", file=sys.stderr, flush=True)
+    return figures
 
 
 def compare(a: argparse.Namespace, model: str) -> dict[str, Any]:
