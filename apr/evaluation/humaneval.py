@@ -201,7 +201,7 @@ class Completer:
     def __init__(self, opened: Opened, settings: HumanEvalSettings) -> None:
         self.opened, self.settings = opened, settings
         self.tokenizer = opened.need_tokenizer()
-        recorded = lacks(opened.cfg, opened.backend, opened.dtype, opened.held) == ""
+        recorded = lacks(opened.cfg, opened.backend, opened.dtype) == ""
         self._rows = RECORDED if recorded else TOGETHER if opened.backend.name == "cpu" else 1
 
     def check_fits(self, problems: Sequence[Problem]) -> None:

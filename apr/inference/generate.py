@@ -53,7 +53,7 @@ class Generator:
         self.model = Model(
             cfg, backend, rows, self.chunk, dtype, train=False, loss_rows=rows, cache=slots, w=weights
         )
-        lacking = lacks(cfg, backend, dtype, weights)
+        lacking = lacks(cfg, backend, dtype)
         self._decoding = Decoding(self.model, among) if recorded and lacking == "" else None
         if recorded and lacking:
             say_once(f"generation runs op by op: {lacking}")

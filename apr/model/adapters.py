@@ -169,11 +169,17 @@ class Adapters:
         be.gemm(du, dy, a, s, 0.0, False, True)
         be.embedding_bwd(db, du, ids)
 
+    def makes(self, layer: int, name: str) -> bool:
+        """Tell if `effective` makes a matrix, because W alone is not what the map computes with."""
+        return bool(self.config.base) or any(
+            (layer, part) in self._pairs for part in FUSED.get(name, (name,))
+        )
+
     def effective(self, layer: int, name: str) -> Any:
         """W_eff (O,I) of a matrix, or of several that are joined, until the next call; W itself where that is the same."""
         p, parts = self.model.p.layer[layer], FUSED.get(name, (name,))
         whole = getattr(p, name)
-        if not self.config.base and not any((layer, part) in self._pairs for part in parts):
+        if not self.makes(layer, name):
             return whole
         o, i = whole.shape
         out = self.named(self._effective[: o * i].reshape(o, i), f"{layer}.{name}")

@@ -170,7 +170,7 @@ class Block:
     def _down_bwd_again(self, g: Any, dout: Any) -> Any:
         """Do the same with the act that a pass over gu computes beside the gradient, which takes the place of gu."""
         be, a, s = self.be, self.a, self.s
-        be.linear_bwd(s.dact, None, None, dout, a.act, self._matrix("wdown"), self.adds)
+        be.linear_bwd(s.dact, None, None, dout, a.act, self.matrix("wdown"), self.adds)
         self.tap("d_act", s.dact)
         be.swiglu_again(a.act, a.gu, s.dact)
         if g.wdown is not None:
@@ -203,17 +203,21 @@ class Block:
         self._linear_bwd(s.dnorm, g, s.dqkv, a.norm1, "wqkv", g.bqkv if layer.qkv_bias else None)
         self.tap("d_norm1", s.dnorm)
 
-    def _matrix(self, name: str) -> Any:
+    def matrix(self, name: str) -> Any:
         """The matrix of a linear map."""
         return self.adapters.effective(self.index, name) if self.adapters else getattr(self.w, name)
 
+    def is_made(self, name: str) -> bool:
+        """Tell if `matrix` makes that matrix, from W and adapters or from 8-bit integers."""
+        return self.adapters is not None and self.adapters.makes(self.index, name)
+
     def _linear(self, y: Any, x: Any, name: str, bias: Any = None) -> None:
         """y = x w^T + bias"""
-        self.be.linear_fwd(y, x, self._matrix(name), bias)
+        self.be.linear_fwd(y, x, self.matrix(name), bias)
 
     def _linear_bwd(self, dx: Any, g: Any, dy: Any, x: Any, name: str, db: Any = None) -> None:
         """dx = dy w, and the gradients of the map's parameters or of its adapters"""
-        self.be.linear_bwd(dx, getattr(g, name), db, dy, x, self._matrix(name), self.adds)
+        self.be.linear_bwd(dx, getattr(g, name), db, dy, x, self.matrix(name), self.adds)
         if self.adapters:
             self.adapters.add_gradients(self.index, name, dy, x)
 

@@ -1,7 +1,8 @@
 """The step of generation on a device that runs ahead: each sequence's next token from its last one, without the host.
 
 Sequence n is row n of the KV cache, its token t in slot t. Tokens, positions and draws lie on the device, so that a step is the
-same launches every time: it is recorded once for each number of sequences, and launched again.
+same launches every time: it is recorded once for each number of sequences, and launched again. With adapters, the matrix of a
+linear map is made in the step, before the map: a training step between two generations is seen, and nothing else is kept.
 """
 
 from __future__ import annotations
@@ -15,16 +16,14 @@ from typing import Any
 import numpy as np
 
 from ..common.printable import printable
-from .adapters import Adapters
 from .config import ModelConfig
 from .taps import no_tap
 from .transformer import Model
 
 
-def lacks(c: ModelConfig, backend: Any, dtype: str, weights: Any = None) -> str | None:
-    """Name what keeps a model from being decoded by recorded steps; "" for nothing, None where there are none: on some
-    backends, and with adapters, whose matrices are made anew for each linear map."""
-    ops = None if isinstance(weights, Adapters) else backend.decoder()
+def lacks(c: ModelConfig, backend: Any, dtype: str) -> str | None:
+    """Name what keeps a model from being decoded by recorded steps; "" for nothing, None on backends that have none."""
+    ops = backend.decoder()
     inner = c.num_heads * c.head_dim
     return None if ops is None else ops.lacks(c.head_dim, dtype, c.hidden_size, inner, c.intermediate_size)
 
@@ -68,6 +67,8 @@ class Decoding:
         """Begin with these sequences, in the order of the rows of the cache."""
         be, b, n = self.model.be, self.model.buffers, len(rows)
         slots = b["step_draws"].shape[1]
+        if self.model.adapters:
+            self.model.adapters.begin_forward()
         put: dict[str, np.ndarray] = {
             "tokens": np.array([r.ids[-1] for r in rows], np.int32),
             "positions": np.array([len(r.ids) - 1 for r in rows], np.int32),
@@ -123,11 +124,12 @@ class Decoding:
         blocks, s = m._at(n, 1)
         tokens, positions = b["step_tokens"][:n], b["step_positions"][:n]
         res = s.res
-        ops.rows(res, tokens, m.p.embed)
+        ops.rows(res, tokens, m._outside("embed", m.p.embed))
         for i, (layer, a, w) in enumerate(zip(m.layers, blocks, m.p.layer, strict=True)):
             block = m._of(i, no_tap)
             norm = w.attn_norm if layer.attn_norm else None
-            ops.linear(a.qkv, res, w.wqkv, w.bqkv if layer.qkv_bias else None, norm=norm, eps=eps)
+            bias = w.bqkv if layer.qkv_bias else None
+            ops.linear(a.qkv, res, block.matrix("wqkv"), bias, norm=norm, eps=eps, made=block.is_made("wqkv"))
             qk, norms = a.qkv, (None, None)
             if layer.qk_norm == "all":
                 block.norm_heads()
@@ -140,24 +142,28 @@ class Decoding:
                 a.att, *m._cache[i], qk, values, norms, angles, positions,
                 b["step_part"], b["step_arrived"], m.cfg.num_heads, layer.window, eps,
             )  # fmt: skip
-            self._branch(block, a.att_out, a.att, w.wo, layer.attn_post_norm and w.attn_post_norm, 1)
+            self._branch(block, a.att_out, a.att, "wo", layer.attn_post_norm and w.attn_post_norm, 1)
             norm = w.mlp_norm if layer.mlp_norm else None
-            ops.linear(a.act, res, w.wgu, norm=norm, eps=eps, gated=True, ahead=w.wdown)
-            self._branch(block, a.mlp_out, a.act, w.wdown, layer.mlp_post_norm and w.mlp_post_norm, 2)
+            ahead = None if block.is_made("wdown") else w.wdown
+            ops.linear(
+                a.act, res, block.matrix("wgu"), norm=norm, eps=eps, gated=True, ahead=ahead, made=block.is_made("wgu")
+            )  # fmt: skip
+            self._branch(block, a.mlp_out, a.act, "wdown", layer.mlp_post_norm and w.mlp_post_norm, 2)
         logits = m._logits[:n]
         ops.rms_norm(s.final_norm, res, m.p.final_norm, eps)
-        ops.linear(logits, s.final_norm, m._head)
+        head = m._outside("head", m._head)
+        ops.linear(logits, s.final_norm, head, made=head is not m._head)
         state = tokens, positions, b["step_counts"][:n], b["step_chosen"][:n], b["step_seen"][:n]
         drawn = b["step_draws"][:n], b["step_options"][:n], b["step_top_k"][:n]
         work = b["step_bins"][:n], b["step_sums"][:n], b["step_tops"][:n]
         ops.pick(*state, work, logits, m.cfg.vocab_size, self._allowed, *drawn)
 
-    def _branch(self, block: Any, out: Any, x: Any, w: Any, post: Any, number: int) -> None:
-        """res += x w^T, with the norm behind a branch where there is one."""
-        res = block.s.res
+    def _branch(self, block: Any, out: Any, x: Any, name: str, post: Any, number: int) -> None:
+        """res += x w^T, w by its name, with the norm behind a branch where there is one."""
+        res, w, made = block.s.res, block.matrix(name), block.is_made(name)
         if post is False:
-            self._ops.linear(res, x, w, adds=True)
+            self._ops.linear(res, x, w, adds=True, made=made)
             return
-        self._ops.linear(out, x, w)
+        self._ops.linear(out, x, w, made=made)
         block.post_norm(out, getattr(block.a, f"post_rstd{number}"), post)
         block.be.add(res, res, block.s.delta)

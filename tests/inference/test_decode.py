@@ -19,7 +19,8 @@ from apr.common.errors import Refused
 from apr.inference import int8
 from apr.inference.generate import Generator, generator_memory
 from apr.inference.sampling import Continuation, Sampling, pick
-from apr.model.lora import LoraConfig
+from apr.model.block import Block
+from apr.model.lora import LINEAR, LoraConfig
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.transformer import Model
@@ -159,16 +160,79 @@ def test_damaged_weights_are_refused_and_every_byte_is_planned(shim: Any) -> Non
         list(run)
 
 
-def test_adapters_speak_op_by_op(shim: Any) -> None:
-    """Recorded steps read matrices, which are not those of a model with adapters."""
-    cfg = PRESETS["llama-tiny"]
-    model = Model(cfg, shim, 1, 8, lora=LoraConfig(2, 8.0, ("wq", "wdown")))
+ADAPTERS = {
+    "two maps": LoraConfig(2, 8.0, ("wq", "wdown")),
+    "all maps, head, whole norms": LoraConfig(2, 8.0, (*LINEAR, "head"), saved=("norm",)),
+    "tied": LoraConfig(2, 8.0, ("wv", "wup", "embed", "head")),
+    "dora": LoraConfig(2, 8.0, ("wk", "wo", "wgate"), dora=True),
+    "int8": LoraConfig(2, 8.0, ("wo", "wup"), base="int8"),
+}
+
+
+def with_adapters(be: Any, cfg: Any, lora: LoraConfig, dtype: str = "float32") -> Any:
+    """Adapters in training, of a model with parameters and adapters that are all different from 0."""
+    model = Model(cfg, be, 1, 8, dtype, lora=lora)
     adapters: Any = model.adapters
-    host = weights(cfg)
-    adapters.set_base(model.layout.named(host).__getitem__)
-    adapters.w[...] = np.random.default_rng(0).standard_normal(adapters.w.shape)
-    assert texts(shim, cfg, adapters, True, (0,)) == texts(shim, cfg, adapters, False, (0,))
-    assert texts(shim, cfg, adapters, False, (0,)) != texts(shim, cfg, host, False, (0,))
+    read = model.layout.named(weights(cfg)).__getitem__
+    adapters.set_base(read)
+    host = np.zeros(adapters.layout.size, np.float32)
+    adapters.layout.init(host, 0, read)
+    host += 0.3 * np.random.default_rng(0).standard_normal(host.shape).astype(np.float32)
+    be.from_host(adapters.w, host)
+    return adapters
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_text_under_adapters_is_that_of_the_path_op_by_op(kind: str, shim: Any) -> None:
+    """Matrices are made in the step: what a training step changes between two generations is seen by the second."""
+    cfg = PRESETS["qwen2-tiny" if kind == "tied" else "llama-tiny"]
+    adapters = with_adapters(shim, cfg, ADAPTERS[kind])
+    base = texts(shim, cfg, weights(cfg), True, (1, 2))
+    generator = Generator(cfg, shim, adapters, 64, rows=2)
+
+    def recorded() -> dict[int, Any]:
+        which = (1, 2)
+        run = generator.run([PROMPTS[i] for i in which], [SAMPLING[i] for i in which], ENDS)
+        return {which[c.number]: (c.new, c.ended) for c in [c for c, _ in run]}
+
+    assert generator._decoding is not None
+    before = recorded()
+    assert before == texts(shim, cfg, adapters, False, (1, 2)) != base
+    adapters.w *= 3
+    assert recorded() == texts(shim, cfg, adapters, False, (1, 2)) != before
+
+
+def early_reads(be: Any, host: Host, adapters: Any, monkeypatch: Any) -> list[bool]:
+    """Tell of each linear map whose matrix was made in the step whether its kernel was launched early."""
+    made, load, out = adapters._effective, Host.kernel, []
+
+    def kernel(self: Host, module: str, name: str, act: str, **defines: int) -> Any:
+        launch = load(self, module, name, act, **defines)
+
+        def noted(grid: Any, block: Any, args: tuple[Any, ...], **options: Any) -> None:
+            if module == "decode_linear" and any(
+                np.may_share_memory(x, made) for x in args if hasattr(x, "shape")
+            ):
+                out.append(bool(options.get("early")))
+            launch(grid, block, args, **options)
+
+        return noted
+
+    with monkeypatch.context() as m:
+        m.setattr(Host, "kernel", kernel)
+        texts(be, PRESETS["llama-tiny"], adapters, True, (0,))
+    return out
+
+
+def test_no_kernel_asks_early_for_a_matrix_that_is_being_made(
+    shim: Any, host: Host, monkeypatch: Any
+) -> None:
+    adapters = with_adapters(shim, PRESETS["llama-tiny"], LoraConfig(2, 8.0, ("wq", "wup", "wdown", "head")))
+    launches = early_reads(shim, host, adapters, monkeypatch)
+    assert launches
+    assert not any(launches)
+    monkeypatch.setattr(Block, "is_made", lambda self, name: False)
+    assert any(early_reads(shim, host, adapters, monkeypatch))
 
 
 def test_draws_end_with_the_positions() -> None:
@@ -357,3 +421,17 @@ def test_recorded_text_on_a_gpu(name: str) -> None:
         assert got == texts(of(unrecorded), cfg, w, True, dtype="bfloat16")
         for i in range(3):
             assert texts(of(be), cfg, w, True, (i,), "bfloat16") == {i: got[i]}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_recorded_text_under_adapters_on_a_gpu(kind: str) -> None:
+    """In float32 that of the path op by op; in bfloat16 the recorded step has the bits of the one that is not."""
+    be, cfg = backends.get("cuda"), PRESETS["qwen2-tiny" if kind == "tied" else "llama-tiny"]
+    wide = with_adapters(be, cfg, ADAPTERS[kind])
+    assert texts(be, cfg, wide, True) == texts(be, cfg, wide, False)
+    adapters = with_adapters(be, cfg, ADAPTERS[kind], "bfloat16")
+    unrecorded = overlay(be, capture=lambda f: f)
+    assert texts(be, cfg, adapters, True, dtype="bfloat16") == texts(
+        unrecorded, cfg, adapters, True, dtype="bfloat16"
+    )

@@ -56,15 +56,15 @@ def _keys(lanes: int) -> int:
 
 def linear(
     y: Array, x: Array, w: Any, b: Array | None = None, *, norm: Array | None = None, eps: float = 0.0,
-    adds: bool = False, gated: bool = False, ahead: Any = None,
+    adds: bool = False, gated: bool = False, ahead: Any = None, made: bool = False,
 ) -> None:  # fmt: skip
     """y = round(x w^T + b) of x, or of its RMSNorm; adds: y = round(y + that); gated: y = silu(gate) * up of w (2F,K).
 
     y (N,O), x (N,K), w (O,K) an array, or an int8 matrix with q (O,K) and scale (O,). ahead: a matrix of w's kind that is
-    read soon."""
+    read soon. made: w was written just before, so that no kernel may ask for it early."""
     for first in range(0, len(x), MAX_TOKENS):
         some = slice(first, first + MAX_TOKENS)
-        _linear(y[some], x[some], w, b, norm, eps, adds, gated, ahead)
+        _linear(y[some], x[some], w, b, norm, eps, adds, gated, ahead, made)
 
 
 def _linear(
@@ -77,6 +77,7 @@ def _linear(
     adds: bool,
     gated: bool,
     ahead: Any,
+    made: bool,
 ) -> None:
     n, k = x.shape
     scale = getattr(w, "scale", None)
@@ -99,7 +100,7 @@ def _linear(
     later = 0 if ahead is None else ahead.size
     args = (y, x, matrix, scale, b, norm, ahead, later, eps, int(adds), n, outputs, k, splits)
     grid = (ceil_div(tiles * splits, warps),)
-    kernel(grid, (32 * warps,), args, shared=shared, early=True)
+    kernel(grid, (32 * warps,), args, shared=shared, early=not made)
 
 
 def rms_norm(y: Array, x: Array, w: Array, eps: float) -> None:
