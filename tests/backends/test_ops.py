@@ -14,7 +14,22 @@ import pytest
 from apr import backends
 from apr.backends.contract import OPS, WRITES
 from apr.backends.cpu import tiles
-from cases import BF16, CASES, LARGEST, ROWS, TAKE_64, Arrays, Backend, Row, make, overlay, rows, run
+from cases import (
+    BF16,
+    CASES,
+    LARGEST,
+    LOGIT_EDGES,
+    ROWS,
+    TAKE_64,
+    Arrays,
+    Backend,
+    Row,
+    edge_logits,
+    make,
+    overlay,
+    rows,
+    run,
+)
 from precision import (
     Figures,
     accuracy,
@@ -377,6 +392,18 @@ def test_cross_entropy_of_large_logits(be: Any, dtype: str, n: int, v: int, larg
     for name in ("cross_entropy", "cross_entropy_loss_only"):
         row = Row(BY_NAME[name][0].case, dict(N=n, V=v))
         figures = accuracy(be, row, dtype, spread(row, dtype, "logits", largest))
+        assert not off(figures), figures
+
+
+@every_backend
+@pytest.mark.parametrize("edge", LOGIT_EDGES)
+@pytest.mark.parametrize(("n", "v"), [(5, 59), (2, 16424)])
+def test_cross_entropy_of_logits_at_the_end_of_a_dtype(
+    be: Any, dtype: str, n: int, v: int, edge: str
+) -> None:
+    for name in ("cross_entropy", "cross_entropy_loss_only"):
+        row = Row(BY_NAME[name][0].case, dict(N=n, V=v))
+        figures = accuracy(be, row, dtype, edge_logits(row, dtype, edge))
         assert not off(figures), figures
 
 

@@ -13,7 +13,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from apr.backends.cuda import kernels, ops
-from cases import BAND, LARGEST, ROWS, Row, make, run
+from cases import BAND, LARGEST, LOGIT_EDGES, ROWS, Row, edge_logits, make, run
 from host_shim import MODULES, Host, backend, folder, over, table  # noqa: F401  folder is a fixture
 from precision import accuracy, differing, figures, off
 
@@ -97,6 +97,21 @@ def test_arrays_that_are_not_aligned(shim: Any, row: Row, dtype: str) -> None:
     """Lengths that 16-byte accesses suit, at addresses that they do not."""
     values = make(row, dtype)
     found = figures(row, dtype, run(shim, row, dtype, values, BAND - 1), values)
+    assert not off(found), {n: found[n] for n in off(found)}
+
+
+@every_dtype
+@pytest.mark.parametrize("edge", LOGIT_EDGES)
+@over(
+    [
+        *table("cross_entropy", "2 59, 2 8200, 2 16424"),
+        *table("cross_entropy_rows_apart", "2 16421 16424, 1 170003 170008"),
+        *table("cross_entropy_loss_only", "2 16424"),
+    ]
+)
+def test_logits_at_the_end_of_a_dtype(shim: Any, row: Row, dtype: str, edge: str) -> None:
+    """Minus infinity for all that a thread, or a block of a cluster, has of a row; logits that a product overflows."""
+    found = accuracy(shim, row, dtype, edge_logits(row, dtype, edge))
     assert not off(found), {n: found[n] for n in off(found)}
 
 

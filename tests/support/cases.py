@@ -317,6 +317,29 @@ def make(row: Row, dtype: Any, seed: int = 0) -> Arrays:
     return values
 
 
+LOGIT_EDGES = ("minus infinity", "lowest", "large", "huge")
+
+
+def edge_logits(row: Row, dtype: Any, edge: str) -> Arrays:
+    """Values of a row of cross_entropy with logits where a dtype ends: minus infinity, or the lowest finite number, for the
+    middle three quarters of the vocabulary but the targets; or all large, or so huge that 1.44 times them is infinite.
+    """
+    values = make(row, dtype)
+    x, targets = values["logits"], values["targets"]
+    n, v = x.shape
+    if edge == "large":
+        x *= 1e6
+    elif edge == "huge":
+        x[...] = 2.5e38 + 1e37 * x
+        x[:, v // 3] = 3.3e38  # alone: the logarithm of a number of largest ones would be lost beside them
+    else:
+        at = np.maximum(targets, 0)
+        own = x[np.arange(n), at]
+        x[:, v // 8 : v - v // 8] = -np.inf if edge == "minus infinity" else -3.38e38
+        x[np.arange(n), at] = own
+    return {**values, "logits": x.astype(dtype).astype(np.float64)}
+
+
 def borders(rng: np.random.Generator, batch: int, queries: int, keys: int) -> np.ndarray:
     """Where the documents of the last `queries` of `keys` positions begin: in each sequence another order of those of
     DOCUMENTS that are shorter than half of it."""

@@ -42,9 +42,12 @@ __device__ __forceinline__ float largest(const Pack<N>& p, float m) {
     return m;
   }
 }
-// exp(x - top); in bfloat16 by a fused product, whose rounding of top * log2(e) all elements of a row share.
+// exp(x - top), x <= top; in bfloat16 by a fused product, whose rounding of top * log2(e) all elements of a row share. From
+// 2^15 on that rounding would be too much, and in the end infinite; but such numbers lie 128 or more apart, so that the
+// power is 1 or 0 with any base.
 __device__ __forceinline__ float exp_less(float x, float top) {
-  return IS_BF16 ? exp2f(fmaf(x, LOG2E, -top * LOG2E)) : expf(x - top);
+  const float base = fabsf(top) < 32768.f ? LOG2E : 1.f;  // log2 of it
+  return IS_BF16 ? exp2f(fmaf(x, base, -top * base)) : expf(x - top);
 }
 
 // wait: room for `held` packs; tops, sums: for 32 floats each, of a block's shared memory
