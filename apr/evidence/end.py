@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..common.events import Line
 from ..common.finding import FAIL, SKIPPED, Finding
-from ..common.host import cores
+from ..common.host import cores, importing_this
 from ..common.units import plural
 from ..model.cost import matmul_rate, memory
 from . import measure
@@ -76,7 +76,8 @@ def in_fresh_process(run: Path, device: str, dtype: str, threads: int | None) ->
     """Load a run's last checkpoint in another process: its validation loss and where its files are not what was on the
     device; or the reason of a failure."""
     command = [sys.executable, "-m", "apr.verify.reload", str(run), device, dtype, str(threads or 0)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_SECONDS, check=False)
+    env = importing_this(os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_SECONDS, check=False, env=env)
     try:
         loss, differs = json.loads(done.stdout)
         return float(loss), str(differs)

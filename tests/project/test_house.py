@@ -383,9 +383,21 @@ def raw_prints() -> list[str]:
     return wrong
 
 
+def other_aprs() -> list[str]:
+    """Functions that start a process of apr, and not with importing_this(): it may find another apr, or none."""
+    wrong = []
+    for name, path in modules().items():
+        for f in [f for f in ast.walk(ast.parse(path.read_text())) if isinstance(f, ast.FunctionDef)]:
+            texts = [n.value for n in ast.walk(f) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+            starts = "sys.executable" in ast.unparse(f) and any(t.startswith("apr.") for t in texts)
+            if starts and "importing_this(" not in ast.unparse(f):
+                wrong.append(f"{name}.{f.name}")
+    return wrong
+
+
 CHECKS = [
     forbidden, circle, late_imports, openers, comments_behind_brackets, non_ascii_comments, old_names, loose, long_files,
-    openings, raw_prints,
+    openings, raw_prints, other_aprs,
 ]  # fmt: skip
 
 
@@ -407,6 +419,7 @@ PLANTED = {  # check: a file of apr/, its text, and a part of what the check say
     long_files: ("data/x.py", "A = 1\n" * (MAX_LINES + 1), "x.py: 401 lines"),
     openings: ("data/x.py", "def f(p):\n    return p.read_bytes()\n", "apr.data.x.f: p.read_bytes()"),
     raw_prints: ("data/x.py", "def f(name):\n    print(f'file {name}')\n", "apr.data.x.f: print(f'file"),
+    other_aprs: ("data/x.py", "def f():\n    run([sys.executable, '-m', 'apr.cli.main'])\n", "apr.data.x.f"),
 }
 
 
