@@ -8,6 +8,8 @@ A page is written by hand but for its generated blocks, which stand between two 
   <!-- presets -->           preset names with their sizes
 each ended by <!-- end -->. Those of docs/faults.md come from tests, from the faults of the campaigns and from their record:
   <!-- edits of kernels -->, <!-- faults of gates -->, <!-- first campaign -->, <!-- second campaign -->
+and those of docs/stories.md from the records of its runs:
+  <!-- stories of toy -->, <!-- stories of real -->, <!-- steps of pretraining -->
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import docs_faults
+import docs_stories
 
 from apr.cli.main import COMMANDS, MODULES
 from apr.common import errors
@@ -37,7 +40,8 @@ from apr.model.presets import PRESETS
 PAGES = ROOT / "docs" / "commands"
 TABLE = ROOT / "apr" / "cli" / "completion.json"
 BLOCK = re.compile(
-    r"(<!-- (options: [a-z -]+|commands|exit codes|presets|(?:edits|faults) of [a-z]+|[a-z]+ campaign) -->\n).*?(<!-- end -->)",
+    r"(<!-- (options: [a-z -]+|commands|exit codes|presets|(?:edits|faults|steps) of [a-z]+|[a-z]+ campaign|stories of [a-z]+)"
+    r" -->\n).*?(<!-- end -->)",
     re.S,
 )
 OTHER_CODES = {
@@ -163,6 +167,9 @@ TABLES = {
     "faults of gates": docs_faults.gates_table,
     "first campaign": lambda: docs_faults.campaign_table("first"),
     "second campaign": lambda: docs_faults.campaign_table("second"),
+    "stories of toy": lambda: docs_stories.beside_table("toy"),
+    "stories of real": lambda: docs_stories.beside_table("real"),
+    "steps of pretraining": docs_stories.steps_table,
 }
 
 
@@ -223,7 +230,7 @@ def completion_table(known: dict[str, Command]) -> str:
 def made() -> dict[Path, str]:
     """Map every generated file to its content. Raises KeyError for a block of an unknown command."""
     known = commands()
-    pages = [*sorted(PAGES.glob("*.md")), docs_faults.PAGE]
+    pages = [*sorted(PAGES.glob("*.md")), docs_faults.PAGE, docs_stories.PAGE]
     out = {path: page(path.read_text(), known) for path in pages}
     out[TABLE] = completion_table(known)
     return out

@@ -77,7 +77,9 @@ def in_fresh_process(run: Path, device: str, dtype: str, threads: int | None) ->
     device; or the reason of a failure."""
     command = [sys.executable, "-m", "apr.verify.reload", str(run), device, dtype, str(threads or 0)]
     env = importing_this(os.environ)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_SECONDS, check=False, env=env)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=PROCESS_SECONDS, check=False, env=env
+    )
     try:
         loss, differs = json.loads(done.stdout)
         return float(loss), str(differs)

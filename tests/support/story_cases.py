@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import random
+import re
 import shlex
 import tarfile
 from collections.abc import Callable, Iterator
@@ -19,30 +20,31 @@ TEMPLATE = (
 )
 SIZES: dict[str, dict[str, object]] = {
     "toy": dict(
-        vocab=320, hidden=32, feed=64, layers=2, heads=4, length=48,
-        batch=8, rate="5e-3", steps=30, tune=8, prefer=6,
+        vocab=320, hidden=32, feed=64, layers=2, heads=4, length=48, batch=8,
+        steps=30, rate="1e-2", tune=8, tune_rate="5e-3", prefer=6, prefer_rate="5e-4",
     ),
     "real": dict(
-        vocab=8192, hidden=320, feed=864, layers=7, heads=5, length=256,
-        batch=8, rate="2e-3", steps=120, tune=40, prefer=20,
+        vocab=8192, hidden=320, feed=864, layers=7, heads=5, length=256, batch=8,
+        steps=100, rate="1e-3", tune=30, tune_rate="3e-4", prefer=15, prefer_rate="5e-5",
     ),
 }  # fmt: skip
-RECIPE = "--batch-size {batch} --schedule constant --warmup-steps 0 --dtype float32 --device cpu"
+TALKS, PAIRS = 3000, 600  # of the real size, at most
+RECIPE = "--batch-size {batch} --val-fraction 0.1 --val-batches 16 --dtype float32 --device cpu"
 STORIES = {
     "pretrain": [
         "tokenize train code prose.txt --vocab-size {vocab} --special-tokens '<|im_start|>' --special-tokens '<|im_end|>'"
         " -o tok",
         "pretrain --mix 'corpus=code weight=0.6; corpus=prose.txt weight=0.4' --tokenizer tok --model model.json"
-        " --seq-length {length} --num-steps {steps} --eval-every {steps} --lr {rate} --val-fraction 0.1 --run-dir base "
+        " --seq-length {length} --num-steps {steps} --eval-every {steps} --lr {rate} --run-dir base "
         + RECIPE,
     ],
     "conversations": [
         "pretrain --init base/ckpt/epoch-001.apr --instruct chats --chat-template chatml.jinja --seq-length {length}"
-        " --num-steps {tune} --eval-every {tune} --lr 1e-3 --val-fraction 0.1 --run-dir tuned " + RECIPE
+        " --num-steps {tune} --eval-every {tune} --lr {tune_rate} --run-dir tuned " + RECIPE
     ],
     "preferences": [
         "pretrain --init tuned/ckpt/epoch-001.apr --preferences pairs.jsonl --preference-loss dpo --beta 0.1 --seq-length"
-        " {pair_length} --num-steps {prefer} --eval-every {prefer} --lr 1e-4 --val-fraction 0.1 --run-dir preferred "
+        " {pair_length} --num-steps {prefer} --eval-every {prefer} --lr {prefer_rate} --run-dir preferred "
         + RECIPE
     ],
 }
@@ -70,7 +72,9 @@ def write_data(folder: Path, size: str, data: Path | None = None) -> None:
     for shape, (name, record) in enumerate(SHAPES.items()):
         rows = [record(*talk) for talk in talks[shape :: len(SHAPES)]]
         (folder / "chats" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in _pairs(talks)))
+    # The reference's log-probabilities are computed of every pair, however few steps there are.
+    pairs = _pairs(talks[:PAIRS])
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in pairs))
     model = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": s["vocab"], "hidden_size": s["hidden"],
         "intermediate_size": s["feed"], "num_hidden_layers": s["layers"], "num_attention_heads": s["heads"],
@@ -135,12 +139,13 @@ def _real(data: Path) -> tuple[list[tuple[str, str]], str, list[Talk]]:
             modules.append((member.name.replace("/", "."), text))
             talks += _functions(text)
     prose = (data / "tinystories-excerpt" / "tinystories-train-head.txt").read_text()
-    for story in prose.split("<|endoftext|>"):
+    # No blank line stands between two stories.
+    for story in re.split(r"(?<!\n)\n(?!\n)", prose):
         first, _, rest = story.strip().partition(". ")
         if 100 < len(rest) < 700:
             talks.append((f"Go on with this story.\n{first}.", rest))
     random.Random(7).shuffle(talks)
-    return modules, prose.replace("<|endoftext|>", ""), talks[:3000]
+    return modules, prose, talks[:TALKS]
 
 
 def _functions(text: str) -> Iterator[Talk]:

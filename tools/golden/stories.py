@@ -6,11 +6,14 @@
     env/bin/python tools/golden/stories.py --size real --data DIR --out bench/stories.json
 
 apr runs each story with its own commands; the batches of its steps are taken as they go into the model. TRL's SFTTrainer and
-DPOTrainer begin with the same weights and get the same examples in the same order, one step a batch, in float32, with torch's
-AdamW: rows of packed examples are taken apart, and every example stands in a row of its own, as TRL has it.
+DPOTrainer begin with the same weights and get the same examples in the same order, one step a batch, with torch's AdamW and the
+learning rates of apr's log (TRL's own warm-up begins with 0, a step later): rows of packed examples are taken apart, and every
+example stands in a row of its own, as TRL has it.
 
-    NAME.apr, NAME.trl    losses of the steps of a story, nats/token (preferences: of a pair)
-    NAME.seconds          [apr, TRL] for those steps
+    NAME.apr, NAME.trl    losses of the steps of a story in float32, nats/token (preferences: of a pair)
+    NAME.trl_float64      the same by TRL in float64
+    NAME.trl_last_bits    by TRL in float32, from weights each of which is moved by one unit in its last place
+    NAME.seconds          of the steps, by run
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -27,24 +31,33 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests/support")]
 
 import datasets
 import numpy as np
 import torch
 import transformers
 import trl
+from docs_stories import farthest
+from models import float32_is_float64
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from apr.checkpoints.hf import write_hf
 from apr.cli.main import main as apr
+from apr.common.provenance import circumstances
 from apr.data.batches import Batches
 from apr.model.hf_config import from_hf
 from apr.model.params import Layout
 from story_cases import SIZES, STORIES, commands, write_data
 
-IGNORED = -100
+IGNORED, DIGITS = -100, 11
 Steps = list[tuple[np.ndarray, np.ndarray]]
+# Runs by TRL: the dtype, and whether the last bits of the weights are moved.
+RUNS = {
+    "trl": (torch.float32, False),
+    "trl_float64": (torch.float64, False),
+    "trl_last_bits": (torch.float32, True),
+}
 
 
 @contextmanager
@@ -102,11 +115,45 @@ def padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
-def theirs(story: str, start: Path, steps: list[Any], settings: dict[str, Any]) -> tuple[list[float], float]:
-    """Train with TRL; returns the losses of the steps and the seconds."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        start, dtype=torch.float32, attn_implementation="sdpa"
-    )
+@contextmanager
+def arithmetic(dtype: torch.dtype) -> Iterator[None]:
+    """Compute in a dtype. For float64, transformers' casts to float32 are taken away, those by method too."""
+    if dtype == torch.float32:
+        yield
+        return
+    plain = torch.Tensor.float
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    try:
+        with float32_is_float64():
+            yield
+    finally:
+        torch.Tensor.float = plain  # type: ignore[method-assign]
+
+
+def loaded(start: Path, run: str) -> Any:
+    """Load the weights that a run by TRL begins with."""
+    make, (dtype, moves) = transformers.AutoModelForCausalLM, RUNS[run]
+    model = make.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
+    if moves:
+        chance = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for p in model.parameters():
+                # The float32 above it or below it.
+                p.copy_(torch.nextafter(p, (torch.rand(p.shape, generator=chance) - 0.5) * torch.inf))
+    if dtype == torch.float32:
+        return model
+    # With tables of the rotary embedding in its own precision.
+    with arithmetic(dtype):
+        wide = make.from_config(model.config, dtype=dtype, attn_implementation="sdpa")
+    wide.load_state_dict(model.state_dict())
+    return wide
+
+
+def theirs(
+    story: str, start: Path, steps: list[Any], settings: dict[str, Any], rates: list[float], run: str = "trl"
+) -> tuple[list[float], float]:
+    """Train with TRL at the learning rates of the steps; returns the losses and the seconds."""
+    model = loaded(start, run)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(start / "tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
@@ -114,7 +161,7 @@ def theirs(story: str, start: Path, steps: list[Any], settings: dict[str, Any]) 
     losses: list[float] = []
     common = dict(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, num_train_epochs=1, learning_rate=settings["lr"],
-        lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95,
+        weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95,
         adam_epsilon=1e-8, max_grad_norm=1.0, optim="adamw_torch", bf16=False, gradient_checkpointing=False,
         save_strategy="no", report_to=[], use_cpu=True, remove_unused_columns=False, logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
@@ -125,8 +172,14 @@ def theirs(story: str, start: Path, steps: list[Any], settings: dict[str, Any]) 
 
             def compute_loss(self, *args: Any, **more: Any) -> Any:
                 found = super().compute_loss(*args, **more)
-                losses.append(float(found[0] if isinstance(found, tuple) else found))
+                losses.append((found[0] if isinstance(found, tuple) else found).item())
                 return found
+
+            def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                    optimizer or self.optimizer, lambda step: [*rates, 0.0][step] / settings["lr"]
+                )
+                return self.lr_scheduler
 
             def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
                 return dataset
@@ -137,7 +190,7 @@ def theirs(story: str, start: Path, steps: list[Any], settings: dict[str, Any]) 
         pairs = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
         trainer = kept(trl.DPOTrainer)(
             model=model,
-            ref_model=transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32),
+            ref_model=loaded(start, run),
             args=trl.DPOConfig(beta=settings["beta"], **common),
             train_dataset=data,
             processing_class=tokenizer,
@@ -153,7 +206,8 @@ def theirs(story: str, start: Path, steps: list[Any], settings: dict[str, Any]) 
         )
     sequential(trainer)
     began = time.perf_counter()
-    trainer.train()
+    with arithmetic(RUNS[run][0]):
+        trainer.train()
     return losses, time.perf_counter() - began
 
 
@@ -202,52 +256,56 @@ def start_of(story: str, folder: Path, settings: dict[str, Any]) -> Path:
     return out
 
 
+def steps_of(story: str, size: str, folder: Path) -> tuple[list[dict[str, float]], list[Any], dict[str, Any]]:
+    """Run a story with apr: lines of the log of its steps, their examples, settings. Of its last command."""
+    for words in commands(story, size):
+        with recorded() as batches:
+            code = apr(words)
+        assert code == 0, (words, code)
+    flags = {k.removeprefix("--"): v for k, v in zip(words[1::2], words[2::2], strict=True)}
+    run = folder / flags["run-dir"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "train_loss" in line and "grad_norm" in line]
+    taken = [examples(batch, separator_of(run)) for batch in batches[: len(lines)]]
+    settings = flags | {"lr": float(flags["lr"]), "beta": float(flags.get("beta", 0))}
+    return lines, [as_pairs(t) for t in taken] if story == "preferences" else taken, settings
+
+
+def compact(record: Any) -> str:
+    """Write a record as JSON: each list of numbers, rounded to DIGITS, on a line."""
+    text = re.sub(r"\d\.\d{9,}(e-?\d+)?", lambda m: f"{float(m[0]):.{DIGITS}g}", json.dumps(record, indent=1))
+    return re.sub(r"\[[^][{}\"]*\]", lambda m: f"[{' '.join(m[0][1:-1].split())}]", text) + "\n"
+
+
 def main() -> None:
-    """Run all stories twice and write the file."""
+    """Run all stories with apr and with TRL, and write the file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", choices=SIZES, default="toy")
     p.add_argument("--data", type=Path, help="folder of the real data")
     p.add_argument("--out", type=Path, default=ROOT / "tests/golden/stories.json")
+    p.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="runs by TRL (default: all)")
     a = p.parse_args()
-    out: dict[str, Any] = {
-        "versions": {
-            "trl": trl.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        },
-        "size": SIZES[a.size],
-    }
+    packages = {m.__name__: m.__version__ for m in (trl, transformers, torch)}
+    out: dict[str, Any] = {"versions": packages, "size": SIZES[a.size]}
+    if a.size == "real":
+        measured = circumstances()
+        out |= measured | {"versions": measured["versions"] | packages, "threads": torch.get_num_threads()}
     folder = Path(tempfile.mkdtemp())
     os.environ["APR_CACHE"] = str(folder / "cache")
     target = a.out.resolve()
     os.chdir(folder)
     write_data(folder, a.size, a.data)
     for story in STORIES:
-        for words in commands(story, a.size):
-            with recorded() as steps:
-                code = apr(words)
-            assert code == 0, (words, code)
-        flags = {k.removeprefix("--"): v for k, v in zip(words[1::2], words[2::2], strict=True)}
-        settings = flags | {"lr": float(flags["lr"]), "beta": float(flags.get("beta", 0))}
-        run = folder / flags["run-dir"]
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        ours = [line["train_loss"] for line in lines if "train_loss" in line and "grad_norm" in line]
-        taken = [examples(batch, separator_of(run)) for batch in steps[: len(ours)]]
-        rows = [as_pairs(t) for t in taken] if story == "preferences" else taken
-        got, seconds = theirs(story, start_of(story, folder, settings), rows, settings)
-        worst = max(abs(x - y) / abs(y) for x, y in zip(ours, got, strict=True))
-        print(
-            f"{story}: {len(ours)} steps, {ours[0]:.6f} -> {ours[-1]:.6f}, TRL {got[-1]:.6f}, worst {worst:.1e}",
-            flush=True,
-        )
-        spent = sum(line["step_seconds"] for line in lines if "step_seconds" in line)
-        out[story] = {
-            "apr": ours,
-            "trl": got,
-            "worst": worst,
-            "seconds": [round(spent, 2), round(seconds, 2)],
-        }
-    target.write_text(json.dumps(out, indent=1) + "\n")
+        lines, steps, settings = steps_of(story, a.size, folder)
+        found = out[story] = {"apr": [line["train_loss"] for line in lines]}
+        seconds, rates = {"apr": sum(line["wall_ms"] for line in lines) / 1e3}, [line["lr"] for line in lines]
+        start = start_of(story, folder, settings)
+        for run in a.runs:
+            found[run], seconds[run] = theirs(story, start, steps, settings, rates, run)
+            far = farthest(found["apr"], found[run])
+            print(f"{story}: {len(steps)} steps, apr beside {run}: at most {far:.1e} apart", flush=True)
+            out[story]["seconds"] = {k: round(v, 1) for k, v in seconds.items()}
+            target.write_text(compact(out))
 
 
 if __name__ == "__main__":
