@@ -20,32 +20,33 @@ TEMPLATE = (
 )
 SIZES: dict[str, dict[str, object]] = {
     "toy": dict(
-        vocab=320, hidden=32, feed=64, layers=2, heads=4, length=48, batch=8,
+        vocab=320, hidden=32, feed=64, layers=2, heads=4, length=48, batch=8, tune_batch=8,
         steps=30, rate="1e-2", tune=8, tune_rate="5e-3", prefer=6, prefer_rate="5e-4",
     ),
     "real": dict(
-        vocab=8192, hidden=320, feed=864, layers=7, heads=5, length=256, batch=8,
-        steps=100, rate="1e-3", tune=30, tune_rate="3e-4", prefer=15, prefer_rate="5e-5",
+        vocab=8192, hidden=320, feed=864, layers=7, heads=5, length=256, batch=8, tune_batch=4,
+        steps=60, rate="1e-3", tune=20, tune_rate="3e-4", prefer=10, prefer_rate="5e-5",
     ),
 }  # fmt: skip
 TALKS, PAIRS = 3000, 600  # of the real size, at most
-RECIPE = "--batch-size {batch} --val-fraction 0.1 --val-batches 16 --dtype float32 --device cpu"
+RECIPE = "--val-fraction 0.1 --val-batches 16 --dtype float32 --device cpu"
 STORIES = {
     "pretrain": [
         "tokenize train code prose.txt --vocab-size {vocab} --special-tokens '<|im_start|>' --special-tokens '<|im_end|>'"
         " -o tok",
         "pretrain --mix 'corpus=code weight=0.6; corpus=prose.txt weight=0.4' --tokenizer tok --model model.json"
-        " --seq-length {length} --num-steps {steps} --eval-every {steps} --lr {rate} --run-dir base "
+        " --seq-length {length} --num-steps {steps} --eval-every {steps} --lr {rate} --batch-size {batch} --run-dir base "
         + RECIPE,
     ],
     "conversations": [
         "pretrain --init base/ckpt/epoch-001.apr --instruct chats --chat-template chatml.jinja --seq-length {length}"
-        " --num-steps {tune} --eval-every {tune} --lr {tune_rate} --run-dir tuned " + RECIPE
+        " --num-steps {tune} --eval-every {tune} --lr {tune_rate} --batch-size {tune_batch} --run-dir tuned "
+        + RECIPE
     ],
     "preferences": [
-        "pretrain --init tuned/ckpt/epoch-001.apr --preferences pairs.jsonl --preference-loss dpo --beta 0.1 --seq-length"
-        " {pair_length} --num-steps {prefer} --eval-every {prefer} --lr {prefer_rate} --run-dir preferred "
-        + RECIPE
+        "pretrain --init tuned/ckpt/epoch-001.apr --preferences pairs.jsonl --preference-loss dpo --beta 0.1"
+        " --seq-length {pair_length} --num-steps {prefer} --eval-every {prefer} --lr {prefer_rate} --batch-size {tune_batch}"
+        " --run-dir preferred " + RECIPE
     ],
 }
 Talk = tuple[str, str]

@@ -139,7 +139,8 @@ def loaded(start: Path, run: str) -> Any:
         with torch.no_grad():
             for p in model.parameters():
                 # The float32 above it or below it.
-                p.copy_(torch.nextafter(p, (torch.rand(p.shape, generator=chance) - 0.5) * torch.inf))
+                is_less = torch.rand(p.shape, generator=chance) < 0.5
+                p.copy_(torch.nextafter(p, torch.where(is_less, -torch.inf, torch.inf)))
     if dtype == torch.float32:
         return model
     # With tables of the rotary embedding in its own precision.
@@ -295,16 +296,18 @@ def main() -> None:
     target = a.out.resolve()
     os.chdir(folder)
     write_data(folder, a.size, a.data)
+    given = {}
     for story in STORIES:
         lines, steps, settings = steps_of(story, a.size, folder)
-        found = out[story] = {"apr": [line["train_loss"] for line in lines]}
-        seconds, rates = {"apr": sum(line["wall_ms"] for line in lines) / 1e3}, [line["lr"] for line in lines]
-        start = start_of(story, folder, settings)
-        for run in a.runs:
-            found[run], seconds[run] = theirs(story, start, steps, settings, rates, run)
-            far = farthest(found["apr"], found[run])
-            print(f"{story}: {len(steps)} steps, apr beside {run}: at most {far:.1e} apart", flush=True)
-            out[story]["seconds"] = {k: round(v, 1) for k, v in seconds.items()}
+        seconds = {"apr": round(sum(line["wall_ms"] for line in lines) / 1e3, 1)}
+        out[story] = {"seconds": seconds, "apr": [line["train_loss"] for line in lines]}
+        given[story] = (start_of(story, folder, settings), steps, settings, [line["lr"] for line in lines])
+    for run in a.runs:
+        for story, found in given.items():
+            out[story][run], seconds = theirs(story, *found, run)
+            out[story]["seconds"][run] = round(seconds, 1)
+            far = farthest(out[story]["apr"], out[story][run])
+            print(f"{story}: {len(found[1])} steps, apr beside {run}: at most {far:.1e} apart", flush=True)
             target.write_text(compact(out))
 
 
