@@ -10,7 +10,7 @@ from ..common.units import plural
 from .documents import MAX_HELD_BYTES, Item
 from .find import Sources
 from .json_records import read_json_records
-from .jsonl import read_jsonl, text_record
+from .jsonl import text_record
 from .parquet import pyarrow_modules, read_parquet
 from .source import Skipped, Source
 from .text import read_separated, read_text
@@ -92,8 +92,7 @@ class Corpus:
 
     def _read(self, source: Source, advance: Callable[[int], None]) -> Iterator[Item]:
         if source.kind in ("json", "jsonl"):
-            read = read_json_records if source.kind == "json" else read_jsonl
-            return read(source, partial(text_record, keys=self.keys), advance)
+            return read_json_records(source, partial(text_record, keys=self.keys), advance)
         if source.kind == "parquet":
             return read_parquet(source, self.keys, advance)
         if self._separator is None:

@@ -1,4 +1,4 @@
-"""Records of a .json file: JSON Lines under that name, or one array of records, an element at a time."""
+"""Records of a .json or .jsonl file: JSON Lines, or one array of records, an element at a time, whatever its name says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from .utf8 import without_mark
 
 # A string, cut off where the buffer ends if it has no group, or what opens, closes and divides.
 _PART = re.compile(rb'"(?:[^"\\]++|\\[\s\S])*+("?)|[][{},]')
+_OPENS = re.compile(rb"\[\s*[{\]]")
 ADVICE = "give an array of records, [{...}, ...], or one record a line; JSON that is text to train on needs a name of text (.txt)"
+
+
+ONE_A_LINE = "a line holds one whole record: jq -c . FILE writes them so"
 
 
 def read_json_records(
@@ -23,8 +27,11 @@ def read_json_records(
     try:
         kind = _kind(source)
     except Unusable as e:
-        yield Skipped(source.name, e.reason, e.detail)
-        return
+        if source.kind == "json":
+            yield Skipped(source.name, e.reason, e.detail)
+            return
+        # Which names the line.
+        kind = "lines"
     if kind == "lines":
         yield from read_jsonl(source, parse, advance)
         return
@@ -47,22 +54,24 @@ def why_no_records(source: Source) -> str:
 
 
 def _kind(source: Source) -> str:
-    """Tell an array from JSON Lines by the beginning. Raises Unusable: neither, or unreadable."""
+    """Tell an array from JSON Lines by the beginning. Raises Unusable: unreadable, or neither, unless its name says lines."""
     held = bytearray()
     for block in without_mark(source.blocks()):
         held += block if held else block.lstrip()
         if b"\n" in held or len(held) > MAX_RECORD_BYTES or held[:1] not in (b"", b"{"):
             break
-    if not held or held[:1] == b"[":
-        return "array" if held else "lines"
     line = bytes(held.split(b"\n", 1)[0])
-    if held[:1] == b"{" and _closes(line):
+    # Lines that are lists are no records either: each is named.
+    is_array = source.kind == "json" or not (closes(line) and held[len(line) :].strip())
+    if held[:1] == b"[" and is_array and (source.kind == "json" or _OPENS.match(held)):
+        return "array"
+    if not held or source.kind == "jsonl" or (held[:1] == b"{" and closes(line)):
         return "lines"
     what = "one object over several lines" if held[:1] == b"{" else f"it begins with {line[:20]!r}"
     raise Unusable("no records", f"{what}, neither an array of records nor JSON Lines; {ADVICE}")
 
 
-def _closes(line: bytes) -> bool:
+def closes(line: bytes) -> bool:
     """True for a line in which every bracket and string that opens is closed."""
     depth = 0
     for m in _PART.finditer(line):

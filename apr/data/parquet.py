@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..common.errors import UsageError
@@ -35,9 +36,23 @@ def read_parquet_records(
 
     def batches(file: Any, group: int) -> Iterator[list[Any]]:
         rows = _rows_at_once(file, group)
-        return (b.to_pylist() for b in file.iter_batches(rows, row_groups=[group], use_threads=False))
+        found = file.iter_batches(rows, row_groups=[group], use_threads=False)
+        return ([as_json(row) for row in b.to_pylist(maps_as_pydicts="lossy")] for b in found)
 
     return _read(source, advance, lambda schema: None, batches, parse)
+
+
+def as_json(value: Any) -> Any:
+    """Replace what JSON has no kind for: bytes by the text they are in UTF-8, or null; dates, decimals and the like by theirs."""
+    if isinstance(value, dict):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [as_json(v) for v in value]
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _read(

@@ -20,6 +20,7 @@ from .source import Source
 # (name, bytes of UTF-8; None where it holds no text)
 Text = tuple[str, bytes | None]
 MARK = b"\xef\xbb\xbf"
+HEAD_BYTES = 1 << 10  # that tell an array from lines
 # Reasons to leave a file out that other decoders may not have.
 DAMAGES = ("truncated archive", "corrupt archive", "unreadable")
 
@@ -63,25 +64,26 @@ def records(source: Source, limit: int) -> Iterator[tuple[str, Any]]:
     if source.kind == "parquet":
         yield from _rows(source)
         return
-    if source.kind == "json":
-        with _damage(source), open_plain(source) as f:
-            head = f.read(limit + len(MARK) + 1)
-        if head.removeprefix(MARK).lstrip()[:1] == b"[":
-            yield from _array(source, head, limit)
-            return
+    with _damage(source), open_plain(source) as f:
+        head = f.read(HEAD_BYTES)
+        is_array = head.removeprefix(MARK).lstrip()[:1] == b"["
+        head += f.read(limit + len(MARK) + 1 - len(head)) if is_array else b""
+    if is_array and (source.kind == "json" or isinstance(value_of(head.removeprefix(MARK)), list)):
+        yield from _array(source, head, limit)
+        return
     with _damage(source), open_plain(source) as f:
         for number, line in enumerate(iter(lambda: f.readline(MAX_RECORD_BYTES + 1), b""), 1):
             if len(line) > MAX_RECORD_BYTES:
                 raise Unfollowed(f"{source.name}:{number} is a line of more than {MAX_RECORD_BYTES:,} bytes")
             line = line.removeprefix(MARK) if number == 1 else line
             if line.strip():
-                yield f"{source.name}:{number}", _value(line)
+                yield f"{source.name}:{number}", value_of(line)
 
 
 def _array(source: Source, data: bytes, limit: int) -> Iterator[tuple[str, Any]]:
     if len(data) > limit:
         raise Unfollowed(f"{source.name} is an array longer than what is left to read")
-    values = _value(data.removeprefix(MARK))
+    values = value_of(data.removeprefix(MARK))
     if not isinstance(values, list):
         raise Unfollowed(f"{source.name} is not whole")
     for number, value in enumerate(values, 1):
@@ -107,12 +109,21 @@ def _rows(source: Source, column: str | None = None) -> Iterator[tuple[str, Any]
     row = 0
     with _damage(source), pyarrow.parquet.ParquetFile(source.path) as file:
         for batch in file.iter_batches(64, columns=[column] if column else None):
-            for value in batch.to_pylist():
+            for value in batch.to_pylist(maps_as_pydicts="lossy"):
                 row += 1
-                yield f"{source.name}:{row}", value
+                yield f"{source.name}:{row}", value if column else _with_texts(value)
 
 
-def _value(line: bytes) -> Any:
+def _with_texts(value: Any) -> Any:
+    """Decode the bytes at any depth of a row: some writers have texts so."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        inner = {k: _with_texts(v) for k, v in pairs}
+        return inner if isinstance(value, dict) else [*inner.values()]
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def value_of(line: bytes) -> Any:
     """Parse JSON; None for none."""
     try:
         text = line.decode()

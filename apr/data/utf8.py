@@ -49,5 +49,7 @@ def without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def bad_byte(error: UnicodeDecodeError, at: int) -> str:
-    """Describe the byte at offset `at` of a file that is not UTF-8."""
-    return f"byte {at} (0x{error.object[error.start]:02x}): {error.reason}"
+    """Describe the byte at offset `at` of a file that is not UTF-8, and a remedy unless a character is cut off."""
+    said = f"byte {at} (0x{error.object[error.start]:02x}): {error.reason}"
+    cut = error.reason == "unexpected end of data"
+    return said if cut else f"{said}; if it is Windows-1252, convert it with iconv -f WINDOWS-1252 -t UTF-8"

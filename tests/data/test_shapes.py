@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,22 @@ SOUND: dict[str, tuple[Any, str | None, str, str]] = {
         {"messages": [ASK, {**SAY, "weight": 1}, ASK, {**SAY, "content": "4", "weight": 0}]}, None,
         TALK + TALK.replace("It is 4.", "4"), ANSWER,
     ),
+    "messages in a text": ({"messages": json.dumps([ASK, SAY])}, None, TALK, ANSWER),
+    "messages with ShareGPT's keys": (
+        {"messages": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "It is 4."}]}, None, TALK, ANSWER,
+    ),
+    "roles with capitals": (
+        {"messages": [turn("User", "2 + 2?"), turn("Assistant", "It is 4.")]}, None, TALK, ANSWER,
+    ),
+    "parts of OpenAI's Responses": (
+        {"messages": [turn("user", [{"type": "input_text", "text": "2 + 2?"}]),
+                      turn("assistant", [{"type": "output_text", "text": "It is 4."}])]}, None, TALK, ANSWER,
+    ),
+    "a call as OpenAI's first ones": (
+        {"messages": [ASK, turn("assistant", None, function_call=CALL["function"]), turn("function", "4"), SAY]}, None,
+        TALK.replace("<|assistant|>\n", '<|assistant|>\nadd({"a": 2, "b": 2})<|end|>\n<|tool|>\n4<|end|>\n<|assistant|>\n'),
+        'add({"a": 2, "b": 2})<|end|>' + ANSWER,
+    ),
     "map of a conversation": (
         {"data": {"dialog": [{"who": "a", "says": "2 + 2?"}, {"who": "b", "says": "It is 4."}]}},
         "messages=data.dialog,role=who,content=says,user=a,assistant=b", TALK, ANSWER,
@@ -146,7 +164,19 @@ def test_every_shape_is_trained_on_its_answers(encoder: Encoder, tok: Tokenizer,
 
 
 @pytest.mark.parametrize(
-    "name", ["messages", "lists of messages", "text", "tools", "weight", "map of a conversation"]
+    "name",
+    [
+        "messages",
+        "lists of messages",
+        "text",
+        "tools",
+        "weight",
+        "map of a conversation",
+        "messages in a text",
+        "messages with ShareGPT's keys",
+        "roles with capitals",
+        "parts of OpenAI's Responses",
+    ],
 )
 def test_a_shape_is_found_again_by_other_code(tmp_path: Path, tok: Tokenizer, name: str) -> None:
     record, keys, *_ = SOUND[name]
@@ -205,6 +235,16 @@ def as_parquet(path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
 
 
+def as_bytes(path: Path) -> None:
+    """Texts as some writers have them, messages as maps, and a column of what JSON has no kind for."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    turns = [[[(k, v.encode()) for k, v in m.items()] for m in r["messages"]] for r in ROWS]
+    kind = pa.list_(pa.map_(pa.string(), pa.binary()))
+    tools = [json.dumps(r["tools"]) for r in ROWS]
+    day = [[{"at": datetime.date(2026, 1, 1), "price": Decimal("1.5"), "raw": b"\xff"}]] * len(ROWS)
+    pq.write_table(pa.table({"messages": pa.array(turns, kind), "tools": tools, "day": day}), path)
+
+
 def as_lines(path: Path) -> None:
     lines(path.parent, ROWS, path.name)
 
@@ -218,6 +258,9 @@ WRITERS: dict[str, Callable[[Path], object]] = {
         zstandard.ZstdCompressor().compress("\n".join(map(json.dumps, ROWS)).encode())
     ),
     "a.parquet": as_parquet,
+    "bytes.parquet": as_bytes,
+    "array.jsonl": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "array of a line.jsonl": lambda path: path.write_text(json.dumps(ROWS) + "\n"),
 }
 
 
@@ -229,7 +272,7 @@ def test_every_kind_of_file_is_read(tmp_path: Path, tok: Tokenizer, name: str, i
     path = tmp_path / "in" if is_folder else tmp_path / "in" / name
     read = [x for x in open_conversations(str(path)) if not isinstance(x, Skipped)]
     assert [x.text for x in read[:6]] == [example_of("", row).text for row in ROWS]
-    if name in ("a.json", "a.parquet"):
+    if name in ("a.json", "a.parquet", "bytes.parquet", "array.jsonl"):
         assert judged(str(path), tmp_path / "out", tok).passed
 
 
@@ -262,6 +305,8 @@ def test_a_map_is_for_the_records_that_have_its_keys(tmp_path: Path, tok: Tokeni
         ({"Question": "a", "Answer": "b"}, "no field", "--map prompt=Question,response=Answer"),
         ({"body": "a"}, "no field", "--corpus FILE --content-field body"),
         ({"x": 1}, "no field", "wanted messages"),
+        ({"version": 1, "data": [{"messages": [ASK, SAY]}]}, "no field", "the records are in 'data': jq -c '.data[]' FILE"),
+        ({"conversation": [{"input": "a", "output": "b"}]}, "no field", "wanted messages"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs of preferences", "--map response=chosen"),
         ({"chosen": [ASK, SAY], "rejected": [ASK]}, "pairs of preferences", "--map messages=chosen"),
         ({"messages": [turn("robot", "b")]}, "role", "--map assistant=NAME"),
@@ -315,6 +360,34 @@ def test_a_map_of_keys_that_no_record_has_is_refused(tmp_path: Path, tok: Tokeni
     rows = [{"dialog": [{"speaker": "user", "content": "a"}, {"speaker": "assistant", "content": "b"}]}] * 3
     with pytest.raises(Refused, match=r"no record of .* has '(dialgo|speakr|a.b)'; they have 'dialog'"):
         prepare_conversations(str(lines(tmp_path, rows)), tmp_path / "out", tok, None, 64, 0.3, keys=keys)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason", "words"),
+    [
+        ('{"prompt": "caf\xe9", "response": "b"}\n'.encode("latin-1"), "not UTF-8", "iconv -f WINDOWS-1252"),
+        (json.dumps(ROWS[0], indent=1).encode(), "broken JSON", "jq -c . FILE"),
+        (b"[1]\n[2]\n", "not an object", "the record is list"),
+        (b"[ERROR] no data\n", "broken JSON", "Expecting value"),
+    ],
+)
+def test_lines_that_are_no_records_are_named_with_a_remedy(
+    tmp_path: Path, data: bytes, reason: str, words: str
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(data)
+    first = next(iter(open_conversations(str(tmp_path / "a.jsonl"))))
+    assert isinstance(first, Skipped)
+    assert first.reason == reason
+    assert words in first.detail
+
+
+def test_values_that_json_has_not_are_texts_in_messages(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    said = {**SAY, "when": datetime.datetime(2026, 1, 2, 3, 4), "price": Decimal("1.50"), "raw": b"\xff"}
+    pq.write_table(pa.Table.from_pylist([{"messages": [ASK, said]}]), tmp_path / "a.parquet")
+    (found,) = open_conversations(str(tmp_path / "a.parquet"))
+    assert not isinstance(found, Skipped)
+    assert found.messages[1] == {**SAY, "when": "2026-01-02 03:04:00", "price": "1.50"}
 
 
 # The Hub

@@ -284,7 +284,7 @@ OPENERS_OF_FILES = {
     "apr.data.plain": {
         "open_plain": "a reader that shares no code with the others; data/find.py has looked at the file",
         "_rows": "pyarrow reads by name; data/find.py has looked at the file",
-        "_value": "a record of bounded length and number of values",
+        "value_of": "a record of bounded length and number of values",
     },
     "apr.data.parquet": {"_read": "pyarrow reads by name; data/find.py has looked at the file"},
     "apr.evaluation.loss": {"_sentencepiece": "JSON that Tokenizer has checked"},

@@ -19,7 +19,7 @@ from ...common.finding import Finding
 from ...common.units import plural
 from ...tokenizer.chat_template import ChatTemplate
 from ...tokenizer.tokenizer import Tokenizer
-from ..plain import DAMAGES, Unfollowed, records
+from ..plain import DAMAGES, Unfollowed, records, value_of
 from .examples import Conversations
 from .packed import PackedShards
 from .prepare import TOO_LONG
@@ -238,10 +238,17 @@ def _said(value: Any, names: dict[str, str], speakers: set[str]) -> tuple[list[d
     if not isinstance(value, dict):
         return said, []
     for turns in _values(value, names):
+        if isinstance(turns, str) and turns.lstrip().startswith("["):
+            # A list of messages may stand in a text.
+            turns = value_of(turns.encode(errors="replace"))
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
                 who = (x for key in ("role", "from") for x in _named(turn, key, names))
-                said += [turn] if any(isinstance(w, str) and w in speakers for w in who) else []
+                said += (
+                    [turn]
+                    if any(isinstance(w, str) and (w in speakers or w.lower() in SPEAKERS) for w in who)
+                    else []
+                )
             elif isinstance(turn, list) and len(turn) == 2:
                 said.append({"content": turn[1]})
     for key in ("output", "response", "completion"):

@@ -13,10 +13,10 @@ from ..corpus import Corpus
 from ..documents import Document, Item
 from ..find import find_sources
 from ..hub_data import data_files
-from ..json_records import read_json_records
-from ..jsonl import read_jsonl
+from ..json_records import ONE_A_LINE, closes, read_json_records
 from ..parquet import read_parquet_records
 from ..source import Skipped, Source, Unusable
+from ..utf8 import bad_byte
 from .shapes import KeyMap, example_of
 
 Parse = Callable[[str, object, KeyMap], Document]
@@ -31,8 +31,7 @@ class Conversations(Corpus):
     def _read(self, source: Source, advance: Callable[[int], None]) -> Iterator[Item]:
         if source.kind == "parquet":
             return read_parquet_records(source, partial(_row, parse=self.parse, keys=self.map), advance)
-        read = read_json_records if source.kind == "json" else read_jsonl
-        return read(source, partial(_record, parse=self.parse, keys=self.map), advance)
+        return read_json_records(source, partial(_record, parse=self.parse, keys=self.map), advance)
 
 
 def open_conversations(path: str, keys: str | None = None) -> Conversations:
@@ -59,6 +58,10 @@ def _record(name: str, line: bytes, parse: Parse, keys: KeyMap) -> Item:
         text = line.decode()
         check_values(text, "the line")
         return parse(name, json.loads(text), keys)
+    except UnicodeDecodeError as e:
+        return Skipped(name, "not UTF-8", bad_byte(e, e.start))
+    except json.JSONDecodeError as e:
+        return Skipped(name, "broken JSON", str(e) if closes(line) else f"{e}; {ONE_A_LINE}")
     except (ValueError, RecursionError, MalformedFile) as e:
         return Skipped(name, "broken JSON", str(e))
     except Unusable as e:

@@ -12,6 +12,9 @@ Record = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 OF_RECORDS = ("messages", "conversations", "prompt", "response", "completion", "instruction", "input", "output", "text",
               "system", "history", "tools", "chosen", "rejected")  # fmt: skip
+# Those that make a record without another.
+ALONE = {"messages", "conversations", "text"}
+PAIRED = {*OF_RECORDS} - {"input", "system", "history", "tools"}
 # Keys of a file that a message names.
 SHOWN_KEYS = 20
 OF_MESSAGES = ("role", "content", "from", "value", "train")
@@ -125,6 +128,11 @@ def looks_like(record: Record) -> str:
             f"there is {there}; it looks like text alone: --corpus FILE --content-field {key} trains on all of it, "
             f"--map text={key} on the answers in it"
         )
+    for key, rows in record.items():
+        first = {*rows[0]} if isinstance(rows, list) and rows and isinstance(rows[0], dict) else set()
+        if first & ALONE or len(first & PAIRED) > 1:
+            advice = f"jq -c '.{key}[]' FILE > {key}.jsonl writes them one a line"
+            return f"there is {there}; the records are in {key!r}: {advice}"
     return f"there is {there}{wanted}; --map OURS=THEIRS says which key is which"
 
 

@@ -22,6 +22,8 @@ OTHER_ROLES = {
 }  # fmt: skip
 # Keys of a message that say if it is trained on, and their value where it is not: Axolotl's, OpenAI's.
 UNTRAINED = {"train": False, "weight": 0}
+# Types of a part of a content that is text; "text" or none, and those of OpenAI's Responses.
+TEXT_PARTS = ("text", "input_text", "output_text")
 # The prompt that the Alpaca data was made for (Taori et al. 2023), for checkpoints without a chat template.
 ALPACA = (
     "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the "
@@ -83,19 +85,19 @@ def _messages(name: str, record: Record) -> Example:
 
 
 def _sharegpt(name: str, record: Record) -> Example:
-    turns = record["conversations"]
-    turns = [as_message(t) for t in turns] if isinstance(turns, list) else turns
-    return conversation(name, record, turns, "conversations")
+    return conversation(name, record, record["conversations"], "conversations")
 
 
 def as_message(turn: Any) -> Any:
-    """Give a turn of ShareGPT our keys, and its speaker our name of the role."""
+    """Give a turn our keys, also one that has those of ShareGPT, and its speaker our name of the role, however it is spelled."""
     if not isinstance(turn, dict):
         return turn
     names = {"from": "role", "value": "content"}
-    out = {names.get(k, k): v for k, v in turn.items()}
+    out = {k if names.get(k, k) in turn else names.get(k, k): v for k, v in turn.items()}
     role = out.get("role")
-    return {**out, "role": OTHER_ROLES.get(role, role)} if isinstance(role, str) else out
+    if isinstance(role, str) and role.lower() in (*ROLES, *OTHER_ROLES):
+        role = OTHER_ROLES.get(role.lower(), role.lower())
+    return {**out, "role": role} if role is not None else out
 
 
 def _alpaca(name: str, record: Record) -> Example:
@@ -206,7 +208,9 @@ def earlier(record: Record) -> Iterator[Record]:
 def conversation(name: str, record: Record, turns: Any, where: str, context: int = 0) -> Example:
     """Read messages, with what a record has beside them: system, tools, chat_template_kwargs.
 
-    context: as many messages at the beginning are not trained on. Raises Unusable."""
+    turns: a list of messages, or a text that spells one. context: as many messages at the beginning are not trained on.
+    Raises Unusable."""
+    turns = _parsed(turns)
     if not isinstance(turns, list) or not turns:
         raise Unusable("not a list", f"{where} is no list, or empty")
     messages, untrained = [], set()
@@ -246,20 +250,21 @@ def _message(turn: Any, where: str) -> tuple[Record, bool]:
     """Read (message as a template takes it, whether it may be trained on). Raises Unusable."""
     if not isinstance(turn, dict):
         raise Unusable("role", f"{where} is {type(turn).__name__}, not an object with a role")
-    message = {key: value for key, value in turn.items() if key not in UNTRAINED}
-    role = turn.get("role")
-    message["role"] = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
-    if message["role"] not in ROLES:
+    message = {key: value for key, value in as_message(turn).items() if key not in UNTRAINED}
+    if message.get("role") not in ROLES:
         raise Unusable(
             "role",
-            f"{where} has role {role!r}, not one of {', '.join(ROLES)}; --map assistant=NAME says how the file calls one",
+            f"{where} has role {message.get('role')!r}, not one of {', '.join(ROLES)}; --map assistant=NAME says how the file "
+            "calls one",
         )
-    content = turn.get("content")
+    content = message.get("content")
     if isinstance(content, list):
         message["content"] = _joined(content, f"{where}.content")
-    if content is not None or not turn.get("tool_calls"):
+    if call := message.pop("function_call", None):
+        message["tool_calls"] = [{"type": "function", "function": call}]
+    if content is not None or not message.get("tool_calls"):
         text_of(message, "content", f"{where}.content")
-    if calls := turn.get("tool_calls"):
+    if calls := _parsed(message.get("tool_calls")):
         message["tool_calls"] = _calls(calls, f"{where}.tool_calls")
     _check_texts(message, where)
     for key, is_out in UNTRAINED.items():
@@ -274,7 +279,7 @@ def _joined(parts: list[Any], where: str) -> str:
     for i, part in enumerate(parts):
         if isinstance(part, str):
             out.append(part)
-        elif isinstance(part, dict) and part.get("type", "text") == "text":
+        elif isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS:
             out.append(text_of(part, "text", f"{where}[{i}].text"))
         else:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
