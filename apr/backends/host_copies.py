@@ -1,14 +1,20 @@
 """Copy arrays of a backend into buffers in main memory that are made once: page-locked on cuda, where a copy into ordinary
-memory is many times as slow."""
+memory is many times as slow.
+
+Where a GPU has room, an array is copied there first, at the speed of its memory, and the way to the host is left to
+`finish`, which a thread beside the one that computes calls.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from ..common.errors import DeviceError
 from .cuda.driver import Driver, DriverError
 
 
@@ -22,6 +28,9 @@ class HostCopies:
         if be.name == "cuda" and driver is None:
             self.driver = Driver()
         self._buffers: dict[str, np.ndarray] = {}
+        # Of copies on the GPU that are not on the host yet, and of those that are: (buffer, address).
+        self._twins: list[tuple[np.ndarray, int]] = []
+        self._context = 0
 
     def reserve(self, arrays: Mapping[str, Any]) -> None:
         """Make the buffers of arrays where that takes long: page-locked memory, seconds for 10 GB."""
@@ -30,11 +39,12 @@ class HostCopies:
                 self._page_locked(self.driver, name, x)
 
     def __call__(self, name: str, x: Any) -> np.ndarray:
-        """Copy a contiguous array, and wait until it is there.  x (...)  any dtype; returns the same, on the host"""
+        """Copy a contiguous array as it is now.  x (...)  any dtype; returns the same, on the host, whole after `finish`"""
         if self.driver is not None and (buffer := self._page_locked(self.driver, name, x)) is not None:
-            # The driver's copy does not wait for the stream that computes.
+            # The driver's copies do not wait for the stream that computes.
             self.be.sync()
-            self.driver.copy_to_host(buffer, x.data.ptr)
+            if not self._has_twin(self.driver, buffer, x):
+                self.driver.copy_to_host(buffer, x.data.ptr)
             return buffer.view(x.dtype).reshape(x.shape)
         there = self._buffers.get(name)
         if self.be.name == "cuda" or there is None or there.shape != x.shape or there.dtype != x.dtype:
@@ -42,6 +52,37 @@ class HostCopies:
         else:
             np.copyto(there, x)
         return there
+
+    def finish(self) -> None:
+        """Wait until all copies are on the host; in any thread. Raises DeviceError."""
+        if self._twins and self.driver is not None:
+            try:
+                self.driver.copy_beside(self._context, self._twins)
+            except DriverError as e:
+                raise DeviceError(
+                    f"a save could not be copied from the GPU: {e}; the save before it is whole"
+                ) from e
+
+    def release(self) -> None:
+        """Give back the GPU memory of copies that `finish` has seen; in the thread that computes."""
+        twins, self._twins = self._twins, []
+        for _, address in twins:
+            assert self.driver is not None
+            # What is wrong with the GPU meets the next call that computes.
+            with suppress(DriverError):
+                self.driver.free(address)
+
+    def _has_twin(self, driver: Driver, buffer: np.ndarray, x: Any) -> bool:
+        """Copy an array on the GPU, where that takes at most half of what is free there."""
+        if not buffer.nbytes or 2 * buffer.nbytes > (self.be.free_memory() or 0):
+            return False
+        try:
+            self._context = driver.context()
+            self._twins.append((buffer, driver.twin(x.data.ptr, x.nbytes)))
+        except DriverError:
+            # The driver may have less in one piece.
+            return False
+        return True
 
     def _page_locked(self, driver: Driver, name: str, x: Any) -> np.ndarray | None:
         """Find or make the buffer of an array; None where the system gives no more memory of that kind."""

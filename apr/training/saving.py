@@ -117,6 +117,7 @@ class Saver:
         if self._thread is None or self._thread.is_alive():
             return
         self._thread = None
+        self._copy.release()
         error, self._error = self._error, None
         done, self._done = self._done, []
         for event in done:
@@ -149,6 +150,7 @@ class Saver:
         progress: dict[str, Any] | None,
     ) -> None:
         """Write a checkpoint, then the state: where a state is whole, the checkpoint before it is."""
+        self._copy.finish()
         if epoch is not None and weights is not None:
             path = self._write_checkpoint(snapshot, weights, weights_sha, epoch)
             self._done.append(Saved(path, epoch.facts))

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -352,11 +353,15 @@ print(d.choose("auto").backend.name, *sys.modules)
 
 
 class FakeMemory(FakeCuda):
-    """libcuda with main memory as that of the GPU."""
+    """libcuda with main memory as that of the GPU.
 
-    def __init__(self, room: int = 1 << 20) -> None:
+    room  bytes of page-locked memory; fails: a call that returns an error; calls: what was called beside"""
+
+    def __init__(self, room: int = 1 << 20, fails: str = "") -> None:
         super().__init__()
-        self.room, self.held, self.freed = room, {}, []
+        self.room, self.fails, self.held, self.freed = room, fails, {}, []
+        self.on_gpu: dict[int, Any] = {}
+        self.calls: list[str] = []
 
     def cuMemHostAlloc(self, at: Any, size: Any, flags: int) -> int:
         if size.value > self.room:
@@ -374,6 +379,49 @@ class FakeMemory(FakeCuda):
         ctypes.memmove(to.value, address.value, size.value)
         return 0
 
+    def cuMemAlloc_v2(self, at: Any, size: Any) -> int:
+        memory = ctypes.create_string_buffer(size.value)
+        at._obj.value = ctypes.addressof(memory)
+        self.on_gpu[at._obj.value] = memory
+        return 2 * (self.fails == "cuMemAlloc_v2")
+
+    def cuMemFree_v2(self, at: Any) -> int:
+        del self.on_gpu[at.value]
+        return 0
+
+    def cuMemcpyDtoD_v2(self, to: Any, address: Any, size: Any) -> int:
+        ctypes.memmove(to.value, address.value, size.value)
+        return 0
+
+    def cuMemcpyDtoHAsync_v2(self, to: Any, address: Any, size: Any, stream: Any) -> int:
+        self.calls.append("copy")
+        ctypes.memmove(to.value, address.value, size.value)
+        return 700 * (self.fails == "cuMemcpyDtoHAsync_v2")
+
+    def cuCtxGetCurrent(self, at: Any) -> int:
+        at._obj.value = 7
+        return 0
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        self.calls.append(f"context {context.value}")
+        return 0
+
+    def cuStreamCreate(self, at: Any, flags: int) -> int:
+        at._obj.value = 1
+        self.calls.append(f"stream {flags}")
+        return 0
+
+    def cuCtxSynchronize(self) -> int:
+        return 0
+
+    def cuStreamSynchronize(self, stream: Any) -> int:
+        self.calls.append("wait")
+        return 0
+
+    def cuStreamDestroy_v2(self, stream: Any) -> int:
+        self.calls.append("end")
+        return 0
+
 
 class OnGpu(np.ndarray):
     """An array whose memory stands for that of a GPU."""
@@ -386,7 +434,9 @@ class OnGpu(np.ndarray):
 @pytest.mark.parametrize("room", [1 << 20, 0])
 def test_copies_from_a_gpu_are_equal_and_page_locked_where_that_can_be(room: int) -> None:
     waits: list[int] = []
-    be: Any = SimpleNamespace(name="cuda", sync=lambda: waits.append(1), to_host=np.array)
+    be: Any = SimpleNamespace(
+        name="cuda", sync=lambda: waits.append(1), to_host=np.array, free_memory=lambda: 0
+    )
     cuda = FakeMemory(room)
     copies = HostCopies(be, Driver(cuda))
     x = np.arange(60, dtype=np.float32).reshape(5, 12).view(OnGpu)
@@ -404,6 +454,54 @@ def test_copies_from_a_gpu_are_equal_and_page_locked_where_that_can_be(room: int
     del first, copies
     gc.collect()
     assert len(cuda.freed) == len(cuda.held)
+
+
+def spacious(free: int) -> Any:
+    """A backend with so much free memory on its GPU."""
+    return SimpleNamespace(name="cuda", sync=lambda: None, to_host=np.array, free_memory=lambda: free)
+
+
+def test_a_copy_stays_on_the_gpu_until_another_thread_has_read_it() -> None:
+    cuda = FakeMemory()
+    copies = HostCopies(spacious(2 * 240), Driver(cuda))
+    x = np.arange(60, dtype=np.float32).view(OnGpu)
+    before = np.array(x)
+    there = copies("x", x)
+    x += 1
+    assert len(cuda.on_gpu) == 1
+    assert not cuda.calls
+    thread = threading.Thread(target=copies.finish)
+    thread.start()
+    thread.join()
+    assert np.array_equal(there, before)
+    assert cuda.calls == ["context 7", "stream 1", "copy", "wait", "end"]
+    copies.release()
+    assert not cuda.on_gpu
+    copies.finish()
+    assert len(cuda.calls) == 5  # nothing is left to copy
+    copies("x", x)
+    copies.finish()
+    assert np.array_equal(there, x)  # one buffer for both
+
+
+@pytest.mark.parametrize(("free", "fails"), [(2 * 240 - 1, ""), (1 << 30, "cuMemAlloc_v2")])
+def test_a_copy_goes_to_the_host_at_once_where_the_gpu_is_full(free: int, fails: str) -> None:
+    cuda = FakeMemory(fails=fails)
+    copies = HostCopies(spacious(free), Driver(cuda))
+    x = np.arange(60, dtype=np.float32).view(OnGpu)
+    assert np.array_equal(copies("x", x), x)
+    copies.finish()
+    assert not cuda.calls
+
+
+def test_a_copy_that_fails_behind_the_step_names_what_is_whole() -> None:
+    copies = HostCopies(spacious(1 << 30), Driver(FakeMemory(fails="cuMemcpyDtoHAsync_v2")))
+    copies("x", np.arange(60, dtype=np.float32).view(OnGpu))
+    with pytest.raises(
+        DeviceError, match=r"cuMemcpyDtoHAsync_v2 returned error 700; the save before it is whole"
+    ):
+        copies.finish()
+    copies.release()
 
 
 def test_copies_in_main_memory_take_the_same_place_again() -> None:

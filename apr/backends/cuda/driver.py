@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _MAJOR, _MINOR, _MODE = 75, 76, 20  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, _COMPUTE_MODE
 _PROHIBITED = 2  # CU_COMPUTEMODE_PROHIBITED
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 
 class DriverError(Exception):
@@ -78,6 +80,44 @@ class Driver:
         """Copy host.nbytes bytes from an address on the GPU, and wait until they are there. Raises DriverError."""
         to, size = ctypes.c_void_p(host.ctypes.data), ctypes.c_size_t(host.nbytes)
         self._call("cuMemcpyDtoH_v2", to, ctypes.c_uint64(address), size)
+
+    # For a thread beside the one that computes
+
+    def context(self) -> int:
+        """Handle of the context of this thread, for `copy_beside` in another one."""
+        at = ctypes.c_void_p()
+        self._call("cuCtxGetCurrent", ctypes.byref(at))
+        return at.value or 0
+
+    def twin(self, address: int, nbytes: int) -> int:
+        """Copy nbytes bytes on the GPU; returns the address of the copy, for `free`. Raises DriverError: no memory."""
+        at = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(at), ctypes.c_size_t(nbytes))
+        try:
+            self._call("cuMemcpyDtoD_v2", at, ctypes.c_uint64(address), ctypes.c_size_t(nbytes))
+            self._call("cuCtxSynchronize")
+        except DriverError:
+            self.free(at.value)
+            raise
+        return at.value
+
+    def free(self, address: int) -> None:
+        """Give memory of the GPU back. Raises DriverError."""
+        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def copy_beside(self, context: int, copies: Sequence[tuple[np.ndarray, int]]) -> None:
+        """Fill (host, address on the GPU) pairs while another thread computes, and wait until that is done: on a stream of
+        its own, so that a graph can be captured meanwhile. Raises DriverError."""
+        self._call("cuCtxSetCurrent", ctypes.c_void_p(context))
+        stream = ctypes.c_void_p()
+        self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+        try:
+            for host, address in copies:
+                to, size = ctypes.c_void_p(host.ctypes.data), ctypes.c_size_t(host.nbytes)
+                self._call("cuMemcpyDtoHAsync_v2", to, ctypes.c_uint64(address), size, stream)
+            self._call("cuStreamSynchronize", stream)
+        finally:
+            self._call("cuStreamDestroy_v2", stream)
 
     def _gpu(self, index: int) -> Gpu:
         device, memory = ctypes.c_int(), ctypes.c_size_t()
