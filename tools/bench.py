@@ -2,6 +2,7 @@
 
     python tools/bench.py                                   steps and ops of two models on this machine
     python tools/bench.py --peer "python cpu_peer.py"       the same, a peer measured in the same run
+    python tools/bench.py --dtype float32,bfloat16          both, in turn
     python tools/bench.py --record bench/cpu.json           add the result to a record, with --note for
                                                             the versions of the peers
     python tools/bench.py --device cuda --models qwen2.5-0.5b --shapes 16x2048,4x512 --ops 1
@@ -77,17 +78,19 @@ def _shape(args: tuple[Any, ...]) -> str:
     return f"({len(y)},{x.shape[1]},{w.shape[0]})"
 
 
-def measure_step(preset: str, batch: int, seq: int, steps: int, threads: int, ops: bool) -> dict[str, Any]:
+def measure_step(
+    preset: str, dtype: str, batch: int, seq: int, steps: int, threads: int, ops: bool
+) -> dict[str, Any]:
     """One process's measurement: median step time, tokens/s, FLOP/s, peak memory, time per op."""
     backend = backends.get("cpu")
     backend.set_threads(threads)
-    rate = matmul_rate(backend)
+    rate = matmul_rate(backend, dtype)
     cfg, times = PRESETS[preset], dict[str, float]()
-    model = Model(cfg, timed(backend, times) if ops else backend, batch, seq)
+    model = Model(cfg, timed(backend, times) if ops else backend, batch, seq, dtype)
     opt = AdamW.of(model, weight_decay=0.01)
     host = np.zeros(model.layout.size, np.float32)
     model.layout.init(host, 0)
-    backend.from_host(model.w, host)
+    opt.set_weights(host)
     ids = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, seq + 1)).astype(np.int32)
     inputs, targets = ids[:, :-1], np.ascontiguousarray(ids[:, 1:])
     seconds = []
@@ -112,6 +115,7 @@ def measure_step(preset: str, batch: int, seq: int, steps: int, threads: int, op
         "limit_ms": 1e3 * flops / rate,
         "rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "loss": loss,
+        **({} if dtype == "float32" else {"products": backend.describe()["products"]}),
         "ops_ms": {k: 1e3 * v / steps for k, v in sorted(times.items(), key=lambda kv: -kv[1])},
     }
 
@@ -148,32 +152,36 @@ def compare(a: argparse.Namespace, name: str) -> dict[str, Any]:
         "--threads",
         str(a.threads),
     ]
-    commands = {"apr": own}
+    commands = {
+        "apr" if dtype == "float32" else f"apr {dtype}": [*own, "--dtype", dtype]
+        for dtype in a.dtype.split(",")
+    }
     for peer in a.peer:
-        commands[Path(shlex.split(peer)[-1]).stem] = [*shlex.split(peer), "--model", name, *size]
-        commands[Path(shlex.split(peer)[-1]).stem + " --compile"] = [
-            *shlex.split(peer),
-            "--model",
-            name,
-            *size,
-            "--compile",
-        ]
+        words = shlex.split(peer)
+        script = max(i for i, word in enumerate(words) if not word.startswith("-"))
+        who = " ".join([Path(words[script]).stem, *words[script + 1 :]])
+        commands[who] = [*words, "--model", name, *size]
+        commands[who + " --compile"] = [*words, "--model", name, *size, "--compile"]
     runs: dict[str, list[dict[str, Any]]] = {who: [] for who in commands}
     for _ in range(a.rounds):
         for who, command in commands.items():
             runs[who].append(in_process(command))
     result: dict[str, Any] = {who: median_of(r) for who, r in runs.items()}
-    result["apr"]["ops_ms"] = in_process([*own, "--ops", "1"])["ops_ms"]
+    for who, command in commands.items():
+        if who.startswith("apr"):
+            timed_apart = in_process([*command, "--ops", "1"])
+            result[who] |= {k: timed_apart[k] for k in ("products", "ops_ms") if k in timed_apart}
     return {"model": name, "batch": a.batch, "seq": a.seq, "rounds": a.rounds, "results": result}
 
 
 def show(row: dict[str, Any], console: Console) -> None:
     """A table of who took how long, and one of the ops."""
-    results, own = row["results"], row["results"]["apr"]
+    results = row["results"]
+    own = next(iter(results.values()))
     table = Table(
         title=f"{row['model']}: one optimizer step of {row['batch']} x {row['seq']} tokens", min_width=72
     )
-    for column in ("who", "ms", "tokens/s", "peak GiB", "times apr"):
+    for column in ("who", "ms", "tokens/s", "peak GiB", "times the first"):
         table.add_column(column, justify="left" if column == "who" else "right")
     tokens = row["batch"] * row["seq"]
     for who, r in results.items():
@@ -184,15 +192,21 @@ def show(row: dict[str, Any], console: Console) -> None:
             f"{r['rss_gb']:.2f}",
             f"{r['ms'] / own['ms']:.2f}",
         )
-    table.add_row("limit: all FLOPs at matmul rate", f"{own['limit_ms']:.1f}", f"{tokens / own['limit_ms'] * 1e3:,.0f}", "",
-                  f"{own['limit_ms'] / own['ms']:.2f}")  # fmt: skip
+    for who, r in results.items():
+        if "limit_ms" in r:
+            limit = f"limit of {who}: all FLOPs at matmul rate"
+            table.add_row(limit, f"{r['limit_ms']:.1f}", f"{tokens / r['limit_ms'] * 1e3:,.0f}", "",
+                          f"{r['limit_ms'] / own['ms']:.2f}")  # fmt: skip
     console.print(table)
-    ops = Table(title="time per op in a step, timed one by one", min_width=72)
-    ops.add_column("op")
-    ops.add_column("ms", justify="right")
-    for name, ms in list(own["ops_ms"].items())[:14]:
-        ops.add_row(name, f"{ms:.2f}")
-    console.print(ops)
+    for who, r in results.items():
+        if "ops_ms" not in r:
+            continue
+        ops = Table(title=f"{who}: time per op in a step, timed one by one", min_width=72)
+        ops.add_column("op")
+        ops.add_column("ms", justify="right")
+        for name, ms in list(r["ops_ms"].items())[:14]:
+            ops.add_row(name, f"{ms:.2f}")
+        console.print(ops)
 
 
 def main() -> None:
@@ -208,6 +222,9 @@ def main() -> None:
     p.add_argument(
         "--lora", type=int, default=0, help="with --device cuda: train adapters of this rank on all maps"
     )
+    p.add_argument(
+        "--dtype", help="float32 or bfloat16; on the cpu also both, with a comma (float32; bfloat16 on cuda)"
+    )
     p.add_argument("--peer", action="append", default=[], help="command of a peer; may be repeated")
     p.add_argument("--note", default="", help="what the peers are, for the record: their versions")
     p.add_argument("--record", type=Path, help="JSON file to add the result to")
@@ -215,19 +232,22 @@ def main() -> None:
     p.add_argument("--ops", type=int, default=0, help="on cuda: also steps timed op by op")
     cuda = p.add_argument_group("with --device cuda")
     cuda.add_argument("--shapes", default="16x2048,4x512", help="BATCHxTOKENS, comma-separated")
-    cuda.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     cuda.add_argument("--recompute", action="store_true")
     cuda.add_argument("--no-graph", dest="graph", action="store_false")
     cuda.add_argument("--started", type=float, default=0.0, help=argparse.SUPPRESS)
     a = p.parse_args()
     a.models = a.models or ("3m,15m" if a.device == "cpu" else "qwen2.5-0.5b")
+    a.dtype = a.dtype or ("float32" if a.device == "cpu" else "bfloat16")
+    kinds = a.dtype.split(",")
+    if not set(kinds) <= {"float32", "bfloat16"} or (len(kinds) > 1 and a.device == "cuda"):
+        p.error(f"--dtype {a.dtype}: float32 or bfloat16, and both only on the cpu")
     if a.device == "cuda":
         import bench_cuda
 
         bench_cuda.main(a, in_process)
         return
     if a.one:
-        print(json.dumps(measure_step(PRESET[a.one], a.batch, a.seq, a.steps, a.threads, a.ops > 0)))
+        print(json.dumps(measure_step(PRESET[a.one], a.dtype, a.batch, a.seq, a.steps, a.threads, a.ops > 0)))
         return
     console = Console()
     record = {

@@ -13,7 +13,7 @@ from .bfloat16 import bfloat16
 from .kernels import _exp, _kernel, _largest, _row, low
 from .start import compile_all
 
-products: Any = None  # products.py, where the processor has instructions for it
+products: Any = None  # products.py or tiled.py, where the processor has instructions for it
 
 
 @_kernel("void(act[:,:,:,:], float32[:,:,:,:])")

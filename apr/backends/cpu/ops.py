@@ -64,7 +64,12 @@ def _low() -> Any:
     """The kernels of bfloat16; compiled, or read from Numba's cache, when they are first asked for."""
     from . import low
 
-    if tiles.path() != "float32":
+    path = tiles.path()
+    if path == "amx":
+        from . import tiled
+
+        low.products = tiled
+    elif path != "float32":
         from . import products
 
         low.products = products

@@ -1,101 +1,19 @@
 # mypy: ignore-errors
-"""Matrix products of bfloat16 by the blocks of tiles.py: operands are put in order once for each product, then every block
-of 32 x 32 sums runs over all terms. Imported where the processor has the instructions.
-
-A block of 32 rows and 32 terms of an operand is 2 KiB that lie together. Its left form holds 16 pairs of terms of a row, row
-after row; its right form, and the left one of a transposed operand, the 32 rows of a pair, pair after pair.
+"""Matrix products of bfloat16 by the dot products of tiles.py: operands are put in order once for each product (order.py),
+then every block of 32 x 32 sums runs over all terms. Imported where the processor has the instructions.
 """
-
-import threading
 
 import numba
 import numpy as np
 from numba import prange, types
 
+from . import order
 from .bfloat16 import bfloat16
 from .kernels import _kernel, _row, grid, low
 from .start import compile_all
 from .tiles import BLOCK_BYTES, EDGE, ROWS, dot_rows
 
-_BLOCK = BLOCK_BYTES // 2  # elements
-_held = threading.local()  # room for operands in order, of each thread
 _others = len(low)
-
-
-@_kernel("void(act[::1], act[:,:])")
-def put_rows(to, x):
-    """Put rows x (M,K) in order, row after row; what is behind its edges is 0."""
-    m, k = x.shape
-    mb, kb = (m + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
-    px = x.ctypes.data
-    for i in prange(mb):
-        for j in range(kb):
-            for r in range(EDGE):
-                n = min(EDGE, k - j * EDGE) if i * EDGE + r < m else 0
-                row = _row(x, px + min(m - 1, i * EDGE + r) * x.strides[0] + j * EDGE * x.itemsize, n)
-                start = (i * kb + j) * _BLOCK + r * EDGE
-                part = to[start : start + EDGE]
-                if n == EDGE:
-                    for e in range(EDGE):
-                        part[e] = row[e]
-                else:
-                    for e in range(EDGE):
-                        part[e] = 0
-                    for e in range(n):
-                        part[e] = row[e]
-
-
-@_kernel("void(act[::1], act[:,:], int64)")
-def put_pairs(to, x, half):
-    """Put x (K,M), whose rows are terms, in order, pair after pair, `half` columns of a block together."""
-    k, m = x.shape
-    mb, kb = (m + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
-    px, parts = x.ctypes.data, EDGE // half
-    for j in prange(kb):
-        for i in range(mb):
-            for h in range(parts):
-                c = i * EDGE + h * half
-                n = max(0, min(half, m - c))
-                for p in range(EDGE // 2):
-                    k0 = j * EDGE + 2 * p
-                    n0, n1 = n if k0 < k else 0, n if k0 + 1 < k else 0
-                    one = _row(x, px + min(k - 1, k0) * x.strides[0] + min(c, m - 1) * x.itemsize, n0)
-                    two = _row(x, px + min(k - 1, k0 + 1) * x.strides[0] + min(c, m - 1) * x.itemsize, n1)
-                    start = (i * kb + j) * _BLOCK + h * (_BLOCK // parts) + p * 2 * half
-                    part = to[start : start + 2 * half]
-                    if n1 == half:
-                        for e in range(half):
-                            part[2 * e] = one[e]
-                            part[2 * e + 1] = two[e]
-                    else:
-                        for e in range(2 * half):
-                            part[e] = 0
-                        for e in range(n0):
-                            part[2 * e] = one[e]
-                        for e in range(n1):
-                            part[2 * e + 1] = two[e]
-
-
-@_kernel("void(act[::1], act[:,:])")
-def put_columns(to, x):
-    """Put x (N,K), whose rows are columns of the right operand, in order, pair after pair."""
-    m, k = x.shape
-    mb, kb = (m + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
-    px = x.ctypes.data
-    for i in prange(mb):
-        for r in range(EDGE):
-            row = _row(x, px + min(m - 1, i * EDGE + r) * x.strides[0], k)
-            is_row = i * EDGE + r < m
-            for j in range(kb):
-                start = (i * kb + j) * _BLOCK + r // 16 * (_BLOCK // 2) + r % 16 * 2
-                part = to[start : start + _BLOCK // 2 - r % 16 * 2]
-                n = min(EDGE, k - j * EDGE) if is_row else 0
-                for p in range(EDGE // 2):
-                    for e in range(2):
-                        if 2 * p + e < n:
-                            part[32 * p + e] = row[j * EDGE + 2 * p + e]
-                        else:
-                            part[32 * p + e] = 0
 
 
 @_kernel("void(act[:,:], act[::1], boolean, act[::1], act[::1], int64, boolean, int64, int64)")
@@ -151,49 +69,26 @@ low.append(  # gradients of parameters are float32
     )
 )
 _NO_BIAS = np.empty(0, np.uint16)
-
-
-def _room(slot, rows, terms, like):
-    size = -(-rows // EDGE) * -(-terms // EDGE) * _BLOCK
-    held = vars(_held).get(slot)
-    if held is None or held.size < size:
-        held = vars(_held)[slot] = np.empty(size, like.dtype)
-    return held[:size]
+columns, terms = order.columns, order.terms  # right operands of multiply
 
 
 def rows(x):
     """Put the rows of x (M,K) in order, for the left side."""
-    to = _room("left", *x.shape, x)
-    put_rows(to, x)
-    return to, False
+    return order.rows(x), False
 
 
 def transposed(x):
     """Put x (K,M) in order, for the left side as x^T."""
-    to = _room("left", *x.shape[::-1], x)
-    put_pairs(to, x, EDGE)
-    return to, True
+    return order.pairs(x), True
 
 
-def terms(x):
-    """Put x (K,N) in order, for the right side."""
-    to = _room("right", *x.shape[::-1], x)
-    put_pairs(to, x, 16)
-    return to
-
-
-def columns(x):
-    """Put x (N,K) in order, for the right side as x^T."""
-    to = _room("right", *x.shape, x)
-    put_columns(to, x)
-    return to
-
-
-def multiply(out, left, b, terms, bias=None, adds=False):
-    """out = A B + bias, or += A B, with operands of the functions above and so many terms."""
+def multiply(out, left, b, k, bias=None, adds=False):
+    """out = A B + bias, or += A B, with operands of the functions above and k terms."""
     bias = _NO_BIAS.view(b.dtype) if bias is None else bias
     cut = grid(numba.get_num_threads(), *out.shape)
-    product(out, *left, b, bias, terms, adds, *cut)
+    product(out, *left, b, bias, k, adds, *cut)
 
 
-compile_all(low[_others:], __name__)
+compile_all(
+    [*low[_others:], *(order.kernels[name] for name in ("put_rows", "put_pairs", "put_columns"))], __name__
+)

@@ -3,6 +3,7 @@
 
 | path        | instruction                     | adds                                                        |
 |-------------|---------------------------------|-------------------------------------------------------------|
+| amx         | tdpbf16ps, 16 x 16 sums         | 32 terms, those of even k and of odd k apart: amx.py        |
 | avx512_bf16 | vdpbf16ps, 16 sums at a time    | the two products of a pair, then pairs in the order of k    |
 | float32     | none: operands are widened      | OpenBLAS's                                                  |
 
@@ -16,6 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from . import amx
 from .bfloat16 import bfloat16, rounded
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
@@ -31,7 +33,10 @@ def path():
     # Somebody's choice: of another processor perhaps, or of code without AVX, for which LLVM ends the process.
     if config.CPU_NAME or config.CPU_FEATURES or not config.ENABLE_AVX:
         return "float32"
-    return "avx512_bf16" if llvmlite.binding.get_host_cpu_features().get("avx512bf16") else "float32"
+    features = llvmlite.binding.get_host_cpu_features()
+    if amx.is_offered(features) and amx.is_permitted():
+        return "amx"
+    return "avx512_bf16" if features.get("avx512bf16") else "float32"
 
 
 class _Bfloat(ir.Type):

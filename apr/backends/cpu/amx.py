@@ -1,0 +1,133 @@
+# mypy: ignore-errors
+"""Matrix products of bfloat16 on AMX tiles: blocks of 32 x 32 sums, from operands in the order of products.py.
+
+A tile holds 16 rows of 64 bytes. Eight of them: four of sums, two of the left operand (16 rows of 32 terms), two of the right
+one (16 pairs of terms of 16 columns). TDPBF16PS adds 32 terms to a sum: those of even k in order, those of odd k in order, the
+one to the other, and this to the sum. Every step rounds to the nearest even in float32, and a subnormal number, read or made,
+counts as 0. So every element is a sum in one order, whatever the threads, the blocks and what stands beside it.
+"""
+
+import ctypes
+import platform
+import sys
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_I8, _I64 = ir.IntType(8), ir.IntType(64)
+_POINTER = _I8.as_pointer()
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+TILE_BYTES = 1024
+TILE_ROW_BYTES = 64
+
+# Palette 1, and 16 rows of 64 bytes of each of the eight tiles.
+CONFIG = np.zeros(64, np.uint8)
+CONFIG[0], CONFIG[16:32:2], CONFIG[48:56] = 1, TILE_ROW_BYTES, 16
+
+
+def is_offered(features):
+    """Say whether LLVM's features of a processor hold tiles and their products of bfloat16."""
+    return all(features.get(name) for name in ("amx-tile", "amx-bf16"))
+
+
+def is_permitted():
+    """Ask the system for the tiles' state, for all threads of this process. A kernel that knows no AMX refuses."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
+
+
+def _call(builder, name, *args):
+    name = f"llvm.x86.{name}"
+    kind = ir.FunctionType(ir.VoidType(), [x.type for x in args])
+    builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), args)
+
+
+def multiply_block(builder, sums, a, b, blocks, adds):
+    """Emit a block of 32 x 32 sums at `sums`, rows of 128 bytes, of so many blocks of 32 terms at a and b, 2 KiB each.
+
+    adds (i1): the sums go on from what is there, else from 0."""
+
+    def at(address, offset):
+        return builder.inttoptr(builder.add(address, _I64(offset)), _POINTER)
+
+    places = [at(sums, 128 * 16 * r + 64 * c) for r in range(2) for c in range(2)]
+    row = _I64(2 * TILE_ROW_BYTES)
+    with builder.if_else(adds) as (then, otherwise):
+        with then:
+            for i, place in enumerate(places):
+                _call(builder, "tileloadd64", _I8(i), place, row)
+        with otherwise:
+            for i in range(4):
+                _call(builder, "tilezero", _I8(i))
+    before = builder.block
+    loop, after = builder.append_basic_block("terms"), builder.append_basic_block("done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    n = builder.phi(_I64)
+    n.add_incoming(_I64(0), before)
+    start = builder.mul(n, _I64(2 * TILE_BYTES))
+    pa, pb = builder.add(a, start), builder.add(b, start)
+    for tile, base, offset in ((6, pb, 0), (4, pa, 0), (7, pb, TILE_BYTES), (5, pa, TILE_BYTES)):
+        _call(builder, "tileloadd64", _I8(tile), at(base, offset), _I64(TILE_ROW_BYTES))
+    for c, x, y in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)):
+        _call(builder, "tdpbf16ps", _I8(c), _I8(x), _I8(y))
+    following = builder.add(n, _I64(1))
+    n.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_unsigned("<", following, blocks), loop, after)
+    builder.position_at_end(after)
+    for i, place in enumerate(places):
+        _call(builder, "tilestored64", _I8(i), place, row)
+
+
+@intrinsic
+def begin_tiles(typing, config):
+    """Give this thread eight tiles of the form at an address."""
+
+    def generate(context, builder, signature, args):
+        _call(builder, "ldtilecfg", builder.inttoptr(args[0], _POINTER))
+        return context.get_dummy_value()
+
+    return types.void(types.uintp), generate
+
+
+@intrinsic
+def end_tiles(typing):
+    """Give back this thread's tiles, so that the system need not keep them."""
+
+    def generate(context, builder, signature, args):
+        _call(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def tile_block(typing, sums, a, b, blocks, adds):
+    """Add the products of so many blocks at a and b to 32 x 32 sums, or write them: see multiply_block."""
+
+    def generate(context, builder, signature, args):
+        *args, adds = args
+        args.append(context.cast(builder, adds, types.boolean, types.boolean))
+        builder.call(block_function(builder.module), args)
+        return context.get_dummy_value()
+
+    u = types.uintp
+    return types.void(u, u, u, types.int64, types.boolean), generate
+
+
+def block_function(module):
+    """The function of multiply_block, once in a module: LLVM would copy it into every branch of the loops around it."""
+    name = "apr_tile_block"
+    f = module.globals.get(name)
+    if f is None:
+        kind = ir.FunctionType(ir.VoidType(), [_I64, _I64, _I64, _I64, ir.IntType(1)])
+        f = ir.Function(module, kind, name)
+        f.linkage = "internal"
+        f.attributes.add("noinline")
+        builder = ir.IRBuilder(f.append_basic_block())
+        multiply_block(builder, *f.args)
+        builder.ret_void()
+    return f
