@@ -26,14 +26,14 @@ def _read(x: Array) -> Array:
 
 
 def tdpbf16ps(c: Array, a: Array, b: Array) -> Array:
-    """c + a b of tiles: c (16,16) float32; a (16,32) bfloat16; b (16,16,2) bfloat16: pair, column, term of the pair.
+    """c + a b of tiles, or of many: c (...,16,16) float32; a (...,16,32) bfloat16; b (...,16,16,2) bfloat16: pair, column, term.
 
     A product of two bfloat16 and a float32 add up in float64 such that a second rounding to float32 changes nothing."""
     wide_a, wide_b = _read(a), _read(b)
     even, odd = (np.zeros(c.shape, np.float32) for _ in range(2))
-    for p in range(wide_b.shape[0]):
-        even = _rounded(even.astype(np.float64) + wide_a[:, 2 * p, None] * wide_b[p, :, 0])
-        odd = _rounded(odd.astype(np.float64) + wide_a[:, 2 * p + 1, None] * wide_b[p, :, 1])
+    for p in range(wide_b.shape[-3]):
+        even = _rounded(even.astype(np.float64) + wide_a[..., 2 * p, None] * wide_b[..., p, None, :, 0])
+        odd = _rounded(odd.astype(np.float64) + wide_a[..., 2 * p + 1, None] * wide_b[..., p, None, :, 1])
     both = _rounded(even.astype(np.float64) + odd.astype(np.float64))
     return _rounded(_read(c) + both.astype(np.float64))
 
@@ -52,3 +52,38 @@ def product(a: Array, b: Array) -> Array:
         pairs = b[k : k + TERMS].reshape(TERMS // 2, 2, n).transpose(0, 2, 1)
         c = tdpbf16ps(c, a[:, k : k + TERMS], pairs)
     return c
+
+
+class Emulated:
+    """The functions of tiled.py with every tile multiplied in plain NumPy, on any processor. A planted fault has a name."""
+
+    def __init__(self, order: Any, fault: str = "") -> None:
+        self.rows, self.transposed = order.rows, order.turned
+        self.columns, self.terms = order.columns, order.terms
+        self.fault = fault
+
+    def multiply(
+        self, out: Array, left: Array, right: Array, k: int, bias: Array | None = None, adds: bool = False
+    ) -> None:
+        """See tiled.py."""
+        m, n = out.shape
+        mb, nb, kb = (-(-x // TERMS) for x in (m, n, k))
+        a = left.reshape(mb, kb, 2, 16, TERMS)  # block, terms, tile, row, term
+        b = right.reshape(nb, kb, 2, 16, 16, 2)  # block, terms, tile, pair, column, term of the pair
+        if self.fault == "tiles of the left exchanged":
+            a = a[:, :, ::-1]
+        elif self.fault == "tiles of the right exchanged":
+            b = b[:, :, ::-1]
+        elif self.fault == "pairs as rows":
+            b = b.reshape(nb, kb, 2, 16, 2, 16).swapaxes(-1, -2)
+        elif self.fault == "pair reversed":
+            b = b[..., ::-1]
+        elif self.fault == "last terms dropped" and k % TERMS:
+            kb -= 1
+        c = np.zeros((mb, 2, nb, 2, 16, 16), np.float32)
+        for t in range(kb):
+            c = tdpbf16ps(c, a[:, t, :, None, None], b[None, None, :, t])
+        y = c.transpose(0, 1, 4, 2, 3, 5).reshape(mb * TERMS, nb * TERMS)[:m, :n]
+        if bias is not None:
+            y = y + bias.astype(np.float32)
+        out[...] = out + y if adds else y

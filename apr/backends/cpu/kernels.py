@@ -79,15 +79,19 @@ _FAST = {"contract", "reassoc", "nsz", "arcp"}
 _kernels, low = [], []  # (kernel, signature) of float32, and of bfloat16
 
 
-def _kernel(signature, parallel=True):
-    """Compile for float32 in the place of `act`; where that stands, for bfloat16 too once low.py is imported."""
+def _kernel(signature, parallel=True, into=None):
+    """Compile for float32 in the place of `act`; where that stands, for bfloat16 too once low.py is imported.
+
+    into: a list that gets the pair of bfloat16 alone, of a module that compiles its own."""
 
     def register(f):
         options = dict(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
         k = njit(parallel=_PARALLEL if parallel else False, **options)(f)
-        _kernels.append((k, signature.replace("act", "float32")))
+        if into is None:
+            _kernels.append((k, signature.replace("act", "float32")))
         if "act" in signature:
-            low.append((k, eval(signature, {**vars(types), "act": bfloat16})))
+            pair = k, eval(signature, {**vars(types), "act": bfloat16})
+            (low if into is None else into).append(pair)
         return k
 
     return register

@@ -14,17 +14,18 @@ import threading
 
 import numpy as np
 from llvmlite import ir
-from numba import prange, types
+from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from .kernels import _kernel, _row, low
+from .kernels import _kernel, _row
 from .tiles import BLOCK_BYTES, EDGE
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _WORDS = ir.VectorType(_I32, 16)
 _BLOCK = BLOCK_BYTES // 2  # elements
+LINE = 64  # bytes
 _held = threading.local()  # room for operands in order, of each thread
-_others = len(low)
+_pairs = []  # (kernel, signature)
 
 
 @intrinsic
@@ -55,130 +56,142 @@ def turn(typing, to, at, row_bytes):
     return types.void(types.uintp, types.uintp, types.int64), generate
 
 
-@_kernel("void(act[::1], act[:,:])")
+# One block: `height` rows of `width` elements at `at`, `stride` bytes apart, go to `to`; x is any array of their dtype.
+
+
+@njit(error_model="numpy")
+def row_block(x, to, at, stride, height, width):
+    """Row after row."""
+    for r in range(EDGE):
+        n = width if r < height else 0
+        row, part = _row(x, at + r * stride, n), _row(x, to + 2 * EDGE * r, EDGE)
+        if n == EDGE:
+            for e in range(EDGE):
+                part[e] = row[e]
+        else:
+            for e in range(n):
+                part[e] = row[e]
+            for e in range(n, EDGE):
+                part[e] = 0
+
+
+@njit(error_model="numpy")
+def pair_block(x, to, at, stride, height, width, half):
+    """Pair after pair, a pair being two rows, `half` columns together."""
+    for h in range(EDGE // half):
+        n = max(0, min(half, width - h * half))
+        for p in range(EDGE // 2):
+            n0, n1 = n if 2 * p < height else 0, n if 2 * p + 1 < height else 0
+            here = at + h * half * 2
+            one, two = _row(x, here + 2 * p * stride, n0), _row(x, here + (2 * p + 1) * stride, n1)
+            part = _row(x, to + 4 * half * (h * (EDGE // 2) + p), 2 * half)
+            if n1 == half:
+                for e in range(half):
+                    part[2 * e] = one[e]
+                    part[2 * e + 1] = two[e]
+            else:
+                for e in range(2 * half):
+                    part[e] = 0
+                for e in range(n0):
+                    part[2 * e] = one[e]
+                for e in range(n1):
+                    part[2 * e + 1] = two[e]
+
+
+@njit(error_model="numpy")
+def column_block(x, to, at, stride, height, width, spare):
+    """Two halves of 16 rows that become columns, pair after pair; spare: 2 KiB to use."""
+    if height < EDGE or width < EDGE:
+        row_block(x, spare, at, stride, height, width)
+        at, stride = spare, np.int64(2 * EDGE)
+    for h in range(2):
+        turn(np.uintp(to + h * (BLOCK_BYTES // 2)), np.uintp(at + 16 * h * stride), stride)
+
+
+@njit(error_model="numpy")
+def turned_block(x, to, at, stride, height, width, spare):
+    """Columns that become rows, row after row; spare: 2 KiB to use."""
+    pair_block(x, spare, at, stride, height, width, 16)
+    for h in range(0, BLOCK_BYTES, BLOCK_BYTES // 2):
+        turn(np.uintp(to + h), np.uintp(spare + h), np.int64(2 * EDGE))
+
+
+@_kernel("void(act[::1], act[:,:])", into=_pairs)
 def put_rows(to, x):
-    """Put rows x (M,K) in order, row after row; what is behind its edges is 0."""
+    """Put rows x (M,K) in order, row after row."""
     m, k = x.shape
     mb, kb = (m + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
-    px = x.ctypes.data
+    px, pt, stride = x.ctypes.data, to.ctypes.data, x.strides[0]
     for i in prange(mb):
         for j in range(kb):
-            for r in range(EDGE):
-                n = min(EDGE, k - j * EDGE) if i * EDGE + r < m else 0
-                row = _row(x, px + min(m - 1, i * EDGE + r) * x.strides[0] + j * EDGE * x.itemsize, n)
-                start = (i * kb + j) * _BLOCK + r * EDGE
-                part = to[start : start + EDGE]
-                if n == EDGE:
-                    for e in range(EDGE):
-                        part[e] = row[e]
-                else:
-                    for e in range(EDGE):
-                        part[e] = 0
-                    for e in range(n):
-                        part[e] = row[e]
+            at = px + i * EDGE * stride + j * EDGE * x.itemsize
+            row_block(
+                x,
+                pt + (i * kb + j) * BLOCK_BYTES,
+                at,
+                stride,
+                min(EDGE, m - i * EDGE),
+                min(EDGE, k - j * EDGE),
+            )
 
 
-@_kernel("void(act[::1], act[:,:], int64)")
+@_kernel("void(act[::1], act[:,:], int64)", into=_pairs)
 def put_pairs(to, x, half):
     """Put x (K,M), whose rows are terms, in order, pair after pair, `half` columns of a block together."""
     k, m = x.shape
     mb, kb = (m + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
-    px, parts = x.ctypes.data, EDGE // half
+    px, pt, stride = x.ctypes.data, to.ctypes.data, x.strides[0]
     for j in prange(kb):
         for i in range(mb):
-            for h in range(parts):
-                c = i * EDGE + h * half
-                n = max(0, min(half, m - c))
-                for p in range(EDGE // 2):
-                    k0 = j * EDGE + 2 * p
-                    n0, n1 = n if k0 < k else 0, n if k0 + 1 < k else 0
-                    one = _row(x, px + min(k - 1, k0) * x.strides[0] + min(c, m - 1) * x.itemsize, n0)
-                    two = _row(x, px + min(k - 1, k0 + 1) * x.strides[0] + min(c, m - 1) * x.itemsize, n1)
-                    start = (i * kb + j) * _BLOCK + h * (_BLOCK // parts) + p * 2 * half
-                    part = to[start : start + 2 * half]
-                    if n1 == half:
-                        for e in range(half):
-                            part[2 * e] = one[e]
-                            part[2 * e + 1] = two[e]
-                    else:
-                        for e in range(2 * half):
-                            part[e] = 0
-                        for e in range(n0):
-                            part[2 * e] = one[e]
-                        for e in range(n1):
-                            part[2 * e + 1] = two[e]
+            at, to_block = px + j * EDGE * stride + i * EDGE * x.itemsize, pt + (i * kb + j) * BLOCK_BYTES
+            height, width = min(EDGE, k - j * EDGE), min(EDGE, m - i * EDGE)
+            if half == 16:
+                pair_block(x, to_block, at, stride, height, width, 16)
+            else:
+                pair_block(x, to_block, at, stride, height, width, EDGE)
 
 
-@_kernel("void(act[::1], act[:,:])")
+@_kernel("void(act[::1], act[:,:])", into=_pairs)
 def put_columns(to, x):
     """Put x (N,K), whose rows are columns of the right operand, in order, pair after pair."""
-    m, k = x.shape
-    mb, kb = (m + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
-    px, stride, pt = x.ctypes.data, x.strides[0], to.ctypes.data
-    for i in prange(mb):
-        edge = np.zeros((EDGE, EDGE), np.uint16)
-        pe, height = edge.ctypes.data, min(EDGE, m - i * EDGE)
+    n, k = x.shape
+    nb, kb = (n + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
+    px, pt, stride = x.ctypes.data, to.ctypes.data, x.strides[0]
+    for i in prange(nb):
+        spare = np.empty((EDGE, EDGE), np.uint16)
+        ps = spare.ctypes.data
         for j in range(kb):
-            at, width = px + i * EDGE * stride + j * EDGE * x.itemsize, min(EDGE, k - j * EDGE)
-            is_whole = height == EDGE and width == EDGE
-            if not is_whole:
-                for r in range(height):
-                    row, part = _row(x, at + r * stride, width), _row(x, pe + 2 * EDGE * r, EDGE)
-                    for e in range(width):
-                        part[e] = row[e]
-                    for e in range(width, EDGE):
-                        part[e] = 0
-            for h in range(2):
-                start = pt + (i * kb + j) * BLOCK_BYTES + h * (BLOCK_BYTES // 2)
-                if is_whole:
-                    turn(np.uintp(start), np.uintp(at + 16 * h * stride), stride)
-                else:
-                    turn(np.uintp(start), np.uintp(pe + h * (BLOCK_BYTES // 2)), 2 * EDGE)
-        edge[0, 0] = 0  # keeps it alive until here, as in attention_fwd
+            at, to_block = px + i * EDGE * stride + j * EDGE * x.itemsize, pt + (i * kb + j) * BLOCK_BYTES
+            column_block(x, to_block, at, stride, min(EDGE, n - i * EDGE), min(EDGE, k - j * EDGE), ps)
+        spare[0, 0] = 0  # keeps it alive until here, as in attention_fwd
 
 
-@_kernel("void(act[::1], act[:,:])")
+@_kernel("void(act[::1], act[:,:])", into=_pairs)
 def put_turned(to, x):
     """Put x (K,M), whose rows are terms, in order, row after row."""
     k, m = x.shape
     mb, kb = (m + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
-    px, pt = x.ctypes.data, to.ctypes.data
+    px, pt, stride = x.ctypes.data, to.ctypes.data, x.strides[0]
     for j in prange(kb):
-        pairs = np.zeros((16, EDGE), np.uint16)
-        pp = pairs.ctypes.data
+        spare = np.empty((EDGE, EDGE), np.uint16)
+        ps = spare.ctypes.data
         for i in range(mb):
-            for h in range(2):
-                c = i * EDGE + h * 16
-                n = max(0, min(16, m - c))
-                for p in range(16):
-                    k0, part = j * EDGE + 2 * p, _row(x, pp + 2 * EDGE * p, EDGE)
-                    n0, n1 = n if k0 < k else 0, n if k0 + 1 < k else 0
-                    one = _row(x, px + min(k - 1, k0) * x.strides[0] + min(c, m - 1) * x.itemsize, n0)
-                    two = _row(x, px + min(k - 1, k0 + 1) * x.strides[0] + min(c, m - 1) * x.itemsize, n1)
-                    if n1 == 16:
-                        for e in range(16):
-                            part[2 * e] = one[e]
-                            part[2 * e + 1] = two[e]
-                    else:
-                        for e in range(EDGE):
-                            part[e] = 0
-                        for e in range(n0):
-                            part[2 * e] = one[e]
-                        for e in range(n1):
-                            part[2 * e + 1] = two[e]
-                start = pt + (i * kb + j) * BLOCK_BYTES + h * (BLOCK_BYTES // 2)
-                turn(np.uintp(start), np.uintp(pp), 2 * EDGE)
-        pairs[0, 0] = 0  # keeps it alive until here, as in attention_fwd
+            at, to_block = px + j * EDGE * stride + i * EDGE * x.itemsize, pt + (i * kb + j) * BLOCK_BYTES
+            turned_block(x, to_block, at, stride, min(EDGE, k - j * EDGE), min(EDGE, m - i * EDGE), ps)
+        spare[0, 0] = 0  # keeps it alive until here, as in attention_fwd
 
 
-kernels = {k.py_func.__name__: (k, signature) for k, signature in low[_others:]}
+kernels = {k.py_func.__name__: (k, signature) for k, signature in _pairs}
 
 
 def room(slot, rows, terms, like):
+    """Room for an operand, the left or the right one of this thread; rows of 64 bytes do not cross the lines of a cache."""
     size = -(-rows // EDGE) * -(-terms // EDGE) * _BLOCK
     held = vars(_held).get(slot)
     if held is None or held.size < size:
-        held = vars(_held)[slot] = np.empty(size, like.dtype)
+        whole = np.empty(size + LINE // 2, like.dtype)
+        start = -whole.ctypes.data % LINE // 2
+        held = vars(_held)[slot] = whole[start : start + size]
     return held[:size]
 
 

@@ -9,14 +9,14 @@ from numba import prange, types
 
 from . import order
 from .bfloat16 import bfloat16
-from .kernels import _kernel, _row, grid, low
+from .kernels import _kernel, _row, grid
 from .start import compile_all
 from .tiles import BLOCK_BYTES, EDGE, ROWS, dot_rows
 
-_others = len(low)
+_kernels = []  # (kernel, signature)
 
 
-@_kernel("void(act[:,:], act[::1], boolean, act[::1], act[::1], int64, boolean, int64, int64)")
+@_kernel("void(act[:,:], act[::1], boolean, act[::1], act[::1], int64, boolean, int64, int64)", into=_kernels)
 def product(out, left, by_pairs, right, bias, k, adds, rows, cols):
     """out = A B + bias, or += A B, of operands in order; by_pairs: the left one lies pair after pair."""
     m, n = out.shape
@@ -59,7 +59,7 @@ def product(out, left, by_pairs, right, bias, k, adds, rows, cols):
 
 
 _flat, _i64 = types.Array(bfloat16, 1, "C"), types.int64
-low.append(  # gradients of parameters are float32
+_kernels.append(  # gradients of parameters are float32
     (
         product,
         types.void(
@@ -90,5 +90,5 @@ def multiply(out, left, b, k, bias=None, adds=False):
 
 
 compile_all(
-    [*low[_others:], *(order.kernels[name] for name in ("put_rows", "put_pairs", "put_columns"))], __name__
+    [*_kernels, *(order.kernels[name] for name in ("put_rows", "put_pairs", "put_columns"))], __name__
 )

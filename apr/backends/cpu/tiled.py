@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Matrix products of bfloat16 on the tiles of amx.py. Imported where the processor has them.
+"""Matrix products of bfloat16 on the tiles of amx.py. Compiled where the processor has them.
 
 Blocks for the caches: PIECE terms of 32 columns of the right operand stay in the first one, ROWS rows of as many terms of the
 left operand in the second. Sums of a piece are kept in float32 and go on where the piece before them ended: no bit depends on
@@ -13,16 +13,18 @@ from numba import prange, types
 from . import order
 from .amx import CONFIG, begin_tiles, end_tiles, tile_block
 from .bfloat16 import bfloat16
-from .kernels import _kernel, _row, grid, low
+from .kernels import _kernel, _row, grid
 from .start import compile_all
-from .tiles import BLOCK_BYTES, EDGE
+from .tiles import BLOCK_BYTES, EDGE, path
 
-_others = len(low)
+_kernels = []  # (kernel, signature)
 PIECE, ROWS = 16, 16  # blocks of terms, and of rows
 _SUMS_BYTES = 4 * EDGE * EDGE
 
 
-@_kernel("void(act[:,:], act[::1], act[::1], act[::1], int64, boolean, int64, int64, uint8[::1])")
+@_kernel(
+    "void(act[:,:], act[::1], act[::1], act[::1], int64, boolean, int64, int64, uint8[::1])", into=_kernels
+)
 def product(out, left, right, bias, k, adds, rows, cols, config):
     """out = A B + bias, or += A B, of operands in order."""
     m, n = out.shape
@@ -33,8 +35,8 @@ def product(out, left, right, bias, k, adds, rows, cols, config):
         first, last = mb * (p // cols) // rows, mb * (p // cols + 1) // rows
         j0, j1 = nb * (p % cols) // cols, nb * (p % cols + 1) // cols
         kept = 1 if pieces == 1 else min(ROWS, last - first) * (j1 - j0)
-        sums = np.empty((max(1, kept) * EDGE, EDGE), np.float32)
-        ps = sums.ctypes.data
+        sums = np.empty((max(1, kept) * EDGE + 1, EDGE), np.float32)
+        ps = (sums.ctypes.data + order.LINE - 1) // order.LINE * order.LINE
         begin_tiles(np.uintp(config.ctypes.data))
         for i0 in range(first, last, ROWS):
             i1 = min(last, i0 + ROWS)
@@ -70,7 +72,7 @@ def product(out, left, right, bias, k, adds, rows, cols, config):
 
 
 _flat, _i64 = types.Array(bfloat16, 1, "C"), types.int64
-low.append(  # gradients of parameters are float32
+_kernels.append(  # gradients of parameters are float32
     (
         product,
         types.void(
@@ -89,4 +91,5 @@ def multiply(out, left, b, k, bias=None, adds=False):
     product(out, left, b, bias, k, adds, *grid(numba.get_num_threads(), *out.shape), CONFIG)
 
 
-compile_all([*low[_others:], *order.kernels.values()], __name__)
+if path() == "amx":  # elsewhere LLVM would end the process over the instructions
+    compile_all([*_kernels, *order.kernels.values()], __name__)
