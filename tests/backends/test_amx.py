@@ -32,7 +32,7 @@ FAULTS = (
     "pair reversed",
     "last terms dropped",
 )
-SHAPES = [(1, 1, 1), (97, 123, 257), (5, 59, 97), (33, 40, 1025)]  # M, N, K
+SHAPES = [(1, 1, 1), (97, 123, 257), (5, 59, 97), (33, 40, 1025), (128, 96, 256)]  # M, N, K
 has_tiles = pytest.mark.skipif(tiles.path() != "amx", reason="this processor has no AMX tiles")
 
 
@@ -120,36 +120,37 @@ def _pointer(kind: Any) -> Any:
     return f
 
 
-def _scalar_block() -> Any:
-    """tile_block in Numba, sum by sum."""
+def _scalar_rows() -> Any:
+    """tile_rows in Numba, sum by sum."""
     floats, halves = _pointer(types.float32), _pointer(bfloat16)
     f32, f64, u64 = np.float32, np.float64, np.uintp
 
     @numba.njit(error_model="numpy")
-    def block(sums: Any, a: Any, b: Any, blocks: Any, adds: Any) -> None:
+    def rows(sums: Any, a: Any, a_row: Any, a_step: Any, b: Any, blocks: Any, adds: Any) -> None:
         s = numba.carray(floats(sums), (32, 32))
         for i in range(32):
             for j in range(32):
                 c = s[i, j] if adds else f32(0)
                 for t in range(blocks):
-                    x = numba.carray(halves(a + u64(2048 * t)), (32, 32))
+                    x = numba.carray(halves(u64(a + t * a_step + i * a_row)), (32,))
                     y = numba.carray(halves(b + u64(2048 * t + 1024 * (j // 16))), (16, 16, 2))
                     even, odd = f32(0), f32(0)
                     for p in range(16):
-                        even = f32(f64(even) + f64(f32(x[i, 2 * p])) * f64(f32(y[p, j % 16, 0])))
-                        odd = f32(f64(odd) + f64(f32(x[i, 2 * p + 1])) * f64(f32(y[p, j % 16, 1])))
+                        even = f32(f64(even) + f64(f32(x[2 * p])) * f64(f32(y[p, j % 16, 0])))
+                        odd = f32(f64(odd) + f64(f32(x[2 * p + 1])) * f64(f32(y[p, j % 16, 1])))
                     c += even + odd
                 s[i, j] = c
 
-    return block
+    return rows
 
 
 @pytest.fixture(scope="module")
 def scalar() -> Any:
     """tiled.product around scalar code, for pieces of 3 blocks of terms and of 2 of rows, on one thread."""
     f, nothing = tiled.product.py_func, numba.njit(lambda address=0: None)
-    own = {"tile_block": _scalar_block(), "begin_tiles": nothing, "end_tiles": nothing, "PIECE": 3, "ROWS": 2}
-    return numba.njit(FunctionType(f.__code__, f.__globals__ | own), error_model="numpy")
+    own = {"tile_rows": _scalar_rows(), "begin_tiles": nothing, "end_tiles": nothing}
+    sizes = {"TERM_BLOCKS": 3, "ROW_BLOCKS": 2}
+    return numba.njit(FunctionType(f.__code__, f.__globals__ | own | sizes), error_model="numpy")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -160,7 +161,7 @@ def test_blocks_and_edges(shape: tuple[int, ...], scalar: Any) -> None:
         out: Any, left: Any, right: Any, k: int, bias: Any = None, adds: bool = False, grid: Any = (1, 1)
     ) -> None:
         bias = np.empty(0, BF16) if bias is None else bias
-        scalar(out, left, right, bias, k, adds, *grid, amx.CONFIG)
+        scalar(out, *left, right, bias, adds, *grid, amx.CONFIG)
 
     every_product(multiply, *shape)
 
@@ -170,17 +171,17 @@ def every_product(multiply: Any, m: int, n: int, k: int) -> None:
     rng = np.random.default_rng(m)
     x, w, b, dy = (random(rng, *shape) for shape in ((m, k), (n, k), (n,), (m, n)))
     y, dx, want = np.empty((m, n), BF16), np.empty((m, k), BF16), product(x, np.ascontiguousarray(w.T))
-    multiply(y, order.rows(x), order.columns(w), k)
+    multiply(y, tiled.rows(x), order.columns(w), k)
     assert same(y, want)
-    multiply(y, order.rows(x), order.columns(w), k, b, grid=(2, 3))
+    multiply(y, tiled.rows(x), order.columns(w), k, b, grid=(2, 3))
     assert same(y, want + b.astype(np.float32))
-    multiply(dx, order.rows(dy), order.terms(w), n, grid=(3, 1))
+    multiply(dx, tiled.rows(dy), order.terms(w), n, grid=(3, 1))
     assert same(dx, product(dy, w))
     dw = rng.standard_normal((n, k)).astype(np.float32)
     old, more = dw.copy(), product(np.ascontiguousarray(dy.T), x)
-    multiply(dw, order.turned(dy), order.terms(x), m, adds=True)
+    multiply(dw, tiled.transposed(dy), order.terms(x), m, adds=True)
     assert same(dw, old + more)
-    multiply(dw, order.turned(dy), order.terms(x), m, grid=(1, 2))
+    multiply(dw, tiled.transposed(dy), order.terms(x), m, grid=(1, 2))
     assert same(dw, more)
 
 
@@ -254,5 +255,5 @@ def test_tiles_at_the_edges_of_the_range(scale: float) -> None:
     rng = np.random.default_rng(0)
     x, w = ((rng.standard_normal((64, 96)).astype(np.float32) * scale).astype(BF16) for _ in range(2))
     y = np.empty((64, 64), np.float32)
-    tiled.multiply(y, order.rows(x), order.columns(w), 96)
+    tiled.multiply(y, tiled.rows(x), order.columns(w), 96)
     assert np.array_equal(y, product(x, np.ascontiguousarray(w.T)), equal_nan=True)

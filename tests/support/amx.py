@@ -58,7 +58,7 @@ class Emulated:
     """The functions of tiled.py with every tile multiplied in plain NumPy, on any processor. A planted fault has a name."""
 
     def __init__(self, order: Any, fault: str = "") -> None:
-        self.rows, self.transposed = order.rows, order.turned
+        self.rows, self.transposed = lambda x: x, lambda x: x.T
         self.columns, self.terms = order.columns, order.terms
         self.fault = fault
 
@@ -68,7 +68,8 @@ class Emulated:
         """See tiled.py."""
         m, n = out.shape
         mb, nb, kb = (-(-x // TERMS) for x in (m, n, k))
-        a = left.reshape(mb, kb, 2, 16, TERMS)  # block, terms, tile, row, term
+        a = padded(left, TERMS, TERMS).reshape(mb, 2, 16, kb, TERMS)
+        a = a.transpose(0, 3, 1, 2, 4)  # block, terms, tile, row, term
         b = right.reshape(nb, kb, 2, 16, 16, 2)  # block, terms, tile, pair, column, term of the pair
         if self.fault == "tiles of the left exchanged":
             a = a[:, :, ::-1]

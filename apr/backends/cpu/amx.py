@@ -16,8 +16,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from .bfloat16 import bfloat16, rounded
+
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 _POINTER = _I8.as_pointer()
+_SUMS = ir.VectorType(ir.FloatType(), 16)
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 TILE_BYTES = 1024
 TILE_ROW_BYTES = 64
@@ -45,9 +48,10 @@ def _call(builder, name, *args):
     builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), args)
 
 
-def multiply_block(builder, sums, a, b, blocks, adds):
-    """Emit a block of 32 x 32 sums at `sums`, rows of 128 bytes, of so many blocks of 32 terms at a and b, 2 KiB each.
+def multiply_block(builder, sums, a, a_row, a_step, b, blocks, adds):
+    """Emit a block of 32 x 32 sums at `sums`, rows of 128 bytes, of so many blocks of 32 terms.
 
+    a: 32 rows, a_row bytes apart, of a block; the next block is a_step bytes further. b: blocks in order, 2 KiB each.
     adds (i1): the sums go on from what is there, else from 0."""
 
     def at(address, offset):
@@ -55,6 +59,7 @@ def multiply_block(builder, sums, a, b, blocks, adds):
 
     places = [at(sums, 128 * 16 * r + 64 * c) for r in range(2) for c in range(2)]
     row = _I64(2 * TILE_ROW_BYTES)
+    below = builder.mul(a_row, _I64(16))
     with builder.if_else(adds) as (then, otherwise):
         with then:
             for i, place in enumerate(places):
@@ -68,10 +73,14 @@ def multiply_block(builder, sums, a, b, blocks, adds):
     builder.position_at_end(loop)
     n = builder.phi(_I64)
     n.add_incoming(_I64(0), before)
-    start = builder.mul(n, _I64(2 * TILE_BYTES))
-    pa, pb = builder.add(a, start), builder.add(b, start)
-    for tile, base, offset in ((6, pb, 0), (4, pa, 0), (7, pb, TILE_BYTES), (5, pa, TILE_BYTES)):
-        _call(builder, "tileloadd64", _I8(tile), at(base, offset), _I64(TILE_ROW_BYTES))
+    upper = builder.add(a, builder.mul(n, a_step))
+    lower = builder.add(upper, below)
+    right = builder.add(b, builder.mul(n, _I64(2 * TILE_BYTES)))
+    packed = _I64(TILE_ROW_BYTES)
+    for tile, address, offset, stride in (
+        *((6, right, 0, packed), (4, upper, 0, a_row), (7, right, TILE_BYTES, packed), (5, lower, 0, a_row)),
+    ):
+        _call(builder, "tileloadd64", _I8(tile), at(address, offset), stride)
     for c, x, y in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)):
         _call(builder, "tdpbf16ps", _I8(c), _I8(x), _I8(y))
     following = builder.add(n, _I64(1))
@@ -105,13 +114,28 @@ def end_tiles(typing):
 
 
 @intrinsic
-def tile_block(typing, sums, a, b, blocks, adds):
+def tile_rows(typing, sums, a, a_row, a_step, b, blocks, adds):
     """Add the products of so many blocks at a and b to 32 x 32 sums, or write them: see multiply_block."""
 
     def generate(context, builder, signature, args):
         *args, adds = args
         args.append(context.cast(builder, adds, types.boolean, types.boolean))
         builder.call(block_function(builder.module), args)
+        return context.get_dummy_value()
+
+    i, u = types.int64, types.uintp
+    return types.void(u, u, i, i, u, i, types.boolean), generate
+
+
+@intrinsic
+def tile_block(typing, sums, a, b, blocks, adds):
+    """Call tile_rows for an operand a in order."""
+
+    def generate(context, builder, signature, args):
+        sums, a, b, blocks, adds = args
+        adds = context.cast(builder, adds, types.boolean, types.boolean)
+        in_order = [_I64(TILE_ROW_BYTES), _I64(2 * TILE_BYTES)]
+        builder.call(block_function(builder.module), [sums, a, *in_order, b, blocks, adds])
         return context.get_dummy_value()
 
     u = types.uintp
@@ -123,11 +147,61 @@ def block_function(module):
     name = "apr_tile_block"
     f = module.globals.get(name)
     if f is None:
-        kind = ir.FunctionType(ir.VoidType(), [_I64, _I64, _I64, _I64, ir.IntType(1)])
-        f = ir.Function(module, kind, name)
+        f = ir.Function(module, ir.FunctionType(ir.VoidType(), [*[_I64] * 6, ir.IntType(1)]), name)
         f.linkage = "internal"
         f.attributes.add("noinline")
         builder = ir.IRBuilder(f.append_basic_block())
         multiply_block(builder, *f.args)
         builder.ret_void()
+    return f
+
+
+@intrinsic
+def put_block(typing, out, to, to_bytes, sums, adds):
+    """Write a block of sums at `to`, rows to_bytes apart, as elements of `out`, or add it where those are float32."""
+    is_low = out.dtype == bfloat16
+
+    def generate(context, builder, signature, args):
+        _, to, to_bytes, sums, adds = args
+        adds = context.cast(builder, adds, types.boolean, types.boolean)
+        builder.call(_put_function(builder.module, is_low), [to, to_bytes, sums, adds])
+        return context.get_dummy_value()
+
+    u = types.uintp
+    return types.void(out, u, types.int64, u, types.boolean), generate
+
+
+def _put_function(module, is_low):
+    name = f"apr_put_block_{'bfloat16' if is_low else 'float32'}"
+    if name in module.globals:
+        return module.globals[name]
+    f = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64, _I64, _I64, ir.IntType(1)]), name)
+    f.linkage = "internal"
+    f.attributes.add("noinline")
+    start = f.append_basic_block()
+    loop, done = f.append_basic_block("row"), f.append_basic_block("done")
+    builder = ir.IRBuilder(start)
+    to, to_bytes, sums, adds = f.args
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    r = builder.phi(_I64)
+    r.add_incoming(_I64(0), start)
+    to_row, row = builder.add(to, builder.mul(r, to_bytes)), builder.add(sums, builder.mul(r, _I64(128)))
+    for c in range(2):
+        x = builder.load(builder.inttoptr(builder.add(row, _I64(64 * c)), _SUMS.as_pointer()))
+        x.align = 4
+        at = builder.add(to_row, _I64((32 if is_low else 64) * c))
+        if is_low:
+            at = builder.inttoptr(at, ir.VectorType(ir.IntType(16), 16).as_pointer())
+            builder.store(rounded(builder, x, 16), at).align = 2
+        else:
+            at = builder.inttoptr(at, _SUMS.as_pointer())
+            old = builder.load(at)
+            old.align = 4
+            builder.store(builder.select(adds, builder.fadd(old, x), x), at).align = 4
+    following = builder.add(r, _I64(1))
+    r.add_incoming(following, builder.block)
+    builder.cbranch(builder.icmp_unsigned("<", following, _I64(32)), loop, done)
+    builder.position_at_end(done)
+    builder.ret_void()
     return f

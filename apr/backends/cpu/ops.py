@@ -216,8 +216,12 @@ def attention_fwd(
     y: Array, lse: Array, q: Array, k: Array, v: Array, doc_start: Array | None, window: int
 ) -> None:
     """See reference.py."""
+    borders = _NO_BORDERS if doc_start is None else doc_start
+    if q.dtype == BF16 and q.shape[1] > FEW_ROWS and (p := _low().products):
+        p.attention_fwd(y, lse, q, k, v, borders, window)
+        return
     to, (q, k, v) = _like(y), map(_wide, (q, k, v))
-    kernels.attention_fwd(to, lse, q, k, v, _NO_BORDERS if doc_start is None else doc_start, window)
+    kernels.attention_fwd(to, lse, q, k, v, borders, window)
     _put(y, to)
 
 
@@ -236,6 +240,9 @@ def attention_bwd(
 ) -> None:
     """See reference.py."""
     borders = _NO_BORDERS if doc_start is None else doc_start
+    if q.dtype == BF16 and q.shape[1] > FEW_ROWS and (p := _low().products):
+        p.attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, borders, window)
+        return
     to = [_like(x) for x in (dq, dk, dv)]
     dy, y, q, k, v = map(_wide, (dy, y, q, k, v))
     kernels.attention_bwd(*to, dy, y, lse, q, k, v, borders, window)

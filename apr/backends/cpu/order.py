@@ -7,7 +7,7 @@
 | pairs, of 32 | left  | pair after pair, 32 rows of each: a transposed operand, for the dot products                 |
 | pairs, of 16 | right | two halves of 16 columns, in each pair after pair: one that is stored term by term           |
 | columns      | right | the same, of one that is stored column by column                                             |
-| turned       | left  | row after row, of one that is stored term by term: a transposed operand, for tiles           |
+| turned       | left  | row after row, of one that is stored term by term: a transposed operand, for tiles (a block) |
 """
 
 import threading
@@ -166,21 +166,6 @@ def put_columns(to, x):
         spare[0, 0] = 0  # keeps it alive until here, as in attention_fwd
 
 
-@_kernel("void(act[::1], act[:,:])", into=_pairs)
-def put_turned(to, x):
-    """Put x (K,M), whose rows are terms, in order, row after row."""
-    k, m = x.shape
-    mb, kb = (m + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
-    px, pt, stride = x.ctypes.data, to.ctypes.data, x.strides[0]
-    for j in prange(kb):
-        spare = np.empty((EDGE, EDGE), np.uint16)
-        ps = spare.ctypes.data
-        for i in range(mb):
-            at, to_block = px + j * EDGE * stride + i * EDGE * x.itemsize, pt + (i * kb + j) * BLOCK_BYTES
-            turned_block(x, to_block, at, stride, min(EDGE, k - j * EDGE), min(EDGE, m - i * EDGE), ps)
-        spare[0, 0] = 0  # keeps it alive until here, as in attention_fwd
-
-
 kernels = {k.py_func.__name__: (k, signature) for k, signature in _pairs}
 
 
@@ -206,13 +191,6 @@ def pairs(x):
     """Put x (K,M) in order, for the left side as x^T, pair after pair."""
     to = room("left", *x.shape[::-1], x)
     put_pairs(to, x, EDGE)
-    return to
-
-
-def turned(x):
-    """Put x (K,M) in order, for the left side as x^T, row after row."""
-    to = room("left", *x.shape[::-1], x)
-    put_turned(to, x)
     return to
 
 

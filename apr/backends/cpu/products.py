@@ -5,9 +5,9 @@ then every block of 32 x 32 sums runs over all terms. Imported where the process
 
 import numba
 import numpy as np
-from numba import prange, types
+from numba import njit, prange, types
 
-from . import order
+from . import attention, order
 from .bfloat16 import bfloat16
 from .kernels import _kernel, _row, grid
 from .start import compile_all
@@ -58,6 +58,27 @@ def product(out, left, by_pairs, right, bias, k, adds, rows, cols):
         sums[0, 0] = 0  # keeps it alive until here, as in attention_fwd
 
 
+_FLOATS = np.empty(1, np.float32)
+NO_CONFIG = np.empty(0, np.uint8)
+
+
+@njit
+def _block(sums, a, b, blocks, adds):
+    """See tile_block of amx.py."""
+    for r in range(0, EDGE, ROWS):
+        to, left = np.uintp(sums + 4 * EDGE * r), np.uintp(a + 2 * EDGE * r)
+        dot_rows(_FLOATS, to, 4 * EDGE, adds, left, 2 * EDGE, 4, b, blocks)
+
+
+@njit
+def _nothing(config=0):
+    """Nothing stands around dot products."""
+
+
+_blocks = {"block": _block, "begin": _nothing, "end": _nothing}
+_forward, _backward = (
+    attention.compiled(f, "dots", _kernels, **_blocks) for f in (attention.forward, attention.backward)
+)
 _flat, _i64 = types.Array(bfloat16, 1, "C"), types.int64
 _kernels.append(  # gradients of parameters are float32
     (
@@ -87,6 +108,16 @@ def multiply(out, left, b, k, bias=None, adds=False):
     bias = _NO_BIAS.view(b.dtype) if bias is None else bias
     cut = grid(numba.get_num_threads(), *out.shape)
     product(out, *left, b, bias, k, adds, *cut)
+
+
+def attention_fwd(*args):
+    """See attention.py."""
+    _forward(*args, NO_CONFIG)
+
+
+def attention_bwd(*args):
+    """See attention.py."""
+    _backward(*args, NO_CONFIG)
 
 
 compile_all(

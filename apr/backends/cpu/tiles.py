@@ -71,81 +71,91 @@ def dot_rows(typing, out, to, to_bytes, adds, a, row_bytes, pair_bytes, b, block
     is_low = out.dtype == bfloat16
 
     def generate(context, builder, signature, args):
-        _, to, to_bytes, adds, a, row_bytes, pair_bytes, b, blocks = args
-        kind = _operand()
-        name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        dot = builder.module.globals.get(name) or ir.Function(
-            builder.module, ir.FunctionType(_SUMS, [_SUMS, kind, kind]), name
-        )
-
-        def at(address, pointer):
-            return builder.inttoptr(address, pointer.as_pointer())
-
-        def load(address, pointer):
-            x = builder.load(at(address, pointer))
-            x.align = 4
-            return x
-
-        def spread(x):
-            one = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), x, _I32(0))
-            return builder.shuffle_vector(
-                one, ir.Constant(_PAIRS, ir.Undefined), ir.Constant(_PAIRS, [0] * 16)
-            )
-
-        def operand(x):
-            return x if kind == _PAIRS else builder.bitcast(x, kind)
-
-        before = builder.block
-        loop = builder.append_basic_block("pairs")
-        after = builder.append_basic_block("done")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        n = builder.phi(_I64)
-        n.add_incoming(_I64(0), before)
-        sums = []
-        for _ in range(ROWS * COLUMNS):
-            s = builder.phi(_SUMS)
-            s.add_incoming(ir.Constant(_SUMS, [0.0] * 16), before)
-            sums.append(s)
-        new = list(sums)
-        block = builder.mul(n, _I64(BLOCK_BYTES))
-        a0, b0 = builder.add(a, block), builder.add(b, block)
-        for p in range(16):
-            columns = [
-                operand(load(builder.add(b0, _I64(64 * p + 1024 * c)), _PAIRS)) for c in range(COLUMNS)
-            ]
-            ap = builder.add(a0, builder.mul(_I64(p), pair_bytes))
-            for r in range(ROWS):
-                x = operand(spread(load(builder.add(ap, builder.mul(_I64(r), row_bytes)), _I32)))
-                for c in range(COLUMNS):
-                    i = r * COLUMNS + c
-                    new[i] = builder.call(dot, [new[i], x, columns[c]])
-        following = builder.add(n, _I64(1))
-        n.add_incoming(following, loop)
-        for s, x in zip(sums, new, strict=True):
-            s.add_incoming(x, loop)
-        builder.cbranch(builder.icmp_unsigned("<", following, blocks), loop, after)
-        builder.position_at_end(after)
-        size = 2 if is_low else 4
+        _, to, to_bytes, adds, *others = args
         adds = context.cast(builder, adds, types.boolean, types.boolean)
-        for i, x in enumerate(new):
-            where = builder.add(to, builder.mul(_I64(i // COLUMNS), to_bytes))
-            where = builder.add(where, _I64(16 * size * (i % COLUMNS)))
-            if is_low:
-                store = builder.store(rounded(builder, x, 16), at(where, ir.VectorType(ir.IntType(16), 16)))
-            else:
-                with builder.if_else(adds) as (then, otherwise):
-                    with then:
-                        more = builder.fadd(load(where, _SUMS), x)
-                        from_then = builder.block
-                    with otherwise:
-                        from_otherwise = builder.block
-                y = builder.phi(_SUMS)
-                y.add_incoming(more, from_then)
-                y.add_incoming(x, from_otherwise)
-                store = builder.store(y, at(where, _SUMS))
-            store.align = 2
+        builder.call(_rows_function(builder.module, is_low), [to, to_bytes, adds, *others])
         return context.get_dummy_value()
 
     i, u = types.int64, types.uintp
     return types.void(out, u, i, types.boolean, u, i, i, u, i), generate
+
+
+def _rows_function(module, is_low):
+    """The function of dot_rows, once in a module: LLVM would copy its 256 instructions into every branch around it."""
+    name = f"apr_dot_rows_{'bfloat16' if is_low else 'float32'}"
+    if name in module.globals:
+        return module.globals[name]
+    kinds = [_I64, _I64, ir.IntType(1), *[_I64] * 5]
+    f = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), name)
+    f.linkage = "internal"
+    f.attributes.add("noinline")
+    builder = ir.IRBuilder(f.append_basic_block())
+    to, to_bytes, adds, a, row_bytes, pair_bytes, b, blocks = f.args
+    kind = _operand()
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    dot = module.globals.get(name) or ir.Function(module, ir.FunctionType(_SUMS, [_SUMS, kind, kind]), name)
+
+    def at(address, pointer):
+        return builder.inttoptr(address, pointer.as_pointer())
+
+    def load(address, pointer):
+        x = builder.load(at(address, pointer))
+        x.align = 4
+        return x
+
+    def spread(x):
+        one = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), x, _I32(0))
+        return builder.shuffle_vector(one, ir.Constant(_PAIRS, ir.Undefined), ir.Constant(_PAIRS, [0] * 16))
+
+    def operand(x):
+        return x if kind == _PAIRS else builder.bitcast(x, kind)
+
+    before = builder.block
+    loop = builder.append_basic_block("pairs")
+    after = builder.append_basic_block("done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    n = builder.phi(_I64)
+    n.add_incoming(_I64(0), before)
+    sums = []
+    for _ in range(ROWS * COLUMNS):
+        s = builder.phi(_SUMS)
+        s.add_incoming(ir.Constant(_SUMS, [0.0] * 16), before)
+        sums.append(s)
+    new = list(sums)
+    block = builder.mul(n, _I64(BLOCK_BYTES))
+    a0, b0 = builder.add(a, block), builder.add(b, block)
+    for p in range(16):
+        columns = [operand(load(builder.add(b0, _I64(64 * p + 1024 * c)), _PAIRS)) for c in range(COLUMNS)]
+        ap = builder.add(a0, builder.mul(_I64(p), pair_bytes))
+        for r in range(ROWS):
+            x = operand(spread(load(builder.add(ap, builder.mul(_I64(r), row_bytes)), _I32)))
+            for c in range(COLUMNS):
+                i = r * COLUMNS + c
+                new[i] = builder.call(dot, [new[i], x, columns[c]])
+    following = builder.add(n, _I64(1))
+    n.add_incoming(following, loop)
+    for s, x in zip(sums, new, strict=True):
+        s.add_incoming(x, loop)
+    builder.cbranch(builder.icmp_unsigned("<", following, blocks), loop, after)
+    builder.position_at_end(after)
+    size = 2 if is_low else 4
+    for i, x in enumerate(new):
+        where = builder.add(to, builder.mul(_I64(i // COLUMNS), to_bytes))
+        where = builder.add(where, _I64(16 * size * (i % COLUMNS)))
+        if is_low:
+            store = builder.store(rounded(builder, x, 16), at(where, ir.VectorType(ir.IntType(16), 16)))
+        else:
+            with builder.if_else(adds) as (then, otherwise):
+                with then:
+                    more = builder.fadd(load(where, _SUMS), x)
+                    from_then = builder.block
+                with otherwise:
+                    from_otherwise = builder.block
+            y = builder.phi(_SUMS)
+            y.add_incoming(more, from_then)
+            y.add_incoming(x, from_otherwise)
+            store = builder.store(y, at(where, _SUMS))
+        store.align = 2
+    builder.ret_void()
+    return f
