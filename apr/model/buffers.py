@@ -284,7 +284,10 @@ def plan_buffers(
 ) -> BufferPlan:
     """BufferPlan with the backend's choice of loss_rows, where none is given, and of pad_vocab."""
     tokens = batch * seq
-    rows = min(loss_rows or default_loss_rows(c, tokens, backend.loss_elements), tokens)
+    # In main memory as many bytes of logits in either dtype: a head's gradient is read and written once for each part.
+    is_half = options.get("dtype") == "bfloat16" and backend.name != "cuda"
+    elements = backend.loss_elements * (2 if is_half else 1)
+    rows = min(loss_rows or default_loss_rows(c, tokens, elements), tokens)
     cache, ops = options.get("cache", 0), backend.decoder() if options.get("cache") else None
     sizes = c.num_heads, c.num_kv_heads, c.head_dim
     steps = () if ops is None else tuple(ops.work_arrays(batch, cache, *sizes).items())

@@ -167,9 +167,9 @@ def test_a_full_disk(tiny, tmp_path: Path) -> None:
 
 def test_a_full_disk_and_room_among_temporary_files(tiny, tmp_path: Path) -> None:
     code = (
-        "from apr.backends.cpu import start; ask = start._compile_in_another_process\n"
-        "def once(module):\n    start._compile_in_another_process = ask\n    return 'OSError: disk full'\n"
-        f"start._compile_in_another_process = once\n{USE}"
+        "from apr.backends.cpu import start; ask = start._compile_elsewhere\n"
+        "def once(*args):\n    start._compile_elsewhere = ask\n    return 'OSError: disk full'\n"
+        f"start._compile_elsewhere = once\n{USE}"
     )
     out, err = end(tiny(code, NUMBA_CACHE_DIR=str(tmp_path / "c"), TMPDIR=str(tmp_path)))
     assert out == SOUND
@@ -213,6 +213,30 @@ def test_a_second_process_waits_for_the_first(tiny, tmp_path: Path) -> None:
         path.write_bytes(content)
     os.close(fd)
     assert end(process) == (SOUND, "")
+
+
+def test_processes_share_the_kernels(tiny, tmp_path: Path) -> None:
+    """Each compiles a part, and the first kernel, which stands for all, comes last: where one of them ends, it does not."""
+    (tmp_path / "tiny.py").write_text(TINY.replace("(double, triple)", "(double, triple, double, triple)"))
+    code = (
+        "import os, sys; from apr.backends.cpu import start\n"
+        "start.MAX_PROCESSES, start.PROGRESS_SECONDS, start.cores = 2, 0, lambda: 2\n" + USE
+    )
+    out, err = end(tiny(code, NUMBA_CACHE_DIR=str(tmp_path / "c")))
+    assert out == "[14.0, 21.0, 14.0, 21.0] [1, 1, 1, 1]\n"
+    assert "compiling the CPU kernels of bfloat16, once (about 10 s)" in err
+    assert "of 4 kernels compiled" in err
+
+
+def test_a_process_that_compiles_and_ends(tiny, tmp_path: Path) -> None:
+    """Nothing says that all kernels are there when one of two processes was killed."""
+    breaks = "if os.environ.get(start._WARMING, '').endswith('1 2'):\n    os.kill(os.getpid(), 9)\nmade = ["
+    four = TINY.replace("(double, triple)", "(double, triple, double, triple)")
+    (tmp_path / "tiny.py").write_text(four.replace("made = [", breaks))
+    code = "from apr.backends.cpu import start\nstart.cores = lambda: 2\n" + USE
+    out, _ = end(tiny(code, NUMBA_CACHE_DIR=str(tmp_path / "c"), TMPDIR=str(tmp_path)))
+    assert "error 8" in out
+    assert "ended with code -9" in out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

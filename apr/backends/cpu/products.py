@@ -121,5 +121,5 @@ def attention_bwd(*args):
 
 
 compile_all(
-    [*_kernels, *(order.kernels[name] for name in ("put_rows", "put_pairs", "put_columns"))], __name__
+    [*_kernels, *(order.kernels[name] for name in ("put_rows", "put_pairs", "put_columns"))], __name__, 25
 )

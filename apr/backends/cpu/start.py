@@ -4,11 +4,14 @@
 import os
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from threading import Thread
 
 from ...common.atomic import locked
 from ...common.errors import DeviceError
+from ...common.host import cores
 from ...common.printable import printable
 from ...common.temporary import private_temporary
 
@@ -28,7 +31,10 @@ except ValueError as e:
     raise DeviceError(f"Numba does not start: {e}{settings()}") from None
 
 _temporary = []  # the folder of elsewhere(), once it is used
-_WARMING = "APR_COMPILES_KERNELS"  # set in the process that fills Numba's cache
+_WARMING = "APR_COMPILES_KERNELS"  # in a process that fills Numba's cache: the module, which part of how many
+_COMPILED, _OTHERS_ENDED = "compiled", "others ended\n"
+MAX_PROCESSES = 4  # that compile, some 200 MB each
+PROGRESS_SECONDS = 15
 
 
 def start_numba():
@@ -70,26 +76,41 @@ def elsewhere():
         raise DeviceError(f"Numba has no folder for compiled kernels: {e}{settings()}") from None
 
 
-def compile_all(kernels, module):
+def compile_all(kernels, module, seconds=20):
     """Compile (kernel, signature) pairs of a module, or read them from Numba's cache on disk.
 
     Code that Numba has just compiled may add in another order than the same code from its cache (a
     parallel loop exists twice then, optimised apart), so that a first run would differ from the next
-    in the last bit. Therefore another process fills the cache, and this one always reads it."""
+    in the last bit. Therefore other processes fill the cache, and this one always reads it. seconds: on one core."""
     start_threads()
     if _WARMING in os.environ:
-        _read(kernels)
+        _compile_part(kernels, module)
         return
     if not _is_cached(kernels):
-        _fill(kernels, module)
+        _fill(kernels, module, seconds)
     try:
         _read(kernels)
     except Exception:  # damaged files, in whatever way: they are written anew
         _forget(kernels)
-        _fill(kernels, module)
+        _fill(kernels, module, seconds)
         _read(kernels)
     for k, _ in kernels:
         k.disable_compile()  # other dtypes are an error
+
+
+def _compile_part(kernels, module):
+    """Compile what this process was asked for; the first kernel of all when the other processes have ended."""
+    target, part, parts = os.environ[_WARMING].split()
+    if module != target:
+        return
+    for k, signature in kernels[1 + int(part) :: int(parts)]:
+        k.compile(signature)
+        print(_COMPILED, flush=True)
+    if part == "0":
+        if parts != "1" and sys.stdin.readline() != _OTHERS_ENDED:
+            return
+        first, signature = kernels[0]
+        first.compile(signature)
 
 
 def _read(kernels):
@@ -115,8 +136,8 @@ def _forget(kernels):
             k._cache.flush()
 
 
-def _fill(kernels, module):
-    """Fill the cache in another process, or wait for one that does; where that fails, once more in a temporary folder."""
+def _fill(kernels, module, seconds):
+    """Fill the cache in other processes, or wait for those that do; where that fails, once more in a temporary folder."""
     first = kernels[0][0]
     while True:
         folder = Path(first._cache.cache_path)
@@ -126,8 +147,10 @@ def _fill(kernels, module):
             if _is_cached(kernels):
                 return
             where = f" into {folder}, no lasting place for them can be written" if _temporary else ""
-            _say(f"compiling the CPU kernels, once (about 20 s){where}")
-            reason = _compile_in_another_process(module)
+            parts = max(1, min(cores(), MAX_PROCESSES, len(kernels) // 2))
+            kind = "" if module.endswith(".kernels") else " of bfloat16"
+            _say(f"compiling the CPU kernels{kind}, once (about {max(5, seconds // parts)} s){where}")
+            reason = _compile_elsewhere(module, parts, len(kernels))
             if _is_cached(kernels):
                 return
         if _temporary:
@@ -142,20 +165,58 @@ def _fill(kernels, module):
     )
 
 
-def _compile_in_another_process(module):
-    """Import the module in a process that compiles; returns the last line that it said."""
-    env = {**os.environ, _WARMING: "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    # In a session of its own, for Ctrl-C in a terminal reaches all processes in it: this one ends the other.
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {module}"],
-        env=env,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
+def _compile_elsewhere(module, parts, number):
+    """Import the module in processes that compile a part of its kernels each; returns why one of them failed, if one did."""
+    command, processes, lines = [sys.executable, "-c", f"import {module}"], [], []
+    path = os.pathsep.join(p for p in sys.path if p)
+
+    def listen(process, said):
+        said.extend(line.decode("utf-8", "replace").strip() for line in process.stdout)
+
+    try:
+        for part in range(parts):
+            env = {**os.environ, _WARMING: f"{module} {part} {parts}", "PYTHONPATH": path}
+            # In a session of its own, for Ctrl-C in a terminal reaches all processes in it: this one ends the others.
+            process = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            said = []
+            processes.append((process, Thread(target=listen, args=(process, said), daemon=True)))
+            lines.append(said)
+            processes[-1][1].start()
+        last = time.monotonic()
+        for process, listener in [*processes[1:], processes[0]]:
+            if process is processes[0][0]:
+                with suppress(OSError):
+                    if not any(other.returncode for other, _ in processes[1:]):
+                        process.stdin.write(_OTHERS_ENDED.encode())
+                    process.stdin.close()
+            while process.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+                if time.monotonic() - last > PROGRESS_SECONDS:
+                    last = time.monotonic()
+                    _say(f"{sum(said.count(_COMPILED) for said in lines)} of {number} kernels compiled")
+            listener.join()
+    finally:
+        for process, _ in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            with suppress(OSError):
+                process.stdin.close()
+    failed = [i for i, (process, _) in enumerate(processes) if process.returncode] or [0]
+    said = [line for line in lines[failed[0]] if line and line != _COMPILED]
+    return (
+        said[-1]
+        if said
+        else f"the process ended with code {processes[failed[0]][0].returncode} and said nothing"
     )
-    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-    return lines[-1] if lines else f"the process ended with code {done.returncode} and said nothing"
 
 
 def _say_waiting():

@@ -149,4 +149,4 @@ def attention_bwd(*args):
 
 
 if path() == "amx":  # elsewhere LLVM would end the process over the instructions
-    compile_all([*_kernels, *order.kernels.values()], __name__)
+    compile_all([*_kernels, *order.kernels.values()], __name__, 25)
