@@ -152,6 +152,13 @@ def main(args: Sequence[str]) -> int:
         "matmul_flops_per_sec": rate,
         "tokens_per_sec_limit": rate / flops,
     }
+    low = 0
+    if backend.name == "cpu" and dtype == "float32":
+        low = memory(
+            cfg, backend, micro, f.seq_length, "bfloat16", f.train, recompute=f.recompute,
+            documents=f.mask_documents, lora=lora, saves=True, folds=micro < f.batch_size,
+        ).total  # fmt: skip
+        result["bfloat16_bytes"] = low
     together = None
     if f.gpus > 1:
         # As fast as products alone would be, and a share of that; a step has as many rounds as there are micro-batches for a GPU.
@@ -191,7 +198,7 @@ def main(args: Sequence[str]) -> int:
          f"{rate / 1e9:.0f} GFLOP/s, measured now"),
     ]  # fmt: skip
     if backend.name == "cpu" and dtype == "float32":
-        rows.append(("bfloat16", _bfloat16_here()))
+        rows.append(("bfloat16", _bfloat16_here(backend, need.total, low, rate)))
     if steps is not None:
         rows.append(("whole job", f"{result['flops']:.3g} FLOPs, at least {result['hours_at_limit']:.2f} h"))
     show.table(f"plan: {f.init or f.model}", rows)
@@ -205,13 +212,19 @@ def main(args: Sequence[str]) -> int:
     return code
 
 
-def _bfloat16_here() -> str:
-    """Say what --dtype bfloat16 gives on this processor."""
-    from ..backends.cpu.tiles import path
+def _bfloat16_here(backend: Any, wide: float, low: float, rate: float) -> str:
+    """Say what --dtype bfloat16 gives on this processor: its products, bytes in place of `wide`, and its rate once compiled."""
+    from ..backends.cpu import ops, tiles
 
-    if path() == "float32":
-        return "this processor multiplies it as float32: half the memory of activations, no speed"
-    return f"products by {path()}, faster than float32, and half the memory of activations"
+    path = tiles.path()
+    room = f"{low / 2**30:.3f} GiB in place of {wide / 2**30:.3f}"
+    if path == "float32":
+        return f"this processor multiplies it as float32, so no faster; {room}"
+    name = {"amx": "AMX tiles", "avx512_bf16": "AVX512-BF16"}[path]
+    if not ops.is_compiled("bfloat16"):
+        return f"{room}; products on {name}, measured by --dtype bfloat16 (its kernels are compiled once)"
+    times = matmul_rate(backend, "bfloat16") / rate
+    return f"{room}; a large product on {name} runs at {times:.1f} times the rate of float32"
 
 
 def _disk(f: Flags, cfg: ModelConfig, dtype: str, lora: LoraConfig | None) -> disk.Disk:

@@ -20,7 +20,7 @@ from ...common.units import plural
 from .. import reference
 from ..contract import BF16
 from . import kernels, tiles
-from .start import start_threads
+from .start import is_cached, start_threads
 
 Array = Any
 
@@ -108,6 +108,11 @@ def describe() -> dict[str, str]:
     threads = str(numba.get_num_threads())
     own = {"backend": name, "cpu": cpu_name(), "threads": threads, "kernels": kernels.compiled_for()}
     return own | ({"products": tiles.path()} if _low.cache_info().currsize else {})
+
+
+def is_compiled(dtype: str) -> bool:
+    """Say whether the kernels of a dtype are there already."""
+    return dtype == "float32" or is_cached(kernels.low)
 
 
 def set_threads(n: int) -> None:

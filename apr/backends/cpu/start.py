@@ -86,7 +86,7 @@ def compile_all(kernels, module, seconds=20):
     if _WARMING in os.environ:
         _compile_part(kernels, module)
         return
-    if not _is_cached(kernels):
+    if not is_cached(kernels):
         _fill(kernels, module, seconds)
     try:
         _read(kernels)
@@ -120,7 +120,8 @@ def _read(kernels):
         k.compile(signature)
 
 
-def _is_cached(kernels):
+def is_cached(kernels):
+    """Say whether kernels are in Numba's cache; damaged files are taken away."""
     first, signature = kernels[0]
     try:
         return first._cache.load_overload(signature, first.targetctx) is not None
@@ -144,14 +145,14 @@ def _fill(kernels, module, seconds):
         with ExitStack() as stack:
             with suppress(OSError):  # without locks two processes do the same work
                 stack.enter_context(locked(folder, "compiling the CPU kernels", _say_waiting))
-            if _is_cached(kernels):
+            if is_cached(kernels):
                 return
             where = f" into {folder}, no lasting place for them can be written" if _temporary else ""
             parts = max(1, min(cores(), MAX_PROCESSES, len(kernels) // 2))
             kind = "" if module.endswith(".kernels") else " of bfloat16"
             _say(f"compiling the CPU kernels{kind}, once (about {max(5, seconds // parts)} s){where}")
             reason = _compile_elsewhere(module, parts, len(kernels))
-            if _is_cached(kernels):
+            if is_cached(kernels):
                 return
         if _temporary:
             break
