@@ -160,7 +160,7 @@ def test_accuracy(row: Row, dtype: str) -> None:
     assert not off(figures), figures
 
 
-@over([row for row in ROWS if row.case.name.startswith("linear")])
+@over([row for row in ROWS if row.case.name.startswith(("linear", "attention"))])
 def test_products_of_a_processor_without_dot_products(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operands that are widened, in bfloat16, whatever this processor has."""
     cpu.empty(0, BF16)
@@ -201,6 +201,26 @@ def test_dot_products_add_pairs_in_order(threads: None) -> None:
     twice = pair.copy()
     cpu.linear_bwd(dx[:2], twice, None, dy[:2], x[:2], w, True)
     assert np.array_equal(twice, 2 * pair)
+
+
+@pytest.mark.skipif(tiles.path() == "float32", reason="this processor has no dot products of bfloat16")
+def test_blocks_of_attention_have_one_order(threads: None) -> None:
+    """Neither threads nor other sequences change a bit; dk and dv are sums over several chunks of queries and two heads."""
+    rng = np.random.default_rng(4)
+    q, dy, k, v = (rng.standard_normal((2, 300, n, 40)).astype(np.float32).astype(BF16) for n in (4, 4, 2, 2))
+
+    def both(some: slice) -> list[Any]:
+        at = [x[some].copy() for x in (q, dy, k, v)]
+        y, dq, dk, dv = (np.zeros_like(x) for x in (at[0], at[0], at[2], at[2]))
+        lse = np.zeros((len(y), 4, 300), np.float32)
+        cpu.attention_fwd(y, lse, at[0], *at[2:], None, 0)
+        cpu.attention_bwd(dq, dk, dv, at[1], y, lse, at[0], *at[2:], None, 0)
+        return [x.view(np.uint32 if x is lse else np.uint16) for x in (y, lse, dq, dk, dv)]
+
+    cpu.empty(0, BF16)
+    whole = both(slice(0, 2))
+    cpu.set_threads(1)
+    assert all(np.array_equal(x[1:], z) for x, z in zip(whole, both(slice(1, 2)), strict=True))
 
 
 @over(LARGEST)

@@ -105,7 +105,8 @@ def _compile_part(kernels, module):
         return
     for k, signature in kernels[1 + int(part) :: int(parts)]:
         k.compile(signature)
-        print(_COMPILED, flush=True)
+        sys.stdout.write(f"{_COMPILED}\n")
+        sys.stdout.flush()
     if part == "0":
         if parts != "1" and sys.stdin.readline() != _OTHERS_ENDED:
             return
