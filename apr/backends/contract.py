@@ -5,6 +5,7 @@ A row is "OP: ARGUMENT, ARGUMENT, ...; each LETTER LETTER" in the order of the p
     in        read; its gradient is the array d+NAME of the backward op
     const     read; has no gradient         ids, targets   integers below V; a target may be negative
     doc_start int32 of (B,T), the position at which the document of each query begins
+    counters  int32 of (B,2), the number of each sequence in its step, and the step
     bytes     8-bit integers in -127 to 127
     out       overwritten                   save           overwritten, and read by the backward op
     acc       added to                      inplace        read and overwritten
@@ -60,7 +61,7 @@ class Argument:
 
     def kind(self, dtype: Any) -> np.dtype:
         """Dtype of the array in a job of `dtype`."""
-        if self.role in ("ids", "targets", "doc_start"):
+        if self.role in ("ids", "targets", "doc_start", "counters"):
             return np.dtype(np.int32)
         if self.role == "bytes":
             return np.dtype(np.int8)
@@ -126,6 +127,7 @@ OPS = {
             "adapted_int8: out out O I, w bytes O I, row const32+ O, b in32? O R, a in32? R I, factor float; each O I",
             "gemm: out inplace32 M N, a in32 M K, b in32 K N, alpha float, beta float, trans_a bool, trans_b bool",
             "add: out out N C, a in N C, b in N C; each N C",
+            "dropout: out out B T C, x in B T C, counters counters B 2, seed int, module int, p float, factor float; each B",
             "add_rmsnorm_fwd: res out N C, y out N C, rstd save32 N, res_in in N C, delta in? N C, w in C, eps float; each N",
             "add_rmsnorm_bwd: dres acc N C, dw acc32? C, dy in N C, res in N C, rstd in32 N, w in C; each N",
             "head_rmsnorm_fwd: y out N H D, rstd save32 N H, x in N H D, w in D, eps float; each N",

@@ -23,6 +23,7 @@ import numpy as np
 
 from ..common.errors import DeviceError
 from ..common.host import available_memory, cpu_name
+from . import philox
 
 Array = Any  # an array of this backend: numpy.ndarray here
 
@@ -184,6 +185,20 @@ def adapted_int8(out: Array, w: Array, row: Array, b: Array | None, a: Array | N
 def add(out: Array, a: Array, b: Array) -> None:
     """out = a + b.  out, a, b (N,C); out may be a or b. The gradient of a and of b is that of out."""
     out[...] = a + b
+
+
+# Dropout
+
+
+def dropout(out: Array, x: Array, counters: Array, seed: int, module: int, p: float, factor: float) -> None:
+    """out = factor / (1 - p) * x where an element is kept, 0 where it is not (Srivastava et al. 2014, section 10).
+
+    Element e = t * C + c of sequence b is kept where word e % 4 of Philox4x32-10 (philox.py) with the key (seed, seed >> 32)
+    and the counter (e // 4, module, *counters[b]) is at least p 2^32: of a share 1 - p. The gradient of x is the same op on
+    that of out.  out, x (B,T,C), T C at most 2^34; counters (B,2); 0 <= p < 1, 0 <= module < 2^31. out may be x
+    """
+    is_kept = philox.kept(counters, x[0].size, seed, module, p).reshape(x.shape)
+    out[...] = np.where(is_kept, x.dtype.type(factor / (1 - p)) * x, 0)
 
 
 # Normalisation

@@ -98,6 +98,7 @@ GPU_ROWS = [
     *table("gemm_tn", "8 896 4864, 16 128 257"),
     *table("gemm_nt", "896 8 4864"),
     *table("add", "257 896, 70001 5"),
+    *table("dropout", "3 257 896, 70001 1 5, 70001 1 8"),
     *table(
         "rmsnorm_of_all_heads",
         "257 2048 0 4096 6144 0, 97 5120 0 6144 7168 0, 33 1024 5120 6144 7168 1, 5 4001 0 4001 4097 0",
@@ -136,6 +137,7 @@ APART = [
         "attention": "1 128 4 2 64, 1 64 2 1 128",
         "attention_documents": "2 128 4 2 64 0",
         "add": "59 896",
+        "dropout": "3 59 896",
         "add_rmsnorm": "59 896",
         "rmsnorm_of_all_heads": "59 2048 0 4096 6144 0",
         "add_rmsnorm_first": "5 1024",

@@ -25,6 +25,7 @@ WIDE = [
     *table("embedding", "5 64 97, 257 8 5, 33 1032 3, 1025 16 2, 70 24 1, 1500 3 50"),
     *table("linear", "123 64 5, 257 1032 3"),
     *table("add", "5 64, 123 97"),
+    *table("dropout", "2 5 64, 3 33 128"),
     *table(
         "rmsnorm_of_all_heads",
         "5 128 0 256 384 0, 3 640 128 768 1024 1, 2 4096 0 4096 4104 0, 2 4096 0 4097 4097 1",
@@ -52,6 +53,7 @@ APART = {
     "embedding": "59 64 97",
     "linear": "33 64 5",
     "add": "5 64",
+    "dropout": "2 5 64",
     "add_rmsnorm": "5 128",
     "rmsnorm_of_all_heads": "5 640 128 768 1024 1",
     "add_rmsnorm_first": "5 64",
@@ -169,6 +171,7 @@ SMALL = {  # module -> rows that use all of it
         *table("attention_documents", "2 123 2 1 10 0"),
     ],
     "bias": table("linear", "123 64 5, 70 5 3"),
+    "dropout": table("dropout", "3 5 64, 3 5 59"),
     "embedding": table("embedding", "257 8 5, 70 24 1, 1500 3 50"),
     "flat": [
         *table("add_sum", "4097"),
@@ -195,6 +198,7 @@ UNUSED = {
     "adapted": {0, 1, 2},
     "attention": {0, 1, 2},
     "bias": {0, 1},
+    "dropout": {0, 1, 2},
     "embedding": {0, 1, 2},
     "flat": {1, 2},
     "loss": {0, 1, 2},
@@ -208,6 +212,8 @@ OFF_BY_ONE = [
     ("attention", "j > t + offset - window", "j >= t + offset - window"),
     ("attention", "key >= begin[i]", "key > begin[i]"),
     ("attention", "key >= from", "key + 1 >= from"),
+    ("dropout", "b += gridDim.y", "b += B"),
+    ("dropout", "own == 3 ? 3 : 2", "own == 3 ? 2 : 3"),
     ("embedding", "sorted[tile * TILE - 1] == id", "sorted[tile * TILE] == id"),
     ("flat", "rest < n", "rest < n - 1"),
     ("flat", "left < length", "left < length - 1"),
@@ -263,6 +269,7 @@ def test_planted_fault_is_seen(name: str, spoiled: dict[str, Host], monkeypatch:
     """A barrier less, one too few or too many: a row is off, or threads wait for ever."""
     monkeypatch.setattr(ops, "machine", spoiled[name])
     monkeypatch.setattr(ops, "BLOCKS", 2)
+    monkeypatch.setattr(ops, "MAX_GRID_Y", 2)
 
     def red(row: Row) -> bool:
         try:
@@ -276,6 +283,7 @@ def test_planted_fault_is_seen(name: str, spoiled: dict[str, Host], monkeypatch:
 def test_small_rows_are_right(shim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the planted faults turn red is green without them; sums are cut into few parts."""
     monkeypatch.setattr(ops, "BLOCKS", 2)
+    monkeypatch.setattr(ops, "MAX_GRID_Y", 2)
     for row in (row for some in SMALL.values() for row in some):
         assert not off(accuracy(shim, row, "float32")), row
 

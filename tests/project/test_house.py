@@ -227,6 +227,7 @@ def loose() -> list[str]:
 MAX_LINES = 400
 LONG = {
     "apr/backends/cpu/kernels.py": "one kernel after the other",
+    "apr/backends/reference.py": "the formula of one op after the other",
     "apr/backends/cuda/ops.py": "one launcher after the other",
     "apr/bisect/causes.py": "the table of causes",
     "apr/bisect/planted/faults.py": "the table of faults",

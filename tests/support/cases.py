@@ -46,6 +46,7 @@ CACHE = "q in B T H@0/H+2*K D, k in B S@0/P K D, v in B S@0/P K D"
 DCACHE = "dq out B T H@0/H+2*K D, dk out B S@0/P K D, dv out B S@0/P K D"
 DOCUMENTS = (1, 5, 59, 2, 97, 17, 123, 257)  # lengths of documents
 ADAMW = "lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1, step=3"
+DROPOUT = "seed=0x123456789ABCDEF, module=7, p=0.25, factor=0.7"
 
 # Cases of ops that take float64 by contract: add_sum adds sums of tiles too.
 TAKE_64 = ("clip_factor", "add_sum", "add_sum_of_losses", "add_sum_of_tiles")
@@ -101,6 +102,8 @@ CASES = [
         "M N K P: 59 97 5 123",
     ),
     Case("add", "add", "", "N C: 1 1, 5 59, 97 123, 123 5"),
+    Case("dropout", f"dropout: {DROPOUT}", "", "B T C: 1 1 1, 2 5 59, 3 13 64, 1 257 97"),
+    Case("dropout_in_place", f"dropout: out>x inplace B T C, {DROPOUT}", "", "B T C: 2 5 59, 3 13 64"),
     Case("add_in_place", "add: out>a inplace N C", "", "N C: 5 59, 123 97"),
     Case(
         "add_rmsnorm", "add_rmsnorm_fwd: eps=1e-5", "add_rmsnorm_bwd", "N C: 1 2, 5 59, 97 123, 123 5, 59 257"
@@ -306,6 +309,8 @@ def make(row: Row, dtype: Any, seed: int = 0) -> Arrays:
         if a.role in ("ids", "targets"):
             values[a.name] = rng.integers(0, row.sizes["V"], a.shape, dtype=np.int32)
             values[a.name][3::4] = -100 if a.role == "targets" else 0
+        elif a.role == "counters":
+            values[a.name] = rng.integers(0, 2**31, a.shape, dtype=np.int32)
         elif a.role == "bytes":
             values[a.name] = rng.integers(-127, 128, a.shape, dtype=np.int8)
         elif a.role == "doc_start":

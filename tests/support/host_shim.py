@@ -30,6 +30,7 @@ MODULES = (
     "adapted",
     "attention",
     "bias",
+    "dropout",
     "embedding",
     "flat",
     "loss",

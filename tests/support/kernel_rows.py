@@ -23,6 +23,7 @@ SHAPES: dict[str, list[Row]] = {  # module -> rows
     "adapted": [*table("adapted", "72 56 5, 40 80 16"), *table("adapted_int8", "72 56 5, 40 80 16")],
     "embedding": table("embedding", f"{TOKENS} 56 123"),
     "bias": table("linear", f"{TOKENS} 72 56"),
+    "dropout": table("dropout", "2 17 56, 3 5 59"),
     "norm": [
         *table("add_rmsnorm", f"{TOKENS} 56"),
         *table("add_rmsnorm_first", f"{TOKENS} 40"),

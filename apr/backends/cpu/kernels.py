@@ -625,6 +625,42 @@ def cross_entropy(loss, logits, targets, scale, grad, z_loss):
                 )
 
 
+@njit(inline="always")
+def _philox(c0, c1, c2, c3, k0, k1):
+    """philox.py"""
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for _ in range(10):
+        first, second = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1 = (second >> half) ^ c1 ^ k0, second & low
+        c2, c3 = (first >> half) ^ c3 ^ k1, first & low
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return c0, c1, c2, c3
+
+
+@_kernel("void(act[:,::1], act[:,::1], int32[:,::1], uint64, uint64, uint64, uint64, float32)")
+def dropout(out, x, counters, k0, k1, module, least, scale):
+    """scale = factor / (1 - p), least = p 2^32; a sequence is a row."""
+    nb, n = x.shape
+    pieces = (n + CHUNK - 1) // CHUNK
+    for p in prange(nb * pieces):
+        b, start = p // pieces, p % pieces * CHUNK
+        number, step = np.uint64(np.uint32(counters[b, 0])), np.uint64(np.uint32(counters[b, 1]))
+        row, to = x[b, start : min(n, start + CHUNK)], out[b, start : min(n, start + CHUNK)]
+        whole = row.size // 4
+        for g in range(whole):
+            w0, w1, w2, w3 = _philox(np.uint64(start // 4 + g), module, number, step, k0, k1)
+            i = 4 * g
+            to[i] = row[i] * scale if w0 >= least else np.float32(0)
+            to[i + 1] = row[i + 1] * scale if w1 >= least else np.float32(0)
+            to[i + 2] = row[i + 2] * scale if w2 >= least else np.float32(0)
+            to[i + 3] = row[i + 3] * scale if w3 >= least else np.float32(0)
+        if row.size % 4:
+            w0, w1, w2, _ = _philox(np.uint64(start // 4 + whole), module, number, step, k0, k1)
+            for i in range(4 * whole, row.size):
+                word = w0 if i % 4 == 0 else w1 if i % 4 == 1 else w2
+                to[i] = row[i] * scale if word >= least else np.float32(0)
+
+
 CHUNK = 16384  # elements of a flat buffer that one iteration takes
 
 

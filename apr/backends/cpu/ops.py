@@ -19,6 +19,7 @@ from ...common.host import cpu_name
 from ...common.units import plural
 from .. import reference
 from ..contract import BF16
+from ..philox import key_of, least_kept
 from . import kernels, tiles
 from .start import is_cached, start_threads
 
@@ -196,6 +197,12 @@ def adapted_int8(out: Array, w: Array, row: Array, b: Array | None, a: Array | N
     if b is not None and a is not None:
         gemm(to, b, a, factor, 1.0, False, False)
     _put(out, to)
+
+
+def dropout(out: Array, x: Array, counters: Array, seed: int, module: int, p: float, factor: float) -> None:
+    """See reference.py."""
+    rows = out.reshape(len(x), -1), x.reshape(len(x), -1)
+    kernels.dropout(*rows, counters, *key_of(seed), module, least_kept(p), factor / (1 - p))
 
 
 def add_rmsnorm_fwd(

@@ -19,6 +19,7 @@ import numpy as np
 
 from ...common.rounding import ceil_div, round_up
 from ..contract import OPS
+from ..philox import least_kept
 from . import kernels
 
 Array = Any
@@ -48,6 +49,8 @@ BLOCKS = 264  # two on each multiprocessor of an H200: in how many parts sums ov
 SUM_BLOCKS = 1056
 # dtype of weights: elements of gradients, and of new weights (a block of adamw), whose squares are one term of a norm
 square_tiles = {"float32": (1 << 14, 1024), "bfloat16": (1 << 14, 2048)}
+DROPOUT_THREADS = 256
+MAX_GRID_Y = 65535
 CLUSTER_PACKS = 256  # of 16 bytes, of a row, that a block of a cluster has at least
 SHARED_STATIC = 1024  # bytes that a kernel may have besides its dynamic shared memory
 
@@ -213,6 +216,24 @@ def add(out: Array, a: Array, b: Array) -> None:
     v = _vector((), out, a, b)
     each = 256 * (16 // out.itemsize if v else 1)
     _run("flat", "add_v" if v else "add_1", out, (ceil_div(out.size, each),), (256,), out, a, b, out.size)
+
+
+# Dropout
+
+
+def dropout(out: Array, x: Array, counters: Array, seed: int, module: int, p: float, factor: float) -> None:
+    """See reference.py."""
+    b, n = len(x), x[0].size
+    v = _vector((n * x.itemsize,), out, x)
+    each = DROPOUT_THREADS * (16 // x.itemsize if v else 1)
+    _run(
+        "dropout",
+        "dropout_v" if v else "dropout_1",
+        x,
+        (ceil_div(n, each), min(b, MAX_GRID_Y)),
+        (DROPOUT_THREADS,),
+        *(out, x, counters, (seed + 2**63) % 2**64 - 2**63, module, least_kept(p), factor / (1 - p), n, b),
+    )
 
 
 # Normalisation

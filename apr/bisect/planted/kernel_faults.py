@@ -157,6 +157,47 @@ _CATALOGUE = (
         applies=lambda c: False,
         needs="adapters",
     ),
+    # Dropout
+    KernelFault(
+        "kernel_dropout_one_word_for_four",
+        "neighbours are dropped together: one of four random words serves them all",
+        *("dropout", "N > 1 ? drawn.w[i]", "N > 1 ? drawn.w[0]"),
+        *("dropout", "out"),
+        applies=lambda c: False,
+        needs="adapters with dropout",
+    ),
+    KernelFault(
+        "kernel_dropout_module_ignored",
+        "all modules have one mask",
+        *("dropout", "(unsigned)module, number", "0u, number"),
+        *("dropout", "out"),
+        applies=lambda c: False,
+        needs="adapters with dropout",
+    ),
+    KernelFault(
+        "kernel_dropout_step_ignored",
+        "every step has the same mask",
+        *("dropout", "number, step}}", "number, 0u}}"),
+        *("dropout", "out"),
+        applies=lambda c: False,
+        needs="adapters with dropout",
+    ),
+    KernelFault(
+        "kernel_dropout_first_sequence_for_all",
+        "all sequences have the mask of the first",
+        *("dropout", "counters[2 * b],", "counters[0],"),
+        *("dropout", "out"),
+        applies=lambda c: False,
+        needs="adapters with dropout",
+    ),
+    KernelFault(
+        "kernel_dropout_scale_forgotten",
+        "what is kept is not scaled",
+        *("dropout", "in[first + i] * scale", "in[first + i]"),
+        *("dropout", "out"),
+        applies=lambda c: False,
+        needs="adapters with dropout",
+    ),
     # Norms
     KernelFault(
         "kernel_norm_eps_constant",
