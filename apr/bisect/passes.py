@@ -6,6 +6,7 @@ import numpy as np
 
 from ..backends import reference
 from ..model.config import ModelConfig
+from ..model.lora_dropout import Draws
 from ..model.optim import OPTIMIZERS, Optimizer
 from ..model.transformer import Model
 from . import rule
@@ -15,6 +16,7 @@ from .side import Batch
 from .watch import Forced, Free
 
 LR, CLIP, DECAY, STEPS = 0.003, 0.5, 0.1, 2  # of an optimizer step: CLIP is a share of the gradients' norm
+SEED = 0x5EED0123456789  # of dropout: both words of its key count
 
 
 def _beside(judged: Model, cfg: ModelConfig, be: rule.Backend, shape: tuple[int, int], dtype: str) -> Model:
@@ -28,9 +30,12 @@ def _beside(judged: Model, cfg: ModelConfig, be: rule.Backend, shape: tuple[int,
 
 
 def passes(both: Model, watch: Forced | Free, batch: Batch) -> None:
-    """Forward, loss and, of a model that trains, backward of a batch, watched."""
-    watch.stage = "forward"
-    both.forward(batch.ids)
+    """Forward, loss and, of a model that trains, backward of a batch, watched; with dropout an evaluation before it."""
+    watch.stage, draws = "forward", None
+    if both.train and both.adapters and both.adapters.dropout:
+        draws = Draws.of(SEED, 1, 0, len(batch.ids))
+        both.forward(batch.ids)
+    both.forward(batch.ids, draws=draws)
     watch.stage = "loss"
     both.loss(batch.targets, 1 / batch.count if both.train else None)
     if both.train:

@@ -106,7 +106,7 @@ class _Watch:
         if call.op == "add" and self.stage == "forward" and call.args["out"].name == "res1":
             # a buffer that blocks share: this one begins
             self._layer = (self._layer or 0) + 1
-        elif call.op not in ("rope", "add") or call.layer is not None:
+        elif call.op not in ("rope", "add", "dropout") or call.layer is not None:
             # the gradients that rope and add change lie in buffers of all layers
             self._layer = call.layer
         if "w" in call.args:

@@ -105,8 +105,21 @@ class LoadedAdapter:
             digest.update(np.ascontiguousarray(x, "<f4").view(np.uint8).data)
         return digest.hexdigest()
 
-    def lora_config(self, cfg: ModelConfig) -> LoraConfig:
-        """Build the LoraConfig to go on training with. Raises Refused for adapters that differ between layers."""
+    def lora_config(
+        self, cfg: ModelConfig, base: str | None = None, dropout: float | None = None
+    ) -> LoraConfig:
+        """Build the LoraConfig to go on training with. base: format of the base; dropout: another than the adapter's.
+
+        Raises Refused for adapters that differ between layers, MalformedFile for a dropout that is none."""
+        found = self._lora_config(cfg)
+        given = self.config.get("lora_dropout") or 0.0 if dropout is None else dropout
+        if not isinstance(given, int | float) or not 0 <= given < 1:
+            raise MalformedFile(
+                f"{self.source}: lora_dropout = {given!r} is no share from 0 to below 1; say which with --lora-dropout"
+            )
+        return replace(found, base=base, dropout=float(given))
+
+    def _lora_config(self, cfg: ModelConfig) -> LoraConfig:
         c = self.config
         names = Counter(hf.split(".")[-2] for hf in self.deltas)
         outside = set(OUTSIDE.values())

@@ -73,6 +73,9 @@ class Flags:
         "modules to train whole beside the adapters: embed_tokens, lm_head, norm and so on", metavar="MODULES"
     )
     train_embeddings: bool = option("with adapters, train embedding and head whole", False)
+    lora_dropout: float | None = option(
+        "share of what adapters get that is dropped", at_least=0, below=1, metavar="SHARE"
+    )
     lora_base: str | None = option(
         "format of the frozen matrices of the blocks (default: --dtype)", choices=BASES
     )
@@ -100,6 +103,7 @@ def main(args: Sequence[str]) -> int:
         f.lora_targets,
         f.lora_base,
         saved=f.lora_modules_to_save,
+        dropout=f.lora_dropout,
         embeddings=f.train_embeddings,
     )
     if lora and not f.train:

@@ -262,6 +262,9 @@ def _adapters(a: Adapters | None, s: Mapping[str, Any]) -> Iterator[Row]:
     want |= _whole_tensors(a, ends)
     if not s["lora_init"]:
         yield "adapters, norms of rows", a.config.dora, bool(s.get("lora_dora"))
+    if s.get("lora_dropout") is not None or not s["lora_init"]:
+        share = s.get("lora_dropout") or 0.0
+        yield "adapters, dropout", a.dropout.p if a.dropout else 0.0, share
     got = {slot.hf: slot.shape for slot in a.layout.slots}
     yield "adapters, tensors", len(got), len(want)
     for name, shape in want.items():

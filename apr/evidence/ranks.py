@@ -19,6 +19,7 @@ from ..common.events import Evaluated, RanksComputed, StepBegun, Stepped
 from ..common.files import read_json
 from ..common.finding import Finding
 from ..common.units import plural
+from ..model.lora_dropout import Draws
 from ..ranks.shard import crc, hashes
 from .gates import Gates
 from .subject import Subject
@@ -126,7 +127,8 @@ class RankGates:
             ids, targets = (np.ascontiguousarray(x[: t.model.batch]) for x in (e.ids, e.targets))
             before = t.model.tokens_trained
             t.backend.fill(t.model.total, 0)
-            t.model.micro_step(ids, targets, 1 / e.targets.size, False)
+            draws = Draws.of(t.settings.seed, e.step, 0, len(ids))
+            t.model.micro_step(ids, targets, 1 / e.targets.size, False, draws=draws)
             found = [
                 ("loss", crc(t.backend.to_host(t.model.total))),
                 *hashes(t.backend, trained.layout, trained.g),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..common.finding import Finding
 from ..common.host import available_memory
 from ..model.adapters import Adapters
 from ..model.lora import Pair, cut
+from ..model.lora_dropout import Draws
 from ..model.optim import Optimizer
 from ..model.params import Slot
 from ..model.transformer import Model
@@ -70,18 +71,22 @@ class Job:
     """A model in training as the slopes need it: loss and gradient of one micro-batch, weights that move and come back.
 
     The weights that the optimizer updates, and those that compute, have their bits again after `restore`.
+    draws: of dropout, of the gradient and of every loss: with masks that stand still, the loss has a slope.
     """
 
     def __init__(
-        self, model: Model, opt: Optimizer, adapters: Adapters | None, batch: Batch, scale: float, graph: bool
-    ) -> None:
+        self, model: Model, opt: Optimizer, adapters: Adapters | None, batch: Batch, scale: float, graph: bool,
+        draws: Draws | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.opt, self.adapters, self.scale, self.graph = model, opt, adapters, scale, graph
+        self.draws = draws
         self.layout = (adapters or model).layout
         self.ids, self.targets = batch
         if model.z_loss:
             seq = min(self.ids.shape[1], max(2, MAX_LOGITS // model.cfg.vocab_size))
             piece = slice(max(1, MAX_LOGITS // (seq * model.cfg.vocab_size))), slice(seq)
             self.ids, self.targets = (np.ascontiguousarray(x[piece]) for x in (self.ids, self.targets))
+            self.draws = draws and replace(draws, numbers=draws.numbers[: len(self.ids)])
         self.saved = model.be.to_host(opt.master)
         self.trained = model.tokens_trained
 
@@ -129,13 +134,13 @@ class Job:
         """Compute the gradient as a step of the job does; where passes are recorded, by the recorded pass."""
         be, model = self.model.be, self.model
         for _ in range(3 if self.graph else 1):
-            model.micro_step(self.ids, self.targets, self.scale, self.graph, begins=True)
+            model.micro_step(self.ids, self.targets, self.scale, self.graph, begins=True, draws=self.draws)
         return np.asarray(be.to_host(self.opt.g), np.float32)
 
     def loss(self) -> float:
         """Sum the losses of all rows on the host, in float64."""
         model, z_part = self.model, 0.0
-        model.forward(self.ids)
+        model.forward(self.ids, draws=self.draws)
 
         def tap(layer: int | None, name: str, x: Any) -> None:
             nonlocal z_part

@@ -11,6 +11,7 @@ import numpy as np
 from ..common.events import Evaluated, GradientsReady, Measured, StepBegun
 from ..common.finding import Finding
 from ..common.units import plural
+from ..model.lora_dropout import Draws, Dropout
 from ..model.preferences import terms
 from ..model.transformer import Model
 from . import scorer
@@ -57,13 +58,14 @@ class FirstStep:
             batch = e.ids[: model.batch], e.targets[: model.batch]
             with gates.timed("start.slope"):
                 scale = 1 / max(1, terms(model.preferences, e.ids, e.targets))
-                job = Job(model, t.whole, t.adapters, batch, scale, graph)
+                draws = Draws.of(t.settings.seed, e.step, 0, len(batch[0]))
+                job = Job(model, t.whole, t.adapters, batch, scale, graph, draws)
                 gates.judge(slope_finding(job), e.step)
         with gates.timed("start.borders"):
             gates.judge(borders(t, e.ids[: model.batch]), e.step)
         if len(e.ids) > 1:
             with gates.timed("start.averages"):
-                self.pieces = Pieces(t, e.ids, e.targets)
+                self.pieces = Pieces(t, e.ids, e.targets, e.step)
         else:
             gates.skip("start.averages", "a batch of one sequence has no other pieces")
 
@@ -95,22 +97,28 @@ class Pieces:
     """Loss, gradient norm and targets of a batch, computed in other pieces: its rows from the last to the first, one alone
     and then as many as fit."""
 
-    def __init__(self, t: Subject, ids: np.ndarray, targets: np.ndarray) -> None:
+    def __init__(self, t: Subject, ids: np.ndarray, targets: np.ndarray, step: int) -> None:
         be, model = t.backend, t.model
         self.tokens, before = int((targets >= 0).sum()), model.tokens_trained
         counted = max(1, terms(model.preferences, ids, targets))
         self.is_complete, self.off, total = False, math.inf, 0.0
         ids, targets, rows = ids[::-1], targets[::-1], list[float]()
+        numbers = range(len(ids))[::-1]
         cuts = [0, *range(1, len(ids), model.batch), len(ids)]
         for n, (first, last) in enumerate(pairwise(cuts)):
             part = np.ascontiguousarray(ids[first:last]), np.ascontiguousarray(targets[first:last])
-            model.micro_step(*part, 1 / counted, False, begins=n == 0)
+            # A sequence keeps its masks of dropout wherever it is computed.
+            draws = Draws(t.settings.seed, step, numbers[first:last])
+            model.micro_step(*part, 1 / counted, False, begins=n == 0, draws=draws)
             losses = be.to_host(model.buffers["loss"][: part[0].size]).astype(np.float64)
             total += float(losses.sum())
             rows += losses.reshape(part[0].shape).sum(1).tolist() if not model.preferences else []
         self.count, self.loss = len(cuts) - 1, total / counted
         self.by_source = self._by_source(t, np.array(rows), (targets >= 0).sum(1))
         self.evaluated = scorer.batch_loss(model, ids, targets)
+        # What the evaluated loss is compared with: None for that of the step.
+        dropout = t.adapters and t.adapters.dropout
+        self.plain = _without_dropping(model, dropout, ids, targets) / counted if dropout else None
         be.fill(t.scratch, 0)
         g = (t.adapters or model).g
         be.add_sum_sq(t.scratch, g)
@@ -139,7 +147,9 @@ class Pieces:
         """Judge the line of the step (gate start.averages)."""
         off = {
             "loss": abs(line["train_loss"] - self.loss) / max(abs(self.loss), 1e-9) / LOSS[dtype],
-            "loss, which evaluated is another,": abs(line["train_loss"] - self.evaluated)
+            "loss, which evaluated is another,": abs(
+                (line["train_loss"] if self.plain is None else self.plain) - self.evaluated
+            )
             / max(abs(self.evaluated), 1e-9)
             / LOSS[dtype],
             "gradient norm": abs(line["grad_norm"] - self.norm) / max(self.norm, 1e-30) / NORM[dtype],
@@ -157,6 +167,20 @@ class Pieces:
         bound = f"equal within {LOSS[dtype]:g}, {NORM[dtype]:g} and {SAMPLE[dtype]:g} of it"
         why = f"{' and '.join(wrong)} of a batch depend on its pieces: {measured}" if wrong else ""
         return Finding.of("start.averages", not wrong, measured, bound, why, score=max(off.values()))
+
+
+def _without_dropping(model: Model, dropout: Dropout, ids: np.ndarray, targets: np.ndarray) -> float:
+    """Sum the losses of a batch as a step computes them, adapters beside their matrices, but that nothing is dropped."""
+    total, (share, dropout.p) = 0.0, (dropout.p, 0.0)
+    try:
+        for first in range(0, len(ids), model.batch):
+            part = [np.ascontiguousarray(x[first : first + model.batch]) for x in (ids, targets)]
+            model.forward(part[0], draws=Draws.of(0, 0, first, len(part[0])))
+            model.loss(part[1])
+            total += float(model.be.to_host(model.buffers["loss"][: part[0].size]).astype(np.float64).sum())
+    finally:
+        dropout.p = share
+    return total
 
 
 def border_id(t: Subject) -> int | None:

@@ -7,6 +7,7 @@ What is trained whole has its values, rounded, among the factors, where the pass
 
 W_eff of one linear map at a time lies in a buffer that all maps share: it is made where the map is computed, forward and
 backward, so that nothing holds a second copy of the weights and none can be stale. dx = dy W_eff; W has no gradient.
+With dropout W_eff is made in evaluations alone: in training the products of A and B stand beside that of W (lora_dropout.py).
 Sums are float32 (float64). W_eff, u and du are rounded once to the dtype of the model, and so are A and B for u and du.
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 from .dora import Dora
 from .eight_bits import rounded_rows
 from .lora import AdapterLayout, Pair, cut
+from .lora_dropout import Draws, Dropout
 from .micro_gradients import add
 from .params import FUSED, Slot
 
@@ -79,6 +81,7 @@ class Adapters:
         self._d_low_wide = have.get("d_low_wide")
         self._pairs = {(p.base.layer, p.base.param.name): p for p in layout.pairs}
         self.dora = Dora(self) if layout.config.dora else None
+        self.dropout = Dropout(self) if "dropped" in have else None
         self.base_sha256 = ""
         # Of the head, for as many rows as the logits have columns: open_head.
         self.head: dict[str, Any] = {}
@@ -129,8 +132,21 @@ class Adapters:
 
     # In a pass
 
+    def begin(self, draws: Draws | None, shape: tuple[int, int]) -> None:
+        """Begin a pass over (B,T) tokens, with the masks of dropout where draws are given."""
+        if self.dropout:
+            self.dropout.begin(draws, shape)
+
+    @property
+    def drops(self) -> bool:
+        """Tell if the pass at hand has dropout, so that adapters stand beside their matrices."""
+        return self.dropout is not None and self.dropout.is_on
+
     def begin_forward(self) -> None:
-        """Round what is trained whole to the dtype of the model."""
+        """Round what is trained whole, and what else the pass reads of the factors, to the dtype of the model."""
+        if self.drops:
+            self.be.copy(self.factors, self.w)
+            return
         for _, slot in self.layout.saved:
             self.be.copy(cut(self.factors, slot), cut(self.w, slot))
 
@@ -139,7 +155,7 @@ class Adapters:
 
         A head has as many rows as w."""
         pair = self._pairs.get((None, "embed" if self.cfg.tie_word_embeddings else name))
-        if pair is None:
+        if pair is None or (name == "head" and self.drops):
             return w
         a, base = cut(self.w, pair.a), pair.base
         if name == "head":
@@ -150,11 +166,32 @@ class Adapters:
         self.be.adapted(out, w, b, a, pair.scale)
         return out
 
-    def add_head_gradients(self, dy: Any, x: Any) -> None:
-        """Add the gradients of the adapters of a head.  dy (n,rows), x (n,C)"""
-        if self.head:
-            pair = self._pairs[None, "embed" if self.cfg.tie_word_embeddings else "head"]
-            self._add(pair, dy, x, self.head["factor"], self.head["grad"])
+    def _head_pair(self) -> Pair:
+        return self._pairs[None, "embed" if self.cfg.tie_word_embeddings else "head"]
+
+    def begin_head(self, x: Any) -> None:
+        """Make ready what a head with dropout gets.  x (N,C)"""
+        if self.head and self.dropout and self.drops:
+            self.dropout.begin_head(self._head_pair(), x)
+
+    def add_head(self, logits: Any, rows: slice, tokens: int) -> None:
+        """Add to some rows of the logits what the adapters of a head with dropout give.  logits (n,V), tokens: N"""
+        if self.head and self.dropout and self.drops:
+            self.dropout.add_head(self._head_pair(), self.head["factor"], logits, rows, tokens)
+
+    def add_head_gradients(self, dy: Any, x: Any, rows: slice) -> None:
+        """Add the gradients of the adapters of a head, of some rows.  dy (n,V), x (N,C)"""
+        if self.head and self.dropout and self.drops:
+            self.dropout.add_head_gradients(
+                self._head_pair(), self.head["factor"], self.head["grad"], dy, rows, x.shape[0]
+            )
+        elif self.head:
+            self._add(self._head_pair(), dy, x[rows], self.head["factor"], self.head["grad"])
+
+    def end_head(self, dx: Any) -> None:
+        """Add to the gradient of final_norm what goes through the adapters of a head with dropout.  dx (N,C)"""
+        if self.head and self.dropout and self.drops:
+            self.dropout.end_head(self._head_pair(), dx)
 
     def add_embedding_gradients(self, dy: Any, ids: Any) -> None:
         """dA += s B[ids]^T dy,  dB[ids] += s dy A^T of an embedding.  dy (N,C), ids (N,)"""
@@ -171,21 +208,21 @@ class Adapters:
 
     def makes(self, layer: int, name: str) -> bool:
         """Tell if `effective` makes a matrix, because W alone is not what the map computes with."""
-        return bool(self.config.base) or any(
-            (layer, part) in self._pairs for part in FUSED.get(name, (name,))
-        )
+        pairs = {} if self.drops else self._pairs
+        return bool(self.config.base) or any((layer, part) in pairs for part in FUSED.get(name, (name,)))
 
     def effective(self, layer: int, name: str) -> Any:
         """W_eff (O,I) of a matrix, or of several that are joined, until the next call; W itself where that is the same."""
         p, parts = self.model.p.layer[layer], FUSED.get(name, (name,))
         whole = getattr(p, name)
+        pairs = {} if self.drops else self._pairs
         if not self.makes(layer, name):
             return whole
         o, i = whole.shape
         out = self.named(self._effective[: o * i].reshape(o, i), f"{layer}.{name}")
         first = 0
         for part in parts:
-            w, pair = getattr(p, part), self._pairs.get((layer, part))
+            w, pair = getattr(p, part), pairs.get((layer, part))
             a, b = (None, None) if pair is None else (cut(self.w, pair.a), cut(self.w, pair.b))
             scale = self.config.scale if pair is None else pair.scale
             to = out[first : first + w.shape[0]]
@@ -208,18 +245,38 @@ class Adapters:
         """Add the gradients of a micro-batch to those of the micro-batches before it."""
         if self.folds:
             add(self.be, self.g, self.part)
+        if self.dropout:
+            self.dropout.is_on = False
+
+    def _parts(self, layer: int, name: str) -> list[tuple[int, int, Pair | None]]:
+        """List (first row, rows, adapters) of the matrices that a map joins."""
+        out, first = [], 0
+        for part in FUSED.get(name, (name,)):
+            rows = getattr(self.model.p.layer[layer], part).shape[0]
+            out.append((first, rows, self._pairs.get((layer, part))))
+            first += rows
+        return out
+
+    def add_beside(self, layer: int, name: str, y: Any, x: Any) -> None:
+        """Add to W x what adapters with dropout give: y += s B A x'.  y (N,O), x (N,I)"""
+        if self.dropout and self.drops:
+            self.dropout.add(self._parts(layer, name), y, x)
+
+    def add_to_input(self, layer: int, name: str, dx: Any, dy: Any) -> None:
+        """Add to dy W what goes through adapters with dropout.  dx (N,I), dy (N,O)"""
+        if self.dropout and self.drops:
+            self.dropout.add_to_input(self._parts(layer, name), dx, dy)
 
     def add_gradients(self, layer: int, name: str, dy: Any, x: Any) -> None:
         """dA += s (dy B)^T x,  dB += s dy^T (x A^T) of a linear map.  dy (N,O), x (N,I)"""
-        first = 0
-        for part in FUSED.get(name, (name,)):
-            rows = getattr(self.model.p.layer[layer], part).shape[0]
-            pair, d = self._pairs.get((layer, part)), dy[:, first : first + rows]
+        for first, rows, pair in self._parts(layer, name):
+            d = dy[:, first : first + rows]
             if pair is not None and self.dora:
                 self.dora.add(pair, d, x, first, self.named)
+            elif pair is not None and self.dropout and self.drops:
+                self.dropout.add_gradients(pair, d, x)
             elif pair is not None:
                 self._add(pair, d, x)
-            first += rows
 
     def _factors(self, pair: Pair) -> tuple[Any, Any]:
         """View A and B, rounded, of a pair."""
@@ -282,12 +339,14 @@ class Adapters:
 
     def tensors(self) -> Iterator[tuple[Slot, Any]]:
         """List (slot, array on the device until the next one) of the weights that the model computes with, W_eff and W."""
+        self.begin(None, (0, 0))
         self.begin_forward()
         for slot in self.model.layout.in_order():
             yield slot, self.computed(slot)
 
     def computed(self, slot: Slot) -> Any:
         """Return the values of a tensor that the model computes with, until the next one is asked for."""
+        self.begin(None, (0, 0))
         name = slot.param.name
         if slot.layer is not None and slot.offset < self.model.layout.matrices:
             return self.effective(slot.layer, name)

@@ -171,6 +171,8 @@ class Block:
         """Do the same with the act that a pass over gu computes beside the gradient, which takes the place of gu."""
         be, a, s = self.be, self.a, self.s
         be.linear_bwd(s.dact, None, None, dout, a.act, self.matrix("wdown"), self.adds)
+        if self.adapters:
+            self.adapters.add_to_input(self.index, "wdown", s.dact, dout)
         self.tap("d_act", s.dact)
         be.swiglu_again(a.act, a.gu, s.dact)
         if g.wdown is not None:
@@ -214,11 +216,14 @@ class Block:
     def _linear(self, y: Any, x: Any, name: str, bias: Any = None) -> None:
         """y = x w^T + bias"""
         self.be.linear_fwd(y, x, self.matrix(name), bias)
+        if self.adapters:
+            self.adapters.add_beside(self.index, name, y, x)
 
     def _linear_bwd(self, dx: Any, g: Any, dy: Any, x: Any, name: str, db: Any = None) -> None:
         """dx = dy w, and the gradients of the map's parameters or of its adapters"""
         self.be.linear_bwd(dx, getattr(g, name), db, dy, x, self.matrix(name), self.adds)
         if self.adapters:
+            self.adapters.add_to_input(self.index, name, dx, dy)
             self.adapters.add_gradients(self.index, name, dy, x)
 
     def post_norm(self, x: Any, rstd: Any, weight: Any) -> None:

@@ -15,6 +15,7 @@ from ..common.rounding import ceil_div, round_up
 from .config import ModelConfig
 from .families import layers_of
 from .lora import AdapterLayout, LoraConfig
+from .lora_dropout import sizes
 from .micro_gradients import Pieces
 from .params import Layout, padded_vocab
 from .spec import LayerSpec
@@ -213,6 +214,11 @@ class BufferPlan:
             part["d_low_wide"] = BufferSpec("scratch", low, wide)
         if layout.config.dora:
             part |= dora_specs(layout, self.batch * self.seq, self.dtype, wide)
+        if layout.config.dropout and self.train:
+            columns = logit_columns(layout.cfg, self.pad_vocab)
+            for name, size in sizes(layout, self.batch * self.seq, columns, self.loss_rows):
+                part[name] = BufferSpec("scratch", (size,), self.dtype)
+            part["counters"] = BufferSpec("scratch", (self.batch, 2), "int32")
         return part | {
             "adapters": BufferSpec("weights", (layout.size,), wide),
             "factors": BufferSpec("weights", (layout.size,), self.dtype),

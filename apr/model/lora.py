@@ -6,7 +6,7 @@ Of an embedding W (V,C), A (r,C) and B (V,r) are the transposes of PEFT's lora_e
 made as of any matrix. Beside adapters, whole copies of embedding, head and norms may be trained: PEFT's modules_to_save.
 A head that is the embedding stays it: one matrix, adapted or copied once, as with PEFT's ensure_weight_tying.
 
-Here are their numbers, names and places; adapters.py computes with them. No dropout: W_eff is one matrix.
+Here are their numbers, names and places; adapters.py computes with them.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class LoraConfig:
     has them; the first that matches holds
     saved: ends of the names of modules that are trained whole beside adapters, as PEFT's modules_to_save: embed_tokens
     dora: rows of adapted matrices have norms that are trained: dora.py
+    dropout: share of what A gets that is dropped in training: lora_dropout.py
     """
 
     rank: int
@@ -60,6 +61,7 @@ class LoraConfig:
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     saved: tuple[str, ...] = ()
     dora: bool = False
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -215,6 +217,23 @@ class AdapterLayout:
         }
 
     @property
+    def adapts_head(self) -> bool:
+        """Tell if logits are made with an adapted matrix, which may be the embedding."""
+        name = "embed" if self.cfg.tie_word_embeddings else "head"
+        return any(p.base.param.name == name for p in self.pairs)
+
+    @property
+    def widest_map(self) -> int:
+        """Rows of the largest matrix of the blocks of which a part has adapters."""
+        names = [name for name, parts in MAPS.items() if {*parts} & {*self.config.targets}]
+        rows = dict[tuple[int | None, str], int]()
+        for s in self.whole.slots:
+            for name in names:
+                if s.param.name in MAPS[name]:
+                    rows[s.layer, name] = rows.get((s.layer, name), 0) + s.shape[0]
+        return max(rows.values(), default=0)
+
+    @property
     def largest_map(self) -> int:
         """Elements of the largest matrix of maps()."""
         names = {part: name for name, parts in self.maps().items() for part in parts}
@@ -287,9 +306,8 @@ def lora_to_json(c: LoraConfig) -> dict[str, Any]:
     plain = {"rank": c.rank, "alpha": c.alpha, "targets": list(c.targets), "rslora": c.rslora}
     patterns = {key: dict(getattr(c, key)) for key in PATTERNS if getattr(c, key)}
     saved = {"saved": list(c.saved)} if c.saved else {}
-    return (
-        plain | ({"base": c.base} if c.base else {}) | patterns | saved | ({"dora": True} if c.dora else {})
-    )
+    kinds = {"base": c.base, "dora": c.dora, "dropout": c.dropout}
+    return plain | patterns | saved | {key: x for key, x in kinds.items() if x}
 
 
 def lora_of_json(d: Mapping[str, Any]) -> LoraConfig:
@@ -306,4 +324,5 @@ def lora_of_json(d: Mapping[str, Any]) -> LoraConfig:
         alphas,
         whole,
         d.get("dora", False),
+        d.get("dropout", 0.0),
     )

@@ -34,6 +34,7 @@ def lora_config(
     saved: str | None = None,
     embeddings: bool = False,
     dora: bool = False,
+    dropout: float | None = None,
 ) -> LoraConfig | None:
     """Build a LoraConfig from flags; ranks, alphas: patterns; embeddings: they and the head are among the saved modules.
 
@@ -43,11 +44,11 @@ def lora_config(
             rslora
             or embeddings
             or dora
-            or any(x is not None for x in (alpha, targets, base, ranks, alphas, saved))
+            or any(x is not None for x in (alpha, targets, base, ranks, alphas, saved, dropout))
         ):
             raise UsageError(
-                "--lora-alpha, --lora-targets, --lora-base, --lora-rslora, --lora-dora, --lora-modules-to-save, "
-                "--train-embeddings and patterns are about adapters: give --lora-rank too"
+                "--lora-alpha, --lora-targets, --lora-base, --lora-rslora, --lora-dora, --lora-dropout, "
+                "--lora-modules-to-save, --train-embeddings and patterns are about adapters: give --lora-rank too"
             )
         return None
     return LoraConfig(
@@ -60,6 +61,7 @@ def lora_config(
         tuple(parse_pattern("--lora-alpha-pattern", alphas)),
         parse_saved(saved, embeddings),
         dora,
+        dropout or 0.0,
     )
 
 
@@ -113,7 +115,12 @@ def check_saved(cfg: ModelConfig, config: LoraConfig, name: str = "--lora-module
 
 
 def check_dora(config: LoraConfig) -> None:
-    """Raise UsageError for norms of rows that are not trained: of 8-bit integers, of embedding and head."""
+    """Raise UsageError for norms of rows that are not trained: of 8-bit integers, of embedding and head, under dropout."""
+    if config.dora and config.dropout:
+        raise UsageError(
+            f"--lora-dora and --lora-dropout {config.dropout:g}: norms of rows are trained without dropout only; give "
+            "--lora-dropout 0, or leave --lora-dora out"
+        )
     if config.dora and config.base:
         raise UsageError(
             "--lora-dora and --lora-base int8: norms of rows of 8-bit integers are not trained; leave one out"

@@ -72,6 +72,13 @@ class ModelSettings:
         "train norms of the rows of adapted matrices too, and adapters for their directions (DoRA, Liu et al. 2024)",
         False,
     )
+    lora_dropout: float | None = option(
+        "share of what adapters get that is dropped in each step of training, anew for each matrix; evaluations drop nothing "
+        "(default: 0, or that of the --lora-init adapter)",
+        at_least=0,
+        below=1,
+        metavar="SHARE",
+    )
     lora_rank_pattern: str | None = option(
         "ranks of matrices whose names end with a pattern, such as q_proj=4,layers.0.mlp.*=16 (PEFT's rank_pattern)",
         metavar="PATTERN=RANK",
@@ -126,4 +133,6 @@ def adapters_of(s: ModelSettings, base: str | None) -> LoraConfig | None:
         s.lora_modules_to_save,
         s.train_embeddings,
         s.lora_dora,
+        # That of an adapter to go on with may be another from now on.
+        None if s.lora_init else s.lora_dropout,
     )

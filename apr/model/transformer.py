@@ -22,6 +22,7 @@ from .config import ModelConfig
 from .documents import document_starts
 from .families import layers_of
 from .lora import AdapterLayout, LoraConfig
+from .lora_dropout import Draws
 from .micro_gradients import MicroGradients, shares_scales
 from .params import Layout
 from .preferences import Preferences, Weights, within
@@ -54,19 +55,9 @@ class Model:
     """
 
     def __init__(
-        self,
-        cfg: ModelConfig,
-        backend: ModuleType,
-        batch: int,
-        seq: int,
-        dtype: str = "float32",
-        train: bool = True,
-        loss_rows: int | None = None,
-        cache: int = 0,
-        w: Any = None,
-        recompute: bool = False,
-        z_loss: float = 0.0,
-        document_end: int | None = None,
+        self, cfg: ModelConfig, backend: ModuleType, batch: int, seq: int,
+        dtype: str = "float32", train: bool = True, loss_rows: int | None = None,
+        cache: int = 0, w: Any = None, recompute: bool = False, z_loss: float = 0.0, document_end: int | None = None,
         folds: bool = False, lora: LoraConfig | None = None, act_again: bool = False,
         make_buffers: Callable[[ModuleType, BufferSpecs], Buffers] = Buffers,
     ) -> None:  # fmt: skip
@@ -163,13 +154,16 @@ class Model:
         if ids.max() >= self.cfg.vocab_size or (lowest is not None and ids.min() < lowest):
             raise ValueError(f"ids {ids.min()} to {ids.max()} with a vocabulary of {self.cfg.vocab_size}")
 
-    def forward(self, ids: np.ndarray, tap: Tap = no_tap, past: int = 0, row: int = 0, slot: int = 0) -> None:
+    def forward(
+        self, ids: np.ndarray, tap: Tap = no_tap, past: int = 0, row: int = 0, slot: int = 0, draws: Draws | None = None
+    ) -> None:  # fmt: skip
         """Compute final_norm (B*T,C), a scratch buffer, of ids (B,T), integers in [0,V).
 
         past, row, slot: the CachePosition of the batch; they need a model made with cache > 0.
+        draws: of the masks of adapters with dropout, as in training; None: nothing is dropped.
         Raises ValueError for ids outside the vocabulary: kernels do not check where they read.
         """
-        self._put_ids(ids)
+        self._put_ids(ids, draws)
         self._forward(tap, CachePosition(past, row, slot))
 
     def step(self, ids: np.ndarray, positions: np.ndarray, slots: int) -> None:
@@ -195,9 +189,11 @@ class Model:
             for cache in pair:
                 self.be.copy(cache[to, :slots], cache[source, :slots])
 
-    def _put_ids(self, ids: np.ndarray) -> None:
+    def _put_ids(self, ids: np.ndarray, draws: Draws | None = None) -> None:
         self._in_vocabulary(ids, lowest=0)
         self._ids, (self.b, self.t) = ids, ids.shape
+        if self.adapters:
+            self.adapters.begin(draws, ids.shape)
         s = self._at(self.b, self.t)[1]
         self.be.from_host(s.ids, ids.reshape(-1))
         if self.document_end is not None:
@@ -270,7 +266,9 @@ class Model:
     def _rows(self, scale: Any, weights: Weights | None, tap: Tap, begins: bool = False) -> None:
         """Compute the losses of rows and, with a scale, or weights in its place, the gradients of the head and of final_norm."""
         be, s = self.be, self._at(self.b, self.t)[1]
-        n, head = self.b * self.t, self._outside("head", self._head)
+        n, head, adapters = self.b * self.t, self._outside("head", self._head), self.adapters
+        if adapters:
+            adapters.begin_head(s.final_norm)
         for first in range(0, n, self.loss_rows):
             rows = slice(first, min(n, first + self.loss_rows))
             suffix = "" if n <= self.loss_rows else f".{first}"
@@ -279,6 +277,8 @@ class Model:
             # All logits are there already, where they fit.
             if weights is None or n > self.loss_rows:
                 be.linear_fwd(whole, s.final_norm[rows], head, None)
+                if adapters:
+                    adapters.add_head(whole, rows, n)
             tap(None, "logits" + suffix, logits)
             for at, weight in [(rows, scale)] if weights is None else within(weights, rows):
                 be.cross_entropy(
@@ -289,8 +289,10 @@ class Model:
                 tap(None, "d_logits" + suffix, logits)
                 adds = first > 0 or not (begins or self._micro)
                 be.linear_bwd(s.dnorm[rows], self._dhead, None, whole, s.final_norm[rows], head, adds)
-                if self.adapters:
-                    self.adapters.add_head_gradients(whole, s.final_norm[rows])
+                if adapters:
+                    adapters.add_head_gradients(whole, s.final_norm, rows)
+        if adapters and scale is not None:
+            adapters.end_head(s.dnorm)
 
     def _outside(self, name: str, w: Any) -> Any:
         """Embedding or head, with adapters until another matrix is asked for."""
@@ -300,28 +302,27 @@ class Model:
         """Logits of the last position of each sequence of the latest forward, on the host, (B,V)."""
         s = self._at(self.b, self.t)[1]
         logits = self._logits[: self.b]
-        self.be.linear_fwd(
-            logits, s.final_norm[self.t - 1 :: self.t], self._outside("head", self._head), None
-        )
+        head = self._outside("head", self._head)
+        self.be.linear_fwd(logits, s.final_norm[self.t - 1 :: self.t], head, None)
         return self.be.to_host(logits[:, : self.cfg.vocab_size])
 
     def micro_step(
         self, ids: np.ndarray, targets: np.ndarray, scale: float, graph: bool = True, begins: bool = False,
-        ready: Callable[[int | None], None] = lambda layer: None, also: tuple[Any, ...] = (),
+        ready: Callable[[int | None], None] = lambda layer: None, also: tuple[Any, ...] = (), draws: Draws | None = None,
     ) -> None:  # fmt: skip
         """Run forward, loss and backward of one micro-batch, as one launch where the device can.
 
         begins: its gradients take the place of what g holds, and of a matrix's nothing is read; otherwise they are added.
-        ready: as of `backward`. The first call for a shape, `begins` and what `ready` depends on (also) runs op by op, the second
-        is captured, later ones replay it, with equal bits. The loss scale is a value on the device where calls are asynchronous;
-        elsewhere what is captured is for one scale.
+        draws: as of `forward`; ready: of `backward`. The first call for a shape, `begins` and what `ready` depends on (also)
+        runs op by op, the second is captured, later ones replay it, with equal bits. Counters of draws are values on the
+        device, and so is the loss scale where calls are asynchronous; elsewhere what is captured is for one scale.
         """
-        self._put_ids(ids)
+        self._put_ids(ids, draws)
         self._put_targets(targets)
         at: Any = scale
         if shared := graph and shares_scales(self.be, self.preferences):
             self.be.from_host(at := self.buffers["loss_scale"], np.array([scale]))
-        key = (self.b, self.t, None if shared else scale, begins, also)
+        key = (self.b, self.t, None if shared else scale, begins, draws and draws.seed, also)
 
         def op_by_op() -> None:
             if begins and not self._micro:
@@ -355,11 +356,10 @@ class Model:
 
     def tune(self, targets_per_batch: int) -> None:
         """Time the backend's products on full batches and keep the fastest. Sets gradients and total to 0."""
-        ids = (
-            np.arange(self.batch * self.seq, dtype=np.int32).reshape(self.batch, self.seq)
-            % self.cfg.vocab_size
-        )
-        self.be.tune(lambda: self.micro_step(ids, ids, 1 / targets_per_batch, graph=False))
+        n = self.batch * self.seq
+        ids = (np.arange(n) % self.cfg.vocab_size).astype(np.int32).reshape(self.batch, self.seq)
+        draws = Draws.of(0, 0, 0, self.batch)
+        self.be.tune(lambda: self.micro_step(ids, ids, 1 / targets_per_batch, graph=False, draws=draws))
         self.be.fill(self.g, 0)
         self.be.fill(self.total, 0)
 

@@ -177,11 +177,7 @@ def open_inputs(
     data = open_data(s, cfg.vocab_size, init, progress, tokenizer)
     base = parameters(Layout(cfg), init) if s.lora_init and init else None
     adapter = read_adapter(s.lora_init, cfg, base) if s.lora_init else None
-    lora = (
-        dataclasses.replace(adapter.lora_config(cfg), base=s.lora_base)
-        if adapter
-        else adapters_of(s, s.lora_base)
-    )
+    lora = adapter.lora_config(cfg, s.lora_base, s.lora_dropout) if adapter else adapters_of(s, s.lora_base)
     if s.lora_rank is not None and lora is not None:
         check_rank(cfg, lora)
     elif lora is not None:

@@ -39,6 +39,7 @@ from ..data.mixture import turns_of
 from ..model.adapters import Adapters
 from ..model.buffers import Buffers
 from ..model.cost import flops_per_token
+from ..model.lora_dropout import Draws
 from ..model.micro_gradients import shares_scales
 from ..model.optim import hyper_parameters, optimizer_class
 from ..model.preferences import tally_anew, terms, without_pairs
@@ -178,10 +179,9 @@ class Trainer:
         self.emit(StepBegun(step, ids, targets))
         # The time of observers is no part of the step's.
         start += time.perf_counter() - read
-        is_begun = self._ahead == step
-        if is_begun:
+        if is_begun := self._ahead == step:
             start, model.tokens_trained = self._read_at, model.tokens_trained + self._trained_ahead
-        counted = self._compute_gradients(ids, targets, slice(int(is_begun), None))
+        counted = self._compute_gradients(step, ids, targets, slice(int(is_begun), None))
         self.emit(GradientsReady(step))
         lr = self.schedule(step)
         opt.step(lr, clear=False)
@@ -197,20 +197,22 @@ class Trainer:
         self.ranks.at(f"after step {step}", is_timed=self._steps_here > 1)
         return line
 
-    def _compute_gradients(self, ids: np.ndarray, targets: np.ndarray, which: slice, ahead: int = -1) -> int:
-        """Compute loss and gradients of those micro-batches of a batch; returns its targets, or pairs. ahead: 0: the next."""
-        self.by_source.begin(ahead)
+    def _compute_gradients(self, step: int, ids: np.ndarray, targets: np.ndarray, which: slice) -> int:
+        """Compute loss and gradients of those micro-batches of a step's batch; returns its targets, or pairs."""
+        self.by_source.begin(step - self.progress.step - 2)  # -1: of the step at hand
         model, counted = self.model, terms(self.model.preferences, ids, targets)
         recorded = shares_scales(model.be, model.preferences) or trained_targets(targets) == targets.size
+        graph, drawn = self.s.graph and recorded, (self.s.seed, step)
         parts = micro_batches(ids, targets, self.micro)
         if self.split:
-            self.split.gradients(parts, 1 / counted, self.s.graph and recorded, which, self.by_source.keep)
+            self.split.gradients(parts, 1 / counted, graph, which, self.by_source.keep, drawn)
             return counted
         for n, part in [*enumerate(parts)][which]:
             if n == 0:
                 model.be.fill(model.total, 0)
                 tally_anew(model.preferences)
-            model.micro_step(*part, 1 / counted, self.s.graph and recorded, begins=n == 0)
+            draws = Draws.of(*drawn, n * self.micro, len(part[0]))
+            model.micro_step(*part, 1 / counted, graph, begins=n == 0, draws=draws)
             self.by_source.keep(n, n)
         return counted
 
@@ -227,7 +229,7 @@ class Trainer:
         except AprError:  # which the step itself will raise
             return
         if batch is not None:
-            self._compute_gradients(*batch, slice(1), 0)
+            self._compute_gradients(step + 1, *batch, slice(1))
             self._ahead, self._trained_ahead, model.tokens_trained = step + 1, model.tokens_trained - was, was  # fmt: skip
 
     def _measure(self, lr: float, tokens: int, n: int, start: float, positions: int, numbers: Any) -> Line:
@@ -309,9 +311,7 @@ class Trainer:
     # The run
 
     def train(self) -> str:
-        """Train to the end; returns the status word.
-
-        Raises Aborted, Interrupted (state saved), CallbackFailed (state saved), IOFailure."""
+        """Train to the end; returns the status word. Raises Aborted, Interrupted, CallbackFailed (state saved), IOFailure."""
         p = self.progress
         self.run.log.open(p.step if p.val_losses else -1, p.val_step)
         self.saver.reserve()

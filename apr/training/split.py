@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..model.buffers import WIDE, Buffers, BufferSpecs
 from ..model.config import ModelConfig
 from ..model.cost import memory
 from ..model.lora import AdapterLayout, LoraConfig
+from ..model.lora_dropout import Draws
 from ..model.optim import Optimizer, optimizer_class
 from ..model.transformer import Model
 from ..ranks.communicator import Communicator
@@ -175,11 +177,19 @@ class Split:
     def gradients(
         self, parts: Iterable[Part], scale: float, graph: bool, which: slice = slice(None),
         keep: Callable[[int, int], None] = lambda n, micro_batch: None,
+        drawn: tuple[int, int] = (0, 0),
     ) -> None:  # fmt: skip
         """Compute the gradients of a step in the own `g`: micro-batches in rounds, one for each rank, of them `which` rounds.
-        keep: hears of each own micro-batch before the next, its number here and in the step."""
+        keep: hears of each own micro-batch before the next, its number here and in the step. drawn: seed and step of dropout."""
         model, rank, count, parts = self.model, self.ranks.rank, self.ranks.count, [*parts]
-        every = [*enumerate(rounds(parts, count))]
+        every, firsts = (
+            [*enumerate(rounds(parts, count))],
+            [*accumulate((len(p[0]) for p in parts), initial=0)],
+        )
+
+        def draws(micro_batch: int) -> Draws:
+            return Draws.of(*drawn, firsts[micro_batch], firsts[micro_batch + 1] - firsts[micro_batch])
+
         for n, batches in every[which]:
             if n == 0:
                 self._steps.reverse()
@@ -194,7 +204,8 @@ class Split:
                 graph = graph and len(batches) == count
                 also = (n == 0, *(ids.shape for ids, _ in batches))
                 start, self._folding = time.process_time(), 0.0
-                model.micro_step(*batches[rank], scale, graph, begins=True, ready=fold, also=also)
+                own = draws(n * count + rank)
+                model.micro_step(*batches[rank], scale, graph, begins=True, ready=fold, also=also, draws=own)
                 step.keep(self.be, model.total)
                 keep(n, n * count + rank)
                 if not self.be.asynchronous:
@@ -209,10 +220,10 @@ class Split:
             if is_due and n == len(every) - 1:
                 # Of every other rank in turn. The first round has a micro-batch of each.
                 step.other = (rank + 1 + (self._count // self.cross_check) % (count - 1)) % count
-                step.seconds = min(
-                    step.seconds,
-                    self._timed(partial(model.micro_step, *parts[step.other], scale, False, True)),
+                again = partial(
+                    model.micro_step, *parts[step.other], scale, False, True, draws=draws(step.other)
                 )
+                step.seconds = min(step.seconds, self._timed(again))
                 step.again = hashes(self.be, self.trained.layout, self.trained.g)
             model.tokens_trained = trained
 

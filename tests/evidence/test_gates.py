@@ -221,7 +221,7 @@ def gradients_are_not_cleared(m, place, folder):
 
     def compute(self, *a):
         with pytest.MonkeyPatch.context() as here:
-            here.setattr(Model, "micro_step", lambda self, *b, begins: micro_step(self, *b))
+            here.setattr(Model, "micro_step", lambda self, *b, begins, draws: micro_step(self, *b))
             return right(self, *a)
 
     m.setattr(Trainer, "_compute_gradients", compute)
