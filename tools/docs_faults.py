@@ -24,6 +24,7 @@ PLANTED = {
     },
     "tests/evidence/test_first_step.py": {"FAULTS": ""},
     "tests/model/test_lora.py": {"FAULTS": ""},
+    "tests/model/test_lora_dropout.py": {"FAULTS": "start.dropout"},
     "tests/data/test_accounts.py": {"FAULTS": "before.data"},
     "tests/data/test_answers.py": {"FAULTS": "before.data"},
 }  # fmt: skip

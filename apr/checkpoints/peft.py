@@ -113,7 +113,7 @@ class LoadedAdapter:
         Raises Refused for adapters that differ between layers, MalformedFile for a dropout that is none."""
         found = self._lora_config(cfg)
         given = self.config.get("lora_dropout") or 0.0 if dropout is None else dropout
-        if not isinstance(given, int | float) or not 0 <= given < 1:
+        if not isinstance(given, int | float) or isinstance(given, bool) or not 0 <= given < 1:
             raise MalformedFile(
                 f"{self.source}: lora_dropout = {given!r} is no share from 0 to below 1; say which with --lora-dropout"
             )

@@ -164,6 +164,14 @@ GATES = {
             "the backward pass of the kind of tensor that is named: `apr bisect`; --recompute and --z-loss off",
         ),
         Gate(
+            "start.dropout", START, "abort",
+            "each adapted matrix drops by a mask of its own, for each sequence and step another, and evaluations drop nothing",
+            "calls of the op in a pass over a micro-batch of the first step and in an evaluation: matrix, seed, "
+            "share, scale and counters as asked for; gradients of that step and of the next differ, and are recorded what they "
+            "are op by op; counters that the step itself leaves on the device",
+            "--lora-dropout; apr/model/lora_dropout.py; --no-graph",
+        ),
+        Gate(
             "start.borders", START, "abort",
             "no token sees another document or example of its row, where that was asked for",
             "with other tokens before a border, what the head reads behind the border has the same bits, and what it reads "

@@ -1,4 +1,4 @@
-"""Gates of the first step of a process, asked of the trainer as the job built it: slopes, borders, averages, validation."""
+"""Gates of the first step of a process, asked of the trainer as the job built it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..common.units import plural
 from ..model.lora_dropout import Draws, Dropout
 from ..model.preferences import terms
 from ..model.transformer import Model
-from . import scorer
+from . import dropout, scorer
 from .gates import Gates
 from .measure import final_hidden
 from .pairs import judge_pairs
@@ -29,12 +29,13 @@ SAMPLED_ELEMENTS = 4096
 
 
 class FirstStep:
-    """Gates start.preferences, slope, borders, averages and validation, once per process. Raises Aborted."""
+    """Gates start.preferences, slope, dropout, borders, averages and validation, once per process. Raises Aborted."""
 
     def __init__(self, subject: Subject, gates: Gates) -> None:
         self.subject, self.gates = subject, gates
         self.is_first = self.is_first_evaluation = True
         self.pieces: Pieces | None = None
+        self.masks: dropout.Masks | None = None
 
     def evaluated(self, e: Evaluated) -> None:
         """Score the validation windows again."""
@@ -61,6 +62,12 @@ class FirstStep:
                 draws = Draws.of(t.settings.seed, e.step, 0, len(batch[0]))
                 job = Job(model, t.whole, t.adapters, batch, scale, graph, draws)
                 gates.judge(slope_finding(job), e.step)
+        if t.adapters and t.adapters.dropout:
+            with gates.timed(dropout.GATE):
+                scale = 1 / max(1, terms(model.preferences, e.ids, e.targets))
+                self.masks = dropout.Masks(t, e.ids, e.targets, scale, t.settings.graph, e.step)
+        else:
+            gates.skip(dropout.GATE, "no adapters with dropout")
         with gates.timed("start.borders"):
             gates.judge(borders(t, e.ids[: model.batch]), e.step)
         if len(e.ids) > 1:
@@ -70,7 +77,10 @@ class FirstStep:
             gates.skip("start.averages", "a batch of one sequence has no other pieces")
 
     def gradients_ready(self, e: GradientsReady) -> None:
-        """Read a sample of the gradients of the step."""
+        """Read a sample of the gradients of the step, and which masks it had."""
+        if self.masks is not None:
+            masks, self.masks = self.masks, None
+            self.gates.judge(masks.finding(), e.step)
         if self.pieces is not None and not self.pieces.is_complete:
             self.pieces.compare(_sample(self.subject, self.subject.optimizer.g, 1))
 
@@ -117,8 +127,8 @@ class Pieces:
         self.by_source = self._by_source(t, np.array(rows), (targets >= 0).sum(1))
         self.evaluated = scorer.batch_loss(model, ids, targets)
         # What the evaluated loss is compared with: None for that of the step.
-        dropout = t.adapters and t.adapters.dropout
-        self.plain = _without_dropping(model, dropout, ids, targets) / counted if dropout else None
+        drops = t.adapters and t.adapters.dropout
+        self.plain = _without_dropping(model, drops, ids, targets) / counted if drops else None
         be.fill(t.scratch, 0)
         g = (t.adapters or model).g
         be.add_sum_sq(t.scratch, g)
@@ -169,9 +179,9 @@ class Pieces:
         return Finding.of("start.averages", not wrong, measured, bound, why, score=max(off.values()))
 
 
-def _without_dropping(model: Model, dropout: Dropout, ids: np.ndarray, targets: np.ndarray) -> float:
+def _without_dropping(model: Model, drops: Dropout, ids: np.ndarray, targets: np.ndarray) -> float:
     """Sum the losses of a batch as a step computes them, adapters beside their matrices, but that nothing is dropped."""
-    total, (share, dropout.p) = 0.0, (dropout.p, 0.0)
+    total, share, drops.p = 0.0, drops.p, 0.0
     try:
         for first in range(0, len(ids), model.batch):
             part = [np.ascontiguousarray(x[first : first + model.batch]) for x in (ids, targets)]
@@ -179,7 +189,7 @@ def _without_dropping(model: Model, dropout: Dropout, ids: np.ndarray, targets: 
             model.loss(part[1])
             total += float(model.be.to_host(model.buffers["loss"][: part[0].size]).astype(np.float64).sum())
     finally:
-        dropout.p = share
+        drops.p = share
     return total
 
 

@@ -66,7 +66,7 @@ def flops_per_token(c: ModelConfig, seq: int, backward: bool = True, lora: LoraC
         again = sum(p.base.size for p in layout.pairs if p.m)
         if lora.dropout:
             # Their products stand beside W's: forward, backward to the input, and du for it.
-            adapters += sum(p.a.size + p.b.size for p in layout.pairs if p.base.param.name != "embed")
+            adapters += sum(p.a.size + p.b.size for p in layout.dropped)
         return 4 * matmul_parameters(c) + 3 * scores + 4 * adapters + 2 * (heads + again)
     return (2 * matmul_parameters(c) + scores) * (3 if backward else 1)
 

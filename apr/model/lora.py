@@ -223,6 +223,11 @@ class AdapterLayout:
         return any(p.base.param.name == name for p in self.pairs)
 
     @property
+    def dropped(self) -> list[Pair]:
+        """List the pairs that dropout is for: an embedding has none, but that it is the head."""
+        return [p for p in self.pairs if p.base.param.name != "embed" or self.cfg.tie_word_embeddings]
+
+    @property
     def widest_map(self) -> int:
         """Rows of the largest matrix of the blocks of which a part has adapters."""
         names = [name for name, parts in MAPS.items() if {*parts} & {*self.config.targets}]

@@ -51,7 +51,7 @@ class Dropout:
     def __init__(self, adapters: Any) -> None:
         self.a, self.be, self.p = adapters, adapters.be, adapters.config.dropout
         have = adapters.model.buffers.arrays
-        self._dropped, self._beside, self._counters = have["dropped"], have["beside"], have["counters"]
+        self._dropped, self._beside, self.counters = have["dropped"], have["beside"], have["counters"]
         self._head_beside = have.get("head_beside")
         self._number = {(p.base.layer, p.base.param.name): k for k, p in enumerate(adapters.layout.pairs)}
         self.is_on, self._seed, self._shape = False, 0, (0, 0)
@@ -61,13 +61,13 @@ class Dropout:
         self.is_on = draws is not None
         if draws is not None:
             self._seed, self._shape = draws.seed, shape
-            self.be.from_host(self._counters[: shape[0]], draws.counters)
+            self.be.from_host(self.counters[: shape[0]], draws.counters)
 
     def _drop(self, out: Any, x: Any, pair: Pair) -> None:
         """out = s m x / (1 - p).  out, x (N,I)"""
         out, x = (a.reshape(*self._shape, a.shape[1]) for a in (out, x))
         number = self._number[pair.base.layer, pair.base.param.name]
-        counters = self._counters[: self._shape[0]]
+        counters = self.counters[: self._shape[0]]
         self.be.dropout(out, x, counters, self._seed, number, self.p, pair.scale)
 
     def _given(self, pair: Pair, n: int) -> Any:

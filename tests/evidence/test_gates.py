@@ -453,6 +453,7 @@ ELSEWHERE = {
     "before.settings",
     "start.validation",
     "start.slope",
+    "start.dropout",
     "start.borders",
     "start.formulas",
     "start.averages",

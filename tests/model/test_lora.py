@@ -39,6 +39,7 @@ from apr.model.params import ALIGN, Layout
 from apr.model.presets import PRESETS
 from apr.model.settings import ModelSettings
 from apr.model.transformer import Model
+from apr.training import loop
 from apr.training.settings import Settings, resolve
 from lora_runs import cache, cached, metrics, place, pretrain, steps, steps_begun, weights  # noqa: F401
 from precision import rounded
@@ -476,11 +477,11 @@ def test_moments_are_of_the_adapters_only():
 
 @pytest.fixture(scope="module")
 def run(place, cached, tmp_path_factory):
-    """A finished run of adapters."""
+    """A finished run of adapters, with dropout."""
     with pytest.MonkeyPatch.context() as m:
         m.setenv("APR_CACHE", str(cached))
         path = tmp_path_factory.mktemp("adapters") / "run"
-        assert pretrain(place, path, "--lora-rank", "4") == 0
+        assert pretrain(place, path, "--lora-rank", "4", "--lora-dropout", "0.1") == 0
     return path
 
 
@@ -492,6 +493,7 @@ def test_a_run_lowers_the_loss_and_passes_its_gates(run):
     assert rows["run.learning-rate"]["verdict"] == "PASS"
     assert "whose lora_B is zero" in rows["run.gradients"]["measured"]
     assert rows["start.reproduces"]["verdict"] == "PASS"  # with B zero it is the base
+    assert [rows[f"start.{g}"]["verdict"] for g in ("ops", "slope", "dropout", "averages")] == ["PASS"] * 4
     losses = [m["val_loss"] for m in metrics(run) if "val_loss" in m]
     assert losses[-1] < losses[0]
 
@@ -559,7 +561,10 @@ def test_base_and_adapter_are_the_checkpoint(place, run, tmp_path):
 def test_an_adapter_goes_on(place, run, tmp_path):
     adapter = run / "ckpt/epoch-002-adapter"
     out = tmp_path / "more"
-    assert pretrain(place, out, "--lora-init", adapter, "--bounds", "pretrained_share=2") == 0
+    assert json.loads((adapter / "adapter_config.json").read_text())["lora_dropout"] == 0.1
+    more = ["--lora-dropout", "0.2", "--bounds", "pretrained_share=2"]
+    assert pretrain(place, out, "--lora-init", adapter, *more) == 0
+    assert json.loads((out / "config.json").read_text())["data"]["lora"]["dropout"] == 0.2
     losses = [m["val_loss"] for m in metrics(out) if "val_loss" in m]
     end = [m["val_loss"] for m in metrics(run) if "val_loss" in m][-1]
     assert abs(losses[0] - end) <= 1e-6
@@ -576,6 +581,7 @@ FAULTS = {
     "a_layer_gets_none": ("before.settings", 5),
     "another_scale_is_saved": ("end.reload", 9),
     "adapters_are_saved_in_bfloat16": ("end.reload", 9),
+    "steps_drop_nothing": ("start.dropout", 6),
 }
 
 
@@ -628,6 +634,9 @@ def test_planted_faults_turn_their_gate_red(place, tmp_path, monkeypatch, fault)
             self.base_sha256 = self.base_hash()
 
         monkeypatch.setattr(Adapters, "set_base", shifted)
+    elif fault == "steps_drop_nothing":
+        more = ["--lora-dropout", "0.1"]
+        monkeypatch.setattr(loop, "Draws", SimpleNamespace(of=lambda *a: None))
     elif fault == "a_gradient_is_lost":
         monkeypatch.setattr(
             Adapters,

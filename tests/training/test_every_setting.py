@@ -94,6 +94,7 @@ OTHER = {
     ),
     "train_embeddings": ("init", ["--lora-rank", "2", "--train-embeddings"], ["--lora-rank", "2"]),
     "lora_plus": ("init", ["--lora-rank", "2", "--lora-plus", "4"], ["--lora-rank", "2"]),
+    "lora_dropout": ("init", ["--lora-rank", "2", "--lora-dropout", "0.5"], ["--lora-rank", "2"]),
     "lora_dora": ("init", ["--lora-rank", "2", "--lora-dora"], ["--lora-rank", "2"]),
     "lora_base": ("init", ["--lora-rank", "2", "--lora-base", "int8"], ["--lora-rank", "2"]),
     "lora_init": ("init", ["--lora-init", "adapter"], ["--lora-rank", "2"]),
