@@ -87,10 +87,10 @@ FAULTS: tuple[Mutant, ...] = (
           "bias1, bias2, eps, decay)", "plain", "tests/backends"),
     # The step
     fault("mean_of_each_part", "each micro-batch is a mean of its own: gradients twice too large", LOOP,
-          "*part, 1 / counted, self", "*part, 1 / trained_targets(part[1]), self", "plain",
+          "*part, 1 / counted, graph", "*part, 1 / trained_targets(part[1]), graph", "plain",
           T_TRAIN),
     fault("scaled_by_positions", "the loss is scaled by positions, not by answers' tokens", LOOP,
-          "*part, 1 / counted, self", "*part, 1 / targets.size, self", "instruct", T_TRAIN),
+          "*part, 1 / counted, graph", "*part, 1 / targets.size, graph", "instruct", T_TRAIN),
     fault("last_part_counts", "gradients are cleared before each micro-batch", LOOP,
           "begins=n == 0", "begins=True", "plain", T_TRAIN),
     fault("gradients_pile_up", "the gradients of a step begin with those of the step before", LOOP,

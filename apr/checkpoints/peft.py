@@ -112,12 +112,12 @@ class LoadedAdapter:
 
         Raises Refused for adapters that differ between layers, MalformedFile for a dropout that is none."""
         found = self._lora_config(cfg)
-        given = self.config.get("lora_dropout") or 0.0 if dropout is None else dropout
-        if not isinstance(given, int | float) or isinstance(given, bool) or not 0 <= given < 1:
+        share = self.config.get("lora_dropout") or 0.0 if dropout is None else dropout
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share < 1:
             raise MalformedFile(
-                f"{self.source}: lora_dropout = {given!r} is no share from 0 to below 1; say which with --lora-dropout"
+                f"{self.source}: lora_dropout = {share!r}; it is from 0 to below 1: give --lora-dropout"
             )
-        return replace(found, base=base, dropout=float(given))
+        return replace(found, base=base, dropout=float(share))
 
     def _lora_config(self, cfg: ModelConfig) -> LoraConfig:
         c = self.config
@@ -143,7 +143,8 @@ class LoadedAdapter:
                 "makes it part of the weights"
             )
         targets = tuple(name for name, peft in TARGETS.items() if peft in names)
-        saved = tuple(c.get("modules_to_save") or ())
+        kinds: dict[str, Any] = {"rslora": bool(c.get("use_rslora")), "dora": bool(c.get("use_dora"))}
+        kinds["saved"] = tuple(c.get("modules_to_save") or ())
         if len(ranks) > 1 or len(scales) > 1:
             modules = [hf.removesuffix(".weight") for hf in self.deltas]
             used = {
@@ -152,16 +153,12 @@ class LoadedAdapter:
                 )
                 for key in PATTERNS
             }
-            return LoraConfig(
-                int(c["r"]), float(c["lora_alpha"]), targets, bool(c.get("use_rslora")), None,
-                tuple((p, int(n)) for p, n in used["rank_pattern"]), tuple((p, float(n)) for p, n in used["alpha_pattern"]),
-                saved, bool(c.get("use_dora")),
-            )  # fmt: skip
+            kinds["rank_pattern"] = tuple((p, int(n)) for p, n in used["rank_pattern"])
+            kinds["alpha_pattern"] = tuple((p, float(n)) for p, n in used["alpha_pattern"])
+            return LoraConfig(int(c["r"]), float(c["lora_alpha"]), targets, **kinds)
         # The first stands for all: ranks and scales are one.
         alpha = _of_pattern(c, "alpha_pattern", next(iter(self.deltas)).removesuffix(".weight"))
-        return LoraConfig(
-            ranks.pop(), alpha, targets, bool(c.get("use_rslora")), saved=saved, dora=bool(c.get("use_dora"))
-        )
+        return LoraConfig(ranks.pop(), alpha, targets, **kinds)
 
     @cached_property
     def note(self) -> str:

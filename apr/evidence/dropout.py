@@ -63,7 +63,7 @@ def _calls(dropout: Dropout, f: Callable[[], None]) -> list[Call]:
 
 
 class Masks:
-    """What a job does about dropout, asked before its first step with that step's batch; and of the step itself."""
+    """Ask a job about dropout before its first step, with that step's batch, and then look at what the step has left."""
 
     def __init__(
         self, t: Subject, ids: np.ndarray, targets: np.ndarray, scale: float, graph: bool, step: int

@@ -248,7 +248,7 @@ class Adapters:
         if self.dropout:
             self.dropout.is_on = False
 
-    def _parts(self, layer: int, name: str) -> list[tuple[int, int, Pair | None]]:
+    def _joined(self, layer: int, name: str) -> list[tuple[int, int, Pair | None]]:
         """List (first row, rows, adapters) of the matrices that a map joins."""
         out, first = [], 0
         for part in FUSED.get(name, (name,)):
@@ -260,16 +260,16 @@ class Adapters:
     def add_beside(self, layer: int, name: str, y: Any, x: Any) -> None:
         """Add to W x what adapters with dropout give: y += s B A x'.  y (N,O), x (N,I)"""
         if self.dropout and self.drops:
-            self.dropout.add(self._parts(layer, name), y, x)
+            self.dropout.add(self._joined(layer, name), y, x)
 
     def add_to_input(self, layer: int, name: str, dx: Any, dy: Any) -> None:
         """Add to dy W what goes through adapters with dropout.  dx (N,I), dy (N,O)"""
         if self.dropout and self.drops:
-            self.dropout.add_to_input(self._parts(layer, name), dx, dy)
+            self.dropout.add_to_input(self._joined(layer, name), dx, dy)
 
     def add_gradients(self, layer: int, name: str, dy: Any, x: Any) -> None:
         """dA += s (dy B)^T x,  dB += s dy^T (x A^T) of a linear map.  dy (N,O), x (N,I)"""
-        for first, rows, pair in self._parts(layer, name):
+        for first, rows, pair in self._joined(layer, name):
             d = dy[:, first : first + rows]
             if pair is not None and self.dora:
                 self.dora.add(pair, d, x, first, self.named)

@@ -520,6 +520,7 @@ def test_a_sound_run_passes_them_all(sound):
         "start.preferences",
         "run.margin",
         "run.mixture",
+        "start.dropout",
         "start.borders",
         "start.ranks",
         "run.ranks-equal",

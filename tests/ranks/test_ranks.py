@@ -102,7 +102,7 @@ def made(place, tmp_path_factory, env):
         "masks": [*text, "--mask-documents", "--recompute", "--z-loss", "0.01"],
         "instruct": chat,
         "mix": [*chat[:2], "--mix", mix, *chat[4:]],
-        "lora": [*chat, "--lora-rank", "2"],
+        "lora": [*chat, "--lora-rank", "2", "--lora-dropout", "0.2"],
         "bfloat16": [*text, "--dtype", "bfloat16"],
     }
 
