@@ -147,14 +147,9 @@ class LoadedAdapter:
         kinds["saved"] = tuple(c.get("modules_to_save") or ())
         if len(ranks) > 1 or len(scales) > 1:
             modules = [hf.removesuffix(".weight") for hf in self.deltas]
-            used = {
-                key: tuple(
-                    (p, n) for p, n in (c.get(key) or {}).items() if any(matches(p, m) for m in modules)
-                )
-                for key in PATTERNS
-            }
-            kinds["rank_pattern"] = tuple((p, int(n)) for p, n in used["rank_pattern"])
-            kinds["alpha_pattern"] = tuple((p, float(n)) for p, n in used["alpha_pattern"])
+            for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+                given = (c.get(key) or {}).items()
+                kinds[key] = tuple((p, kind(n)) for p, n in given if any(matches(p, m) for m in modules))
             return LoraConfig(int(c["r"]), float(c["lora_alpha"]), targets, **kinds)
         # The first stands for all: ranks and scales are one.
         alpha = _of_pattern(c, "alpha_pattern", next(iter(self.deltas)).removesuffix(".weight"))
