@@ -25,11 +25,11 @@ SIZES: dict[str, dict[str, object]] = {
     ),
     "real": dict(
         vocab=8192, hidden=320, feed=864, layers=7, heads=5, length=256, batch=8, tune_batch=4,
-        steps=60, rate="1e-3", tune=20, tune_rate="3e-4", prefer=10, prefer_rate="5e-5",
+        steps=40, rate="3e-4", tune=15, tune_rate="1e-4", prefer=8, prefer_rate="2e-5",
     ),
 }  # fmt: skip
-TALKS, PAIRS = 3000, 600  # of the real size, at most
-RECIPE = "--val-fraction 0.1 --val-batches 16 --dtype float32 --device cpu"
+TALKS, PAIRS = 3000, 150  # of the real size, at most
+RECIPE = "--val-fraction 0.1 --val-batches 8 --dtype float32 --device cpu"
 STORIES = {
     "pretrain": [
         "tokenize train code prose.txt --vocab-size {vocab} --special-tokens '<|im_start|>' --special-tokens '<|im_end|>'"
