@@ -114,6 +114,7 @@ class _Finder:
         if not self._first_time(status):
             return
         files = sorted(self._walk(root), key=lambda file: os.fsencode(file[0]))
+        _refuse_saved_datasets(root, {name for name, _ in files})
         for name, file_status in files:
             kind, compression, suffix = classify(name)
             path = os.path.join(root, name)
@@ -163,6 +164,18 @@ class _Finder:
 
     def _skip(self, root: str, name: str, why: str) -> None:
         self.sources.skipped.append(Skipped(_below(root, name), "unreadable", why))
+
+
+def _refuse_saved_datasets(root: str, names: set[str]) -> None:
+    """Raise Refused for files of `save_to_disk` of the library datasets: without its Arrow files, its notes would be read."""
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if file.endswith(".arrow") and os.path.join(folder, "state.json") in names:
+            part = f"load_from_disk({_below(root, folder)!r}).to_parquet('data.parquet')"
+            raise Refused(
+                f"{_printable(root)}: written by save_to_disk of the library datasets, as Arrow files, which are not read; "
+                f'write it as Parquet: python3 -c "from datasets import load_from_disk; {part}"'
+            )
 
 
 def classify(name: str) -> tuple[Kind | None, Compression, str]:

@@ -381,6 +381,29 @@ def test_lines_that_are_no_records_are_named_with_a_remedy(
     assert words in first.detail
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("a.csv", "DictReader(sys.stdin)"), ("b.tsv", "delimiter='\\t'")]
+)
+def test_a_table_is_refused_with_the_command_that_makes_records(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    (tmp_path / name).write_text("prompt,completion\na,b\n")
+    with pytest.raises(Refused) as e:
+        open_conversations(str(tmp_path / name))
+    assert words in str(e.value)
+
+
+@pytest.mark.parametrize("below", ["", "train/"])
+def test_a_folder_of_save_to_disk_is_refused_with_the_command_that_makes_parquet(
+    tmp_path: Path, below: str
+) -> None:
+    (tmp_path / below).mkdir(exist_ok=True)
+    for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
+        (tmp_path / below / name).write_text("{}")
+    with pytest.raises(Refused, match=rf"load_from_disk\('{tmp_path}/?{below.rstrip('/')}'\)\.to_parquet"):
+        open_conversations(str(tmp_path))
+
+
 def test_values_that_json_has_not_are_texts_in_messages(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     said = {**SAY, "when": datetime.datetime(2026, 1, 2, 3, 4), "price": Decimal("1.50"), "raw": b"\xff"}

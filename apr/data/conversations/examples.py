@@ -19,6 +19,7 @@ from ..source import Skipped, Source, Unusable
 from ..utf8 import bad_byte
 from .shapes import KeyMap, example_of
 
+TABLES = (".csv", ".tsv")
 Parse = Callable[[str, object, KeyMap], Document]
 
 
@@ -39,6 +40,12 @@ def open_conversations(path: str, keys: str | None = None) -> Conversations:
     sources = find_sources(data_files(path))
     others = [s for s in sources if s.kind == "text"]
     if others and (len(others) == len(sources) or not Path(path).is_dir()):
+        if others[0].path.suffix.lower() in TABLES:
+            tabs = ", delimiter='\\t'" if others[0].path.suffix.lower() == ".tsv" else ""
+            raise Refused(
+                f'--instruct {others[0].path}: a table of text; write a record a line: python3 -c "import csv, json, sys; '
+                f'[print(json.dumps(row)) for row in csv.DictReader(sys.stdin{tabs})]" < {others[0].path} > chats.jsonl'
+            )
         raise Refused(
             f"--instruct {others[0].path}: not JSON Lines; give a .jsonl file (also .jsonl.gz, .jsonl.zst), one object a line, "
             'a .json file with an array of objects, or a .parquet file: {"messages": [{"role": ..., "content": ...}, ...]} or '
