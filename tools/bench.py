@@ -160,7 +160,8 @@ def compare(a: argparse.Namespace, name: str) -> dict[str, Any]:
         words = shlex.split(peer)
         script = max(i for i, word in enumerate(words) if not word.startswith("-"))
         who = " ".join([Path(words[script]).stem, *words[script + 1 :]])
-        commands[who] = [*words, "--model", name, *size]
+        if not a.compiled_only:
+            commands[who] = [*words, "--model", name, *size]
         commands[who + " --compile"] = [*words, "--model", name, *size, "--compile"]
     runs: dict[str, list[dict[str, Any]]] = {who: [] for who in commands}
     for _ in range(a.rounds):
@@ -226,6 +227,9 @@ def main() -> None:
         "--dtype", help="float32 or bfloat16; on the cpu also both, with a comma (float32; bfloat16 on cuda)"
     )
     p.add_argument("--peer", action="append", default=[], help="command of a peer; may be repeated")
+    p.add_argument(
+        "--compiled-only", action="store_true", help="peers with --compile alone, which takes less time"
+    )
     p.add_argument("--note", default="", help="what the peers are, for the record: their versions")
     p.add_argument("--record", type=Path, help="JSON file to add the result to")
     p.add_argument("--one", help=argparse.SUPPRESS)  # one measurement in this process

@@ -12,8 +12,8 @@ import numpy as np
 from numba import njit, prange
 
 from .kernels import _bits, _exp, _float, _kernel, _ordered, _row, _zero
-from .order import LINE, column_block, pair_block, row_block, turn, turned_block
-from .tiles import BLOCK_BYTES, EDGE
+from .order import column_block, pair_block, row_block, turn, turned_block
+from .tiles import BLOCK_BYTES, EDGE, LINE
 
 SUMS_BYTES = 4 * EDGE * EDGE
 CHUNK = 4  # blocks of queries whose p and ds wait for the sums over queries

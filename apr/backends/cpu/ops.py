@@ -39,12 +39,14 @@ _NO_BORDERS = np.empty((0, 0), np.int32)
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any) -> Array:
-    """A new zero-filled array; its bytes count in memory()."""
+    """A new zero-filled array that begins a line of the caches; its bytes count in memory()."""
     if dtype == BF16:
         _low()
-    x = np.zeros(shape, dtype)
-    _allocated[0] += x.nbytes
-    return x
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    room = np.zeros(size + tiles.LINE, np.uint8)
+    start = -room.ctypes.data % tiles.LINE
+    _allocated[0] += size
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def memory() -> int:

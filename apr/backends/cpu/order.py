@@ -18,12 +18,11 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from .kernels import _kernel, _row
-from .tiles import BLOCK_BYTES, EDGE
+from .tiles import BLOCK_BYTES, EDGE, LINE
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _WORDS = ir.VectorType(_I32, 16)
 _BLOCK = BLOCK_BYTES // 2  # elements
-LINE = 64  # bytes
 _held = threading.local()  # room for operands in order, of each thread
 _pairs = []  # (kernel, signature)
 

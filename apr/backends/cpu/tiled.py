@@ -17,9 +17,9 @@ from . import attention, order
 from .amx import CONFIG, begin_tiles, end_tiles, put_block, tile_block, tile_rows
 from .bfloat16 import bfloat16
 from .kernels import _kernel, _row
-from .order import LINE, row_block, turned_block
+from .order import row_block, turned_block
 from .start import compile_all
-from .tiles import BLOCK_BYTES, EDGE, path
+from .tiles import BLOCK_BYTES, EDGE, LINE, path
 
 _kernels = []  # (kernel, signature)
 TERM_BLOCKS, ROW_BLOCKS = 16, 16

@@ -23,6 +23,7 @@ from .bfloat16 import bfloat16, rounded
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _SUMS, _PAIRS = ir.VectorType(_F32, 16), ir.VectorType(_I32, 16)
 EDGE = 32  # rows, columns and terms of a block
+LINE = 64  # bytes of a line of a cache
 BLOCK_BYTES = 2 * EDGE * EDGE
 ROWS, COLUMNS = 8, 2  # of sums that stay in registers: rows, vectors
 
