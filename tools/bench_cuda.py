@@ -93,6 +93,9 @@ class Clock:
 
     @staticmethod
     def _label(name: str, args: tuple[Any, ...]) -> str:
+        if name.startswith(("adapted", "gemm")):
+            rows = args[2 if name.startswith("adapted_bwd") else 0]
+            return f"{name} {rows.shape[0]}x{rows.shape[1]}"
         if not name.startswith("linear"):
             return name
         x, w = (args[1], args[2]) if name == "linear_fwd" else (args[4], args[5])
@@ -212,6 +215,8 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         clock = Clock(backend, cfg.sliding_window, rate, copied)
         model.be = clock.backend  # type: ignore[assignment]
         opt.be = model.be
+        if model.adapters:
+            model.adapters.be = model.be
         model.be.fill(model.total, 0)
         model.micro_step(inputs, targets, 1 / targets.size, False, begins=True)
         opt.step(1e-4, clear=False)

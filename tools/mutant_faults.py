@@ -179,7 +179,7 @@ FAULTS: tuple[Mutant, ...] = (
           "                view *= view.dtype.type(std if", "plain", T_MODEL),
     # Adapters
     fault("adapter_scale_lost", "the gradient of B lacks the scale", ADAPTERS,
-          "be.gemm(db, dy, u, s, 1.0, True, False)", "be.gemm(db, dy, u, 1.0, 1.0, True, False)", "lora", T_MODEL),
+          "be.adapted_bwd_b(du, db, dy, u, b, s)", "be.adapted_bwd_b(du, db, dy, u, b, 1.0)", "lora", T_MODEL),
     fault("adapter_of_a_layer_unused", "adapters of layer 1 are trained and not added", ADAPTERS,
           "self.be.adapted(to, w, b, a, scale)",
           "self.be.adapted(to, w, b, a, 0.0 if layer == 1 else scale)", "lora", T_MODEL),

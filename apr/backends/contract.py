@@ -125,6 +125,8 @@ OPS = {
             "each N O I",
             "adapted: out out O I, w in O I, b in32? O R, a in32? R I, factor float; each O I",
             "adapted_int8: out out O I, w bytes O I, row const32+ O, b in32? O R, a in32? R I, factor float; each O I",
+            "adapted_bwd_a: u out N R, da acc32 R I, x in N I, du in N R, a in R I, factor float; each N I R",
+            "adapted_bwd_b: du out N R, db acc32 O R, dy in N O, u in N R, b in O R, factor float; each N O R",
             "gemm: out inplace32 M N, a in32 M K, b in32 K N, alpha float, beta float, trans_a bool, trans_b bool",
             "add: out out N C, a in N C, b in N C; each N C",
             "dropout: out out B T C, x in B T C, counters counters B 2, seed int, module int, p float, factor float; each B",

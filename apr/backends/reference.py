@@ -179,6 +179,18 @@ def adapted_int8(out: Array, w: Array, row: Array, b: Array | None, a: Array | N
     out[...] = wide if b is None else wide + row.dtype.type(factor) * (b @ a)
 
 
+def adapted_bwd_a(u: Array, da: Array, x: Array, du: Array, a: Array, factor: float) -> None:
+    """u = x a^T, da += factor du^T x: what adapters y = factor (x a^T) b^T take from x.  u, du (N,R), x (N,I), a, da (R,I)"""
+    u[...] = x @ a.T
+    da += da.dtype.type(factor) * (du.T @ x)
+
+
+def adapted_bwd_b(du: Array, db: Array, dy: Array, u: Array, b: Array, factor: float) -> None:
+    """du = dy b, db += factor dy^T u: what they take from dy.  u, du (N,R), dy (N,O), b, db (O,R)"""
+    du[...] = dy @ b
+    db += db.dtype.type(factor) * (dy.T @ u)
+
+
 # The residual stream
 
 

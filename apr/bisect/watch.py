@@ -382,7 +382,9 @@ def _terms(call: Call, name: str) -> int:
     """Count the terms of each sum of a product whose result is kept wide; 0 for other outputs."""
     if call.op == "gemm":
         return int(call.args["a"].shape[0 if call.args["trans_a"] else 1])
-    return int(call.args["dy"].shape[0]) if (call.op, name) == ("linear_bwd", "dw") else 0
+    summed = {("linear_bwd", "dw"): "dy", ("adapted_bwd_a", "da"): "x", ("adapted_bwd_b", "db"): "dy"}
+    over = summed.get((call.op, name))
+    return int(call.args[over].shape[0]) if over else 0
 
 
 def _wide(x: Any) -> Any:

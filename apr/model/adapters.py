@@ -295,9 +295,14 @@ class Adapters:
         b, db = (own_b, own_db) if b is None else (b, db)
         rank = a.shape[0]
         u, du = (flat[: n * rank].reshape(n, rank) for flat in (self._low, self._d_low))
+        if x.shape[1] > dy.shape[1]:
+            # of two products that read the wider array, one can be made beside the other
+            be.linear_bwd(du, None, None, dy, u, b, True)
+            be.adapted_bwd_a(u, da, x, du, a, s)
+            be.gemm(db, dy, u, s, 1.0, True, False)
+            return
         be.linear_fwd(u, x, a, None)
-        be.gemm(db, dy, u, s, 1.0, True, False)
-        be.linear_bwd(du, None, None, dy, u, b, True)
+        be.adapted_bwd_b(du, db, dy, u, b, s)
         be.gemm(da, du, x, s, 1.0, True, False)
 
     # Frozen weights

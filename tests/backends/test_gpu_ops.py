@@ -113,6 +113,11 @@ GPU_ROWS = [
         "rope",
         "2 257 16 32 0 18, 1 1025 24 64 0 32, 3 59 5 16 0 7, 1 97 16 48 0 20, 70001 1 2 5 0 3, 1 70001 2 4 0 3",
     ),
+    *table("adapted", "257 896 16, 4864 896 8, 59 4096 3"),
+    *table("adapted_int8", "257 896 16, 59 4864 16"),
+    *table("adapted_bwd_a", "257 4864 16, 1025 896 32, 59 8960 8"),
+    *table("adapted_bwd_b", "1025 4864 16, 59 151936 16, 257 896 40"),
+    *table("adapted_bwd_rows_apart", "257 4864 8 9728"),
     *table("swiglu", "257 4864, 59 4096, 5 8193, 70001 8, 1 40000"),
     *table("swiglu_again", "257 4864, 5 8193"),
     *table("cross_entropy", "7 151936, 59 4001, 70001 5, 128 50257, 3 128256"),
@@ -153,6 +158,8 @@ APART = [
         "adamw": "4096",
         "adamw_master": "4096",
         "linear": "64 128 256",
+        "adapted": "59 896 16",
+        "adapted_bwd_b": "64 4864 16",
     }.items()
     for row in table(name, sizes)
 ]

@@ -24,6 +24,9 @@ every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 WIDE = [
     *table("embedding", "5 64 97, 257 8 5, 33 1032 3, 1025 16 2, 70 24 1, 1500 3 50"),
     *table("linear", "123 64 5, 257 1032 3"),
+    *table("adapted", "70 520 16, 33 64 3"),
+    *table("adapted_int8", "70 528 16"),
+    *table("adapted_bwd_b", "5 4104 8"),
     *table("add", "5 64, 123 97"),
     *table("dropout", "2 5 64, 3 33 128"),
     *table(
@@ -158,13 +161,16 @@ def test_the_rows_launch_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     for row in [*ROWS, *WIDE]:
         run(backend(), row, "bfloat16", make(row, "bfloat16"))
         run(backend(), row, "bfloat16", make(row, "bfloat16"), BAND - 1)
-    assert used == {(m, name) for m in MODULES for name in kernels.signatures(m)}
+    assert used == {(m, name) for m in (*MODULES, "low_rank") for name in kernels.signatures(m)}
 
 
 # Planted faults
 
 SMALL = {  # module -> rows that use all of it
-    "adapted": [*table("adapted", "20 256 70, 5 59 40"), *table("adapted_int8", "20 256 40, 5 59 33")],
+    "adapted": [
+        *table("adapted", "20 256 70, 5 59 40, 19 64 5"),
+        *table("adapted_int8", "20 256 40, 5 59 33"),
+    ],
     "attention": [
         *table("attention", "1 59 4 2 6, 1 123 2 1 10"),
         *table("attention_window", "1 97 4 1 5 40"),
@@ -208,6 +214,8 @@ UNUSED = {
 }
 OFF_BY_ONE = [
     ("adapted", "o < O && r < ranks", "o < O - 1 && r < ranks"),
+    ("adapted", "min(first + rows, O);", "min(first + rows, O - 1);"),
+    ("adapted", "o + t >= last", "o + t >= last - 1"),
     ("attention", "j <= t + offset", "j < t + offset"),
     ("attention", "j > t + offset - window", "j >= t + offset - window"),
     ("attention", "key >= begin[i]", "key > begin[i]"),

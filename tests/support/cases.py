@@ -78,6 +78,15 @@ CASES = [
     Case("adapted_copy", "adapted: b none, a none, factor=0.7", "", "O I: 5 59, 97 128"),
     Case("adapted_int8", "adapted_int8: factor=0.7", "", "O I R: 1 1 1, 5 59 4, 97 123 33, 59 128 16"),
     Case("adapted_int8_alone", "adapted_int8: b none, a none, factor=0.7", "", "O I: 5 59, 97 128"),
+    Case("adapted_bwd_a", "adapted_bwd_a: factor=0.7", "", "N I R: 1 1 1, 5 59 4, 97 123 33, 59 128 16"),
+    Case("adapted_bwd_b", "adapted_bwd_b: factor=0.7", "", "N O R: 1 1 1, 5 59 4, 97 123 33, 59 128 16"),
+    # the outputs of one of several joined maps
+    Case(
+        "adapted_bwd_rows_apart",
+        "adapted_bwd_b: dy in N O@8/P, factor=0.7",
+        "",
+        "N O R P: 37 72 8 88, 59 97 5 123",
+    ),
     *[
         Case(
             f"gemm_{a[0]}{b[0]}",

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from apr.backends import reference
-from apr.backends.cuda import kernels, ops
+from apr.backends.cuda import kernels, low_rank, ops
 from apr.backends.cuda.arguments import Arguments
 from apr.backends.cuda.tensor_maps import KIND, aligned, axes
 from cases import CASES, Row, overlay, rows
@@ -156,11 +157,15 @@ class Host:
         key = module, act, *defines.values()
         if key not in self._libraries:
             text = self._texts.get(module) or kernels.source(module)
+            level = FAST
             if '#line 1 "cluster.cuh"' in text:
                 text = on_the_host(text, "cluster_shim.h")
+            elif module == "low_rank":
+                text, level = on_the_host(text, "low_rank_shim.h"), OPTIMISED
             elif module.startswith("decode_"):
                 text = on_the_host(text, "decode_shim.h")
-            self._libraries[key] = Library(text, list(kernels.signatures(module)), act, defines, self._folder)
+            names = list(kernels.signatures(module))
+            self._libraries[key] = Library(text, names, act, defines, self._folder, level)
         return self._libraries[key]
 
     def kernel(self, module: str, name: str, act: str, **defines: int) -> Callable[..., None]:
@@ -197,7 +202,14 @@ def backend() -> SimpleNamespace:
     def linear_fwd(y: Any, x: Any, w: Any, b: Any) -> None:
         reference.linear_fwd(y, *(None if a is None else a.astype(np.float32) for a in (x, w, b)))
 
-    own = {n: f for n, f in vars(ops).items() if inspect.isfunction(f) and hasattr(reference, n)}
+    def adapted_bwd(name: str, *args: Any) -> None:
+        if low_rank.serves(args[0], args[2], args[3]):
+            getattr(low_rank, name)(*args)
+        else:
+            getattr(reference, name)(*args[:2], *(a.astype(np.float32) for a in args[2:5]), args[5])
+
+    own: dict[str, Any] = {name: partial(adapted_bwd, name) for name in ("adapted_bwd_a", "adapted_bwd_b")}
+    own |= {n: f for n, f in vars(ops).items() if inspect.isfunction(f) and hasattr(reference, n)}
     return overlay(reference, **own, linear_fwd=linear_fwd, linear_bwd=linear_bwd)
 
 

@@ -20,7 +20,8 @@ TOKENS = 2 * 17
 
 
 SHAPES: dict[str, list[Row]] = {  # module -> rows
-    "adapted": [*table("adapted", "72 56 5, 40 80 16"), *table("adapted_int8", "72 56 5, 40 80 16")],
+    "adapted": [*table("adapted", "72 56 5, 40 56 20"), *table("adapted_int8", "72 56 5, 40 80 16")],
+    "low_rank": [*table("adapted_bwd_a", "17 4104 16"), *table("adapted_bwd_b", "17 4104 16")],
     "embedding": table("embedding", f"{TOKENS} 56 123"),
     "bias": table("linear", f"{TOKENS} 72 56"),
     "dropout": table("dropout", "2 17 56, 3 5 59"),

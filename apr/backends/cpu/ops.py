@@ -207,6 +207,18 @@ def dropout(out: Array, x: Array, counters: Array, seed: int, module: int, p: fl
     kernels.dropout(*rows, counters, *key_of(seed), module, least_kept(p), factor / (1 - p))
 
 
+def adapted_bwd_a(u: Array, da: Array, x: Array, du: Array, a: Array, factor: float) -> None:
+    """See reference.py."""
+    linear_fwd(u, x, a, None)
+    gemm(da, du, x, factor, 1.0, True, False)
+
+
+def adapted_bwd_b(du: Array, db: Array, dy: Array, u: Array, b: Array, factor: float) -> None:
+    """See reference.py."""
+    gemm(db, dy, u, factor, 1.0, True, False)
+    linear_bwd(du, None, None, dy, u, b, True)
+
+
 def add_rmsnorm_fwd(
     res: Array, y: Array, rstd: Array, res_in: Array, delta: Array | None, w: Array, eps: float
 ) -> None:

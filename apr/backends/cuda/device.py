@@ -21,7 +21,7 @@ import cupy
 import numpy as np
 
 from ...common.errors import DeviceError
-from . import attention, attention_wgmma, decode, kernels, kinds, launch, matmul, ops
+from . import attention, attention_wgmma, decode, kernels, kinds, launch, low_rank, matmul, ops
 
 Array = Any  # cupy.ndarray
 
@@ -236,7 +236,7 @@ def capture(f: Callable[[], None]) -> Callable[[], None]:
     return lambda: graph.launch(stream)
 
 
-# Linear maps and attention; all other ops are in ops.py
+# Linear maps, adapters and attention; all other ops are in ops.py
 
 
 def linear_fwd(y: Array, x: Array, w: Array, b: Array | None) -> None:
@@ -264,6 +264,24 @@ def gemm(out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: boo
         products.grad_weight(out, a, b, bool(beta))
     else:
         products.gemm(out, a, b, alpha, beta, trans_a, trans_b)
+
+
+def adapted_bwd_a(u: Array, da: Array, x: Array, du: Array, a: Array, factor: float) -> None:
+    """See reference.py."""
+    if low_rank.serves(u, x, du):
+        low_rank.adapted_bwd_a(u, da, x, du, a, factor)
+    else:
+        linear_fwd(u, x, a, None)
+        gemm(da, du, x, factor, 1.0, True, False)
+
+
+def adapted_bwd_b(du: Array, db: Array, dy: Array, u: Array, b: Array, factor: float) -> None:
+    """See reference.py."""
+    if low_rank.serves(du, dy, u):
+        low_rank.adapted_bwd_b(du, db, dy, u, b, factor)
+    else:
+        gemm(db, dy, u, factor, 1.0, True, False)
+        linear_bwd(du, None, None, dy, u, b, True)
 
 
 def attention_fwd(

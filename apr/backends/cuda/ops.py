@@ -195,17 +195,20 @@ def _adapted(
     rows, columns = out.shape
     v = _vector((columns * w[0].itemsize,), out, w[0], a)
     pieces = columns * out.itemsize // 16 if v else columns
-    threads = min(128, round_up(pieces, 32))
     rank = 0 if b is None else b.shape[1]
+    args = out, *w, b, a, factor, rows, columns, rank
+    if v and 0 < rank <= _constant("adapted", "FEW"):
+        quads = ceil_div(columns, _constant("adapted", "QUAD"))
+        threads = min(128, round_up(quads, 32))
+        many = ceil_div(quads, threads)
+        most = _constant("adapted", "MOST_ROWS")
+        # as few blocks as fill the GPU: each reads a
+        each = next((n for n in (most, most // 2) if many * ceil_div(rows, n) >= BLOCKS), most // 4)
+        _run("adapted", op + "_few", out, (many, ceil_div(rows, each)), (threads,), *args, each)
+        return
+    threads = min(128, round_up(pieces, 32))
     grid = ceil_div(pieces, threads), ceil_div(rows, _constant("adapted", "ROWS"))
-    _run(
-        "adapted",
-        op + ("_v" if v else "_1"),
-        out,
-        grid,
-        (threads,),
-        *(out, *w, b, a, factor, rows, columns, rank),
-    )
+    _run("adapted", op + ("_v" if v else "_1"), out, grid, (threads,), *args)
 
 
 # The residual stream

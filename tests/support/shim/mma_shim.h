@@ -2,10 +2,6 @@
 // the layouts of the PTX ISA ("Matrix fragments for mma.m16n8k16", ldmatrix). A copy to shared memory is done at once, so
 // that a wait that is missing shows as a race only. Products are summed in float, in the order of k.
 #pragma once
-struct alignas(8) float2 { float x, y; };
-struct alignas(8) uint2 { unsigned x, y; };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
 namespace shim {
 inline unsigned char published[32][32][24];  // by the lanes of a warp

@@ -34,6 +34,7 @@ SPECIAL = {
     "attention": Variants(defines={"MAX_D": (64, 128, 256)}),
     "decode_attention": Variants(defines={"HEADS": (1, 4), "LANES": (8, 16)}),
     "decode_linear": Variants(defines={"TOKEN_TILES": (0, 1, 2)}),
+    "low_rank": Variants(("bfloat16",)),
     "loss_cluster": Variants(archs=("sm_90a", "sm_100")),
     "attention_mma": Variants(("bfloat16",), {"HEAD_DIM": (32, 64, 96, 128), "DOCUMENTS": (0, 1)}),
     "attention_wgmma": Variants(("bfloat16",), {"HEAD_DIM": (64, 96, 128), "DOCUMENTS": (0, 1)}, ("sm_90a",)),
