@@ -17,6 +17,7 @@ import pytest
 
 from apr import backends
 from apr.backends import select as device
+from apr.backends.cuda import driver
 from apr.backends.cuda.driver import Driver, DriverError
 from apr.backends.host_copies import HostCopies
 from apr.common.errors import DeviceError, Refused
@@ -461,7 +462,8 @@ def spacious(free: int) -> Any:
     return SimpleNamespace(name="cuda", sync=lambda: None, to_host=np.array, free_memory=lambda: free)
 
 
-def test_a_copy_stays_on_the_gpu_until_another_thread_has_read_it() -> None:
+def test_a_copy_stays_on_the_gpu_until_another_thread_has_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "PIECE", 100)
     cuda = FakeMemory()
     copies = HostCopies(spacious(2 * 240), Driver(cuda))
     x = np.arange(60, dtype=np.float32).view(OnGpu)
@@ -474,11 +476,11 @@ def test_a_copy_stays_on_the_gpu_until_another_thread_has_read_it() -> None:
     thread.start()
     thread.join()
     assert np.array_equal(there, before)
-    assert cuda.calls == ["context 7", "stream 1", "copy", "wait", "end"]
+    assert cuda.calls == ["context 7", "stream 1", "copy", "copy", "copy", "wait", "end"]
     copies.release()
     assert not cuda.on_gpu
     copies.finish()
-    assert len(cuda.calls) == 5  # nothing is left to copy
+    assert len(cuda.calls) == 7  # nothing is left to copy
     copies("x", x)
     copies.finish()
     assert np.array_equal(there, x)  # one buffer for both

@@ -14,6 +14,9 @@ NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _MAJOR, _MINOR, _MODE = 75, 76, 20  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, _COMPUTE_MODE
 _PROHIBITED = 2  # CU_COMPUTEMODE_PROHIBITED
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+PIECE = (
+    16 << 20
+)  # bytes of a copy beside others, about a millisecond, which is what a copy of the step's loss may wait for
 
 
 class DriverError(Exception):
@@ -113,8 +116,10 @@ class Driver:
         self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
         try:
             for host, address in copies:
-                to, size = ctypes.c_void_p(host.ctypes.data), ctypes.c_size_t(host.nbytes)
-                self._call("cuMemcpyDtoHAsync_v2", to, ctypes.c_uint64(address), size, stream)
+                for first in range(0, host.nbytes, PIECE):
+                    to, size = ctypes.c_void_p(host.ctypes.data + first), min(PIECE, host.nbytes - first)
+                    place = ctypes.c_uint64(address + first)
+                    self._call("cuMemcpyDtoHAsync_v2", to, place, ctypes.c_size_t(size), stream)
             self._call("cuStreamSynchronize", stream)
         finally:
             self._call("cuStreamDestroy_v2", stream)
