@@ -11,12 +11,14 @@ import ctypes
 import platform
 import sys
 
+import llvmlite.binding
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .bfloat16 import bfloat16, rounded
+from .bfloat16 import Bfloat, bfloat16, rounded
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 _POINTER = _I8.as_pointer()
@@ -187,15 +189,16 @@ def _put_function(module, is_low):
     r = builder.phi(_I64)
     r.add_incoming(_I64(0), start)
     to_row, row = builder.add(to, builder.mul(r, to_bytes)), builder.add(sums, builder.mul(r, _I64(128)))
+    halves = []
     for c in range(2):
-        x = builder.load(builder.inttoptr(builder.add(row, _I64(64 * c)), _SUMS.as_pointer()))
-        x.align = 4
-        at = builder.add(to_row, _I64((32 if is_low else 64) * c))
-        if is_low:
-            at = builder.inttoptr(at, ir.VectorType(ir.IntType(16), 16).as_pointer())
-            builder.store(rounded(builder, x, 16), at).align = 2
-        else:
-            at = builder.inttoptr(at, _SUMS.as_pointer())
+        halves.append(builder.load(builder.inttoptr(builder.add(row, _I64(64 * c)), _SUMS.as_pointer())))
+        halves[c].align = 4
+    if is_low:
+        both = _narrow(builder, *halves)
+        builder.store(both, builder.inttoptr(to_row, both.type.as_pointer())).align = 2
+    else:
+        for c, x in enumerate(halves):
+            at = builder.inttoptr(builder.add(to_row, _I64(64 * c)), _SUMS.as_pointer())
             old = builder.load(at)
             old.align = 4
             builder.store(builder.select(adds, builder.fadd(old, x), x), at).align = 4
@@ -205,3 +208,16 @@ def _put_function(module, is_low):
     builder.position_at_end(done)
     builder.ret_void()
     return f
+
+
+def _narrow(builder, low, high):
+    """Round two vectors of sums, none of them subnormal, to one of bfloat16."""
+    features = llvmlite.binding.get_host_cpu_features()
+    chosen = numba.config.CPU_NAME or numba.config.CPU_FEATURES or not numba.config.ENABLE_AVX
+    if chosen or not features.get("avx512bf16"):
+        order = ir.Constant(ir.VectorType(ir.IntType(32), 32), list(range(32)))
+        return builder.shuffle_vector(rounded(builder, low, 16), rounded(builder, high, 16), order)
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    kind = ir.FunctionType(ir.VectorType(Bfloat(), 32), [_SUMS, _SUMS])
+    f = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(f, [high, low])

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit, prange
 
 from .kernels import _bits, _exp, _float, _kernel, _ordered, _row, _zero
-from .order import column_block, pair_block, row_block, turn, turned_block
+from .order import column_block, pair_block, row_block, turn, turned_block, zip_rounded
 from .tiles import BLOCK_BYTES, EDGE, LINE
 
 SUMS_BYTES = 4 * EDGE * EDGE
@@ -51,10 +51,11 @@ def _softmax(like, floats, scores, to, row, blocks, start, stop, scale):
     for j in range(blocks):
         s = _row(floats, scores + j * SUMS_BYTES + 4 * EDGE * row, EDGE)
         a, z = min(EDGE, max(0, start - j * EDGE)), max(0, min(EDGE, stop - j * EDGE))
-        for e in range(a):
-            s[e] = _MASKED
-        for e in range(z, EDGE):
-            s[e] = _MASKED
+        if a > 0 or z < EDGE:  # loops that have nothing to do cost more than a block of exponentials
+            for e in range(a):
+                s[e] = _MASKED
+            for e in range(z, EDGE):
+                s[e] = _MASKED
         for e in range(EDGE):
             top = max(top, _ordered(_bits(s[e])))
     largest = _float(_ordered(top))
@@ -67,10 +68,11 @@ def _softmax(like, floats, scores, to, row, blocks, start, stop, scale):
             total += x
             p[e] = x
         a, z = min(EDGE, max(0, start - j * EDGE)), max(0, min(EDGE, stop - j * EDGE))
-        for e in range(a):
-            p[e] = 0
-        for e in range(z, EDGE):
-            p[e] = 0
+        if a > 0 or z < EDGE:
+            for e in range(a):
+                p[e] = 0
+            for e in range(z, EDGE):
+                p[e] = 0
     return largest, total
 
 
@@ -85,10 +87,11 @@ def _probabilities(floats, scores, dprobs, row, blocks, start, stop, scale, log_
             s[e] = x
             d[e] = x * (d[e] - dot)
         a, z = min(EDGE, max(0, start - j * EDGE)), max(0, min(EDGE, stop - j * EDGE))
-        for e in range(a):
-            s[e] = d[e] = 0
-        for e in range(z, EDGE):
-            s[e] = d[e] = 0
+        if a > 0 or z < EDGE:
+            for e in range(a):
+                s[e] = d[e] = 0
+            for e in range(z, EDGE):
+                s[e] = d[e] = 0
 
 
 @njit(error_model="numpy")
@@ -100,16 +103,12 @@ def _rounded_rows(like, floats, to, sums):
 
 
 @njit(error_model="numpy")
-def _rounded_pairs(like, floats, to, sums):
+def _rounded_pairs(to, sums):
     """A block of sums, rounded, pair of rows after pair, two halves of 16 columns."""
     for h in range(2):
         for p in range(EDGE // 2):
             at = sums + 8 * EDGE * p + 64 * h
-            one, two = _row(floats, at, 16), _row(floats, at + 4 * EDGE, 16)
-            part = _row(like, to + h * (BLOCK_BYTES // 2) + 64 * p, 32)
-            for e in range(16):
-                part[2 * e] = one[e]
-                part[2 * e + 1] = two[e]
+            zip_rounded(np.uintp(to + h * (BLOCK_BYTES // 2) + 64 * p), np.uintp(at), np.uintp(at + 4 * EDGE))
 
 
 @njit(error_model="numpy")
@@ -190,8 +189,12 @@ def forward(y, lse, q, k, v, doc_start, window, config):
                         _row(floats, sums + 4 * EDGE * r, width),
                     )
                     factor = inverse[r]
-                    for e in range(width):
-                        own[e] = some[e] * factor
+                    if width == EDGE:
+                        for e in range(EDGE):
+                            own[e] = some[e] * factor
+                    else:
+                        for e in range(width):
+                            own[e] = some[e] * factor
         end()
         room[0] = 0  # Numba frees an array after its last use, and does not see those of its address
         floats[0] = 0
@@ -280,8 +283,8 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
                     for j in range(lo, hi):
                         offset, pairs = (j - lo) * SUMS_BYTES, (j * CHUNK + ib) * BLOCK_BYTES
                         _rounded_rows(q, floats, ds_rows + (j - lo) * BLOCK_BYTES, dprobs + offset)
-                        _rounded_pairs(q, floats, ds_pairs + pairs, dprobs + offset)
-                        _rounded_pairs(q, floats, p_pairs + pairs, scores + offset)
+                        _rounded_pairs(ds_pairs + pairs, dprobs + offset)
+                        _rounded_pairs(p_pairs + pairs, scores + offset)
                     for c in range(db):
                         of_k = np.uintp(key_terms + (c * sb + lo) * BLOCK_BYTES)
                         block(np.uintp(sums), np.uintp(ds_rows), of_k, hi - lo, False)
@@ -292,8 +295,12 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
                         for r in range(rows):
                             own = _row(dq, of_dq + r * dq.strides[1], width)
                             some = _row(floats, sums + 4 * EDGE * r, width)
-                            for e in range(width):
-                                own[e] = some[e] * scale
+                            if width == EDGE:
+                                for e in range(EDGE):
+                                    own[e] = some[e] * scale
+                            else:
+                                for e in range(width):
+                                    own[e] = some[e] * scale
                 # Blocks of queries that see a block of keys follow each other.
                 first, last = 0, 0
                 for j in range(_first_block(doc_start, b, chunk, past, window), sb):

@@ -43,6 +43,19 @@ class _Bits(PrimitiveModel):
         super().__init__(manager, kind, _I16)
 
 
+class Bfloat(ir.Type):
+    """LLVM's type, which llvmlite.ir lacks."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, Bfloat)
+
+    def __hash__(self):
+        return hash(Bfloat)
+
+
 def _wide(builder, x):
     return builder.bitcast(builder.shl(builder.zext(x, _I32), _I32(16)), _F32)
 

@@ -17,14 +17,50 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
+from .bfloat16 import rounded
 from .kernels import _kernel, _row
 from .tiles import BLOCK_BYTES, EDGE, LINE
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
-_WORDS = ir.VectorType(_I32, 16)
+_WORDS, _HALVES = ir.VectorType(_I32, 16), ir.VectorType(ir.IntType(16), 16)
+_FLOATS = ir.VectorType(ir.FloatType(), 16)
 _BLOCK = BLOCK_BYTES // 2  # elements
 _held = threading.local()  # room for operands in order, of each thread
 _pairs = []  # (kernel, signature)
+
+
+@intrinsic
+def zip_rows(typing, to, one, two):
+    """Write 16 elements of 2 bytes at `one` and at `two` in turn."""
+
+    def generate(context, builder, signature, args):
+        to, *rows = args
+        x, y = (builder.load(builder.inttoptr(at, _HALVES.as_pointer())) for at in rows)
+        x.align = y.align = 2
+        order = ir.Constant(ir.VectorType(_I32, 32), [16 * (j % 2) + j // 2 for j in range(32)])
+        both = builder.shuffle_vector(x, y, order)
+        builder.store(both, builder.inttoptr(to, both.type.as_pointer())).align = 2
+        return context.get_dummy_value()
+
+    u = types.uintp
+    return types.void(u, u, u), generate
+
+
+@intrinsic
+def zip_rounded(typing, to, one, two):
+    """Write 16 float32 at `one` and at `two` in turn, rounded to bfloat16."""
+
+    def generate(context, builder, signature, args):
+        to, *rows = args
+        x, y = (builder.load(builder.inttoptr(at, _FLOATS.as_pointer())) for at in rows)
+        x.align = y.align = 4
+        order = ir.Constant(ir.VectorType(_I32, 32), [16 * (j % 2) + j // 2 for j in range(32)])
+        both = builder.shuffle_vector(rounded(builder, x, 16), rounded(builder, y, 16), order)
+        builder.store(both, builder.inttoptr(to, both.type.as_pointer())).align = 2
+        return context.get_dummy_value()
+
+    u = types.uintp
+    return types.void(u, u, u), generate
 
 
 @intrinsic
@@ -81,14 +117,12 @@ def pair_block(x, to, at, stride, height, width, half):
         n = max(0, min(half, width - h * half))
         for p in range(EDGE // 2):
             n0, n1 = n if 2 * p < height else 0, n if 2 * p + 1 < height else 0
-            here = at + h * half * 2
-            one, two = _row(x, here + 2 * p * stride, n0), _row(x, here + (2 * p + 1) * stride, n1)
-            part = _row(x, to + 4 * half * (h * (EDGE // 2) + p), 2 * half)
+            here, place = at + h * half * 2 + 2 * p * stride, to + 4 * half * (h * (EDGE // 2) + p)
             if n1 == half:
-                for e in range(half):
-                    part[2 * e] = one[e]
-                    part[2 * e + 1] = two[e]
+                for e in range(0, half, 16):
+                    zip_rows(np.uintp(place + 4 * e), np.uintp(here + 2 * e), np.uintp(here + stride + 2 * e))
             else:
+                one, two, part = _row(x, here, n0), _row(x, here + stride, n1), _row(x, place, 2 * half)
                 for e in range(2 * half):
                     part[e] = 0
                 for e in range(n0):

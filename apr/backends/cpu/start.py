@@ -103,15 +103,24 @@ def _compile_part(kernels, module):
     target, part, parts = os.environ[_WARMING].split()
     if module != target:
         return
-    for k, signature in kernels[1 + int(part) :: int(parts)]:
-        k.compile(signature)
-        sys.stdout.write(f"{_COMPILED}\n")
-        sys.stdout.flush()
+    # All signatures of a kernel by one process: they share an index on disk.
+    names = list(dict.fromkeys(_name(k) for k, _ in kernels))
+    own = set(names[1 + int(part) :: int(parts)])
+    for k, signature in kernels:
+        if _name(k) in own:
+            k.compile(signature)
+            sys.stdout.write(f"{_COMPILED}\n")
+            sys.stdout.flush()
     if part == "0":
         if parts != "1" and sys.stdin.readline() != _OTHERS_ENDED:
             return
-        first, signature = kernels[0]
-        first.compile(signature)
+        for k, signature in reversed(kernels):
+            if _name(k) == names[0]:
+                k.compile(signature)
+
+
+def _name(kernel):
+    return kernel.py_func.__module__, kernel.py_func.__qualname__
 
 
 def _read(kernels):

@@ -41,8 +41,8 @@ def product(out, left, turns, right, bias, adds, rows, cols, config):
         first, last = mb * (p // cols) // rows, mb * (p // cols + 1) // rows
         j0, j1 = nb * (p % cols) // cols, nb * (p % cols + 1) // cols
         high = max(1, min(ROW_BLOCKS, last - first))
-        kept = 1 if pieces == 1 else high * (j1 - j0)
-        sums = np.empty((max(1, kept) * EDGE + 1, EDGE), np.float32)
+        kept = 2 if pieces == 1 else high * (j1 - j0)
+        sums = np.empty((max(2, kept) * EDGE + 1, EDGE), np.float32)
         ps = (sums.ctypes.data + LINE - 1) // LINE * LINE
         room = np.empty(
             ((1 if lies else high * min(kb, TERM_BLOCKS)) + 1) * BLOCK_BYTES // 2 + LINE, np.uint16
@@ -64,10 +64,13 @@ def product(out, left, turns, right, bias, adds, rows, cols, config):
                                 turned_block(left, to, at, sa, width, height, spare)
                             else:
                                 row_block(left, to, pa + i * EDGE * sa + t * EDGE * 2, sa, height, width)
+                # A block is written while the tiles of the next one run.
+                waiting, waiting_to = np.int64(0), np.int64(0)
                 for j in range(j0, j1):
                     width, b = min(EDGE, n - j * EDGE), np.uintp(pb + (j * kb + k0) * BLOCK_BYTES)
                     for i in range(i0, i1):
-                        own = ps + (0 if pieces == 1 else (j - j0) * (i1 - i0) + i - i0) * _SUMS_BYTES
+                        block = (j - j0) * (i1 - i0) + i - i0
+                        own = ps + (block % 2 if pieces == 1 else block) * _SUMS_BYTES
                         if lies:
                             a, a_row, a_step = pa + i * EDGE * sa + k0 * EDGE * 2, sa, 2 * EDGE
                         else:
@@ -76,8 +79,11 @@ def product(out, left, turns, right, bias, adds, rows, cols, config):
                         if piece + 1 < pieces:
                             continue
                         to, height = po + i * EDGE * so + j * EDGE * out.itemsize, min(EDGE, m - i * EDGE)
+                        if waiting != 0:
+                            put_block(out, np.uintp(waiting_to), so, np.uintp(waiting), adds)
+                            waiting = np.int64(0)
                         if bias.size == 0 and height == EDGE and width == EDGE:
-                            put_block(out, np.uintp(to), so, np.uintp(own), adds)
+                            waiting, waiting_to = np.int64(own), np.int64(to)
                             continue
                         for r in range(height):
                             row, some = _row(out, to + r * so, width), _row(sums, own + 4 * EDGE * r, EDGE)
@@ -91,6 +97,8 @@ def product(out, left, turns, right, bias, adds, rows, cols, config):
                             else:
                                 for c in range(width):
                                     row[c] = some[c]
+                if waiting != 0:
+                    put_block(out, np.uintp(waiting_to), so, np.uintp(waiting), adds)
         end_tiles()
         sums[0, 0] = 0  # keeps it alive until here, as in attention_fwd
         room[0] = 0

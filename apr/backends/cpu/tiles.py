@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import amx
-from .bfloat16 import bfloat16, rounded
+from .bfloat16 import Bfloat, bfloat16, rounded
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _SUMS, _PAIRS = ir.VectorType(_F32, 16), ir.VectorType(_I32, 16)
@@ -40,23 +40,10 @@ def path():
     return "avx512_bf16" if features.get("avx512bf16") else "float32"
 
 
-class _Bfloat(ir.Type):
-    """LLVM's type, which llvmlite.ir lacks."""
-
-    def _to_string(self):
-        return "bfloat"
-
-    def __eq__(self, other):
-        return isinstance(other, _Bfloat)
-
-    def __hash__(self):
-        return hash(_Bfloat)
-
-
 def _operand():
     """Type of the operands of LLVM's intrinsic, which newer versions have changed."""
     text = "declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, {0}, {0})"
-    for kind in (ir.VectorType(_Bfloat(), 32), _PAIRS):
+    for kind in (ir.VectorType(Bfloat(), 32), _PAIRS):
         try:
             llvmlite.binding.parse_assembly(text.format(kind)).verify()
         except RuntimeError:
