@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from apr.backends.cpu import start
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
@@ -226,6 +230,27 @@ def test_processes_share_the_kernels(tiny, tmp_path: Path) -> None:
     assert out == "[14.0, 21.0, 14.0, 21.0] [1, 1, 1, 1]\n"
     assert "compiling the CPU kernels of bfloat16, once (about 10 s)" in err
     assert "of 4 kernels compiled" in err
+
+
+def test_signatures_of_a_kernel_share_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share an index on disk: two processes that write it would leave one signature with the code of the other."""
+    compiled: dict[str, list[str]] = {}
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.py_func = SimpleNamespace(__module__="m", __qualname__=name)
+
+        def compile(self, signature: str) -> None:
+            compiled.setdefault(os.environ[start._WARMING], []).append(
+                f"{self.py_func.__qualname__} {signature}"
+            )
+
+    kernels = [(Kernel(name), n) for n, name in enumerate(["a", "b", "c", "b", "d", "a"])]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(start._OTHERS_ENDED))
+    for part in (1, 0):
+        monkeypatch.setenv(start._WARMING, f"m {part} 2")
+        start.compile_all(kernels, "m")
+    assert compiled == {"m 1 2": ["c 2"], "m 0 2": ["b 1", "b 3", "d 4", "a 5", "a 0"]}
 
 
 def test_a_process_that_compiles_and_ends(tiny, tmp_path: Path) -> None:
