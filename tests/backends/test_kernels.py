@@ -86,6 +86,7 @@ KEPT = """
       k_left[x / 4][x % 4] = shared_get(from), v_left[x / 4][x % 4] = shared_get(from + DKV_OWN / 2);
     }
 """  # keys and values as left operands that outlive a step, which ptxas gets wrong
+STEP = "    const auto step = [&](bool is_last) {\n      unsigned left"
 
 
 def test_left_operands_that_ptxas_overwrites_are_seen(major: int) -> None:
@@ -94,7 +95,7 @@ def test_left_operands_that_ptxas_overwrites_are_seen(major: int) -> None:
     text = kernels.source("attention_wgmma")
     by_registers = "product<0>(d, a[k], along_k(b + k / 4 * B_ROWS * TILE_ROW + k % 4 * 32), k);"
     for old, new, count in (
-        ("    own.wait();\n#pragma unroll 1\n", KEPT + "#pragma unroll 1\n", 1),
+        (STEP, KEPT + STEP, 1),
         ("(s, k_rows, now)", "(s, k_left, now)", 1),
         ("(dp, v_rows, dy_now)", "(dp, v_left, dy_now)", 1),
         ("// d (64 x HEAD_DIM) += a b", f"""template <int A_ROWS, int B_ROWS>

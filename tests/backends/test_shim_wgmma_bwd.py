@@ -78,6 +78,23 @@ def test_accuracy(machine: Machine, launches: Any, row: Row) -> None:
     assert wrong(launches(machine), row) == []
 
 
+@pytest.fixture
+def unsplit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block for all queries of a tile of keys, as in large batches: groups then pass by steps that they do not see."""
+    monkeypatch.setattr(_wgmma, "split_count", lambda b, s, k: 1)
+
+
+@over(
+    [
+        *table("attention", "1 257 2 1 64, 1 257 2 1 128"),
+        *table("attention_window", "1 257 2 1 64 33, 1 300 2 1 128 70"),
+        *table("attention_documents_cache", "2 59 257 257 2 1 128 0"),
+    ]
+)
+def test_accuracy_of_whole_tiles(machine: Machine, launches: Any, unsplit: None, row: Row) -> None:
+    assert wrong(launches(machine), row) == []
+
+
 @over([ROWS[1], ROWS[-2]])
 def test_order_of_threads_and_number_of_blocks_do_not_matter(
     machine: Machine, launches: Any, row: Row, monkeypatch: pytest.MonkeyPatch
@@ -133,36 +150,48 @@ def test_a_fault_shows_where_it_says(
     assert [wrong(be, row) for row in some] == [[]] * len(some)
 
 
-RACES = {  # old, new: what is at work is touched, or what others wait for does not come
+EDITS = {  # width of heads, old, new: what is at work is touched, what others wait for does not come, too much is passed by
     "keys_given_back_early": (
+        64,
         "held = keys.full() + 8;",
         "held = 0;\n      if (lane == 0) barrier_arrive(keys.full() + 8);",
     ),
     "keys_never_given_back": (
-        "      if (held && lane == 0) barrier_arrive(held);\n      const int j =",
-        "      const int j =",
+        64,
+        "if (held && lane == 0) barrier_arrive(held);\n      held = keys",
+        "held = keys",
     ),
-    "queries_not_waited_for": ("      queries.wait();\n", ""),
+    "queries_not_waited_for": (64, "queries.wait();\n        products_begin();", "products_begin();"),
     "scores_read_early": (
-        "DKV_QUERIES>(dp, v_rows, dy_now);\n      products_wait<1>(s);",
-        "DKV_QUERIES>(dp, v_rows, dy_now);\n      products_wait<2>(s);",
+        64,
+        "products_wait<1>(s);\n      if (held && lane == 0) barrier_arrive(held);\n      held = queries",
+        "products_wait<2>(s);\n      if (held && lane == 0) barrier_arrive(held);\n      held = queries",
     ),
-    "statistics_not_counted": ("2 * DKV_QUERIES * ROW + STATS_BYTES);", "2 * DKV_QUERIES * ROW);"),
+    "statistics_not_counted": (64, "2 * DKV_QUERIES * ROW + STATS_BYTES);", "2 * DKV_QUERIES * ROW);"),
     "queries_beyond_the_end": (
+        64,
         "t < T ? top[half] : -minus_infinity()",
         "t < T ? top[half] : minus_infinity()",
     ),
+    "scores_asked_for_ahead_read_early": (
+        128,
+        "products_wait<0>(s);\n        products_begin();\n      } else {\n        queries",
+        "products_wait<2>(s);\n        products_begin();\n      } else {\n        queries",
+    ),
+    "keys_passed_by": (128, "(t_group + 63 + offset) / DQ_KEYS + 1)", "(t_group + 63 + offset) / DQ_KEYS)"),
+    "queries_passed_by": (128, "t + DKV_QUERIES - 1 + offset < j_group;", "t + offset < j_group;"),
+    "queries_passed_by_and_kept": (128, "queries.wait();\n        queries.release();", "queries.wait();"),
 }
 
 
-@pytest.mark.parametrize("name", RACES)
-def test_a_race_is_seen(folder: Path, launches: Any, name: str) -> None:
-    old, new = RACES[name]
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_that_no_compiler_sees_is_seen(folder: Path, launches: Any, unsplit: None, name: str) -> None:
+    d, old, new = EDITS[name]
     text = kernels.source(WGMMA)
     assert text.count(old) == 1
     be = launches(Machine(folder, text.replace(old, new)))
     found: list[str] = []
-    for row in table("attention", "1 257 4 2 64") * 4:  # not every order of threads shows it
+    for row in table("attention", f"1 257 4 2 {d}") * 4:  # not every order of threads shows it
         try:
             found += wrong(be, row)
         except AssertionError as e:

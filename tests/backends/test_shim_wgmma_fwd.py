@@ -128,6 +128,7 @@ def test_far_larger_scores_that_come_late(machine: Machine, launches: Any, folde
 
 PLAIN, WIDE = table("attention", "1 257 4 2 64"), table("attention", "1 257 2 1 128")
 LONG, MANY = table("attention", "1 900 1 1 64"), table("attention", "1 130 24 1 64")
+WINDOW = table("attention_window", "1 513 2 1 128 60")
 SKIPPING = table("attention", "1 513 2 1 64")  # some groups see fewer steps than their block
 EDITS = {  # old, new, rows
     "sum_of_the_last_step": ("sum[h] += add;", "sum[h] = add;", PLAIN),
@@ -149,9 +150,15 @@ EDITS = {  # old, new, rows
         "        products_wait<0>(o);\n",
         LONG,
     ),
-    "keys_not_waited_for": ("        keys.wait();\n        products_begin(o, p);\n", "        products_begin(o, p);\n", PLAIN),
+    "keys_not_waited_for": (
+        "        keys.wait();\n        turn_begin();\n        products_begin(o, p);\n",
+        "        turn_begin();\n        products_begin(o, p);\n",
+        PLAIN,
+    ),
+    "turn_not_passed_on": ("        turn_end();\n        products_wait<1>(s);", "        products_wait<1>(s);", WIDE),
+    "steps_passed_by_without_a_turn": ("      turn_begin();\n      turn_end();\n", "", WINDOW),
     "queries_not_waited_for": ("    own.wait();\n    skip", "    skip", MANY),
-    "scores_read_early": ("FWD_STAGE);\n        products_wait<1>(s);", "FWD_STAGE);\n        products_wait<2>(s);", PLAIN),
+    "scores_read_early": ("turn_end();\n        products_wait<1>(s);", "turn_end();\n        products_wait<2>(s);", PLAIN),
     "values_scaled_early": (
         "        products_wait<0>(o);\n        values.release();\n",
         "        values.release();\n",

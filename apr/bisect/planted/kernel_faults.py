@@ -589,7 +589,7 @@ _CATALOGUE = (
     KernelFault(
         "kernel_wgmma_dq_delta_forgotten",
         "dq lacks the term that comes from the sum of the softmax",
-        *("attention_wgmma", "s[e] *= dp[e] - delta[e / 2 % 2];", "s[e] *= dp[e];"),
+        *("attention_wgmma", "p[e] *= dp[e] - delta[e / 2 % 2];", "p[e] *= dp[e];"),
         *("attention_bwd", "dq"),
         acts=BF16,
         applies=_wgmma,
@@ -627,7 +627,7 @@ _CATALOGUE = (
     KernelFault(
         "kernel_wgmma_border_early",
         "in dk and dv a query sees the last key of the document before its own",
-        *("attention_wgmma", "% 2 * 8 < borders.at(t + e / 4", "% 2 * 8 + 1 < borders.at(t + e / 4"),
+        *("attention_wgmma", "% 2 * 8 < borders.at(t_now + e / 4", "% 2 * 8 + 1 < borders.at(t_now + e / 4"),
         *("attention_bwd", "dk"),
         acts=BF16,
         applies=_wgmma,

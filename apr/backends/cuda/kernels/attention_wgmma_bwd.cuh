@@ -4,7 +4,8 @@
 //
 // A block has one group that loads and two that multiply, each for its own 64 rows: queries in attention_dq_wgmma, keys in
 // attention_dkv_wgmma. It works on one tile after another, longest first. While one group computes powers
-// and rounds, the other's products and its own last ones are at work.
+// and rounds, the other's products and its own last ones are at work. With wide heads (AHEAD) a group asks for the scores of
+// the next step before it works on dp of this one, and passes by steps of which it sees nothing; with heads of 64 that is slower.
 //
 // Left operands in registers (p and ds) are written anew in each step. k and v of attention_dkv_wgmma stay in shared memory:
 // ptxas (12.9 and 13.0) gives a fragment that is to outlive a step the registers of those that are written within it.
@@ -14,6 +15,7 @@ constexpr int DQ_QUERIES = 64 * GROUPS, DKV_KEYS = 64 * GROUPS;
 constexpr int DQ_OWN = 2 * DQ_QUERIES * ROW, DQ_STAGE = DQ_KEYS * ROW;  // q, dy; k or v
 constexpr int DKV_OWN = 2 * DKV_KEYS * ROW, DKV_STAGE = 2 * DKV_QUERIES * ROW + 1024;  // k, v; q, dy, stats
 constexpr int STATS_BYTES = DKV_QUERIES * 8;
+constexpr bool AHEAD = HEAD_DIM > 64;
 
 struct Range { int begin, end; };  // of steps
 
@@ -44,7 +46,7 @@ attention_dq_wgmma(const __grid_constant__ TensorMap dq, float* stats, const __g
   Ring<DQ_BUFFERS> own(barriers);
   Ring<DQ_STAGES> keys(barriers + own.BYTES);
   Ring<DQ_VALUES> values(barriers + own.BYTES + keys.BYTES);
-  const int group = threadIdx.x / 128, lane = threadIdx.x % 32, offset = S - T;
+  const int group = AHEAD ? group_of_warp() : threadIdx.x / 128, lane = threadIdx.x % 32, offset = S - T;
   const int tiles = (T + DQ_QUERIES - 1) / DQ_QUERIES, pairs = B * H;
   auto steps = [&](int tile, int batch) -> Range {
     const int t = tile * DQ_QUERIES, end = min(T, t + DQ_QUERIES) + offset;
@@ -88,7 +90,9 @@ attention_dq_wgmma(const __grid_constant__ TensorMap dq, float* stats, const __g
     const Range range = steps(tile, batch);
     const Borders borders = {doc_start, batch, T};
     const unsigned q_rows = owned + own.stage * DQ_OWN + group * 64 * TILE_ROW, dy_rows = q_rows + DQ_OWN / 2;
-    float sum[HEAD_DIM / 2] = {}, s[DQ_KEYS / 2], dp[DQ_KEYS / 2], top[2], delta[2];
+    float sum[HEAD_DIM / 2] = {}, s[DQ_KEYS / 2], dp[DQ_KEYS / 2], more[DQ_KEYS / 2];
+    float (&p)[DQ_KEYS / 2] = AHEAD ? more : s;
+    float top[2], delta[2];
     unsigned ds[DQ_KEYS / 16][4];
     int begins[2];  // documents of the thread's two queries
     uint4 y_row[2][HEAD_DIM / 32];
@@ -121,17 +125,36 @@ attention_dq_wgmma(const __grid_constant__ TensorMap dq, float* stats, const __g
       float* to = stats + (((long long)batch * H + head + 1) * stats_rows(T) - STATS_MORE + threadIdx.x) * 2;
       to[0] = -minus_infinity(), to[1] = 0;
     }
-    unsigned held = 0;  // the barrier of the step before, whose keys are still read
+    // Steps of which the group sees something, or one.
+    const int end = AHEAD ? min(range.end, (t_group + 63 + offset) / DQ_KEYS + 1) : range.end;
+    const int begin = AHEAD && window ? min(end - 1, max(range.begin, (t_group + offset - window + 1) / DQ_KEYS)) : range.begin;
+    const auto pass = [&](int count) {
 #pragma unroll 1
-    for (int n = range.begin; n < range.end; n++, keys.next(), values.next()) {
+      for (; count > 0; count--, keys.next(), values.next()) {
+        keys.wait();
+        values.wait();
+        keys.release();
+        values.release();
+      }
+    };
+    unsigned held = 0;  // the barrier of the step before, whose keys are still read
+    const auto step = [&](int n, bool is_last) {
       const unsigned now = key_stages + keys.stage * DQ_STAGE;
-      keys.wait();
-      values.wait();
-      products_begin();
-      scores<DQ_QUERIES, DQ_KEYS>(s, q_rows, now);
+      if (AHEAD) {
+        values.wait();
+        products_wait<0>(s);
+        products_begin();
+      } else {
+        keys.wait();
+        values.wait();
+        products_begin();
+        scores<DQ_QUERIES, DQ_KEYS>(s, q_rows, now);
+      }
       scores<DQ_QUERIES, DQ_KEYS>(dp, dy_rows, value_stages + values.stage * DQ_STAGE);
-      products_wait<1>(s);
+      if (!AHEAD) products_wait<1>(s);
       if (held && lane == 0) barrier_arrive(held);
+      held = keys.full() + 8;
+      keys.next();
       const int j = n * DQ_KEYS, ahead = t_warp + offset - j;
       if (ahead < DQ_KEYS - 1 || (window && ahead - window + 15 >= 0)) hide<false>(s, ahead, window);
       if (DOCUMENTS && borders.at(t_warp + 15) > j)
@@ -139,19 +162,39 @@ attention_dq_wgmma(const __grid_constant__ TensorMap dq, float* stats, const __g
         for (int e = 0; e < DQ_KEYS / 2; e++)
           if (j + e / 4 * 8 + lane % 4 * 2 + e % 2 < begins[e / 2 % 2]) s[e] = minus_infinity();
 #pragma unroll
-      for (int e = 0; e < DQ_KEYS / 2; e++) s[e] = power2(fmaf(s[e], c, -top[e / 2 % 2]));
-      products_wait<0>(dp);
+      for (int e = 0; e < DQ_KEYS / 2; e++) p[e] = power2(fmaf(s[e], c, -top[e / 2 % 2]));
+      if (AHEAD && !is_last) {
+        keys.wait();
+        products_begin(s);
+        scores<DQ_QUERIES, DQ_KEYS>(s, q_rows, key_stages + keys.stage * DQ_STAGE);
+        products_wait<1>(dp);
+      } else {
+        products_wait<0>(dp);
+      }
       values.release();
-      if (n == range.end - 1) own.release();
+      values.next();
+      if (is_last) own.release();
 #pragma unroll
-      for (int e = 0; e < DQ_KEYS / 2; e++) s[e] *= dp[e] - delta[e / 2 % 2];
-      as_left(ds, s);
-      held = keys.full() + 8;
+      for (int e = 0; e < DQ_KEYS / 2; e++) p[e] *= dp[e] - delta[e / 2 % 2];
+      as_left(ds, p);
       products_begin(sum, ds);
       gather(sum, ds, now);
+    };
+    if (AHEAD) {
+      pass(begin - range.begin);
+      keys.wait();
+      products_begin(sum);
+      scores<DQ_QUERIES, DQ_KEYS>(s, q_rows, key_stages + keys.stage * DQ_STAGE);
+#pragma unroll 1
+      for (int n = begin; n < end - 1; n++) step(n, false);
+      step(end - 1, true);
+    } else {
+#pragma unroll 1
+      for (int n = begin; n < end; n++) step(n, n == end - 1);
     }
     products_wait<0>(sum);
     if (lane == 0) barrier_arrive(held);
+    pass(range.end - end);
     const unsigned result = results + group * 64 * TILE_ROW;
     if (threadIdx.x % 128 == 0) stores_wait();  // of the tile before
     group_sync(1 + group);
@@ -179,7 +222,7 @@ attention_dkv_wgmma(const __grid_constant__ TensorMap dk, const __grid_constant_
   const unsigned barriers = shared_begin(), owned = barriers + BARRIERS, stages = owned + DKV_BUFFERS * DKV_OWN;
   Ring<DKV_BUFFERS> own(barriers);
   Ring<DKV_STAGES> queries(barriers + Ring<DKV_BUFFERS>::BYTES);
-  const int group = threadIdx.x / 128, lane = threadIdx.x % 32, offset = S - T, each = H / K;
+  const int group = AHEAD ? group_of_warp() : threadIdx.x / 128, lane = threadIdx.x % 32, offset = S - T, each = H / K;
   const int tiles = (S + DKV_KEYS - 1) / DKV_KEYS, parts = B * K * splits;
   auto steps = [&](int tile, int batch) -> Range {  // by whole warps
     const int j = tile * DKV_KEYS, begin = max(0, j - offset) / DKV_QUERIES;
@@ -236,49 +279,89 @@ attention_dkv_wgmma(const __grid_constant__ TensorMap dk, const __grid_constant_
     const Borders borders = {doc_start, batch, T};
     const unsigned k_rows = owned + own.stage * DKV_OWN + group * 64 * TILE_ROW, v_rows = k_rows + DKV_OWN / 2;
     float dk_sum[HEAD_DIM / 2] = {}, dv_sum[HEAD_DIM / 2] = {}, s[DKV_QUERIES / 2], dp[DKV_QUERIES / 2];
-    unsigned held = 0;  // the barrier of the step before, whose queries are still read
-    int t = (range.begin + (count ? first % count : 0)) * DKV_QUERIES;
-    own.wait();
+    float more[DKV_QUERIES / 2], (&p)[DKV_QUERIES / 2] = AHEAD ? more : s;
+    int n = first, t = (range.begin + (count ? first % count : 0)) * DKV_QUERIES;
+    const auto next = [&] {
+      n++, queries.next();
+      t = t + DKV_QUERIES < range.end * DKV_QUERIES ? t + DKV_QUERIES : range.begin * DKV_QUERIES;
+    };
+    const auto find = [&] {  // the next step of which the group sees something, or the last
 #pragma unroll 1
-    for (int n = first; n < last; n++, queries.next()) {
+      for (; n < last - 1; next()) {
+        const bool early = t + DKV_QUERIES - 1 + offset < j_group;
+        if (!early && !(window && t + offset - window >= j_group + 63)) break;
+        queries.wait();
+        queries.release();
+      }
+      queries.wait();
+    };
+    unsigned held = 0;  // the barrier of the step before, whose queries are still read
+    const auto step = [&](bool is_last) {
       unsigned left[DKV_QUERIES / 16][4], right[DKV_QUERIES / 16][4];
       const unsigned now = stages + queries.stage * DKV_STAGE, dy_now = now + DKV_QUERIES * ROW;
       const unsigned row_stats = now + 2 * DKV_QUERIES * ROW + lane % 4 * 16;  // of two queries in each 64 bytes
-      queries.wait();
-      products_begin();
-      scores<DKV_KEYS, DKV_QUERIES>(s, k_rows, now);
+      if (AHEAD) {
+        products_wait<0>(s);
+        products_begin();
+      } else {
+        queries.wait();
+        products_begin();
+        scores<DKV_KEYS, DKV_QUERIES>(s, k_rows, now);
+      }
       scores<DKV_KEYS, DKV_QUERIES>(dp, v_rows, dy_now);
-      products_wait<1>(s);
+      if (!AHEAD) products_wait<1>(s);
       if (held && lane == 0) barrier_arrive(held);
+      held = queries.full() + 8;
       // Seen from the warp's first key: query t of the step sees keys up to ahead + t.
-      const int ahead = t + offset - j_warp;
+      const int t_now = t, ahead = t_now + offset - j_warp;
       if (ahead < 15 || (window && ahead - window + DKV_QUERIES - 1 >= 0)) hide<true>(s, ahead, window);
-      if (DOCUMENTS && borders.at(t + DKV_QUERIES - 1) > j_warp)
+      if (DOCUMENTS && borders.at(t_now + DKV_QUERIES - 1) > j_warp)
 #pragma unroll
         for (int e = 0; e < DKV_QUERIES / 2; e++)
-          if (j_warp + lane / 4 + e / 2 % 2 * 8 < borders.at(t + e / 4 * 8 + lane % 4 * 2 + e % 2)) s[e] = minus_infinity();
+          if (j_warp + lane / 4 + e / 2 % 2 * 8 < borders.at(t_now + e / 4 * 8 + lane % 4 * 2 + e % 2)) s[e] = minus_infinity();
 #pragma unroll
-      for (int n = 0; n < DKV_QUERIES / 8; n++) {
-        const uint4 x = shared_get4(row_stats + n * 64);
+      for (int i = 0; i < DKV_QUERIES / 8; i++) {
+        const uint4 x = shared_get4(row_stats + i * 64);
 #pragma unroll
-        for (int e = 0; e < 4; e++) s[n * 4 + e] = power2(fmaf(s[n * 4 + e], c, -__uint_as_float(e % 2 ? x.z : x.x)));
+        for (int e = 0; e < 4; e++) p[i * 4 + e] = power2(fmaf(s[i * 4 + e], c, -__uint_as_float(e % 2 ? x.z : x.x)));
       }
-      as_left(left, s);
-      products_begin(dv_sum, left);
+      as_left(left, p);
+      next();
+      if (AHEAD && !is_last) find();
+      if (AHEAD) products_begin(s, dv_sum, left);
+      else products_begin(dv_sum, left);
       gather(dv_sum, left, dy_now);
-      products_wait<1>(dp);
-#pragma unroll
-      for (int n = 0; n < DKV_QUERIES / 8; n++) {
-        const uint4 x = shared_get4(row_stats + n * 64);
-#pragma unroll
-        for (int e = 0; e < 4; e++) s[n * 4 + e] *= dp[n * 4 + e] - __uint_as_float(e % 2 ? x.w : x.y);
+      if (AHEAD && !is_last) {
+        scores<DKV_KEYS, DKV_QUERIES>(s, k_rows, stages + queries.stage * DKV_STAGE);
+        products_wait<1>(dp, dv_sum);  // not enough registers for both left operands
+      } else if (AHEAD) {
+        products_wait<0>(dp, dv_sum);
+      } else {
+        products_wait<1>(dp);
       }
-      if (HEAD_DIM > 96) products_wait<0>(dv_sum);  // not enough registers for both left operands
-      as_left(right, s);
-      held = queries.full() + 8;
+#pragma unroll
+      for (int i = 0; i < DKV_QUERIES / 8; i++) {
+        const uint4 x = shared_get4(row_stats + i * 64);
+#pragma unroll
+        for (int e = 0; e < 4; e++) p[i * 4 + e] *= dp[i * 4 + e] - __uint_as_float(e % 2 ? x.w : x.y);
+      }
+      as_left(right, p);
       products_begin(dk_sum, right);
       gather(dk_sum, right, now);
-      t = t + DKV_QUERIES < range.end * DKV_QUERIES ? t + DKV_QUERIES : range.begin * DKV_QUERIES;
+    };
+    own.wait();
+    if (AHEAD) {
+      if (n < last) {
+        find();
+        products_begin(dk_sum, dv_sum);
+        scores<DKV_KEYS, DKV_QUERIES>(s, k_rows, stages + queries.stage * DKV_STAGE);
+#pragma unroll 1
+        while (n < last - 1) step(false);
+        step(true);
+      }
+    } else {
+#pragma unroll 1
+      while (n < last) step(false);
     }
     products_wait<0>(dk_sum, dv_sum);
     if (held && lane == 0) barrier_arrive(held);

@@ -3,10 +3,12 @@
 //
 // A block has one group that loads and FWD_GROUPS that multiply, each for its own 64 queries of one head. Keys and values
 // come in steps, from the last to the first. While the scores of one step are computed, the values of the step before are
-// added up. p is rounded to bf16 for p v; scores, softmax and sums are float32.
+// added up; two groups ask for their products in turns (Shah et al. 2024, section 3.1), so that one computes powers while the
+// other multiplies. p is rounded to bf16 for p v; scores, softmax and sums are float32.
 constexpr int FWD_QUERIES = 64 * FWD_GROUPS, FWD_THREADS = 128 * (FWD_GROUPS + 1);
 constexpr int FWD_OWN = FWD_QUERIES * ROW, FWD_STAGE = FWD_KEYS * ROW;  // bytes: q, then y; k or v
 constexpr int FWD_BUFFERS = 2;                                           // the next queries come while these are worked on
+constexpr int TURN = 4;  // named barrier of the first group's turns; then that of the second
 
 // What of the keys a query sees.
 struct Sight {
@@ -123,9 +125,19 @@ attention_fwd_wgmma(const __grid_constant__ TensorMap y, float* lse, const __gri
   registers_more<registers_of_others(FWD_GROUPS)>();
   const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
   const float c = scale * LOG2E;  // scores are kept in powers of two
+  // Each group has one turn for each step of an item, whether it sees the step or not.
+  const auto turn_begin = [&] {
+    if (FWD_GROUPS == 2) turn_wait(TURN + group);
+  };
+  const auto turn_end = [&] {
+    if (FWD_GROUPS == 2) turn_pass(TURN + 1 - group);
+  };
+  if (group == 1) turn_end();
   const auto skip = [&](int count) {  // steps that no query of the group sees
 #pragma unroll 1
     for (; count > 0; count--, step++) {
+      turn_begin();
+      turn_end();
       const Steps keys(key_barriers, step), values(value_barriers, step);
       keys.wait();
       values.wait();
@@ -152,8 +164,10 @@ attention_fwd_wgmma(const __grid_constant__ TensorMap y, float* lse, const __gri
       {
         const Steps keys(key_barriers, step);
         keys.wait();
+        turn_begin();
         products_begin();
         scores<FWD_QUERIES, FWD_KEYS>(s, rows, key_stages + keys.stage * FWD_STAGE);
+        turn_end();
         products_wait<0>(s);
         keys.release();
       }
@@ -164,9 +178,11 @@ attention_fwd_wgmma(const __grid_constant__ TensorMap y, float* lse, const __gri
         const Steps values(value_barriers, step), keys(key_barriers, ++step);
         values.wait();
         keys.wait();
+        turn_begin();
         products_begin(o, p);
         scores<FWD_QUERIES, FWD_KEYS>(s, rows, key_stages + keys.stage * FWD_STAGE);
         gather(o, p, value_stages + values.stage * FWD_STAGE);
+        turn_end();
         products_wait<1>(s);
         keys.release();
         if (hidden) hide_step(s, sight, at.pair / H, t0 + row, n * FWD_KEYS);
