@@ -34,8 +34,12 @@ SHORT, SHORT_STEPS = 2.0**-9, 4
 # Steps along u, in units of the tensor's root mean square: the first one along which the loss is nearly a parabola. The
 # first of all is for slopes that rounding would hide.
 STEPS, STRAIGHT = (0.3, 0.1, 0.03, 0.01), 0.05
+# Where the loss is no parabola yet, as with most of what adapters get dropped, and rounding leaves a shorter step.
+SHORTER = (0.003, 0.001)
 # Directions of a kind of tensor: one where a forward pass takes more than so many FLOP.
 DIRECTIONS, MANY_FLOP = 2, 1e13
+# In bfloat16 one direction may be off by chance: then so many are taken, and half of them must be.
+DIRECTIONS_IN_DOUBT = 5
 # Constant vectors get noise, as adapters that begin as zeros do: a fault of a bias of 0 would not show.
 NOISE = 0.05
 # Root mean square of what noise in B adds to a matrix, at most, in units of the matrix's, by so many of its rows: where alpha is
@@ -97,10 +101,12 @@ class Job:
         step is the loss a parabola there."""
         self.start, rng = self.saved.astype(np.float32), np.random.default_rng(0)
         most = {p.b.hf: p for p in self.adapters.layout.pairs} if self.adapters else {}
+        # What is kept under dropout adds 1 / (1 - p) times as much.
+        share = 1 - self.adapters.config.dropout if self.adapters else 1.0
         for s in self.layout.slots:
             rows = self.start[s.offset : s.offset + s.size].reshape(-1, s.shape[-1])
             if (rows == rows[0, 0]).all():
-                noise = min(NOISE, self._most(most[s.hf])) if s.hf in most else NOISE
+                noise = share * min(NOISE, self._most(most[s.hf])) if s.hf in most else NOISE
                 rows += noise * rng.standard_normal(rows.shape, np.float32)
             elif len(rows) > 1:
                 square = np.einsum("ij,ij->i", rows, rows) / rows.shape[1]
@@ -189,10 +195,16 @@ def slopes(job: Job) -> Iterator[Slope]:
     if job.model.dtype == "bfloat16":
         noise = max(noise, _noise(job, g, loss))
     for kind, slots in kinds.items():
-        for number in range(1 if 2.0 * job.layout.size * job.ids.size > MANY_FLOP else DIRECTIONS):
+        asked = 1 if 2.0 * job.layout.size * job.ids.size > MANY_FLOP else DIRECTIONS
+        number, red = 0, 0
+        while number < asked:
             direction = _signs(job, slots, f"{kind} {number}")
-            yield _slope(job, kind, direction, g, noise)
+            found = _slope(job, kind, direction, g, noise)
+            yield found
             job.back(direction)
+            red, number = red + (not found.ratio <= 1), number + 1
+            if red and job.model.dtype == "bfloat16":
+                asked = DIRECTIONS_IN_DOUBT
 
 
 def _noise(job: Job, g: np.ndarray, loss: float) -> float:
@@ -229,7 +241,9 @@ def _slope(job: Job, kind: str, direction: Direction, g: np.ndarray, noise: floa
     """Measure the slope with two step sizes: what is left of the cubic term of the loss falls as their square."""
     size = float(np.sqrt(sum(np.square(g[place].astype(np.float64) * u).sum() for place, u in direction)))
     tolerance = TOLERANCE[job.model.dtype] * size
-    for step in STEPS[int(4 * noise / STEPS[1] < tolerance) :]:
+    for step in (*STEPS[int(4 * noise / STEPS[1] < tolerance) :], *SHORTER):
+        if step in SHORTER and 4 * noise / step >= tolerance / 2:
+            break
         far, near = (_difference(job, direction, g, e) for e in (step, step / 2))
         bend, rounding = abs(far[0] - near[0]), 4 * noise / step
         off, claimed = (4 * near[0] - far[0]) / 3, near[1]
@@ -259,6 +273,13 @@ def _difference(job: Job, direction: Direction, g: np.ndarray, step: float) -> t
     return (ends[0] - ends[1]) / (2 * step) - claimed, claimed
 
 
+def agreed(found: list[Slope]) -> list[Slope]:
+    """Leave out directions of a kind that are off while most are not, of those that were taken in doubt."""
+    off = [s for s in found if not s.ratio <= 1]
+    in_doubt = len(found) == DIRECTIONS_IN_DOUBT and 2 * len(off) < len(found)
+    return [s for s in found if s.ratio <= 1] if in_doubt else found
+
+
 def slope_finding(job: Job) -> Finding:
     """Judge the slopes along all directions, and that the weights have their bits again."""
     need = 4 * job.saved.nbytes
@@ -275,6 +296,11 @@ def slope_finding(job: Job) -> Finding:
     if not is_back:
         why = "the weights do not come back to their bits after they were moved"
         return Finding.of("start.slope", False, why, "equal bits", why)
+    found = [
+        s
+        for kind in dict.fromkeys(s.kind for s in found)
+        for s in agreed([s for s in found if s.kind == kind])
+    ]
     worst = max(found, key=lambda s: s.ratio)
     measured = (
         f"{len(found)} directions in {job.ids.shape[0]} x {job.ids.shape[1]} tokens, {worst.kind}: gradient "

@@ -18,7 +18,7 @@ from apr.checkpoints.registry import open_host
 from apr.cli.main import main
 from apr.common.finding import FAIL
 from apr.evidence.resumed import computes_the_same
-from apr.evidence.slope import Job, slope_finding
+from apr.evidence.slope import Job, Slope, agreed, slope_finding
 from apr.model.optim import AdamW
 from apr.model.transformer import Model
 
@@ -117,3 +117,18 @@ def test_slopes_of_a_trained_model(fault: str | None, stories: Path, monkeypatch
     opt.set_weights(np.asarray(source.on(cpu, "float32")))
     found = slope_finding(Job(model, opt, None, (ids[:, :-1], ids[:, 1:]), 1 / 1024, False))
     assert found.passed is (fault is None), found
+
+
+def test_a_direction_that_is_off_alone_accuses_nobody() -> None:
+    """Of the five directions that are taken in doubt half must be off; of fewer each counts."""
+
+    def of(*ratios: float) -> list[Slope]:
+        return [Slope("wq", 1.0, 1.0 + ratio, 1.0, 1.0) for ratio in ratios]
+
+    for ratios, red in (
+        ((0.5, 1.2, 0.3, 0.9, 1.1), 0),
+        ((1.5, 1.2, 0.3, 0.9, 1.1), 3),
+        ((np.nan, 1.2, 0.3, np.nan, 0.1), 3),
+        ((0.5, 1.2), 1),
+    ):
+        assert sum(not s.ratio <= 1 for s in agreed(of(*ratios))) == red
