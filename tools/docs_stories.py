@@ -26,7 +26,9 @@ def farthest(a: list[float], b: list[float]) -> float:
 
 def stories(record: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     """Pick the stories out of a record."""
-    return {name: found for name, found in record.items() if isinstance(found, dict) and "seconds" in found}
+    return {
+        name: found for name, found in record.items() if isinstance(found, dict) and "trl_float64" in found
+    }
 
 
 def beside_table(size: str) -> str:

@@ -13,7 +13,6 @@ example stands in a row of its own, as TRL has it.
     NAME.apr, NAME.trl    losses of the steps of a story in float32, nats/token (preferences: of a pair)
     NAME.trl_float64      the same by TRL in float64
     NAME.trl_last_bits    by TRL in float32, from weights each of which is moved by one unit in its last place
-    NAME.seconds          of the steps, by run
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,8 +150,8 @@ def loaded(start: Path, run: str) -> Any:
 
 def theirs(
     story: str, start: Path, steps: list[Any], settings: dict[str, Any], rates: list[float], run: str = "trl"
-) -> tuple[list[float], float]:
-    """Train with TRL at the learning rates of the steps; returns the losses and the seconds."""
+) -> list[float]:
+    """Train with TRL at the learning rates of the steps; returns their losses."""
     model = loaded(start, run)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(start / "tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
@@ -206,10 +204,9 @@ def theirs(
             data_collator=lambda rows: padded(json.loads(rows[0]["step"])),
         )
     sequential(trainer)
-    began = time.perf_counter()
     with arithmetic(RUNS[run][0]):
         trainer.train()
-    return losses, time.perf_counter() - began
+    return losses
 
 
 def as_pairs(rows: list[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
@@ -299,13 +296,11 @@ def main() -> None:
     given = {}
     for story in STORIES:
         lines, steps, settings = steps_of(story, a.size, folder)
-        seconds = {"apr": round(sum(line["wall_ms"] for line in lines) / 1e3, 1)}
-        out[story] = {"seconds": seconds, "apr": [line["train_loss"] for line in lines]}
+        out[story] = {"apr": [line["train_loss"] for line in lines]}
         given[story] = (start_of(story, folder, settings), steps, settings, [line["lr"] for line in lines])
     for run in a.runs:
         for story, found in given.items():
-            out[story][run], seconds = theirs(story, *found, run)
-            out[story]["seconds"][run] = round(seconds, 1)
+            out[story][run] = theirs(story, *found, run)
             far = farthest(out[story]["apr"], out[story][run])
             print(f"{story}: {len(found[1])} steps, apr beside {run}: at most {far:.1e} apart", flush=True)
             target.write_text(compact(out))
