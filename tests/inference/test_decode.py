@@ -166,6 +166,7 @@ ADAPTERS = {
     "tied": LoraConfig(2, 8.0, ("wv", "wup", "embed", "head")),
     "dora": LoraConfig(2, 8.0, ("wk", "wo", "wgate"), dora=True),
     "int8": LoraConfig(2, 8.0, ("wo", "wup"), base="int8"),
+    "dropout": LoraConfig(2, 8.0, ("wq", "wdown"), dropout=0.5),
 }
 
 
