@@ -16,6 +16,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -48,6 +49,8 @@ PACKAGES = (
     "nvidia-cuda-nvrtc",
     "nvidia-cuda-nvrtc-cu12",
 )
+# The environment has plugins of pytest that are not ours: one that warns ends a run of which warnings are errors.
+PLAIN = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 def versions() -> dict[str, str]:
@@ -82,7 +85,10 @@ def main() -> int:
     before = gpu_record.sources()
     runs = [("gpu", [])]
     if args.processes > 1:
-        runs = [("gpu and not alone", ["-n", str(args.processes)]), ("gpu and alone", [])]
+        runs = [
+            ("gpu and not alone", ["-p", "xdist", "-n", str(args.processes), "--dist", "worksteal"]),
+            ("gpu and alone", []),
+        ]
     reports = []
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     # Beside other tests where several processes are asked for: the sanitizers wait for the CPU most of the time.
@@ -98,7 +104,7 @@ def main() -> int:
         for which, several in runs:
             report = Path(folder) / f"{len(reports)}.xml"
             pytest_command = [sys.executable, "-m", "pytest", "-m", which, f"--junitxml={report}"]
-            code = subprocess.run([*pytest_command, *several, *args.pytest], cwd=ROOT).returncode
+            code = subprocess.run([*pytest_command, *several, *args.pytest], cwd=ROOT, env=PLAIN).returncode
             if not report.exists():
                 return code
             reports.append(report.read_text())

@@ -463,7 +463,7 @@ def spacious(free: int) -> Any:
 
 
 def test_a_copy_stays_on_the_gpu_until_another_thread_has_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "PIECE", 100)
+    monkeypatch.setattr(driver, "AT_A_TIME", 100)
     cuda = FakeMemory()
     copies = HostCopies(spacious(2 * 240), Driver(cuda))
     x = np.arange(60, dtype=np.float32).view(OnGpu)
@@ -476,11 +476,11 @@ def test_a_copy_stays_on_the_gpu_until_another_thread_has_read_it(monkeypatch: p
     thread.start()
     thread.join()
     assert np.array_equal(there, before)
-    assert cuda.calls == ["context 7", "stream 1", "copy", "copy", "copy", "wait", "end"]
+    assert cuda.calls == ["context 7", "stream 1", *3 * ["copy", "wait"], "end"]
     copies.release()
     assert not cuda.on_gpu
     copies.finish()
-    assert len(cuda.calls) == 7  # nothing is left to copy
+    assert len(cuda.calls) == 9  # nothing is left to copy
     copies("x", x)
     copies.finish()
     assert np.array_equal(there, x)  # one buffer for both

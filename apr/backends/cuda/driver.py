@@ -14,7 +14,7 @@ NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _MAJOR, _MINOR, _MODE = 75, 76, 20  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, _COMPUTE_MODE
 _PROHIBITED = 2  # CU_COMPUTEMODE_PROHIBITED
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
-PIECE = (
+AT_A_TIME = (
     16 << 20
 )  # bytes of a copy beside others, about a millisecond, which is what a copy of the step's loss may wait for
 
@@ -116,11 +116,11 @@ class Driver:
         self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
         try:
             for host, address in copies:
-                for first in range(0, host.nbytes, PIECE):
-                    to, size = ctypes.c_void_p(host.ctypes.data + first), min(PIECE, host.nbytes - first)
+                for first in range(0, host.nbytes, AT_A_TIME):
+                    to, size = ctypes.c_void_p(host.ctypes.data + first), min(AT_A_TIME, host.nbytes - first)
                     place = ctypes.c_uint64(address + first)
                     self._call("cuMemcpyDtoHAsync_v2", to, place, ctypes.c_size_t(size), stream)
-            self._call("cuStreamSynchronize", stream)
+                    self._call("cuStreamSynchronize", stream)
         finally:
             self._call("cuStreamDestroy_v2", stream)
 
