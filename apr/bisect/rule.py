@@ -27,7 +27,8 @@ EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7}
 
 def factor(op: str, output: str) -> int:
     """Of the rule: 2 for values, 3 for gradients."""
-    return 3 if op.endswith("_bwd") or output == "logits" else 2
+    is_gradient = op.endswith("_bwd") or ("_bwd_" in op and output.startswith("d"))
+    return 3 if is_gradient or output == "logits" else 2
 
 
 def tolerance(base: float, largest: float, eps: float, factor: float) -> float:

@@ -226,10 +226,11 @@ def test_processes_share_the_kernels(tiny, tmp_path: Path) -> None:
         "import os, sys; from apr.backends.cpu import start\n"
         "start.MAX_PROCESSES, start.PROGRESS_SECONDS, start.cores = 2, 0, lambda: 2\n" + USE
     )
-    out, err = end(tiny(code, NUMBA_CACHE_DIR=str(tmp_path / "c")))
+    out, err = end(tiny(code, NUMBA_CACHE_DIR=str(tmp_path / "c"), PYTHONWARNINGS="always::ResourceWarning"))
     assert out == "[14.0, 21.0, 14.0, 21.0] [1, 1, 1, 1]\n"
     assert "compiling the CPU kernels of bfloat16, once (about 10 s)" in err
     assert "of 4 kernels compiled" in err
+    assert "unclosed" not in err
 
 
 def test_signatures_of_a_kernel_share_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

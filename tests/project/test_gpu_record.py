@@ -57,6 +57,11 @@ def test_an_outcome_is_read_from_junit() -> None:
     }
 
 
+def test_what_two_runs_skip_counts_once() -> None:
+    both = gpu_record.outcome(JUNIT, JUNIT)
+    assert (both["passed"], both["skipped"]) == (4, 1)
+
+
 @pytest.mark.parametrize(
     ("plant", "found"),
     [

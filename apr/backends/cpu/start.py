@@ -201,7 +201,7 @@ def _compile_elsewhere(module, parts, number):
             lines.append(said)
             processes[-1][1].start()
         last = time.monotonic()
-        for process, listener in [*processes[1:], processes[0]]:
+        for process, _ in [*processes[1:], processes[0]]:
             if process is processes[0][0]:
                 with suppress(OSError):
                     if not any(other.returncode for other, _ in processes[1:]):
@@ -213,12 +213,13 @@ def _compile_elsewhere(module, parts, number):
                 if time.monotonic() - last > PROGRESS_SECONDS:
                     last = time.monotonic()
                     _say(f"{sum(said.count(_COMPILED) for said in lines)} of {number} kernels compiled")
-            listener.join()
     finally:
-        for process, _ in processes:
+        for process, listener in processes:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            listener.join()
+            process.stdout.close()
             with suppress(OSError):
                 process.stdin.close()
     failed = [i for i, (process, _) in enumerate(processes) if process.returncode] or [0]
