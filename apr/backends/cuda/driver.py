@@ -14,9 +14,9 @@ NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _MAJOR, _MINOR, _MODE = 75, 76, 20  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, _COMPUTE_MODE
 _PROHIBITED = 2  # CU_COMPUTEMODE_PROHIBITED
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
-AT_A_TIME = (
-    16 << 20
-)  # bytes of a copy beside others, about a millisecond, which is what a copy of the step's loss may wait for
+# Bytes that a copy beside others asks for at a time, about a millisecond's: a copy of the step's loss waits for what was asked
+# for before.
+AT_A_TIME = 16 << 20
 
 
 class DriverError(Exception):
