@@ -30,7 +30,8 @@ class HostCopies:
         self._buffers: dict[str, np.ndarray] = {}
         # Of copies on the GPU that are not on the host yet, and of those that are: (buffer, address).
         self._twins: list[tuple[np.ndarray, int]] = []
-        self._context = 0
+        # Of the copies: also where page-locked memory has come to an end since.
+        self._beside, self._context = self.driver, 0
 
     def reserve(self, arrays: Mapping[str, Any]) -> None:
         """Make the buffers of arrays where that takes long: page-locked memory, seconds for 10 GB."""
@@ -55,9 +56,9 @@ class HostCopies:
 
     def finish(self) -> None:
         """Wait until all copies are on the host; in any thread. Raises DeviceError."""
-        if self._twins and self.driver is not None:
+        if self._twins and self._beside is not None:
             try:
-                self.driver.copy_beside(self._context, self._twins)
+                self._beside.copy_beside(self._context, self._twins)
             except DriverError as e:
                 raise DeviceError(
                     f"a save could not be copied from the GPU: {e}; the save before it is whole"
@@ -67,10 +68,10 @@ class HostCopies:
         """Give back the GPU memory of copies that `finish` has seen; in the thread that computes."""
         twins, self._twins = self._twins, []
         for _, address in twins:
-            assert self.driver is not None
+            assert self._beside is not None
             # What is wrong with the GPU meets the next call that computes.
             with suppress(DriverError):
-                self.driver.free(address)
+                self._beside.free(address)
 
     def _has_twin(self, driver: Driver, buffer: np.ndarray, x: Any) -> bool:
         """Copy an array on the GPU, where that takes at most half of what is free there."""

@@ -496,6 +496,21 @@ def test_a_copy_goes_to_the_host_at_once_where_the_gpu_is_full(free: int, fails:
     assert not cuda.calls
 
 
+def test_a_copy_on_the_gpu_reaches_the_host_where_page_locked_memory_has_come_to_an_end() -> None:
+    cuda = FakeMemory()
+    copies = HostCopies(spacious(1 << 30), Driver(cuda))
+    x = np.arange(60, dtype=np.float32).view(OnGpu)
+    first = copies("x", x)
+    cuda.room = 0
+    second = copies("y", x)
+    copies.finish()
+    assert np.array_equal(first, x)
+    assert np.array_equal(second, x)
+    assert "ordinary memory" in copies.problem
+    copies.release()
+    assert not cuda.on_gpu
+
+
 def test_a_copy_that_fails_behind_the_step_names_what_is_whole() -> None:
     copies = HostCopies(spacious(1 << 30), Driver(FakeMemory(fails="cuMemcpyDtoHAsync_v2")))
     copies("x", np.arange(60, dtype=np.float32).view(OnGpu))
