@@ -75,9 +75,9 @@ class HostCopies:
 
     def _has_twin(self, driver: Driver, buffer: np.ndarray, x: Any) -> bool:
         """Copy an array on the GPU, where that takes at most half of what is free there."""
-        if not buffer.nbytes or 2 * buffer.nbytes > (self.be.free_memory() or 0):
-            return False
         try:
+            if not buffer.nbytes or 2 * buffer.nbytes > driver.free_memory():
+                return False
             self._context = driver.context()
             self._twins.append((buffer, driver.twin(x.data.ptr, x.nbytes)))
         except DriverError:

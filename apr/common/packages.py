@@ -10,7 +10,7 @@ from types import ModuleType
 
 # Package: what its extra in setup.cfg asks of its version.
 OPTIONAL = {
-    "pyarrow": ">=17",
+    "pyarrow": ">=20",
     "huggingface_hub": ">=0.30",
     "gguf": ">=0.17",
     "tensorboardX": ">=2.6",

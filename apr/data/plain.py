@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, cast
@@ -68,7 +69,9 @@ def records(source: Source, limit: int) -> Iterator[tuple[str, Any]]:
         head = f.read(HEAD_BYTES)
         is_array = head.removeprefix(MARK).lstrip()[:1] == b"["
         head += f.read(limit + len(MARK) + 1 - len(head)) if is_array else b""
-    if is_array and (source.kind == "json" or isinstance(value_of(head.removeprefix(MARK)), list)):
+    if is_array and source.kind != "json":
+        is_array = _is_one_value(source, head.removeprefix(MARK).lstrip())
+    if is_array:
         yield from _array(source, head, limit)
         return
     with _damage(source), open_plain(source) as f:
@@ -78,6 +81,15 @@ def records(source: Source, limit: int) -> Iterator[tuple[str, Any]]:
             line = line.removeprefix(MARK) if number == 1 else line
             if line.strip():
                 yield f"{source.name}:{number}", value_of(line)
+
+
+def _is_one_value(source: Source, text: bytes) -> bool:
+    """Tell an array under .jsonl from lines that begin with one. Raises Unfollowed for what began as an array and has no end."""
+    if isinstance(value_of(text), list):
+        return True
+    if re.match(rb"\[\s*[{\]]", text) and value_of(text.split(b"\n", 1)[0]) is None:
+        raise Unfollowed(f"{source.name} is an array that is not whole, or longer than what is left to read")
+    return False
 
 
 def _array(source: Source, data: bytes, limit: int) -> Iterator[tuple[str, Any]]:

@@ -79,7 +79,10 @@ class Masks:
         t.model.tokens_trained = before
         for flat in (t.adapters.g, t.model.total):
             t.backend.fill(flat, 0)
-        t.backend.fill(self.dropout.counters, UNTOUCHED)
+
+    def begin_step(self) -> None:
+        """Clear the counters: what `finding` reads of them is of passes from here on."""
+        self.t.backend.fill(self.dropout.counters, UNTOUCHED)
 
     def _draws(self, step: int) -> Draws:
         return Draws.of(self.t.settings.seed, step, 0, len(self.ids))
@@ -139,16 +142,16 @@ class Masks:
             self.wrong.append("a recorded pass has other masks than one op by op")
 
     def finding(self) -> Finding:
-        """Judge, with the counters that the passes of the step itself have left."""
-        found = np.asarray(self.t.backend.to_host(self.dropout.counters))
-        found = found[found[:, 1] != UNTOUCHED]
+        """Judge, with the counters that the last pass of the step itself has left, which may be shorter than others."""
+        found = np.asarray(self.t.backend.to_host(self.dropout.counters))[: self.dropout.sequences]
         numbers, micro = found[:, 0], self.t.model.batch
-        in_order = bool(len(found)) and bool((np.diff(numbers) == 1).all()) and int(numbers[0]) % micro == 0
-        ends = self.t.shard is not None or (len(found) > 0 and int(numbers[-1]) == self.sequences - 1)
+        in_order = bool((np.diff(numbers) == 1).all()) and int(numbers[0]) % micro == 0
+        last = int(numbers[-1])
+        ends = last == self.sequences - 1 or (self.t.shard is not None and last % micro == micro - 1)
         wrong = list(self.wrong)
-        if not len(found):
+        if (found == UNTOUCHED).all():
             wrong.append("the step drops nothing")
-        elif not in_order or not ends or (found[:, 1] != self.step).any():
+        elif not in_order or not ends or last >= self.sequences or (found[:, 1] != self.step).any():
             wrong.append("the step has masks of others")
         measured = f"{self.matrices} matrices with masks of their own, by seed, step and sequence; none in an evaluation"
         return Finding.of(GATE, not wrong, "; ".join(wrong) or measured, BOUND, "; ".join(wrong))

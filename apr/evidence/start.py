@@ -12,6 +12,7 @@ from ..common.events import Evaluated, GradientsReady, Measured, StepBegun
 from ..common.finding import Finding
 from ..common.units import plural
 from ..model.lora_dropout import Draws, Dropout
+from ..model.micro_gradients import shares_scales
 from ..model.preferences import terms
 from ..model.transformer import Model
 from . import dropout, scorer
@@ -65,7 +66,8 @@ class FirstStep:
         if t.adapters and t.adapters.dropout:
             with gates.timed(dropout.GATE):
                 scale = 1 / max(1, terms(model.preferences, e.ids, e.targets))
-                self.masks = dropout.Masks(t, e.ids, e.targets, scale, t.settings.graph, e.step)
+                recorded = shares_scales(t.backend, model.preferences) or bool((e.targets >= 0).all())
+                self.masks = dropout.Masks(t, e.ids, e.targets, scale, t.settings.graph and recorded, e.step)
         else:
             gates.skip(dropout.GATE, "no adapters with dropout")
         with gates.timed("start.borders"):
@@ -75,6 +77,8 @@ class FirstStep:
                 self.pieces = Pieces(t, e.ids, e.targets, e.step)
         else:
             gates.skip("start.averages", "a batch of one sequence has no other pieces")
+        if self.masks is not None:
+            self.masks.begin_step()
 
     def gradients_ready(self, e: GradientsReady) -> None:
         """Read a sample of the gradients of the step, and which masks it had."""

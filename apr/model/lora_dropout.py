@@ -63,6 +63,11 @@ class Dropout:
             self._seed, self._shape = draws.seed, shape
             self.be.from_host(self.counters[: shape[0]], draws.counters)
 
+    @property
+    def sequences(self) -> int:
+        """Number of sequences in the pass before this moment that had masks."""
+        return self._shape[0]
+
     def _drop(self, out: Any, x: Any, pair: Pair) -> None:
         """out = s m x / (1 - p).  out, x (N,I)"""
         out, x = (a.reshape(*self._shape, a.shape[1]) for a in (out, x))

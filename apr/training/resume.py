@@ -13,10 +13,7 @@ from ..common.units import plural
 from ..model.schedule import Schedule
 from .inputs import Inputs
 from .rundir import RunDir, step_of
-from .settings import Settings, check, steps_of
-
-# Of runs that are older than a setting: they kept all checkpoints, no older states, and put nothing before a document.
-BEFORE: dict[str, Any] = {"keep_checkpoints": 0, "ladder_mib": 0, "bos": "none"}
+from .settings import Settings, check, of_run, steps_of
 
 # Facts of a device that may change the last bits of a run.
 DECIDE_BITS = ("backend", "gpu", "cpu", "kernels", "cuda", "cublaslt", "matmul_algorithms", "products", *OPS)
@@ -29,7 +26,7 @@ def continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
     if settings.run_dir is None:
         raise UsageError("--resume needs --run-dir: the folder of the run to go on with")
     path = Path(settings.run_dir)
-    saved = check(BEFORE | RunDir(path).read_config()["settings"], str(path / "config.json"))
+    saved = check(of_run(RunDir(path).read_config()["settings"]), str(path / "config.json"))
     for key in ("dataset", "val_dataset", "tokenizer"):
         if saved.get(key) and not Path(saved[key]).exists():
             raise InputNotFound(f"{saved[key]}: gone; the run in {path} reads it as its {key}: put it back")
@@ -121,6 +118,6 @@ def check_same_kernels(inputs: Inputs, run: RunDir) -> None:
         if None not in (was.get(op), now.get(op)) and was[op] != now[op]:
             raise Refused(
                 f"{run.path}/config.json: {op} was computed by {was[op]}, and by {now[op]} here: the numbers would "
-                "differ in the last bits from here on; resume on a GPU or a processor of the same kind, or go on all the same "
-                "with --other-kernels"
+                "differ in the last bits from here on; resume on a GPU or a processor of the same kind, with the apr of then, or "
+                "go on all the same with --other-kernels"
             )

@@ -17,7 +17,7 @@ from ..evidence.gates import parse_bounds
 from ..evidence.judge import Facts, epoch_before
 from ..evidence.verdict import VERDICT, read_verdict
 from ..training.rundir import PARTS, RunDir
-from ..training.settings import Settings, check, is_due
+from ..training.settings import Settings, check, is_due, of_run
 
 NONE_SAVED = "no checkpoint was saved"
 CUT = ("ABORTED", "INTERRUPTED", "FAILED")  # status words of runs that did not end at an evaluation
@@ -62,7 +62,7 @@ class Record:
     def __init__(self, path: Path, options: Options, announce: Callable[[str], None]) -> None:
         self.run, self.options, self.announce = RunDir(path), options, announce
         self.config = self.run.read_config()
-        self.settings = Settings(**check(self.config["settings"], str(path / "config.json")))
+        self.settings = Settings(**check(of_run(self.config["settings"]), str(path / "config.json")))
         if options.init is not None and self.settings.init is not None:
             self.settings = dataclasses.replace(self.settings, init=options.init)
         if missing := [key for key in PARTS if key not in self.config]:

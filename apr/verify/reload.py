@@ -31,7 +31,7 @@ from ..model.transformer import Model
 from ..training.evaluate import Loss, evaluate
 from ..training.references import preferences_of, use_reference
 from ..training.rundir import RunDir
-from ..training.settings import Settings, check
+from ..training.settings import Settings, check, of_run
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def recorded(run: Path, checkpoint: Path) -> Recorded:
         float(metadata["val_loss"])
     except (AprError, ValueError, TypeError, LookupError, OverflowError) as e:
         raise MalformedFile(f"{path}: no recorded val_loss to compare with: {e}") from None
-    settings = Settings(**check(config["settings"], str(run / "config.json")))
+    settings = Settings(**check(of_run(config["settings"]), str(run / "config.json")))
     return Recorded(checkpoint, metadata, config, settings)
 
 

@@ -356,11 +356,11 @@ print(d.choose("auto").backend.name, *sys.modules)
 class FakeMemory(FakeCuda):
     """libcuda with main memory as that of the GPU.
 
-    room  bytes of page-locked memory; fails: a call that returns an error; calls: what was called beside"""
+    room  bytes of page-locked memory; free: of the GPU's; fails: a call that returns an error; calls: what was called beside"""
 
-    def __init__(self, room: int = 1 << 20, fails: str = "") -> None:
+    def __init__(self, room: int = 1 << 20, free: int = 1 << 30, fails: str = "") -> None:
         super().__init__()
-        self.room, self.fails, self.held, self.freed = room, fails, {}, []
+        self.room, self.free, self.fails, self.held, self.freed = room, free, fails, {}, []
         self.on_gpu: dict[int, Any] = {}
         self.calls: list[str] = []
 
@@ -378,6 +378,10 @@ class FakeMemory(FakeCuda):
 
     def cuMemcpyDtoH_v2(self, to: Any, address: Any, size: Any) -> int:
         ctypes.memmove(to.value, address.value, size.value)
+        return 0
+
+    def cuMemGetInfo_v2(self, free: Any, total: Any) -> int:
+        free._obj.value, total._obj.value = self.free, 1 << 30
         return 0
 
     def cuMemAlloc_v2(self, at: Any, size: Any) -> int:
@@ -435,10 +439,8 @@ class OnGpu(np.ndarray):
 @pytest.mark.parametrize("room", [1 << 20, 0])
 def test_copies_from_a_gpu_are_equal_and_page_locked_where_that_can_be(room: int) -> None:
     waits: list[int] = []
-    be: Any = SimpleNamespace(
-        name="cuda", sync=lambda: waits.append(1), to_host=np.array, free_memory=lambda: 0
-    )
-    cuda = FakeMemory(room)
+    be: Any = SimpleNamespace(name="cuda", sync=lambda: waits.append(1), to_host=np.array)
+    cuda = FakeMemory(room, free=0)
     copies = HostCopies(be, Driver(cuda))
     x = np.arange(60, dtype=np.float32).reshape(5, 12).view(OnGpu)
     copies.reserve({"x": x})
@@ -457,15 +459,13 @@ def test_copies_from_a_gpu_are_equal_and_page_locked_where_that_can_be(room: int
     assert len(cuda.freed) == len(cuda.held)
 
 
-def spacious(free: int) -> Any:
-    """A backend with so much free memory on its GPU."""
-    return SimpleNamespace(name="cuda", sync=lambda: None, to_host=np.array, free_memory=lambda: free)
+ON_GPU: Any = SimpleNamespace(name="cuda", sync=lambda: None, to_host=np.array)
 
 
 def test_a_copy_stays_on_the_gpu_until_another_thread_has_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "AT_A_TIME", 100)
-    cuda = FakeMemory()
-    copies = HostCopies(spacious(2 * 240), Driver(cuda))
+    cuda = FakeMemory(free=2 * 240)
+    copies = HostCopies(ON_GPU, Driver(cuda))
     x = np.arange(60, dtype=np.float32).view(OnGpu)
     before = np.array(x)
     there = copies("x", x)
@@ -488,8 +488,8 @@ def test_a_copy_stays_on_the_gpu_until_another_thread_has_read_it(monkeypatch: p
 
 @pytest.mark.parametrize(("free", "fails"), [(2 * 240 - 1, ""), (1 << 30, "cuMemAlloc_v2")])
 def test_a_copy_goes_to_the_host_at_once_where_the_gpu_is_full(free: int, fails: str) -> None:
-    cuda = FakeMemory(fails=fails)
-    copies = HostCopies(spacious(free), Driver(cuda))
+    cuda = FakeMemory(free=free, fails=fails)
+    copies = HostCopies(ON_GPU, Driver(cuda))
     x = np.arange(60, dtype=np.float32).view(OnGpu)
     assert np.array_equal(copies("x", x), x)
     copies.finish()
@@ -498,7 +498,7 @@ def test_a_copy_goes_to_the_host_at_once_where_the_gpu_is_full(free: int, fails:
 
 def test_a_copy_on_the_gpu_reaches_the_host_where_page_locked_memory_has_come_to_an_end() -> None:
     cuda = FakeMemory()
-    copies = HostCopies(spacious(1 << 30), Driver(cuda))
+    copies = HostCopies(ON_GPU, Driver(cuda))
     x = np.arange(60, dtype=np.float32).view(OnGpu)
     first = copies("x", x)
     cuda.room = 0
@@ -512,7 +512,7 @@ def test_a_copy_on_the_gpu_reaches_the_host_where_page_locked_memory_has_come_to
 
 
 def test_a_copy_that_fails_behind_the_step_names_what_is_whole() -> None:
-    copies = HostCopies(spacious(1 << 30), Driver(FakeMemory(fails="cuMemcpyDtoHAsync_v2")))
+    copies = HostCopies(ON_GPU, Driver(FakeMemory(fails="cuMemcpyDtoHAsync_v2")))
     copies("x", np.arange(60, dtype=np.float32).view(OnGpu))
     with pytest.raises(
         DeviceError, match=r"cuMemcpyDtoHAsync_v2 returned error 700; the save before it is whole"

@@ -541,7 +541,7 @@ def test_parquet_structs_bad_strings_and_files_without_rows(tmp_path: Path) -> N
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UsageError, match=r"-m pip install 'pyarrow>=17'"):
+    with pytest.raises(UsageError, match=r"-m pip install 'pyarrow>=20'"):
         Corpus(find_sources([write(tmp_path / "f.parquet")]))
 
 

@@ -16,7 +16,7 @@ import zstandard
 
 from apr.common.errors import InputNotFound, Refused, UsageError
 from apr.common.finding import FAIL, Finding
-from apr.data.conversations import render
+from apr.data.conversations import answers, render
 from apr.data.conversations.answers import answers_kept
 from apr.data.conversations.examples import open_conversations
 from apr.data.conversations.keys import KeyMap
@@ -274,6 +274,52 @@ def test_every_kind_of_file_is_read(tmp_path: Path, tok: Tokenizer, name: str, i
     assert [x.text for x in read[:6]] == [example_of("", row).text for row in ROWS]
     if name in ("a.json", "a.parquet", "bytes.parquet", "array.jsonl"):
         assert judged(str(path), tmp_path / "out", tok).passed
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_under_jsonl_that_is_cut_off_or_long_is_no_wrong_answer(
+    tmp_path: Path, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch, indent: int | None
+) -> None:
+    """The check cannot follow such a file, and says so; it does not take its lines for records."""
+    path = tmp_path / "array.jsonl"
+    text = json.dumps(ROWS, indent=indent)
+    path.write_text(text[: text.rindex("{")])
+    found = judged(str(path), tmp_path / "cut", tok)
+    assert found.passed, found
+    path.write_text(text)
+    monkeypatch.setattr(answers, "BUDGET_BYTES", len(text) // 2)
+    found = judged(str(path), tmp_path / "long", tok)
+    assert found.passed, found
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        (
+            {
+                "system": "S",
+                "conversations": [{"from": f, "value": v} for f, v in (("system", "T"), ("human", "q"), ("gpt", "a"))],
+            },
+            [turn("system", "T"), turn("user", "q"), turn("assistant", "a")],
+        ),
+        ({"system": "S", "messages": [turn("System", "T"), ASK, SAY]}, [turn("system", "T"), ASK, SAY]),
+        ({"messages": json.dumps([ASK, {**SAY, "tool_calls": None}])}, [ASK, SAY]),
+        ({"messages": [ASK, {**SAY, "tool_calls": "[]"}]}, [ASK, SAY]),
+        ({"messages": [ASK, {**SAY, "function_call": "auto"}]}, [ASK, SAY]),
+        (
+            {"messages": [ASK, turn("assistant", None, tool_calls=[{"name": "g"}], function_call={"name": "f"})]},
+            [ASK, turn("assistant", None, tool_calls=[{"name": "g"}])],
+        ),
+    ],
+    ids=["sharegpt's system", "capital system", "nulls in a text", "no calls in a text", "auto", "both kinds of calls"],
+)  # fmt: skip
+def test_what_a_conversation_becomes(record: Any, messages: list[Any]) -> None:
+    assert list(example_of("x", record).messages) == messages
+
+
+def test_calls_that_are_none_are_no_answer() -> None:
+    with pytest.raises(Unusable):
+        example_of("x", {"messages": [ASK, turn("assistant", None, tool_calls="[]")]})
 
 
 def test_keys_may_change_places() -> None:

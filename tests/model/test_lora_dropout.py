@@ -268,22 +268,34 @@ def test_a_share_that_is_none_is_refused(share):
 # The gate
 
 
-def judged(fault=lambda m: None, taken=lambda draws: draws, graph=True, monkeypatch=None, **asked):
-    """Finding of the gate, of a job of two micro-batches whose step draws as `taken` says."""
+def judged(
+    fault=lambda m: None, taken=lambda draws: draws, graph=True, monkeypatch=None, sizes=(2, 2), **asked
+):
+    """Finding of the gate, of a job of micro-batches of so many sequences whose step draws as `taken` says."""
     fault(monkeypatch)
     config = LoraConfig(4, 12.0, (*ALL, "head", "embed"), dropout=0.3)
     model, ids = adapted("llama-tiny", cpu, "float32", config)
-    ids = np.concatenate([ids, ids[::-1]])
+    ids = np.concatenate([ids, ids[::-1]])[: sum(sizes)]
     settings = SimpleNamespace(**{"seed": 5, "lora_dropout": 0.3, **asked})
     t = SimpleNamespace(
         model=model, adapters=model.adapters, backend=cpu, cfg=model.cfg, settings=settings, shard=None
     )
     masks = Masks(t, ids[:, :-1], ids[:, 1:], 1 / 32, graph, 3)
-    for first in (0, 2):
-        part = np.ascontiguousarray(ids[first : first + 2])
-        draws = taken(Draws.of(5, 3, first, 2))
+    # Other gates compute with the batch of the step, too.
+    model.micro_step(ids[:1, :-1], ids[:1, 1:], 1 / 32, False, draws=Draws(5, 3, [1]))
+    masks.begin_step()
+    for first, size in zip((0, *sizes), sizes, strict=False):
+        part = np.ascontiguousarray(ids[first : first + size])
+        draws = taken(Draws.of(5, 3, first, size))
         model.micro_step(part[:, :-1], part[:, 1:], 1 / 32, graph, begins=first == 0, draws=draws)
     return masks.finding()
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (2,), (1,)])
+def test_the_gate_passes_a_step_whose_last_micro_batch_is_shorter(sizes):
+    found = judged(sizes=sizes)
+    assert (found.verdict, found.why) == ("PASS", "")
+    assert judged(sizes=sizes, taken=lambda draws: None).why == "the step drops nothing"
 
 
 @pytest.mark.parametrize("graph", [True, False])

@@ -13,7 +13,7 @@ from apr.evidence.resumed import DECIDING
 from apr.model.optim import OPTIMIZERS
 from apr.training.resume import DECIDE_BITS
 from apr.training.run import continued
-from apr.training.settings import DEMO, RunSettings, Settings
+from apr.training.settings import DEMO, RunSettings, Settings, of_run
 
 APR = Path(apr.__file__).parent
 # Variables and attributes that hold the settings of a run.
@@ -84,3 +84,11 @@ def test_a_run_from_before_bos_goes_on_without_it(tmp_path):
 def test_what_decides_bits_is_one_list():
     """What a resumed run notes of another device is compared where its steps are computed again."""
     assert set(DECIDE_BITS) <= set(DECIDING)
+
+
+def test_settings_of_an_older_run_are_completed_by_what_it_did() -> None:
+    assert of_run({"lora_init": "adapter"})["lora_dropout"] == 0.0
+    assert of_run({"lora_init": "adapter", "lora_dropout": None})["lora_dropout"] is None
+    assert "lora_dropout" not in of_run({"lora_init": None})
+    assert of_run({"bos": "auto"})["bos"] == "auto"
+    assert of_run({})["bos"] == "none"

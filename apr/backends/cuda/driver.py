@@ -104,6 +104,12 @@ class Driver:
             raise
         return at.value
 
+    def free_memory(self) -> int:
+        """Ask for the bytes that `twin` may find: what allocators above the driver keep for themselves is no part of it."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+
     def free(self, address: int) -> None:
         """Give memory of the GPU back. Raises DriverError."""
         self._call("cuMemFree_v2", ctypes.c_uint64(address))

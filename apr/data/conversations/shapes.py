@@ -210,9 +210,10 @@ def conversation(name: str, record: Record, turns: Any, where: str, context: int
 
     turns: a list of messages, or a text that spells one. context: as many messages at the beginning are not trained on.
     Raises Unusable."""
-    turns = _parsed(turns)
+    turns = _filled(_parsed(turns))
     if not isinstance(turns, list) or not turns:
         raise Unusable("not a list", f"{where} is no list, or empty")
+    turns = [as_message(turn) for turn in turns]
     messages, untrained = [], set()
     if record.get("system") and not (isinstance(turns[0], dict) and turns[0].get("role") == "system"):
         turns, context = (
@@ -250,7 +251,7 @@ def _message(turn: Any, where: str) -> tuple[Record, bool]:
     """Read (message as a template takes it, whether it may be trained on). Raises Unusable."""
     if not isinstance(turn, dict):
         raise Unusable("role", f"{where} is {type(turn).__name__}, not an object with a role")
-    message = {key: value for key, value in as_message(turn).items() if key not in UNTRAINED}
+    message = {key: value for key, value in turn.items() if key not in UNTRAINED}
     if message.get("role") not in ROLES:
         raise Unusable(
             "role",
@@ -260,11 +261,12 @@ def _message(turn: Any, where: str) -> tuple[Record, bool]:
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = _joined(content, f"{where}.content")
-    if call := message.pop("function_call", None):
-        message["tool_calls"] = [{"type": "function", "function": call}]
-    if content is not None or not message.get("tool_calls"):
+    calls, call = _parsed(message.pop("tool_calls", None)), _parsed(message.pop("function_call", None))
+    if isinstance(call, dict) and call and not calls:
+        calls = [{"type": "function", "function": call}]
+    if content is not None or not calls:
         text_of(message, "content", f"{where}.content")
-    if calls := _parsed(message.get("tool_calls")):
+    if calls:
         message["tool_calls"] = _calls(calls, f"{where}.tool_calls")
     _check_texts(message, where)
     for key, is_out in UNTRAINED.items():
