@@ -121,10 +121,10 @@ def measure_step(
 
 
 def in_process(command: list[str]) -> dict[str, Any]:
-    """The last JSON line that a command prints."""
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    """The last JSON line that a command prints. A peer, in an environment of its own, gets none of our folders."""
+    own = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])] if command[0] == sys.executable else []
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(own)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     found = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not found:
         print(f"{shlex.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}", file=sys.stderr)
