@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..common.finding import Finding
+from ..common.units import plural
 from ..model.lora_dropout import Draws, Dropout
 from .subject import Subject
 
@@ -107,7 +108,7 @@ class Masks:
         asked = t.settings.lora_dropout
         share = adapters.config.dropout if asked is None else asked
         if self.matrices != len(pairs):
-            self.wrong.append(f"{len(pairs)} matrices have {self.matrices} masks")
+            self.wrong.append(f"{plural(len(pairs), 'matrix')} share {plural(self.matrices, 'mask')}")
         scales = {c.module: c.factor for c in calls}
         if sorted(scales.values()) != sorted(p.scale for p in pairs) and self.matrices == len(pairs):
             self.wrong.append("what is kept has another scale than adapters have in evaluations")
@@ -153,7 +154,7 @@ class Masks:
             wrong.append("the step drops nothing")
         elif not in_order or not ends or last >= self.sequences or (found[:, 1] != self.step).any():
             wrong.append("the step has masks of others")
-        measured = f"{self.matrices} matrices with masks of their own, by seed, step and sequence; none in an evaluation"
+        measured = f"{plural(self.matrices, 'matrix')} with masks of their own, by seed, step and sequence; none in an evaluation"
         return Finding.of(GATE, not wrong, "; ".join(wrong) or measured, BOUND, "; ".join(wrong))
 
 

@@ -12,8 +12,8 @@ from ..common.options import absolute_paths, flag
 from ..common.units import plural
 from ..model.schedule import Schedule
 from .inputs import Inputs
-from .rundir import RunDir, step_of
-from .settings import Settings, check, of_run, steps_of
+from .rundir import RunDir, of_run, step_of
+from .settings import Settings, check, steps_of
 
 # Facts of a device that may change the last bits of a run.
 DECIDE_BITS = ("backend", "gpu", "cpu", "kernels", "cuda", "cublaslt", "matmul_algorithms", "products", *OPS)

@@ -326,3 +326,12 @@ def next_free(name: str, root: Path = Path("runs")) -> Path:
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return path
         number += 1
+
+
+def of_run(saved: dict[str, Any]) -> dict[str, Any]:
+    """Complete the settings of a run, which may be older than some of them: it kept all checkpoints, no older states, put nothing
+    before a document, and took no dropout from the adapters that it went on with."""
+    before: dict[str, Any] = {"keep_checkpoints": 0, "ladder_mib": 0, "bos": "none"}
+    if saved.get("lora_init"):
+        before["lora_dropout"] = 0.0
+    return before | saved

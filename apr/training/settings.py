@@ -282,15 +282,6 @@ def steps_of(epochs: float, windows: int, batch_size: int) -> int:
     return max(1, math.ceil(epochs * windows / batch_size - 1e-9))
 
 
-def of_run(saved: dict[str, Any]) -> dict[str, Any]:
-    """Complete the settings of a run, which may be older than some of them: it kept all checkpoints, no older states, put nothing
-    before a document, and took no dropout from the adapters that it went on with."""
-    before: dict[str, Any] = {"keep_checkpoints": 0, "ladder_mib": 0, "bos": "none"}
-    if saved.get("lora_init"):
-        before["lora_dropout"] = 0.0
-    return before | saved
-
-
 def check(values: dict[str, Any], source: str) -> dict[str, Any]:
     """Check names, types and choices of settings, and make whole numbers float where that is the type.
 

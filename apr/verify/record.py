@@ -16,8 +16,8 @@ from ..data.audit import folders_in
 from ..evidence.gates import parse_bounds
 from ..evidence.judge import Facts, epoch_before
 from ..evidence.verdict import VERDICT, read_verdict
-from ..training.rundir import PARTS, RunDir
-from ..training.settings import Settings, check, is_due, of_run
+from ..training.rundir import PARTS, RunDir, of_run
+from ..training.settings import Settings, check, is_due
 
 NONE_SAVED = "no checkpoint was saved"
 CUT = ("ABORTED", "INTERRUPTED", "FAILED")  # status words of runs that did not end at an evaluation

@@ -30,8 +30,8 @@ from ..model.params import Layout
 from ..model.transformer import Model
 from ..training.evaluate import Loss, evaluate
 from ..training.references import preferences_of, use_reference
-from ..training.rundir import RunDir
-from ..training.settings import Settings, check, of_run
+from ..training.rundir import RunDir, of_run
+from ..training.settings import Settings, check
 
 
 @dataclass(frozen=True)

@@ -378,7 +378,7 @@ def a_recorded_pass_keeps_its_counters(m):
 
 FAULTS = {
     dropped_in_evaluations: "an evaluation drops",
-    one_mask_for_all_matrices: "15 matrices have 1 masks",
+    one_mask_for_all_matrices: "15 matrices share 1 mask",
     one_mask_for_all_steps: "not those of the step",
     another_seed: "another seed",
     the_scale_of_adapters_is_forgotten: "another scale",

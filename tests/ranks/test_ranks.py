@@ -253,6 +253,11 @@ if rank is not None:
                     raise IOFailure("no space left, planted")
                 if what == "sleep":
                     time.sleep(1000)
+                # The state of step 2 is written beside the steps after it.
+                state = os.path.join(os.path.dirname(os.environ["FAULT_FILE"]), "run/ckpt/state/step-000002.apr")
+                end = time.monotonic() + 60 * (int(what) == signal.SIGKILL)
+                while time.monotonic() < end and not os.path.exists(state):
+                    time.sleep(0.01)
                 os.kill(os.getpid(), int(what))
         return right(self)
     Trainer.train_step = train_step

@@ -13,7 +13,8 @@ from apr.evidence.resumed import DECIDING
 from apr.model.optim import OPTIMIZERS
 from apr.training.resume import DECIDE_BITS
 from apr.training.run import continued
-from apr.training.settings import DEMO, RunSettings, Settings, of_run
+from apr.training.rundir import of_run
+from apr.training.settings import DEMO, RunSettings, Settings
 
 APR = Path(apr.__file__).parent
 # Variables and attributes that hold the settings of a run.
