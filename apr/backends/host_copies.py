@@ -30,22 +30,24 @@ class HostCopies:
         self._buffers: dict[str, np.ndarray] = {}
         # Of copies on the GPU that are not on the host yet, and of those that are: (buffer, address).
         self._twins: list[tuple[np.ndarray, int]] = []
-        # Of the copies: also where page-locked memory has come to an end since.
-        self._beside, self._context = self.driver, 0
+        self._context = 0
+        # Until the system gives no more page-locked memory; copies made before that still need the driver.
+        self._locks = self.driver is not None
 
     def reserve(self, arrays: Mapping[str, Any]) -> None:
         """Make the buffers of arrays where that takes long: page-locked memory, seconds for 10 GB."""
         for name, x in arrays.items():
-            if self.driver is not None and not self.problem:
+            if self.driver is not None and self._locks:
                 self._page_locked(self.driver, name, x)
 
     def __call__(self, name: str, x: Any) -> np.ndarray:
         """Copy a contiguous array as it is now.  x (...)  any dtype; returns the same, on the host, whole after `finish`"""
-        if self.driver is not None and (buffer := self._page_locked(self.driver, name, x)) is not None:
+        driver = self.driver if self._locks else None
+        if driver is not None and (buffer := self._page_locked(driver, name, x)) is not None:
             # The driver's copies do not wait for the stream that computes.
             self.be.sync()
-            if not self._has_twin(self.driver, buffer, x):
-                self.driver.copy_to_host(buffer, x.data.ptr)
+            if not self._has_twin(driver, buffer, x):
+                driver.copy_to_host(buffer, x.data.ptr)
             return buffer.view(x.dtype).reshape(x.shape)
         there = self._buffers.get(name)
         if self.be.name == "cuda" or there is None or there.shape != x.shape or there.dtype != x.dtype:
@@ -56,9 +58,9 @@ class HostCopies:
 
     def finish(self) -> None:
         """Wait until all copies are on the host; in any thread. Raises DeviceError."""
-        if self._twins and self._beside is not None:
+        if self._twins and self.driver is not None:
             try:
-                self._beside.copy_beside(self._context, self._twins)
+                self.driver.copy_beside(self._context, self._twins)
             except DriverError as e:
                 raise DeviceError(
                     f"a save could not be copied from the GPU: {e}; the save before it is whole"
@@ -68,10 +70,10 @@ class HostCopies:
         """Give back the GPU memory of copies that `finish` has seen; in the thread that computes."""
         twins, self._twins = self._twins, []
         for _, address in twins:
-            assert self._beside is not None
+            assert self.driver is not None
             # What is wrong with the GPU meets the next call that computes.
             with suppress(DriverError):
-                self._beside.free(address)
+                self.driver.free(address)
 
     def _has_twin(self, driver: Driver, buffer: np.ndarray, x: Any) -> bool:
         """Copy an array on the GPU, where that takes at most half of what is free there."""
@@ -92,7 +94,7 @@ class HostCopies:
             if there is None or there.dtype != np.uint8 or there.nbytes != x.nbytes:
                 there = driver.page_locked(x.nbytes)
         except DriverError as e:
-            self.driver = None
+            self._locks = False
             self.problem = f"saves are copied through ordinary memory, which takes many times as long: {e}"
             return None
         self._buffers[name] = there
