@@ -7,26 +7,20 @@ Example: apr plan --model qwen2.5-0.5b --micro-batch-size 2 --seq-length 1024"""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ..backends.select import select
 from ..checkpoints.registry import open_any
 from ..common.errors import Refused, UsageError
 from ..common.options import device_option, dtype_option, json_option, option, parse, threads_option
 from ..common.units import plural
-from ..model.config import ModelConfig
-from ..model.cost import Memory, check_positions, fitted, flops_per_token, matmul_rate, memory, save_copies
-from ..model.lora import BASES, AdapterLayout, LoraConfig
-from ..model.lora_settings import check_rank, lora_config
-from ..model.optim import AdamW
-from ..model.params import Layout
+from ..model.lora import BASES
+from ..model.lora_settings import lora_config
 from ..model.presets import PRESETS, load_config
-from ..training import disk, scaling
-from ..training.rank_memory import on_ranks
+from ..training import scaling
+from ..training.plan import Job, Narrow, Plan, check_gpus, plan
 from ..training.settings import Settings
 from .show import Show
 
@@ -93,6 +87,16 @@ class Flags:
 def main(args: Sequence[str]) -> int:
     """Run the command; returns the exit code. Errors are raised."""
     f = parse(Flags, args, "apr plan", __doc__ or "")
+    found = plan(_job(f))
+    if f.json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        _show(found, f"plan: {f.init or f.model}")
+    return 0 if found.fits and found.fits_on_disk else Refused.exit_code
+
+
+def _job(f: Flags) -> Job:
+    """Make of flags what is planned."""
     if (f.model is None) == (f.init is None):
         raise UsageError("say which model: give --model or --init, one of them")
     if f.recompute and not f.train:
@@ -109,139 +113,93 @@ def main(args: Sequence[str]) -> int:
     if lora and not f.train:
         raise UsageError("--lora-rank is about training, --no-train has none; give one of them")
     cfg = open_any(f.init).cfg if f.init else load_config(str(f.model))
-    check_positions(cfg, f.seq_length)
-    if lora:
-        check_rank(cfg, lora)
     backend = select(f.device, f.dtype, f.threads)
-    dtype = f.dtype or backend.dtypes[0]
-    layout, micro = Layout(cfg), min(f.micro_batch_size or f.batch_size, f.batch_size)
-    have = backend.free_memory()
-    describe: Callable[..., Memory] = partial(
-        memory, cfg, backend, micro, f.seq_length, dtype, f.train,
-        recompute=f.recompute, documents=f.mask_documents, lora=lora, saves=True, folds=micro < f.batch_size and f.gpus == 1,
-    )  # fmt: skip
-    if f.gpus % f.nodes:
-        raise UsageError(f"--gpus {f.gpus} are all GPUs, and are not equally many on --nodes {f.nodes}")
-    if f.gpus > 1:
-        if not f.train or backend.name != "cuda":
-            raise UsageError(
-                f"--gpus {f.gpus} plans a training on GPUs, and this is {backend.name}{'' if f.train else ', --no-train'}: run "
-                "it where one of them is, whose memory and speed it measures"
-            )
-        trained = AdapterLayout(cfg, lora) if lora else layout
-        describe = on_ranks(describe, trained, dtype, AdamW, f.gpus)
-    limit = have if f.train and not f.recompute else None
-    need, again = fitted(lambda again: describe(act_again=again), limit, backend.act_again and f.train)
-    planned = _disk(f, cfg, dtype, lora) if f.train else None
-    room = disk.free_bytes(Path(f.run_dir or "runs"))
-    copies = save_copies(cfg, dtype, AdamW, lora) if f.train else 0
-    adapters = AdapterLayout(cfg, lora) if lora else None
-    flops = flops_per_token(cfg, f.seq_length, f.train, lora)
-    rate = matmul_rate(backend, dtype)
-    result: dict[str, Any] = {
-        "device": backend.name,
-        "dtype": dtype,
-        "parameters": layout.num_parameters,
-        "tensors": len(layout.slots),
-        "trained_parameters": adapters.num_parameters if adapters else layout.num_parameters,
-        "flops_per_token": flops,
-        "bytes": {**vars(need), "total": need.total},
-        "available_bytes": have,
-        "fits": have is None or need.total <= have,
-        "act_again": again,
-        "copies_bytes": copies,
-        "disk_bytes": {**vars(planned), "total": planned.total} if planned else None,
-        "free_disk_bytes": room,
-        "fits_on_disk": planned is None or room is None or planned.total <= room,
-        "matmul_flops_per_sec": rate,
-        "tokens_per_sec_limit": rate / flops,
-    }
-    low = 0
-    if backend.name == "cpu" and dtype == "float32":
-        low = memory(
-            cfg, backend, micro, f.seq_length, "bfloat16", f.train, recompute=f.recompute,
-            documents=f.mask_documents, lora=lora, saves=True, folds=micro < f.batch_size,
-        ).total  # fmt: skip
-        result["bfloat16_bytes"] = low
-    together = None
-    if f.gpus > 1:
-        # As fast as products alone would be, and a share of that; a step has as many rounds as there are micro-batches for a GPU.
-        seconds = flops * micro * f.seq_length / (scaling.SHARE * rate) * (4 / 3 if f.recompute else 1)
-        together = scaling.step(
-            adapters or layout, seconds, f.gpus, f.nodes, gbits=f.network_gbits,
-            micro_steps=max(1, -(-f.batch_size // (micro * f.gpus))), backward=3 / 4 if f.recompute else 2 / 3,
-            bytes_of_a_weight=2 if dtype == "bfloat16" and not adapters else 4,
-        )  # fmt: skip
-        result |= {
-            "efficiency": together.efficiency,
-            "scaling": {**vars(together), "seconds": together.seconds},
-        }
-    steps = f.num_steps
-    if steps is not None:
-        result["flops"] = flops * steps * f.batch_size * f.seq_length
-        result["hours_at_limit"] = result["flops"] / rate / 3600
-    code = 0 if result["fits"] and result["fits_on_disk"] else Refused.exit_code
-    if f.json:
-        print(json.dumps(result, indent=2))
-        return code
-    show, gib, beside = Show(), 2**30, copies and not need.copies
-    parts = [(name, f"{value / gib:9.3f} GiB") for name, value in vars(need).items() if value]
-    rows = [
-        ("parameters", f"{layout.num_parameters:,} in {plural(len(layout.slots), 'tensor')}"),
-        *([("trained", f"{adapters.num_parameters:,} in {plural(len(adapters.slots), 'adapter')}")] if adapters else []),
-        ("FLOPs per token", f"{flops / 1e9:.3f} G{' (forward and backward)' if f.train else ' (forward)'}"),
-        ("device", f"{backend.name}, {dtype}"),
-        *parts,
-        ("all buffers", f"{need.total / gib:9.3f} GiB for {micro} x {f.seq_length} tokens at once"),
-        *([("to fit", "the input of the down product is computed again in backward, for 2 % of a step")] if again else []),
-        *(scaling.described(together, f.gpus, f.nodes, f.network_gbits, rate) if together else []),
-        ("free memory", f"{have / gib:9.3f} GiB" if have is not None else "the system does not say"),
-        *([("main memory", f"{copies / gib:9.3f} GiB of copies that saves are written from")] if beside else []),
-        *([("disk", planned.in_words(room))] if planned else []),
-        ("limit of speed", f"{rate / flops:,.0f} tokens/s: all FLOPs at this device's matrix-product rate, "
-         f"{rate / 1e9:.0f} GFLOP/s, measured now"),
-    ]  # fmt: skip
-    if backend.name == "cpu" and dtype == "float32":
-        rows.append(("bfloat16", _bfloat16_here(backend, need.total, low, rate)))
-    if steps is not None:
-        rows.append(("whole job", f"{result['flops']:.3g} FLOPs, at least {result['hours_at_limit']:.2f} h"))
-    show.table(f"plan: {f.init or f.model}", rows)
-    if not result["fits"]:
-        show.note("DOES NOT FIT: use a smaller --micro-batch-size, --seq-length or model, or --recompute")
-    if not result["fits_on_disk"]:
-        show.note(
-            "DOES NOT FIT ON THE DISK: give fewer --keep-checkpoints, --keep-states or --ladder-mib, or another "
-            "--run-dir"
-        )
-    return code
+    check_gpus(backend, f.gpus, f.nodes, f.train)
+    return Job(
+        cfg,
+        backend,
+        f.dtype or backend.dtypes[0],
+        f.batch_size,
+        min(f.micro_batch_size or f.batch_size, f.batch_size),
+        f.seq_length,
+        f.num_steps,
+        f.train,
+        f.recompute,
+        f.mask_documents,
+        lora,
+        _writes(f) if f.train else None,
+        Path(f.run_dir or "runs"),
+        f.gpus,
+        f.nodes,
+        f.network_gbits,
+    )
 
 
-def _bfloat16_here(backend: Any, wide: float, low: float, rate: float) -> str:
-    """Say what --dtype bfloat16 gives on this processor: its products, bytes in place of `wide`, and its rate once compiled."""
-    from ..backends.cpu import ops, tiles
-
-    path = tiles.path()
-    room = f"{low / 2**30:.3f} GiB in place of {wide / 2**30:.3f}"
-    if path == "float32":
-        return f"this processor multiplies it as float32, so no faster; {room}"
-    name = {"amx": "AMX tiles", "avx512_bf16": "AVX512-BF16"}[path]
-    if not ops.is_compiled("bfloat16"):
-        return f"{room}; products on {name}, measured by --dtype bfloat16 (its kernels are compiled once)"
-    times = matmul_rate(backend, "bfloat16") / rate
-    return f"{room}; a large product on {name} runs at {times:.1f} times the rate of float32"
-
-
-def _disk(f: Flags, cfg: ModelConfig, dtype: str, lora: LoraConfig | None) -> disk.Disk:
-    """Compute the disk of the job; without --num-steps, of one that is long enough to remove checkpoints."""
+def _writes(f: Flags) -> Settings:
+    """Settings of what a run writes; without --num-steps, of one that is long enough to remove checkpoints."""
     if not f.num_steps and not f.keep_checkpoints:
         raise UsageError(
             "--keep-checkpoints 0 keeps all of them: say how many steps there are with --num-steps"
         )
-    s = Settings(
+    return Settings(
         num_steps=f.num_steps or f.eval_every * (f.keep_checkpoints + f.keep_states + 2),
         eval_every=f.eval_every,
         keep_checkpoints=f.keep_checkpoints,
         keep_states=f.keep_states,
         ladder_mib=f.ladder_mib,
     )
-    return disk.disk(cfg, dtype, s, AdamW, lora, is_long=not f.num_steps)
+
+
+def _show(p: Plan, title: str) -> None:
+    show, job, layout, adapters = Show(), p.job, p.job.layout, p.job.adapters
+    rows = [("parameters", f"{layout.num_parameters:,} in {plural(len(layout.slots), 'tensor')}")]
+    if adapters:
+        rows.append(("trained", f"{adapters.num_parameters:,} in {plural(len(adapters.slots), 'adapter')}"))
+    passes = "forward and backward" if job.is_training else "forward"
+    rows.append(("FLOPs per token", f"{p.flops / 1e9:.3f} G ({passes})"))
+    rows.append(("device", f"{job.backend.name}, {job.dtype}"))
+    rows += [(name, _gib(value)) for name, value in vars(p.need).items() if value]
+    tokens = f"{job.micro_batch} x {job.seq_length} tokens at once"
+    rows.append(("all buffers", f"{_gib(p.need.total)} for {tokens}"))
+    if p.act_again:
+        again = "the input of the down product is computed again in backward, for 2 % of a step"
+        rows.append(("to fit", again))
+    if p.together:
+        rows += scaling.described(p.together, job.gpus, job.nodes, job.network_gbits, p.rate)
+    rows.append(("free memory", _gib(p.have) if p.have is not None else "the system does not say"))
+    if p.copies and not p.need.copies:
+        rows.append(("main memory", f"{_gib(p.copies)} of copies that saves are written from"))
+    if p.disk:
+        rows.append(("disk", p.disk.in_words(p.free_disk)))
+    rows.append((
+        "limit of speed",
+        f"{p.rate / p.flops:,.0f} tokens/s: all FLOPs at this device's matrix-product rate, {p.rate / 1e9:.0f} GFLOP/s, "
+        "measured now",
+    ))  # fmt: skip
+    if p.bfloat16 is not None:
+        rows.append(("bfloat16", _in_words(p.bfloat16, p.need.total)))
+    if p.whole_flops is not None:
+        rows.append(("whole job", f"{p.whole_flops:.3g} FLOPs, at least {p.hours:.2f} h"))
+    show.table(title, rows)
+    if not p.fits:
+        show.note("DOES NOT FIT: use a smaller --micro-batch-size, --seq-length or model, or --recompute")
+    if not p.fits_on_disk:
+        show.note(
+            "DOES NOT FIT ON THE DISK: give fewer --keep-checkpoints, --keep-states or --ladder-mib, or another "
+            "--run-dir"
+        )
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / 2**30:9.3f} GiB"
+
+
+def _in_words(b: Narrow, wide: int) -> str:
+    """Say what --dtype bfloat16 gives on this processor: bytes in place of `wide`, and its rate once compiled."""
+    room = f"{b.nbytes / 2**30:.3f} GiB in place of {wide / 2**30:.3f}"
+    if b.path == "float32":
+        return f"this processor multiplies it as float32, so no faster; {room}"
+    name = {"amx": "AMX tiles", "avx512_bf16": "AVX512-BF16"}[b.path]
+    if b.times is None:
+        return f"{room}; products on {name}, measured by --dtype bfloat16 (its kernels are compiled once)"
+    return f"{room}; a large product on {name} runs at {b.times:.1f} times the rate of float32"

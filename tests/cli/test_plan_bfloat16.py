@@ -8,7 +8,6 @@ import re
 import pytest
 
 from apr.backends.cpu import ops, tiles
-from apr.cli import plan
 from apr.cli.main import main
 
 JOB = ["plan", "--model", "qwen2-3m", "--batch-size", "8", "--seq-length", "256", "--device", "cpu"]
@@ -31,7 +30,9 @@ def test_what_bfloat16_gives(
 ) -> None:
     monkeypatch.setattr(tiles, "path", lambda: path)
     monkeypatch.setattr(ops, "is_compiled", lambda dtype: is_compiled)
-    monkeypatch.setattr(plan, "matmul_rate", lambda _, dtype: 3e11 if dtype == "bfloat16" else 1e11)
+    monkeypatch.setattr(
+        "apr.training.plan.matmul_rate", lambda _, dtype: 3e11 if dtype == "bfloat16" else 1e11
+    )
     assert main([*JOB, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert main(JOB) == 0

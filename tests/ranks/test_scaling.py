@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 
 from apr import backends
-from apr.cli import plan
 from apr.cli.main import main
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
@@ -51,8 +50,8 @@ def test_a_network_and_more_micro_batches_cost_what_they_move():
 def test_the_plan_of_several_nodes_says_what_was_measured_and_what_is_assumed(monkeypatch, capsys):
     played = SimpleNamespace(**vars(backends.get("reference")))
     played.name = "cuda"
-    monkeypatch.setattr(plan, "select", lambda *a: played)
-    monkeypatch.setattr(plan, "matmul_rate", lambda *a: 700e12)
+    monkeypatch.setattr("apr.cli.plan.select", lambda *a: played)
+    monkeypatch.setattr("apr.training.plan.matmul_rate", lambda *a: 700e12)
     job = [
         "plan",
         "--model",
