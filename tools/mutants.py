@@ -4,7 +4,7 @@
 Example: python tools/mutants.py --record bench/trust.json
          python tools/mutants.py --patch fault.patch --job plain --tests tests/model
 
-A fault is an edit of the source (tools/mutant_faults.py, or a patch). It is planted in a copy of this checkout; there a
+A fault is an edit of the source (tools/mutant_*.py, or a patch). It is planted in a copy of this checkout; there a
 standard job is trained, the run is verified by the faulty code and by the sound code, and `apr bisect` is asked; with
 --tests, so are the tests of the fault's area. Before the faults the sound copy does all of it, and nothing may be seen.
 Real data is found through $APR_TEST_DATA.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import re
@@ -30,10 +31,13 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pinned_jobs
 from mutant_faults import FAULTS, Mutant
 from mutant_second import SECOND
+from mutant_third import THIRD
 
+from apr.checkpoints.apr2 import read_apr
 from apr.common.atomic import write_json
 from apr.common.host import cpu_name
 
@@ -59,6 +63,7 @@ BASE = "runs/base/ckpt/epoch-002.apr"  # a checkpoint of the sound code, which t
 ANSWERS = (
     "--init", BASE, "--instruct", "chats.jsonl", "--chat-template", "template.jinja", *SMALL, "--seq-length", "96",
 )  # fmt: skip
+UNEVEN = ("--batch-size", "5", "--micro-batch-size", "2")
 PLAIN = ("--corpus", "corpus", "--model", "configs/qwen2.json", *SMALL, "--seq-length", "32")
 JOBS: dict[str, tuple[str, ...]] = {
     "plain": PLAIN,
@@ -71,9 +76,57 @@ JOBS: dict[str, tuple[str, ...]] = {
         "--beta1", "0.8", "--beta2", "0.97", "--eps", "1e-6", "--weight-decay", "0.03"),
     "instruct": ANSWERS,
     "lora": (*ANSWERS, "--lora-rank", "4"),
+    "uneven": (*ANSWERS, *UNEVEN),
+    "bf16": (*PLAIN, *UNEVEN, "--dtype", "bfloat16", "--seq-length", "45"),
+    "odd": (
+        "--corpus", "corpus", "--model", "configs/odd.json", *SMALL, "--seq-length", "160", "--mask-documents", "--dtype",
+        "bfloat16", "--z-loss", "2e-2",
+    ),
+    "dropout": (*ANSWERS, *UNEVEN, "--lora-rank", "4", "--lora-dropout", "0.2"),
+    "dora": (*ANSWERS, "--lora-rank", "4", "--lora-dora"),
+    "adapters": (
+        *ANSWERS, "--lora-rank", "4", "--lora-alpha", "6.5", "--lora-rslora", "--lora-plus", "8", "--lora-targets",
+        "q,v,gate,down,embed", "--lora-modules-to-save", "norm", "--lora-rank-pattern", "down_proj=9",
+    ),
+    "int8": (*ANSWERS, "--lora-rank", "4", "--lora-base", "int8"),
+    "mixture": (
+        "--mix", "corpus=corpus/plays weight=0.5; corpus=corpus/stories.jsonl weight=0.3; corpus=corpus/Lib weight=0.2",
+        "--model", "configs/qwen2.json", *SMALL, "--seq-length", "128", "--batch-size", "30", "--micro-batch-size", "10",
+    ),
+    "mixed-chats": (
+        "--init", BASE, "--mix", "instruct=chats.jsonl weight=0.5; instruct=more.jsonl weight=0.5", "--chat-template",
+        "template.jinja", *SMALL, *UNEVEN, "--seq-length", "96",
+    ),
+    "dpo": (
+        "--init", BASE, "--preferences", "pairs.jsonl", "--chat-template", "template.jinja", *SMALL, *UNEVEN, "--seq-length",
+        "128", "--label-smoothing", "0.1", "--beta", "0.3",
+    ),
+    "simpo": (
+        "--init", BASE, "--preferences", "pairs.jsonl", "--chat-template", "template.jinja", *SMALL, *UNEVEN, "--seq-length",
+        "128", "--preference-loss", "simpo",
+    ),
+    "windowed": (
+        "--corpus", "corpus", "--model", "configs/windowed.json", *SMALL, "--seq-length", "100", "--mask-documents", "--dtype",
+        "bfloat16",
+    ),
+    "passes": (
+        "--corpus", "corpus/stories.jsonl", "--model", "configs/qwen2.json", *SMALL, "--seq-length", "128", "--batch-size",
+        "25", "--micro-batch-size", "25",
+    ),
+    "marked": ("--corpus", "marked.txt", "--tokenizer", "tokenizer", "--model", "configs/qwen2.json", *SMALL, "--seq-length",
+        "32"),
     "resumed": ("--resume",),
 }  # fmt: skip
-LISTS = {"first": FAULTS, "second": SECOND}
+# Faults of figures that are shown beside times, which no two runs share.
+SHOWN = ("perplexity_of_bits",)
+# Runs of the sound code that are cut behind a step and gone on with.
+RESUMED = "resumed-"
+# Job of commands that read checkpoints of sound runs.
+COMMANDS = "commands"
+LISTS = {"first": FAULTS, "second": SECOND, "third": THIRD}
+# A head of 24, of which no block is whole; more positions than attention takes in one chunk; a window.
+ODD = {"head_dim": 24, "hidden_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 256}
+TIMES = ("wall_ms", "tokens_per_sec")
 # What counts as seen while a job runs.
 RUN_TIME = ("pretrain", "bisect", "verify")
 
@@ -84,6 +137,13 @@ class Outcome:
 
     mutant: Mutant
     seen: dict[str, str] = field(default_factory=dict)
+    # Hashes of what a job wrote: a fault after which all are those of the sound code has done nothing.
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def has_effect(self) -> bool:
+        """Tell if the job came to something else than that of the sound code, or a check said so."""
+        return self.seen.get("effect") != "none"
 
     @property
     def at_run_time(self) -> bool:
@@ -126,6 +186,15 @@ class Bench:
         pinned_jobs.template(inputs)
         for family in pinned_jobs.CONFIGS:
             pinned_jobs.config(inputs, family)
+        pinned_jobs.write(inputs, "configs/odd.json", json.dumps(pinned_jobs.CONFIGS["llama3"] | ODD))
+        windowed = pinned_jobs.CONFIGS["mistral"] | ODD | {"sliding_window": 40, "num_key_value_heads": 4}
+        pinned_jobs.write(inputs, "configs/windowed.json", json.dumps(windowed))
+        pinned_jobs.write(inputs, "pairs.jsonl", pinned_jobs.jsonl(_pairs(inputs)))
+        pinned_jobs.write(inputs, "more.jsonl", pinned_jobs.jsonl(_stories_told(inputs)))
+        marked = "\n\n".join(
+            f"{text}\nThe token <|endoftext|> ends a text." for text in pinned_jobs.stories(inputs, 90)
+        )
+        pinned_jobs.write(inputs, "marked.txt", marked)
         done = self.apr(self.sound, "pretrain", "--run-dir", "runs/base", *PLAIN)
         if done.returncode:
             raise SystemExit(f"the run to start from: exit code {done.returncode}\n{done.stderr}")
@@ -145,7 +214,7 @@ class Bench:
         except subprocess.TimeoutExpired as e:
             return subprocess.CompletedProcess(e.cmd, 124, "", f"no end after {LIMIT_S} s")
 
-    def judge(self, mutant: Mutant, tests: bool) -> Outcome:
+    def judge(self, mutant: Mutant, tests: bool, is_quick: bool = False) -> Outcome:
         """Plant a fault, and ask every check."""
         out = Outcome(mutant)
         with self.planted(mutant):
@@ -153,20 +222,37 @@ class Bench:
             shutil.rmtree(self.work / run, ignore_errors=True)
             # What a faulty copy has prepared serves no other.
             shutil.rmtree(self.folder / "cache-faulty", ignore_errors=True)
+            if mutant.job == COMMANDS:
+                out.seen["pretrain"], out.files = self._commands(self.work / run)
+                shutil.rmtree(self.work / run, ignore_errors=True)
+                return out
             if mutant.job == "resumed":
                 self._cut(self.work / run)
-            done = self.apr(self.faulty, "pretrain", "--run-dir", run, *JOBS[mutant.job])
+            elif mutant.job.startswith(RESUMED):
+                self._cut(self.work / run, self._sound_run(mutant.job.removeprefix(RESUMED)), step=9, last=11)
+            flags = ("--resume",) if mutant.job.startswith(RESUMED) else JOBS[mutant.job]
+            done = self.apr(self.faulty, "pretrain", "--run-dir", run, *flags)
             out.seen["pretrain"] = self._verdict(done, self.work / run)
+            out.files = _files(self.work / run)
             bisect = ["bisect", BASE, "--picture", ""]
             if mutant.job == "masked":
                 bisect += ["--mask-documents", "--seq-length", "48"]
+            elif mutant.job in ("odd", "windowed"):
+                bisect[1] = f"runs/{self._sound_run(mutant.job)}/ckpt/epoch-002.apr"
+                bisect += ["--mask-documents", "--seq-length", "160", "--sides", "cpu/bfloat16"]
+            elif mutant.job == "bf16":
+                bisect += ["--sides", "cpu/float32,cpu/bfloat16"]
             elif mutant.job in ("window", "qknorm"):
                 preset = {"window": "mistral-tiny", "qknorm": "qwen3-tiny"}[mutant.job]
                 bisect = ["bisect", preset, "--picture", ""]
-            out.seen["bisect"] = _first_fault(self.apr(self.faulty, *bisect, "--json"))
+            # Elsewhere is nothing that bisect runs.
+            if not mutant.edits or any(
+                p.startswith(("apr/backends", "apr/model")) for p, _, _ in mutant.edits
+            ):
+                out.seen["bisect"] = _first_fault(self.apr(self.faulty, *bisect, "--json"))
             # A run that was refused or aborted has said so itself.
             if done.returncode in (0, 9) and (self.work / run / "evidence.json").is_file():
-                for name, copy in (("verify", self.faulty), ("outside", self.sound)):
+                for name, copy in (("verify", self.faulty), ("outside", self.sound))[: 1 if is_quick else 2]:
                     answer = self.apr(copy, "verify", run, "--replay", "3", "--seed", "1", "--json")
                     out.seen[name] = _failed_checks(answer)
             if tests and mutant.tests:
@@ -178,6 +264,41 @@ class Bench:
                 )
             shutil.rmtree(self.work / run, ignore_errors=True)
         return out
+
+    def _sound_run(self, job: str) -> str:
+        """Train a job by the sound code, once; returns the name of its run."""
+        name = f"sound-of-{job}"
+        if not (self.work / "runs" / name).is_dir():
+            done = self.apr(self.sound, "pretrain", "--run-dir", f"runs/{name}", *JOBS[job])
+            if done.returncode:
+                raise SystemExit(f"the sound run of {job}: exit code {done.returncode}\n{done.stderr}")
+        return name
+
+    def _commands(self, folder: Path) -> tuple[str, dict[str, str]]:
+        """Export, merge, evaluate and generate with checkpoints of sound runs; what failed, and hashes of what came out."""
+        folder.mkdir(parents=True)
+        odd, lora = (f"runs/{self._sound_run(job)}/ckpt/epoch-002" for job in ("odd", "adapters"))
+        out, failed, told = f"runs/{folder.name}", [], {}
+        short = ("--max-tokens", "24", "--json")
+        for name, line in {
+            "gguf": ("export", f"{odd}.apr", "--format", "gguf", "--dtype", "float32", "-o", f"{out}/odd.gguf"),
+            "hf": ("export", f"{odd}.apr", "-o", f"{out}/hf"),
+            "merge": ("merge", BASE, f"{lora}-adapter", "-o", f"{out}/merged.apr"),
+            "likeliest": ("run", BASE, "The king said", "--temperature", "0", *short),
+            "drawn": ("run", BASE, "The king said", "--top-p", "0.6", *short),
+            "penalty": ("run", BASE, "The king the king", "--temperature", "0", "--repetition-penalty", "1.5", *short),
+            "stop": ("run", BASE, "The king said", "--temperature", "0", "--stop", "e t", "--stop", "th", "--stop", "ou", *short),
+            "eval": ("eval", BASE, "--text", "corpus/plays/0.txt", "--seq-length", "48", "--stride", "16", "--max-tokens",
+                "2000", "--json"),
+        }.items():  # fmt: skip
+            done = self.apr(self.faulty, *line)
+            failed += (
+                [f"{name}: exit {done.returncode}: {_last_line(done.stderr)}"] if done.returncode else []
+            )
+            told[name] = hashlib.sha256(
+                re.sub(r'"[a-z_]*(second|ms|speed)[a-z_]*": [0-9.e+-]+', "", done.stdout).encode()
+            ).hexdigest()
+        return ", ".join(failed), told | _files(folder)
 
     @contextlib.contextmanager
     def planted(self, mutant: Mutant) -> Iterator[None]:
@@ -208,19 +329,19 @@ class Bench:
                 shutil.rmtree(cache, ignore_errors=True)
                 kept.rename(cache)
 
-    def _cut(self, run: Path) -> None:
-        """Make what a kill after step 8 would leave: the state of step 6, and lines of the log behind it."""
-        shutil.copytree(self.work / "runs" / "base", run)
-        later = [p for p in (run / "ckpt" / "state").glob("step-*.apr") if int(p.stem[5:]) > 6]
-        later += [p for p in (run / "ckpt").glob("epoch-*") if int(p.name[6:9]) * 6 > 6]
+    def _cut(self, run: Path, source: str = "base", step: int = 6, last: int = 8) -> None:
+        """Make what a kill after step `last` would leave of a run: the state of `step`, and lines of the log behind it."""
+        shutil.copytree(self.work / "runs" / source, run)
+        later = [p for p in (run / "ckpt" / "state").glob("step-*.apr") if int(p.stem[5:]) > step]
+        later += [p for p in (run / "ckpt").glob("epoch-*") if int(p.name[6:9]) * 6 > step]
         for path in [
             *later,
             *(run / n for n in ("verdict.json", "evidence.json", "report.html", "loss.png")),
         ]:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         log = run / "metrics.jsonl"
         lines = log.read_text().splitlines()
-        log.write_text("\n".join(line for line in lines if json.loads(line)["step"] <= 8) + "\n")
+        log.write_text("\n".join(line for line in lines if json.loads(line)["step"] <= last) + "\n")
 
     def _verdict(self, done: subprocess.CompletedProcess[str], run: Path) -> str:
         """Report the gates that did not pass, or how the process ended."""
@@ -230,6 +351,43 @@ class Bench:
         gates = json.loads(path.read_text())["gates"] if path.is_file() else []
         red = [g["id"] for g in gates if g["verdict"] in ("FAIL", "SUSPECT")]
         return ", ".join(red) or f"exit {done.returncode}: {_last_line(done.stderr)}"
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Hash what a run or a command has written, but for times."""
+    out = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name, data = str(path.relative_to(folder)), b""
+        if path.name in ("metrics.jsonl", "samples.jsonl"):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            data = json.dumps([{k: x for k, x in r.items() if k not in TIMES} for r in rows]).encode()
+        elif path.suffix == ".apr":
+            data = b"".join(
+                k.encode() + np.asarray(x).tobytes() for k, x in sorted(read_apr(path).tensors.items())
+            )
+        elif path.suffix in (".gguf", ".safetensors", ".bin") or path.name == "adapter_config.json":
+            data = path.read_bytes()
+        else:
+            continue
+        out[name] = hashlib.sha256(data).hexdigest()
+    return out
+
+
+def _pairs(inputs: Any) -> list[Any]:
+    """Write pairs of answers to the same prompts, of different lengths."""
+    rows = []
+    for i, text in enumerate(pinned_jobs.stories(inputs, 80)):
+        parts = [s.strip() for s in text.split(". ") if s.strip()]
+        rows.append({"prompt": f"Tell me story {i}.", "chosen": parts[0], "rejected": f"{parts[-1]} {i}"})
+    return [{k: x[:90] for k, x in row.items()} for row in rows]
+
+
+def _stories_told(inputs: Any) -> list[Any]:
+    """Write prompts with long responses."""
+    return [
+        {"prompt": "Go on.", "response": text[: 60 + 3 * i]}
+        for i, text in enumerate(pinned_jobs.stories(inputs, 60, 60))
+    ]
 
 
 def _last_line(text: str) -> str:
@@ -282,12 +440,14 @@ def from_patch(path: Path, job: str, tests: tuple[str, ...]) -> Mutant:
 def rates(outcomes: list[Outcome]) -> dict[str, Any]:
     """Count the faults that each check saw, of those it was asked about."""
     checks = [*RUN_TIME, "outside", "tests"]
+    # A fault that did nothing is none to be seen.
+    outcomes = [o for o in outcomes if o.has_effect]
     out: dict[str, Any] = {}
     for check in checks:
         asked = [o for o in outcomes if check in o.seen]
         out[check] = [sum(bool(o.seen[check]) for o in asked), len(asked)]
     out["at run time"] = [sum(o.at_run_time for o in outcomes), len(outcomes)]
-    out["by anything"] = [sum(any(o.seen.values()) for o in outcomes), len(outcomes)]
+    out["by anything"] = [sum(any(o.seen.get(check) for check in checks) for o in outcomes), len(outcomes)]
     return out
 
 
@@ -333,6 +493,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--processes", metavar="N", type=int, default=1, help="faults planted at once (default 1)"
     )
+    parser.add_argument("--quick", action="store_true", help="do not verify by the sound code too")
     parser.add_argument("--list", choices=LISTS, default="first", help="which list to plant (default first)")
     parser.add_argument(
         "--record",
@@ -344,7 +505,7 @@ def main(argv: list[str] | None = None) -> int:
         "--keep-going", action="store_true", help="plant faults though the sound copy is accused"
     )
     f = parser.parse_args(argv)
-    faults = [m for m in LISTS[f.list] if re.search(f.only, m.name)]
+    faults = [m for m in LISTS[f.list] if re.search(f.only, m.name) or re.fullmatch(f.only, m.job)]
     if f.patch:
         faults = [from_patch(f.patch, f.job, tuple(f.tests or ()))]
     outcomes: list[Outcome] = []
@@ -360,23 +521,27 @@ def main(argv: list[str] | None = None) -> int:
         def judge(mutant: Mutant) -> Outcome:
             bench = benches.get()
             try:
-                return bench.judge(mutant, f.tests is not None and bool(mutant.edits))
+                return bench.judge(mutant, f.tests is not None and bool(mutant.edits), f.quick)
             finally:
                 benches.put(bench)
 
-        false_alarms = []
+        false_alarms, sound_files = [], dict[str, dict[str, str]]()
         sound = [
             Mutant(f"sound-{job}", "nothing is planted", (), job) for job in sorted({m.job for m in faults})
         ]
         for outcome in pool.map(judge, sound):
             show(outcome)
             job = outcome.mutant.job
+            sound_files[job] = outcome.files
             false_alarms += [f"{job}: {check}: {answer}" for check, answer in outcome.seen.items() if answer]
         if false_alarms and not f.keep_going:
             print("the sound copy is accused:", *false_alarms, sep="\n  ")
             return 1
         for outcome in pool.map(judge, faults):
             outcomes.append(outcome)
+            if f.list == "third":
+                is_same = outcome.files == sound_files[outcome.mutant.job] and not outcome.at_run_time
+                outcome.seen["effect"] = "none" if is_same and outcome.mutant.name not in SHOWN else "some"
             show(outcome)
             if f.record and not f.patch:
                 record(f.record, f.list, outcomes, false_alarms)

@@ -26,11 +26,12 @@ from ..checkpoints.registry import open_any
 from ..checkpoints.side_files import with_one_template, with_turn_ends
 from ..checkpoints.tensors import BF16
 from ..common.atomic import try_output
-from ..common.errors import Refused, UsageError
+from ..common.errors import IOFailure, Refused, UsageError
 from ..common.files import read_text
 from ..common.options import json_option, option, parse
 from ..common.printable import printable
 from ..common.units import plural
+from ..evidence.adapters import merged_error
 from ..model.params import Layout
 from ..tokenizer.chat_template import ChatTemplate
 
@@ -93,6 +94,12 @@ def main(args: Sequence[str]) -> int:
         bos = base.metadata.get("tokenizer.bos_token_id")
         embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id, bos)
     write_apr(out, meta, layout.named(host), dtype)
+    off, name = merged_error(tensors, adapter, open_any(str(out)).tensors, dtype)
+    if not off <= 1:
+        out.unlink()
+        raise IOFailure(
+            f"{out}: {name} is not what base and adapter give, off by {off:.3g} of what rounding leaves; nothing was kept"
+        )
     result: dict[str, Any] = {
         "output": str(out),
         # The key of older versions.

@@ -18,9 +18,11 @@ from typing import Any
 from ..api import load
 from ..common.errors import MalformedFile, Refused, UsageError
 from ..common.files import parse_json, read_text
+from ..common.finding import FAIL, WRONG_EXIT, Finding
 from ..common.options import TOO_MANY, device_option, dtype_option, json_option, option, parse, threads_option
 from ..common.printable import json_line, printable
 from ..common.units import plural
+from ..inference.again import check
 from ..inference.language_model import LanguageModel
 from ..inference.sampling import Continuation, Sampling
 from ..inference.streaming import Text
@@ -170,7 +172,7 @@ def _one(model: LanguageModel, f: Flags, sampling: Sampling) -> int:
     else:
         print(flush=True)
         _say(len(ids), len(new), speed, ended[0].ended)
-    return 0
+    return _judged(check(model, ids, new, sampling, text, f.stop))
 
 
 def _several(model: LanguageModel, f: Flags, sampling: Sampling, prompts: list[str]) -> int:
@@ -202,7 +204,16 @@ def _several(model: LanguageModel, f: Flags, sampling: Sampling, prompts: list[s
             ),
             file=sys.stderr,
         )
-    return 0
+    first = rows[0]
+    return _judged(check(model, first["prompt_ids"], first["ids"], sampling, first["text"], f.stop))
+
+
+def _judged(f: Finding) -> int:
+    """Return the exit code of a finding about what was generated, and print a fault on the standard error stream."""
+    if f.verdict != FAIL:
+        return 0
+    print(printable(f"{f.verdict}: {f.why}; `apr bisect` names the op that is wrong"), file=sys.stderr)
+    return WRONG_EXIT
 
 
 def _speed(prompt: int, new: int, reading: float, writing: float) -> dict[str, float | None]:

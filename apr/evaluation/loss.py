@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..common.atomic import write_figure
-from ..common.errors import Refused, UsageError
+from ..common.errors import AprError, Refused, UsageError
 from ..common.rounding import ceil_div
 from ..data.corpus import Corpus
 from ..data.cut import Cutter
@@ -45,6 +45,16 @@ def window_at(k: int, length: int, seq: int, stride: int) -> tuple[int, int, int
     the last token too, which is predicted and never read)."""
     begin = k * stride
     return begin, min(begin + seq, length - 1), seq - stride if k else 0
+
+
+def check_score(k: int, length: int, seq: int, stride: int, first: int, end: int) -> None:
+    """Require that window k of a stream scores (first, end] and no token that another one scores: seq tokens in the first, then
+    `stride` in each, up to the last token of the stream. Raises AprError."""
+    scored = min(seq + k * stride, length - 1), min(seq + (k - 1) * stride, length - 1) if k else 0
+    if (end, first) != scored:
+        raise AprError(
+            f"window {k} scores tokens {first} to {end} of a text of {length}, where {scored[1]} to {scored[0]} are its own"
+        )
 
 
 def check_stride(seq: int, stride: int) -> None:
@@ -204,6 +214,7 @@ def shard_windows(shards: TokenShards, seq: int, stride: int, max_tokens: int | 
             shards.check_sizes(np.array([shard]))
             k = i - int(ends[shard - 1] if shard else 0)
             begin, end, skip = window_at(k, sizes[shard], seq, stride)
+            check_score(k, sizes[shard], seq, stride, begin + skip, end)
             yield Window(shards.arrays[shard][begin : end + 1].astype(np.int32), skip), number + 1
 
     facts = {
@@ -248,6 +259,7 @@ def text_windows(
             facts["documents_too_short"] += len(ids) < 2
             for k in range(windows_in(len(ids), seq, stride)):
                 begin, end, skip = window_at(k, len(ids), seq, stride)
+                check_score(k, len(ids), seq, stride, begin + skip, end)
                 yield Window(ids[begin : end + 1], skip), corpus.bytes_read
                 tokens += end - begin - skip
                 if max_tokens is not None and tokens >= max_tokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from ..checkpoints.checkpoint import Checkpoint, parameters
 from ..checkpoints.peft import LoadedAdapter
-from ..checkpoints.tensors import CHUNK
+from ..checkpoints.tensors import CHUNK, EMBED
 from ..common.finding import FAIL, Finding
 from ..common.units import plural
 from ..model.adapters import Adapters
@@ -23,6 +23,8 @@ from .measure import gradient_norm, gradients
 
 # Of an 8-bit integer: that of the largest weight of a row.
 FULL = 127
+# Of a merged matrix, that are summed again.
+MERGED_ELEMENTS = 1 << 20
 
 
 def adapter_gradients(
@@ -168,6 +170,25 @@ def checkpoint_merge_error(
             eps = float(np.finfo(np.float32).eps)
             m = delta.magnitude if delta.magnitude is None or delta.is_table else delta.magnitude[:, None]
             errors.append((_error_of_sum(got, [x, delta.a, delta.b], delta.scale, eps, last, m), s.hf))
+    return _worst(errors)
+
+
+def merged_error(
+    before: Mapping[str, np.ndarray], adapter: LoadedAdapter, after: Mapping[str, np.ndarray], dtype: str
+) -> tuple[float, str]:
+    """Compare merged weights with base plus adapter, some rows of each matrix: the largest error, as a share of what rounding
+    once to a dtype allows, and its tensor."""
+    eps, last, errors = float(np.finfo(np.float32).eps), 2.0**-8 if dtype == "bfloat16" else 0.0, [(0.0, "")]
+    for hf, delta in adapter.deltas.items():
+        # A head that was the embedding begins as it.
+        base, m = adapter.saved.get(hf, before.get(hf, before.get(EMBED))), delta.magnitude
+        assert base is not None
+        # Columns of an embedding have norms, which are of all rows.
+        whole = delta.is_table and m is not None
+        rows = slice(None, None, 1 if whole else max(1, base.size // MERGED_ELEMENTS))
+        m = m if m is None or delta.is_table else m[rows, None]
+        parts = [np.asarray(base[rows], np.float32), delta.a, delta.b[rows]]
+        errors.append((_error_of_sum(after[hf][rows], parts, delta.scale, eps, last, m), hf))
     return _worst(errors)
 
 

@@ -153,7 +153,8 @@ GATES = {
             "start.validation", START, "abort",
             "the validation loss is the mean over the targets of the windows that were asked for",
             "once per process: windows cut from the shards by the settings, in other pieces and order, losses of rows summed "
-            "on the host, 32 of them computed from their logits: equal within 1e-5, in bfloat16 2e-3, the count exactly",
+            "on the host, 32 of them computed from their logits: equal within 1e-5, in bfloat16 2e-3, the count exactly, "
+            "the standard error within 1 %",
             "`apr eval`; what was averaged: windows, rows, targets",
         ),
         Gate(
@@ -197,8 +198,8 @@ GATES = {
             "start.preferences", START, "abort",
             "the loss of pairs is that of its paper, of these answers, against the model before its first step",
             "once per process, pairs of the first micro-batch with planted references: losses by formulas written a second time, "
-            "of answers found by their labels, within 1e-5; before step 1 the reference is within 1e-4 nats a token of the "
-            "model (bfloat16: 5e-3)",
+            "and figures of the log, of answers found by their labels, within 1e-5; before step 1 the reference is within "
+            "1e-4 nats a token of the model (bfloat16: 5e-3)",
             "apr/model/preferences.py; chosen and rejected; sums and means; --beta, --label-smoothing",
         ),
         Gate(

@@ -19,6 +19,7 @@ from .subject import Subject
 
 Row = tuple[np.ndarray, np.ndarray]
 LOSS = {"float32": 1e-5, "bfloat16": 2e-3}  # relative difference of a mean
+ERROR = 1e-2  # of a standard error
 ROWS_BY_HAND = 32  # whose losses are also computed from logits on the host
 BY_HAND = {"float32": 1e-5, "bfloat16": 2e-2}  # nats/token, beside the size of the logits
 
@@ -62,9 +63,11 @@ def read(shards: Shards, windows: list[tuple[int, int]], seq_length: int) -> Row
 def validation(t: Subject, line: Line) -> Finding:
     """Compare the validation loss of a line of the log, and its number of targets (gate start.validation)."""
     gate, model, dtype = "start.validation", t.model, t.model.dtype
-    windows, total, tokens = chosen(t)[::-1], 0.0, 0
+    windows, tokens = chosen(t)[::-1], 0
     size = max(1, model.batch - 1)
-    by_hand, counted = 0.0, 0
+    by_hand = 0.0
+    # Of each window, from the last to the first: its loss, and what that is a sum over.
+    of_windows: list[tuple[float, int]] = []
     names = [name for name, x in t.val.shards.parts for _ in x.arrays]
     apart = dict.fromkeys(names, (0.0, 0))
     for first in range(0, len(windows), size):
@@ -73,27 +76,39 @@ def validation(t: Subject, line: Line) -> Finding:
             rows, logits = _losses(model, ids, targets, not first)
         if logits is not None:
             by_hand = _off(rows[: len(logits)], logits, targets.reshape(-1))
-        pairs = validation_losses(t, ids, targets, rows) if model.preferences else rows
-        total += float(pairs.sum())
+        for own, x, y in zip(rows.reshape(ids.shape), ids[:, None], targets[:, None], strict=True):
+            of_row = validation_losses(t, x, y, own) if model.preferences else own
+            of_windows.append((float(of_row.sum()), terms(model.preferences, x, y)))
         tokens += int((targets >= 0).sum())
-        counted += pairs.size
         each = zip(windows[first : first + size], rows.reshape(ids.shape), targets, strict=True)
         for (shard, _), losses, target in each:
             loss, n = apart[names[shard]]
             apart[names[shard]] = loss + float(losses.sum()), n + int((target >= 0).sum())
-    loss = total / max(1, counted if model.preferences else tokens)
+    loss = math.fsum(x for x, _ in of_windows) / max(1, sum(n for _, n in of_windows))
     off = abs(line["val_loss"] - loss) / max(abs(loss), 1e-9)
     measured = (
         f"{line['val_loss']:.6f} on {line['val_tokens']:,} targets, scored apart {loss:.6f} on {tokens:,}; "
         f"{ROWS_BY_HAND} rows from their logits within {by_hand:.1e}"
     )
     is_same = off <= LOSS[dtype] and tokens == line["val_tokens"] and by_hand <= BY_HAND[dtype]
+    error, said = standard_error(of_windows[::-1], model.batch), line["val_loss_stderr"]
+    is_near = abs(said - error) <= ERROR * error + LOSS[dtype] * abs(loss)
+    measured += "" if is_near else f"; standard error {said:.3g}, apart {error:.3g}"
+    is_same = is_same and is_near
     for name, (total, tokens) in apart.items() if len(t.val.shards.parts) > 1 else ():
         said, of_name = line.get(f"val_loss/{name}", math.nan), total / max(1, tokens)
         off = abs(said - of_name) / max(abs(of_name), 1e-9)
         measured += f"; {name} {said:.6f}, apart {of_name:.6f} on {tokens:,}"
         is_same = is_same and off <= LOSS[dtype] and tokens == line.get(f"val_tokens/{name}")
     return Finding.of(gate, is_same, measured, f"equal, the loss within {LOSS[dtype]:g} of it", score=off)
+
+
+def standard_error(windows: list[tuple[float, int]], micro: int) -> float:
+    """sqrt(sum (x - mean)^2 / (n (n - 1))) of the means x of n micro-batches. windows: (sum of losses, number of their terms)"""
+    cuts = [windows[first : first + micro] for first in range(0, len(windows), micro)]
+    means = [math.fsum(loss for loss, _ in cut) / max(1, sum(n for _, n in cut)) for cut in cuts]
+    n, middle = len(means), math.fsum(means) / len(means)
+    return math.sqrt(math.fsum((x - middle) ** 2 for x in means) / (n * (n - 1))) if n > 1 else 0.0
 
 
 def batch_loss(model: Model, ids: np.ndarray, targets: np.ndarray) -> float:

@@ -298,12 +298,12 @@ class Model:
         """Embedding or head, with adapters until another matrix is asked for."""
         return self.adapters.outside(name, w) if self.adapters else w
 
-    def last_logits(self) -> np.ndarray:
-        """Logits of the last position of each sequence of the latest forward, on the host, (B,V)."""
+    def last_logits(self, count: int = 1) -> np.ndarray:
+        """Logits of the last position of each sequence of the latest forward, or of the last `count`, on the host, (B,V)."""
         s = self._at(self.b, self.t)[1]
-        logits = self._logits[: self.b]
-        head = self._outside("head", self._head)
-        self.be.linear_fwd(logits, s.final_norm[self.t - 1 :: self.t], head, None)
+        rows = s.final_norm[self.t - 1 :: self.t] if count == 1 else s.final_norm[self.b * self.t - count :]
+        logits = self._logits[: len(rows)]
+        self.be.linear_fwd(logits, rows, self._outside("head", self._head), None)
         return self.be.to_host(logits[:, : self.cfg.vocab_size])
 
     def micro_step(

@@ -213,6 +213,7 @@ def _trainer(r: Record) -> tuple[Trainer, bool]:
     changes |= {
         "corpus": None,
         "instruct": None,
+        "preferences": None,
         "chat_template": None,
         "tokenizer": None,
     }

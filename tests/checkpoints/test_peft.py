@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 
@@ -12,7 +13,7 @@ from apr import backends
 from apr.backends import reference
 from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.hf import read_safetensors, write_safetensors
-from apr.checkpoints.peft import CONFIG, WEIGHTS, adapter_start, add_adapter, read_adapter
+from apr.checkpoints.peft import CONFIG, WEIGHTS, Delta, adapter_start, add_adapter, read_adapter
 from apr.checkpoints.peft_write import write_adapter
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
@@ -299,6 +300,20 @@ def test_merge_says_what_it_did_and_writes_over_nothing(golden, bases, tmp_path,
     assert main(["merge", str(base), str(adapter), "-o", str(out), "--force"]) == 0
     assert main(["merge", str(base), str(adapter), "-o", str(tmp_path / "folder")]) == 2
     assert main(["merge", str(base), str(adapter)]) == 2
+
+
+@pytest.mark.parametrize("case", BASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merge_is_summed_again(golden, bases, tmp_path, monkeypatch, case, dtype):
+    """Sound merges pass; without the scale, or with A of another matrix, nothing is written."""
+    base, _, _ = bases(BASES[case])
+    adapter, out = put_adapter(golden, case, tmp_path / "adapter", METADATA), tmp_path / "m.apr"
+    command = ["merge", str(base), str(adapter), "-o", str(out), "--dtype", dtype, "--force"]
+    assert main(command) == 0
+    right = Delta.added
+    monkeypatch.setattr(Delta, "added", lambda d, w: right(dataclasses.replace(d, scale=0.9 * d.scale), w))
+    assert main(command) != 0
+    assert not out.exists()
 
 
 def test_the_error_of_a_merge_is_seen(golden, bases, tmp_path):

@@ -16,11 +16,11 @@ from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.hf import write_hf
 from apr.cli.eval import Flags
 from apr.cli.main import main
-from apr.common.errors import Aborted, MalformedFile, Refused, UsageError
+from apr.common.errors import Aborted, AprError, MalformedFile, Refused, UsageError
 from apr.common.options import check_ranges, field_types
 from apr.data.batches import Windows
 from apr.data.shards import TokenShards
-from apr.evaluation import choices, humaneval, tasks
+from apr.evaluation import choices, humaneval, loss, tasks
 from apr.evaluation.loss import ByteCount, Sums, measure, shard_windows, text_windows, window_at, windows_in
 from apr.evaluation.score import Scored, Scorer, Window, open_model
 from apr.inference.generate import generator_memory
@@ -94,6 +94,16 @@ def test_every_token_but_the_first_is_scored_once_and_the_first_window_whole():
             assert skip == (0 if k == 0 else seq - stride)
             scored += range(begin + skip + 1, end + 1)
         assert scored == list(range(1, length))
+
+
+@pytest.mark.parametrize("off", [-1, 1, 5])
+def test_windows_that_score_a_token_twice_or_never_are_refused(off):
+    for length, seq, stride in ((100, 16, 16), (100, 16, 5), (7, 16, 16), (18, 16, 1)):
+        for k in range(windows_in(length, seq, stride)):
+            begin, end, skip = window_at(k, length, seq, stride)
+            loss.check_score(k, length, seq, stride, begin + skip, end)
+            with pytest.raises(AprError, match="are its own"):
+                loss.check_score(k, length, seq, stride, begin + skip + off, end)
 
 
 def test_scored_windows_are_those_of_the_guide():

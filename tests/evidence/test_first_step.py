@@ -211,6 +211,16 @@ def the_loss_of_training_is_not_the_evaluated_one(m):
 # Validation
 
 
+def the_error_is_the_deviation(m):
+    right = evaluate.evaluate
+
+    def deviation(model, windows, micro, most, *more):
+        found = right(model, windows, micro, most, *more)
+        return found._replace(stderr=found.stderr * (-(-(most or len(windows)) // micro)) ** 0.5)
+
+    m.setattr(loop, "evaluate", deviation)
+
+
 def the_mean_of_means(m):
     right = evaluate.evaluate
 
@@ -254,6 +264,7 @@ FAULTS = {
     the_loss_of_the_log_is_another: "start.averages",
     the_loss_of_training_is_not_the_evaluated_one: "start.averages",
     the_mean_of_means: "start.validation",
+    the_error_is_the_deviation: "start.validation",
     the_first_windows_only: "start.validation",
     the_last_batch_is_dropped: "start.validation",
 }
