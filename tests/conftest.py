@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +18,13 @@ import pytest
 # they wait for each other make them ten times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A shell ignores Ctrl-C for what it runs in the background, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOWEST_FILES = 12  # that are named at the end
+LONG_TEXTS = 10_000  # characters; fewer are encoded at once
 SUPPORT = ROOT / "tests" / "support"  # on the path by setup.cfg, but for tests of this file elsewhere
 sys.path += [] if str(SUPPORT) in sys.path else [str(SUPPORT)]
 
@@ -90,6 +95,50 @@ def one_picture() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(running, "loss_curve", picture)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rate() -> Iterator[None]:
+    """The rate of a product of the processor is measured by the first run of a file, and again by those that were faster than
+    it says: it takes longer than the steps of a small run."""
+    from apr.evidence import end, measure
+
+    real, measured, known = end._speed, end.matmul_rate, dict[Any, float]()
+
+    def rate(backend: ModuleType, dtype: str) -> float:
+        known[dtype] = max(known.get(dtype, 0.0), found := measured(backend, dtype))
+        return found
+
+    def speed(t: Any, flops: float, most: float) -> Any:
+        # A test that has a rate of its own is asked for it.
+        least = known.get(t.model.dtype, 0.0) if t.backend.name == "cpu" and end.matmul_rate is rate else 0.0
+        return measure.speed(flops, least, most) if least and flops <= most * least else real(t, flops, most)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(end, "matmul_rate", rate)
+        m.setattr(end, "_speed", speed)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def encoded_once() -> Iterator[None]:
+    """What a tokenizer makes of texts that it has encoded in a file of tests is found, not encoded again: every run on a
+    folder of shards encodes the same documents of it."""
+    from apr.tokenizer.tokenizer import Tokenizer
+
+    encode, found = Tokenizer.encode_batch, dict[tuple[Any, ...], list[Any]]()
+
+    def encode_batch(self: Tokenizer, texts: Sequence[str], add_special_tokens: bool = False) -> list[Any]:
+        key = (self.json, tuple(texts), add_special_tokens)
+        if sum(map(len, texts)) < LONG_TEXTS:
+            return encode(self, texts, add_special_tokens)
+        if key not in found:
+            found[key] = encode(self, texts, add_special_tokens)
+        return [ids.copy() for ids in found[key]]
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Tokenizer, "encode_batch", encode_batch)
         yield
 
 

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -280,6 +281,7 @@ def test_an_interrupt_while_kernels_are_compiled(tiny, tmp_path: Path, number: i
     assert "compiling" in process.stderr.readline()
     while not mark.exists() or not mark.read_text():
         assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(number)
     assert end(process) == ("", "apr plan: interrupted\n")
     assert process.returncode == 130

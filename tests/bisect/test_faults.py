@@ -85,7 +85,7 @@ def red(plant: Callable[[Backend], Build], path: Path, only: frozenset[str] | No
     run on, or on none."""
     cfg = golden_config(path)
     runs: dict[str, list[Callable[[], list[str]]]] = {
-        "gradient": [lambda: wrong_gradients(plant(reference), cfg)],
+        "gradient": [lambda: wrong_gradients(plant(reference), cfg, most=1)],
         "truth": [lambda: off_truth(plant(cpu), cfg), lambda: off_truth(plant(cpu), cfg, force=True)],
         "golden": [lambda b=b: off_golden(plant(b[0]), path, b[1]) for b in SOUND],
         "adamw": [lambda b=b: off_adamw(plant(b[0]), path, b[1]) for b in SOUND],

@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,16 +280,34 @@ def test_one_file_in_documents(tok: Path, tmp_path: Path, capsys: pytest.Capture
     assert "--piece-bytes" in err
 
 
+# apr whose first whole shard waits until a signal is there.
+HELD = """
+import os, select, signal, sys
+from pathlib import Path
+from apr.cli.main import main
+replace, (reads, writes) = os.replace, os.pipe()
+os.set_blocking(writes, False)
+def held(a, b):
+    replace(a, b)
+    if Path(b).name == "shard-00000.bin" and Path(b).parent.name == "train":
+        signal.set_wakeup_fd(writes)
+        print("a shard", flush=True)
+        select.select([reads], [], [], 300)
+os.replace = held
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_ctrl_c_says_how_to_go_on(tok: Path, tmp_path: Path) -> None:
     source = tmp_path / "big"
     source.mkdir()
     rng = random.Random(1)
     for i in range(60):
-        (source / f"{i}.txt").write_text(" ".join(str(rng.random()) for _ in range(3000)))
+        (source / f"{i}.txt").write_text(" ".join(str(rng.random()) for _ in range(1000)))
     line = [
         sys.executable,
-        "-m",
-        "apr.cli.main",
+        "-c",
+        HELD,
         "tokenize",
         "encode-corpus",
         str(source),
@@ -300,8 +317,8 @@ def test_ctrl_c_says_how_to_go_on(tok: Path, tmp_path: Path) -> None:
     line += ["-o", str(tmp_path / "out"), "--shard-tokens", "20000", "--val-fraction", "0.2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list((tmp_path / "out").glob("train/shard-*.bin")):
-        time.sleep(0.001)
+    assert process.stdout is not None
+    assert "a shard\n" in process.stdout
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130, err
@@ -309,7 +326,10 @@ def test_ctrl_c_says_how_to_go_on(tok: Path, tmp_path: Path) -> None:
     assert err.rstrip().endswith("INTERRUPTED")
     assert "Traceback" not in err
     assert not list((tmp_path / "out").glob("*/.*"))
+    stopped = len(list((tmp_path / "out" / "train").glob("shard-*.bin")))
+    line[1:3] = ["-m", "apr.cli.main"]
     assert subprocess.run([*line, "--resume"], env=env, capture_output=True).returncode == 0
+    assert 0 < stopped < len(list((tmp_path / "out" / "train").glob("shard-*.bin")))
     assert TokenShards(tmp_path / "out" / "train").total_documents > 30
 
 

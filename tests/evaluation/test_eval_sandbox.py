@@ -32,8 +32,8 @@ from apr.evaluation.sandboxed import ALLOWED, FATAL, NOT_BITS, ONE_OF, plain
 from processes import children_running
 
 LAYERS = {"all layers": sandboxed.LAYERS, "audit hook alone": ()}
-QUICK = 3.0  # seconds for a program that never ends
-LONG = 20.0  # for one that must pass, however busy the machine is
+QUICK = 1.0  # seconds for a program that never ends
+LONG = 60.0  # for one that ends by itself, however busy the machine is
 TEST = "def check(candidate):\n    assert candidate(2) == 3\n    assert candidate(5) == 6\n"
 RIGHT = "def answer(x):\n    return x + 1\n"
 every_layer = pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
@@ -55,12 +55,12 @@ def each(complete):
 
 
 def said(source: str, layers=sandboxed.LAYERS, test: str = TEST, **limits) -> Judgement:
-    return judge(Program(source, "answer", test), Limits(layers=layers, **{"seconds": QUICK, **limits}))
+    return judge(Program(source, "answer", test), Limits(layers=layers, **{"seconds": LONG, **limits}))
 
 
 @every_layer
 def test_a_right_program_passes_and_a_wrong_one_does_not(layers):
-    verdict = said(RIGHT, layers, seconds=LONG)
+    verdict = said(RIGHT, layers)
     assert verdict.passed, verdict
     inside = verdict.isolation["program"]
     assert (inside["seccomp"] == "on") == bool(layers) or "refused" in inside["seccomp"]
@@ -77,7 +77,7 @@ BAD = {
     "loops at once": ("while True: pass", "limit of time|no verdict"),
     "loops when called": ("def answer(x):\n    while True: pass\n", "limit of time|no verdict"),
     "sleeps": ("import time\ndef answer(x):\n    time.sleep(99)\n", "no verdict"),
-    "memory": ("x = [0]\nwhile True: x = x + x\n" + RIGHT, "MemoryError|ended|no verdict"),
+    "memory": ("x = [0]\nwhile True: x = x + x\n" + RIGHT, "MemoryError|ended"),
     "a large integer": ("x = 1 << (1 << 36)\n" + RIGHT, "MemoryError|OverflowError|ended"),
     "recursion": ("def answer(x):\n    return answer(x)\n", "RecursionError|ended"),
     "sys.exit before the test": ("import sys\nsys.exit(0)\n" + RIGHT, "SystemExit"),
@@ -135,10 +135,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_programs_fail(name):
     source, why = BAD[name]
-    verdict = said(source, memory_bytes=256 << 20)
+    verdict = said(source, memory_bytes=256 << 20, seconds=QUICK if "no verdict" in why else LONG)
     assert not verdict.passed
     assert any(w in verdict.why for w in why.split("|")), verdict.why
-    assert verdict.seconds < 30
 
 
 TRY = "try:\n    {}\nexcept BaseException:\n    pass\n"
@@ -293,7 +292,7 @@ def test_a_program_sees_no_file_and_no_process_of_others(name, wall, secrets, mo
     layers, bubblewrap = WALLS[wall]
     if bubblewrap is not None:
         monkeypatch.setattr(sandbox.shutil, "which", lambda program: None)
-    verdict = said(secrets + {**PRYING, **MEMORY}[name], layers, test=FOUND, seconds=LONG)
+    verdict = said(secrets + {**PRYING, **MEMORY}[name], layers, test=FOUND)
     inside = verdict.isolation.get("program", {})
     if wall == "bubblewrap" and inside.get("namespace") != sandbox.BUBBLEWRAP:
         pytest.skip("bubblewrap is not found, or makes no namespaces here")
@@ -305,12 +304,12 @@ def test_a_program_sees_no_file_and_no_process_of_others(name, wall, secrets, mo
 @pytest.mark.parametrize("name", MEMORY)
 def test_without_walls_processes_are_closed_all_the_same(name, secrets):
     """Where the kernel gives neither namespaces nor Landlock: no capability, and nobody can be read."""
-    verdict = said(secrets + MEMORY[name], ("seccomp",), test=FOUND, seconds=LONG)
+    verdict = said(secrets + MEMORY[name], ("seccomp",), test=FOUND)
     assert not verdict.passed, verdict
 
 
 def test_without_walls_an_audit_hook_hides_files(secrets):
-    verdict = said(secrets + PRYING["the file by its name"], (), test=FOUND, seconds=LONG)
+    verdict = said(secrets + PRYING["the file by its name"], (), test=FOUND)
     assert "PermissionError" in verdict.why
     assert verdict.isolation["program"]["files"] == "hidden by an audit hook alone"
 
@@ -330,7 +329,7 @@ def test_a_secret_in_the_open_is_found_by_these_programs(secrets, monkeypatch, t
         "its folder",
         *list(PRYING)[-2:],
     ):
-        verdict = said(secrets + PRYING[name], ("landlock", "seccomp"), test=FOUND, seconds=LONG)
+        verdict = said(secrets + PRYING[name], ("landlock", "seccomp"), test=FOUND)
         assert verdict.passed, (name, verdict)
 
 
@@ -409,7 +408,7 @@ def test_system_calls_without_python(call):
     """ctypes reaches the kernel past every audit hook: the filter itself must hold."""
     number = {"getpid": ALLOWED["getpid"], "fork": FATAL["fork"], "kill": FATAL["kill"]}[call]
     source = f"import ctypes\nctypes.CDLL(None).syscall({number}, 0, 0)\n" + RIGHT
-    verdict = said(source, seconds=LONG)
+    verdict = said(source)
     if verdict.isolation.get("program", {}).get("seccomp", "on") != "on":
         pytest.skip("no seccomp here")
     assert verdict.passed == (call == "getpid"), verdict
@@ -427,7 +426,7 @@ def test_modules_and_iterators_work_inside():
         "def answer(x):\n    return (y for y in sorted(collections.Counter('aab').items()))\n"
     )
     test = "def check(candidate):\n    assert tuple(candidate(1)) == (('a', 2), ('b', 1))\n"
-    verdict = said(source, test=test, seconds=LONG)
+    verdict = said(source, test=test)
     assert verdict.passed, verdict
 
 
@@ -437,7 +436,7 @@ def test_exceptions_that_tests_expect_reach_them():
         "        assert str(e) == 'negative'\n    else:\n        assert False\n"
     )
     good = "def answer(x):\n    raise ValueError('negative')\n"
-    assert said(good, test=test, seconds=LONG).passed
+    assert said(good, test=test).passed
     assert not said(RIGHT, test=test).passed
 
 

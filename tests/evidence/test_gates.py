@@ -87,8 +87,8 @@ def device_computes_wrongly(m, place, folder):
 
 
 def plan_exceeds_memory(m, place, folder):
-    have = cpu.free_memory()
-    m.setattr(split, "memory", lambda *a, **k: type("M", (), {"total": 2 * have})())
+    m.setattr(cpu, "free_memory", lambda: 1 << 30)
+    m.setattr(split, "memory", lambda *a, **k: type("M", (), {"total": 2 << 30})())
     m.setattr(inputs, "choose_micro_batch", lambda *_: 2)
 
 

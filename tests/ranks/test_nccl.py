@@ -186,7 +186,7 @@ def test_a_port_that_is_none_is_refused():
 
 def test_ranks_share_objects_over_tcp_and_strangers_stay_out(tmp_path, monkeypatch):
     monkeypatch.setattr(star, "GRACE_SECONDS", 0)
-    meeting = Meeting(tmp_path / "at")
+    meeting, stranger_is_out = Meeting(tmp_path / "at"), threading.Event()
 
     def run(rank, _):
         if rank == 2:  # knows the port, but not the token
@@ -194,11 +194,14 @@ def test_ranks_share_objects_over_tcp_and_strangers_stay_out(tmp_path, monkeypat
                 time.sleep(0.01)
             number = int(meeting.file.read_text().split()[0])
             stranger = Meeting(None, "127.0.0.1", number, "guessed")
-            Star(1, 2, stranger, 5).close()
+            link = Star(1, 2, stranger, 60)
+            with pytest.raises(RankLost, match="closed its connection"):
+                link.share(None)
+            stranger_is_out.set()
             return None
         if rank == 1:
-            time.sleep(0.3)
-        made = Star(rank, 2, meeting, 20)
+            assert stranger_is_out.wait(60)
+        made = Star(rank, 2, meeting, 60)
         found = [made.share({"rank": rank, "n": n, "x": np.arange(3)}) for n in range(3)]
         if rank == 1:
             made.close()
@@ -263,12 +266,20 @@ import os, signal, sys, time
 rank = os.environ.get("APR_RANK")
 if rank is not None:
     what = os.environ["FAULT"]
-    open(os.environ["FAULT_FILE"] + rank, "w").write(os.environ["APR_RANKS"])
-    if what == "kill" and rank == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
     if what == "signal":
         signal.signal(signal.SIGUSR1, lambda *a: os._exit(5))
-        time.sleep(60)
+    # Under its name when it is whole, and the rank ready for a signal.
+    there = os.environ["FAULT_FILE"] + rank
+    with open(there + ".partial", "w") as f:
+        f.write(os.environ["APR_RANKS"])
+    os.replace(there + ".partial", there)
+    if what == "kill" and rank == "1":
+        # The other one ends by itself, and not because this one has ended.
+        while not os.path.exists(os.environ["FAULT_FILE"] + "0"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "signal":
+        time.sleep(600)
     os._exit(0)
 """
 
@@ -277,7 +288,7 @@ if rank is not None:
 def test_gpus_starts_ranks_and_passes_signals_on(fault, code, monkeypatch, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(SITE)
     monkeypatch.setattr(launch, "load", lambda: None)
-    monkeypatch.setattr(launch, "LEFT_SECONDS", 1)
+    monkeypatch.setattr(launch, "LEFT_SECONDS", 100)
     for name, value in {
         "PYTHONPATH": str(tmp_path),
         "FAULT": fault,

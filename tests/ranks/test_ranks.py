@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -242,12 +243,18 @@ step, what = int(os.environ["FAULT_STEP"]), os.environ["FAULT"]
 if rank is not None:
     from apr.common.errors import IOFailure
     from apr.training.loop import Trainer
-    right = Trainer.train_step
+    right, asked = Trainer.train_step, []
     def train_step(self):
         if self.progress.step + 1 == step:
+            if asked and rank != os.environ["FAULT_RANK"]:
+                limit(self.ranks, asked[-1])
             if what == "wait":
+                # Until one of the ranks is asked to stop, all stand in this step.
                 open(os.environ["FAULT_FILE"] + rank, "w").close()
-                time.sleep(1)
+                while not os.path.exists(os.environ["FAULT_FILE"] + "-asked"):
+                    if self.stop.is_asked:
+                        open(os.environ["FAULT_FILE"] + "-asked", "w").close()
+                    time.sleep(0.01)
             elif rank == os.environ["FAULT_RANK"]:
                 if what == "error":
                     raise IOFailure("no space left, planted")
@@ -261,6 +268,10 @@ if rank is not None:
                 os.kill(os.getpid(), int(what))
         return right(self)
     Trainer.train_step = train_step
+    if what in ("sleep", str(int(signal.SIGSTOP))):
+        # On a busy machine ranks are silent for long while they start: --rank-timeout counts from the fault on.
+        from apr.ranks.watched import Watched
+        limit, Watched.limit = Watched.limit, lambda self, seconds: asked.append(seconds)
     if what == "wait":
         # Longer than rank 0 has where another rank has failed.
         from apr.ranks import watch
@@ -379,6 +390,9 @@ def test_ranks_do_not_outlive_their_parent(started, tmp_path):
     run, left = str(tmp_path / "run").encode(), []
     while time.monotonic() < end and (left := list(_processes_with(run))):
         time.sleep(0.1)
+    for number in left:
+        with suppress(ProcessLookupError):
+            os.kill(int(number), signal.SIGKILL)
     assert not left
 
 

@@ -134,14 +134,17 @@ def loss(model: Model, ids: np.ndarray, targets: np.ndarray) -> float:
 # The numeric gradient
 
 
-def wrong_gradients(build: Build, cfg: ModelConfig) -> list[str]:
-    """Parameters whose gradient is not (L(w + e u) - L(w - e u)) / 2e along a random direction u, in float64."""
+def wrong_gradients(build: Build, cfg: ModelConfig, most: int | None = None) -> list[str]:
+    """Parameters whose gradient is not (L(w + e u) - L(w - e u)) / 2e along a random direction u, in float64; the first
+    `most` of them."""
     model = randomised(build(cfg, "float64"))
     ids, targets = batch_for(model)
     step(model, ids, targets)
     rng, e, wrong = np.random.default_rng(1), 1e-5, []
     weights = model.layout.named(model.w)
     for name, gradient in model.layout.named(model.g).items():
+        if len(wrong) == most:
+            break
         w, start = weights[name], weights[name].copy()
         u = rng.normal(size=w.shape)
         u /= np.linalg.norm(u)

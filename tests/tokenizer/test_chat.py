@@ -305,10 +305,12 @@ def test_ctrl_c_stops_the_answer_not_the_program(made, tmp_path):
     master, slave = os.openpty()
     command = [sys.executable, "-m", "apr.cli.main", "run", str(made / "m.apr"), "--chat"]
     begun = tmp_path / "begun"
+    # The first token waits until the signal is there, the others do not.
     slow = (
-        "import time, pathlib, apr.inference.sampling as g\nold = g.pick\n"
+        "import os, pathlib, select, signal, apr.inference.sampling as g\nold = g.pick\n"
         f"begun = pathlib.Path({str(begun)!r})\n"
-        "g.pick = lambda *a: (begun.touch(), time.sleep(0.05), old(*a))[2]\n"
+        "reads, writes = os.pipe()\nos.set_blocking(writes, False)\nsignal.set_wakeup_fd(writes)\n"
+        "g.pick = lambda *a: (begun.touch(), select.select([reads], [], [], 300), old(*a))[2]\n"
     )
     code = slow + "import sys; from apr.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *command[3:], "--max-tokens", "100"]

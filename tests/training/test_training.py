@@ -79,7 +79,7 @@ def pretrain(place, run_dir, *more, model=True):
     return main(["pretrain", *args, *RECIPE, "--run-dir", str(run_dir), *map(str, more)])
 
 
-def process_of(place, run_dir, *more):
+def process_of(place, run_dir, *more, program=(ROOT / "tools" / "pretrain.py",)):
     """The same run as pretrain(), in a process of its own with its output in pipes."""
     args = [
         "--corpus",
@@ -91,18 +91,19 @@ def process_of(place, run_dir, *more):
         run_dir,
         *more,
     ]
-    command = [sys.executable, ROOT / "tools" / "pretrain.py", *args]
+    command = [sys.executable, *program, *args]
     return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
 
 
 @pytest.fixture(scope="module")
 def run(place, tmp_path_factory):
     """An undisturbed run."""
-    os.environ["APR_CACHE"] = str(place / "cache")
     path = tmp_path_factory.mktemp("run") / "a"
-    assert pretrain(place, path) == 0
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("APR_CACHE", str(place / "cache"))
+        assert pretrain(place, path) == 0
     return path
 
 
@@ -272,19 +273,34 @@ def test_micro_batches_do_not_change_the_result(run, place, tmp_path):
         assert np.allclose(*norms, rtol=1e-3)
 
 
+# tools/pretrain.py whose third step waits until a signal is there.
+HELD = """
+import os, select, signal, sys
+from apr.cli.main import run_command
+from apr.training.loop import Trainer
+step, (reads, writes) = Trainer.train_step, os.pipe()
+os.set_blocking(writes, False)
+signal.set_wakeup_fd(writes)
+def train_step(self):
+    if self.progress.step == 2:
+        print("the third step", flush=True)
+        select.select([reads], [], [], 300)
+    return step(self)
+Trainer.train_step = train_step
+sys.exit(run_command("pretrain", sys.argv[1:]))
+"""
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(run, place, tmp_path):
-    """A real SIGINT to a real process; then the run is resumed and equals the undisturbed one."""
-    process = process_of(place, tmp_path / "b", "--threads", _threads(run))
-    for line in process.stdout:  # the line of the evaluation before step 1
-        if "before training" in line:
-            process.send_signal(signal.SIGINT)
-            break
+    """A real SIGINT to a real process in its third step; then the run is resumed and equals the undisturbed one."""
+    process = process_of(place, tmp_path / "b", "--threads", _threads(run), program=["-c", HELD])
+    assert "the third step\n" in process.stdout
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    done = len([m for m in lines(tmp_path / "b") if "train_loss" in m])
-    if done < 12:  # else the run was over before the signal came
-        assert process.returncode == 130, err
-        assert "apr pretrain --resume" in err
-        assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "b")]) == 0
+    assert process.returncode == 130, err
+    assert "apr pretrain --resume" in err
+    assert len([m for m in lines(tmp_path / "b") if "train_loss" in m]) == 3
+    assert main(["pretrain", "--resume", "--run-dir", str(tmp_path / "b")]) == 0
     assert same_state(run, tmp_path / "b")
 
 
