@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputNotFound, MalformedFile, Refused
-from ..common.files import parse_json, read_text
+from ..common.files import parse_json, read_text, short
+from ..common.patterns import MAX_PATTERNS, compiled_end
 from ..model.config import ModelConfig
 from ..model.lora import LINEAR, OUTSIDE, PREFIX, TARGETS, AdapterLayout, LoraConfig, cut, matches, module_of
 from ..model.params import Layout, Slot
 from .hf import read_safetensors
-from .tensors import EMBED, HEAD
+from .tensors import EMBED, HEAD, is_float
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Keys that change what an adapter computes, with the only value that apr honours (an empty one is always good).
@@ -166,7 +167,7 @@ class LoadedAdapter:
             f"{key} {pattern!r}"
             for key in PATTERNS
             for pattern in self.config.get(key) or {}
-            if not any(_matches(key, pattern, module) for module in modules)
+            if not any(matches(pattern, module) for module in modules)
         ]
         return (
             f"{self.source}: {', '.join(idle)}: matches no adapted matrix, and is passed over" if idle else ""
@@ -200,8 +201,19 @@ def read_adapter(
     by_hf, parts, saved = Layout(apart).by_hf, dict[str, dict[str, np.ndarray]](), dict[str, np.ndarray]()
     of_whole = _whole_modules(config, by_hf, cfg.tie_word_embeddings, str(folder / CONFIG))
     for name in tensors:
+        if not is_float(tensors[name].dtype):
+            raise Refused(
+                f"{file}: tensor {name!r} is {tensors[name].dtype}, not floating point: is the adapter quantised? Save it as "
+                "float32, float16 or bfloat16"
+            )
         if match := _NAME.match(name):
-            parts.setdefault(match["module"], {})[match["part"]] = tensors[name]
+            part = parts.setdefault(match["module"], {})
+            if match["part"] in part:
+                raise MalformedFile(
+                    f"{file}: {match['module']} has two tensors for its {match['part']}, one of them {name!r}; save the "
+                    "adapter again with PEFT"
+                )
+            part[match["part"]] = tensors[name]
         elif name.removeprefix(PREFIX) in of_whole:
             saved[name.removeprefix(PREFIX)] = tensors[name]
         else:
@@ -305,16 +317,29 @@ def _check_config(config: dict[str, Any], source: str) -> None:
             if key in MUST_BE
             else "apr does not know this key, and it may change what is computed"
         )
-        raise Refused(f"{source}: {key} = {value!r}; {reason}")
+        raise Refused(
+            f"{source}: {key} = {short(value)}; {reason}. PEFT's merge_and_unload merges it: import what that saves"
+        )
     if config.get("peft_type") != "LORA":
-        raise Refused(f"{source}: peft_type = {config.get('peft_type')!r}; apr merges LORA only")
+        raise Refused(
+            f"{source}: peft_type = {config.get('peft_type')!r}; apr merges LORA only. PEFT's merge_and_unload merges it: "
+            "import what that saves"
+        )
     for key in ("r", "lora_alpha"):
         _check_number(key, config.get(key), source)
     for key in PATTERNS:
         if not isinstance(config.get(key) or {}, dict):
             raise MalformedFile(f"{source}: {key} = {config[key]!r} is not an object")
+        if len(config.get(key) or {}) > MAX_PATTERNS:
+            raise Refused(
+                f"{source}: {key} has {len(config[key])} patterns; apr reads {MAX_PATTERNS} at most"
+            )
         for pattern, value in (config.get(key) or {}).items():
             _check_number(f"{key}: {pattern!r}", value, source)
+            try:
+                compiled_end(pattern)
+            except ValueError as e:
+                raise MalformedFile(f"{source}: {key}: {short(pattern)} {e}") from None
 
 
 def _check_number(name: str, value: Any, source: str) -> None:
@@ -325,17 +350,9 @@ def _check_number(name: str, value: Any, source: str) -> None:
 def _of_pattern(config: dict[str, Any], key: str, module: str) -> float:
     """Look up a number of a module: by the first pattern that matches its name, else that of all modules."""
     for pattern, value in (config.get(key) or {}).items():
-        if _matches(key, pattern, module):
+        if matches(pattern, module):
             return float(value)
     return float(config[PATTERNS[key]])
-
-
-def _matches(key: str, pattern: str, module: str) -> bool:
-    """Ask if a pattern, a regular expression, ends the name of a module. Raises MalformedFile: it is none."""
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
-    except re.error as e:
-        raise MalformedFile(f"{key}: {pattern!r} is not a regular expression: {e}") from None
 
 
 def _delta(

@@ -12,7 +12,6 @@ Here are their numbers, names and places; adapters.py computes with them.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.patterns import compiled_end
 from ..common.rounding import round_up
 from .config import ModelConfig
 from .params import ALIGN, LAYER, MAPS, Layout, Param, Slot, padded_vocab
@@ -89,8 +89,8 @@ class LoraConfig:
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Ask if a pattern, a regular expression, ends the name of a module, as PEFT asks it."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    """Ask if a pattern, a regular expression, ends the name of a module, as PEFT asks it. Raises ValueError: see compiled_end."""
+    return compiled_end(pattern).match(module) is not None
 
 
 def adapted_in(cfg: ModelConfig, config: LoraConfig) -> set[str]:

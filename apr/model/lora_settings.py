@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 
 from ..common.errors import UsageError
+from ..common.patterns import compiled_end
 from .config import ModelConfig
 from .lora import (
     ALPHA_PER_RANK,
@@ -80,8 +80,8 @@ def parse_pattern(name: str, text: str | None, whole: bool = False) -> list[tupl
         pattern, _, number = part.rpartition("=")
         try:
             value = float(number)
-            re.compile(pattern)
-        except (ValueError, re.error) as e:
+            compiled_end(pattern)
+        except ValueError as e:
             raise UsageError(f"{name} {part!r}: write PATTERN=NUMBER, such as q_proj=4 ({e})") from None
         if not pattern or not 0 < value < math.inf or (whole and value != int(value)):
             kind = "a whole number" if whole else "a number"

@@ -168,7 +168,14 @@ def test_a_wrong_scale_is_seen(golden, bases, tmp_path, monkeypatch):
         ({"r": "4"}, MalformedFile, "r = '4'"),
         ({"lora_alpha": 0}, MalformedFile, "lora_alpha"),
         ({"rank_pattern": {"q_proj": 3}}, Refused, "q_proj"),
-        ({"rank_pattern": {"(": 3}}, MalformedFile, "regular expression"),
+        (
+            {"rank_pattern": {"(": 3}},
+            MalformedFile,
+            "adapter_config.json: rank_pattern: '(' is not a regular expression",
+        ),
+        ({"alpha_pattern": {"(([a-z._0-9])+)+X": 3}}, MalformedFile, "could take hours"),
+        ({"rank_pattern": {str(i): 3 for i in range(5000)}}, Refused, "5000 patterns"),
+        ({"trainable_token_indices": [1, 2]}, Refused, "merge_and_unload"),
         ({"alpha_pattern": [1]}, MalformedFile, "alpha_pattern"),
         ({"alpha_pattern": {"q_proj": "x"}}, MalformedFile, "'q_proj' = 'x' is not a number"),
         ({"rank_pattern": {"none": None}}, MalformedFile, "'none' = None is not a number"),
@@ -201,6 +208,8 @@ def test_folders_that_are_no_adapter(golden, bases, tmp_path):
         ({**whole, "base_model.model.model.embed_tokens.lora_embedding_A": square}, MalformedFile, "embed"),
         ({**whole, "base_model.model.lm_head.weight": square}, Refused, "lm_head"),
         ({**whole, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": square}, Refused, "layers.9"),
+        ({**whole, first: whole[first].astype(np.int32)}, Refused, "int32, not floating point"),
+        ({**whole, first.replace(".weight", ".default.weight"): whole[first]}, MalformedFile, "two tensors"),
     ):  # fmt: skip
         write_safetensors(folder / WEIGHTS, tensors)
         with pytest.raises(kind) as e:
