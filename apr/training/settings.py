@@ -321,19 +321,13 @@ def check(values: dict[str, Any], source: str) -> dict[str, Any]:
     return out
 
 
-def resolve(s: Settings, explicit: Mapping[str, Any] | None = None) -> Settings:
-    """Fill in settings that depend on others. Raises UsageError for a contradiction or a number out of range."""
-    check_length(explicit or {})
+def check_together(s: Settings) -> None:
+    """Raise UsageError for settings with which no run can start: a contradiction, a number out of range. Reads no file."""
     check_data(s)
     sources_of(s)
     check_model(s)
-    mode = s.mode or ("finetune" if s.init else "from-scratch")
-    if mode == "finetune" and not s.init:
+    if _mode(s) == "finetune" and not s.init:
         raise UsageError("--mode finetune needs --init: a checkpoint to start from")
-    if s.other_kernels and not s.resume:
-        raise UsageError(
-            "--other-kernels goes on with a run on another kind of GPU or processor: give it with --resume"
-        )
     check_preferences(s)
     if (s.eval_tasks_every or s.eval_tasks_limit) and not s.eval_tasks:
         raise UsageError("--eval-tasks-every and --eval-tasks-limit are about --eval-tasks; give it too")
@@ -351,20 +345,38 @@ def resolve(s: Settings, explicit: Mapping[str, Any] | None = None) -> Settings:
         )
     if s.preferences and s.z_loss:
         raise UsageError("--z-loss is a part of the mean loss of tokens; it does not go with --preferences")
-    if s.dataset and not s.tokenizer and not tokenizer_beside(Path(s.dataset)).is_dir():
-        raise UsageError("--dataset needs --tokenizer: the folder of the tokenizer that made the shards")
     check_ranges(Settings, vars(s))
-    check_names(Settings, vars(s))
     if s.checkpoint_every % s.eval_every:
         raise UsageError(
             f"--checkpoint-every {s.checkpoint_every}: a checkpoint records its validation loss, so it is made at an "
             f"evaluation; give a multiple of --eval-every {s.eval_every}"
         )
-    defaults: dict[str, Any] = MODES[mode]
-    adapters = s.lora_rank is not None or s.lora_init is not None
-    if s.lora_plus != 1 and not adapters:
+    if s.lora_plus != 1 and not _has_adapters(s):
         raise UsageError("--lora-plus is about B of adapters: give --lora-rank or --lora-init too")
-    usual = (LORA_LR if adapters else defaults["lr"]) * (PREFERENCE_SHARE if s.preferences else 1)
+
+
+def _mode(s: Settings) -> str:
+    return s.mode or ("finetune" if s.init else "from-scratch")
+
+
+def _has_adapters(s: Settings) -> bool:
+    return s.lora_rank is not None or s.lora_init is not None
+
+
+def resolve(s: Settings, explicit: Mapping[str, Any] | None = None) -> Settings:
+    """Fill in settings that depend on others. Raises UsageError for a contradiction or a number out of range."""
+    check_length(explicit or {})
+    check_together(s)
+    mode = _mode(s)
+    if s.other_kernels and not s.resume:
+        raise UsageError(
+            "--other-kernels goes on with a run on another kind of GPU or processor: give it with --resume"
+        )
+    if s.dataset and not s.tokenizer and not tokenizer_beside(Path(s.dataset)).is_dir():
+        raise UsageError("--dataset needs --tokenizer: the folder of the tokenizer that made the shards")
+    check_names(Settings, vars(s))
+    defaults: dict[str, Any] = MODES[mode]
+    usual = (LORA_LR if _has_adapters(s) else defaults["lr"]) * (PREFERENCE_SHARE if s.preferences else 1)
     lr = usual if s.lr is None else s.lr
     return dataclasses.replace(
         s,

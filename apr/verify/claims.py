@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..checkpoints.registry import open_any
+from ..common.errors import UsageError
 from ..common.files import read_text
 from ..common.finding import FAIL, PASS, SUSPECT, Finding
 from ..common.provenance import code_sha256
@@ -18,7 +19,7 @@ from ..model.lora import lora_of_json
 from ..model.params import Layout
 from ..report.page import render
 from ..training.metrics import read_lines
-from ..training.settings import Settings
+from ..training.settings import Settings, check_together
 from .record import Record
 
 
@@ -29,6 +30,8 @@ def config(r: Record) -> Finding:
     def failed(measured: str) -> Finding:
         return Finding.of("config", False, measured, bound)
 
+    if wrong := _wrong_settings(r):
+        return failed(wrong)
     counted, said = Layout(cfg).num_parameters, r.config["num_parameters"]
     if said != counted:
         return failed(f"num_parameters = {said}, its model has {counted:,}")
@@ -49,6 +52,20 @@ def config(r: Record) -> Finding:
         f"{plural(counted, 'parameter')}, the model of {plural(len(found), 'checkpoint')}",
         bound,
     )
+
+
+def _wrong_settings(r: Record) -> str:
+    """Say why no run can have started with the recorded settings, or had the recorded adapters by them; "" where one can."""
+    try:
+        check_together(r.settings)
+    except UsageError as e:
+        return f"settings with which no run starts: {e}"
+    said, rank = r.config["data"].get("lora"), r.settings.lora_rank
+    if (said is None) != (rank is None and r.settings.lora_init is None):
+        return f"lora_rank = {rank} in the settings, {'no ' if said is None else ''}adapters in the record of the data"
+    if said is not None and rank is not None and lora_of_json(said).rank != rank:
+        return f"lora_rank = {rank} in the settings, {lora_of_json(said).rank} in the record of the data"
+    return ""
 
 
 def gates(r: Record) -> Finding:

@@ -255,6 +255,15 @@ CHANGES = {
     "a model that is not the checkpoint's": (
         lambda r: rewrite(r / "config.json", lambda d: d["model"].update(rope_theta=5e5)), "config"),
     "a number of parameters": (lambda r: rewrite(r / "config.json", lambda d: d.update(num_parameters=7)), "config"),
+    "a setting out of its range": (
+        lambda r: rewrite(r / "config.json", lambda d: d["settings"].update(beta2=-1.0)), "config"),
+    "adapters that there were none of": (
+        lambda r: rewrite(r / "config.json", lambda d: d["settings"].update(lora_rank=8, init="base")), "config"),
+    "a record of adapters without settings": (
+        lambda r: rewrite(r / "config.json", lambda d: d["data"].update(lora={"rank": 8})), "config"),
+    "settings that contradict each other": (
+        lambda r: rewrite(r / "config.json", lambda d: d["settings"].update(checkpoint_every=d["settings"]["eval_every"] + 1)),
+        "config"),
     "guards that are gone": (lambda r: rewrite(r / "config.json", lambda d: d.update(data_guards=[])), "config"),
     "a guard's figure": (
         lambda r: rewrite(r / "config.json", lambda d: d["data_guards"]["val"][1].update(figure="0")), "data"),
