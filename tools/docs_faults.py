@@ -10,6 +10,7 @@ from typing import Any
 
 from mutant_faults import FAULTS, Mutant
 from mutant_second import SECOND
+from mutant_third import THIRD
 
 from apr.bisect.planted.kernel_faults import KERNEL_FAULTS
 
@@ -100,7 +101,8 @@ def _text(node: ast.expr) -> str:
 def campaign_table(name: str) -> str:
     """Make a table of a list of the campaign, with who saw each fault by the record."""
     record = json.loads(RECORD.read_text())
-    known, part = (FAULTS, record) if name == "first" else (SECOND, record.get(f"{name} list", {}))
+    known = {"first": FAULTS, "second": SECOND, "third": THIRD}[name]
+    part = record if name == "first" else record.get(f"{name} list", {})
     found: dict[str, Any] = part.get("faults", {})
     lines = [f"| {m.what} | {m.job} | {_seen(m, found)} |" for m in known]
     seen, asked = part.get("rates", {}).get("at run time", (0, 0))
@@ -111,6 +113,8 @@ def campaign_table(name: str) -> str:
 def _seen(m: Mutant, found: dict[str, Any]) -> str:
     if m.name not in found:
         return "not planted yet"
+    if found[m.name].get("effect") == "none":
+        return "changed nothing"
     for check, said in SEEN_BY.items():
         if answer := found[m.name].get(check):
             words = answer.replace("|", "/")

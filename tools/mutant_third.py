@@ -329,6 +329,6 @@ THIRD: tuple[Mutant, ...] = (
           "    return begin, min(begin + seq, length - 1), seq - stride if k else 0",
           "    return begin, min(begin + seq, length - 1), (seq - stride) // 2 if k else 0", "commands"),
     fault("sample_without_the_prompt", "a sample is drawn after the prompt's first token alone", SAMPLE,
-          "        ids,\n        tokens,\n        0.7,", "        ids[:1],\n        tokens,\n        0.7,", "plain"),
+          "            ids,\n            tokens,\n            TEMPERATURE,", "            ids[:1],\n            tokens,\n            TEMPERATURE,", "sampled"),
 )
 # fmt: on

@@ -109,12 +109,12 @@ JOBS: dict[str, tuple[str, ...]] = {
         "--corpus", "corpus", "--model", "configs/windowed.json", *SMALL, "--seq-length", "100", "--mask-documents", "--dtype",
         "bfloat16",
     ),
+    "sampled": (*PLAIN, "--sample", "The king said"),
     "passes": (
         "--corpus", "corpus/stories.jsonl", "--model", "configs/qwen2.json", *SMALL, "--seq-length", "128", "--batch-size",
         "25", "--micro-batch-size", "25",
     ),
-    "marked": ("--corpus", "marked.txt", "--tokenizer", "tokenizer", "--model", "configs/qwen2.json", *SMALL, "--seq-length",
-        "32"),
+    "marked": ("--corpus", "marked.txt", "--model", "configs/qwen2.json", *SMALL, "--seq-length", "32"),
     "resumed": ("--resume",),
 }  # fmt: skip
 # Faults of figures that are shown beside times, which no two runs share.
@@ -127,6 +127,13 @@ LISTS = {"first": FAULTS, "second": SECOND, "third": THIRD}
 # A head of 24, of which no block is whole; more positions than attention takes in one chunk; a window.
 ODD = {"head_dim": 24, "hidden_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 256}
 TIMES = ("wall_ms", "tokens_per_sec")
+# Folder of the kernels, and modules whose kernels call those of another: they are compiled again with it.
+CPU = "apr/backends/cpu/"
+CALLERS = {
+    "kernels.py": ("*",),
+    "order.py": ("order", "attention", "products", "tiled"),
+    "tiles.py": ("attention", "products", "tiled"),
+}
 # What counts as seen while a job runs.
 RUN_TIME = ("pretrain", "bisect", "verify")
 
@@ -305,7 +312,8 @@ class Bench:
         """Put a fault into the faulty copy."""
         cache = self.faulty / "apr" / "backends" / "cpu" / "__pycache__"
         kept = cache.with_name("kept")
-        compiled = cache.is_dir() and any(path.startswith("apr/backends/cpu") for path, _, _ in mutant.edits)
+        stale = [x for path, _, _ in mutant.edits for x in CALLERS.get(path.removeprefix(CPU), ())]
+        compiled = cache.is_dir() and any(path.startswith(CPU) for path, _, _ in mutant.edits)
         was: dict[Path, tuple[str, os.stat_result]] = {}
         try:
             for path, old, new in mutant.edits:
@@ -320,6 +328,9 @@ class Bench:
             if compiled:
                 # Numba's cache of a caller does not know that a callee has changed.
                 cache.rename(kept)
+                shutil.copytree(
+                    kept, cache, ignore=shutil.ignore_patterns("*.pyc", *(f"{x}.*" for x in stale))
+                )
             yield
         finally:
             for file, (text, stat) in was.items():
@@ -383,11 +394,17 @@ def _pairs(inputs: Any) -> list[Any]:
 
 
 def _stories_told(inputs: Any) -> list[Any]:
-    """Write prompts with long responses."""
-    return [
-        {"prompt": "Go on.", "response": text[: 60 + 3 * i]}
-        for i, text in enumerate(pinned_jobs.stories(inputs, 60, 60))
-    ]
+    """Write conversations of two turns, the second of many lengths."""
+    rows = []
+    for i, text in enumerate(pinned_jobs.stories(inputs, 60, 60)):
+        turns = (
+            ("user", "Go on."),
+            ("assistant", text[:30]),
+            ("user", "And?"),
+            ("assistant", text[30 : 60 + 3 * i]),
+        )
+        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    return rows
 
 
 def _last_line(text: str) -> str:

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .finding import Finding
+
 Line = dict[str, Any]
 
 
@@ -141,6 +143,14 @@ class Reproduced(Event):
     step: int
     loss: float
     recorded: float
+
+
+@dataclass(frozen=True)
+class Sampled(Event):
+    """A sample was drawn; finding: whether its first tokens are those of the rule."""
+
+    step: int
+    finding: Finding
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,8 @@ GATES = {
             "run.log", RUNNING, "abort",
             "figures of the log follow from each other",
             "tokens/s times the time of the step are the tokens that it adds to those seen; bits per byte are the loss in nats "
-            "times the tokens of the validation text, log2(e) and one over its bytes: within 1e-9 of it",
+            "times the tokens of the validation text, log2(e) and one over its bytes: within 1e-9 of it; the first "
+            "8 tokens of a sample are those that a pass without a cache and a second rule of sampling give",
             "apr/training/loop.py, where the line is made; apr/common/units.py",
         ),
         Gate(
@@ -285,8 +286,10 @@ GATES = {
         Gate(
             "run.data", RUNNING, "abort",
             "data that is used up begins again or ends the run",
-            "complete passes over the windows, as counted by the reader and as they follow from the tokens trained on",
-            "--on-exhausted",
+            "complete passes over the windows, as counted by the reader and as they follow from the tokens trained on; as often "
+            "as run.learning-rate, the rows of the batch beside the shards, at the windows that a second formula of the order "
+            "gives for the number of the step: equal",
+            "--on-exhausted; apr/data/batches.py",
         ),
         Gate(
             "run.mixture", RUNNING, "abort",

@@ -18,6 +18,7 @@ from ..common.events import (
     Line,
     Measured,
     Reproduced,
+    Sampled,
     Saved,
     SpotChecked,
     Started,
@@ -256,6 +257,11 @@ class LogGates:
             saved = self.states()
             finite = replace(finite, why=f"{finite.why}. Last saved state: {saved[-1] if saved else 'none'}")
         self.gates.judge(finite, e.line["step"])
+
+    def sampled(self, e: Sampled) -> None:
+        """Judge the first tokens of a sample."""
+        if e.finding.verdict == FAIL:
+            self.gates.judge(replace(e.finding, name="run.log", why=f"the sample: {e.finding.why}"), e.step)
 
     def judge_later(self) -> None:
         """Judge the other findings of the line."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,9 @@ import numpy as np
 from ..common.events import StepBegun, Stepped
 from ..common.finding import Finding
 from ..common.units import plural
+from ..data.batches import Windows
 from ..data.mix_text import tables_of
-from . import scorer
+from . import order, scorer
 from .gates import Gates
 from .subject import Subject
 
@@ -30,11 +34,21 @@ def asked_shares(text: str, seq_length: int) -> list[float]:
     return [part / sum(parts) for part in parts]
 
 
-class DataGate:
-    """Gate run.data: passes over the data, as the reader counts them and as they follow from the tokens. Raises Aborted."""
+def windows_of_shards(w: Windows) -> list[int]:
+    """Count the windows of each shard."""
+    each = zip(w.shards.arrays, w.shards.strides(w.seq_length), strict=True)
+    return [(a.size - w.seq_length - 1) // stride + 1 for a, stride in each]
 
-    def __init__(self, subject: Subject, gates: Gates) -> None:
-        self.batches, self.gates = subject.batches, gates
+
+class DataGate:
+    """Gate run.data: passes over the data, as the reader counts them and as they follow from the tokens, and rows of batches,
+    which are to be those of a second formula of the order. Raises Aborted.
+
+    is_followed: tells from the steps of this process if the rows of the next are compared"""
+
+    def __init__(self, subject: Subject, gates: Gates, is_followed: Callable[[int], bool]) -> None:
+        self.t, self.batches, self.gates, self.is_followed = subject, subject.batches, gates, is_followed
+        self.steps, self.why, self.order = 0, "", iter(list[tuple[int, int]]())
         w = self.batches.windows
         # Targets of a pass over each source.
         self.targets = [
@@ -42,8 +56,40 @@ class DataGate:
             for name, first, n in self.batches.sources
         ]
 
+    def step_begun(self, e: StepBegun) -> None:
+        """Compare the rows of a batch with the windows of the shards whose turn it is by the number of the step."""
+        s, w = self.t.settings, self.batches.windows
+        if not self.steps:
+            windows, sizes, at = windows_of_shards(w), [], 0
+            self.firsts = [0, *np.cumsum(windows).tolist()]
+            for name, shards in w.shards.parts:
+                # Windows that are held out of the training shards are their last ones.
+                sizes.append(sum(windows[at : at + len(shards.arrays)]) if name else w.count)
+                at += len(shards.arrays)
+            self.begins = [0, *np.cumsum(sizes).tolist()]
+            turns, first = self.batches.turns.counts, (e.step - 1) * s.batch_size
+            self.order = order.windows(first, s.seed, s.shuffle, turns, sizes)
+        rows = [self.begins[k] + window for k, window in islice(self.order, len(e.ids))]
+        self.steps, self.why = self.steps + 1, ""
+        if not self.is_followed(self.steps - 1):
+            return
+        strides, places = w.shards.strides(w.seq_length), []
+        for window in rows:
+            shard = bisect_right(self.firsts, window) - 1
+            places.append((shard, (window - self.firsts[shard]) * strides[shard]))
+        ids, targets = scorer.read(w.shards, places, w.seq_length)
+        wrong = (ids != e.ids).any(1) | (targets != np.maximum(e.targets, -1)).any(1)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            self.why = f"row {row} of the batch is not window {rows[row]:,} of the shards, whose turn it is in step {e.step}"
+
     def stepped(self, e: Stepped) -> None:
-        """Compare the passes after a step."""
+        """Compare the passes after a step; its rows were compared when it began."""
+        if self.why:
+            gate = GATE if len(self.batches.sources) > 1 else "run.data"
+            self.gates.judge(
+                Finding.of(gate, False, self.why, "windows of a second formula", self.why), e.line["step"]
+            )
         b = self.batches
         counted = b.passes_at(b.windows_read) if b.sources[0][0] else [b.passes]
         for (name, *_), whole, passes in zip(b.sources, self.targets, counted, strict=True):
@@ -94,9 +140,7 @@ class MixtureGate:
     def _ends(self) -> tuple[list[str], np.ndarray]:
         """List the source of each shard, and the number of windows up to its end."""
         w = self.t.batches.windows
-        each = zip(w.shards.arrays, w.shards.strides(w.seq_length), strict=True)
-        sizes = [(a.size - w.seq_length - 1) // stride + 1 for a, stride in each]
-        return [name for name, x in w.shards.parts for _ in x.arrays], np.cumsum(sizes)
+        return [name for name, x in w.shards.parts for _ in x.arrays], np.cumsum(windows_of_shards(w))
 
     def stepped(self, e: Stepped) -> None:
         """Compare the windows drawn with the shares of the settings."""

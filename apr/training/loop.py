@@ -285,7 +285,7 @@ class Trainer:
         self.emit(Evaluated(line, p.epoch_losses))
         if self.s.sample is not None and self._sampled < p.step and self.ranks.rank == 0:
             self._sampled = p.step
-            text = sample_text(self.inputs, self.model, self.s.sample, SAMPLE_TOKENS)
+            text = sample_text(self.inputs, self.model, self.s.sample, SAMPLE_TOKENS, self.emit, p.step)
             self.run.log.write_sample(step=p.step, prompt=self.s.sample, text=text)
         return line
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 
 from ..common.errors import AprError
@@ -133,6 +134,9 @@ def epochs(r: Record) -> Finding:
         if seconds < logged * (1 - 1e-6) or (is_timed and seconds > logged * (1 + 1e-6)):
             measured = f"epoch {i}: wall_seconds = {seconds}, the log has {logged} s"
             return Finding.of("epochs", False, measured, bound)
+        for side in ("train", "val"):
+            expected[f"{side}_ppl"] = math.e ** min(facts[f"{side}_loss"], 700)
+        expected["train_loss"] = math.fsum(losses) / len(losses)
         for key, value in expected.items():
             if not near(facts[key], value):
                 measured = f"epoch {i}: {key} = {facts[key]}, {value} by the log"

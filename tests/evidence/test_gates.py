@@ -35,7 +35,7 @@ from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.schedule import Schedule
 from apr.model.transformer import Model
-from apr.training import evaluate, inputs, loop, split
+from apr.training import evaluate, inputs, loop, sample, split
 from apr.training import run as running
 from apr.training.loop import Trainer
 from run_cases import (  # noqa: F401  cache and place are fixtures
@@ -322,6 +322,21 @@ def passes_are_not_counted(m, place, folder):
     m.setattr(Batches, "passes", property(lambda self: 7))
 
 
+def a_batch_is_left_out(m, place, folder):
+    right = Batches._draw
+    m.setattr(Batches, "_draw", lambda self, read: right(self, read + self.batch_size * (read > 0)))
+
+
+def a_sample_is_of_another_prompt(m, place, folder):
+    right = sample.generate
+    m.setattr(
+        sample,
+        "generate",
+        lambda cfg, be, w, ids, n, temperature, *a: right(cfg, be, w, ids[:1], n, 2.0, *a),
+    )
+    return ["--sample", "def f(x):"]
+
+
 def validation_is_known(m, place, folder):
     right = evaluate.evaluate
 
@@ -437,8 +452,10 @@ FAULTS = {
     the_loss_is_a_constant: ("run.placeholder", FAIL, 6),
     bits_have_another_base: ("run.log", FAIL, 6),
     the_speed_counts_other_tokens: ("run.log", FAIL, 6),
+    a_sample_is_of_another_prompt: ("run.log", FAIL, 6),
     the_loss_explodes: ("run.diverged", FAIL, 6),
     passes_are_not_counted: ("run.data", FAIL, 6),
+    a_batch_is_left_out: ("run.data", FAIL, 6),
     validation_is_known: ("run.val-below-train", SUSPECT, 9),
     nobody_reaches_this: ("end.plausible", SUSPECT, 9),
     work_is_left_out: ("end.speed", SUSPECT, 9),

@@ -1,0 +1,40 @@
+"""The second formula of the order of the data gives the reader's windows, in any number of passes and sources."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from apr.data.batches import Permutation
+from apr.data.turns import Turns
+from apr.evidence.order import permuted, turns, windows
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 257, 1025, 70_001])
+def test_permutations_are_equal(n):
+    places = np.arange(min(n, 60))
+    for name in (0, 3, "2 of source 1"):
+        want = Permutation(n, 42, name)(places).tolist()
+        assert [permuted(int(i), n, f"42 {name}") for i in places] == want
+
+
+def test_turns_are_equal():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        counts = rng.integers(1, 40, rng.integers(1, 6)).tolist()
+        first, count = int(rng.integers(0, 300)), int(rng.integers(1, 120))
+        sources, positions = Turns(counts)(np.arange(first, first + count))
+        want = [*zip(sources.tolist(), positions.tolist(), strict=True)]
+        assert [*islice(turns(counts, first), count)] == want
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_each_pass_has_each_window_once(shuffle):
+    sizes, counts = [7, 12], [2, 1]
+    found = [*islice(windows(0, 5, shuffle, counts, sizes), 3 * 12)]
+    for k, n in enumerate(sizes):
+        own = [window for source, window in found if source == k]
+        assert sorted(own[:n]) == list(range(n))
+        assert (own[:n] == list(range(n))) is not shuffle
