@@ -38,6 +38,9 @@ SIDE_FILES = (  # small files of a Hugging Face folder that an APR file keeps as
     "added_tokens.json",
     TEMPLATE,
 )
+# Vocabularies in other files than tokenizer.json, and how to get one from them.
+OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")
+CONVERT = "{} is not read; AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes a tokenizer.json"
 HF_FILES = "hf_files"  # metadata key of an APR file: side files by name
 
 
@@ -82,10 +85,7 @@ class Checkpoint:
                 f"{self.source}: eos_token_id = {short(self.eos)} is not the id of a token; correct it in the model's config"
             )
         tokenizer = Tokenizer.from_json(self.tokenizer_json, self.source, self.eos)
-        if tokenizer.vocab_size > self.cfg.vocab_size:
-            raise Refused(
-                f"{self.source}: its tokenizer has {plural(tokenizer.vocab_size, 'id')}, the model {self.cfg.vocab_size}"
-            )
+        require_rows(tokenizer, self.cfg.vocab_size, self.source)
         return tokenizer
 
     @cached_property
@@ -176,6 +176,25 @@ class Checkpoint:
         return upload(backend, host, dtype)
 
 
+def require_rows(tokenizer: Tokenizer, rows: int, source: str) -> None:
+    """Raise Refused, naming the tokens, for a tokenizer with more ids than an embedding has rows."""
+    if tokenizer.vocab_size > rows:
+        over = [repr(tokenizer.decode([i])) for i in tokenizer.ids if i >= rows]
+        raise Refused(
+            f"{source}: its tokenizer has {plural(tokenizer.vocab_size, 'id')}, the model {rows}: no row for "
+            f"{', '.join(over[:5])}{', ...' if len(over) > 5 else ''}; take {'it' if len(over) == 1 else 'them'} out of "
+            "tokenizer.json and the files beside it, or give the embedding more rows (resize_token_embeddings of transformers)"
+        )
+
+
+def no_tokenizer(source: str, hint: str = "") -> Refused:
+    """Make the error of a model without tokenizer.json, which says what can be made into one."""
+    folder = Path(source) if os.path.isdir(source) else Path(source).parent
+    other = next((n for n in OTHER_TOKENIZERS if os.path.lexists(folder / n)), None)
+    made = f": {CONVERT.format(other)}" if other and os.path.lexists(folder / CONFIG) else hint
+    return Refused(f"{source}: no tokenizer in it; put tokenizer.json beside the weights{made}")
+
+
 def template_in(texts: Mapping[str, str]) -> str | None:
     """Take the chat template of side files: chat_template.jinja, else tokenizer_config.json's, of several the default one."""
     if TEMPLATE in texts:
@@ -251,6 +270,9 @@ def parameters(layout: Layout, checkpoint: Checkpoint) -> Parameters:
     if problem:
         headless = not tied and HEAD not in stored
         hint = f" (without {HEAD} the config must say tie_word_embeddings: true)" if headless else ""
+        rows = layout.in_order()
+        if len(specs) > len(rows) and all(s.hf in specs and specs[s.hf].shape == s.shape for s in rows):
+            hint = " (apr has no place for them; save_pretrained of AutoModelForCausalLM of transformers leaves them out)"
         raise Refused(f"{source}: its tensors do not fit its config: {problem}{hint}")
     return Parameters(tensors, {s.hf: stored[s.hf] for s in layout.in_order()})
 

@@ -21,7 +21,7 @@ from ..model.hf_config import from_hf
 from .apr2 import read_apr
 from .apr2_metadata import metadata_to_config
 from .gguf_reader import read_gguf
-from .hf import read_folder, read_safetensors
+from .hf import read_safetensors, read_weights
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def apr_contents(source: str, path: Path) -> Contents:
 
 def folder_contents(source: str, path: Path) -> Contents:
     """Read a Hugging Face folder."""
-    tensors = read_folder(path)
+    tensors = read_weights(path)
     facts: dict[str, Any] = {}
     cfg = None
     if os.path.lexists(path / "config.json"):

@@ -26,7 +26,7 @@ from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, to_hf
 from ..model.params import Layout
-from .tensors import BF16, Stored, TensorFile, encode, mismatch, saved_dtype
+from .tensors import BF16, EMBED, HEAD, INV_FREQ, PREFIX, Stored, TensorFile, encode, mismatch, saved_dtype
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -70,9 +70,23 @@ def read_hf(path: str | Path) -> HfWeights:
         raise InputNotFound(f"{folder}: no config.json; the weights alone do not say what the model computes")
     config = parse_json(read_text(folder / "config.json"), str(folder / "config.json"))
     cfg = from_hf(config, str(folder / "config.json"))
-    tensors = read_folder(folder) if whole else read_safetensors(path)
+    tensors = read_weights(path)
     tokenizer = folder / "tokenizer.json"
     return HfWeights(path, cfg, config, tensors, read_text(tokenizer) if os.path.lexists(tokenizer) else None)
+
+
+def read_weights(path: Path) -> Mapping[str, np.ndarray]:
+    """Open the tensors of a folder or of one file, by the names that a model with a head has.
+
+    A model that was saved without its head, as models of embeddings are, has them without the PREFIX, and transformers
+    reads both. Raises as read_folder does."""
+    tensors = read_folder(path) if os.path.isdir(path) else read_safetensors(path)
+    if EMBED.removeprefix(PREFIX) not in tensors or any(name.startswith(PREFIX) for name in tensors):
+        return tensors
+    names = {name: name if name == HEAD else PREFIX + name for name in tensors}
+    if isinstance(tensors, TensorFile):
+        return tensors.renamed(names)
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def read_folder(folder: Path) -> Mapping[str, np.ndarray]:
@@ -87,7 +101,11 @@ def read_folder(folder: Path) -> Mapping[str, np.ndarray]:
     if index:
         return _read_index(folder / INDEX)
     pickles = sorted(p.name for p in folder.glob("*.bin"))[:1]
-    hint = f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
+    hint = (
+        f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors, which save_pretrained of transformers writes"
+        if pickles
+        else ""
+    )
     raise InputNotFound(f"{folder}: neither {SINGLE} nor {INDEX}{hint}")
 
 
@@ -109,8 +127,9 @@ def _read_index(path: Path) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for file, want in sorted(wanted.items()):
         shard = read_safetensors(path.parent / file)
-        for names, what in ((want - set(shard), "lacks"), (set(shard) - want, "holds, against the index,")):
-            if names:
+        for found, what in ((want - set(shard), "lacks"), (set(shard) - want, "holds, against the index,")):
+            # A table that the config determines; converters leave it out of the shards or out of the index.
+            if names := {name for name in found if not name.endswith(INV_FREQ)}:
                 raise MalformedFile(
                     f"{shard.path}: {what} {plural(len(names), 'tensor')}: {', '.join(sorted(names)[:5])}"
                 )

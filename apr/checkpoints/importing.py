@@ -14,7 +14,6 @@ from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..common.files import sha256_of
 from ..common.hub import download, is_hub
 from ..common.run_paths import instead_of, is_state
-from ..common.units import plural
 from ..common.version import __version__
 from ..model.params import Layout
 from ..tokenizer.import_hf import read_tokenizer
@@ -22,12 +21,15 @@ from ..tokenizer.tokenizer import Tokenizer
 from .apr2 import read_apr, write_apr
 from .apr2_metadata import config_to_metadata, embed_tokenizer
 from .checkpoint import (
+    CONVERT,
     HF_FILES,
+    OTHER_TOKENIZERS,
     SIDE_FILES,
     TOKENIZER,
     Checkpoint,
     end_of_text,
     parameters,
+    require_rows,
     special_id,
 )
 from .hf import INDEX, SINGLE
@@ -105,7 +107,7 @@ def import_model(
         "eos_token_id": tok and tok.eos_id,
         "chat_template": checkpoint.chat_template is not None,
         "files": meta[PROVENANCE]["files"],
-        "notes": checkpoint.notes,
+        "notes": checkpoint.notes + (_unread(folder) if tok is None else []),
     }
 
 
@@ -131,6 +133,11 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": size, "sha256": digest}
 
 
+def _unread(folder: Path) -> list[str]:
+    """Name a vocabulary that is there but not read."""
+    return [CONVERT.format(name) for name in OTHER_TOKENIZERS if os.path.lexists(folder / name)][:1]
+
+
 def _embed(meta: dict[str, Any], checkpoint: Checkpoint, folder: Path, other: str | None) -> Tokenizer | None:
     """Put the tokenizer of a folder, or of `other`, into metadata."""
     if checkpoint.kind != "hf" and not other:
@@ -147,9 +154,6 @@ def _embed(meta: dict[str, Any], checkpoint: Checkpoint, folder: Path, other: st
     text, config = found
     eos = end_of_text(text, config, checkpoint.metadata)
     tok = Tokenizer.from_json(text, str(place / TOKENIZER), eos)
-    if tok.vocab_size > checkpoint.cfg.vocab_size:
-        raise Refused(
-            f"{place}: its tokenizer has {plural(tok.vocab_size, 'id')}, the model {checkpoint.cfg.vocab_size}"
-        )
+    require_rows(tok, checkpoint.cfg.vocab_size, str(place))
     embed_tokenizer(meta, text, tok.eos_id, special_id(text, config, checkpoint.metadata, "bos"))
     return tok

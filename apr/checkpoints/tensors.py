@@ -7,7 +7,7 @@ is allocated or mapped.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,7 @@ SAVED = {  # what we write floating point tensors as
     "bfloat16": BF16,
     "float16": np.dtype(np.float16),
 }
+PREFIX = "model."  # of all names but the head's
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INV_FREQ = ".rotary_emb.inv_freq"  # old Llama files store this table, which the config determines
 CHUNK = 1 << 20  # elements converted or compared at a time: bounds the memory of a conversion
@@ -64,6 +65,11 @@ class TensorFile(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         e = self.entries[name]
         return self._bytes[e.offset : e.offset + e.nbytes].view(e.dtype).reshape(e.shape)
+
+    def renamed(self, names: Mapping[str, str]) -> TensorFile:
+        """Give the tensors other names, {old: new}, in place."""
+        self.entries = {names[e.name]: replace(e, name=names[e.name]) for e in self.entries.values()}
+        return self
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)

@@ -272,7 +272,7 @@ def hf_rows(checks: Checklist, subject: Subject, path: Path) -> None:
     folder = path if path.is_dir() else path.parent
 
     def weights() -> str:
-        tensors = hf.read_folder(path) if path.is_dir() else hf.read_safetensors(path)
+        tensors = hf.read_weights(path)
         subject.tensors = tensors
         size = sum(t.nbytes for t in tensors.values())
         return f"{plural(len(tensors), 'tensor')}, {plural(size, 'byte')}: headers, offsets, lengths and index agree"

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import backends
 from ..backends.select import select
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint, no_tokenizer
 from ..checkpoints.registry import open_any
 from ..common.errors import Aborted, MalformedFile, Refused, UsageError
 from ..common.rounding import round_up
@@ -71,9 +71,7 @@ class Opened:
     def need_tokenizer(self) -> Tokenizer:
         """Return the tokenizer. Raises Refused: none."""
         if self.tokenizer is None:
-            raise Refused(
-                f"{self.loaded.source}: no tokenizer in it; put tokenizer.json beside the weights, or give --tokenizer"
-            )
+            raise no_tokenizer(self.loaded.source, ", or give --tokenizer")
         return self.tokenizer
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from .. import backends
 from ..checkpoints.apr2 import write_apr
 from ..checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
-from ..checkpoints.checkpoint import HF_FILES, Checkpoint
+from ..checkpoints.checkpoint import HF_FILES, Checkpoint, no_tokenizer
 from ..checkpoints.exporting import texts_for
 from ..checkpoints.hf import write_hf
 from ..common.errors import Refused, UsageError
@@ -310,7 +310,7 @@ class LanguageModel:
         if template is None:
             raise no_template(self.source)
         if self.tokenizer is None:
-            raise _no_tokenizer(self.source)
+            raise no_tokenizer(self.source)
         return template, self.tokenizer
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -319,7 +319,7 @@ class LanguageModel:
         An empty prompt of a tokenizer that puts nothing there is the end-of-text token, which stands before every document but
         the first. Raises Refused: no tokenizer; UsageError: nothing to begin with."""
         if self.tokenizer is None:
-            raise _no_tokenizer(self.source)
+            raise no_tokenizer(self.source)
         ids = self.tokenizer.encode_text(text)
         if not ids and self.tokenizer.eos_id is None:
             raise UsageError("an empty prompt needs a tokenizer with an end-of-text token; give some text")
@@ -327,7 +327,7 @@ class LanguageModel:
 
     def _text_stream(self, ids: Sequence[int], stop: Sequence[str]) -> TextStream | None:
         if self.tokenizer is None and stop:
-            raise _no_tokenizer(self.source)
+            raise no_tokenizer(self.source)
         return None if self.tokenizer is None else TextStream(self.tokenizer, ids, stop)
 
     def _room(self, slots: int, rows: int) -> Generator:
@@ -389,7 +389,3 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
         if name not in names:
             raise UsageError(f"{name} is no option of generation; there are {', '.join(names)} and stop")
     return options
-
-
-def _no_tokenizer(source: str) -> Refused:
-    return Refused(f"{source}: no tokenizer in it; put tokenizer.json beside the weights")

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from ..common.errors import MalformedFile, Refused
+from ..common.files import short
 from .config import ModelConfig, RopeScaling
 from .families import FAMILIES
 from .hf_keys import HfKeys
@@ -63,6 +64,11 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "attn_pdrop": (0.0,),
     "hidden_dropout_prob": (0.0,),
     "attention_probs_dropout_prob": (0.0,),
+}
+# What to do instead, where another key or another source helps.
+TRY = {
+    "quantization_config": ": give the model that was quantised, or load it with transformers, call dequantize() and save it",
+    "attention_dropout": ", so remove the key to compute without dropout, as evaluations do",
 }
 # null is no value of these: transformers fails on it too
 _NEVER_NULL = {"hidden_act"}
@@ -159,15 +165,22 @@ def _refuse_what_differs(keys: HfKeys, kind: str) -> None:
         if key in MUST_BE:
             if value not in MUST_BE[key]:
                 raise Refused(
-                    f"{source}: {key} = {value!r} is not supported; apr computes {MUST_BE[key][0]!r}"
+                    f"{source}: {key} = {_shown(value)} is not supported; apr computes {MUST_BE[key][0]!r}{TRY.get(key, '')}"
                 )
         elif key not in known and not unheeded(key, value):
             raise Refused(
-                f"{source}: unknown key {key!r} = {value!r}; apr refuses what it would not honour. "
+                f"{source}: unknown key {key!r} = {short(value)}; apr refuses what it would not honour. "
                 "Remove the key if it does not change the mathematics"
             )
     if keys.get("hidden_act") is None:
         raise MalformedFile(f"{source}: missing key 'hidden_act' (the families apr computes use \"silu\")")
+
+
+def _shown(value: Any) -> str:
+    """Write a value into a message; of an object its method, if it names one."""
+    if isinstance(value, dict) and isinstance(value.get("quant_method"), str):
+        return f"{short(value)} with quant_method = {short(value['quant_method'])}"
+    return short(value)
 
 
 def _kv_heads(keys: HfKeys, heads: int, follow: bool) -> int:
@@ -222,7 +235,7 @@ def _rope(keys: HfKeys) -> tuple[float, RopeScaling | None]:
     if rope.get("partial_rotary_factor") in (1, 1.0):
         names.discard("partial_rotary_factor")
     # a factor of one divides no position
-    if kind == "linear" and rope.get("factor") == 1:
+    if kind in ("linear", "dynamic", "default") and rope.get("factor") == 1:
         kind, names = "default", names - {"factor"}
     if kind == "default":
         if names:

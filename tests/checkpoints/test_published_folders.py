@@ -1,0 +1,133 @@
+"""Habits of published folders: names without their prefix, an index with more than its shards, and what is said of the rest."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from apr.checkpoints.hf import INDEX, SINGLE, read_safetensors, write_hf, write_safetensors
+from apr.checkpoints.importing import import_model
+from apr.checkpoints.registry import open_any, open_host, validate
+from apr.cli.main import main
+from apr.common.errors import AprError, Refused
+from apr.common.finding import FAIL
+from apr.inference.language_model import no_tokenizer
+from apr.model.hf_config import from_hf, to_hf
+from apr.model.params import Layout
+from apr.model.presets import PRESETS
+from tokenizer_cases import added, gpt2_like
+
+CFG = PRESETS["qwen3-tiny"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tied model in two shards or more."""
+    layout = Layout(CFG)
+    host = np.zeros(layout.size, np.float32)
+    layout.randomise(host, 3)
+    tensors = {s.hf: host[s.offset : s.offset + s.size].reshape(s.shape) for s in layout.slots}
+    write_hf(tmp_path / "model", CFG, tensors, max_shard_bytes=20_000)
+    return tmp_path / "model"
+
+
+def change_index(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("is_whole", [True, False], ids=["one file", "shards"])
+def test_a_model_that_was_saved_without_its_head_has_the_names_of_one_with_a_head(folder, is_whole, tmp_path):
+    """Qwen3-Embedding is published so; transformers reads both."""
+    want = open_host(str(folder)).host
+    shards = sorted(folder.glob("*.safetensors"))
+    files = {
+        p: {k.removeprefix("model."): np.array(v) for k, v in read_safetensors(p).items()} for p in shards
+    }
+    for p in shards:
+        p.unlink()
+    if is_whole:
+        (folder / INDEX).unlink()
+        write_safetensors(folder / SINGLE, {k: v for tensors in files.values() for k, v in tensors.items()})
+    else:
+        for p, tensors in files.items():
+            write_safetensors(p, tensors)
+        change_index(folder, lambda names: {k.removeprefix("model."): v for k, v in names.items()})
+    assert np.array_equal(open_host(str(folder)).host, want)
+    assert not [row for row in validate(str(folder)).findings if row.verdict == FAIL]
+    import_model(str(folder), tmp_path / "x.apr")
+    assert np.array_equal(open_host(str(tmp_path / "x.apr")).host, want)
+    assert main(["diff", str(folder), str(tmp_path / "x.apr")]) == 0
+
+
+def test_some_names_without_the_prefix_are_no_habit_but_a_fault(folder):
+    p = next(p for p in folder.glob("*.safetensors") if "model.embed_tokens.weight" in read_safetensors(p))
+    tensors = {k: np.array(v) for k, v in read_safetensors(p).items()}
+    tensors["embed_tokens.weight"] = tensors.pop("model.embed_tokens.weight")
+    write_safetensors(p, tensors)
+    change_index(folder, lambda names: {k.replace("model.embed", "embed"): v for k, v in names.items()})
+    with pytest.raises(Refused, match=r"missing: model\.embed_tokens"):
+        open_any(str(folder))
+
+
+def test_a_table_of_frequencies_may_stand_in_the_index_alone(folder):
+    first = min(p.name for p in folder.glob("*.safetensors"))
+    want = open_host(str(folder)).host
+    change_index(folder, lambda names: names | {"model.layers.0.self_attn.rotary_emb.inv_freq": first})
+    assert np.array_equal(open_host(str(folder)).host, want)
+    change_index(folder, lambda names: names | {"model.layers.0.self_attn.other": first})
+    with pytest.raises(AprError, match=r"lacks 1 tensor: model\.layers\.0\.self_attn\.other"):
+        open_any(str(folder))
+
+
+def test_tensors_of_another_head_are_named_with_what_leaves_them_out(folder):
+    p = min(folder.glob("*.safetensors"))
+    write_safetensors(
+        p, {**{k: np.array(v) for k, v in read_safetensors(p).items()}, "score.weight": np.ones((1, 4), "f4")}
+    )
+    change_index(folder, lambda names: names | {"score.weight": p.name})
+    with pytest.raises(Refused, match=r"1 unexpected: score\.weight \(.*AutoModelForCausalLM"):
+        open_any(str(folder))
+
+
+def test_a_vocabulary_that_is_not_read_is_named_with_what_converts_it(folder, tmp_path):
+    assert "tokenizer.model" not in str(no_tokenizer(str(folder)))
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    assert "tokenizer.model is not read; AutoTokenizer" in str(no_tokenizer(str(folder)))
+    notes = import_model(str(folder), tmp_path / "x.apr")["notes"]
+    assert [n for n in notes if n.startswith("tokenizer.model is not read")]
+
+
+def test_tokens_without_a_row_are_named(folder, tmp_path):
+    tokenizer = gpt2_like()
+    rows = max([*tokenizer["model"]["vocab"].values(), *(t["id"] for t in tokenizer["added_tokens"])]) + 1
+    tokenizer["added_tokens"].append(added(rows, "<pad>"))
+    assert rows > CFG.vocab_size
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for ask in (
+        lambda: open_any(str(folder)).tokenizer,
+        lambda: import_model(str(folder), tmp_path / "x.apr"),
+    ):
+        with pytest.raises(
+            Refused,
+            match=rf"{rows + 1} ids, the model {CFG.vocab_size}: no row for .*resize_token_embeddings",
+        ):
+            ask()
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic"])
+def test_a_factor_of_one_scales_nothing(kind):
+    d = to_hf(PRESETS["llama-tiny"])
+    assert from_hf({**d, "rope_scaling": {"rope_type": kind, "factor": 1.0}}) == from_hf(d)
+    with pytest.raises(Refused, match=kind):
+        from_hf({**d, "rope_scaling": {"rope_type": kind, "factor": 2.0}})
+
+
+def test_a_quantised_model_is_refused_with_its_method_and_what_to_try():
+    quantised = {"quant_method": "gptq", "bits": 4, "modules": ["x" * 5000]}
+    with pytest.raises(Refused, match=r"quant_method = 'gptq'.*dequantize\(\)") as e:
+        from_hf({**to_hf(CFG), "quantization_config": quantised})
+    assert len(str(e.value)) < 400
