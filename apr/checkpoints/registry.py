@@ -11,8 +11,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +51,9 @@ from .hf import read_hf
 from .side_files import as_text
 from .validate import Subject, content_rows
 from .validate_files import apr_rows, gguf_rows, hf_rows
+
+# Files that are looked at for a folder that was meant.
+MOST_BELOW = 1000
 
 
 @dataclass(frozen=True)
@@ -168,9 +173,18 @@ def _check_meant(path: Path) -> None:
     files = sorted(p for p in path.iterdir() if p.suffix in (".apr", ".gguf"))
     if files:
         raise InputNotFound(f"{path}: is a folder of checkpoints; give one, such as {files[-1]}")
-    raise InputNotFound(
-        f"{path}: no model in it, neither config.json nor safetensors; give a Hugging Face folder, or an .apr or GGUF file"
-    )
+    below = _models_below(path)
+    give = f"give {below[-1]}" if below else "give a Hugging Face folder, or an .apr or GGUF file"
+    more = f", or another of {len(below)} folders in it that hold one" if len(below) > 1 else ""
+    raise InputNotFound(f"{path}: no model in it, neither config.json nor safetensors; {give}{more}")
+
+
+def _models_below(path: Path) -> list[Path]:
+    """List the folders one and two levels down that hold a model, the latest last: checkpoint-500 of a trainer, snapshots/HASH
+    of Hugging Face's cache."""
+    patterns = ("*/*.safetensors", "*/*/*.safetensors")
+    found = {p.parent for pattern in patterns for p in islice(path.glob(pattern), MOST_BELOW)}
+    return sorted(found, key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(p))])
 
 
 def _instead_of_file(path: Path) -> str:

@@ -961,6 +961,15 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         open_any("llama-tiny")
     with pytest.raises(InputNotFound, match=r"no model in it, neither config\.json nor safetensors"):
         open_any(str(tmp_path))
+    snapshot = tmp_path / "cache/snapshots/1f3a"
+    steps = [tmp_path / f"trainer/checkpoint-{n}" for n in (500, 1000)]
+    for folder in (snapshot, *steps):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+    with pytest.raises(InputNotFound, match=f"no model in it.*; give {snapshot}$"):
+        open_any(str(tmp_path / "cache"))
+    with pytest.raises(InputNotFound, match=f"give {steps[1]}, or another of 2 folders in it"):
+        open_any(str(tmp_path / "trainer"))
     write_json(tmp_path / "config.json", to_hf(PRESETS["llama-tiny"]))
     with pytest.raises(InputNotFound, match=r"neither model\.safetensors nor"):
         open_any(str(tmp_path))
