@@ -21,6 +21,8 @@ _TEXT_SUFFIXES = (
     ".pl .pm .proto .ps1 .py .pyi .pyx .r .rb .rkt .rs .rst .s .sass .scala .scm .scss .sh .sql .srt .sv .svelte .swift "
     ".tcl .tex .text .tf .thy .toml .ts .tsv .tsx .txt .v .vb .vhd .vim .vue .xhtml .xml .yaml .yml .zig .zsh"
 )
+# Notes on a data set, of the Hub or of LLaMA-Factory, which are no records of it.
+NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 TEXT_SUFFIXES = frozenset(_TEXT_SUFFIXES.split())
 
 
@@ -118,7 +120,7 @@ class _Finder:
         for name, file_status in files:
             kind, compression, suffix = classify(name)
             path = os.path.join(root, name)
-            if kind is None:
+            if kind is None or os.path.basename(name) in NOTES:
                 self.sources.left_out[_printable(suffix)] += 1
             elif why := _unreadable(path, file_status):
                 self._skip(root, name, why)

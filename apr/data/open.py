@@ -29,7 +29,7 @@ from .conversations.prepare import prepare_conversations
 from .corpus import Corpus
 from .find import find_sources
 from .guards import Bounds, enforce, fits_model
-from .hub_data import data_files
+from .hub_data import splits_note, train_sources
 from .mixed import MixedShards, counted
 from .mixture import MixSource, sources_of
 from .prepare import PreparedCorpus, prepare, tokenizer_of
@@ -160,9 +160,10 @@ def open_data(
         val=val,
         corpus_name=", ".join(_name(x.settings) for x in sources),
         left_out="\n".join(
-            f"{x.name}: {m.left_out}" if x.name else m.left_out
+            f"{x.name}: {note}" if x.name else note
             for x, m in zip(sources, made, strict=True)
-            if m.left_out
+            for note in ("" if x.kind == "dataset" else splits_note(x.path), m.left_out)
+            if note
         ),
         document_end=_document_end(s, tokenizer, train.shards, val.shards),
         audit=splits,
@@ -240,7 +241,7 @@ def _made(
     def answers(sides: dict[str, Shards | None]) -> list[Finding]:
         rows = {side: x for side, x in sides.items() if isinstance(x, PackedShards)}
         if pairs:
-            return [pairs_kept(open_pairs(conversations, s.map), rows, tokenizer)]
+            return [pairs_kept(open_pairs(conversations, s.map), rows, tokenizer, template)]
         return [answers_kept(open_conversations(conversations, s.map), rows, tokenizer, template)]
 
     return _Made(tokenizer, packed.sides, packed.left_out(), answers)
@@ -300,7 +301,7 @@ def _document_end(s: DataSettings, tokenizer: Tokenizer, train: Shards, val: Sha
 def _corpus(s: DataSettings) -> Corpus:
     if s.corpus == "stdlib":
         return Corpus(_stdlib())
-    sources, piece_bytes = find_sources(data_files(str(s.corpus))), None
+    sources, piece_bytes = train_sources(str(s.corpus)), None
     # A single document could not be split into two sides.
     if len(sources) == 1 and sources[0].kind == "text":
         piece_bytes = max(256, min(MAX_PIECE_BYTES, sources[0].size // 100))

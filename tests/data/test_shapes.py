@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gzip
 import json
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -18,13 +19,16 @@ from apr.common.errors import InputNotFound, Refused, UsageError
 from apr.common.finding import FAIL, Finding
 from apr.data.conversations import answers, render
 from apr.data.conversations.answers import answers_kept
+from apr.data.conversations.beside import ASKED
 from apr.data.conversations.examples import open_conversations
 from apr.data.conversations.keys import KeyMap
 from apr.data.conversations.packed import PackedShards
+from apr.data.conversations.pairs import open_pairs, pair_of
+from apr.data.conversations.pairs_kept import pairs_kept
 from apr.data.conversations.prepare import prepare_conversations
 from apr.data.conversations.render import EncodedExample, Encoder
 from apr.data.conversations.shapes import SHAPES, example_of
-from apr.data.hub_data import of_split
+from apr.data.hub_data import of_split, splits_note, train_sources
 from apr.data.source import Skipped, Unusable
 from apr.tokenizer.chat_template import ChatTemplate
 from apr.tokenizer.tokenizer import Tokenizer
@@ -529,3 +533,196 @@ def test_the_files_of_a_split(names: list[str], split: str | None, chosen: Any) 
     else:
         got = of_split("x", names, split)
         assert len(got) == chosen if isinstance(chosen, int) else got == chosen
+
+
+# Keys beside a conversation that say what it is for
+
+
+BESIDE: dict[str, tuple[Any, str, str]] = {
+    "a system prompt under another name": (
+        {"messages": [ASK, SAY], "system_prompt": "Be brief."}, "<|system|>\nBe brief.<|end|>\n" + TALK, ANSWER,
+    ),
+    "the same beside a pair of texts": (
+        {"instruction": "2 + 2?", "output": "It is 4.", "system_message": "Be brief."},
+        "<|system|>\nBe brief.<|end|>\n" + TALK, ANSWER,
+    ),
+    "a system prompt that has our name too": (
+        {"prompt": "2 + 2?", "response": "It is 4.", "system": "Be brief.", "system_prompt": "x"},
+        "<|system|>\nBe brief.<|end|>\n" + TALK, ANSWER,
+    ),
+    "tools beside a pair of texts": (
+        {"prompt": "2 + 2?", "response": "It is 4.", "tools": [ADD]},
+        f"<|system|>\n{json.dumps([ADD])}<|end|>\n" + TALK, ANSWER,
+    ),
+    "an answer without loss": (
+        {"messages": [ASK, {**SAY, "loss": False}, ASK, {**SAY, "content": "4", "loss": True}]},
+        TALK + TALK.replace("It is 4.", "4"), "4<|end|>",
+    ),
+    "an answer that is masked": (
+        {"messages": [ASK, {**SAY, "masked": True}, ASK, {**SAY, "content": "4"}]},
+        TALK + TALK.replace("It is 4.", "4"), "4<|end|>",
+    ),
+    "a number under such a key is a key as any other": ({"messages": [ASK, {**SAY, "loss": 2.5}]}, TALK, ANSWER),
+    "of the split to train on": ({"messages": [ASK, SAY], "split": "train"}, TALK, ANSWER),
+    "a good answer": ({"prompt": "2 + 2?", "completion": "It is 4.", "label": True}, TALK, ANSWER),
+    "a class, no label of an answer": ({"prompt": "2 + 2?", "completion": "It is 4.", "label": 0}, TALK, ANSWER),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_keys_beside_a_conversation_are_heard(encoder: Encoder, tok: Tokenizer, name: str) -> None:
+    record, text, answers = BESIDE[name]
+    ((e,),) = encoder([example_of("x:1", record)])
+    assert (tok.decode(e.ids), tok.decode(e.ids[e.trained])) == (text, answers)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"split": "test"}, "of another split"),
+        ({"split": "Validation"}, "of another split"),
+        ({"label": False}, "label is false"),
+        ({"kto_tag": False}, "label is false"),
+        ({"image": "a.png"}, "parts that are no text"),
+    ],
+)
+def test_records_that_say_they_are_not_to_be_learnt_are_left_out(
+    tmp_path: Path, tok: Tokenizer, more: dict[str, Any], reason: str
+) -> None:
+    """Most may be: they are no broken records. Pictures are."""
+    rows = varied({"prompt": "2 + 2?", "completion": "It is 4."})
+    path = lines(tmp_path, [{**r, **(more if i > 1 else {})} for i, r in enumerate(rows)])
+    if reason not in ASKED:
+        with pytest.raises(Refused, match=f"4 of 6 records.*{reason}"):
+            judged(path, tmp_path / "out", tok)
+        return
+    made = prepare_conversations(path, tmp_path / "out", tok, ChatTemplate(TOOLS, "test"), 255, 0.3)
+    assert f"4 {reason}" in made.left_out()
+    assert sum(PackedShards(place, tok).manifest.examples for place in made.sides.values()) == 2
+    assert judged(path, tmp_path / "out", tok).passed
+
+
+def test_keys_that_nothing_reads_are_named(tmp_path: Path, tok: Tokenizer) -> None:
+    rows = [{**r, "context": "c", "id": 1} for r in varied({"prompt": "2 + 2?", "completion": "It is 4."})]
+    template = ChatTemplate(TOOLS, "test")
+    for folder in ("out", "out"):
+        made = prepare_conversations(lines(tmp_path, rows), tmp_path / folder, tok, template, 255, 0.3)
+        assert "keys of records that are not read: 'context', 'id'; --map" in made.left_out()
+    used = varied({"instruction": "2 + 2?", "input": "", "output": "It is 4.", "system": "x"})
+    made = prepare_conversations(lines(tmp_path, used, "b.jsonl"), tmp_path / "out", tok, template, 255, 0.3)
+    assert made.left_out() == ""
+
+
+def test_a_pair_with_the_higher_score_for_the_rejected_answer_is_left_out() -> None:
+    pair = {"prompt": "2 + 2?", "chosen": "It is 4.", "rejected": "5", "system_prompt": "Be brief."}
+    assert pair_of("x", {**pair, "score_chosen": 3, "score_rejected": 3.0}).chosen.messages[0] == turn(
+        "system", "Be brief."
+    )
+    with pytest.raises(Unusable, match="chosen_rating is 1, rejected_rating is 4"):
+        pair_of("x", {**pair, "chosen_rating": 1, "rejected_rating": 4})
+    with pytest.raises(Unusable, match="split is 'test'"):
+        pair_of("x", {**pair, "split": "test"})
+
+
+PLAIN = TOOLS.replace("<|end|>", "[END]")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TOOLS,
+        PLAIN,
+        PLAIN.replace("{{ m.content", "{% if m.role == 'assistant' %}Well. {% endif %}{{ m.content"),
+    ],
+)
+def test_pairs_are_found_again_whatever_a_template_writes_around_an_answer(
+    tmp_path: Path, tok: Tokenizer, text: str
+) -> None:
+    """The end of a turn may be no special token, and words may stand before an answer: both are trained, neither is in a file."""
+    rows = [{"prompt": f"{i} + {i}?", "chosen": f"It is {2 * i}.", "rejected": f"No {i}."} for i in range(6)]
+    path, template = lines(tmp_path, rows), ChatTemplate(text, "test")
+    made = prepare_conversations(path, tmp_path / "out", tok, template, 255, 0.3, pairs=True)
+    sides = {side: PackedShards(place, tok) for side, place in made.sides.items()}
+    found = pairs_kept(open_pairs(path), sides, tok, template)
+    assert found.passed, found
+    swapped = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
+    assert pairs_kept(open_pairs(lines(tmp_path, swapped, "b.jsonl")), sides, tok, template).verdict == FAIL
+
+
+@pytest.mark.parametrize(
+    ("record", "advice"),
+    [
+        ({"question": "q", "chosen": "a", "rejected": "b"}, "--map prompt=question reads it"),
+        ({"input": "q", "chosen_response": "a", "rejected_response": "b"},
+         "--map prompt=input,chosen=chosen_response,rejected=rejected_response reads it"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "as HH-RLHF has them"),
+        ({"instruction": "q", "output": ["a", "b"]}, "'output' has several answers"),
+        ({"instruction": "q", "completions": [{"response": "a"}, {"response": "b"}]}, "'completions' has several answers"),
+        ({"prompt": "q", "completion": "a", "label": True}, "wanted prompt, chosen and rejected"),
+    ],
+)  # fmt: skip
+def test_pairs_under_other_names_get_the_flag_that_reads_them(record: dict[str, Any], advice: str) -> None:
+    with pytest.raises(Unusable) as e:
+        pair_of("x", record)
+    assert advice in e.value.detail
+    if (flags := re.search(r"--map (\S+)", advice)) and "reads it" in advice:
+        assert pair_of("x", record, KeyMap.parse(flags[1])).chosen.response == "a"
+
+
+@pytest.mark.parametrize("about", ["context", "input"])
+def test_the_text_that_an_instruction_is_about_is_not_left_behind(about: str) -> None:
+    record = {"instruction": "2 + 2?", about: "Numbers.", "response": "It is 4."}
+    with pytest.raises(Unusable) as e:
+        example_of("x", record)
+    flags = str(e.value.detail).rpartition("--map ")[2]
+    assert "Numbers." in example_of("x", record, KeyMap.parse(flags)).prompt
+
+
+# Splits in a folder
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "left"),
+    [
+        (["train.jsonl", "test.jsonl", "validation.jsonl"], ["train.jsonl"], 2),
+        (["train/a.jsonl", "val/a.jsonl", "test/a.jsonl"], ["train/a.jsonl"], 2),
+        (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl"],
+         ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"], 1),
+        (["train.jsonl", "more.jsonl", "dev.jsonl"], ["more.jsonl", "train.jsonl"], 1),
+        (["test.jsonl", "validation.jsonl"], ["test.jsonl", "validation.jsonl"], 0),
+        (["training.jsonl", "latest.jsonl"], ["latest.jsonl", "training.jsonl"], 0),
+        (["train.txt", "test.txt", "valid.txt"], ["train.txt"], 2),
+        (["train.py", "test.py", "model.py"], ["model.py", "test.py", "train.py"], 0),
+        (["train.py", "test.py"], ["test.py", "train.py"], 0),
+        (["train.txt", "test.txt", "notes.txt"], ["notes.txt", "test.txt", "train.txt"], 0),
+        (["a.jsonl", "dataset_infos.json", "dataset_info.json"], ["a.jsonl"], 0),
+    ],
+)  # fmt: skip
+def test_of_a_folder_with_splits_the_training_one_is_read(
+    tmp_path: Path, names: list[str], read: list[str], left: int
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    found = train_sources(str(tmp_path))
+    assert [str(s.path.relative_to(tmp_path)) for s in found] == read
+    note = splits_note(str(tmp_path))
+    assert note.count("jsonl") + note.count(".txt") == left
+    assert ("trained on the split train" in note) == bool(left)
+
+
+def test_files_of_another_split_are_left_out_of_training_and_said_to_be(
+    tmp_path: Path, tok: Tokenizer
+) -> None:
+    rows = varied({"messages": [ASK, SAY]})
+    lines(tmp_path, rows, "train.jsonl")
+    lines(tmp_path, [{"messages": [ASK, {**SAY, "content": "held out"}]}], "test.jsonl")
+    assert judged(str(tmp_path), tmp_path / "out", tok).passed
+    assert not any(
+        "held out" in x.text for x in open_conversations(str(tmp_path)) if not isinstance(x, Skipped)
+    )
+    assert any(
+        "held out" in x.text
+        for x in open_conversations(str(tmp_path / "test.jsonl"))
+        if not isinstance(x, Skipped)
+    )

@@ -291,8 +291,8 @@ def test_labels_are_compared_with_the_files(place):
     tokenizer = Tokenizer.from_file(place)
     sides = {"train": PackedShards(folder, tokenizer)}
     assert guard_pairs(sides["train"]).passed
-    assert pairs_kept(open_pairs(str(place / "pairs.jsonl")), sides, tokenizer).passed
-    assert not pairs_kept(open_pairs(str(place / "swapped.jsonl")), sides, tokenizer).passed
+    assert pairs_kept(open_pairs(str(place / "pairs.jsonl")), sides, tokenizer, None).passed
+    assert not pairs_kept(open_pairs(str(place / "swapped.jsonl")), sides, tokenizer, None).passed
     shards = PackedShards(folder, tokenizer, verify=False)
     trained = np.array(shards.trained)
     shards.masks = [np.where(trained == 1, 2, np.where(trained == 2, 1, 0)).astype(np.uint8).reshape(-1)]
@@ -382,7 +382,7 @@ def test_a_token_may_hold_the_end_of_a_prompt_and_the_beginning_of_an_answer(pla
     )
     sides = {side: PackedShards(folder, tokenizer) for side, folder in made.sides.items()}
     assert all(guard_pairs(s).passed for s in sides.values())
-    assert pairs_kept(open_pairs(str(tmp_path / "seams.jsonl")), sides, tokenizer).passed
+    assert pairs_kept(open_pairs(str(tmp_path / "seams.jsonl")), sides, tokenizer, None).passed
     assert sum(s.manifest.pairs for s in sides.values()) == 12 + len(SEAMS)
     assert sides["train"].manifest.skipped == {"no prompt in common": 1}
 

@@ -23,7 +23,7 @@ from ..plain import DAMAGES, Unfollowed, records, value_of
 from .examples import Conversations
 from .packed import PackedShards
 from .prepare import TOO_LONG
-from .shapes import ANSWER_END, ANSWER_START
+from .shapes import ANSWER_END, ANSWER_START, FLAGS, UNTRAINED
 
 # What messages may have beside their text, for a template to write.
 SPEAKERS = ("assistant", "gpt", "model", "bot", "chatgpt", "ai")
@@ -211,7 +211,7 @@ def _read(corpus: Conversations, spelling: Spelling, frame: Frame, tokenizer: To
                 out.has_more |= any(m.get(key) for m in said for key in BESIDE) or bool(
                     texts and not frame.prompt
                 )
-                out.has_context |= any(names.get(k, k) in m for m in said for k in ("train", "weight"))
+                out.has_context |= any(names.get(k, k) in m for m in said for k in (*UNTRAINED, *FLAGS))
                 out.has_context |= any(isinstance(x, list) for x in _named(value, "prompt", names))
                 answers = [t for m in said for t in contents(m, names)]
                 answers += [

@@ -11,8 +11,7 @@ from ...common.errors import MalformedFile, Refused
 from ...common.files import check_values
 from ..corpus import Corpus
 from ..documents import Document, Item
-from ..find import find_sources
-from ..hub_data import data_files
+from ..hub_data import train_sources
 from ..json_records import ONE_A_LINE, closes, read_json_records
 from ..parquet import read_parquet_records
 from ..source import Skipped, Source, Unusable
@@ -37,7 +36,7 @@ class Conversations(Corpus):
 
 def open_conversations(path: str, keys: str | None = None) -> Conversations:
     """Find the files of records of a path; keys: --map. Raises InputNotFound, Refused: another kind of file."""
-    sources = find_sources(data_files(path))
+    sources = train_sources(path)
     others = [s for s in sources if s.kind == "text"]
     if others and (len(others) == len(sources) or not Path(path).is_dir()):
         if others[0].path.suffix.lower() in TABLES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +25,13 @@ OF_MESSAGES = ("role", "content", "from", "value", "train")
 class KeyMap:
     """Names of a file for ours, from --map: keys of records, of messages, and roles.
 
-    met, there  theirs that a record had so far; keys of records and of messages, for a person"""
+    met, there  theirs that a record had so far; keys of records and of messages, for a person
+    unread      keys of records that nothing reads"""
 
     names: tuple[tuple[str, str], ...] = ()
     met: set[str] = field(default_factory=set, compare=False)
     there: dict[str, None] = field(default_factory=dict, compare=False)
+    unread: set[str] = field(default_factory=set, compare=False)
 
     @classmethod
     def parse(cls, text: str | None) -> KeyMap:
@@ -72,6 +75,11 @@ class KeyMap:
             if len(self.there) < SHOWN_KEYS:
                 self.there.update(dict.fromkeys(keys))
 
+    def pass_over(self, keys: Iterable[str]) -> None:
+        """Note keys of a record that nothing reads."""
+        if len(self.unread) < SHOWN_KEYS:
+            self.unread.update(keys)
+
     def refuse_unmet(self, corpus: object) -> None:
         """Raise Refused for a key of theirs that no record had. A role may occur in none."""
         for ours, theirs in self.names:
@@ -103,6 +111,43 @@ SYNONYMS = {
 }
 
 
+# And of pairs of preferences, for the better and the worse answer.
+BETTER = "chosen chosenresponse responsechosen chosenanswer preferred preferredoutput accepted acceptedresponse better win"
+WORSE = "rejected rejectedresponse responserejected rejectedanswer dispreferred nonpreferredoutput worse lose"
+DIALOG = ("\n\nHuman:", "\n\nAssistant:")
+
+
+def pair_like(record: Record) -> str:
+    """Name the flag that reads a record without prompt, chosen or rejected, or what such a record is; "" for others."""
+    letters = {re.sub(r"[^a-z]", "", key.lower()): key for key, value in record.items() if value}
+    words = {
+        "prompt": f"prompt {SYNONYMS['prompt']} messages conversations",
+        "chosen": BETTER,
+        "rejected": WORSE,
+    }
+    picked = {
+        ours: next((letters[w] for w in names.split() if w in letters), None) for ours, names in words.items()
+    }
+    texts = [record.get(picked[key] or "") for key in ("chosen", "rejected")]
+    if all(isinstance(t, str) and all(mark in t for mark in DIALOG) for t in texts):
+        return (
+            "the answers hold whole dialogs in a text, as HH-RLHF has them: write chosen and rejected as lists of messages, "
+            '[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
+        )
+    ranked = next((k for k, v in record.items() if isinstance(v, list) and len(v) > 1 and _texts(v)), None)
+    if picked["prompt"] and ranked and not (picked["chosen"] and picked["rejected"]):
+        return (
+            f"{ranked!r} has several answers: write a record for each pair of a better and a worse one, "
+            '{"prompt": ..., "chosen": ..., "rejected": ...}'
+        )
+    flags = ",".join(f"{ours}={theirs}" for ours, theirs in picked.items() if theirs and theirs != ours)
+    return f"--map {flags} reads it" if flags and picked["chosen"] and picked["rejected"] else ""
+
+
+def _texts(values: list[Any]) -> bool:
+    return all(isinstance(v, str) or (isinstance(v, dict) and "response" in v) for v in values)
+
+
 def looks_like(record: Record) -> str:
     """Name the shape that a record of none looks like, and the flag that reads it."""
     there = ", ".join(map(repr, list(record)[:10])) or "nothing"
@@ -114,6 +159,10 @@ def looks_like(record: Record) -> str:
             pairs = [("messages", key), ("role", role), ("content", content)]
             flags = ",".join(f"{ours}={theirs}" for ours, theirs in pairs if ours != theirs)
             return f"there is {there}; it looks like messages under other names: --map {flags}"
+    if flags := _instruction(record):
+        return (
+            f"there is {there}; it looks like instruction, input and output under other names: --map {flags}"
+        )
     lower = {re.sub(r"[^a-z]", "", key.lower()): key for key, v in record.items() if isinstance(v, str)}
     picked = {
         ours: next((lower[w] for w in (ours, *words.split()) if w in lower), None)
@@ -134,6 +183,17 @@ def looks_like(record: Record) -> str:
             advice = f"jq -c '.{key}[]' FILE > {key}.jsonl writes them one a line"
             return f"there is {there}; the records are in {key!r}: {advice}"
     return f"there is {there}{wanted}; --map OURS=THEIRS says which key is which"
+
+
+def _instruction(record: Record) -> str:
+    """Spell the map of an instruction whose answer, and the text that it is about, have other names; "" for other records."""
+    texts = {key for key, value in record.items() if isinstance(value, str)}
+    answer = next((k for k in ("output", *SYNONYMS["response"].split(), "response") if k in texts), None)
+    about = next((k for k in ("input", "context", "passage", "document") if k in texts), None)
+    if "instruction" not in texts or not answer or not about:
+        return ""
+    pairs = [("output", answer), ("input", about)]
+    return ",".join(f"{ours}={theirs}" for ours, theirs in pairs if ours != theirs)
 
 
 def _speaker(turn: Record) -> tuple[str, str] | None:

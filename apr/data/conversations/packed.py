@@ -58,6 +58,7 @@ class PackManifest:
     trained          tokens that a loss is computed for, with answer_bytes of UTF-8
     cut              examples that lost the beginning of their context
     pairs            of preferences; 0: examples are on their own
+    unread           keys of records that nothing reads
     by_turn          conversations whose answers are examples of their own, see render.Renderer
     examples_sha256  of the SHA-256 of ids and labels of each example, in their order
     audit            statistics of the trained tokens, see manifest.figures
@@ -80,6 +81,7 @@ class PackManifest:
     pairs: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_first: str = ""
+    unread: list[str] = field(default_factory=list)
     ids_sha256: str = ""
     trained_sha256: str = ""
     examples_sha256: str = ""
@@ -91,7 +93,7 @@ class PackManifest:
         """Read instruct.json. Raises MalformedFile."""
         d = read_json(path)
         # Records from before these counts have none.
-        d = {"by_turn": 0, "pairs": 0, **d} if isinstance(d, dict) else d
+        d = {"by_turn": 0, "pairs": 0, "unread": [], **d} if isinstance(d, dict) else d
         if (
             not isinstance(d, dict)
             or (d.get("format"), set(d)) != (FORMAT, set(cls.__dataclass_fields__))

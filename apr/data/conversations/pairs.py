@@ -22,8 +22,9 @@ from ...common.units import plural
 from ..documents import Document, Sides
 from ..seen import Seen
 from ..source import Skipped, Unusable
+from .beside import ASKED, READ_BESIDE, refuse_swapped, settled
 from .examples import Conversations, open_conversations
-from .keys import KeyMap
+from .keys import KeyMap, pair_like
 from .pack import Spool
 from .packed import PackedShards, PackManifest
 from .render import EncodedExample, Encoder
@@ -32,8 +33,8 @@ from .shapes import Example, as_message, canonical, earlier, example_of
 BATCH_PAIRS = 128
 TOO_LONG = "longer than --seq-length"
 CHOSEN, REJECTED = 1, 2
-# Of a record, what a template is handed beside its messages.
-BESIDE = ("system", "tools", "chat_template_kwargs")
+# Keys of a record that are read.
+READ = {*READ_BESIDE, "prompt", "conversations", "chosen", "rejected", "history"}
 # Tokens at the end of a prompt that may be spelled otherwise, because an answer's beginning is in the last of them.
 SEAM_TOKENS = 8
 NO_PAIR = (
@@ -56,11 +57,16 @@ def pair_of(name: str, value: Any, keys: KeyMap | None = None) -> Pair:
     value = keys(value) if keys and isinstance(value, dict) else value
     if not isinstance(value, dict) or not {"chosen", "rejected"} <= value.keys():
         there = ", ".join(map(repr, list(value)[:10])) if isinstance(value, dict) else type(value).__name__
-        raise Unusable("no pair", f"there is {there}; {NO_PAIR}")
+        advice = pair_like(value) if isinstance(value, dict) else ""
+        raise Unusable("no pair", f"there is {there}; {advice or NO_PAIR}")
+    value = settled(value)
+    refuse_swapped(value)
+    if keys:
+        keys.pass_over(value.keys() - READ)
     prompt, sides = value.get("prompt", value.get("conversations")), [value["chosen"], value["rejected"]]
     if sides[0] == sides[1]:
         raise Unusable("equal answers", "chosen and rejected are the same")
-    beside = {key: value[key] for key in BESIDE if value.get(key)}
+    beside = {key: value[key] for key in sorted(READ_BESIDE) if value.get(key)}
     before = [*earlier(value)] if value.get("history") else []
     if isinstance(prompt, str) and all(isinstance(s, str) for s in sides) and not (beside or before):
         examples = [example_of(name, {"prompt": prompt, "response": s}) for s in sides]
@@ -72,7 +78,8 @@ def pair_of(name: str, value: Any, keys: KeyMap | None = None) -> Pair:
     while shared and turns[0][shared - 1].get("role") == "assistant":
         shared -= 1
     if not shared:
-        raise Unusable("no prompt", f"chosen and rejected begin otherwise; {NO_PAIR}")
+        advice = pair_like(value) if prompt is None else ""
+        raise Unusable("no prompt", advice or f"chosen and rejected begin otherwise; {NO_PAIR}")
     # Earlier answers are part of the prompt.
     context = [{**m, "train": False} if m.get("role") == "assistant" else m for m in turns[0][:shared]]
     examples = [example_of(name, {**beside, "messages": [*context, *t[shared:]]}) for t in turns]
@@ -150,7 +157,7 @@ def encode_pairs(
                     )
             if progress:
                 progress("encode pairs", corpus.bytes_read, corpus.total_bytes)
-    unusable = sum(n for reason, n in m.skipped.items() if reason != TOO_LONG)
+    unusable = sum(n for reason, n in m.skipped.items() if reason not in (TOO_LONG, *ASKED))
     if unusable > usable > 0:
         raise Refused(
             f"--preferences {corpus}: {unusable:,} of {unusable + usable:,} records cannot be used, more than half; the first: "
@@ -166,6 +173,7 @@ def _pairs(corpus: Pairs, m: PackManifest) -> Iterator[Pair]:
         elif isinstance(item, Pair):
             yield item
     corpus.map.refuse_unmet(corpus)
+    m.unread = sorted(corpus.map.unread)
 
 
 def _fitted(name: str, c: Any, r: Any, m: PackManifest) -> tuple[EncodedExample, EncodedExample] | Skipped:

@@ -9,9 +9,10 @@ import numpy as np
 
 from ...common.finding import Finding
 from ...common.units import plural
+from ...tokenizer.chat_template import ChatTemplate
 from ...tokenizer.tokenizer import Tokenizer
 from ..plain import Unfollowed, records
-from .answers import BUDGET_BYTES, Spelling, contents, sampled_rows
+from .answers import BUDGET_BYTES, Frame, Spelling, contents, sampled_rows
 from .packed import PackedShards
 from .pairs import CHOSEN, REJECTED, SEAM_TOKENS, Pairs
 
@@ -21,9 +22,14 @@ PAIRS, PAIRS_BOUND = (
 )
 
 
-def pairs_kept(corpus: Pairs, sides: dict[str, PackedShards], tokenizer: Tokenizer) -> Finding:
+def pairs_kept(
+    corpus: Pairs, sides: dict[str, PackedShards], tokenizer: Tokenizer, template: ChatTemplate | None
+) -> Finding:
     """Compare trained tokens of pairs with chosen and rejected answers of the files: each kind with its own."""
     spelling, found = Spelling(tokenizer), Counter[str]()
+    frame = Frame.of(template, tokenizer)
+    # What the template writes around an answer, where it is no special token: a key has none of those.
+    before, behind = (spelling.key(part) for part in ((frame.before, frame.behind) if frame else ("", "")))
     answers: dict[int, set[str]] = {CHOSEN: set(), REJECTED: set()}
     count = 0
     try:
@@ -49,11 +55,12 @@ def pairs_kept(corpus: Pairs, sides: dict[str, PackedShards], tokenizer: Tokeniz
             for first, last in pairwise(edges.tolist()):
                 if not labels[first]:
                     continue
-                text = spelling.key(tokenizer.decode(ids[first:last]))
+                text = spelling.key(tokenizer.decode(ids[first:last])).removesuffix(behind)
                 own = int(labels[first])
                 # The first tokens may hold the end of the prompt.
                 seam = len(spelling.key(tokenizer.decode(ids[first : min(last, first + SEAM_TOKENS)])))
-                kinds = [k for k in answers if any(text[i:] in answers[k] for i in range(max(2, seam)))]
+                parts = [text.removeprefix(before), *(text[i:] for i in range(max(2, seam)))]
+                kinds = [k for k in answers if any(part in answers[k] for part in parts)]
                 found["own" if own in kinds else "other" if kinds else "none"] += 1
     total = sum(found.values())
     measured = f"{found['own']:,} of {plural(total, 'sampled answer')} found in {plural(count, 'record')}"

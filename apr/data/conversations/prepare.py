@@ -22,6 +22,7 @@ from ..documents import Sides
 from ..plain import DAMAGES
 from ..seen import Seen
 from ..source import Skipped
+from .beside import ASKED
 from .examples import Conversations, open_conversations
 from .pack import Spool, fit, separator_of
 from .packed import FORMAT, RECORD, PackManifest
@@ -33,7 +34,7 @@ from .shapes import Example, canonical
 BATCH_EXAMPLES = 256
 SIDES = ("train", "val")
 # Of the table of shapes: folders of other versions are not used again.
-READ_AS, PAIRED_AS = 2, 2
+READ_AS, PAIRED_AS = 3, 3
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class PreparedConversations:
         if m.skipped:
             counts = ", ".join(f"{n:,} {reason}" for reason, n in sorted(m.skipped.items()))
             lines.append(f"examples that cannot be used: {counts}; the first: {m.skipped_first}")
+        if m.unread:
+            keys = ", ".join(map(repr, m.unread))
+            lines.append(
+                f"keys of records that are not read: {keys}; --map OURS=THEIRS says which key is which"
+            )
         if m.by_turn:
             lines.append(
                 f"{m.by_turn:,} conversations are trained on turn by turn: the chat template writes earlier turns otherwise than "
@@ -148,6 +154,7 @@ def _examples(corpus: Conversations, m: PackManifest, records: _Counted) -> Iter
         elif isinstance(item, Example):
             yield item
     corpus.map.refuse_unmet(corpus)
+    m.unread = sorted(corpus.map.unread)
 
 
 def _pack(
@@ -241,7 +248,7 @@ class _Counted:
 
     def unusable(self, item: Skipped) -> None:
         """Count a record that does not; a file without records has none."""
-        if item.reason in (TOO_LONG, "no records", "empty", *DAMAGES):
+        if item.reason in (TOO_LONG, "no records", "empty", *ASKED, *DAMAGES):
             return
         self._unusable[_file_of(item.name)] += 1
         self._first.setdefault(_file_of(item.name), f"{item.name}: {item.reason}: {item.detail}")

@@ -11,6 +11,7 @@ from ...common.errors import MalformedFile
 from ...common.files import parse_value
 from ..documents import Document
 from ..source import Unusable
+from .beside import READ_BESIDE, refuse_bad, settled
 from .keys import ROLES, KeyMap, Record, looks_like
 
 # Noncharacters of Unicode: they mark answers in a rendered text (see render.py).
@@ -22,6 +23,8 @@ OTHER_ROLES = {
 }  # fmt: skip
 # Keys of a message that say if it is trained on, and their value where it is not: Axolotl's, OpenAI's.
 UNTRAINED = {"train": False, "weight": 0}
+# Those that say so where they are true or false, and may be anything else: Axolotl's, ms-swift's, LLaMA-Factory's.
+FLAGS = {"training": False, "trainable": False, "loss": False, "mask": True, "masked": True}
 # Types of a part of a content that is text; "text" or none, and those of OpenAI's Responses.
 TEXT_PARTS = ("text", "input_text", "output_text")
 # The prompt that the Alpaca data was made for (Taori et al. 2023), for checkpoints without a chat template.
@@ -52,22 +55,27 @@ class Example(Document):
 
 @dataclass(frozen=True)
 class Shape:
-    """A kind of record: its name, the keys by which it is known, how it is read."""
+    """A kind of record: its name, the keys by which it is known, how it is read, which other keys are."""
 
     name: str
     keys: tuple[str, ...]
     read: Callable[[str, Record], Example]
+    more: frozenset[str] = frozenset(READ_BESIDE)
 
 
 def example_of(name: str, value: Any, keys: KeyMap | None = None) -> Example:
     """Parse a record of any shape of the table. Raises Unusable, with the shape that it looks like."""
     if not isinstance(value, dict):
         raise Unusable("not an object", f"the record is {type(value).__name__}")
-    given = _filled(keys(value) if keys else value)
+    given = settled(_filled(keys(value) if keys else value))
     shape = next((s for s in SHAPES if all(key in given for key in s.keys)), None)
     if shape is None:
         raise Unusable("no field", looks_like(given))
-    return shape.read(name, given)
+    refuse_bad(given)
+    example = shape.read(name, given)
+    if keys:
+        keys.pass_over(given.keys() - {*shape.keys} - shape.more)
+    return example
 
 
 def _filled(value: Any) -> Any:
@@ -143,15 +151,21 @@ def _preference(name: str, record: Record) -> Example:
     )
 
 
+PAIRED = frozenset(READ_BESIDE | {"history"})
 # The shapes that are read; of a record, the first whose keys it has.
 SHAPES: tuple[Shape, ...] = (
     Shape("messages", ("messages",), _messages),
     Shape("conversations, as ShareGPT writes them", ("conversations",), _sharegpt),
-    Shape("instruction, input and output, as Alpaca has them", ("instruction", "output"), _alpaca),
-    Shape("prompt and response", ("prompt", "response"), _asked("response")),
-    Shape("prompt and completion", ("prompt", "completion"), _asked("completion")),
+    Shape(
+        "instruction, input and output, as Alpaca has them",
+        ("instruction", "output"),
+        _alpaca,
+        PAIRED | {"input"},
+    ),
+    Shape("prompt and response", ("prompt", "response"), _asked("response"), PAIRED),
+    Shape("prompt and completion", ("prompt", "completion"), _asked("completion"), PAIRED),
     Shape("pairs of preferences", ("chosen", "rejected"), _preference),
-    Shape("text that is rendered already", ("text",), _rendered),
+    Shape("text that is rendered already", ("text",), _rendered, frozenset()),
 )
 
 
@@ -190,7 +204,7 @@ def _pair(name: str, record: Record, question: str, prompt: str, response: str) 
     if not response.strip():
         raise Unusable("no answer", "the response is empty")
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
-    if record.get("system") or record.get("history"):
+    if any(record.get(key) for key in PAIRED):
         return conversation(name, record, [*earlier(record), *turns], "messages")
     return Example(name, canonical([prompt, response]), tuple(turns), prompt, response)
 
@@ -251,7 +265,8 @@ def _message(turn: Any, where: str) -> tuple[Record, bool]:
     """Read (message as a template takes it, whether it may be trained on). Raises Unusable."""
     if not isinstance(turn, dict):
         raise Unusable("role", f"{where} is {type(turn).__name__}, not an object with a role")
-    message = {key: value for key, value in turn.items() if key not in UNTRAINED}
+    flags = {key for key in FLAGS if isinstance(turn.get(key), bool)}
+    message = {key: value for key, value in turn.items() if key not in UNTRAINED and key not in flags}
     if message.get("role") not in ROLES:
         raise Unusable(
             "role",
@@ -272,7 +287,8 @@ def _message(turn: Any, where: str) -> tuple[Record, bool]:
     for key, is_out in UNTRAINED.items():
         if key in turn and turn[key] not in (0, 1):
             raise Unusable(key, f"{where}.{key} is {turn[key]!r}; write {json.dumps(is_out)} or leave it out")
-    return message, not any(key in turn and turn[key] == is_out for key, is_out in UNTRAINED.items())
+    says_no = [key for key, out in UNTRAINED.items() if key in turn and turn[key] == out]
+    return message, not (says_no or any(turn[key] is FLAGS[key] for key in flags))
 
 
 def _joined(parts: list[Any], where: str) -> str:
