@@ -14,6 +14,7 @@ Little endian:
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import numpy as np
 from ..common.errors import MalformedFile, Refused
 from ..common.files import MAX_TEXT, opened, short
 from ..common.units import plural
-from ..model.config import ModelConfig
+from ..model.config import ModelConfig, RopeScaling
 from ..model.families import FAMILIES
 from ..model.hf_config import from_hf
 from ..model.params import Layout, Slot
@@ -58,6 +59,8 @@ DTYPES = {
 TYPES = {0: "F32", 1: "F16", 8: "Q8_0", 30: "BF16"}  # tag -> name of the types that apr reads
 OTHER_TYPES = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K",
                14: "Q6_K", 15: "Q8_K"}  # fmt: skip
+# Of every published Llama 3 model: low_freq_factor, high_freq_factor, original_max_position_embeddings.
+LLAMA3_RANGES = (1.0, 4.0, 8192)
 Q8_BYTES = BLOCK + 2  # a block: scale float16, then int8 values
 SIZE_KEYS = {  # header key, without the architecture -> key of config.json
     "embedding_length": "hidden_size",
@@ -155,6 +158,8 @@ def map_tensors(header: GgufHeader, f: BinaryIO) -> GgufFile:
     path, keys = header.path, header.keys
     names = {e.name for e, _ in header.infos}
     cfg = _config(keys, names, path)
+    if cfg.rope_scaling is None:
+        cfg = dataclasses.replace(cfg, rope_scaling=_published_scaling(header, cfg, f))
     slots = {tensor_name(s): s for s in Layout(cfg).in_order()}
     entries, kinds, heads = [], {}, {}
     for e, kind in header.infos:
@@ -252,7 +257,10 @@ class _HeaderReader:
             tag, offset = self._number("I"), self._number("Q")
             if tag not in TYPES:
                 kind = OTHER_TYPES.get(tag, f"type {tag}")
-                raise Refused(f"{self._path}: tensor {short(name)} is {kind}; apr reads {', '.join(DTYPES)}")
+                raise Refused(
+                    f"{self._path}: tensor {short(name)} is {kind}; apr reads {', '.join(DTYPES)}: take the model's "
+                    "file of one of these"
+                )
             kind = TYPES[tag]
             if 0 in shape or (kind == "Q8_0" and (not shape or shape[-1] % BLOCK)):
                 raise _bad(self._path, f"tensor {short(name)}: {kind} {list(shape)}")
@@ -285,6 +293,20 @@ def _check_places(infos: list[tuple[Stored, str]], data: tuple[int, int], size: 
 def _heads(cfg: ModelConfig, slot: Slot | None, entry: Stored) -> int:
     """Count the heads whose rows change places; 0 also for a tensor of the wrong shape, which its reader refuses."""
     return turned_heads(cfg, slot) if slot and slot.shape == entry.shape else 0
+
+
+def _published_scaling(header: GgufHeader, cfg: ModelConfig, f: BinaryIO) -> RopeScaling | None:
+    """Recognise the scaling that all Llama 3.1, 3.2 and 3.3 models have by its divisors: llama.cpp's converter writes these,
+    and no key says what they were made of. None where there are none, or they are others."""
+    entry = next((e for e, _ in header.infos if e.name == ROPE_FREQS), None)
+    if entry is None or entry.shape != (cfg.head_dim // 2,):
+        return None
+    divisors = np.asarray(TensorFile(header.path, f, [entry])[ROPE_FREQS], np.float64)
+    if not np.isfinite(divisors).all() or divisors.max() < 1:
+        return None
+    scaling = RopeScaling(float(divisors.max()), *LLAMA3_RANGES)
+    want = frequency_divisors(dataclasses.replace(cfg, rope_scaling=scaling))
+    return scaling if want is not None and np.allclose(divisors, want, rtol=1e-4, atol=0) else None
 
 
 def _check_divisors(cfg: ModelConfig, tensors: TensorFile, path: Path) -> None:

@@ -24,7 +24,7 @@ from apr.checkpoints.hf import read_hf, write_hf
 from apr.checkpoints.registry import open_any, validate
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, IOFailure, MalformedFile, Refused
-from apr.model.config import ModelConfig
+from apr.model.config import ModelConfig, RopeScaling
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.rope import rope_tables
@@ -575,6 +575,42 @@ def test_scaled_frequencies_that_contradict_the_keys(
     monkeypatch.setattr(gguf, "frequency_divisors", lambda cfg: 2 * real(cfg))  # type: ignore[operator]
     with pytest.raises(Refused, match="rope_freqs"):
         export_gguf(open_any(str(sources / "llama3")), tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(("factor", "head_dim"), [(8.0, 128), (32.0, 64)])
+def test_the_scaling_of_llama_3_is_known_by_its_divisors(
+    factor: float, head_dim: int, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp's converter writes rope_freqs.weight and no key of what it was made of."""
+    scaling = RopeScaling(factor, 1.0, 4.0, 8192)
+    cfg = dataclasses.replace(
+        PRESETS["llama-tiny"],
+        rope_scaling=scaling,
+        rope_theta=5e5,
+        head_dim=head_dim,
+        max_position_embeddings=131072,
+    )
+    monkeypatch.setattr(package.GGUFWriter, "add_float64", lambda *_: None)
+
+    def written(divisors: Any) -> ModelConfig:
+        path = tmp_path / "m.gguf"
+        monkeypatch.setattr(gguf, "frequency_divisors", lambda cfg: np.asarray(divisors, np.float32))
+        layout = Layout(cfg)
+        gguf.write_gguf(path, cfg, {s.hf: np.zeros(s.shape, np.float32) for s in layout.slots}, "float32")
+        return open_any(str(path)).cfg
+
+    # As its converter computes them, value by value.
+    divisors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * np.pi * 5e5 ** (i / head_dim)
+        smooth = (8192 / wavelength - 1) / (4 - 1)
+        between = 1 / ((1 - smooth) / factor + smooth)
+        divisors.append(1.0 if wavelength < 8192 / 4 else factor if wavelength > 8192 else between)
+    assert len(set(divisors)) > 3
+    assert written(divisors) == cfg
+    for other in (np.array(divisors) * 1.01, divisors[::-1], [0.0] * len(divisors), [np.inf] * len(divisors)):
+        with pytest.raises(Refused, match="whose factors it does not say"):
+            written(other)
 
 
 def test_types_that_are_not_read(files: Path, tmp_path: Path) -> None:
