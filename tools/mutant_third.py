@@ -90,7 +90,9 @@ THIRD: tuple[Mutant, ...] = (
           "                self.be.add(dx, dx, given)", "dropout"),
     fault("dropout_backward_unscaled", "what goes through adapters to their input lacks 1 / (1 - p)", DROPOUT,
           "                self._drop(given, through, pair)\n                self.be.add(dx, dx, given)",
-          "                self._drop(given, through, pair)\n                given *= np.float32(1 - self.p)\n"
+          "                self.be.dropout(*(z.reshape(*self._shape, -1) for z in (given, through)),\n"
+          "                    self.counters[: self._shape[0]], self._seed,\n"
+          "                    self._number[pair.base.layer, pair.base.param.name], self.p, pair.scale * (1 - self.p))\n"
           "                self.be.add(dx, dx, given)", "dropout"),
     fault("dropout_while_evaluating", "evaluations drop too", EVALUATE,
           "    model.forward(ids)\n",
@@ -255,7 +257,7 @@ THIRD: tuple[Mutant, ...] = (
           "        parts = slice(0, self.decayed * 3 // 4), slice(self.decayed * 3 // 4, None)"),
     # Evaluation
     fault("last_windows_not_evaluated", "a last batch that is not whole is not evaluated", BATCHES,
-          "    for start in range(0, stop, batch_size):\n", "    for start in range(0, stop - stop % batch_size or stop, batch_size):\n", "uneven"),
+          "    for start in range(0, stop, batch_size):\n", "    for start in range(0, stop - stop % batch_size or stop, batch_size):\n", "odd-evaluation"),
     fault("again_mean_of_means", "the validation loss is the mean of the means of micro-batches", EVALUATE,
           "    return Loss(before / counted, tokens, error", "    return Loss(float(np.mean(means)), tokens, error", "uneven"),
     fault("error_of_the_mean_too_large", "the standard error is the standard deviation", EVALUATE,
@@ -290,7 +292,7 @@ THIRD: tuple[Mutant, ...] = (
           "                if not prefix.endswith('v.'):\n"
           "                    opt.be.from_host(flat, host if self.shard is None else self.shard.take(host))", "resumed"),
     fault("losses_of_the_epoch_forgotten", "a run that goes on forgets the losses of its epoch", PROGRESS,
-          "            return cls(**saved)\n", "            return cls(**{**saved, 'epoch_losses': []})\n", "resumed"),
+          "            return cls(**saved)\n", "            return cls(**{**saved, 'epoch_losses': []})\n", "resumed-passes"),
     fault("master_from_rounded_weights", "a state holds the rounded weights, not those that are updated", STATE,
           '        return {"": opt.master} | {', '        return {"": opt.w.astype(np.float32)} | {', "bf16"),
     # Figures of the log

@@ -109,6 +109,7 @@ JOBS: dict[str, tuple[str, ...]] = {
         "--corpus", "corpus", "--model", "configs/windowed.json", *SMALL, "--seq-length", "100", "--mask-documents", "--dtype",
         "bfloat16",
     ),
+    "odd-evaluation": (*PLAIN, "--val-batches", "5", "--batch-size", "5", "--micro-batch-size", "4"),
     "sampled": (*PLAIN, "--sample", "The king said"),
     "passes": (
         "--corpus", "corpus/stories.jsonl", "--model", "configs/qwen2.json", *SMALL, "--seq-length", "128", "--batch-size",
@@ -293,7 +294,7 @@ class Bench:
             "merge": ("merge", BASE, f"{lora}-adapter", "-o", f"{out}/merged.apr"),
             "likeliest": ("run", BASE, "The king said", "--temperature", "0", *short),
             "drawn": ("run", BASE, "The king said", "--top-p", "0.6", *short),
-            "penalty": ("run", BASE, "The king the king", "--temperature", "0", "--repetition-penalty", "1.5", *short),
+            "penalty": ("run", BASE, "The king the king", "--temperature", "2", "--repetition-penalty", "3", *short),
             "stop": ("run", BASE, "The king said", "--temperature", "0", "--stop", "e t", "--stop", "th", "--stop", "ou", *short),
             "eval": ("eval", BASE, "--text", "corpus/plays/0.txt", "--seq-length", "48", "--stride", "16", "--max-tokens",
                 "2000", "--json"),

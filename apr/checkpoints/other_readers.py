@@ -12,6 +12,7 @@ common, as two rows that change places on both ways, shows here alone.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ BLOCK = {
     "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
     "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
 }  # fmt: skip
+DIVISOR = 1e-4  # relative, of a frequency's divisor: ours come from cosines and sines
 Q8_BLOCK, Q8_STEPS = 32, 127  # values that share a scale, steps on either side of zero
 
 
@@ -114,6 +116,24 @@ def compare_adapter(folder: Path, num_layers: int, want: Mapping[str, np.ndarray
     return sum(_compare(folder, name, t, want[name]) for name, t in there.items())
 
 
+def divisors(cfg: ModelConfig) -> list[float]:
+    """Compute what llama.cpp divides the frequencies of Llama 3.1 by, as its converter does, (D/2,)."""
+    s, out = cfg.rope_scaling, list[float]()
+    assert s is not None
+    for i in range(0, cfg.head_dim, 2):
+        turns = s.original_max_position_embeddings / (2 * math.pi * cfg.rope_theta ** (i / cfg.head_dim))
+        share = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        share = min(1.0, max(0.0, share))
+        out.append(1 / ((1 - share) / s.factor + share))
+    return out
+
+
+def _off(got: np.ndarray, want: list[float]) -> float:
+    """Largest relative difference; infinite for other shapes."""
+    is_same = got.shape == (len(want),)
+    return float(np.abs(got / np.array(want) - 1).max()) if is_same else math.inf
+
+
 def compare_gguf(path: Path, cfg: ModelConfig, want: Mapping[str, np.ndarray]) -> int:
     """Compare every tensor of a GGUF file with `want`; returns the elements. Raises IOFailure."""
     gguf = package()
@@ -125,6 +145,9 @@ def compare_gguf(path: Path, cfg: ModelConfig, want: Mapping[str, np.ndarray]) -
     names = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in want}
     if odd := sorted({str(name) for name in names.values()} ^ there.keys()):
         raise _failed(path, odd[0], "is in the file or among the names of llama.cpp, not in both")
+    scaled = [t.data for t in reader.tensors if t.name == "rope_freqs.weight"]
+    if len(scaled) != (cfg.rope_scaling is not None) or any(_off(x, divisors(cfg)) > DIVISOR for x in scaled):
+        raise _failed(path, "rope_freqs.weight", "is not what the scaling of the rotary frequencies gives")
     heads = {"q_proj": cfg.num_heads, "k_proj": cfg.num_kv_heads}
     for name, source in want.items():
         t, kind = there[names[name]], name.split(".")[-2]

@@ -15,7 +15,7 @@ import pytest
 import interop_cases
 import tokenizer_cases
 from apr import backends
-from apr.checkpoints import gguf
+from apr.checkpoints import gguf, gguf_reader
 from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.exporting import export_gguf
 from apr.checkpoints.gguf_reader import read_gguf
@@ -127,6 +127,21 @@ def test_q_and_k_are_turned_for_llama_only(sources: Path, tmp_path: Path) -> Non
             assert y.tobytes() == want.tobytes()
         assert "blk.0.attn_q.bias" in raw or not cfg.qkv_bias
         assert ("blk.0.attn_q_norm.weight" in raw) == cfg.qk_norm
+
+
+def test_divisors_that_writer_and_reader_share(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = gguf.frequency_divisors
+
+    def upside_down(cfg: ModelConfig) -> Any:
+        found = right(cfg)
+        return None if found is None else (1 / found).astype(np.float32)
+
+    for module in (gguf, gguf_reader):
+        monkeypatch.setattr(module, "frequency_divisors", upside_down)
+    with pytest.raises(IOFailure, match="rope_freqs"):
+        export_gguf(open_any(str(sources / "llama3")), tmp_path / "m.gguf")
 
 
 def test_divisors_of_scaled_frequencies(sources: Path, tmp_path: Path) -> None:
