@@ -76,9 +76,9 @@ def clean_process() -> Iterator[None]:
         clean.end()
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def one_picture() -> Iterator[None]:
-    """The first run of a file draws its losses, the others copy the picture: it takes longer than the steps of a small run."""
+    """The first run draws its losses, the others copy the picture: it takes longer than the steps of a small run."""
     from apr.common.atomic import atomic_write
     from apr.training import run as running
 
@@ -98,10 +98,10 @@ def one_picture() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def one_rate() -> Iterator[None]:
-    """The rate of a product of the processor is measured by the first run of a file, and again by those that were faster than
-    it says: it takes longer than the steps of a small run."""
+    """The rate of a product of the processor is measured by the first run, and again by those that were faster than it says:
+    it takes longer than the steps of a small run."""
     from apr.evidence import end, measure
 
     real, measured, known = end._speed, end.matmul_rate, dict[Any, float]()

@@ -6,10 +6,12 @@ import fcntl
 import io
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,23 +55,37 @@ def tiny(tmp_path: Path):
     """tiny(**environment): a process that computes with two kernels of a module of its own, not yet started."""
     (tmp_path / "tiny.py").write_text(TINY)
 
-    def process(code: str = USE, /, limit: int | None = None, **changes: str) -> subprocess.Popen:
-        def limited() -> None:
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return partial(computing, tmp_path)
 
-        env = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
-        env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "PYTHONDONTWRITEBYTECODE": "1", **changes}
-        return subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-            preexec_fn=limited,
-        )
 
-    return process
+def computing(
+    folder: Path, code: str = USE, /, limit: int | None = None, **changes: str
+) -> subprocess.Popen[str]:
+    """A process that computes with the module of a folder."""
+
+    def limited() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    env = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
+    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "PYTHONDONTWRITEBYTECODE": "1", **changes}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        preexec_fn=limited,
+    )
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the module, and with its kernels in "c"."""
+    folder = tmp_path_factory.mktemp("filled")
+    (folder / "tiny.py").write_text(TINY)
+    assert end(computing(folder, NUMBA_CACHE_DIR=str(folder / "c")))[0] == SOUND
+    return folder
 
 
 def end(process: subprocess.Popen) -> tuple[str, str]:
@@ -186,32 +202,31 @@ def test_a_full_disk_and_room_among_temporary_files(tiny, tmp_path: Path) -> Non
     ("what", "content"),
     [("*.nbi", b""), ("*triple-*.nbi", b"\x80\x05garbage"), ("*double-*.nbc", b""), ("*.nbc", b"cos\nno\n.")],
 )
-def test_damaged_files_are_written_anew(tiny, tmp_path: Path, what: str, content: bytes) -> None:
-    env = {"NUMBA_CACHE_DIR": str(tmp_path / "c")}
-    assert end(tiny(**env))[0] == SOUND
+def test_damaged_files_are_written_anew(filled: Path, tmp_path: Path, what: str, content: bytes) -> None:
+    shutil.copytree(filled / "c", tmp_path / "c")
+    tiny = partial(computing, filled, NUMBA_CACHE_DIR=str(tmp_path / "c"))
     damaged = list((tmp_path / "c").rglob(what))
     assert damaged
     for path in damaged:
         path.write_bytes(content)
-    out, err = end(tiny(**env))
+    out, err = end(tiny())
     assert out == SOUND
     assert "compiling the CPU kernels" in err
-    assert end(tiny(**env)) == (SOUND, "")
+    assert end(tiny()) == (SOUND, "")
 
 
 # Two processes
 
 
-def test_a_second_process_waits_for_the_first(tiny, tmp_path: Path) -> None:
-    env = {"NUMBA_CACHE_DIR": str(tmp_path / "c")}
-    assert end(tiny(**env))[0] == SOUND
-    (folder,) = (tmp_path / "c").glob(f"{tmp_path.name}*")
+def test_a_second_process_waits_for_the_first(filled: Path, tmp_path: Path) -> None:
+    shutil.copytree(filled / "c", tmp_path / "c")
+    (folder,) = (tmp_path / "c").glob(f"{filled.name}*")
     kept = {p: p.read_bytes() for p in folder.iterdir()}
     for path in kept:
         path.unlink()
     fd = os.open(folder, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    process = tiny(**env)
+    process = computing(filled, NUMBA_CACHE_DIR=str(tmp_path / "c"))
     assert process.stderr is not None
     assert "another process is compiling the CPU kernels; waiting for it" in process.stderr.readline()
     for path, content in kept.items():

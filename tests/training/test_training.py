@@ -328,18 +328,10 @@ def test_target_and_early_stop(place, tmp_path, capsys):
     assert lines(tmp_path / "b")[-1]["step"] < 12
 
 
-def test_data_that_ends(place, tmp_path, capsys):
-    args = ["--on-exhausted", "stop", "--batch-size", 64, "--micro-batch-size", 64, "--num-steps", 10_000]
-    assert pretrain(place, tmp_path / "a", *args, "--eval-every", 50) == 0
-    assert "cycle" in capsys.readouterr().out
-    last = lines(tmp_path / "a")[-1]
-    assert 0 < last["step"] < 10_000
-    assert "val_loss" in last
-
-
-def test_each_pass_over_the_data_has_a_line(place, run, tmp_path, capsys):
+def held_out(run, place):
+    """Options of a run on the few windows that another run holds out, 64 at once."""
     source = prepared(run, place)
-    args = [
+    data = [
         "--dataset",
         source / "val",
         "--tokenizer",
@@ -347,7 +339,20 @@ def test_each_pass_over_the_data_has_a_line(place, run, tmp_path, capsys):
         "--model",
         place / "config.json",
     ]
-    args += ["--batch-size", 64, "--micro-batch-size", 64, "--num-steps", 100, "--val-batches", 1]
+    return [*data, "--batch-size", 64, "--micro-batch-size", 64]
+
+
+def test_data_that_ends(place, run, tmp_path, capsys):
+    args = [*held_out(run, place), "--on-exhausted", "stop", "--num-steps", 10_000, "--val-batches", 1]
+    assert pretrain(place, tmp_path / "a", *args, "--eval-every", 50, model=False) == 0
+    assert "cycle" in capsys.readouterr().out
+    last = lines(tmp_path / "a")[-1]
+    assert 0 < last["step"] < 10_000
+    assert "val_loss" in last
+
+
+def test_each_pass_over_the_data_has_a_line(place, run, tmp_path, capsys):
+    args = [*held_out(run, place), "--num-steps", 100, "--val-batches", 1]
     assert pretrain(place, tmp_path / "a", *args, "--eval-every", 100, model=False) == 0
     out = capsys.readouterr().out
     whole = [json.loads(x) for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
