@@ -87,7 +87,8 @@ def scan(
     keep     return the documents' identities
     against  (n,) uint64, sorted identities of another folder: count the documents that are among them"""
     out = Scan(np.zeros(vocab_size, np.int64), [])
-    tables = _Tables(vocab_size)
+    # Of the longest chunk: of a small corpus, tables of CHUNK_TOKENS would take longer than all the rest.
+    tables = _Tables(vocab_size, min(CHUNK_TOKENS, max((a.size for a in arrays), default=0)))
     open_part, kept = _Part(), []
 
     def one(array: np.ndarray) -> _Shard:
@@ -142,20 +143,20 @@ def _in_order(
 
 
 class _Tables:
-    """mix(id) of every id and the powers of R and of its inverse, uint64."""
+    """mix(id) of every id and the powers of R and of its inverse for chunks of up to so many tokens, uint64."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, tokens: int) -> None:
         self.mixed = mix(np.arange(1, vocab_size + 1, dtype=np.uint64))
-        self.powers = _powers(R)
-        self.inverse = _powers(R_INVERSE)
+        self.powers = _powers(R, tokens)
+        self.inverse = _powers(R_INVERSE, tokens)
 
 
-def _powers(base: int) -> np.ndarray:
-    """Compute base^0 .. base^(CHUNK_TOKENS-1) modulo 2^64, uint64 (CHUNK_TOKENS,), by doubling."""
-    out = np.ones(CHUNK_TOKENS, np.uint64)
+def _powers(base: int, count: int) -> np.ndarray:
+    """Compute base^0 .. base^(count-1) modulo 2^64, uint64 (count,), by doubling."""
+    out = np.ones(count, np.uint64)
     done = 1
-    while done < CHUNK_TOKENS:
-        out[done : 2 * done] = out[: min(done, CHUNK_TOKENS - done)] * np.uint64(pow(base, done, 1 << 64))
+    while done < count:
+        out[done : 2 * done] = out[: min(done, count - done)] * np.uint64(pow(base, done, 1 << 64))
         done *= 2
     return out
 

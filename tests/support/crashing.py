@@ -34,6 +34,7 @@ from apr.evidence import end
 from apr.evidence.seal import compare as changed_since_the_end
 from apr.model.hf_config import to_hf
 from apr.model.presets import PRESETS
+from apr.training import loop
 from apr.training import run as running
 from apr.training.loop import Trainer
 
@@ -370,9 +371,9 @@ def remove(run: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def quicken(m: pytest.MonkeyPatch, cache: Path) -> None:
-    """For runs in this process: one cache for all, and a closing phase without a fresh process, a picture and a page,
-    which have tests of their own."""
+def quicken(m: pytest.MonkeyPatch, cache: Path, sample_tokens: int | None = 8) -> None:
+    """For runs in this process: one cache for all, a closing phase without a fresh process, a picture and a page, which have
+    tests of their own, and samples of few tokens; None: of as many as in other processes."""
 
     def reload(run: Path, device: str, dtype: str, threads: int | None) -> tuple[float, str]:
         last = sorted((run / "ckpt").glob("*.metadata.json"))[-1]
@@ -382,6 +383,8 @@ def quicken(m: pytest.MonkeyPatch, cache: Path) -> None:
     m.setattr(end, "in_fresh_process", reload)
     m.setattr(end, "matmul_rate", lambda be, dtype: 1e15)
     m.setattr(running, "loss_curve", lambda *args: None)
+    for module in (loop, running) if sample_tokens else ():
+        m.setattr(module, "SAMPLE_TOKENS", sample_tokens)
     m.setattr(running, "_close", lambda run, show: running.seal(run.path))
 
 
