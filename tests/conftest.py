@@ -18,11 +18,13 @@ import pytest
 # they wait for each other make them ten times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# What a terminal, a user or a launcher of jobs has set: widths of help and tables, colours, the user's own cache, ranks.
+# What a terminal, a user, a launcher of jobs or a hook of git has set: widths of help and tables, colours, the user's own
+# cache, ranks, another repository.
 os.environ.update(COLUMNS="80", LINES="24")
 for name in (
     "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "APR_CACHE", "APR_RANK", "APR_RANKS", "APR_RANKS_AT",
     "APR_RANKS_RESULT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE", "SLURM_NTASKS",
+    "GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "GIT_OPTIONAL_LOCKS",
 ):  # fmt: skip
     os.environ.pop(name, None)
 # A shell ignores Ctrl-C for what it runs in the background, and so would every process that a test starts and interrupts.
