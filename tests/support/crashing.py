@@ -371,9 +371,16 @@ def remove(run: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def quicken(m: pytest.MonkeyPatch, cache: Path, sample_tokens: int | None = 8) -> None:
+# Of code that a process runs before `apr pretrain`: samples as short as those of runs in this process.
+SHORT_SAMPLES = """
+from apr.training import loop, run
+loop.SAMPLE_TOKENS = run.SAMPLE_TOKENS = 8
+"""
+
+
+def quicken(m: pytest.MonkeyPatch, cache: Path, has_short_samples: bool = True) -> None:
     """For runs in this process: one cache for all, a closing phase without a fresh process, a picture and a page, which have
-    tests of their own, and samples of few tokens; None: of as many as in other processes."""
+    tests of their own, and short samples."""
 
     def reload(run: Path, device: str, dtype: str, threads: int | None) -> tuple[float, str]:
         last = sorted((run / "ckpt").glob("*.metadata.json"))[-1]
@@ -383,8 +390,8 @@ def quicken(m: pytest.MonkeyPatch, cache: Path, sample_tokens: int | None = 8) -
     m.setattr(end, "in_fresh_process", reload)
     m.setattr(end, "matmul_rate", lambda be, dtype: 1e15)
     m.setattr(running, "loss_curve", lambda *args: None)
-    for module in (loop, running) if sample_tokens else ():
-        m.setattr(module, "SAMPLE_TOKENS", sample_tokens)
+    for module in (loop, running) if has_short_samples else ():
+        m.setattr(module, "SAMPLE_TOKENS", 8)
     m.setattr(running, "_close", lambda run, show: running.seal(run.path))
 
 

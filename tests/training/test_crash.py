@@ -41,7 +41,7 @@ def stopped(killed, tmp_path, monkeypatch):
     """A run that was stopped after step 11."""
     _, job = killed
     run = tmp_path / "run"
-    quicken(monkeypatch, cache_of(job.folder / "undisturbed-0"), sample_tokens=None)
+    quicken(monkeypatch, cache_of(job.folder / "undisturbed-0"), has_short_samples=False)
     with monkeypatch.context() as m:
         step, calls = AdamW.step, []
 

@@ -37,7 +37,7 @@ from apr.training import run as running
 from apr.training.loop import Trainer
 from apr.training.metrics import MetricsLog
 from apr.training.rundir import RunDir
-from crashing import Job, differences, metrics, quicken
+from crashing import SHORT_SAMPLES, Job, differences, metrics, quicken
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
 BOTH = pytest.mark.parametrize("number", [TERM, INT])
@@ -638,7 +638,7 @@ def killed(a, b):
     replace(a, b)
 atomic.os.replace = killed
 main(["pretrain", *sys.argv[1:]])"""
-    command = [sys.executable, "-c", code, *job.arguments(run, False)]
+    command = [sys.executable, "-c", SHORT_SAMPLES + code, *job.arguments(run, False)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = list((run / "ckpt" / "state").glob(".*.tmp"))

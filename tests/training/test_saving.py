@@ -34,7 +34,7 @@ from apr.training.rundir import RunDir
 from apr.training.saving import Saver
 from apr.training.settings import Settings
 from apr.training.summary import spans
-from crashing import Job, differences, failed_checks, go_on, metrics, quicken, start
+from crashing import SHORT_SAMPLES, Job, differences, failed_checks, go_on, metrics, quicken, start
 
 
 @pytest.fixture(scope="module")
@@ -493,7 +493,9 @@ def train_step(self):
 atomic.os.replace, Trainer.train_step = held, train_step
 main(["pretrain", *sys.argv[1:]])"""
     args = [*job.arguments(run, False), *map(str, SPARSE)]
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_SAMPLES + code, *args], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [p.stem for p in RunDir(run).states()] == ["step-000004", "step-000008"]
     assert len(list((run / "ckpt/state").glob(".step-000012.apr.*.tmp"))) == 1
