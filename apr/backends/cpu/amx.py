@@ -194,7 +194,7 @@ def _put_function(module, is_low):
         halves.append(builder.load(builder.inttoptr(builder.add(row, _I64(64 * c)), _SUMS.as_pointer())))
         halves[c].align = 4
     if is_low:
-        both = _narrow(builder, *halves)
+        both = narrow(builder, *halves)
         builder.store(both, builder.inttoptr(to_row, both.type.as_pointer())).align = 2
     else:
         for c, x in enumerate(halves):
@@ -210,7 +210,7 @@ def _put_function(module, is_low):
     return f
 
 
-def _narrow(builder, low, high):
+def narrow(builder, low, high):
     """Round two vectors of sums, none of them subnormal, to one of bfloat16."""
     features = llvmlite.binding.get_host_cpu_features()
     chosen = numba.config.CPU_NAME or numba.config.CPU_FEATURES or not numba.config.ENABLE_AVX

@@ -150,38 +150,15 @@ def turned_block(x, to, at, stride, height, width, spare):
 
 
 @_kernel("void(act[::1], act[:,:])", into=_pairs)
-def put_rows(to, x):
-    """Put rows x (M,K) in order, row after row."""
-    m, k = x.shape
-    mb, kb = (m + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
-    px, pt, stride = x.ctypes.data, to.ctypes.data, x.strides[0]
-    for i in prange(mb):
-        for j in range(kb):
-            at = px + i * EDGE * stride + j * EDGE * x.itemsize
-            row_block(
-                x,
-                pt + (i * kb + j) * BLOCK_BYTES,
-                at,
-                stride,
-                min(EDGE, m - i * EDGE),
-                min(EDGE, k - j * EDGE),
-            )
-
-
-@_kernel("void(act[::1], act[:,:], int64)", into=_pairs)
-def put_pairs(to, x, half):
-    """Put x (K,M), whose rows are terms, in order, pair after pair, `half` columns of a block together."""
-    k, m = x.shape
-    mb, kb = (m + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
+def put_pairs(to, x):
+    """Put x (K,N), whose rows are terms of the right operand, in order, pair after pair."""
+    k, n = x.shape
+    nb, kb = (n + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
     px, pt, stride = x.ctypes.data, to.ctypes.data, x.strides[0]
     for j in prange(kb):
-        for i in range(mb):
+        for i in range(nb):
             at, to_block = px + j * EDGE * stride + i * EDGE * x.itemsize, pt + (i * kb + j) * BLOCK_BYTES
-            height, width = min(EDGE, k - j * EDGE), min(EDGE, m - i * EDGE)
-            if half == 16:
-                pair_block(x, to_block, at, stride, height, width, 16)
-            else:
-                pair_block(x, to_block, at, stride, height, width, EDGE)
+            pair_block(x, to_block, at, stride, min(EDGE, k - j * EDGE), min(EDGE, n - i * EDGE), 16)
 
 
 @_kernel("void(act[::1], act[:,:])", into=_pairs)
@@ -202,40 +179,36 @@ def put_columns(to, x):
 kernels = {k.py_func.__name__: (k, signature) for k, signature in _pairs}
 
 
-def room(slot, rows, terms, like):
-    """Room for an operand, the left or the right one of this thread; rows of 64 bytes do not cross the lines of a cache."""
+def _room(rows, terms, like):
+    """Room for the right operand of this thread; rows of 64 bytes do not cross the lines of a cache."""
     size = -(-rows // EDGE) * -(-terms // EDGE) * _BLOCK
-    held = vars(_held).get(slot)
+    held = getattr(_held, "room", None)
     if held is None or held.size < size:
         whole = np.empty(size + LINE // 2, like.dtype)
         start = -whole.ctypes.data % LINE // 2
-        held = vars(_held)[slot] = whole[start : start + size]
+        held = _held.room = whole[start : start + size]
     return held[:size]
 
 
 def rows(x):
-    """Put the rows of x (M,K) in order, for the left side."""
-    to = room("left", *x.shape, x)
-    put_rows(to, x)
-    return to
+    """Take the rows of x (M,K) for the left side."""
+    return x, False
 
 
-def pairs(x):
-    """Put x (K,M) in order, for the left side as x^T, pair after pair."""
-    to = room("left", *x.shape[::-1], x)
-    put_pairs(to, x, EDGE)
-    return to
+def transposed(x):
+    """Take x (K,M) for the left side as x^T."""
+    return x, True
 
 
 def terms(x):
     """Put x (K,N) in order, for the right side."""
-    to = room("right", *x.shape[::-1], x)
-    put_pairs(to, x, 16)
+    to = _room(*x.shape[::-1], x)
+    put_pairs(to, x)
     return to
 
 
 def columns(x):
     """Put x (N,K) in order, for the right side as x^T."""
-    to = room("right", *x.shape, x)
+    to = _room(*x.shape, x)
     put_columns(to, x)
     return to

@@ -11,51 +11,100 @@ from . import attention, order
 from .bfloat16 import bfloat16
 from .kernels import _kernel, _row, grid
 from .start import compile_all
-from .tiles import BLOCK_BYTES, EDGE, ROWS, dot_rows
+from .order import pair_block, row_block
+from .tiles import BLOCK_BYTES, EDGE, LINE, ROWS, dot_rows
 
 _kernels = []  # (kernel, signature)
+TERM_BLOCKS, LEFT_BLOCKS = 16, 128
+SUMS_BYTES = attention.SUMS_BYTES
 
 
-@_kernel("void(act[:,:], act[::1], boolean, act[::1], act[::1], int64, boolean, int64, int64)", into=_kernels)
-def product(out, left, by_pairs, right, bias, k, adds, rows, cols):
-    """out = A B + bias, or += A B, of operands in order; by_pairs: the left one lies pair after pair."""
+@_kernel("void(act[:,:], act[:,:], boolean, act[::1], act[::1], boolean, int64, int64)", into=_kernels)
+def product(out, left, turns, right, bias, adds, rows, cols):
+    """out = A B + bias, or += A B; left: A, or where it turns A^T; right: B in order."""
     m, n = out.shape
+    k = left.shape[0] if turns else left.shape[1]
     mb, nb, kb = (m + EDGE - 1) // EDGE, (n + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
-    pa, pb, po, so = left.ctypes.data, right.ctypes.data, out.ctypes.data, out.strides[0]
+    pa, sa, pb, po, so = left.ctypes.data, left.strides[0], right.ctypes.data, out.ctypes.data, out.strides[0]
+    pieces = (kb + TERM_BLOCKS - 1) // TERM_BLOCKS
+    depth = (kb + pieces - 1) // pieces
+    lies = not turns and m % ROWS == 0 and k % EDGE == 0
+    pbias, bias_step = (bias.ctypes.data, 2 * EDGE) if bias.size > 0 else (0, 0)
     for p in prange(rows * cols):
-        i0, i1 = mb * (p // cols) // rows, mb * (p // cols + 1) // rows
+        first, last = mb * (p // cols) // rows, mb * (p // cols + 1) // rows
         j0, j1 = nb * (p % cols) // cols, nb * (p % cols + 1) // cols
-        sums = np.empty((EDGE, EDGE), np.float32)
-        ps = sums.ctypes.data
-        for j in range(j0, j1):
-            width, b = min(EDGE, n - j * EDGE), np.uintp(pb + j * kb * BLOCK_BYTES)
-            for i in range(i0, i1):
-                height, to = min(EDGE, m - i * EDGE), po + i * EDGE * so + j * EDGE * out.itemsize
-                for r in range(0, height, ROWS):
-                    a = np.uintp(pa + i * kb * BLOCK_BYTES + r * (4 if by_pairs else 2 * EDGE))
-                    if width == EDGE and r + ROWS <= height and bias.size == 0:
-                        if by_pairs:
-                            dot_rows(out, np.uintp(to + r * so), so, adds, a, 4, 4 * EDGE, b, kb)
+        high = max(1, min(LEFT_BLOCKS // depth, last - first))
+        kept = 1 if pieces == 1 else high * (j1 - j0)
+        sums = np.empty((kept * EDGE + 1, EDGE), np.float32)
+        ps = (sums.ctypes.data + LINE - 1) // LINE * LINE
+        room = np.empty((1 if lies else high * depth) * BLOCK_BYTES // 2 + LINE, np.uint16)
+        put = (room.ctypes.data + LINE - 1) // LINE * LINE
+        for i0 in range(first, last, high):
+            i1 = min(last, i0 + high)
+            for piece in range(pieces):
+                k0, k1 = kb * piece // pieces, kb * (piece + 1) // pieces
+                if not lies:
+                    for t in range(k0, k1):
+                        for i in range(i0, i1):
+                            to = put + ((i - i0) * (k1 - k0) + t - k0) * BLOCK_BYTES
+                            height, width = min(EDGE, m - i * EDGE), min(EDGE, k - t * EDGE)
+                            if turns:
+                                pair_block(
+                                    left, to, pa + t * EDGE * sa + i * EDGE * 2, sa, width, height, EDGE
+                                )
+                            else:
+                                row_block(left, to, pa + i * EDGE * sa + t * EDGE * 2, sa, height, width)
+                for j in range(j0, j1):
+                    width, b = min(EDGE, n - j * EDGE), np.uintp(pb + (j * kb + k0) * BLOCK_BYTES)
+                    more = np.uintp(pbias + j * bias_step)
+                    for i in range(i0, i1):
+                        own = ps + ((j - j0) * (i1 - i0) + i - i0 if pieces > 1 else 0) * SUMS_BYTES
+                        height, to = min(EDGE, m - i * EDGE), po + i * EDGE * so + j * EDGE * out.itemsize
+                        if lies:
+                            a, a_row, a_pair, a_step = pa + i * EDGE * sa + k0 * EDGE * 2, sa, 4, 2 * EDGE
                         else:
-                            dot_rows(out, np.uintp(to + r * so), so, adds, a, 2 * EDGE, 4, b, kb)
-                        continue
-                    if by_pairs:
-                        dot_rows(sums, np.uintp(ps), 4 * EDGE, False, a, 4, 4 * EDGE, b, kb)
-                    else:
-                        dot_rows(sums, np.uintp(ps), 4 * EDGE, False, a, 2 * EDGE, 4, b, kb)
-                    for e in range(min(ROWS, height - r)):
-                        own, some = _row(out, to + (r + e) * so, width), sums[e][:width]
-                        if bias.size > 0:
-                            more = bias[j * EDGE : j * EDGE + width]
-                            for c in range(width):
-                                own[c] = some[c] + more[c]
-                        elif adds:
-                            for c in range(width):
-                                own[c] += some[c]
-                        else:
-                            for c in range(width):
-                                own[c] = some[c]
+                            a = put + (i - i0) * (k1 - k0) * BLOCK_BYTES
+                            a_row, a_pair = (4, 4 * EDGE) if turns else (2 * EDGE, 4)
+                            a_step = BLOCK_BYTES
+                        for r in range(0, height, ROWS):
+                            is_whole = width == EDGE and r + ROWS <= height
+                            ends, here = piece + 1 == pieces and is_whole, np.uintp(own + 4 * EDGE * r)
+                            at, of_a = np.uintp(to + r * so), np.uintp(a + r * a_row)
+                            dot_rows(
+                                out,
+                                at,
+                                so,
+                                adds,
+                                of_a,
+                                a_row,
+                                a_pair,
+                                a_step,
+                                b,
+                                k1 - k0,
+                                more,
+                                here,
+                                piece > 0,
+                                ends,
+                            )
+                            if is_whole or piece + 1 < pieces:
+                                continue
+                            for e in range(r, min(r + ROWS, height)):
+                                row, some = (
+                                    _row(out, to + e * so, width),
+                                    _row(sums, own + 4 * EDGE * e, EDGE),
+                                )
+                                if bias.size > 0:
+                                    of_row = bias[j * EDGE : j * EDGE + width]
+                                    for c in range(width):
+                                        row[c] = some[c] + of_row[c]
+                                elif adds:
+                                    for c in range(width):
+                                        row[c] += some[c]
+                                else:
+                                    for c in range(width):
+                                        row[c] = some[c]
         sums[0, 0] = 0  # keeps it alive until here, as in attention_fwd
+        room[0] = 0
 
 
 _FLOATS = np.empty(1, np.float32)
@@ -67,7 +116,10 @@ def _block(sums, a, b, blocks, adds):
     """See tile_block of amx.py."""
     for r in range(0, EDGE, ROWS):
         to, left = np.uintp(sums + 4 * EDGE * r), np.uintp(a + 2 * EDGE * r)
-        dot_rows(_FLOATS, to, 4 * EDGE, adds, left, 2 * EDGE, 4, b, blocks)
+        none = np.uintp(0)
+        dot_rows(
+            _FLOATS, to, 4 * EDGE, adds, left, 2 * EDGE, 4, BLOCK_BYTES, b, blocks, none, none, False, True
+        )
 
 
 @njit
@@ -84,30 +136,20 @@ _kernels.append(  # gradients of parameters are float32
     (
         product,
         types.void(
-            *(types.Array(types.float32, 2, "A"), _flat, types.boolean, _flat, _flat, _i64),
+            *(types.Array(types.float32, 2, "A"), types.Array(bfloat16, 2, "A"), types.boolean, _flat, _flat),
             *(types.boolean, _i64, _i64),
         ),
     )
 )
 _NO_BIAS = np.empty(0, np.uint16)
-columns, terms = order.columns, order.terms  # right operands of multiply
-
-
-def rows(x):
-    """Put the rows of x (M,K) in order, for the left side."""
-    return order.rows(x), False
-
-
-def transposed(x):
-    """Put x (K,M) in order, for the left side as x^T."""
-    return order.pairs(x), True
+rows, transposed, columns, terms = order.rows, order.transposed, order.columns, order.terms
 
 
 def multiply(out, left, b, k, bias=None, adds=False):
     """out = A B + bias, or += A B, with operands of the functions above and k terms."""
     bias = _NO_BIAS.view(b.dtype) if bias is None else bias
     cut = grid(numba.get_num_threads(), *out.shape)
-    product(out, *left, b, bias, k, adds, *cut)
+    product(out, *left, b, bias, adds, *cut)
 
 
 def attention_fwd(*args):
@@ -120,6 +162,4 @@ def attention_bwd(*args):
     _backward(*args, NO_CONFIG)
 
 
-compile_all(
-    [*_kernels, *(order.kernels[name] for name in ("put_rows", "put_pairs", "put_columns"))], __name__, 25
-)
+compile_all([*_kernels, *order.kernels.values()], __name__, 25)

@@ -119,17 +119,7 @@ _kernels.append(  # gradients of parameters are float32
     )
 )
 _NO_BIAS = np.empty(0, np.uint16)
-columns, terms = order.columns, order.terms  # right operands of multiply
-
-
-def rows(x):
-    """Take the rows of x (M,K) for the left side."""
-    return x, False
-
-
-def transposed(x):
-    """Take x (K,M) for the left side as x^T."""
-    return x, True
+rows, transposed, columns, terms = order.rows, order.transposed, order.columns, order.terms
 
 
 @cache

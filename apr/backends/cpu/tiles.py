@@ -18,10 +18,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import amx
+from .amx import narrow
 from .bfloat16 import Bfloat, bfloat16, rounded
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_SUMS, _PAIRS = ir.VectorType(_F32, 16), ir.VectorType(_I32, 16)
+_SUMS, _PAIRS, _HALVES = (ir.VectorType(t, 16) for t in (_F32, _I32, ir.IntType(16)))
 EDGE = 32  # rows, columns and terms of a block
 LINE = 64  # bytes of a line of a cache
 BLOCK_BYTES = 2 * EDGE * EDGE
@@ -53,19 +54,27 @@ def _operand():
 
 
 @intrinsic
-def dot_rows(typing, out, to, to_bytes, adds, a, row_bytes, pair_bytes, b, blocks):
-    """Write ROWS rows of 32 sums at `to`, to_bytes apart, as elements of `out`, or add them: row r of A has its pair p at
-    a + r row_bytes + p pair_bytes, B has its at b + 64 p and 1024 behind it, both the next 16 BLOCK_BYTES further."""
+def dot_rows(
+    typing, out, to, to_bytes, adds, a, row_bytes, pair_bytes, step, b, blocks, bias, sums, goes_on, ends
+):
+    """Compute ROWS rows of 32 sums, from 0 or, where it goes on, from those at `sums`; write them there unless it ends.
+
+    Where it ends they are written at `to`, to_bytes apart, as elements of `out`, with the bias at an address (0: none), or
+    added. Row r of A has its pair p at a + r row_bytes + p pair_bytes, B has its at b + 64 p and 1024 behind it, both the next
+    16 `step` and BLOCK_BYTES further."""
     is_low = out.dtype == bfloat16
 
     def generate(context, builder, signature, args):
-        _, to, to_bytes, adds, *others = args
-        adds = context.cast(builder, adds, types.boolean, types.boolean)
-        builder.call(_rows_function(builder.module, is_low), [to, to_bytes, adds, *others])
+        flags = {3, 13, 14}
+        args = [
+            context.cast(builder, x, types.boolean, types.boolean) if i in flags else x
+            for i, x in enumerate(args)
+        ]
+        builder.call(_rows_function(builder.module, is_low), args[1:])
         return context.get_dummy_value()
 
-    i, u = types.int64, types.uintp
-    return types.void(out, u, i, types.boolean, u, i, i, u, i), generate
+    i, u, f = types.int64, types.uintp, types.boolean
+    return types.void(out, u, i, f, u, i, i, i, u, i, u, u, f, f), generate
 
 
 def _rows_function(module, is_low):
@@ -73,23 +82,28 @@ def _rows_function(module, is_low):
     name = f"apr_dot_rows_{'bfloat16' if is_low else 'float32'}"
     if name in module.globals:
         return module.globals[name]
-    kinds = [_I64, _I64, ir.IntType(1), *[_I64] * 5]
+    flag = ir.IntType(1)
+    kinds = [_I64, _I64, flag, *[_I64] * 8, flag, flag]
     f = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), name)
     f.linkage = "internal"
     f.attributes.add("noinline")
     builder = ir.IRBuilder(f.append_basic_block())
-    to, to_bytes, adds, a, row_bytes, pair_bytes, b, blocks = f.args
+    to, to_bytes, adds, a, row_bytes, pair_bytes, step, b, blocks, bias, sums, goes_on, ends = f.args
     kind = _operand()
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
     dot = module.globals.get(name) or ir.Function(module, ir.FunctionType(_SUMS, [_SUMS, kind, kind]), name)
+    size = 2 if is_low else 4
 
     def at(address, pointer):
         return builder.inttoptr(address, pointer.as_pointer())
 
-    def load(address, pointer):
+    def load(address, pointer, align=4):
         x = builder.load(at(address, pointer))
-        x.align = 4
+        x.align = align
         return x
+
+    def store(x, address):
+        builder.store(x, at(address, x.type)).align = 2
 
     def spread(x):
         one = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), x, _I32(0))
@@ -98,52 +112,112 @@ def _rows_function(module, is_low):
     def operand(x):
         return x if kind == _PAIRS else builder.bitcast(x, kind)
 
-    before = builder.block
+    def place(i):
+        return builder.add(sums, _I64(64 * i))
+
+    def choose(condition, one, other):
+        """Values of one of two branches."""
+        with builder.if_else(condition) as (then, otherwise):
+            with then:
+                first = one()
+                from_first = builder.block
+            with otherwise:
+                second = other()
+                from_second = builder.block
+        chosen = []
+        for x, y in zip(first, second, strict=True):
+            z = builder.phi(x.type)
+            z.add_incoming(x, from_first)
+            z.add_incoming(y, from_second)
+            chosen.append(z)
+        return chosen
+
+    count = ROWS * COLUMNS
+    with builder.if_then(ends):  # lines that will be written are on their way while the sums are made
+        for r in range(ROWS):
+            for offset in range(0, 16 * size * COLUMNS, 64):
+                where = builder.add(to, builder.mul(_I64(r), to_bytes))
+                _prefetch(builder, builder.add(where, _I64(offset)))
+    before = choose(
+        goes_on,
+        lambda: [load(place(i), _SUMS) for i in range(count)],
+        lambda: [ir.Constant(_SUMS, [0.0] * 16)] * count,
+    )
+    start = builder.block
     loop = builder.append_basic_block("pairs")
     after = builder.append_basic_block("done")
     builder.branch(loop)
     builder.position_at_end(loop)
     n = builder.phi(_I64)
-    n.add_incoming(_I64(0), before)
-    sums = []
-    for _ in range(ROWS * COLUMNS):
+    n.add_incoming(_I64(0), start)
+    own = []
+    for x in before:
         s = builder.phi(_SUMS)
-        s.add_incoming(ir.Constant(_SUMS, [0.0] * 16), before)
-        sums.append(s)
-    new = list(sums)
-    block = builder.mul(n, _I64(BLOCK_BYTES))
-    a0, b0 = builder.add(a, block), builder.add(b, block)
+        s.add_incoming(x, start)
+        own.append(s)
+    new = list(own)
+    a0, b0 = builder.add(a, builder.mul(n, step)), builder.add(b, builder.mul(n, _I64(BLOCK_BYTES)))
     for p in range(16):
         columns = [operand(load(builder.add(b0, _I64(64 * p + 1024 * c)), _PAIRS)) for c in range(COLUMNS)]
         ap = builder.add(a0, builder.mul(_I64(p), pair_bytes))
         for r in range(ROWS):
-            x = operand(spread(load(builder.add(ap, builder.mul(_I64(r), row_bytes)), _I32)))
+            x = operand(spread(load(builder.add(ap, builder.mul(_I64(r), row_bytes)), _I32, 2)))
             for c in range(COLUMNS):
                 i = r * COLUMNS + c
                 new[i] = builder.call(dot, [new[i], x, columns[c]])
     following = builder.add(n, _I64(1))
     n.add_incoming(following, loop)
-    for s, x in zip(sums, new, strict=True):
+    for s, x in zip(own, new, strict=True):
         s.add_incoming(x, loop)
     builder.cbranch(builder.icmp_unsigned("<", following, blocks), loop, after)
     builder.position_at_end(after)
-    size = 2 if is_low else 4
-    for i, x in enumerate(new):
-        where = builder.add(to, builder.mul(_I64(i // COLUMNS), to_bytes))
-        where = builder.add(where, _I64(16 * size * (i % COLUMNS)))
-        if is_low:
-            store = builder.store(rounded(builder, x, 16), at(where, ir.VectorType(ir.IntType(16), 16)))
-        else:
-            with builder.if_else(adds) as (then, otherwise):
-                with then:
-                    more = builder.fadd(load(where, _SUMS), x)
-                    from_then = builder.block
-                with otherwise:
-                    from_otherwise = builder.block
-            y = builder.phi(_SUMS)
-            y.add_incoming(more, from_then)
-            y.add_incoming(x, from_otherwise)
-            store = builder.store(y, at(where, _SUMS))
-        store.align = 2
+    with builder.if_else(ends) as (then, otherwise):
+        with otherwise:
+            for i, x in enumerate(new):
+                store(x, place(i))
+        with then:
+            # a sum is never subnormal, but one with its bias may be
+            with builder.if_else(builder.icmp_unsigned("==", bias, _I64(0))) as (plain, biased):
+                with plain:
+                    _write_rows(builder, new, to, to_bytes, size, adds, load, store)
+                with biased:
+                    more = []
+                    for c in range(COLUMNS):
+                        halves = load(builder.add(bias, _I64(32 * c)), _HALVES, 2)
+                        wide = builder.shl(builder.zext(halves, _PAIRS), ir.Constant(_PAIRS, [16] * 16))
+                        more.append(builder.bitcast(wide, _SUMS))
+                    for i, x in enumerate(new):
+                        r, c = divmod(i, COLUMNS)
+                        where = builder.add(to, builder.mul(_I64(r), to_bytes))
+                        y = builder.fadd(x, more[c])
+                        store(
+                            rounded(builder, y, 16) if is_low else y, builder.add(where, _I64(16 * size * c))
+                        )
     builder.ret_void()
     return f
+
+
+def _write_rows(builder, new, to, to_bytes, size, adds, load, store):
+    """Emit the rows of sums as they are stored: rounded in pairs of vectors, or added."""
+    for r in range(ROWS):
+        where = builder.add(to, builder.mul(_I64(r), to_bytes))
+        row = new[r * COLUMNS : (r + 1) * COLUMNS]
+        if size == 2:
+            store(narrow(builder, *row), where)
+            continue
+        for c, x in enumerate(row):
+            place = builder.add(where, _I64(64 * c))
+            with builder.if_else(adds) as (then, otherwise):
+                with then:
+                    store(builder.fadd(load(place, _SUMS), x), place)
+                with otherwise:
+                    store(x, place)
+
+
+def _prefetch(builder, address):
+    """Emit a request for the line of an address, which will be written."""
+    pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    name = "llvm.prefetch.p0i8"
+    kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+    f = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    builder.call(f, [builder.inttoptr(address, pointer), number(1), number(3), number(1)])
