@@ -20,6 +20,7 @@ from ..model.lora import BASES
 from ..model.lora_settings import lora_config
 from ..model.presets import PRESETS, load_config
 from ..training import scaling
+from ..training.demo import INSTRUCTIONS
 from ..training.plan import Job, Narrow, Plan, check_gpus, plan
 from ..training.settings import Settings
 from .show import Show
@@ -199,7 +200,7 @@ def _in_words(b: Narrow, wide: int) -> str:
     room = f"{b.nbytes / 2**30:.3f} GiB in place of {wide / 2**30:.3f}"
     if b.path == "float32":
         return f"this processor multiplies it as float32, so no faster; {room}"
-    name = {"amx": "AMX tiles", "avx512_bf16": "AVX512-BF16"}[b.path]
+    name = INSTRUCTIONS[b.path]
     if b.times is None:
         return f"{room}; products on {name}, measured by --dtype bfloat16 (its kernels are compiled once)"
     return f"{room}; a large product on {name} runs at {b.times:.1f} times the rate of float32"

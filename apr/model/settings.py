@@ -26,7 +26,8 @@ class ModelSettings:
         path=True,
     )
     dtype: str | None = dtype_option(
-        "; sums, moments and the copy of the weights that AdamW updates are float32 always"
+        "; the demo on a cpu takes what ends sooner there; sums, moments and the copy of the weights that AdamW updates "
+        "are float32 always"
     )
     micro_batch_size: int | None = option(
         "sequences computed at once (default: as many as fit in memory)", above=0, metavar="SEQUENCES"

@@ -12,11 +12,12 @@ from ..common.options import absolute_paths
 from ..common.provenance import code_sha256, git_commit, versions
 from ..model.hf_config import to_hf
 from ..model.params import Layout
+from .demo import is_demo
 from .display import Display
 from .inputs import Inputs
 from .resume import DECIDE_BITS
 from .rundir import MICRO_BATCHES, SUMS, RunDir, next_free
-from .settings import DEMO, Settings
+from .settings import Settings
 
 
 def first_config(i: Inputs, run: RunDir) -> dict[str, Any]:
@@ -70,5 +71,5 @@ def run_dir(i: Inputs) -> RunDir:
     if s.resume:
         assert s.run_dir is not None
         return RunDir(Path(s.run_dir))
-    name = "demo" if all(getattr(s, k) == v for k, v in DEMO.items()) else Path(str(s.model or s.init)).stem
+    name = "demo" if is_demo(s) else Path(str(s.model or s.init)).stem
     return RunDir(make_folder(Path(s.run_dir) if s.run_dir else next_free(name)))

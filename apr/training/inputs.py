@@ -38,6 +38,7 @@ from ..ranks.communicator import ALONE, Communicator
 from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.training import LEAST_VOCABULARY
 from .buckets import layout_of
+from .demo import choose_dtype
 from .rank_memory import on_ranks
 from .settings import Settings, with_steps
 
@@ -51,6 +52,7 @@ class Inputs(OpenedData):
 
     settings     with dtype and micro_batch_size filled in
     device_note  on the choice of the device, for the user, or ""
+    dtype_note   on the choice of the dtype, which the demo makes by the processor, or ""
     lora         adapters to train, None where the weights are trained
     lora_init    adapter to go on with
     carried      metadata of --init for the checkpoints of the run
@@ -62,6 +64,7 @@ class Inputs(OpenedData):
     cfg: ModelConfig
     init: Checkpoint | None
     device_note: str
+    dtype_note: str = ""
     lora: LoraConfig | None = None
     lora_init: LoadedAdapter | None = None
     carried: dict[str, Any] = field(default_factory=dict)
@@ -182,7 +185,8 @@ def open_inputs(
         check_rank(cfg, lora)
     elif lora is not None:
         check_dora(lora)
-    s = with_steps(dataclasses.replace(s, dtype=s.dtype or backend.dtypes[0]), len(data.train))
+    dtype, dtype_note = choose_dtype(s, backend, ranks.count)
+    s = with_steps(dataclasses.replace(s, dtype=dtype), len(data.train))
     backend.empty(0, s.dtype)  # makes ready what a dtype needs, of which the record of the run tells
     need = needs(s, cfg, backend, s.batch_size, s.seq_length, lora, optimizer_class(s), ranks.count == 1)
     if ranks.even:
@@ -195,6 +199,7 @@ def open_inputs(
         cfg=cfg,
         init=init,
         device_note=chosen.note if chosen.avoidable else "",
+        dtype_note=dtype_note,
         lora=lora,
         lora_init=adapter,
         carried=_carried(s, init, data.tokenizer),

@@ -43,6 +43,7 @@ def opening(i: Inputs, run: RunDir, ranks: Communicator = ALONE) -> Rows:
         ("disk", disk.need(i).in_words(disk.free_bytes(run.path))),
         ("device", f"{i.backend.name}{chosen}: {what.get('gpu') or what['cpu']}"),
         ("", f"{s.dtype}, {plural(s.micro_batch_size or 1, 'sequence')} at once{', recomputing blocks' if s.recompute else ''}"),
+        *([("", i.dtype_note)] if i.dtype_note else []),
         *([("ranks", f"{ranks.count}, {ranks.local} on this machine: {ranks.words}")] if ranks.count > 1 else []),
         ("run directory", str(run.path)),
     ]  # fmt: skip

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Matrix products of bfloat16 on AMX tiles: blocks of 32 x 32 sums, from operands in the order of products.py.
+"""Matrix products of bfloat16 on AMX tiles: blocks of 32 x 32 sums, from operands in the order of order.py.
 
 A tile holds 16 rows of 64 bytes. Eight of them: four of sums, two of the left operand (16 rows of 32 terms), two of the right
 one (16 pairs of terms of 16 columns). TDPBF16PS adds 32 terms to a sum: those of even k in order, those of odd k in order, the

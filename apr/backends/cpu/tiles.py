@@ -176,23 +176,11 @@ def _rows_function(module, is_low):
             for i, x in enumerate(new):
                 store(x, place(i))
         with then:
-            # a sum is never subnormal, but one with its bias may be
-            with builder.if_else(builder.icmp_unsigned("==", bias, _I64(0))) as (plain, biased):
-                with plain:
-                    _write_rows(builder, new, to, to_bytes, size, adds, load, store)
-                with biased:
-                    more = []
-                    for c in range(COLUMNS):
-                        halves = load(builder.add(bias, _I64(32 * c)), _HALVES, 2)
-                        wide = builder.shl(builder.zext(halves, _PAIRS), ir.Constant(_PAIRS, [16] * 16))
-                        more.append(builder.bitcast(wide, _SUMS))
-                    for i, x in enumerate(new):
-                        r, c = divmod(i, COLUMNS)
-                        where = builder.add(to, builder.mul(_I64(r), to_bytes))
-                        y = builder.fadd(x, more[c])
-                        store(
-                            rounded(builder, y, 16) if is_low else y, builder.add(where, _I64(16 * size * c))
-                        )
+            is_plain = builder.icmp_unsigned("==", bias, _I64(0))
+            with builder.if_then(is_plain):
+                _write_rows(builder, new, to, to_bytes, size, adds, load, store)
+            with builder.if_then(builder.not_(is_plain)):
+                _write_biased(builder, new, to, to_bytes, size, bias, load, store)
     builder.ret_void()
     return f
 
@@ -212,6 +200,20 @@ def _write_rows(builder, new, to, to_bytes, size, adds, load, store):
                     store(builder.fadd(load(place, _SUMS), x), place)
                 with otherwise:
                     store(x, place)
+
+
+def _write_biased(builder, new, to, to_bytes, size, bias, load, store):
+    """Emit the rows of sums with a bias; such a sum may be subnormal, which the processor's own rounding takes for 0."""
+    more = []
+    for c in range(COLUMNS):
+        halves = load(builder.add(bias, _I64(32 * c)), _HALVES, 2)
+        wide = builder.shl(builder.zext(halves, _PAIRS), ir.Constant(_PAIRS, [16] * 16))
+        more.append(builder.bitcast(wide, _SUMS))
+    for i, x in enumerate(new):
+        r, c = divmod(i, COLUMNS)
+        where = builder.add(builder.add(to, builder.mul(_I64(r), to_bytes)), _I64(16 * size * c))
+        y = builder.fadd(x, more[c])
+        store(rounded(builder, y, 16) if size == 2 else y, where)
 
 
 def _prefetch(builder, address):
