@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from .units import plural
+
 MAX_LENGTH = 4096  # characters of a pattern
 MAX_PATTERNS = 4096  # of one object; EVA writes one for each adapted matrix
 MAX_REPEATS, MAX_OPTIONAL = 4, 8
@@ -36,7 +38,7 @@ def compiled_end(pattern: str) -> re.Pattern[str]:
 def check_pattern(pattern: str) -> None:
     """Raise ValueError for a pattern whose search of a name could take hours: the reason, to stand behind its text."""
     if len(pattern) > MAX_LENGTH:
-        raise ValueError(f"has {len(pattern)} characters, more than {MAX_LENGTH}")
+        raise ValueError(f"has {plural(len(pattern), 'character')}, more than {MAX_LENGTH}")
     repeats = optional = 0
     # Of each open group, whether it holds a quantifier or alternatives; then of the group that was closed last.
     open_groups, inside = [False], False

@@ -37,7 +37,7 @@ def test_patterns_in_use_match_as_they_are(pattern: str) -> None:
         (r"((x?)y){30}", "repeats a group"),
         (r".*.*.*.*.*X", "5 repeats"),
         (".?" * 30 + "X", "30 optional"),
-        ("a" * (MAX_LENGTH + 1), "4097 characters"),
+        ("a" * (MAX_LENGTH + 1), "4,097 characters"),
         ("(", "not a regular expression"),
         ("[", "not a regular expression"),
         ("a{99999999999}", "not a regular expression"),

@@ -121,7 +121,7 @@ def pair_like(record: Record) -> str:
     """Name the flag that reads a record without prompt, chosen or rejected, or what such a record is; "" for others."""
     letters = {re.sub(r"[^a-z]", "", key.lower()): key for key, value in record.items() if value}
     words = {
-        "prompt": f"prompt {SYNONYMS['prompt']} messages conversations",
+        "prompt": " ".join(("prompt", SYNONYMS["prompt"], "messages conversations")),
         "chosen": BETTER,
         "rejected": WORSE,
     }
