@@ -22,6 +22,8 @@ from ..common.finding import FAIL, WRONG_EXIT, Finding
 from ..common.options import TOO_MANY, device_option, dtype_option, json_option, option, parse, threads_option
 from ..common.printable import json_line, printable
 from ..common.units import plural
+from ..data.find import COMPRESSIONS, JSONL_SUFFIXES
+from ..data.sniff import TABLES, table_as_records
 from ..inference.again import check
 from ..inference.language_model import LanguageModel
 from ..inference.sampling import Continuation, Sampling
@@ -135,10 +137,17 @@ def read_prompts(path: Path) -> list[str]:
     """Read a prompt from each line, of a .jsonl file its "prompt"; empty lines are skipped.
 
     Raises InputNotFound, MalformedFile, Refused: no prompt."""
+    suffix = path.suffix.lower()
+    if suffix in (*TABLES, ".json", ".parquet", *COMPRESSIONS):
+        advice = {
+            ".json": f"jq -r '.[]' {path} > prompts.txt writes texts of an array, jq -c '.[]' {path} > prompts.jsonl objects",
+            **dict.fromkeys(TABLES, table_as_records(path)),
+        }.get(suffix, "write them so")
+        raise Refused(f'{path}: prompts are lines of text, or of .jsonl objects with a "prompt"; {advice}')
     lines = [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     if not lines:
         raise Refused(f"{path}: no prompts in it")
-    if path.suffix != ".jsonl":
+    if suffix not in JSONL_SUFFIXES:
         return [line.removesuffix("\r") for _, line in lines]
     out = []
     for n, line in lines:

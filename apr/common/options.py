@@ -103,12 +103,32 @@ ELSEWHERE = {
     "use-rslora": "lora-rslora", "use-dora": "lora-dora", "modules-to-save": "lora-modules-to-save",
     "loraplus-lr-ratio": "lora-plus",
     "train-file": "corpus", "datasets": "instruct", "gradient-checkpointing": "recompute", "adam-beta1": "beta1",
+    "micro-batch": "micro-batch-size", "cutoff-len": "seq-length", "lora-target": "lora-targets",
+    "lora-target-linear": "lora-targets",
+    "val-set-size": "val-fraction", "val-size": "val-fraction", "lr-scheduler": "schedule", "warmup-ratio": "warmup-steps",
+    "early-stopping-patience": "patience", "dataset-num-proc": "threads", "logging-dir": "log", "pref-beta": "beta",
+    "pref-loss": "preference-loss", "loss-type": "preference-loss",
     "adam-beta2": "beta2", "data-seed": "seed", "data-mixture": "mix", "data-path": "mix", "streams": "mix", "mixture": "mix",
+}  # fmt: skip
+
+INT8 = "--lora-base int8 keeps frozen matrices in 8 bits"
+STEP = "--batch-size counts the sequences of a whole step, --micro-batch-size those that are computed at once"
+# Settings of other trainers that are none here, and what takes their place.
+INSTEAD = {
+    "gradient-accumulation-steps": STEP, "grad-accum-steps": STEP, "load-in-4bit": INT8, "load-in-8bit": INT8,
+    "bf16": "--dtype bfloat16", "fp16": "--dtype bfloat16",
+    "packing": "examples share windows always", "sample-packing": "examples share windows always",
+    "train-on-inputs": "prompts are never trained on", "train-on-prompt": "prompts are never trained on",
+    "finetuning-type": "--lora-rank trains adapters", "adapter": "--lora-rank trains adapters",
+    "max-new-tokens": "--max-tokens of apr run", "do-sample": "--temperature 0 takes the likeliest token",
+    "stage": "--instruct, --preferences or --corpus says which", "do-train": "apr pretrain trains",
 }  # fmt: skip
 
 
 def near(name: str, names: Sequence[str]) -> str:
-    """Suggest the option that a name, written with -, may mean: "; did you mean --lr?", or ""."""
+    """Suggest the option that a name, written with -, may mean: "; did you mean --lr?", what takes its place, or ""."""
+    if name in INSTEAD and name not in names:
+        return f"; {INSTEAD[name]}"
     other = ELSEWHERE.get(name, "")
     found = [other] if other in names else difflib.get_close_matches(name, names, 1, 0.7)
     return f"; did you mean --{found[0]}?" if found else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..common.errors import InputNotFound, Refused
 from .json_records import why_no_records
+from .sniff import TABLES, kind_of, table_as_records
 from .source import Compression, Kind, Skipped, Source
 
 COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".xz": "xz", ".bz2": "bz2"}
@@ -65,8 +66,8 @@ def find_sources(inputs: Sequence[str | Path], skip_folders: Sequence[str] = ())
 
     Order: that of the inputs; in a folder that of the relative names as bytes. A file or folder that is reached twice,
     through links too, counts once. Folders whose name begins with a dot, __pycache__ and skip_folders are left out.
-    Raises InputNotFound: an input that does not exist or cannot be read; Refused: no file at all, or a .json file that is
-    named and holds no records."""
+    Raises InputNotFound: an input that does not exist or cannot be read; Refused: no file at all, or one that is named
+    and is a table, of another format than its name says, or .json without records."""
     finder = _Finder(skip_folders)
     for given in inputs:
         finder.add(os.fspath(given))
@@ -100,6 +101,13 @@ class _Finder:
         kind, compression, suffix = classify(given)
         if compression and suffix.startswith(".parquet"):
             raise Refused(f"{name}: a Parquet file in an archive cannot be read in parts; unpack it")
+        if os.path.splitext(given.lower())[1] in TABLES:
+            advice = f"write a record a line: {table_as_records(Path(given))}"
+            raise Refused(
+                f"{name}: a table of text; {advice}; a table that is text to train on needs a name of text (.txt)"
+            )
+        if not compression and kind != "parquet" and (what := kind_of(Path(given))):
+            raise Refused(f"{name}: {what}")
         if kind == "json" and (
             why := why_no_records(Source(Path(given), name, kind, compression, status.st_size))
         ):

@@ -14,6 +14,8 @@ from apr.checkpoints.apr2 import write_apr
 from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
+from apr.cli.run import read_prompts
+from apr.common.errors import Refused
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.tokenizer.training import train_tokenizer
@@ -87,6 +89,17 @@ def test_repetition_penalty_changes_greedy_text(capsys, checkpoint):
     penal = as_json(capsys, *args, "--repetition-penalty", 1e6)["ids"]
     assert len(set(plain)) < len(plain)  # else the test shows nothing
     assert len(set(penal)) == len(penal)
+
+
+def test_prompts_in_another_form_are_no_lines_of_text(tmp_path):
+    """A table's header and an array's brackets would be prompts."""
+    for name, text in (("a.csv", "prompt\nx\n"), ("a.json", '["x", "y"]'), ("a.txt.gz", "x")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(Refused, match="prompts are lines of text"):
+            read_prompts(tmp_path / name)
+    for name in ("a.JSONL", "a.ndjson"):
+        (tmp_path / name).write_text('{"prompt": "x"}\n')
+        assert read_prompts(tmp_path / name) == ["x"]
 
 
 @pytest.mark.parametrize("form", ["lines", "jsonl"])

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import gzip
+import io
 import json
 import re
+import subprocess
+import sys
+import tarfile
+import zipfile
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -28,6 +34,7 @@ from apr.data.conversations.pairs_kept import pairs_kept
 from apr.data.conversations.prepare import prepare_conversations
 from apr.data.conversations.render import EncodedExample, Encoder
 from apr.data.conversations.shapes import SHAPES, example_of
+from apr.data.find import find_sources
 from apr.data.hub_data import of_split, splits_note, train_sources
 from apr.data.source import Skipped, Unusable
 from apr.tokenizer.chat_template import ChatTemplate
@@ -431,16 +438,70 @@ def test_lines_that_are_no_records_are_named_with_a_remedy(
     assert words in first.detail
 
 
+@pytest.mark.parametrize("as_folder", [False, True])
 @pytest.mark.parametrize(
-    ("name", "words"), [("a.csv", "DictReader(sys.stdin)"), ("b.tsv", "delimiter='\\t'")]
+    ("name", "encoding", "delimiter"),
+    [
+        ("a.csv", "utf-8", ","),
+        ("b.tsv", "utf-8", "\t"),
+        ("excel.csv", "utf-16", ";"),
+        ("bom.csv", "utf-8-sig", ","),
+    ],
 )
 def test_a_table_is_refused_with_the_command_that_makes_records(
-    tmp_path: Path, name: str, words: str
+    tmp_path: Path, name: str, encoding: str, delimiter: str, as_folder: bool
 ) -> None:
-    (tmp_path / name).write_text("prompt,completion\na,b\n")
+    """The command is run: it makes the records, however Excel wrote the table."""
+    table = tmp_path / name
+    with table.open("w", newline="", encoding=encoding) as f:
+        csv.writer(f, delimiter=delimiter).writerows([["prompt", "completion"], ['a, "b"; c', "d\u00e9\nf"]])
     with pytest.raises(Refused) as e:
-        open_conversations(str(tmp_path / name))
-    assert words in str(e.value)
+        open_conversations(str(tmp_path if as_folder else table))
+    command = re.search(r"python3 -c .* > data.jsonl", str(e.value))
+    assert command
+    subprocess.run(command[0].replace("python3", sys.executable, 1), shell=True, check=True, cwd=tmp_path)
+    assert json.loads((tmp_path / "data.jsonl").read_text()) == {
+        "prompt": 'a, "b"; c',
+        "completion": "d\u00e9\nf",
+    }
+    with pytest.raises(Refused, match="DictReader"):
+        find_sources([table])
+
+
+def archive(kind: str) -> bytes:
+    out = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(out, "w") as z:
+            z.writestr("a.jsonl", "{}")
+    else:
+        with tarfile.open(fileobj=out, mode="w") as t:
+            t.addfile(tarfile.TarInfo("a.jsonl"))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.jsonl", gzip.compress(b"{}"), "packed by gzip; give it a name with .gz"),
+        ("a.json", zstandard.ZstdCompressor().compress(b"{}"), "packed by zstd"),
+        ("a.zip", archive("zip"), "a zip archive or a spreadsheet"),
+        ("a.tar", archive("tar"), "tar -xf"),
+        ("a.arrow", b"ARROW1\0\0" + bytes(64), "open_file('"),
+        ("a.db", b"SQLite format 3\0", "sqlite3 -json"),
+        ("a.pkl", b"\x80\x04\x95\0", "a pickle, which is never loaded"),
+        ("a.txt", b"PAR1 is a word, and BZh is one", ""),
+        ("b.txt", ("x" * 4095 + "\u00e9").encode(), ""),
+    ],
+)
+def test_a_file_that_is_something_else_than_its_name_says_is_named(
+    tmp_path: Path, name: str, data: bytes, words: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    if not words:
+        assert len(find_sources([tmp_path / name])) == 1
+        return
+    with pytest.raises(Refused, match=re.escape(words)):
+        find_sources([tmp_path / name])
 
 
 @pytest.mark.parametrize("below", ["", "train/"])

@@ -179,6 +179,10 @@ def test_files_of_settings(tmp_path: Path, name: str, text: str) -> None:
         ("a.toml", "lr = ", MalformedFile, "a.toml: Invalid value"),
         ("a.toml", "lr = 1\n[b]\nlr = 2\n", UsageError, "lr stands there twice"),
         ("a.toml", "learning_rate = 1.0\n", UsageError, "unknown setting 'learning_rate' = 1.0; did you mean lr?"),
+        ("a.yaml", "base_model: x\nlearning_rate: 1.0\nsample_packing: true\nflash_attn: true\n", UsageError,
+         "4 unknown settings. Here they are base_model: init; learning_rate: lr; sample_packing: examples share windows always. "
+         "No such setting: flash_attn."),
+        ("a.yaml", "gradient_accumulation_steps: 4\n", UsageError, "--batch-size counts the sequences of a whole step"),
         ("a.toml", "num_step = 1\n", UsageError, "did you mean num_steps?"),
         ("a.toml", "num_steps = 1.5\n", UsageError, "not of type int"),
         ("a.yaml", "lr: [", MalformedFile, "a.yaml: "),

@@ -14,11 +14,11 @@ from ..documents import Document, Item
 from ..hub_data import train_sources
 from ..json_records import ONE_A_LINE, closes, read_json_records
 from ..parquet import read_parquet_records
+from ..sniff import TABLES, table_as_records
 from ..source import Skipped, Source, Unusable
 from ..utf8 import bad_byte
 from .shapes import KeyMap, example_of
 
-TABLES = (".csv", ".tsv")
 Parse = Callable[[str, object, KeyMap], Document]
 
 
@@ -40,11 +40,8 @@ def open_conversations(path: str, keys: str | None = None) -> Conversations:
     others = [s for s in sources if s.kind == "text"]
     if others and (len(others) == len(sources) or not Path(path).is_dir()):
         if others[0].path.suffix.lower() in TABLES:
-            tabs = ", delimiter='\\t'" if others[0].path.suffix.lower() == ".tsv" else ""
-            raise Refused(
-                f'--instruct {others[0].path}: a table of text; write a record a line: python3 -c "import csv, json, sys; '
-                f'[print(json.dumps(row)) for row in csv.DictReader(sys.stdin{tabs})]" < {others[0].path} > chats.jsonl'
-            )
+            advice = f"write a record a line: {table_as_records(others[0].path)}"
+            raise Refused(f"--instruct {others[0].path}: a table of text; {advice}")
         raise Refused(
             f"--instruct {others[0].path}: not JSON Lines; give a .jsonl file (also .jsonl.gz, .jsonl.zst), one object a line, "
             'a .json file with an array of objects, or a .parquet file: {"messages": [{"role": ..., "content": ...}, ...]} or '
