@@ -24,6 +24,7 @@ import numpy as np
 from ..common.errors import InputNotFound, MalformedFile, Refused
 from ..common.files import opened, parse_json, read_text
 from ..common.finding import Checklist
+from ..common.hub import hub_name
 from ..common.run_paths import instead_of, is_state
 from ..common.units import plural
 from ..model.config import ModelConfig
@@ -144,6 +145,10 @@ def format_of(source: str) -> Format:
     path = Path(source)
     if not os.path.exists(path):
         hint = f"; {source!r} is a preset: a preset has sizes but no weights" if source in PRESETS else ""
+        if name := hub_name(source):
+            hint = (
+                f"; a model of the Hub is imported first: apr import hf://{name} -o {name.split('/')[1]}.apr"
+            )
         raise InputNotFound(
             f"{source}: not found. Looked for an .apr file, a GGUF file, a folder with config.json and model.safetensors "
             f"(or model.safetensors.index.json), and a .safetensors file with config.json beside it{hint}"

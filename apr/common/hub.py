@@ -28,6 +28,14 @@ def is_hub(source: str) -> bool:
     return False
 
 
+def hub_name(source: str) -> str:
+    """Give the org/name that a path which is not there may mean on the Hub; "" for what looks like a file."""
+    name = source.removeprefix("hf://")
+    parts = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", name)
+    is_file = re.search(r"\.[A-Za-z][A-Za-z0-9]*$", name)
+    return name if parts and not is_file and not Path(parts[1]).exists() else ""
+
+
 def download(source: str, patterns: Sequence[str], revision: str | None = None) -> tuple[Path, str]:
     """Folder with those files of a repository whose names match the patterns, and the commit they are of.
 

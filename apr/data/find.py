@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..common.errors import InputNotFound, Refused
+from ..common.hub import hub_name
 from .json_records import why_no_records
 from .sniff import TABLES, kind_of, table_as_records
 from .source import Compression, Kind, Skipped, Source
@@ -215,7 +216,14 @@ def _unreadable(path: str, status: os.stat_result) -> str:
 def _unreachable(path: str, error: OSError) -> str:
     if os.path.islink(path):
         return f"a link to {_printable(os.readlink(path))}, which cannot be followed ({error.strerror})"
-    return "no such file or folder" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+    if not isinstance(error, FileNotFoundError):
+        return error.strerror or str(error)
+    name = hub_name(path)
+    return (
+        f"no such file or folder; a data set of the Hub is hf://datasets/{name}"
+        if name
+        else "no such file or folder"
+    )
 
 
 def _below(root: str, name: str) -> str:

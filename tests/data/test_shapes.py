@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from apr.checkpoints.registry import format_of
 from apr.common.errors import InputNotFound, Refused, UsageError
 from apr.common.finding import FAIL, Finding
 from apr.data.conversations import answers, render
@@ -787,3 +788,37 @@ def test_files_of_another_split_are_left_out_of_training_and_said_to_be(
         for x in open_conversations(str(tmp_path / "test.jsonl"))
         if not isinstance(x, Skipped)
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "model"),
+    [
+        (
+            "tatsu-lab/alpaca",
+            "hf://datasets/tatsu-lab/alpaca",
+            "apr import hf://tatsu-lab/alpaca -o alpaca.apr",
+        ),
+        (
+            "Qwen/Qwen2.5-0.5B",
+            "hf://datasets/Qwen/Qwen2.5-0.5B",
+            "apr import hf://Qwen/Qwen2.5-0.5B -o Qwen2.5-0.5B.apr",
+        ),
+        ("data/train.jsonl", "", ""),
+        ("here/name", "", ""),
+        ("nowhere", "", ""),
+        ("/a/b", "", ""),
+    ],
+)
+def test_a_name_of_the_hub_is_told_from_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, data: str, model: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(InputNotFound) as e:
+        find_sources([path])
+    assert data in str(e.value)
+    assert ("hf://" in str(e.value)) == bool(data)
+    with pytest.raises(InputNotFound) as e:
+        format_of(path)
+    assert model in str(e.value)
+    assert ("apr import" in str(e.value)) == bool(model)
