@@ -134,6 +134,22 @@ def near(name: str, names: Sequence[str]) -> str:
     return f"; did you mean --{found[0]}?" if found else ""
 
 
+def refuse_elsewhere(keys: list[str], names: list[str], source: str) -> None:
+    """Raise UsageError for several keys that are none of ours, as a file of another trainer has them: all of them at once."""
+    unknown = [key for key in keys if key not in names]
+    if len(unknown) < 2:
+        return
+    ours = [name.replace("_", "-") for name in names]
+    hints = {key: near(key.replace("_", "-"), ours).removeprefix("; ") for key in unknown}
+    meant = [f"{key}: {hint.removeprefix('did you mean --').removesuffix('?').replace('-', '_') if 'did you' in hint else hint}"
+             for key, hint in hints.items() if hint]  # fmt: skip
+    rest = [key for key, hint in hints.items() if not hint]
+    raise UsageError(
+        f"{source}: {len(unknown)} unknown settings{'. Here they are ' + '; '.join(meant) if meant else ''}"
+        f"{'. No such setting: ' + ', '.join(rest) if rest else ''}. `apr pretrain --help` lists the settings"
+    )
+
+
 def whole(text: str) -> int:
     """Read a whole number, also one written as 1e4 or 1_000."""
     try:

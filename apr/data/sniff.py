@@ -5,6 +5,9 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
+from ..common.errors import AprError
+from ..common.files import opened
+
 TABLES = (".csv", ".tsv")
 HEAD_BYTES = 4096
 TAR_AT, TAR = 257, b"ustar"
@@ -67,7 +70,7 @@ def _is_text(head: bytes) -> bool:
 
 def _head(path: Path) -> bytes:
     try:
-        with path.open("rb") as f:
+        with opened(path) as (f, _):
             return f.read(HEAD_BYTES)
-    except OSError:
+    except AprError:
         return b""

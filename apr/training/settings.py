@@ -22,6 +22,7 @@ from ..common.options import (
     json_option,
     near,
     option,
+    refuse_elsewhere,
     threads_option,
 )
 from ..common.tables import read_table
@@ -290,7 +291,7 @@ def check(values: dict[str, Any], source: str) -> dict[str, Any]:
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     allowed = {name: f.metadata["choices"] for name, f in fields.items()}
     older = {f.metadata["also"].replace("-", "_"): name for name, f in fields.items() if f.metadata["also"]}
-    _refuse_elsewhere([older.get(key, key) for key in values], list(plain), source)
+    refuse_elsewhere([older.get(key, key) for key in values], list(plain), source)
     for given_key, value in values.items():
         key = older.get(given_key, given_key)
         if key in out:
@@ -362,22 +363,6 @@ def _mode(s: Settings) -> str:
 
 def _has_adapters(s: Settings) -> bool:
     return s.lora_rank is not None or s.lora_init is not None
-
-
-def _refuse_elsewhere(keys: list[str], names: list[str], source: str) -> None:
-    """Raise UsageError for several keys that are none of ours, as a file of another trainer has them: all of them at once."""
-    unknown = [key for key in keys if key not in names]
-    if len(unknown) < 2:
-        return
-    ours = [name.replace("_", "-") for name in names]
-    hints = {key: near(key.replace("_", "-"), ours).removeprefix("; ") for key in unknown}
-    meant = [f"{key}: {hint.removeprefix('did you mean --').removesuffix('?').replace('-', '_') if 'did you' in hint else hint}"
-             for key, hint in hints.items() if hint]  # fmt: skip
-    rest = [key for key, hint in hints.items() if not hint]
-    raise UsageError(
-        f"{source}: {len(unknown)} unknown settings{'. Here they are ' + '; '.join(meant) if meant else ''}"
-        f"{'. No such setting: ' + ', '.join(rest) if rest else ''}. `apr pretrain --help` lists the settings"
-    )
 
 
 def resolve(s: Settings, explicit: Mapping[str, Any] | None = None) -> Settings:
