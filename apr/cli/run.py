@@ -181,7 +181,7 @@ def _one(model: LanguageModel, f: Flags, sampling: Sampling) -> int:
     else:
         print(flush=True)
         _say(len(ids), len(new), speed, ended[0].ended)
-    return _judged(check(model, ids, new, sampling, text, f.stop))
+    return _judged(check(model, ids, new, sampling, text, f.stop, ended[0].logits))
 
 
 def _several(model: LanguageModel, f: Flags, sampling: Sampling, prompts: list[str]) -> int:

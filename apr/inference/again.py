@@ -14,10 +14,10 @@ import numpy as np
 from ..common.finding import Finding
 from ..common.units import plural
 from ..model.transformer import Model
-from .sampling import Sampling, drawable_ids
+from .sampling import KEPT_LOGITS, Sampling, drawable_ids
 
 # Tokens that are drawn again, behind a prompt of at most so many.
-CHECKED_TOKENS, MAX_PROMPT_TOKENS = 8, 248
+CHECKED_TOKENS, MAX_PROMPT_TOKENS = KEPT_LOGITS, 248
 # Of a logit, as a share of 1 + the largest: a pass adds in another order than single steps do.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 NAME, BOUND = "generation", "tokens of the rule, by a pass without a cache"
@@ -67,14 +67,11 @@ def allowed(
 
 
 def drawn_again(
-    logits_of: Pass,
-    dtype: str,
-    prompt: Sequence[int],
-    new: Sequence[int],
-    s: Sampling,
-    among: np.ndarray | None = None,
-) -> Finding:
-    """Compare the first new tokens of a prompt with those that the rule gives."""
+    logits_of: Pass, dtype: str, prompt: Sequence[int], new: Sequence[int], s: Sampling,
+    among: np.ndarray | None = None, said: Sequence[float] = (),
+) -> Finding:  # fmt: skip
+    """Compare the first new tokens of a prompt with those that the rule gives, and the logits that they were drawn by, where they
+    are said."""
     count = min(len(new), CHECKED_TOKENS)
     if not count or len(prompt) > MAX_PROMPT_TOKENS:
         why = f"a prompt of {plural(len(prompt), 'token')}" if count else "no new token"
@@ -84,6 +81,9 @@ def drawn_again(
     draws = np.random.default_rng(s.seed).random(count) if s.temperature > 0 else np.zeros(count)
     for k in range(count):
         slack = TOLERANCE[dtype] * (1 + float(np.abs(rows[k]).max()))
+        if k < len(said) and not abs(rows[k, new[k]] - said[k]) <= slack:
+            measured = f"new token {k + 1} was drawn by a logit of {said[k]:.6g}, one pass gives {rows[k, new[k]]:.6g}"
+            return Finding.of(NAME, False, measured, BOUND, measured)
         found = allowed(rows[k], [*prompt, *new[:k]], s, float(draws[k]), among, slack)
         if not found[new[k]]:
             want = ", ".join(map(str, np.flatnonzero(found)[:3]))
@@ -93,13 +93,9 @@ def drawn_again(
 
 
 def check(
-    model: Any,
-    prompt: Sequence[int],
-    new: Sequence[int],
-    s: Sampling,
-    text: str = "",
-    stop: Sequence[str] = (),
-) -> Finding:
+    model: Any, prompt: Sequence[int], new: Sequence[int], s: Sampling, text: str = "", stop: Sequence[str] = (),
+    said: Sequence[float] = (),
+) -> Finding:  # fmt: skip
     """Draw the first new tokens of a LanguageModel again, and look for stop strings in the text of all of them.
 
     On a device whose calls are asynchronous it is not asked."""
@@ -117,4 +113,4 @@ def check(
         return whole.last_logits(count)
 
     among = drawable_ids(model.tokenizer, model.config.vocab_size, model.ends)
-    return drawn_again(logits_of, model.dtype, prompt, new, s, among)
+    return drawn_again(logits_of, model.dtype, prompt, new, s, among, said)

@@ -13,6 +13,7 @@ from ..tokenizer.tokenizer import Tokenizer
 
 # likeliest ones, sorted first; the others only when a draw falls on them
 SORTED_TOKENS = 1024
+KEPT_LOGITS = 8
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,15 @@ class Continuation:
     """A prompt and the tokens generated after it.
 
     ended: "" while the sequence goes on, then "end" (an end-of-text id), "length" (max_tokens), "positions" (the model
-    has no more), or whatever a reader sets: a sequence with a reason gets no more tokens."""
+    has no more), or whatever a reader sets: a sequence with a reason gets no more tokens.
+    logits: of the first KEPT_LOGITS new tokens, where the host draws them, for those who compute them again."""
 
     number: int
     prompt: list[int]
     sampling: Sampling
     new: list[int] = field(default_factory=list)
     ended: str = ""
+    logits: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._rng = np.random.default_rng(self.sampling.seed)
@@ -160,13 +163,19 @@ class Continuation:
     ) -> int:
         """Draw the next token from logits (V,); among: the ids that may be drawn (see drawable_ids)."""
         s = self.sampling
-        logits = penalise(
-            logits, self.prompt + self.new if s.repetition_penalty != 1 else (), s.repetition_penalty
+        raw, logits = (
+            logits,
+            penalise(
+                logits, self.prompt + self.new if s.repetition_penalty != 1 else (), s.repetition_penalty
+            ),
         )
         token = pick(
             logits if among is None else logits[among], self._rng, s.temperature, s.top_k, s.top_p, s.min_p
         )
-        return self.take(token if among is None else int(among[token]), ends, positions)
+        token = token if among is None else int(among[token])
+        if len(self.logits) < KEPT_LOGITS:
+            self.logits.append(float(raw[token]))
+        return self.take(token, ends, positions)
 
     def take(self, token: int, ends: Collection[int], positions: int) -> int:
         """Add the next token, and note an end; returns the token. Raises Refused for -1: there was none to draw."""
