@@ -7,7 +7,7 @@ from dataclasses import fields
 import numpy as np
 
 from ..model.buffers import WIDE
-from ..model.config import ModelConfig
+from ..model.config import LinearScaling, ModelConfig
 from ..model.families import layers_of
 from ..model.params import FUSED, Layout
 from ..model.transformer import Model
@@ -63,7 +63,7 @@ def upload(model: Model, weights: np.ndarray) -> list[ArrayComparison]:
 
 
 def tables(model: Model) -> list[ArrayComparison]:
-    """Compare cos and sin on the device with angles computed one by one: t * theta^(-2i/D), scaled as Llama 3.1 does."""
+    """Compare cos and sin on the device with angles computed one by one: t * theta^(-2i/D), scaled as the config says."""
     c = model.cfg
     rows = []
     positions = model.cos.shape[0]
@@ -92,11 +92,13 @@ def borders(model: Model, batch: Batch) -> list[ArrayComparison]:
 
 
 def _frequency(c: ModelConfig, i: int) -> float:
-    """Radians per position of pair i (Su et al. 2021); Llama 3.1 stretches long wavelengths."""
+    """Radians per position of pair i (Su et al. 2021); linear scaling stretches all wavelengths, Llama 3.1 the long ones."""
     wavelength = 2 * np.pi * c.rope_theta ** (2 * i / c.head_dim)
     s = c.rope_scaling
     if s is None:
         return float(2 * np.pi / wavelength)
+    if isinstance(s, LinearScaling):
+        return float(2 * np.pi / (wavelength * s.factor))
     low, high = (s.original_max_position_embeddings / f for f in (s.low_freq_factor, s.high_freq_factor))
     if wavelength < high:
         stretch = 1.0

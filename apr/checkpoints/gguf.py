@@ -28,7 +28,7 @@ import numpy as np
 from ..common.atomic import atomic_write
 from ..common.errors import InputNotFound, Refused, UsageError
 from ..common.packages import pip_install
-from ..model.config import ModelConfig
+from ..model.config import LinearScaling, ModelConfig
 from ..model.families import FAMILIES
 from ..model.params import Layout, Slot
 from ..model.rope import rope_tables
@@ -174,6 +174,10 @@ def write_gguf(
             f"{path}: no architecture of llama.cpp is known for {cfg.family} models; export --format hf"
         )
     arch = ARCHITECTURE[cfg.family]
+    if isinstance(cfg.rope_scaling, LinearScaling):
+        raise Refused(
+            f"{path}: apr does not write linear scaling of positions into GGUF files; export --format hf"
+        )
     if cfg.rope_scaling is not None and arch not in ADJACENT:
         raise Refused(
             f"{path}: llama.cpp does not scale the rotary frequencies of {arch} models; export --format hf"

@@ -16,6 +16,13 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LinearScaling:
+    """Positions divided by `factor` (Chen et al. 2023), as in deepseek-coder and in models of longer windows."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of a decoder. Letters: V, C, F, L, H, K, D are the first seven sizes."""
 
@@ -31,7 +38,7 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool  # the output head is the embedding
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | LinearScaling | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
     sliding_window: int = 0  # keys a query sees, itself included; 0 = all before it

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..common.errors import MalformedFile, Refused
 from ..common.files import short
-from .config import ModelConfig, RopeScaling
+from .config import LinearScaling, ModelConfig, RopeScaling
 from .families import FAMILIES
 from .hf_keys import HfKeys
 from .hf_unknown import describe, unheeded
@@ -64,6 +64,11 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "attn_pdrop": (0.0,),
     "hidden_dropout_prob": (0.0,),
     "attention_probs_dropout_prob": (0.0,),
+}
+# rope_type -> what it is here; its fields are keys of config.json
+SCALINGS: dict[str, type[RopeScaling] | type[LinearScaling]] = {
+    "llama3": RopeScaling,
+    "linear": LinearScaling,
 }
 # What to do instead, where another key or another source helps.
 TRY = {
@@ -213,7 +218,7 @@ def _head_dim(keys: HfKeys, heads: int, kv_heads: int, required: bool) -> int:
     return head_dim
 
 
-def _rope(keys: HfKeys) -> tuple[float, RopeScaling | None]:
+def _rope(keys: HfKeys) -> tuple[float, RopeScaling | LinearScaling | None]:
     """rope_theta and scaling, from the old places (top level) or the new (rope_parameters)."""
     source, top = keys.source, keys.d.get("rope_theta")
     rope: dict[str, Any] = {}
@@ -241,12 +246,15 @@ def _rope(keys: HfKeys) -> tuple[float, RopeScaling | None]:
         if names:
             raise Refused(f"{source}: rope keys {sorted(names)} have no meaning for rope_type 'default'")
         return theta, None
-    if kind != "llama3":
-        raise Refused(f"{source}: rope_type = {kind!r} is not supported; apr computes 'default' and 'llama3'")
-    wanted = {f.name: int if "int" in str(f.type) else float for f in fields(RopeScaling)}
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        raise Refused(
+            f"{source}: rope_type = {kind!r} is not supported; apr computes {', '.join(map(repr, ['default', *SCALINGS]))}"
+        )
+    scaling = SCALINGS[kind]
+    wanted = {f.name: int if "int" in str(f.type) else float for f in fields(scaling)}
     if names - set(wanted):
         raise Refused(f"{source}: unknown rope keys {sorted(names - set(wanted))}")
-    return theta, RopeScaling(**{name: inner.number(name, number) for name, number in wanted.items()})
+    return theta, scaling(**{name: inner.number(name, number) for name, number in wanted.items()})
 
 
 def to_hf(cfg: ModelConfig) -> dict[str, Any]:
@@ -264,5 +272,6 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         **{key: getattr(cfg, field) for key, field in SIZES.items()},
     }
     if cfg.rope_scaling:
-        d["rope_scaling"] = {"rope_type": "llama3", **asdict(cfg.rope_scaling)}
+        kind = next(name for name, scaling in SCALINGS.items() if isinstance(cfg.rope_scaling, scaling))
+        d["rope_scaling"] = {"rope_type": kind, **asdict(cfg.rope_scaling)}
     return d | family.write(cfg)

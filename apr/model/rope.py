@@ -1,19 +1,22 @@
-"""Rotary embedding tables (Su et al. 2021), with the frequency scaling of Llama 3.1."""
+"""Rotary embedding tables (Su et al. 2021), with linear scaling and that of Llama 3.1."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .config import ModelConfig, RopeScaling
+from .config import LinearScaling, ModelConfig, RopeScaling
 
 
 def rope_tables(c: ModelConfig, positions: int) -> tuple[np.ndarray, np.ndarray]:
     """Tables of cos and sin of every position's angles, float64 (positions, D/2), computed once on the host.
 
-    angle[t, i] = t * theta^(-2i/D) (Su et al. 2021), with frequencies scaled as Llama 3.1 does.
+    angle[t, i] = t * theta^(-2i/D) (Su et al. 2021), with frequencies divided by a factor (Chen et al. 2023) or scaled as
+    Llama 3.1 does.
     """
     freq = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
-    if c.rope_scaling:
+    if isinstance(c.rope_scaling, LinearScaling):
+        freq = freq / c.rope_scaling.factor
+    elif c.rope_scaling:
         freq = _llama3(freq, c.rope_scaling)
     angle = np.outer(np.arange(positions), freq)
     return np.cos(angle), np.sin(angle)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from apr.backends import reference
+from apr.bisect import upload
+from apr.checkpoints.gguf import write_gguf
 from apr.checkpoints.hf import INDEX, SINGLE, read_safetensors, write_hf, write_safetensors
 from apr.checkpoints.importing import import_model
 from apr.checkpoints.registry import open_any, open_host, validate
@@ -14,9 +18,12 @@ from apr.cli.main import main
 from apr.common.errors import AprError, Refused
 from apr.common.finding import FAIL
 from apr.inference.language_model import no_tokenizer
+from apr.model.config import LinearScaling
 from apr.model.hf_config import from_hf, to_hf
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
+from apr.model.rope import rope_tables
+from apr.model.transformer import Model
 from tokenizer_cases import added, gpt2_like
 
 CFG = PRESETS["qwen3-tiny"]
@@ -118,7 +125,7 @@ def test_tokens_without_a_row_are_named(folder, tmp_path):
             ask()
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "dynamic"])
+@pytest.mark.parametrize("kind", ["default", "dynamic"])
 def test_a_factor_of_one_scales_nothing(kind):
     d = to_hf(PRESETS["llama-tiny"])
     assert from_hf({**d, "rope_scaling": {"rope_type": kind, "factor": 1.0}}) == from_hf(d)
@@ -131,3 +138,32 @@ def test_a_quantised_model_is_refused_with_its_method_and_what_to_try():
     with pytest.raises(Refused, match=r"quant_method = 'gptq'.*dequantize\(\)") as e:
         from_hf({**to_hf(CFG), "quantization_config": quantised})
     assert len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+def test_linear_scaling_turns_by_a_fraction_of_the_position(place, folder, tmp_path):
+    """deepseek-coder, LongChat and Vicuna 16k: position t turns as position t / factor of the model as it was."""
+    d = to_hf(CFG)
+    scaling = {"type": "linear", "factor": 4.0} | (
+        {"rope_theta": d["rope_theta"]} if place != "rope_scaling" else {}
+    )
+    d = {k: v for k, v in d.items() if k != "rope_theta" or place == "rope_scaling"} | {place: scaling}
+    cfg = from_hf(d)
+    assert cfg.rope_scaling == LinearScaling(4.0)
+    assert from_hf(to_hf(cfg)) == cfg
+    for scaled, plain in zip(rope_tables(cfg, 61), rope_tables(CFG, 16), strict=True):
+        assert np.allclose(scaled[::4], plain, rtol=0, atol=1e-12)
+        assert np.abs(scaled[:16] - plain).max() > 0.5
+    model = Model(cfg, reference, 1, 32, "float64")
+    assert [row.ok for row in upload.tables(model)] == [True, True]
+    for table, values in zip((model.cos, model.sin), rope_tables(CFG, 32), strict=True):
+        reference.from_host(table, values)
+    assert [row.ok for row in upload.tables(model)] == [False, False]
+
+    (folder / "config.json").write_text(json.dumps(d))
+    import_model(str(folder), tmp_path / "x.apr")
+    assert open_any(str(tmp_path / "x.apr")).cfg == cfg
+    assert main(["export", str(tmp_path / "x.apr"), "--format", "hf", "-o", str(tmp_path / "out")]) == 0
+    assert open_any(str(tmp_path / "out")).cfg == cfg
+    with pytest.raises(Refused, match="linear"):
+        write_gguf(tmp_path / "x.gguf", replace(cfg, family="llama", qk_norm=False), {})

@@ -219,7 +219,6 @@ PUBLISHED: dict[str, tuple[str, Keys]] = {
 REFUSED: dict[str, tuple[type[AprError], str]] = {
     # no max_position_embeddings: the file says max_sequence_length, which transformers does not read
     "decapoda-research/llama-65b-hf": (MalformedFile, "missing key 'max_position_embeddings'"),
-    "deepseek-ai/deepseek-coder-1.3b-instruct": (Refused, "rope_type = 'linear'"),
     "DAMO-NLP-SG/CLEX-7B": (Refused, "rope_type = 'clex'"),
     "unsloth/llama-3-8b-Instruct-bnb-4bit": (Refused, "quantization_config"),
     "Qwen/Qwen1.5-7B-Chat with yarn": (Refused, "rope_type = 'yarn'"),
