@@ -22,7 +22,7 @@ import numpy as np
 
 from ..common.errors import IOFailure
 from ..common.files import opened, parse_json, read_json
-from ..model.config import ModelConfig
+from ..model.config import ModelConfig, RopeScaling
 from .gguf import package
 
 COMPARED_ELEMENTS = 1 << 22  # elements that are compared at a time
@@ -119,7 +119,8 @@ def compare_adapter(folder: Path, num_layers: int, want: Mapping[str, np.ndarray
 def divisors(cfg: ModelConfig) -> list[float]:
     """Compute what llama.cpp divides the frequencies of Llama 3.1 by, as its converter does, (D/2,)."""
     s, out = cfg.rope_scaling, list[float]()
-    assert s is not None
+    # Linear scaling is not written into GGUF files.
+    assert isinstance(s, RopeScaling)
     for i in range(0, cfg.head_dim, 2):
         turns = s.original_max_position_embeddings / (2 * math.pi * cfg.rope_theta ** (i / cfg.head_dim))
         share = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)

@@ -14,45 +14,18 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputNotFound, MalformedFile, Refused
-from ..common.files import parse_json, read_text, short
-from ..common.patterns import MAX_PATTERNS, compiled_end
+from ..common.files import parse_json, read_text
 from ..model.config import ModelConfig
 from ..model.lora import LINEAR, OUTSIDE, PREFIX, TARGETS, AdapterLayout, LoraConfig, cut, matches, module_of
 from ..model.params import Layout, Slot
 from .hf import read_safetensors
+from .peft_config import CONFIG as CONFIG
+from .peft_config import PATTERNS, check_config
 from .tensors import EMBED, HEAD, is_float
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Keys that change what an adapter computes, with the only value that apr honours (an empty one is always good).
-MUST_BE: dict[str, Any] = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "use_qalora": False,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "use_bdlora": None,
-    "velora_config": None,
-    "monteclora_config": None,
-    "kappa_tune_config": None,
-}
-# Keys that are read here, or that describe a training that is over.
-HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r", "target_modules",
-    "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "layers_to_transform",
-    "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "runtime_config", "peft_version", "qalora_group_size", "ensure_weight_tying",
-    "tie_word_embeddings", "use_dora", "modules_to_save",
-}  # fmt: skip
-# Initial values of A and B; others also change the base, so that the adapter does not belong to it.
-STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+WEIGHTS = "adapter_model.safetensors"
 # PEFT saves the untouched matrix of an adapted head beside A and B (save_embedding_layers="auto").
 _BASE = re.compile(rf"^{re.escape(PREFIX)}(?P<module>.+?)(\.base_layer)?\.weight$")
-PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 _NAME = re.compile(
     rf"^{re.escape(PREFIX)}(?P<module>.+)\.(?P<part>lora_(embedding_)?[AB]|lora_magnitude_vector)(\.default)?(\.weight)?$"
 )
@@ -195,7 +168,7 @@ def read_adapter(
         )
         raise InputNotFound(f"{folder}: no {WEIGHTS}{hint}")
     config = parse_json(read_text(folder / CONFIG), str(folder / CONFIG))
-    _check_config(config, str(folder / CONFIG))
+    check_config(config, str(folder / CONFIG))
     tensors, file = read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS)
     apart = replace(cfg, tie_word_embeddings=False)
     by_hf, parts, saved = Layout(apart).by_hf, dict[str, dict[str, np.ndarray]](), dict[str, np.ndarray]()
@@ -294,57 +267,6 @@ def _check_untouched(
             f"{source}: tensor {name!r} differs from {hf} of the base: it was trained itself, which modules_to_save of {CONFIG} "
             "does not say, or belongs to another base"
         )
-
-
-def _check_config(config: dict[str, Any], source: str) -> None:
-    for key, value in config.items():
-        if key in HARMLESS:
-            continue
-        if key == "init_lora_weights":
-            if value not in STARTS:
-                raise Refused(
-                    f"{source}: {key} = {value!r} changes the base weights too; save the adapter converted to plain LoRA "
-                    "(path_initial_model_for_weight_conversion)"
-                )
-            continue
-        want = MUST_BE.get(key)
-        if key in MUST_BE and (value == want or (key not in ("peft_type", "bias") and not value)):
-            continue
-        if key not in MUST_BE and value in (None, False, [], {}, ""):
-            continue
-        reason = (
-            f"apr honours {want!r} only"
-            if key in MUST_BE
-            else "apr does not know this key, and it may change what is computed"
-        )
-        raise Refused(
-            f"{source}: {key} = {short(value)}; {reason}. PEFT's merge_and_unload merges it: import what that saves"
-        )
-    if config.get("peft_type") != "LORA":
-        raise Refused(
-            f"{source}: peft_type = {config.get('peft_type')!r}; apr merges LORA only. PEFT's merge_and_unload merges it: "
-            "import what that saves"
-        )
-    for key in ("r", "lora_alpha"):
-        _check_number(key, config.get(key), source)
-    for key in PATTERNS:
-        if not isinstance(config.get(key) or {}, dict):
-            raise MalformedFile(f"{source}: {key} = {config[key]!r} is not an object")
-        if len(config.get(key) or {}) > MAX_PATTERNS:
-            raise Refused(
-                f"{source}: {key} has {len(config[key])} patterns; apr reads {MAX_PATTERNS} at most"
-            )
-        for pattern, value in (config.get(key) or {}).items():
-            _check_number(f"{key}: {pattern!r}", value, source)
-            try:
-                compiled_end(pattern)
-            except ValueError as e:
-                raise MalformedFile(f"{source}: {key}: {short(pattern)} {e}") from None
-
-
-def _check_number(name: str, value: Any, source: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise MalformedFile(f"{source}: {name} = {value!r} is not a number above 0")
 
 
 def _of_pattern(config: dict[str, Any], key: str, module: str) -> float:

@@ -33,6 +33,7 @@ from ..data.settings import DataSettings, check_data
 from ..model.optim import OptimSettings
 from ..model.preferences import PreferenceSettings, check_preferences
 from ..model.settings import ModelSettings, check_model
+from .demo_job import DEMO as DEMO
 
 # Adapters start at zero and take larger steps than weights.
 LORA_LR = 2e-4
@@ -213,25 +214,6 @@ class Settings(
 
     A room declares the settings that it reads, and its functions take that base class: a Settings is each of them.
     Fields are in the order of the bases from the last to the first."""
-
-
-# The job of `make pretrain`; all other settings keep their defaults.
-DEMO: dict[str, Any] = dict(
-    corpus="stdlib",
-    model="llama-demo",
-    seq_length=128,
-    batch_size=4,
-    num_steps=3500,
-    eval_every=350,
-    val_batches=64,
-    lr=2e-3,
-    lr_min=0.0,
-    warmup_steps=175,
-    schedule="linear",
-    beta2=0.99,
-    initializer_range=0.05,
-    sample="class Reader:\n    def __init__(self",
-)
 
 
 def from_command_line(args: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
