@@ -54,7 +54,7 @@ from .validate import Subject, content_rows
 from .validate_files import apr_rows, gguf_rows, hf_rows
 
 # Files that are looked at for a folder that was meant.
-MOST_BELOW = 1000
+MAX_BELOW = 1000
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _models_below(path: Path) -> list[Path]:
     """List the folders one and two levels down that hold a model, the latest last: checkpoint-500 of a trainer, snapshots/HASH
     of Hugging Face's cache."""
     patterns = ("*/*.safetensors", "*/*/*.safetensors")
-    found = {p.parent for pattern in patterns for p in islice(path.glob(pattern), MOST_BELOW)}
+    found = {p.parent for pattern in patterns for p in islice(path.glob(pattern), MAX_BELOW)}
     return sorted(found, key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(p))])
 
 
