@@ -39,8 +39,8 @@ UNITS, TOKENIZER, SCORES = "apr/common/units.py", "apr/tokenizer/tokenizer.py", 
 THIRD: tuple[Mutant, ...] = (
     # bfloat16 on the CPU
     fault("tail_columns_without_bias", "in bfloat16, columns behind the last whole block of a product get no bias", PRODUCTS,
-          "                        if bias.size > 0:\n                            more",
-          "                        if bias.size > 0 and width == EDGE:\n                            more", "bf16"),
+          "                                if bias.size > 0:\n                                    of_row",
+          "                                if bias.size > 0 and width == EDGE:\n                                    of_row", "bf16"),
     fault("bias_rounded_twice", "in bfloat16 a bias is added to what is rounded already", CPU,
           "        p.multiply(y, p.rows(x), p.columns(w), x.shape[1], b)\n        return\n",
           "        p.multiply(y, p.rows(x), p.columns(w), x.shape[1])\n"
