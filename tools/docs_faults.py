@@ -106,7 +106,8 @@ def campaign_table(name: str) -> str:
     found: dict[str, Any] = part.get("faults", {})
     lines = [f"| {m.what} | {m.job} | {_seen(m, found)} |" for m in known]
     seen, asked = part.get("rates", {}).get("at run time", (0, 0))
-    said = f"{len(known)} faults, {asked} planted, {seen} seen at run time."
+    changed = f"{part.get('planted', 0)} planted, {asked} of them changed something"
+    said = f"{len(known)} faults, {changed}, {seen} seen at run time."
     return "\n".join([said, "", "| fault | job | seen by |", "|---|---|---|", *lines]) + "\n"
 
 

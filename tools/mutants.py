@@ -128,13 +128,8 @@ LISTS = {"first": FAULTS, "second": SECOND, "third": THIRD}
 # A head of 24, of which no block is whole; more positions than attention takes in one chunk; a window.
 ODD = {"head_dim": 24, "hidden_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 256}
 TIMES = ("wall_ms", "tokens_per_sec")
-# Folder of the kernels, and modules whose kernels call those of another: they are compiled again with it.
-CPU = "apr/backends/cpu/"
-CALLERS = {
-    "kernels.py": ("*",),
-    "order.py": ("order", "attention", "products", "tiled"),
-    "tiles.py": ("attention", "products", "tiled"),
-}
+# Folder of the kernels, which are compiled again where one of its files changes, but for the one that only calls them.
+CPU, CALLS = "apr/backends/cpu/", "apr/backends/cpu/ops.py"
 # What counts as seen while a job runs.
 RUN_TIME = ("pretrain", "bisect", "verify")
 
@@ -313,8 +308,9 @@ class Bench:
         """Put a fault into the faulty copy."""
         cache = self.faulty / "apr" / "backends" / "cpu" / "__pycache__"
         kept = cache.with_name("kept")
-        stale = [x for path, _, _ in mutant.edits for x in CALLERS.get(path.removeprefix(CPU), ())]
-        compiled = cache.is_dir() and any(path.startswith(CPU) for path, _, _ in mutant.edits)
+        compiled = cache.is_dir() and any(
+            path.startswith(CPU) and path != CALLS for path, _, _ in mutant.edits
+        )
         was: dict[Path, tuple[str, os.stat_result]] = {}
         try:
             for path, old, new in mutant.edits:
@@ -327,11 +323,8 @@ class Bench:
                     )
                 file.write_text(text.replace(old, new), encoding="utf-8")
             if compiled:
-                # Numba's cache of a caller does not know that a callee has changed.
+                # Filled anew for the fault, and put back behind it.
                 cache.rename(kept)
-                shutil.copytree(
-                    kept, cache, ignore=shutil.ignore_patterns("*.pyc", *(f"{x}.*" for x in stale))
-                )
             yield
         finally:
             for file, (text, stat) in was.items():

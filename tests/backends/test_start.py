@@ -249,6 +249,35 @@ def test_processes_share_the_kernels(tiny, tmp_path: Path) -> None:
     assert "unclosed" not in err
 
 
+def test_kernels_of_other_sources_are_not_in_the_cache(filled: Path) -> None:
+    """Numba asks only if the file of the kernel itself is the same, not those of the functions that it calls."""
+    code = USE + (
+        "from apr.backends.cpu import start\n"
+        "print(start.is_cached(made))\n"
+        "start._sources = lambda: 'changed'\n"
+        "print(start.is_cached(made))"
+    )
+    out, err = end(computing(filled, code, NUMBA_CACHE_DIR=str(filled / "c")))
+    assert (out, err) == (SOUND + "True\nFalse\n", "")
+
+
+def test_files_that_kernels_are_made_of_are_their_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = start._sources()
+    for file in Path(start.__file__).parent.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(start, "__file__", str(tmp_path / "start.py"))
+
+    def after(name: str) -> str:
+        with (tmp_path / name).open("a") as f:
+            f.write("# changed\n")
+        return start._sources.__wrapped__()
+
+    assert after("ops.py") == before
+    assert after("tiles.py") != before
+
+
 def test_signatures_of_a_kernel_share_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """They share an index on disk: two processes that write it would leave one signature with the code of the other."""
     compiled: dict[str, list[str]] = {}
@@ -256,6 +285,7 @@ def test_signatures_of_a_kernel_share_a_process(monkeypatch: pytest.MonkeyPatch)
     class Kernel:
         def __init__(self, name: str) -> None:
             self.py_func = SimpleNamespace(__module__="m", __qualname__=name)
+            self._cache = SimpleNamespace(_cache_file=SimpleNamespace(_source_stamp=(1, 2)))
 
         def compile(self, signature: str) -> None:
             compiled.setdefault(os.environ[start._WARMING], []).append(

@@ -160,6 +160,7 @@ def terms(x):
 
 def multiply(out, left, b, k, bias=None, adds=False):
     """out = A B + bias, or += A B, with operands of the functions above and k terms."""
+    assert k, "a product without terms"
     bias = _NO_BIAS.view(b[0].dtype) if bias is None else bias
     cut = grid(numba.get_num_threads(), *out.shape)
     product(out, *left, *b, bias, adds, *cut)

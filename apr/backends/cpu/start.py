@@ -1,11 +1,13 @@
 # mypy: ignore-errors
 """Start Numba: judge its settings, find a folder for compiled kernels, fill it once, and read from it ever after."""
 
+import hashlib
 import os
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from threading import Thread
 
@@ -35,6 +37,7 @@ _WARMING = "APR_COMPILES_KERNELS"  # in a process that fills Numba's cache: the 
 _COMPILED, _OTHERS_ENDED = "compiled", "others ended\n"
 MAX_PROCESSES = 4  # that compile, some 200 MB each
 PROGRESS_SECONDS = 15
+_WITHOUT_KERNELS = {"__init__.py", "ops.py", "start.py"}
 
 
 def start_numba():
@@ -83,6 +86,7 @@ def compile_all(kernels, module, seconds=20):
     parallel loop exists twice then, optimised apart), so that a first run would differ from the next
     in the last bit. Therefore other processes fill the cache, and this one always reads it. seconds: on one core."""
     start_threads()
+    _stamp(kernels)
     if _WARMING in os.environ:
         _compile_part(kernels, module)
         return
@@ -96,6 +100,22 @@ def compile_all(kernels, module, seconds=20):
         _read(kernels)
     for k, _ in kernels:
         k.disable_compile()  # other dtypes are an error
+
+
+@cache
+def _sources():
+    """Hash the files of this room that hold kernels: Numba asks of one in its cache only if its own file is still the same, not
+    those of the functions that it calls."""
+    files = sorted(p for p in Path(__file__).parent.glob("*.py") if p.name not in _WITHOUT_KERNELS)
+    return hashlib.sha256(b"\0".join(p.read_bytes() for p in files)).hexdigest()
+
+
+def _stamp(kernels):
+    """Let the cache of kernels hold for these sources alone."""
+    for k, _ in kernels:
+        file = k._cache._cache_file
+        if not (isinstance(file._source_stamp, tuple) and file._source_stamp[-1] == _sources()):
+            file._source_stamp = (file._source_stamp, _sources())
 
 
 def _compile_part(kernels, module):
@@ -132,6 +152,7 @@ def _read(kernels):
 
 def is_cached(kernels):
     """Say whether kernels are in Numba's cache; damaged files are taken away."""
+    _stamp(kernels)
     first, signature = kernels[0]
     try:
         return first._cache.load_overload(signature, first.targetctx) is not None
@@ -170,6 +191,7 @@ def _fill(kernels, module, seconds):
         elsewhere()
         for k, _ in kernels:
             k.enable_caching()
+        _stamp(kernels)
     raise DeviceError(
         f"the CPU kernels cannot be compiled into {folder}: {reason}; set NUMBA_CACHE_DIR to a folder with 20 MB to spare"
         f"{settings()}"
