@@ -187,8 +187,12 @@ def read_adapter(
                     "adapter again with PEFT"
                 )
             part[match["part"]] = tensors[name]
-        elif name.removeprefix(PREFIX) in of_whole:
-            saved[name.removeprefix(PREFIX)] = tensors[name]
+        elif (hf := name.removeprefix(PREFIX)) in of_whole:
+            if hf in saved:
+                raise MalformedFile(
+                    f"{file}: {hf} is there twice, once as {name!r}; save the adapter again with PEFT"
+                )
+            saved[hf] = tensors[name]
         else:
             _check_untouched(name, tensors[name], cfg, base or {}, file)
     if not parts:

@@ -48,13 +48,15 @@ from .contents import Contents, apr_contents, folder_contents, gguf_contents, sa
 from .gguf_reader import MAGIC as GGUF_MAGIC
 from .gguf_reader import read_gguf
 from .gguf_vocab import special_of, tokenizer_json
-from .hf import read_hf
+from .hf import INDEX, SINGLE, read_hf
+from .peft import CONFIG, WEIGHTS
 from .side_files import as_text
 from .validate import Subject, content_rows
 from .validate_files import apr_rows, gguf_rows, hf_rows
 
 # Files that are looked at for a folder that was meant.
 MAX_BELOW = 1000
+_MERGE = "holds a LoRA adapter and no model: apr merge BASE {path} -o OUT.apr makes it part of its base"
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,11 @@ def format_of(source: str) -> Format:
 
 def _check_meant(path: Path) -> None:
     """Raise InputNotFound, naming what was meant, for a folder of a run and for any other that holds no model."""
-    if not path.is_dir() or any(path.glob("*.safetensors*")):
+    if not path.is_dir():
+        return
+    if _is_adapter(path):
+        raise InputNotFound(f"{path}: {_MERGE.format(path=path)}")
+    if any(path.glob("*.safetensors*")):
         return
     if instead := instead_of(path):
         raise InputNotFound(f"{path}: is a folder of a run; {instead}")
@@ -178,18 +184,40 @@ def _check_meant(path: Path) -> None:
     files = sorted(p for p in path.iterdir() if p.suffix in (".apr", ".gguf"))
     if files:
         raise InputNotFound(f"{path}: is a folder of checkpoints; give one, such as {files[-1]}")
-    below = _models_below(path)
-    give = f"give {below[-1]}" if below else "give a Hugging Face folder, or an .apr or GGUF file"
-    more = f", or another of {len(below)} folders in it that hold one" if len(below) > 1 else ""
-    raise InputNotFound(f"{path}: no model in it, neither config.json nor safetensors; {give}{more}")
+    below, adapters = _models_below(path)
+    give = "give a Hugging Face folder, or an .apr or GGUF file"
+    if below:
+        more = f", or another of {len(below)} folders in it that hold one" if len(below) > 1 else ""
+        give = f"give {below[-1]}{more}"
+    elif adapters:
+        give = f"{adapters[-1]} {_MERGE.format(path=adapters[-1])}"
+    raise InputNotFound(f"{path}: no model in it, neither config.json nor safetensors; {give}")
 
 
-def _models_below(path: Path) -> list[Path]:
-    """List the folders one and two levels down that hold a model, the latest last: checkpoint-500 of a trainer, snapshots/HASH
-    of Hugging Face's cache."""
+def _is_adapter(path: Path) -> bool:
+    """Tell if a folder holds an adapter as PEFT saves it, and no model beside it."""
+    return os.path.lexists(path / CONFIG) and not any(
+        os.path.lexists(path / name) for name in ("config.json", SINGLE, INDEX)
+    )
+
+
+def _models_below(path: Path) -> tuple[list[Path], list[Path]]:
+    """List the folders one and two levels down that hold a model, and those that hold an adapter, the latest last: checkpoint-500
+    of a trainer, snapshots/HASH of Hugging Face's cache."""
     patterns = ("*/*.safetensors", "*/*/*.safetensors")
-    found = {p.parent for pattern in patterns for p in islice(path.glob(pattern), MAX_BELOW)}
-    return sorted(found, key=lambda p: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(p))])
+    files = [p for pattern in patterns for p in islice(path.glob(pattern), MAX_BELOW)]
+    found = sorted({p.parent for p in files}, key=_age)
+    whole = {p.parent for p in files if p.name != WEIGHTS}
+    models = [p for p in found if p in whole and os.path.lexists(p / "config.json")]
+    return models, [p for p in found if _is_adapter(p)]
+
+
+def _age(path: Path) -> tuple[Any, ...]:
+    """Order folders by the numbers in their names; snapshots, whose names are hashes, by when they were written."""
+    above, name = (
+        [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(p))] for p in (path.parent, path.name)
+    )
+    return above, path.stat().st_mtime_ns if path.parent.name == "snapshots" else 0, name
 
 
 def _instead_of_file(path: Path) -> str:

@@ -966,6 +966,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     for folder in (snapshot, *steps):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
+        (folder / "config.json").touch()
     with pytest.raises(InputNotFound, match=f"no model in it.*; give {snapshot}$"):
         open_any(str(tmp_path / "cache"))
     with pytest.raises(InputNotFound, match=f"give {steps[1]}, or another of 2 folders in it"):
@@ -978,6 +979,40 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         open_any(str(tmp_path))
     with pytest.raises(MalformedFile, match=r"pytorch_model\.bin: starts with b''"):
         open_any(str(tmp_path / "pytorch_model.bin"))
+
+
+def test_of_snapshots_the_one_that_was_written_last_is_named(tmp_path: Path) -> None:
+    for when, name in ((2, "0a9"), (1, "f00")):  # by name the other is the last
+        folder = tmp_path / "snapshots" / name
+        folder.mkdir(parents=True)
+        for file in ("model.safetensors", "config.json"):
+            (folder / file).touch()
+        os.utime(folder, (when, when))
+    with pytest.raises(InputNotFound, match=r"give \S*snapshots/0a9, or another of 2"):
+        open_any(str(tmp_path))
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    """checkpoint-500 of a trainer with PEFT has adapters only; it is named as what it is, here and from above."""
+    adapters = [tmp_path / f"out/checkpoint-{n}" for n in (500, 1000)]
+    for folder in adapters:
+        folder.mkdir(parents=True)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            (folder / file).touch()
+    for given in (tmp_path / "out", adapters[1]):
+        with pytest.raises(InputNotFound, match=f"LoRA adapter.*apr merge BASE {adapters[1]} -o"):
+            open_any(str(given))
+    only = tmp_path / "bare/step"  # tensors without the config.json that makes them a model
+    only.mkdir(parents=True)
+    (only / "optimizer.safetensors").touch()
+    with pytest.raises(InputNotFound, match="give a Hugging Face folder"):
+        open_any(str(tmp_path / "bare"))
+    model = tmp_path / "out/checkpoint-2"
+    model.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (model / file).touch()
+    with pytest.raises(InputNotFound, match=f"give {model}$"):
+        open_any(str(tmp_path / "out"))
 
 
 def test_single_safetensors_file(tmp_path: Path) -> None:

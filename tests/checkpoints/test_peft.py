@@ -248,6 +248,20 @@ def test_a_pattern_that_matches_nothing_counts_for_nothing(golden, bases, tmp_pa
     assert "_proj" not in found.note
 
 
+def test_a_whole_matrix_is_there_once(golden, bases, tmp_path):
+    base, folder = bases("qwen2-untied")[0], put_adapter(golden, "plain", tmp_path / "adapter", METADATA)
+    tensors = {k: np.array(v) for k, v in read_safetensors(folder / WEIGHTS).items()}
+    cfg, head = open_any(str(base)).cfg, np.array(open_any(str(base)).tensors["lm_head.weight"])
+    change(folder, modules_to_save=["lm_head"])
+    tensors["base_model.model.lm_head.weight"] = head
+    tensors |= {"lm_head.weight": head + 1}
+    write_safetensors(folder / WEIGHTS, tensors)
+    with pytest.raises(
+        MalformedFile, match=r"lm_head\.weight is there twice, once as .*save the adapter again"
+    ):
+        read_adapter(str(folder), cfg)
+
+
 def test_an_adapted_head_as_peft_saves_it(golden, bases, tmp_path):
     """save_embedding_layers="auto" stores the untouched matrix of the head beside A and B, True that of the embedding."""
     base, _, _ = bases("qwen2-untied")
