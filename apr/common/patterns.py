@@ -42,7 +42,7 @@ def compiled_end(pattern: str) -> re.Pattern[str]:
 
 @dataclass
 class _Group:
-    """What of a group was read.
+    """One open group, as far as it was read.
 
     is_divided  it holds a quantifier or alternatives
     texts       its alternatives, None for one that is more than plain characters
