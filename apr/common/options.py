@@ -111,36 +111,56 @@ ELSEWHERE = {
     "adam-beta2": "beta2", "data-seed": "seed", "data-mixture": "mix", "data-path": "mix", "streams": "mix", "mixture": "mix",
 }  # fmt: skip
 
-INT8 = "--lora-base int8 keeps frozen matrices in 8 bits"
 STEP = "--batch-size counts the sequences of a whole step, --micro-batch-size those that are computed at once"
-# Settings of other trainers that are none here, and what takes their place.
-INSTEAD = {
-    "gradient-accumulation-steps": STEP, "grad-accum-steps": STEP, "load-in-4bit": INT8, "load-in-8bit": INT8,
-    "bf16": "--dtype bfloat16", "fp16": "--dtype bfloat16",
-    "packing": "examples share windows always", "sample-packing": "examples share windows always",
-    "train-on-inputs": "prompts are never trained on", "train-on-prompt": "prompts are never trained on",
-    "finetuning-type": "--lora-rank trains adapters", "adapter": "--lora-rank trains adapters",
-    "max-new-tokens": "--max-tokens of apr run", "do-sample": "--temperature 0 takes the likeliest token",
-    "stage": "--instruct, --preferences or --corpus says which", "do-train": "apr pretrain trains",
+INT8 = {
+    "lora-base int8": "--lora-base int8 keeps frozen matrices in 8 bits",
+    "dtype int8": "--dtype int8 rounds matrices to 8 bits",
+}
+WINDOWS = {"num-steps": "examples share windows always"}
+PROMPTS = {"num-steps": "prompts are never trained on"}
+ADAPTERS = {"lora-rank": "--lora-rank trains adapters"}
+# Settings of other trainers that are none here: an option that a command has, with its value, and what it then says.
+INSTEAD: dict[str, dict[str, str]] = {
+    "gradient-accumulation-steps": {"micro-batch-size": STEP}, "grad-accum-steps": {"micro-batch-size": STEP},
+    "load-in-4bit": INT8, "load-in-8bit": INT8,
+    "bf16": {"dtype bfloat16": "--dtype bfloat16"},
+    "fp16": {"dtype float16": "--dtype float16", "dtype bfloat16": "--dtype bfloat16"},
+    "packing": WINDOWS, "sample-packing": WINDOWS, "train-on-inputs": PROMPTS, "train-on-prompt": PROMPTS,
+    "finetuning-type": ADAPTERS, "adapter": ADAPTERS,
+    "max-new-tokens": {"max-tokens": "did you mean --max-tokens?", "num-steps": "--max-tokens of apr run"},
+    "do-sample": {"temperature": "--temperature 0 takes the likeliest token"},
+    "stage": {"instruct": "--instruct, --preferences or --corpus says which"},
+    "do-train": {"num-steps": "apr pretrain trains"},
 }  # fmt: skip
 
 
-def near(name: str, names: Sequence[str]) -> str:
-    """Suggest the option that a name, written with -, may mean: "; did you mean --lr?", what takes its place, or ""."""
-    if name in INSTEAD and name not in names:
-        return f"; {INSTEAD[name]}"
+def near(name: str, names: Mapping[str, Sequence[str]]) -> str:
+    """Suggest the option that a name, written with -, may mean: "; did you mean --lr?", what takes its place, or "".
+
+    names: the options of the command, each with its only values or ()"""
+    if name not in names:
+        for needed, advice in INSTEAD.get(name, {}).items():
+            other, _, value = needed.partition(" ")
+            if other in names and (not value or value in names[other]):
+                return f"; {advice}"
     other = ELSEWHERE.get(name, "")
     found = [other] if other in names else difflib.get_close_matches(name, names, 1, 0.7)
     return f"; did you mean --{found[0]}?" if found else ""
 
 
-def refuse_elsewhere(keys: list[str], names: list[str], source: str) -> None:
-    """Raise UsageError for several keys that are none of ours, as a file of another trainer has them: all of them at once."""
-    unknown = [key for key in keys if key not in names]
+def choices_of(cls: type) -> dict[str, Sequence[str]]:
+    """Map the flag of every option, without its dashes, to its only values or ()."""
+    return {flag(f.name)[2:]: f.metadata["choices"] for f in dataclasses.fields(cls)}
+
+
+def refuse_elsewhere(keys: list[str], names: Mapping[str, Sequence[str]], source: str) -> None:
+    """Raise UsageError for several keys that are none of ours, as a file of another trainer has them: all of them at once.
+
+    names: as for near"""
+    unknown = [key for key in keys if key.replace("_", "-") not in names]
     if len(unknown) < 2:
         return
-    ours = [name.replace("_", "-") for name in names]
-    hints = {key: near(key.replace("_", "-"), ours).removeprefix("; ") for key in unknown}
+    hints = {key: near(key.replace("_", "-"), names).removeprefix("; ") for key in unknown}
     meant = [f"{key}: {hint.removeprefix('did you mean --').removesuffix('?').replace('-', '_') if 'did you' in hint else hint}"
              for key, hint in hints.items() if hint]  # fmt: skip
     rest = [key for key, hint in hints.items() if not hint]
@@ -173,7 +193,9 @@ class _Parser(argparse.ArgumentParser):
         extra = message.removeprefix("unrecognized arguments: ")
         if extra != message and not any(word.startswith("-") for word in extra.split()):
             raise UsageError(f"{extra}: {TOO_MANY}; a text with spaces needs quotes around it")
-        flags = [o[2:] for o in self._option_string_actions if o.startswith("--")]
+        flags = {
+            o[2:]: [*(a.choices or ())] for o, a in self._option_string_actions.items() if o.startswith("--")
+        }
         unknown = [w[2:].split("=")[0].replace("_", "-") for w in extra.split() if w.startswith("--")]
         hint = "".join(dict.fromkeys(near(w, flags) for w in unknown)) if extra != message else ""
         raise UsageError(f"{message}{hint or '; --help lists the options'}")

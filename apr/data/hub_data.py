@@ -33,8 +33,8 @@ def train_sources(path: str) -> Sources:
     """Find the files of a path to train on. Of a folder with a split "train", files of other splits are left out, as of a data
     set on the Hub: what a model will be tested with is not for training. Raises as find_sources and data_files."""
     found = find_sources(data_files(path))
-    for source in _other_splits(path, found):
-        found.remove(source)
+    others = {source.path for source in _other_splits(path, found)}
+    found[:] = [source for source in found if source.path not in others]
     return found
 
 

@@ -162,13 +162,19 @@ def open_data(
         left_out="\n".join(
             f"{x.name}: {note}" if x.name else note
             for x, m in zip(sources, made, strict=True)
-            for note in ("" if x.kind == "dataset" else splits_note(x.path), m.left_out)
+            for note in (_splits_note(x), m.left_out)
             if note
         ),
         document_end=_document_end(s, tokenizer, train.shards, val.shards),
         audit=splits,
         shares={x.name: x.share for x in sources} if s.mix else {},
     )
+
+
+def _splits_note(x: MixSource) -> str:
+    """Say which files of a source are of other splits; of the word stdlib none, whatever folder has that name."""
+    is_word = x.kind == "corpus" and x.path == "stdlib"
+    return "" if x.kind == "dataset" or is_word else splits_note(x.path)
 
 
 def _tokenizer(

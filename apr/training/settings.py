@@ -16,6 +16,7 @@ from ..common.errors import InputNotFound, UsageError
 from ..common.options import (
     check_names,
     check_ranges,
+    choices_of,
     device_option,
     field_types,
     given,
@@ -273,13 +274,13 @@ def check(values: dict[str, Any], source: str) -> dict[str, Any]:
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     allowed = {name: f.metadata["choices"] for name, f in fields.items()}
     older = {f.metadata["also"].replace("-", "_"): name for name, f in fields.items() if f.metadata["also"]}
-    refuse_elsewhere([older.get(key, key) for key in values], list(plain), source)
+    refuse_elsewhere([older.get(key, key) for key in values], choices_of(Settings), source)
     for given_key, value in values.items():
         key = older.get(given_key, given_key)
         if key in out:
             raise UsageError(f"{source}: {key} stands there twice, also by its older name; give it once")
         if key not in plain:
-            hint = near(key.replace("_", "-"), [name.replace("_", "-") for name in plain])
+            hint = near(key.replace("_", "-"), choices_of(Settings))
             hint = hint.replace("--", "").replace("-", "_") if "did you mean" in hint else hint
             raise UsageError(
                 f"{source}: unknown setting {key!r} = {value!r}{hint}; `apr pretrain --help` lists them"

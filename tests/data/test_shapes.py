@@ -24,6 +24,7 @@ import zstandard
 from apr.checkpoints.registry import format_of
 from apr.common.errors import InputNotFound, Refused, UsageError
 from apr.common.finding import FAIL, Finding
+from apr.data import open as opening
 from apr.data.conversations import answers, render
 from apr.data.conversations.answers import answers_kept
 from apr.data.conversations.beside import ASKED
@@ -37,7 +38,9 @@ from apr.data.conversations.render import EncodedExample, Encoder
 from apr.data.conversations.shapes import SHAPES, example_of
 from apr.data.find import find_sources
 from apr.data.hub_data import of_split, splits_note, train_sources
-from apr.data.source import Skipped, Unusable
+from apr.data.mixture import sources_of
+from apr.data.settings import DataSettings
+from apr.data.source import Skipped, Source, Unusable
 from apr.tokenizer.chat_template import ChatTemplate
 from apr.tokenizer.tokenizer import Tokenizer
 from finetune_cases import MARKED, OWN_TEMPLATE, own_tokenizer
@@ -771,6 +774,32 @@ def test_of_a_folder_with_splits_the_training_one_is_read(
     note = splits_note(str(tmp_path))
     assert note.count("jsonl") + note.count(".txt") == left
     assert ("trained on the split train" in note) == bool(left)
+
+
+def test_files_of_another_split_are_not_looked_for_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(40):
+        for split in ("train", "validation"):
+            (tmp_path / f"{split}-{n:02}.jsonl").write_text('{"text": "x"}\n')
+    compared = []
+    monkeypatch.setattr(Source, "__eq__", lambda a, b: compared.append(1) or a is b)
+    assert [s.path.name[:5] for s in train_sources(str(tmp_path))] == ["train"] * 40
+    assert len(compared) < 80
+
+
+def test_the_word_stdlib_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stdlib").mkdir()  # empty, and then with splits: neither is read
+    word = [
+        *sources_of(DataSettings(corpus="stdlib")),
+        *sources_of(DataSettings(mix="corpus=stdlib weight=1; corpus=b weight=1")),
+    ]
+    assert [opening._splits_note(x) for x in word if x.path == "stdlib"] == ["", ""]
+    for split in ("train", "test"):
+        (tmp_path / f"stdlib/{split}.txt").write_text("x")
+    assert [opening._splits_note(x) for x in word if x.path == "stdlib"] == ["", ""]
+    assert "left out" in opening._splits_note(*sources_of(DataSettings(corpus="./stdlib")))
 
 
 def test_files_of_another_split_are_left_out_of_training_and_said_to_be(

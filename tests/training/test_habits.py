@@ -250,6 +250,30 @@ def test_flags_that_are_nearly_right(args: list[str], words: str) -> None:
     assert words in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("pretrain --load-in-8bit", "--lora-base int8 keeps frozen matrices in 8 bits"),
+        ("run m x --load-in-8bit", "--dtype int8 rounds matrices to 8 bits"),
+        ("eval m --load-in-8bit", "--help lists the options"),
+        ("eval m --adapter y", "--help lists the options"),
+        ("pretrain --adapter y", "--lora-rank trains adapters"),
+        ("import m --packing", "--help lists the options"),
+        ("pretrain --packing", "examples share windows always"),
+        ("export m --fp16", "--dtype float16"),
+        ("export m --bf16", "--dtype bfloat16"),
+        ("pretrain --fp16", "--dtype bfloat16"),
+        ("run m x --max-new-tokens 3", "did you mean --max-tokens?"),
+        ("pretrain --max-new-tokens 3", "--max-tokens of apr run"),
+    ],
+)
+def test_advice_is_of_the_command_that_was_called(
+    command: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.split()) == 2
+    assert capsys.readouterr().err.endswith(f"; {words}\n")
+
+
 def test_a_whole_number_is_written_in_any_way() -> None:
     for text in ("10000", "1e4", "1_0000", "10000.0"):
         assert given(Settings, ["--num-steps", text], "apr pretrain", "") == {"num_steps": 10000}
@@ -260,7 +284,7 @@ def test_a_flag_of_elsewhere_is_one_of_ours() -> None:
 
     names = set(all_settings.field_types(Settings))
     assert {v.replace("-", "_") for v in ELSEWHERE.values()} <= names
-    assert near("learning-rate", ["beta1"]) == ""
+    assert near("learning-rate", {"beta1": ()}) == ""
 
 
 # Grids that make no sense
