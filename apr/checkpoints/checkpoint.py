@@ -103,12 +103,15 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json of the model: the original, if there is one that still describes the model."""
+        """config.json of the model: the original, if there is one that still describes the model. What is written has the names
+        of a model with a head, so its architecture is one."""
+        made = to_hf(self.cfg)
         if CONFIG in self.texts:
             config = parse_json(self.texts[CONFIG], f"{self.source}: {CONFIG}")
             if from_hf(config, self.source) == self.cfg:
-                return config
-        return to_hf(self.cfg)
+                is_bare = any(name.endswith("Model") for name in config.get("architectures") or [])
+                return config | ({"architectures": made["architectures"]} if is_bare else {})
+        return made
 
     @property
     def notes(self) -> list[str]:
@@ -269,7 +272,12 @@ def parameters(layout: Layout, checkpoint: Checkpoint) -> Parameters:
         problem = f"{len(whole)} not floating point: {', '.join(whole[:5])}"
     if problem:
         headless = not tied and HEAD not in stored
-        hint = f" (without {HEAD} the config must say tie_word_embeddings: true)" if headless else ""
+        hint = ""
+        if headless:
+            hint = (
+                f" (without {HEAD} the config must say tie_word_embeddings: true; a model whose head is apart is saved with it "
+                "by AutoModelForCausalLM of transformers)"
+            )
         rows = layout.in_order()
         if len(specs) > len(rows) and all(s.hf in specs and specs[s.hf].shape == s.shape for s in rows):
             hint = " (apr has no place for them; save_pretrained of AutoModelForCausalLM of transformers leaves them out)"

@@ -160,10 +160,15 @@ def _refuse_what_differs(keys: HfKeys, kind: str) -> None:
     names = keys.get("architectures") or []
     if not isinstance(names, list):
         raise MalformedFile(f"{source}: architectures = {names!r} is not a list")
+    # as saved without the head; if that was another matrix than the embedding, the tensors say so
+    headless = family.architecture.replace("ForCausalLM", "Model")
     for name in names:
         # the first Llama files have LLaMAForCausalLM
-        if not isinstance(name, str) or name.lower() != family.architecture.lower():
-            raise Refused(f"{source}: architectures names {name!r}; apr computes {family.architecture} only")
+        if not isinstance(name, str) or name.lower() not in (family.architecture.lower(), headless.lower()):
+            raise Refused(
+                f"{source}: architectures names {name!r}; apr computes {family.architecture} only, and reads {headless} "
+                "whose head is the embedding"
+            )
     for key, value in keys.d.items():
         if key in family.keys or (value is None and key not in _NEVER_NULL):
             continue

@@ -48,8 +48,11 @@ def change_index(folder, change):
 
 @pytest.mark.parametrize("is_whole", [True, False], ids=["one file", "shards"])
 def test_a_model_that_was_saved_without_its_head_has_the_names_of_one_with_a_head(folder, is_whole, tmp_path):
-    """Qwen3-Embedding is published so; transformers reads both."""
+    """Qwen3-Embedding is published so, and AutoModel.save_pretrained of transformers says so in the config; transformers reads
+    all of them."""
     want = open_host(str(folder)).host
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["Qwen3Model"]}
+    (folder / "config.json").write_text(json.dumps(config))
     shards = sorted(folder.glob("*.safetensors"))
     files = {
         p: {k.removeprefix("model."): np.array(v) for k, v in read_safetensors(p).items()} for p in shards
@@ -68,6 +71,18 @@ def test_a_model_that_was_saved_without_its_head_has_the_names_of_one_with_a_hea
     import_model(str(folder), tmp_path / "x.apr")
     assert np.array_equal(open_host(str(tmp_path / "x.apr")).host, want)
     assert main(["diff", str(folder), str(tmp_path / "x.apr")]) == 0
+    assert main(["export", str(tmp_path / "x.apr"), "-o", str(tmp_path / "out")]) == 0
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["architectures"] == ["Qwen3ForCausalLM"]  # its tensors have the names of one
+    assert np.array_equal(open_host(str(tmp_path / "out")).host, want)
+
+
+def test_a_head_of_its_own_that_was_not_saved_is_missing(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["Qwen3Model"], "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Refused, match=r"missing: lm_head\.weight.*saved with it by AutoModelForCausalLM"):
+        open_any(str(folder))
 
 
 def test_some_names_without_the_prefix_are_no_habit_but_a_fault(folder):

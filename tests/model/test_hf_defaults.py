@@ -154,7 +154,8 @@ def test_a_linear_scaling_by_one_is_none():
 def test_the_first_spelling_of_the_architecture():
     d = tiny("llama")
     assert from_hf({**d, "architectures": ["LLaMAForCausalLM"]}) == from_hf(d)
-    for other in (["LlamaModel"], [5], ["Qwen2ForCausalLM"]):
+    assert from_hf({**d, "architectures": ["LlamaModel"]}) == from_hf(d)  # as AutoModel saves it
+    for other in (["LlamaForSequenceClassification"], ["Qwen2Model"], ["Model"], [5], ["Qwen2ForCausalLM"]):
         with pytest.raises(AprError, match="architectures"):
             from_hf({**d, "architectures": other})
 
