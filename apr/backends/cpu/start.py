@@ -1,7 +1,6 @@
 # mypy: ignore-errors
 """Start Numba: judge its settings, find a folder for compiled kernels, fill it once, and read from it ever after."""
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from threading import Thread
 
 from ...common.atomic import locked
 from ...common.errors import DeviceError
+from ...common.files import sha256_of
 from ...common.host import cores
 from ...common.printable import printable
 from ...common.temporary import private_temporary
@@ -107,7 +107,7 @@ def _sources():
     """Hash the files of this room that hold kernels: Numba asks of one in its cache only if its own file is still the same, not
     those of the functions that it calls."""
     files = sorted(p for p in Path(__file__).parent.glob("*.py") if p.name not in _WITHOUT_KERNELS)
-    return hashlib.sha256(b"\0".join(p.read_bytes() for p in files)).hexdigest()
+    return tuple(sha256_of(p)[0] for p in files)
 
 
 def _stamp(kernels):
