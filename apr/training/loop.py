@@ -285,8 +285,9 @@ class Trainer:
         self.emit(Evaluated(line, p.epoch_losses))
         if self.s.sample is not None and self._sampled < p.step and self.ranks.rank == 0:
             self._sampled = p.step
-            text = sample_text(self.inputs, self.model, self.s.sample, SAMPLE_TOKENS, self.emit, p.step)
+            text, sampled = sample_text(self.inputs, self.model, self.s.sample, SAMPLE_TOKENS, p.step)
             self.run.log.write_sample(step=p.step, prompt=self.s.sample, text=text)
+            self.emit(sampled)
         return line
 
     def _end_epoch(self) -> Epoch:

@@ -362,7 +362,7 @@ def _finish(
     }
     if i.settings.sample is not None:
         try:
-            result["sample"] = sample_text(i, trainer.model, i.settings.sample, SAMPLE_TOKENS)
+            result["sample"], _ = sample_text(i, trainer.model, i.settings.sample, SAMPLE_TOKENS, p.step)
             text = f"\n{' sample ':-^68}\n{result['sample']}\n{'':-^68}\n"
         except Exception as e:  # the weights are trained and saved, whatever they say
             text = f"no sample: {type(e).__name__}: {e}"

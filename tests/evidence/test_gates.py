@@ -506,6 +506,8 @@ def test_a_planted_fault_is_named(place, sound, tmp_path, monkeypatch, capsys, f
     found = row(run, gate)
     assert found["verdict"] == word, found
     assert found["look_at"] == GATES[gate].look_at
+    if "--sample" in more:  # the text that the fault is about
+        assert json.loads((run / "samples.jsonl").read_text())["text"].startswith("def f(x):")
     out, err = capsys.readouterr()
     said = err if code != 9 else out
     assert gate in said

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,8 +58,78 @@ def test_the_second_rule_is_the_first(options):
     assert count <= 2
 
 
-def model_of(name="qwen2-tiny", dtype="float32"):
-    cfg = PRESETS[name]
+def test_the_second_rule_has_no_line_for_each_token():
+    """Large vocabularies have 150,000."""
+
+    def lines(width):
+        count = 0
+
+        def count_one(frame, event, arg):
+            nonlocal count
+            count += 1
+            return count_one if frame.f_code.co_filename == again.__file__ else None
+
+        x, traced = np.zeros(width), sys.gettrace()
+        sys.settrace(count_one)
+        try:
+            found = allowed(x, [], Sampling(top_p=0.9, min_p=0.1), 0.5, None, 1e-3)
+        finally:
+            sys.settrace(traced)
+        assert found.all()
+        return count
+
+    assert lines(3000) < lines(30) + 300
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 5e-324])
+def test_a_temperature_next_to_0_is_that_of_the_likeliest(temperature):
+    logits = np.array([1, 3, 2], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = allowed(logits, [], Sampling(temperature=temperature), 0.3, None, 0.0)
+    assert np.flatnonzero(found).tolist() == [1]
+
+
+def test_ids_that_may_not_be_drawn_are_never_allowed():
+    """Also where a slack as wide as the logits leaves all others."""
+    found = allowed(np.array([5, 1, 2, 9], np.float32), [], Sampling(), 0.5, np.array([0, 2]), 20.0)
+    assert np.flatnonzero(found).tolist() == [0, 2]
+
+
+def deep(seed, layers=32, name="qwen2-tiny"):
+    """Generate from weights in bfloat16 whose rounding grows from layer to layer; returns what again.check gets."""
+    cfg, weights = model_of(name, "bfloat16", num_layers=layers)
+    generator, new, said = Generator(cfg, cpu, weights, 14, "bfloat16"), [], []
+    s = Sampling(max_tokens=9, temperature=0.8, seed=seed)
+    for c, token in generator.run([PROMPT], s):
+        new, said = [*new, token], c.logits
+    model = SimpleNamespace(
+        config=cfg, backend=cpu, dtype="bfloat16", weights=weights, tokenizer=None, ends=set()
+    )
+    return model, PROMPT, new, s, said
+
+
+def test_bfloat16_of_many_layers_passes():
+    verdicts = set()
+    for seed in range(3):
+        model, prompt, new, s, said = deep(seed)
+        found = again.check(model, prompt, new, s, said=said)
+        assert found.verdict == PASS, found.why
+        own = again.one_pass(model.config, cpu, "bfloat16", model.weights)
+        verdicts.add(drawn_again(own, "bfloat16", prompt, new, s, said=said).verdict)
+    # Else the test shows nothing.
+    assert FAIL in verdicts
+
+
+def test_a_fault_in_bfloat16_of_many_layers_is_seen(monkeypatch):
+    with monkeypatch.context() as m:
+        the_cache_is_a_token_behind(m)
+        model, prompt, new, s, said = deep(0)
+    assert again.check(model, prompt, new, s, said=said).verdict == FAIL
+
+
+def model_of(name="qwen2-tiny", dtype="float32", **sizes):
+    cfg = dataclasses.replace(PRESETS[name], **sizes)
     host = np.zeros(Layout(cfg).size, np.float32)
     Layout(cfg).init(host, 5, 0.3)
     weights = cpu.empty(host.size, np.float32 if dtype == "float32" else "bfloat16")
