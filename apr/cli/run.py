@@ -17,7 +17,7 @@ from typing import Any
 
 from ..api import load
 from ..common.errors import MalformedFile, Refused, UsageError
-from ..common.files import parse_json, read_text
+from ..common.files import opened, parse_json, read_text
 from ..common.finding import FAIL, WRONG_EXIT, Finding
 from ..common.options import TOO_MANY, device_option, dtype_option, json_option, option, parse, threads_option
 from ..common.printable import json_line, printable
@@ -139,10 +139,12 @@ def read_prompts(path: Path) -> list[str]:
     Raises InputNotFound, MalformedFile, Refused: no prompt."""
     suffix = path.suffix.lower()
     if suffix in (*TABLES, ".json", ".parquet", *COMPRESSIONS):
-        advice = {
-            ".json": f"jq -r '.[]' {path} > prompts.txt writes texts of an array, jq -c '.[]' {path} > prompts.jsonl objects",
-            **dict.fromkeys(TABLES, table_as_records(path)),
-        }.get(suffix, "write them so")
+        with opened(path):
+            advice = "write them so"
+        if suffix in TABLES:
+            advice = table_as_records(path)
+        elif suffix == ".json":
+            advice = f"jq -r '.[]' {path} > prompts.txt writes texts of an array, jq -c '.[]' {path} > prompts.jsonl objects"
         raise Refused(f'{path}: prompts are lines of text, or of .jsonl objects with a "prompt"; {advice}')
     lines = [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     if not lines:

@@ -67,6 +67,11 @@ def windows(
 
     counts: turns of each source in a period. sizes: windows of each source"""
     for k, position in turns(counts, first):
-        passes, place = divmod(position, sizes[k])
-        name = f"{seed} {passes} of source {k}" if k else f"{seed} {passes}"
-        yield k, permuted(place, sizes[k], name) if shuffle else place
+        yield k, window(k, position, seed, shuffle, sizes[k])
+
+
+def window(source: int, position: int, seed: int, shuffle: bool, size: int) -> int:
+    """Find the window of a source at a position in its own stream.  size: windows of it"""
+    passes, place = divmod(position, size)
+    name = f"{seed} {passes} of source {source}" if source else f"{seed} {passes}"
+    return permuted(place, size, name) if shuffle else place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -48,7 +48,7 @@ class DataGate:
 
     def __init__(self, subject: Subject, gates: Gates, is_followed: Callable[[int], bool]) -> None:
         self.t, self.batches, self.gates, self.is_followed = subject, subject.batches, gates, is_followed
-        self.steps, self.why, self.order = 0, "", iter(list[tuple[int, int]]())
+        self.steps, self.why, self.turns = 0, "", iter(list[tuple[int, int]]())
         w = self.batches.windows
         # Targets of a pass over each source.
         self.targets = [
@@ -60,19 +60,24 @@ class DataGate:
         """Compare the rows of a batch with the windows of the shards whose turn it is by the number of the step."""
         s, w = self.t.settings, self.batches.windows
         if not self.steps:
-            windows, sizes, at = windows_of_shards(w), [], 0
+            windows, at = windows_of_shards(w), 0
+            self.sizes: list[int] = []
             self.firsts = [0, *np.cumsum(windows).tolist()]
             for name, shards in w.shards.parts:
                 # Windows that are held out of the training shards are their last ones.
-                sizes.append(sum(windows[at : at + len(shards.arrays)]) if name else w.count)
+                self.sizes.append(sum(windows[at : at + len(shards.arrays)]) if name else w.count)
                 at += len(shards.arrays)
-            self.begins = [0, *np.cumsum(sizes).tolist()]
-            turns, first = self.batches.turns.counts, (e.step - 1) * s.batch_size
-            self.order = order.windows(first, s.seed, s.shuffle, turns, sizes)
-        rows = [self.begins[k] + window for k, window in islice(self.order, len(e.ids))]
-        self.steps, self.why = self.steps + 1, ""
-        if not self.is_followed(self.steps - 1):
+            self.begins = [0, *np.cumsum(self.sizes).tolist()]
+            self.turns = order.turns(self.batches.turns.counts, (e.step - 1) * s.batch_size)
+        n, turns = self.steps, islice(self.turns, len(e.ids))
+        self.steps, self.why = n + 1, ""
+        if not self.is_followed(n):
+            deque(turns, 0)
             return
+        rows = [
+            self.begins[k] + order.window(k, position, s.seed, s.shuffle, self.sizes[k])
+            for k, position in turns
+        ]
         strides, places = w.shards.strides(w.seq_length), []
         for window in rows:
             shard = bisect_right(self.firsts, window) - 1

@@ -15,7 +15,7 @@ from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
 from apr.cli.run import read_prompts
-from apr.common.errors import Refused
+from apr.common.errors import InputNotFound, Refused
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.tokenizer.training import train_tokenizer
@@ -96,6 +96,9 @@ def test_prompts_in_another_form_are_no_lines_of_text(tmp_path):
     for name, text in (("a.csv", "prompt\nx\n"), ("a.json", '["x", "y"]'), ("a.txt.gz", "x")):
         (tmp_path / name).write_text(text)
         with pytest.raises(Refused, match="prompts are lines of text"):
+            read_prompts(tmp_path / name)
+    for name in ("none.txt", "none.csv", "none.json", "none.parquet", "none.jsonl.gz", "none.jsonl"):
+        with pytest.raises(InputNotFound, match=f"{name}: no such file$"):
             read_prompts(tmp_path / name)
     for name in ("a.JSONL", "a.ndjson"):
         (tmp_path / name).write_text('{"prompt": "x"}\n')

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from apr.data.batches import Permutation
+from apr.common.events import StepBegun
+from apr.data.batches import Batches, Permutation, Windows
+from apr.data.shards import Shards
 from apr.data.turns import Turns
+from apr.evidence import order
 from apr.evidence.order import permuted, turns, windows
+from apr.evidence.stream import DataGate
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 257, 1025, 70_001])
@@ -38,3 +43,30 @@ def test_each_pass_has_each_window_once(shuffle):
         own = [window for source, window in found if source == k]
         assert sorted(own[:n]) == list(range(n))
         assert (own[:n] == list(range(n))) is not shuffle
+
+
+class OfOneArray(Shards):
+    """Tokens of a single file, which is not there."""
+
+    def __init__(self, tokens):
+        self.folder, self.arrays, self.masks = None, [tokens], []
+
+    def check_sizes(self, indices):
+        """Do nothing."""
+
+
+def test_places_are_computed_in_the_steps_that_are_compared(monkeypatch):
+    """Rows of the others take their turns, and nothing else."""
+    placed = []
+    monkeypatch.setattr(order, "permuted", lambda *a: placed.append(a) or permuted(*a))
+    batches = Batches(Windows(OfOneArray(np.arange(201, dtype=np.uint32)), 4), 3, seed=5)
+    settings = SimpleNamespace(seed=5, shuffle=True, batch_size=3)
+    gate = DataGate(SimpleNamespace(settings=settings, batches=batches), None, lambda steps: steps in (0, 4))
+    for step in range(1, 6):
+        ids, targets = batches.next()
+        gate.step_begun(StepBegun(step, ids, targets))
+        assert not gate.why
+        assert len(placed) == (6 if step == 5 else 3)
+    gate.is_followed = lambda steps: True
+    gate.step_begun(StepBegun(6, ids, targets))
+    assert "row 0 of the batch is not window" in gate.why

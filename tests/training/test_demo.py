@@ -12,7 +12,7 @@ from apr import backends
 from apr.backends.cpu import tiles
 from apr.training import demo, inputs, summary
 from apr.training.demo import choose_dtype, is_demo
-from apr.training.settings import DEMO, Settings, from_command_line
+from apr.training.settings import DEMO, Settings, from_command_line, resolve
 
 CPU = backends.get("cpu")
 DEMO_JOB = from_command_line([])[0]
@@ -34,7 +34,20 @@ def test_the_processor_decides(path: str, dtype: str, said: str, monkeypatch: py
     chosen, why = choose_dtype(DEMO_JOB, CPU, 1)
     assert chosen == dtype
     assert why.startswith(said)
-    assert choose_dtype(dataclasses.replace(DEMO_JOB, seed=7, threads=1), CPU, 1) == (chosen, why)
+    same = [
+        *("--seed", "7", "--threads", "1", "--run-dir", "x", "--device", "cpu", "--micro-batch-size", "2", "--json"),
+        *("--log", "tensorboard", "--spot-check", "-1", "--sample", "x", "--save-every", "7"),
+    ]  # fmt: skip
+    for args in ([], same):
+        settings, explicit = from_command_line(args)
+        assert choose_dtype(settings, CPU, 1) == (chosen, why)
+        # As a run asks: with the settings that follow from others.
+        assert choose_dtype(resolve(settings, explicit), CPU, 1) == (chosen, why)
+    # A resumed run has the dtype that it recorded.
+    assert choose_dtype(dataclasses.replace(DEMO_JOB, dtype="float32", resume=True), CPU, 1) == (
+        "float32",
+        "",
+    )
 
 
 @pytest.mark.parametrize(
@@ -43,6 +56,15 @@ def test_the_processor_decides(path: str, dtype: str, said: str, monkeypatch: py
         (["--dtype", "float32"], CPU, 1, "float32"),
         (["--dtype", "bfloat16"], CPU, 1, "bfloat16"),
         (["--num-steps", "20"], CPU, 1, "float32"),
+        (["--z-loss", "1e-3"], CPU, 1, "float32"),
+        (["--weight-decay", "0.3"], CPU, 1, "float32"),
+        (["--beta1", "0.8"], CPU, 1, "float32"),
+        (["--grad-clip", "0"], CPU, 1, "float32"),
+        (["--mask-documents"], CPU, 1, "float32"),
+        (["--no-shuffle"], CPU, 1, "float32"),
+        (["--recompute"], CPU, 1, "float32"),
+        (["--epochs", "2"], CPU, 1, "float32"),
+        (["--patience", "1"], CPU, 1, "float32"),
         (["--corpus", "x", "--model", "llama-demo"], CPU, 1, "float32"),
         ([], CPU, 2, "float32"),
         ([], SimpleNamespace(name="cuda", dtypes=("bfloat16", "float32")), 1, "bfloat16"),
