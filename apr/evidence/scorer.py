@@ -49,6 +49,8 @@ def chosen(t: Subject) -> list[tuple[int, int]]:
 
 def read(shards: Shards, windows: list[tuple[int, int]], seq_length: int) -> Row:
     """Read ids and targets (B,T) int32; a target is -1 where the shards mask it."""
+    # The kernel kills a process that reads a mapped file beyond its end.
+    shards.check_sizes(np.unique(np.array([shard for shard, _ in windows], np.int64)))
     ids = np.zeros((len(windows), seq_length), np.int32)
     targets = np.zeros_like(ids)
     for i, (shard, first) in enumerate(windows):
