@@ -19,8 +19,7 @@ from ..model.config import ModelConfig
 from ..model.lora import LINEAR, OUTSIDE, PREFIX, TARGETS, AdapterLayout, LoraConfig, cut, matches, module_of
 from ..model.params import Layout, Slot
 from .hf import read_safetensors
-from .peft_config import CONFIG as CONFIG
-from .peft_config import PATTERNS, check_config
+from .peft_config import CONFIG, PATTERNS, check_config
 from .tensors import EMBED, HEAD, is_float
 
 WEIGHTS = "adapter_model.safetensors"

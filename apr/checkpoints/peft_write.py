@@ -12,7 +12,8 @@ from ..model.lora import OUTSIDE, PREFIX, AdapterLayout, LoraConfig, cut, matche
 from .checkpoint import TEMPLATE
 from .hf import write_safetensors
 from .other_readers import compare_adapter
-from .peft import CONFIG, WEIGHTS
+from .peft import WEIGHTS
+from .peft_config import CONFIG
 from .tensors import EMBED, HEAD
 
 

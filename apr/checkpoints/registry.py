@@ -49,7 +49,8 @@ from .gguf_reader import MAGIC as GGUF_MAGIC
 from .gguf_reader import read_gguf
 from .gguf_vocab import special_of, tokenizer_json
 from .hf import INDEX, SINGLE, read_hf
-from .peft import CONFIG, WEIGHTS
+from .peft import WEIGHTS
+from .peft_config import CONFIG
 from .side_files import as_text
 from .validate import Subject, content_rows
 from .validate_files import apr_rows, gguf_rows, hf_rows

@@ -140,7 +140,8 @@ def read_prompts(path: Path) -> list[str]:
     suffix = path.suffix.lower()
     if suffix in (*TABLES, ".json", ".parquet", *COMPRESSIONS):
         with opened(path):
-            advice = "write them so"
+            pass  # one that is not there is named first
+        advice = "write them so"
         if suffix in TABLES:
             advice = table_as_records(path)
         elif suffix == ".json":

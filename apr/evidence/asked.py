@@ -201,13 +201,17 @@ def _batches(t: Subject, s: Mapping[str, Any], data: Mapping[str, Any]) -> Itera
         is_same = abs(turns / sum(b.turns.counts) - share) <= stream.RESOLUTION
         yield f"batches, turns of {name}", turns if not is_same else share, share
     if w.shards is not t.val.shards:
-        yield "windows, number by the sizes of the shards", w.count, sum(_windows(w, s["seq_length"]))
+        yield (
+            "windows, number by the sizes of the shards",
+            w.count,
+            sum(stream.windows_of_shards(w, s["seq_length"])),
+        )
 
 
 def _passes(b: Batches, shuffle: bool) -> Iterator[Row]:
     """Yield what two passes over each source would read: no window twice, in the order of the shards or, shuffled, in two
     others."""
-    counts, at, begin = _windows(b.windows, b.windows.seq_length), 0, 0
+    counts, at, begin = stream.windows_of_shards(b.windows, b.windows.seq_length), 0, 0
     for k, (name, shards) in enumerate(b.windows.shards.parts):
         n = sum(counts[at : at + len(shards.arrays)]) if name else b.windows.count
         of_source = f" of {name}" if name else ""
@@ -228,7 +232,7 @@ def _passes(b: Batches, shuffle: bool) -> Iterator[Row]:
 
 def _reads_as_stored(w: Windows, seq_length: int) -> bool:
     """Read some windows, ids and targets, and compare them with what the shards have at places counted anew."""
-    counts = _windows(w, seq_length)
+    counts = stream.windows_of_shards(w, seq_length)
     ends = np.cumsum(counts)
     sampled = np.arange(0, w.count, max(1, w.count // READ_WINDOWS))[:READ_WINDOWS]
     if w.first + w.count > ends[-1]:
@@ -239,13 +243,6 @@ def _reads_as_stored(w: Windows, seq_length: int) -> bool:
     places = [(int(i), int(n) * strides[i]) for i, n in zip(shard, within, strict=True)]
     want = scorer.read(w.shards, places, seq_length)
     return np.array_equal(ids, want[0]) and np.array_equal(np.maximum(targets, -1), want[1])
-
-
-def _windows(w: Windows, seq_length: int) -> list[int]:
-    """Count the windows of each shard whose tokens are each predicted once, or the rows of packed examples."""
-    each = zip(w.shards.arrays, w.shards.strides(seq_length), strict=True)
-    # Rows stand one behind the other; windows of text share a token with their neighbours.
-    return [a.size // n if n > seq_length else max(0, a.size - 1) // n for a, n in each]
 
 
 def _adapters(a: Adapters | None, s: Mapping[str, Any]) -> Iterator[Row]:

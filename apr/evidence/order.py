@@ -60,16 +60,6 @@ def turns(counts: Sequence[int], first: int) -> Iterator[tuple[int, int]]:
         whole += 1
 
 
-def windows(
-    first: int, seed: int, shuffle: bool, counts: Sequence[int], sizes: Sequence[int]
-) -> Iterator[tuple[int, int]]:
-    """Yield (source, window of it) of the places of the stream from `first` on, without end.
-
-    counts: turns of each source in a period. sizes: windows of each source"""
-    for k, position in turns(counts, first):
-        yield k, window(k, position, seed, shuffle, sizes[k])
-
-
 def window(source: int, position: int, seed: int, shuffle: bool, size: int) -> int:
     """Find the window of a source at a position in its own stream.  size: windows of it"""
     passes, place = divmod(position, size)

@@ -34,10 +34,11 @@ def asked_shares(text: str, seq_length: int) -> list[float]:
     return [part / sum(parts) for part in parts]
 
 
-def windows_of_shards(w: Windows) -> list[int]:
-    """Count the windows of each shard."""
-    each = zip(w.shards.arrays, w.shards.strides(w.seq_length), strict=True)
-    return [(a.size - w.seq_length - 1) // stride + 1 for a, stride in each]
+def windows_of_shards(w: Windows, seq_length: int) -> list[int]:
+    """Count the windows of each shard whose tokens are each predicted once, or the rows of packed examples."""
+    each = zip(w.shards.arrays, w.shards.strides(seq_length), strict=True)
+    # Rows stand one behind the other; windows of text share a token with their neighbours.
+    return [a.size // n if n > seq_length else max(0, a.size - 1) // n for a, n in each]
 
 
 class DataGate:
@@ -60,7 +61,7 @@ class DataGate:
         """Compare the rows of a batch with the windows of the shards whose turn it is by the number of the step."""
         s, w = self.t.settings, self.batches.windows
         if not self.steps:
-            windows, at = windows_of_shards(w), 0
+            windows, at = windows_of_shards(w, w.seq_length), 0
             self.sizes: list[int] = []
             self.firsts = [0, *np.cumsum(windows).tolist()]
             for name, shards in w.shards.parts:
@@ -145,7 +146,9 @@ class MixtureGate:
     def _ends(self) -> tuple[list[str], np.ndarray]:
         """List the source of each shard, and the number of windows up to its end."""
         w = self.t.batches.windows
-        return [name for name, x in w.shards.parts for _ in x.arrays], np.cumsum(windows_of_shards(w))
+        return [name for name, x in w.shards.parts for _ in x.arrays], np.cumsum(
+            windows_of_shards(w, w.seq_length)
+        )
 
     def stepped(self, e: Stepped) -> None:
         """Compare the windows drawn with the shares of the settings."""

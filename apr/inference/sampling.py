@@ -163,18 +163,13 @@ class Continuation:
     ) -> int:
         """Draw the next token from logits (V,); among: the ids that may be drawn (see drawable_ids)."""
         s = self.sampling
-        raw, logits = (
-            logits,
-            penalise(
-                logits, self.prompt + self.new if s.repetition_penalty != 1 else (), s.repetition_penalty
-            ),
-        )
-        token = pick(
-            logits if among is None else logits[among], self._rng, s.temperature, s.top_k, s.top_p, s.min_p
-        )
+        before = self.prompt + self.new if s.repetition_penalty != 1 else ()
+        penalised = penalise(logits, before, s.repetition_penalty)
+        left = penalised if among is None else penalised[among]
+        token = pick(left, self._rng, s.temperature, s.top_k, s.top_p, s.min_p)
         token = token if among is None else int(among[token])
         if len(self.logits) < KEPT_LOGITS:
-            self.logits.append(float(raw[token]))
+            self.logits.append(float(logits[token]))
         return self.take(token, ends, positions)
 
     def take(self, token: int, ends: Collection[int], positions: int) -> int:

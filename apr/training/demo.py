@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from types import ModuleType
 
-from .settings import DEMO, Settings
+from .demo_job import DEMO
+from .settings import Settings
 
 # path of the cpu backend -> what multiplies bfloat16 there
 INSTRUCTIONS = {"amx": "AMX tiles", "avx512_bf16": "AVX512-BF16"}

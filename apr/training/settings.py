@@ -34,7 +34,7 @@ from ..data.settings import DataSettings, check_data
 from ..model.optim import OptimSettings
 from ..model.preferences import PreferenceSettings, check_preferences
 from ..model.settings import ModelSettings, check_model
-from .demo_job import DEMO as DEMO
+from .demo_job import DEMO
 
 # Adapters start at zero and take larger steps than weights.
 LORA_LR = 2e-4

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
+from addresses import pointer
 from amx import TERMS, Emulated, product, tdpbf16ps
 from apr import backends
 from apr.backends.contract import BF16
@@ -110,19 +110,9 @@ def test_planted_faults_are_seen(fault: str, emulated: Any) -> None:
     assert seen == {row.case.name for row in several}
 
 
-def _pointer(kind: Any) -> Any:
-    to = types.CPointer(kind)
-
-    @intrinsic
-    def f(typing: Any, address: Any) -> Any:
-        return to(types.uintp), lambda c, b, s, a: b.inttoptr(a[0], c.get_value_type(to))
-
-    return f
-
-
 def _scalar_rows() -> Any:
     """tile_rows in Numba, sum by sum."""
-    floats, halves = _pointer(types.float32), _pointer(bfloat16)
+    floats, halves = pointer(types.float32), pointer(bfloat16)
     f32, f64, u64 = np.float32, np.float64, np.uintp
 
     @numba.njit(error_model="numpy")

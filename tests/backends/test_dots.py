@@ -9,8 +9,8 @@ import numba
 import numpy as np
 import pytest
 from numba import types
-from numba.extending import intrinsic
 
+from addresses import pointer
 from apr.backends.contract import BF16
 from apr.backends.cpu import products, tiles
 from apr.backends.cpu.bfloat16 import bfloat16
@@ -28,19 +28,9 @@ f32, f64, u64 = np.float32, np.float64, np.uintp
 planted = np.full(1, -1)
 
 
-def _pointer(kind: Any) -> Any:
-    to = types.CPointer(kind)
-
-    @intrinsic
-    def f(typing: Any, address: Any) -> Any:
-        return to(types.uintp), lambda c, b, s, a: b.inttoptr(a[0], c.get_value_type(to))
-
-    return f
-
-
 def _scalar_rows() -> Any:
     """dot_rows in Numba, sum by sum: the two products of a pair meet, then the sum; which terms meet first matters here."""
-    floats, halves, numbers = (_pointer(kind) for kind in (types.float32, bfloat16, types.int64))
+    floats, halves, numbers = (pointer(kind) for kind in (types.float32, bfloat16, types.int64))
     at_fault, (anew, exchanged, first, further) = planted.ctypes.data, range(len(FAULTS))
 
     @numba.njit(error_model="numpy")

@@ -13,7 +13,8 @@ from apr import backends
 from apr.backends import reference
 from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.hf import read_safetensors, write_safetensors
-from apr.checkpoints.peft import CONFIG, WEIGHTS, Delta, adapter_start, add_adapter, read_adapter
+from apr.checkpoints.peft import WEIGHTS, Delta, adapter_start, add_adapter, read_adapter
+from apr.checkpoints.peft_config import CONFIG
 from apr.checkpoints.peft_write import write_adapter
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main

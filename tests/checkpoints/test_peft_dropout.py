@@ -11,7 +11,8 @@ from apr import backends
 from apr.backends import overlay, reference
 from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.hf import read_safetensors
-from apr.checkpoints.peft import CONFIG, adapter_start, read_adapter
+from apr.checkpoints.peft import adapter_start, read_adapter
+from apr.checkpoints.peft_config import CONFIG
 from apr.checkpoints.peft_write import adapter_tensors, write_adapter
 from apr.checkpoints.registry import open_any
 from apr.common.errors import MalformedFile

@@ -14,7 +14,8 @@ from apr.backends import reference
 from apr.checkpoints import peft
 from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.hf import read_safetensors, write_safetensors
-from apr.checkpoints.peft import CONFIG, WEIGHTS, adapter_start, add_adapter, read_adapter
+from apr.checkpoints.peft import WEIGHTS, adapter_start, add_adapter, read_adapter
+from apr.checkpoints.peft_config import CONFIG
 from apr.checkpoints.peft_write import adapter_tensors, write_adapter
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main

@@ -13,8 +13,8 @@ from apr.data.batches import Batches, Permutation, Windows
 from apr.data.shards import Shards
 from apr.data.turns import Turns
 from apr.evidence import order
-from apr.evidence.order import permuted, turns, windows
-from apr.evidence.stream import DataGate
+from apr.evidence.order import permuted, turns, window
+from apr.evidence.stream import DataGate, windows_of_shards
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 257, 1025, 70_001])
@@ -38,9 +38,9 @@ def test_turns_are_equal():
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_each_pass_has_each_window_once(shuffle):
     sizes, counts = [7, 12], [2, 1]
-    found = [*islice(windows(0, 5, shuffle, counts, sizes), 3 * 12)]
+    found = [(k, window(k, i, 5, shuffle, sizes[k])) for k, i in islice(turns(counts, 0), 3 * 12)]
     for k, n in enumerate(sizes):
-        own = [window for source, window in found if source == k]
+        own = [number for source, number in found if source == k]
         assert sorted(own[:n]) == list(range(n))
         assert (own[:n] == list(range(n))) is not shuffle
 
@@ -70,3 +70,11 @@ def test_places_are_computed_in_the_steps_that_are_compared(monkeypatch):
     gate.is_followed = lambda steps: True
     gate.step_begun(StepBegun(6, ids, targets))
     assert "row 0 of the batch is not window" in gate.why
+
+
+@pytest.mark.parametrize(("stride", "counts"), [(8, [0, 0, 0, 1, 1, 2]), (9, [0, 0, 0, 1, 1, 1])])
+def test_windows_of_shards_that_hold_few_tokens_or_none(stride, counts):
+    """Windows of text share a token with their neighbours, rows of packed examples do not."""
+    arrays = [np.zeros(n, np.uint16) for n in (0, 1, 8, 9, 16, 17)]
+    shards = SimpleNamespace(arrays=arrays, strides=lambda seq_length: [stride] * len(arrays))
+    assert windows_of_shards(SimpleNamespace(shards=shards), 8) == counts

@@ -59,7 +59,7 @@ from apr.tokenizer import import_hf as importing
 from apr.tokenizer.families import FAMILIES, Family
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.vocab_format import BYTE_CHARACTERS
-from apr.training import settings
+from apr.training import demo_job, settings
 from apr.training.metrics import read_lines
 from apr.training.rundir import RunDir
 from apr.verify.record import Options, Record
@@ -475,7 +475,7 @@ def read_import_case(folder: Path) -> None:
 
 def settings_seeds() -> list[Case]:
     dicts: list[dict[str, Any]] = [
-        settings.DEMO,
+        demo_job.DEMO,
         dict(dataset="d", tokenizer="t", init="m.apr", lr=1, val_batches=None, shuffle=False, device="cpu"),
         {
             "num-steps": 5,
@@ -495,7 +495,7 @@ def read_settings_case(folder: Path) -> None:
 
 
 def run_seeds() -> list[Case]:
-    config = {"settings": settings.DEMO, "device": {"name": "cpu"}, "data": {"train": {"sha256": "0" * 64}}}
+    config = {"settings": demo_job.DEMO, "device": {"name": "cpu"}, "data": {"train": {"sha256": "0" * 64}}}
     lines = "".join(json.dumps({"step": i, "train_loss": 5.5, "val_loss": None}) + "\n" for i in range(4))
     return [{"config.json": json.dumps(config).encode(), "metrics.jsonl": lines.encode()}]
 

@@ -10,7 +10,8 @@ import pytest
 
 from apr.backends import reference
 from apr.checkpoints.hf import read_safetensors, write_hf, write_safetensors
-from apr.checkpoints.peft import CONFIG, WEIGHTS
+from apr.checkpoints.peft import WEIGHTS
+from apr.checkpoints.peft_config import CONFIG
 from apr.model.hf_config import from_hf
 from apr.model.params import Layout
 from apr.model.taps import Record

@@ -12,7 +12,8 @@ from apr import backends
 from apr.backends.cpu import tiles
 from apr.training import demo, inputs, summary
 from apr.training.demo import choose_dtype, is_demo
-from apr.training.settings import DEMO, Settings, from_command_line, resolve
+from apr.training.demo_job import DEMO
+from apr.training.settings import Settings, from_command_line, resolve
 
 CPU = backends.get("cpu")
 DEMO_JOB = from_command_line([])[0]

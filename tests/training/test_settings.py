@@ -11,10 +11,11 @@ from pathlib import Path
 import apr
 from apr.evidence.resumed import DECIDING
 from apr.model.optim import OPTIMIZERS
+from apr.training.demo_job import DEMO
 from apr.training.resume import DECIDE_BITS
 from apr.training.run import continued
 from apr.training.rundir import of_run
-from apr.training.settings import DEMO, RunSettings, Settings
+from apr.training.settings import RunSettings, Settings
 
 APR = Path(apr.__file__).parent
 # Variables and attributes that hold the settings of a run.

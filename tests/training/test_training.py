@@ -33,9 +33,10 @@ from apr.model.presets import PRESETS
 from apr.model.schedule import Schedule
 from apr.model.transformer import Model
 from apr.tokenizer.tokenizer import Tokenizer
+from apr.training.demo_job import DEMO
 from apr.training.loop import Trainer
 from apr.training.rundir import next_free
-from apr.training.settings import DEMO, Settings, from_command_line, resolve
+from apr.training.settings import Settings, from_command_line, resolve
 from data_cases import put as put_documents
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -191,7 +191,6 @@ def _fill(kernels, module, seconds):
         elsewhere()
         for k, _ in kernels:
             k.enable_caching()
-        _stamp(kernels)
     raise DeviceError(
         f"the CPU kernels cannot be compiled into {folder}: {reason}; set NUMBA_CACHE_DIR to a folder with 20 MB to spare"
         f"{settings()}"
