@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,24 +71,46 @@ class Snapshot:
     flats: dict[str, np.ndarray]
     adapter_facts: dict[str, Any]
     device_sha256: str = ""
+    _begun: dict[str, Future[str]] = field(default_factory=dict, repr=False)
+
+    def begin_hashing(self, pool: Executor, of_optimizer: bool, of_state: bool) -> None:
+        """Let threads of a pool compute what a checkpoint (optimizer) or a state records, while a file is written."""
+        if of_optimizer:
+            self._begun["optimizer"] = pool.submit(self._optimizer_sha256)
+        if of_state and not self.device_sha256:
+            self._begun["state"] = pool.submit(self._state_sha256)
 
     def optimizer_sha256(self) -> str:
         """SHA-256 of the optimizer's flat arrays, padding included."""
+        begun = self._begun.get("optimizer")
+        return begun.result() if begun else self._optimizer_sha256()
+
+    def state_sha256(self) -> str:
+        """SHA-256 of all tensors: of the device's, where they were hashed when the copy was made."""
+        begun = self._begun.get("state")
+        return self.device_sha256 or (begun.result() if begun else self._state_sha256())
+
+    def _optimizer_sha256(self) -> str:
         return sha256(flat for prefix, flat in self.flats.items() if prefix)
 
-    def save(self, path: Path, progress: dict[str, Any]) -> None:
-        """Write an APR file. Raises IOFailure."""
-        tensors = {
+    def _state_sha256(self) -> str:
+        return sha256(self._tensors().values())
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return {
             prefix + name: x
             for prefix, flat in self.flats.items()
             for name, x in self.layout.named(flat).items()
         }
+
+    def save(self, path: Path, progress: dict[str, Any]) -> None:
+        """Write an APR file. Raises IOFailure."""
         meta = {
             **config_to_metadata(self.cfg),
             "training": progress,
-            "state_sha256": self.device_sha256 or sha256(tensors.values()),
+            "state_sha256": self.state_sha256(),
         }
-        write_apr(path, meta | self.adapter_facts, tensors, "float32")
+        write_apr(path, meta | self.adapter_facts, self._tensors(), "float32")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +30,9 @@ from .temporary import place_for_matplotlib
 LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp", re.DOTALL)
 # Name of the list of files that belong together, while they are written.
 SEVERAL = "writing"
+# Bytes after which the disk is asked for what was written: the system would begin when a tenth of the memory is filled, and
+# whoever waits for the file would wait for nearly all of it at its end.
+ASK_BYTES = 128 << 20
 KINDS = (
     (stat.S_ISLNK, "a link; name the file that it leads to, or remove it"),
     (stat.S_ISDIR, "a folder; name a file"),
@@ -98,19 +103,18 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     path = check_output(path)
     _clean_once(path.parent.absolute())
     temporary = path
-    f: BinaryIO | None = None
+    f: _Written | None = None
     try:
         temporary, f = _open_temporary(path)
         yield f
-        f.flush()
-        os.fsync(f.fileno())
+        f.sync()
         os.replace(temporary, check_output(path))
         _sync_folder(path.parent)
         # Last: with the file its lock goes, and a temporary without one is taken for a leftover.
         f.close()
     except BaseException as e:
         if f is not None:
-            with suppress(OSError):  # closing flushes what is left, and that may fail again
+            with suppress(OSError):  # what the disk was asked for, or what is left to flush, may fail again
                 f.close()
             with suppress(OSError):
                 temporary.unlink()
@@ -119,11 +123,55 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
+class _Written(BufferedWriter):
+    """A new binary file whose bytes go to the disk, by a thread of its own, while more are written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(FileIO(path, "xb"), 1 << 16)
+        self._since = 0
+        self._asking: ThreadPoolExecutor | None = None
+        self._asked: Future[None] | None = None
+
+    def write(self, data: Any) -> int:
+        """See io.BufferedWriter; raises OSError of what was asked for before, too."""
+        n = super().write(data)
+        self._since += n
+        if self._since >= ASK_BYTES and (self._asked is None or self._asked.done()):
+            self._wait()
+            self.flush()
+            self._asking = self._asking or ThreadPoolExecutor(1, thread_name_prefix="disk")
+            self._asked, self._since = self._asking.submit(to_disk, self.fileno()), 0
+        return n
+
+    def sync(self) -> None:
+        """Wait until all is on the disk. Raises OSError."""
+        self._wait()
+        self.flush()
+        os.fsync(self.fileno())
+
+    def close(self) -> None:
+        """See io.BufferedWriter; the number of the file is given back when nobody asks the disk for it any more."""
+        if self._asking is not None:
+            self._asking.shutdown()
+        super().close()
+
+    def _wait(self) -> None:
+        """The system reports a failed write once: to the thread that asked for it."""
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            asked.result()
+
+
+def to_disk(fd: int) -> None:
+    """Wait until the bytes that an open file has are on the disk. Raises OSError."""
+    getattr(os, "fdatasync", os.fsync)(fd)
+
+
+def _open_temporary(path: Path) -> tuple[Path, _Written]:
     """Make a temporary file for a path, locked as long as it is open: by that others know that its process lives."""
     while True:
         temporary = _temporary(path)
-        f = open(temporary, "xb")  # noqa: SIM115 -- the caller closes it
+        f = _Written(temporary)
         if _lock(f.fileno()) is not False and temporary.exists():
             return temporary, f
         # Another process has removed it before it was locked.

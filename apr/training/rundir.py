@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from ..checkpoints.apr2 import write_apr
 from ..checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
-from ..checkpoints.state import Snapshot, TrainingState, sha256
+from ..checkpoints.state import Snapshot, TrainingState
 from ..common.atomic import write_json
 from ..common.errors import InputNotFound, Interrupted, IOFailure, MalformedFile, Refused
 from ..common.events import REMOVED
@@ -139,7 +139,7 @@ class RunDir:
         epoch: int,
         model: Model,
         weights: np.ndarray,
-        weights_sha: str,
+        weights_sha: Callable[[], str],
         snapshot: Snapshot,
         tokenizer: Tokenizer,
         facts: dict[str, Any],
@@ -147,15 +147,14 @@ class RunDir:
         carried: dict[str, Any] | None = None,
     ) -> Path:
         """Write ckpt/epoch-NNN.apr with weights (layout.size,), architecture, tokenizer and the conditions of its validation
-        loss, and its metadata.json; returns the path. model: of which configuration, layout and dtype are read; weights_sha:
-        of the weights as the device had them, "" to hash those that are written."""
+        loss, and its metadata.json; returns the path. model: of which configuration, layout and dtype are read; weights_sha
+        gives their SHA-256, computed meanwhile: that of the device's, where it was read."""
         path = self.ckpt / f"epoch-{epoch:03d}.apr"
         meta = {**config_to_metadata(model.cfg), "evaluation": evaluation, **(carried or {})}
         embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id)
         tensors = model.layout.named(weights)
         write_apr(path, meta, tensors, model.dtype)
-        sha = weights_sha or sha256(tensors.values())
-        hashes = {"optimizer_state_sha": snapshot.optimizer_sha256(), "weights_sha": sha}
+        hashes = {"optimizer_state_sha": snapshot.optimizer_sha256(), "weights_sha": weights_sha()}
         facts = {"epoch": epoch, **facts, **hashes}
         write_json(metadata_of(path), facts)
         return path

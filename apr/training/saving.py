@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -151,24 +152,28 @@ class Saver:
     ) -> None:
         """Write a checkpoint, then the state: where a state is whole, the checkpoint before it is."""
         self._copy.finish()
-        if epoch is not None and weights is not None:
-            path = self._write_checkpoint(snapshot, weights, weights_sha, epoch)
-            self._done.append(Saved(path, epoch.facts))
-            self._prune(epoch)
-        if progress is not None:
-            s, size = self.inputs.settings, sum(flat.nbytes for flat in snapshot.flats.values())
-            self.run.save_state(snapshot, progress, s.keep_states, spacing(s, size))
+        with ThreadPoolExecutor(thread_name_prefix="hashing") as pool:
+            snapshot.begin_hashing(pool, of_optimizer=epoch is not None, of_state=progress is not None)
+            if epoch is not None and weights is not None:
+                path = self._write_checkpoint(snapshot, weights, weights_sha, epoch, pool)
+                self._done.append(Saved(path, epoch.facts))
+                self._prune(epoch)
+            if progress is not None:
+                s, size = self.inputs.settings, sum(flat.nbytes for flat in snapshot.flats.values())
+                self.run.save_state(snapshot, progress, s.keep_states, spacing(s, size))
 
     def _write_checkpoint(
-        self, snapshot: Snapshot, weights: np.ndarray, weights_sha: str, epoch: Epoch
+        self, snapshot: Snapshot, weights: np.ndarray, weights_sha: str, epoch: Epoch, pool: Executor
     ) -> Path:
         i, facts = self.inputs, epoch.facts
+        tensors = self.model.layout.named(weights).values()
+        sha = pool.submit(lambda: weights_sha or sha256(tensors))
         evaluation = {"val_loss": facts["val_loss"], **evaluated_on(i)}
         path = self.run.save_epoch(
             epoch.number,
             self.model,
             weights,
-            weights_sha,
+            sha.result,
             snapshot,
             i.tokenizer,
             facts,

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +78,6 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 # Atomic writing
 
 
-class FullDisk:
-    """A file on a disk that has room for room[0] bytes."""
-
-    def __init__(self, f: Any, room: list[int]) -> None:
-        self.f, self.room = f, room
-
-    def write(self, piece: Any) -> int:
-        self.room[0] -= len(piece)
-        if self.room[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return self.f.write(piece)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.f, name)
-
-
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A function that leaves room for so many bytes."""
@@ -100,10 +85,14 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def limit(room: int) -> None:
         left = [room]
 
-        def opener(*args: Any) -> FullDisk:
-            return FullDisk(open(*args), left)
+        class FullDisk(FileIO):
+            def write(self, piece: Any) -> int:
+                left[0] -= len(piece)
+                if left[0] < 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return super().write(piece)
 
-        monkeypatch.setattr(atomic, "open", opener, raising=False)
+        monkeypatch.setattr(atomic, "FileIO", FullDisk)
 
     return limit
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from apr.cli.main import main
+from apr.common import atomic
 from apr.common.atomic import (
     atomic_write,
     check_output,
@@ -346,3 +349,53 @@ def test_sigterm_leaves_nothing(command: str, data: Callable[[str], Path], tmp_p
     assert (done.returncode, done.stderr) == (130, f"apr {command}: interrupted\n")
     left = tmp_path / "out" if command == "export" else tmp_path
     assert os.listdir(left) == []
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Names of the threads that asked the disk for the bytes of a file before its end; a call of 8 bytes is enough."""
+    names: list[str] = []
+    real = atomic.to_disk
+
+    def ask(fd: int) -> None:
+        names.append(threading.current_thread().name)
+        real(fd)
+
+    monkeypatch.setattr(atomic, "ASK_BYTES", 8)
+    monkeypatch.setattr(atomic, "to_disk", ask)
+    return names
+
+
+def test_the_disk_is_asked_while_more_is_written(tmp_path, asked):
+    path = tmp_path / "file"
+    with atomic_write(path) as f:
+        for i in range(50):
+            f.write(b"%7d" % i)
+    assert path.read_bytes() == b"".join(b"%7d" % i for i in range(50))
+    assert asked
+    assert {name.split("_")[0] for name in asked} == {"disk"}
+    assert not [t for t in threading.enumerate() if t.name.startswith("disk")]
+
+
+def test_what_is_written_once_is_not_asked_for_before_its_end(tmp_path, asked):
+    write_text(tmp_path / "file", "short")
+    assert asked == []
+
+
+@pytest.mark.parametrize("writes", [1, 2, 40])
+def test_a_disk_that_fails_meanwhile_leaves_the_file_before(tmp_path, monkeypatch, writes):
+    """The system says so once, to the thread that asked: sound calls after it do not hide that bytes are lost."""
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic, "ASK_BYTES", 8)
+    monkeypatch.setattr(atomic, "to_disk", full)
+    with pytest.raises(IOFailure, match="No space left on device"), atomic_write(path) as f:  # noqa: PT012 -- the block is what is tested
+        for _ in range(writes):
+            f.write(b"12345678")
+    assert path.read_text() == "before"
+    assert os.listdir(tmp_path) == ["file"]
+    assert not [t for t in threading.enumerate() if t.name.startswith("disk")]

@@ -130,7 +130,7 @@ def verdict(run):
 # The disk
 
 
-class Full(io.BufferedWriter):
+class Full(io.FileIO):
     """A file on a disk with room for half of what is written."""
 
     number = errno.ENOSPC
@@ -147,14 +147,14 @@ def fail_to_write(monkeypatch, name, number, skip=0):
     def opening(path, mode):
         if name not in Path(path).name or len(seen) < skip:
             seen.extend([path] if name in Path(path).name else [])
-            return open(path, mode)
+            return io.FileIO(path, mode)
         if number == errno.EROFS:
             raise OSError(number, os.strerror(number), str(path))
-        f = Full(io.FileIO(path, "xb"))
+        f = Full(path, mode)
         f.number = number
         return f
 
-    monkeypatch.setattr(atomic, "open", opening, raising=False)
+    monkeypatch.setattr(atomic, "FileIO", opening)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from apr import backends
+from apr.checkpoints import state
 from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.state import Snapshot, TrainingState
 from apr.cli.main import main
@@ -329,6 +330,29 @@ def slow_writer(monkeypatch, steps=2):
     monkeypatch.setattr(Saver, "save", save)
     monkeypatch.setattr(Saver, "_write", writing)
     return behind
+
+
+def test_what_is_written_is_hashed_meanwhile(job, run, monkeypatch):
+    """A checkpoint is written here when everything is hashed that the save writes, the state behind it included."""
+    all_there, seen, done = threading.Semaphore(0), [], state.sha256
+    write = RunDir.save_epoch
+
+    def hashing(arrays):
+        sha = done(arrays)
+        if threading.current_thread().name.startswith("hashing"):
+            all_there.release()
+        return sha
+
+    def writing(self, *args):
+        seen.append(all(all_there.acquire(timeout=60) for _ in ("optimizer", "state")))
+        return write(self, *args)
+
+    monkeypatch.setattr(state, "sha256", hashing)
+    monkeypatch.setattr(state, "READ_AGAIN", 0)  # so large that the device is not read again
+    monkeypatch.setattr(RunDir, "save_epoch", writing)
+    assert start(job, run, "--num-steps", 4) == 0
+    assert seen
+    assert all(seen)
 
 
 SPARSE = ["--eval-every", 8, "--save-every", 4]
