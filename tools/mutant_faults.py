@@ -28,6 +28,7 @@ def fault(name: str, what: str, path: str, old: str, new: str, job: str = "plain
 OPTIM, SCHEDULE, LOOP = "apr/model/optim.py", "apr/model/schedule.py", "apr/training/loop.py"
 BATCHES, EVALUATE, RUNDIR = "apr/data/batches.py", "apr/training/evaluate.py", "apr/training/rundir.py"
 MODEL, BLOCK, ROPE = "apr/model/transformer.py", "apr/model/block.py", "apr/model/rope.py"
+SCALING = "apr/model/rope_scaling.py"
 LORA, PARAMS, STATE = "apr/model/lora.py", "apr/model/params.py", "apr/checkpoints/state.py"
 ADAPTERS = "apr/model/adapters.py"
 ENCODE, PACK, RENDER = (
@@ -150,7 +151,7 @@ FAULTS: tuple[Mutant, ...] = (
           "/ c.head_dim)\n    if", "/ (c.head_dim + 2))\n    if", "plain", T_MODEL),
     fault("rope_begins_again", "positions begin again at 24", ROPE, "np.outer(np.arange(positions), freq)",
           "np.outer(np.arange(positions) % 24, freq)", "plain", T_MODEL),
-    fault("llama3_without_ramp", "frequencies between the bounds of llama3 are not interpolated", ROPE,
+    fault("llama3_without_ramp", "frequencies between the bounds of llama3 are not interpolated", SCALING,
           "keep = np.clip(keep, 0, 1)", "keep = np.where(keep > 0.5, 1.0, 0.0)", "masked", T_MODEL),
     fault("mlp_reads_the_first_norm", "the MLP reads what attention read", BLOCK, 'self._linear(a.gu, a.norm2, "wgu")',
           'self._linear(a.gu, a.norm1, "wgu")', "plain", T_MODEL),

@@ -213,13 +213,17 @@ def _theta(a: WrongCall) -> Any:
     got, want, positions = _frequencies(a)
     d = np.arange(len(want)) / len(want)
     theta, true = (np.exp(-least_squares(np.log(f) * f, d * f)) for f in (got, want))
-    return len(d) > 1 and (_turned(a, np.exp(1j * positions[:, None] * theta**-d)), theta, true)
+    return len(d) > 1 and (
+        _turned(a, np.abs(_step(a)[0]) * np.exp(1j * positions[:, None] * theta**-d)),
+        theta,
+        true,
+    )
 
 
 def _stretched(a: WrongCall) -> Any:
     got, want, positions = _frequencies(a)
     by = least_squares(got, want)
-    return _turned(a, np.exp(1j * positions[:, None] * want * by)), by
+    return _turned(a, np.abs(_step(a)[0]) * np.exp(1j * positions[:, None] * want * by)), by
 
 
 def _neighbours(a: WrongCall) -> Array:

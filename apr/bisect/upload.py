@@ -7,9 +7,10 @@ from dataclasses import fields
 import numpy as np
 
 from ..model.buffers import WIDE
-from ..model.config import LinearScaling, ModelConfig
+from ..model.config import ModelConfig
 from ..model.families import layers_of
 from ..model.params import FUSED, Layout
+from ..model.rope_scaling import Llama3Scaling, RopeScaling, YarnScaling
 from ..model.transformer import Model
 from . import explain, rule
 from .comparisons import exact, holds, measured, same_bits, unequal
@@ -66,12 +67,15 @@ def tables(model: Model) -> list[ArrayComparison]:
     """Compare cos and sin on the device with angles computed one by one: t * theta^(-2i/D), scaled as the config says."""
     c = model.cfg
     rows = []
-    positions = model.cos.shape[0]
+    positions, size = model.cos.shape[0], _amplitude(c.rope_scaling)
     angles = np.outer(np.arange(positions), [_frequency(c, i) for i in range(c.head_dim // 2)])
-    for name, table, want in (("cos", model.cos, np.cos(angles)), ("sin", model.sin, np.sin(angles))):
+    for name, table, want in (
+        ("cos", model.cos, size * np.cos(angles)),
+        ("sin", model.sin, size * np.sin(angles)),
+    ):
         d = difference(model.be.to_host(table), want)
         eps = rule.EPS[WIDE[model.dtype]]
-        tol = rule.tolerance(0.0, 1.0, eps, 2) + 4 * positions * rule.EPS["float64"]
+        tol = rule.tolerance(0.0, size, eps, 2) + 4 * size * positions * rule.EPS["float64"]
         rows.append(measured("upload", "rope_tables", name, d, tol))
     return rows
 
@@ -92,13 +96,18 @@ def borders(model: Model, batch: Batch) -> list[ArrayComparison]:
 
 
 def _frequency(c: ModelConfig, i: int) -> float:
-    """Radians per position of pair i (Su et al. 2021); linear scaling stretches all wavelengths, Llama 3.1 the long ones."""
+    """Radians per position of pair i (Su et al. 2021); linear scaling stretches all wavelengths, Llama 3.1 the long ones, YaRN
+    those that fit less than beta_fast times into the original length."""
     wavelength = 2 * np.pi * c.rope_theta ** (2 * i / c.head_dim)
     s = c.rope_scaling
-    if s is None:
+    if s is None or s.rope_type == "dynamic":
         return float(2 * np.pi / wavelength)
-    if isinstance(s, LinearScaling):
+    if s.rope_type == "linear":
         return float(2 * np.pi / (wavelength * s.factor))
+    if isinstance(s, YarnScaling):
+        return float(2 * np.pi / wavelength * (1 - _share(s, c, i) * (1 - 1 / s.factor)))
+    if not isinstance(s, Llama3Scaling):
+        raise NotImplementedError(f"{s!r}: upload.py computes no angles of this kind")
     low, high = (s.original_max_position_embeddings / f for f in (s.low_freq_factor, s.high_freq_factor))
     if wavelength < high:
         stretch = 1.0
@@ -110,6 +119,31 @@ def _frequency(c: ModelConfig, i: int) -> float:
         )
         stretch = 1 / ((1 - x) / s.factor + x)
     return float(2 * np.pi / (wavelength * stretch))
+
+
+def _share(s: YarnScaling, c: ModelConfig, i: int) -> float:
+    """Share of pair i that YaRN divides, from the pairs, with fractions, whose wavelengths fit beta times into the length."""
+    first, last = (
+        c.head_dim
+        / 2
+        * np.log2(s.original_max_position_embeddings / (2 * np.pi * beta))
+        / np.log2(c.rope_theta)
+        for beta in (s.beta_fast, s.beta_slow)
+    )
+    if s.truncate:
+        first, last = np.floor(first), np.ceil(last)
+    first, last = max(first, 0.0), min(last, c.head_dim - 1.0)
+    return float(np.clip((i - first) / (last - first or 0.001), 0, 1))
+
+
+def _amplitude(s: RopeScaling | None) -> float:
+    """Length of (cos, sin): 1, but for YaRN, which sharpens attention (Peng et al. 2023, eq. 22)."""
+    if not isinstance(s, YarnScaling):
+        return 1.0
+    grown = np.log(max(s.factor, 1.0)) / 10
+    both = s.mscale is not None and s.mscale_all_dim is not None
+    ratio = (1 + grown * (s.mscale or 0)) / (1 + grown * (s.mscale_all_dim or 0)) if both else 1 + grown
+    return float(ratio if s.attention_factor is None else s.attention_factor)
 
 
 def all_used(layout: Layout, passed: set[str], trained: bool) -> list[ArrayComparison]:

@@ -7,7 +7,7 @@ What llama.cpp wants other than a Hugging Face folder:
 | names             | token_embd, blk.N.attn_q, ...; a tied head is left out                                    |
 | q and k of Llama  | rows reordered: its rotary embedding turns neighbours (2i, 2i+1), ours halves (i, i + D/2) |
 | norms and biases  | always float32                                                                            |
-| rope scaling      | of Llama 3: a tensor rope_freqs.weight (D/2,) that divides the frequencies                |
+| rope scaling      | of Llama 3: a tensor rope_freqs.weight (D/2,) that divides the frequencies; else keys     |
 | vocabulary        | as many tokens as the embedding has rows; ids without a token are unused ones             |
 | pre-tokenizer     | a name that stands for a rule in llama.cpp's source                                       |
 
@@ -28,10 +28,12 @@ import numpy as np
 from ..common.atomic import atomic_write
 from ..common.errors import InputNotFound, Refused, UsageError
 from ..common.packages import pip_install
-from ..model.config import LinearScaling, ModelConfig
+from ..model.config import ModelConfig
 from ..model.families import FAMILIES
 from ..model.params import Layout, Slot
 from ..model.rope import rope_tables
+from ..model.rope_scaling import Llama3Scaling
+from .gguf_scaling import check_scaling, scaling_keys
 from .tensors import BF16, require_finite
 
 ARCHITECTURE = {
@@ -111,8 +113,8 @@ def turned_heads(cfg: ModelConfig, slot: Slot) -> int:
 
 
 def frequency_divisors(cfg: ModelConfig) -> np.ndarray | None:
-    """Compute what llama.cpp divides the rotary frequencies by, float32 (D/2,); None without scaling."""
-    if cfg.rope_scaling is None:
+    """Compute what llama.cpp divides the rotary frequencies by, float32 (D/2,); None where it reads no divisors."""
+    if not isinstance(cfg.rope_scaling, Llama3Scaling):
         return None
     plain, scaled = (_frequencies(c) for c in (dataclasses.replace(cfg, rope_scaling=None), cfg))
     return (plain / scaled).astype(np.float32)
@@ -174,14 +176,7 @@ def write_gguf(
             f"{path}: no architecture of llama.cpp is known for {cfg.family} models; export --format hf"
         )
     arch = ARCHITECTURE[cfg.family]
-    if isinstance(cfg.rope_scaling, LinearScaling):
-        raise Refused(
-            f"{path}: apr does not write linear scaling of positions into GGUF files; export --format hf"
-        )
-    if cfg.rope_scaling is not None and arch not in ADJACENT:
-        raise Refused(
-            f"{path}: llama.cpp does not scale the rotary frequencies of {arch} models; export --format hf"
-        )
+    check_scaling(cfg, arch, arch in ADJACENT, path)
     if cfg.no_rope_layers != _no_rope_layers(arch, cfg.num_layers):
         raise Refused(
             f"{path}: layers {list(cfg.no_rope_layers)} have no rotary embedding; llama.cpp leaves it out of layers "
@@ -259,7 +254,13 @@ def _model_keys(writer: Any, cfg: ModelConfig, arch: str, name: str, kinds: list
             _put_key(writer, f"apr.{key}", by_layer[key])
     if cfg.rope_scaling:
         for key, value in dataclasses.asdict(cfg.rope_scaling).items():
-            writer.add_float64(f"apr.rope_scaling.{key}", float(value))
+            if value is not None and not isinstance(value, bool):
+                writer.add_float64(f"apr.rope_scaling.{key}", float(value))
+        if not isinstance(cfg.rope_scaling, Llama3Scaling):
+            writer.add_string("apr.rope_scaling.rope_type", cfg.rope_scaling.rope_type)
+    for key, value in scaling_keys(cfg).items():
+        put = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}[type(value)]
+        put(f"{arch}.{key}", value)
 
 
 def _no_rope_layers(arch: str, layers: int) -> tuple[int, ...]:

@@ -27,10 +27,11 @@ import numpy as np
 from ..common.errors import MalformedFile, Refused
 from ..common.files import MAX_TEXT, opened, short
 from ..common.units import plural
-from ..model.config import ModelConfig, RopeScaling
+from ..model.config import ModelConfig
 from ..model.families import FAMILIES
 from ..model.hf_config import from_hf
 from ..model.params import Layout, Slot
+from ..model.rope_scaling import Llama3Scaling
 from .gguf import (
     ARCHITECTURE,
     BLOCK,
@@ -43,6 +44,7 @@ from .gguf import (
     to_halves,
     turned_heads,
 )
+from .gguf_scaling import check_ramp, float32, read_scaling, scaling_keys
 from .tensors import BF16, Stored, TensorFile
 
 MAGIC = b"GGUF"
@@ -77,6 +79,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
     "rope.scaling.type": ("none",),
+    "rope.scaling.finetuned": (False, True),
     "tensor_data_layout": ("Meta AI original pth",),
 }
 
@@ -97,9 +100,10 @@ class GgufFile:
     def check_honoured(self) -> None:
         """Raise Refused for a key of the architecture that would change what the model computes."""
         arch = self.keys["general.architecture"]
+        read = READ | scaling_keys(self.cfg).keys()
         for key, value in self.keys.items():
             name = key.removeprefix(f"{arch}.")
-            if name != key and name not in READ and value not in NEUTRAL.get(name, ()):
+            if name != key and name not in read and value not in NEUTRAL.get(name, ()):
                 raise Refused(f"{self.path}: {key} = {short(value)}: apr does not compute this")
 
 
@@ -295,7 +299,7 @@ def _heads(cfg: ModelConfig, slot: Slot | None, entry: Stored) -> int:
     return turned_heads(cfg, slot) if slot and slot.shape == entry.shape else 0
 
 
-def _published_scaling(header: GgufHeader, cfg: ModelConfig, f: BinaryIO) -> RopeScaling | None:
+def _published_scaling(header: GgufHeader, cfg: ModelConfig, f: BinaryIO) -> Llama3Scaling | None:
     """Recognise the scaling that all Llama 3.1, 3.2 and 3.3 models have by its divisors: llama.cpp's converter writes these,
     and no key says what they were made of. None where there are none, or they are others."""
     entry = next((e for e, _ in header.infos if e.name == ROPE_FREQS), None)
@@ -304,7 +308,7 @@ def _published_scaling(header: GgufHeader, cfg: ModelConfig, f: BinaryIO) -> Rop
     divisors = np.asarray(TensorFile(header.path, f, [entry])[ROPE_FREQS], np.float64)
     if not np.isfinite(divisors).all() or divisors.max() < 1:
         return None
-    scaling = RopeScaling(float(divisors.max()), *LLAMA3_RANGES)
+    scaling = Llama3Scaling(float(divisors.max()), *LLAMA3_RANGES)
     want = frequency_divisors(dataclasses.replace(cfg, rope_scaling=scaling))
     return scaling if want is not None and np.allclose(divisors, want, rtol=1e-4, atol=0) else None
 
@@ -349,27 +353,24 @@ def _config(keys: dict[str, Any], names: set[str], path: Path) -> ModelConfig:
         "num_key_value_heads": own.get("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "vocab_size": own.get("vocab_size", len(tokens) if isinstance(tokens, list) else 0),
-        "rms_norm_eps": _float32(own["attention.layer_norm_rms_epsilon"]),
-        "rope_theta": _float32(own.get("rope.freq_base", 10000.0)),
+        "rms_norm_eps": float32(own["attention.layer_norm_rms_epsilon"]),
+        "rope_theta": float32(own.get("rope.freq_base", 10000.0)),
         "tie_word_embeddings": NAMES["head"] not in names,
         "sliding_window": None,
         **{key: value for key, value in ours.items() if key in WINDOW_KEYS},
     }
     if arch in NO_ROPE_STEP:
         d["no_rope_layer_interval"] = NO_ROPE_STEP[arch]
-    scaling = {k.removeprefix("rope_scaling."): v for k, v in ours.items() if k.startswith("rope_scaling.")}
-    if scaling:
-        positions = scaling.get("original_max_position_embeddings")
-        if isinstance(positions, float) and positions.is_integer():  # every factor is written as a float64
-            scaling["original_max_position_embeddings"] = int(positions)
-        d["rope_scaling"] = {"rope_type": "llama3", **scaling}
+    d["rope_scaling"] = read_scaling(own, ours, f"{path}: {arch}")
     cfg = from_hf(d, str(path), published=False)
+    check_ramp(cfg, path)
+    for key, value in scaling_keys(cfg).items():
+        found = own.get(key, value)
+        is_number = isinstance(found, int | float) and isinstance(value, int | float)
+        if found != value and not (is_number and abs(found - value) <= 1e-6 * abs(value)):
+            raise Refused(
+                f"{path}: {arch}.{key} = {short(found)} is not what its apr.rope_scaling keys say: {value!r}"
+            )
     if cfg.num_layers > len(names):
         raise MalformedFile(f"{path}: {plural(cfg.num_layers, 'layer')}, {plural(len(names), 'tensor')}")
     return cfg
-
-
-def _float32(x: Any) -> Any:
-    """Find the shortest decimal that is this float32: 1e-06 is stored as 9.999999974752427e-07."""
-    with np.errstate(over="ignore"):
-        return float(str(np.float32(x))) if isinstance(x, float) else x

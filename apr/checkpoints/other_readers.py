@@ -17,12 +17,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..common.errors import IOFailure
 from ..common.files import opened, parse_json, read_json
-from ..model.config import ModelConfig, RopeScaling
+from ..model.config import ModelConfig
+from ..model.rope import rope_tables
+from ..model.rope_scaling import Llama3Scaling
 from .gguf import package
 
 COMPARED_ELEMENTS = 1 << 22  # elements that are compared at a time
@@ -119,14 +122,37 @@ def compare_adapter(folder: Path, num_layers: int, want: Mapping[str, np.ndarray
 def divisors(cfg: ModelConfig) -> list[float]:
     """Compute what llama.cpp divides the frequencies of Llama 3.1 by, as its converter does, (D/2,)."""
     s, out = cfg.rope_scaling, list[float]()
-    # Linear scaling is not written into GGUF files.
-    assert isinstance(s, RopeScaling)
+    assert isinstance(s, Llama3Scaling)
     for i in range(0, cfg.head_dim, 2):
         turns = s.original_max_position_embeddings / (2 * math.pi * cfg.rope_theta ** (i / cfg.head_dim))
         share = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
         share = min(1.0, max(0.0, share))
         out.append(1 / ((1 - share) / s.factor + share))
     return out
+
+
+def _by_llama_cpp(reader: Any, arch: str) -> tuple[np.ndarray, float]:
+    """Frequencies (D/2,) and amplitude of cos and sin that llama.cpp's rope_yarn makes of the keys of a file."""
+
+    def key(name: str, default: Any) -> Any:
+        field = reader.get_field(f"{arch}.rope.{name}")
+        return default if field is None else field.contents()
+
+    dims, base = key("dimension_count", 0), key("freq_base", 10000.0)
+    stretch, mix, amplitude = 1.0, np.zeros(dims // 2), 1.0
+    if (kind := key("scaling.type", "none")) != "none":
+        stretch = key("scaling.factor", 1.0)
+    if kind == "yarn":
+        length = key("scaling.original_context_length", reader.get_field(f"{arch}.context_length").contents())
+        low, high = (
+            dims * math.log(length / (beta * 2 * math.pi)) / (2 * math.log(base))
+            for beta in (key("scaling.yarn_beta_fast", 32.0), key("scaling.yarn_beta_slow", 1.0))
+        )
+        low, high = max(0, math.floor(low)), min(dims - 1, math.ceil(high))
+        mix = 1 - np.clip((np.arange(dims // 2) - low) / max(0.001, high - low), 0, 1)
+        amplitude = key("scaling.attn_factor", 1.0) * (1 + 0.1 * math.log(max(stretch, 1.0)))
+    plain = base ** (-np.arange(0, dims, 2) / dims)
+    return plain / stretch * (1 - mix) + plain * mix, amplitude
 
 
 def _off(got: np.ndarray, want: list[float]) -> float:
@@ -147,8 +173,16 @@ def compare_gguf(path: Path, cfg: ModelConfig, want: Mapping[str, np.ndarray]) -
     if odd := sorted({str(name) for name in names.values()} ^ there.keys()):
         raise _failed(path, odd[0], "is in the file or among the names of llama.cpp, not in both")
     scaled = [t.data for t in reader.tensors if t.name == "rope_freqs.weight"]
-    if len(scaled) != (cfg.rope_scaling is not None) or any(_off(x, divisors(cfg)) > DIVISOR for x in scaled):
+    if len(scaled) != isinstance(cfg.rope_scaling, Llama3Scaling) or any(
+        _off(x, divisors(cfg)) > DIVISOR for x in scaled
+    ):
         raise _failed(path, "rope_freqs.weight", "is not what the scaling of the rotary frequencies gives")
+    if not scaled:
+        frequencies, amplitude = _by_llama_cpp(reader, arch)
+        cos, sin = rope_tables(cfg, 2)
+        off = _off(frequencies, list(np.arctan2(sin[1], cos[1])))
+        if max(off, _off(np.hypot(cos[0], sin[0]), [amplitude] * len(cos[0]))) > DIVISOR:
+            raise _failed(path, f"{arch}.rope.scaling", "keys are not what turns the model's positions")
     heads = {"q_proj": cfg.num_heads, "k_proj": cfg.num_kv_heads}
     for name, source in want.items():
         t, kind = there[names[name]], name.split(".")[-2]

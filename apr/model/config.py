@@ -4,22 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Frequency scaling of Llama 3.1: long wavelengths are stretched by `factor`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True)
-class LinearScaling:
-    """Positions divided by `factor` (Chen et al. 2023), as in deepseek-coder and in models of longer windows."""
-
-    factor: float
+from .rope_scaling import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -38,7 +23,7 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool  # the output head is the embedding
-    rope_scaling: RopeScaling | LinearScaling | None = None
+    rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
     sliding_window: int = 0  # keys a query sees, itself included; 0 = all before it

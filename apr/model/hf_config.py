@@ -6,15 +6,16 @@ changes nothing. `hf_notes` says which of these a file has.
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from ..common.errors import MalformedFile, Refused
 from ..common.files import short
-from .config import LinearScaling, ModelConfig, RopeScaling
+from .config import ModelConfig
 from .families import FAMILIES
 from .hf_keys import HfKeys
 from .hf_unknown import describe, unheeded
+from .rope_scaling import SCALINGS, RopeScaling
 
 # key of config.json -> field; all are whole numbers above zero
 SIZES = {
@@ -64,11 +65,6 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "attn_pdrop": (0.0,),
     "hidden_dropout_prob": (0.0,),
     "attention_probs_dropout_prob": (0.0,),
-}
-# rope_type -> what it is here; its fields are keys of config.json
-SCALINGS: dict[str, type[RopeScaling] | type[LinearScaling]] = {
-    "llama3": RopeScaling,
-    "linear": LinearScaling,
 }
 # What to do instead, where another key or another source helps.
 TRY = {
@@ -223,7 +219,7 @@ def _head_dim(keys: HfKeys, heads: int, kv_heads: int, required: bool) -> int:
     return head_dim
 
 
-def _rope(keys: HfKeys) -> tuple[float, RopeScaling | LinearScaling | None]:
+def _rope(keys: HfKeys) -> tuple[float, RopeScaling | None]:
     """rope_theta and scaling, from the old places (top level) or the new (rope_parameters)."""
     source, top = keys.source, keys.d.get("rope_theta")
     rope: dict[str, Any] = {}
@@ -231,7 +227,14 @@ def _rope(keys: HfKeys) -> tuple[float, RopeScaling | LinearScaling | None]:
         value = keys.get(place)
         if value is not None and not isinstance(value, dict):
             raise MalformedFile(f"{source}: {place} = {value!r} is not an object")
-        rope.update(value or {})
+        value = value or {}
+        for key in sorted(value.keys() & rope.keys()):
+            if value[key] != rope[key]:
+                raise Refused(
+                    f"{source}: two values of {key}: {short(rope[key])} in rope_scaling and {short(value[key])} in "
+                    "rope_parameters; remove one of these objects"
+                )
+        rope.update(value)
     if top is not None:
         if rope.get("rope_theta", top) != top:
             raise Refused(f"{source}: two values of rope_theta: {top!r} and {rope['rope_theta']!r}")
@@ -255,11 +258,30 @@ def _rope(keys: HfKeys) -> tuple[float, RopeScaling | LinearScaling | None]:
         raise Refused(
             f"{source}: rope_type = {kind!r} is not supported; apr computes {', '.join(map(repr, ['default', *SCALINGS]))}"
         )
-    scaling = SCALINGS[kind]
-    wanted = {f.name: int if "int" in str(f.type) else float for f in fields(scaling)}
-    if names - set(wanted):
-        raise Refused(f"{source}: unknown rope keys {sorted(names - set(wanted))}")
-    return theta, scaling(**{name: inner.number(name, number) for name, number in wanted.items()})
+    known = {f.name for f in fields(SCALINGS[kind])}
+    if unknown := sorted(names - known - SCALINGS[kind].ignored):
+        raise Refused(
+            f"{source}: unknown rope keys {unknown} of rope_type {kind!r}; it has {', '.join(sorted(known))}"
+        )
+    scaling = SCALINGS[kind](**_values(SCALINGS[kind], inner))
+    if fault := scaling.fault(theta):
+        raise Refused(f"{inner.source}: {fault}; rope_type {kind!r} does not compute with it")
+    return theta, scaling
+
+
+def _values(kind: type[RopeScaling], keys: HfKeys) -> dict[str, Any]:
+    """Read the fields of a kind of scaling; a key that is missing or null takes the default, where there is one."""
+    found: dict[str, Any] = {}
+    for f in fields(kind):
+        type_name = str(f.type)
+        if keys.d.get(f.name) is None and f.default is not MISSING:
+            continue
+        found[f.name] = (
+            keys.flag(f.name)
+            if type_name == "bool"
+            else keys.number(f.name, int if type_name == "int" else float)
+        )
+    return found
 
 
 def to_hf(cfg: ModelConfig) -> dict[str, Any]:
@@ -277,6 +299,6 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         **{key: getattr(cfg, field) for key, field in SIZES.items()},
     }
     if cfg.rope_scaling:
-        kind = next(name for name, scaling in SCALINGS.items() if isinstance(cfg.rope_scaling, scaling))
-        d["rope_scaling"] = {"rope_type": kind, **asdict(cfg.rope_scaling)}
+        values = {key: value for key, value in asdict(cfg.rope_scaling).items() if value is not None}
+        d["rope_scaling"] = {"rope_type": cfg.rope_scaling.rope_type, **values}
     return d | family.write(cfg)

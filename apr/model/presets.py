@@ -9,9 +9,10 @@ from typing import Any
 from ..common.errors import InputNotFound
 from ..common.files import read_json
 from ..common.run_paths import instead_of
-from .config import ModelConfig, RopeScaling
+from .config import ModelConfig
 from .families import FAMILIES
 from .hf_config import from_hf, hf_notes
+from .rope_scaling import Llama3Scaling
 
 
 def _preset(family: str, sizes: str, **more: Any) -> ModelConfig:
@@ -36,12 +37,12 @@ def _preset(family: str, sizes: str, **more: Any) -> ModelConfig:
 
 
 _QWEN: dict[str, Any] = dict(rms_norm_eps=1e-6, rope_theta=1e6)
-_LLAMA32 = RopeScaling(32.0, 1.0, 4.0, 8192)
+_LLAMA32 = Llama3Scaling(32.0, 1.0, 4.0, 8192)
 
 PRESETS: dict[str, ModelConfig] = {
     # tiny sizes for tests: odd on purpose, every switch of its family on
     "llama-tiny": _preset("llama", "123 40 56 2 4 2 10 64"),
-    "llama3-tiny": _preset("llama", "123 40 56 2 4 1 10 64", rope_scaling=RopeScaling(4.0, 1.0, 4.0, 16)),
+    "llama3-tiny": _preset("llama", "123 40 56 2 4 1 10 64", rope_scaling=Llama3Scaling(4.0, 1.0, 4.0, 16)),
     "mistral-tiny": _preset("mistral", "123 40 56 2 4 4 10 64", sliding_window=5, tie_word_embeddings=False),
     "qwen2-tiny": _preset("qwen2", "123 56 72 2 7 1 8 64", **_QWEN),
     "qwen3-tiny": _preset("qwen3", "123 40 56 2 4 2 12 64", **_QWEN),

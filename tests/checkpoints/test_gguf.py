@@ -21,13 +21,15 @@ from apr.checkpoints.exporting import export_gguf
 from apr.checkpoints.gguf_reader import read_gguf
 from apr.checkpoints.gguf_vocab import is_qwen2, tokenizer_json, vocabulary_keys
 from apr.checkpoints.hf import read_hf, write_hf
+from apr.checkpoints.other_readers import compare_gguf
 from apr.checkpoints.registry import open_any, validate
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, IOFailure, MalformedFile, Refused
-from apr.model.config import ModelConfig, RopeScaling
+from apr.model.config import ModelConfig
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.model.rope import rope_tables
+from apr.model.rope_scaling import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling
 from apr.model.transformer import Model
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.training import train_tokenizer
@@ -575,12 +577,106 @@ def test_keys_that_would_not_be_honoured(
 
     def more(writer: Any, *rest: Any) -> None:
         real(writer, *rest)
-        writer.add_string("llama.rope.scaling.type", "yarn")
+        writer.add_string("llama.rope.scaling.type", "longrope")
 
     monkeypatch.setattr(gguf, "_model_keys", more)
     export_gguf(open_any(str(sources / "llama")), tmp_path / "m.gguf")
-    with pytest.raises(Refused, match=r"rope\.scaling\.type = 'yarn'"):
+    with pytest.raises(Refused, match=r"rope\.scaling\.type = 'longrope'"):
         open_any(str(tmp_path / "m.gguf"))
+
+
+SCALED = {
+    "linear": LinearScaling(4.0),
+    "dynamic": DynamicScaling(2.0),
+    "yarn": YarnScaling(4.0, 16),
+    "yarn of other values": YarnScaling(3.0, 28, 3.0, 0.7, mscale=0.707, mscale_all_dim=1.2),
+    "yarn with its factor": YarnScaling(3.0, 28, attention_factor=1.3),
+}
+
+
+def written(path: Path, cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """Write a GGUF file with random weights of a configuration; returns these."""
+    layout = Layout(cfg)
+    host = np.zeros(layout.size, np.float32)
+    layout.randomise(host, 1, std=0.2)
+    gguf.write_gguf(path, cfg, layout.named(host))
+    return layout.named(host)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", SCALED)
+def test_scalings_that_are_keys(name: str, family: str, tmp_path: Path) -> None:
+    """Written, read by other code with llama.cpp's formula, read back the same; and without what apr alone writes."""
+    cfg = dataclasses.replace(PRESETS[f"{family}-tiny"], rope_theta=100.0, rope_scaling=SCALED[name])
+    path = tmp_path / "m.gguf"
+    compare_gguf(path, cfg, written(path, cfg))
+    assert open_any(str(path)).cfg == cfg
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package.GGUFWriter, "add_float64", lambda *_: None)
+        patch.setattr(package.GGUFWriter, "add_string", without_ours(package.GGUFWriter.add_string))
+        written(path, cfg)
+    theirs = open_any(str(path)).cfg
+    assert type(theirs.rope_scaling) is (type(None) if name == "dynamic" else type(cfg.rope_scaling))
+    for got, want in zip(rope_tables(theirs, 64), rope_tables(cfg, 64), strict=True):
+        assert np.abs(got - want).max() < 1e-5
+
+
+def without_ours(real: Any) -> Any:
+    return lambda writer, key, value: None if key.startswith("apr.rope_scaling") else real(writer, key, value)
+
+
+def test_keys_of_a_scaling_that_another_tool_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp's converter writes type, factor and length, and no bounds; a factor alone divides positions."""
+    cfg, path = dataclasses.replace(PRESETS["qwen2-tiny"], rope_theta=100.0), tmp_path / "m.gguf"
+
+    def read(**keys: Any) -> Any:
+        named = {f"rope.scaling.{key}": value for key, value in keys.items()}
+        monkeypatch.setattr(gguf, "scaling_keys", lambda cfg: named)
+        written(path, cfg)
+        return open_any(str(path)).cfg.rope_scaling
+
+    assert read(type="yarn", factor=4.0, original_context_length=32) == YarnScaling(4.0, 32)
+    assert read(type="yarn", factor=4.0) == YarnScaling(4.0, 64)
+    assert read(type="linear", factor=2.0) == read(factor=2.0) == LinearScaling(2.0)
+    assert read(type="none") is None
+    for keys, error, words in (
+        (
+            {"type": "yarn"},
+            MalformedFile,
+            r"qwen2\.rope\.scaling\.type = 'yarn' needs a rope\.scaling\.factor",
+        ),
+        ({"type": "yarn", "factor": "4"}, MalformedFile, "factor = '4'"),
+        ({"type": "yarn", "factor": 4.0, "attn_factor": "1"}, MalformedFile, "attention_factor = '1'"),
+        ({"type": "yarn", "factor": 4.0, "original_context_length": 1}, Refused, "less than a turn"),
+        ({"type": "yarn", "factor": 4.0, "yarn_log_multiplier": 0.1}, Refused, "yarn_log_multiplier = 0.1"),
+        ({"type": "none", "factor": 4.0}, Refused, r"rope\.scaling\.factor = 4"),
+    ):
+        with pytest.raises(error, match=words):
+            read(**keys)
+
+
+@pytest.mark.parametrize("key", ["factor", "attn_factor", "original_context_length", "yarn_beta_slow"])
+def test_a_key_that_llama_cpp_would_turn_by_otherwise(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = dataclasses.replace(
+        PRESETS["llama-tiny"], rope_theta=100.0, rope_scaling=SCALED["yarn of other values"]
+    )
+    right = gguf.scaling_keys(cfg)
+    wrong = {**right, f"rope.scaling.{key}": right[f"rope.scaling.{key}"] * 2}
+    monkeypatch.setattr(gguf, "scaling_keys", lambda cfg: wrong)
+    tensors = written(tmp_path / "m.gguf", cfg)
+    with pytest.raises(IOFailure, match=r"llama\.rope\.scaling"):
+        compare_gguf(tmp_path / "m.gguf", cfg, tensors)
+    with pytest.raises(Refused, match=rf"{key} = .* is not what its apr\.rope_scaling keys say"):
+        open_any(str(tmp_path / "m.gguf"))
+
+
+def test_yarn_without_truncation_is_not_written(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(PRESETS["llama-tiny"], rope_scaling=YarnScaling(4.0, 16, truncate=False))
+    with pytest.raises(Refused, match=r"truncate = false.*--format hf"):
+        written(tmp_path / "m.gguf", cfg)
+    assert not list(tmp_path.iterdir())
 
 
 def test_scaled_frequencies_that_contradict_the_keys(
@@ -597,7 +693,7 @@ def test_the_scaling_of_llama_3_is_known_by_its_divisors(
     factor: float, head_dim: int, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """llama.cpp's converter writes rope_freqs.weight and no key of what it was made of."""
-    scaling = RopeScaling(factor, 1.0, 4.0, 8192)
+    scaling = Llama3Scaling(factor, 1.0, 4.0, 8192)
     cfg = dataclasses.replace(
         PRESETS["llama-tiny"],
         rope_scaling=scaling,

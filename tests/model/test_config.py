@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from apr.common.errors import AprError, InputNotFound, MalformedFile, Refused
-from apr.model.config import RopeScaling
 from apr.model.families import FAMILIES, layers_of
 from apr.model.hf_config import from_hf, to_hf
 from apr.model.params import FUSED, Layout
 from apr.model.presets import PRESETS, load_config
+from apr.model.rope_scaling import Llama3Scaling
 
 LLAMA_32_1B = {  # the config.json of the model, as its authors publish it
     "architectures": ["LlamaForCausalLM"],
@@ -114,11 +114,15 @@ def test_rope_in_its_new_place():
         ({"quantization_config": {"bits": 4}}, Refused, "quantization_config"),
         ({"logit_scale": 0.25}, Refused, "logit_scale"),
         ({"layer_types": ["sliding_attention"] * 16}, Refused, "layer_types"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, Refused, "dynamic"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, Refused, "longrope"),
         ({"rope_scaling": {"type": ["linear"], "factor": 2.0}}, Refused, "linear"),
         ({"rope_scaling": {"type": "linear"}}, MalformedFile, "factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "finetuned": True}}, Refused, "finetuned"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, Refused, "yarn"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            MalformedFile,
+            "original_max_position_embeddings",
+        ),
         ({"rope_scaling": {**LLAMA_32_1B["rope_scaling"], "mscale": 1.0}}, Refused, "mscale"),
         ({"rope_scaling": without(LLAMA_32_1B["rope_scaling"], "factor")}, MalformedFile, "factor"),
         ({"rope_scaling": "llama3"}, MalformedFile, "rope_scaling"),
@@ -340,4 +344,4 @@ def test_presets_are_consistent():
         block = FAMILIES[cfg.family].block
         assert (cfg.qkv_bias, cfg.qk_norm) == (block.qkv_bias, bool(block.qk_norm)), name
         assert cfg.num_heads % cfg.num_kv_heads == 0
-    assert isinstance(PRESETS["llama-3.2-1b"].rope_scaling, RopeScaling)
+    assert isinstance(PRESETS["llama-3.2-1b"].rope_scaling, Llama3Scaling)

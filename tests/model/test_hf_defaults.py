@@ -138,7 +138,7 @@ def test_many_keys_make_a_short_note():
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"resid_pdrop": 0.1}, "resid_pdrop"),
         ({"per_layer_config": {"0": {}}}, "per_layer_config"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "dynamic"),
+        ({"rope_scaling": {"type": "su", "factor": 2}}, "rope_type = 'su'"),
     ],
 )
 def test_what_is_on_is_refused_by_name(extra, words):

@@ -221,7 +221,6 @@ REFUSED: dict[str, tuple[type[AprError], str]] = {
     "decapoda-research/llama-65b-hf": (MalformedFile, "missing key 'max_position_embeddings'"),
     "DAMO-NLP-SG/CLEX-7B": (Refused, "rope_type = 'clex'"),
     "unsloth/llama-3-8b-Instruct-bnb-4bit": (Refused, "quantization_config"),
-    "Qwen/Qwen1.5-7B-Chat with yarn": (Refused, "rope_type = 'yarn'"),
     "mistralai/Mixtral-8x7B-v0.1": (Refused, "model_type = 'mixtral'"),
     "Qwen/Qwen3-30B-A3B": (Refused, "model_type = 'qwen3_moe'"),
 }

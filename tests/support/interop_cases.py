@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from apr.checkpoints.hf import write_hf
-from apr.model.config import ModelConfig, RopeScaling
+from apr.model.config import ModelConfig
 from apr.model.hf_config import to_hf
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
+from apr.model.rope_scaling import Llama3Scaling
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.training import train_tokenizer
 
@@ -52,7 +53,7 @@ CASES = {
     "llama-untied": _case("llama-tiny", "bfloat16", 2, tie_word_embeddings=False, num_kv_heads=4),
     # a low theta and few positions: frequencies of all three ranges of the scaling
     "llama3": _case(
-        "llama3-tiny", "float32", 3, rope_theta=100.0, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 28)
+        "llama3-tiny", "float32", 3, rope_theta=100.0, rope_scaling=Llama3Scaling(4.0, 1.0, 4.0, 28)
     ),
     "mistral": _case("mistral-tiny", "float16", 4),
     "qwen2": _case("qwen2-tiny", "bfloat16", 5),
