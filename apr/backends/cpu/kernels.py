@@ -208,19 +208,20 @@ def gemm(c, a, b, ta, tb, alpha, beta, rows, cols):
 def linear_few(y, x, w, add):
     """y = x w^T, or y += x w^T, for few rows x: what counts is to read w once, and BLAS would copy it first.
 
-    Every element is one sum that is always added in the same order, whatever the number of rows."""
+    Every element is one sum that is always added in the same order, whatever the number of rows. Rows outside: with them inside
+    LLVM 22 leaves out, on some processors, the check that one row is not two."""
     n, k = x.shape
     o = w.shape[0]
     px, pw, py = x.ctypes.data, w.ctypes.data, y.ctypes.data
     for p in prange((o + 31) // 32):
-        for j in range(p * 32, min(o, p * 32 + 32)):
-            wr = _row(w, pw + j * w.strides[0], k)
-            for i in range(n):
-                xr = _row(x, px + i * x.strides[0], k)
+        first, last = p * 32, min(o, p * 32 + 32)
+        for i in range(n):
+            xr, to = _row(x, px + i * x.strides[0], k), py + i * y.strides[0]
+            for j in range(first, last):
+                wr, yr = _row(w, pw + j * w.strides[0], k), _row(y, to + j * y.itemsize, 1)
                 s = np.float32(0)
                 for e in range(k):
                     s += xr[e] * wr[e]
-                yr = _row(y, py + i * y.strides[0] + y.itemsize * j, 1)
                 yr[0] = yr[0] + s if add else s
 
 
