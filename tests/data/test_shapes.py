@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -56,6 +57,18 @@ TOOLS = (
 
 def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
+
+
+def node(role: str, text: str, *replies: Any, **more: Any) -> dict[str, Any]:
+    """A message of a tree, as OpenAssistant has them."""
+    return {
+        "message_id": f"{role} {text}",
+        "role": role,
+        "text": text,
+        "lang": "en",
+        "replies": [*replies],
+        **more,
+    }
 
 
 ASK, SAY = turn("user", "2 + 2?"), turn("assistant", "It is 4.")
@@ -129,6 +142,27 @@ SOUND: dict[str, tuple[Any, str | None, str, str]] = {
         TALK.replace("<|assistant|>\n", '<|assistant|>\nadd({"a": 2, "b": 2})<|end|>\n<|tool|>\n4<|end|>\n<|assistant|>\n'),
         'add({"a": 2, "b": 2})<|end|>' + ANSWER,
     ),
+    "texts in turn": ({"id": "0", "data": ["2 + 2?", "It is 4."]}, None, TALK, ANSWER),
+    "a tree": (
+        {"message_tree_id": "t", "prompt": node("prompter", "2 + 2?", node("assistant", "It is 4."))}, None, TALK, ANSWER,
+    ),
+    "a message with replies": (node("prompter", "2 + 2?", node("assistant", "It is 4.")), None, TALK, ANSWER),
+    "questions with their answers": (
+        {"conversations": [{"human": "2 + 2?", "assistant": "It is 4."}] * 2}, None, TALK + TALK, ANSWER * 2,
+    ),
+    "a transcript": (
+        {"messages": "\n\nHuman: 2 + 2?\n\nAssistant: It is 4.\n\nHuman: 2 + 2?\n\nAssistant: It is 4."},
+        None, TALK + TALK, ANSWER * 2,
+    ),
+    "messages of one path": (
+        {"messages": [{**ASK, "id": "a"}, {**SAY, "id": "b", "parent_id": "a"}]}, None, TALK, ANSWER,
+    ),
+    "lists of one text": ({"prompt": ["2 + 2?"], "completion": ["It is 4."]}, None, TALK, ANSWER),
+    "map of texts in turn": ({"turns": ["2 + 2?", "It is 4."]}, "data=turns", TALK, ANSWER),
+    "map of a transcript": (
+        {"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: It is 4.", "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5"},
+        "messages=chosen", TALK, ANSWER,
+    ),
     "map of a conversation": (
         {"data": {"dialog": [{"who": "a", "says": "2 + 2?"}, {"who": "b", "says": "It is 4."}]}},
         "messages=data.dialog,role=who,content=says,user=a,assistant=b", TALK, ANSWER,
@@ -191,6 +225,12 @@ def test_every_shape_is_trained_on_its_answers(encoder: Encoder, tok: Tokenizer,
         "messages with ShareGPT's keys",
         "roles with capitals",
         "parts of OpenAI's Responses",
+        "texts in turn",
+        "a tree",
+        "questions with their answers",
+        "a transcript",
+        "lists of one text",
+        "map of texts in turn",
     ],
 )
 def test_a_shape_is_found_again_by_other_code(tmp_path: Path, tok: Tokenizer, name: str) -> None:
@@ -206,12 +246,9 @@ def test_all_shapes_in_one_file_are_found_again_by_other_code(tmp_path: Path, to
 
 
 def test_every_shape_of_the_table_has_a_record_here() -> None:
-    has = {
-        next(s.name for s in SHAPES if set(s.keys) <= set(record))
-        for record, keys, *_ in SOUND.values()
-        if not keys
-    }
-    assert has == {s.name for s in SHAPES if s.keys != ("chosen", "rejected")}
+    has = {next(s.name for s in SHAPES if s.fits(record)) for record, keys, *_ in SOUND.values() if not keys}
+    # Those two are of the table so that a record is refused by what it is.
+    assert has == {s.name for s in SHAPES} - {"pairs of preferences", "messages of trees"}
 
 
 @pytest.mark.parametrize("name", ["messages", "sharegpt", "train", "text of two turns"])
@@ -367,9 +404,34 @@ def test_a_map_is_for_the_records_that_have_its_keys(tmp_path: Path, tok: Tokeni
         ({"body": "a"}, "no field", "--corpus FILE --content-field body"),
         ({"x": 1}, "no field", "wanted messages"),
         ({"version": 1, "data": [{"messages": [ASK, SAY]}]}, "no field", "the records are in 'data': jq -c '.data[]' FILE"),
-        ({"conversation": [{"input": "a", "output": "b"}]}, "no field", "wanted messages"),
+        ({"conversation": [{"input": "a", "output": "b"}]}, "no field", "--map messages=conversation"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs of preferences", "--map response=chosen"),
         ({"chosen": [ASK, SAY], "rejected": [ASK]}, "pairs of preferences", "--map messages=chosen"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "b"}, "pairs of preferences", "--map messages=chosen"),
+        ({"data": ["q", "a", "q"]}, "odd number of turns", "data has 3 texts"),
+        ({"data": ["q", "a", "q", {"a": 1}]}, "not a string", "data[3] is dict"),
+        ({"turns": ["q", "a"]}, "no field", "--map data=turns"),
+        ({"conversation": ["q", "a"]}, "no field", "--map data=conversation"),
+        ({"messages": ["q", "a"]}, "role",
+         "messages[0] is str, not an object with a role; texts in turn, the user's first: --map data=messages"),
+        ({"dialogue": "Human: q\n\nAssistant: a"}, "no field", "--map messages=dialogue"),
+        ({"messages": "\n\nHuman: q\n\nAssistant: a\n\nAssistant: b"}, "turns", "turn 3 is of Assistant, behind another"),
+        ({"messages": "\n\nHuman: q\n\nAssistant: a\n\nHuman: b"}, "odd number of turns", "messages has 3 turns"),
+        ({"messages": "\n\nHuman: q\n\nAssistant: \n\nHuman: b\n\nAssistant: c"}, "turns", "turn 2, of Assistant, is empty"),
+        ({"messages": "Bot: a\n\nHuman: q\n\nAssistant: a"}, "not a list", "messages is no list"),
+        ({"conversations": [{"human": "q", "assistant": "a", "context": "c"}]}, "turns", "has 'context' beside 'human'"),
+        ({"conversations": [{"from": "human", "markdown": "q"}]}, "not a string", "it has 'role', 'markdown', and --map content"),
+        ({"prompt": "q", "completion": ["a", "b"]}, "several texts", "completion has 2 texts"),
+        ({"prompt": ["a", "b"], "response": ["c", "d"]}, "several texts", "prompt has 2 texts"),
+        (node("prompter", "q", node("assistant", "a"), node("assistant", "b")), "a tree", "replies has 2 replies"),
+        ({"prompt": node("prompter", "q", node("robot", "a"))}, "role", "messages of the tree[1] has role 'robot'"),
+        ({"prompt": node("prompter", "q", replies="none")}, "a tree", "prompt.replies is no list"),
+        ({"prompt": node("prompter", "q")}, "no answer", "no message of the assistant"),
+        ({"message_id": "b", "parent_id": "a", "role": "assistant", "text": "x"}, "a message of a tree", "'parent_id' 'a'"),
+        ({"messages": [{**ASK, "id": "a"}, {**SAY, "id": "b", "parent_id": "a"}, {**SAY, "id": "c", "parent_id": "a"}]},
+         "a tree", "messages[2].parent_id is 'a'; the message before it is 'b'"),
+        ({"messages": [{**ASK, "id": 1}, {**SAY, "id": 2, "parent_id": 1}, {**ASK, "id": 3}, {**SAY, "id": 4, "parent_id": 3}]},
+         "a tree", "messages[2].parent_id is missing: another tree begins"),
         ({"messages": [turn("robot", "b")]}, "role", "--map assistant=NAME"),
         ({"messages": [ASK, {**SAY, "weight": 0.5}]}, "weight", "weight is 0.5; write 0 or leave it out"),
         ({"messages": [turn("user", [{"type": "image"}]), SAY]}, "parts that are no text", "messages[0].content[0]"),
@@ -386,6 +448,71 @@ def test_a_record_of_another_shape_is_named_with_the_flag_that_reads_it(
         example_of("x:1", record)
     assert e.value.reason == reason
     assert words in e.value.detail
+
+
+TREE = node(
+    "prompter",
+    "q",
+    node("assistant", "bad", rank=1),
+    node("assistant", "good", node("prompter", "more?"), rank=0),
+)
+
+
+def flat(message: Any, parent: str | None = None) -> list[Any]:
+    below = [row for reply in message["replies"] for row in flat(reply, message["message_id"])]
+    return [{k: v for k, v in message.items() if k != "replies"} | {"parent_id": parent}, *below]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("nested", [{"prompt": TREE}]), ("root", [TREE]), ("flat", flat(TREE))]
+)
+def test_the_command_for_a_tree_writes_its_best_path(tmp_path: Path, name: str, rows: list[Any]) -> None:
+    """The command is run: what it writes is read."""
+    path = lines(tmp_path, rows)
+    first = next(iter(open_conversations(path)))
+    assert isinstance(first, Skipped)
+    if name != "flat" and not shutil.which("jq"):
+        pytest.skip("needs jq")
+    command = re.search(r"(jq|python3) -c .* > chats.jsonl", first.detail)
+    assert command
+    written = (
+        command[0].replace("python3", sys.executable, 1).replace("FILE", path).replace("> chats", "> out")
+    )
+    subprocess.run(written, shell=True, check=True, cwd=tmp_path)
+    (read,) = open_conversations(str(tmp_path / "out.jsonl"))
+    assert not isinstance(read, Skipped)
+    assert [m["content"] for m in json.loads(read.text or "")] == ["q", "good", "more?"]
+
+
+def test_the_command_for_several_texts_writes_a_record_for_each(tmp_path: Path) -> None:
+    path = lines(tmp_path, [{"prompt": "q", "completion": ["a", "b"]}])
+    (skipped,) = open_conversations(path)
+    assert isinstance(skipped, Skipped)
+    if not shutil.which("jq"):
+        pytest.skip("needs jq")
+    command = re.search(r"jq -c .* > one.jsonl", skipped.detail)
+    assert command
+    subprocess.run(command[0].replace("FILE", path), shell=True, check=True, cwd=tmp_path)
+    read = [x for x in open_conversations(str(tmp_path / "one.jsonl")) if not isinstance(x, Skipped)]
+    assert [json.loads(x.text or "") for x in read] == [["q", "a"], ["q", "b"]]
+
+
+def test_pairs_of_transcripts_are_read_and_found_again(tmp_path: Path, tok: Tokenizer) -> None:
+    """HH-RLHF: what both begin with is the prompt."""
+    talk = "\n\nHuman: {0} + {0}?\n\nAssistant: Add.\n\nHuman: And?\n\nAssistant: "
+    rows = [
+        {"chosen": talk.format(i) + f"It is {2 * i}.", "rejected": talk.format(i) + f"No {i}."}
+        for i in range(6)
+    ]
+    pair = pair_of("x", rows[3])
+    assert [m["content"] for m in json.loads(pair.prompt)] == ["3 + 3?", "Add.", "And?"]
+    assert [[*e.messages][-1]["content"] for e in (pair.chosen, pair.rejected)] == ["It is 6.", "No 3."]
+    path, template = lines(tmp_path, rows), ChatTemplate(TOOLS, "test")
+    made = prepare_conversations(path, tmp_path / "out", tok, template, 255, 0.3, pairs=True)
+    sides = {side: PackedShards(place, tok) for side, place in made.sides.items()}
+    assert pairs_kept(open_pairs(path), sides, tok, template).passed
+    swapped = [{"chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
+    assert pairs_kept(open_pairs(lines(tmp_path, swapped, "b.jsonl")), sides, tok, template).verdict == FAIL
 
 
 def test_text_without_answers_says_what_is_missing(encoder: Encoder) -> None:
@@ -720,7 +847,10 @@ def test_pairs_are_found_again_whatever_a_template_writes_around_an_answer(
         ({"question": "q", "chosen": "a", "rejected": "b"}, "--map prompt=question reads it"),
         ({"input": "q", "chosen_response": "a", "rejected_response": "b"},
          "--map prompt=input,chosen=chosen_response,rejected=rejected_response reads it"),
-        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "as HH-RLHF has them"),
+        ({"chosen": "Well.\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "as HH-RLHF has them"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b\n\nHuman: c"},
+         "rejected has 3 turns"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"}, "begin otherwise"),
         ({"instruction": "q", "output": ["a", "b"]}, "'output' has several answers"),
         ({"instruction": "q", "completions": [{"response": "a"}, {"response": "b"}]}, "'completions' has several answers"),
         ({"prompt": "q", "completion": "a", "label": True}, "wanted prompt, chosen and rejected"),

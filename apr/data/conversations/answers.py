@@ -27,6 +27,8 @@ from .shapes import ANSWER_END, ANSWER_START, FLAGS, UNTRAINED
 
 # What messages may have beside their text, for a template to write.
 SPEAKERS = ("assistant", "gpt", "model", "bot", "chatgpt", "ai")
+# Keys of answers, where an object holds a question and its answer.
+SAYING = ("assistant", "gpt", "bot", "answer", "output", "response")
 BESIDE = ("reasoning_content", "reasoning", "thinking", "thoughts", "tool_calls", "function_call")
 NAME, BOUND = (
     "answers of the files",
@@ -243,16 +245,27 @@ def _said(value: Any, names: dict[str, str], speakers: set[str]) -> tuple[list[d
             turns = value_of(turns.encode(errors="replace"))
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
-                who = (x for key in ("role", "from") for x in _named(turn, key, names))
+                who = [x for key in ("role", "from") for x in _named(turn, key, names) if x is not None]
                 said += (
                     [turn]
                     if any(isinstance(w, str) and (w in speakers or w.lower() in SPEAKERS) for w in who)
                     else []
                 )
+                said += [{"content": x} for key, x in turn.items() if not who and key.lower() in SAYING]
             elif isinstance(turn, list) and len(turn) == 2:
                 said.append({"content": turn[1]})
+        if isinstance(turns, str) and (spoken := turns.split("\n\nAssistant:"))[1:] and "Human:" in spoken[0]:
+            said += [{"content": text.split("\n\nHuman:")[0]} for text in spoken[1:]]
+    for texts in _named(value, "data", names):
+        said += [{"content": text} for text in texts[1::2]] if isinstance(texts, list) else []
+    node = value.get("prompt") if isinstance(value.get("prompt"), dict) else value
+    while isinstance(node, dict) and isinstance(node.get("replies"), list) and len(node["replies"]) == 1:
+        node = node["replies"][0]
+        if isinstance(node, dict) and node.get("role") in speakers:
+            said.append({"content": node.get("text")})
     for key in ("output", "response", "completion"):
-        said += [{"content": x} for x in _named(value, key, names) if isinstance(x, str)]
+        found = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in _named(value, key, names))
+        said += [{"content": x} for x in found if isinstance(x, str)]
     texts = [x for x in _named(value, "text", names) if isinstance(x, str)]
     return said, [] if said else texts[:1]
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...common.errors import Refused, UsageError
+from .spoken import Record, asked_and_said, is_texts, is_transcript
 
-Record = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 OF_RECORDS = ("messages", "conversations", "prompt", "response", "completion", "instruction", "input", "output", "text",
-              "system", "history", "tools", "chosen", "rejected")  # fmt: skip
+              "system", "history", "tools", "chosen", "rejected", "data")  # fmt: skip
 # Those that make a record without another.
 ALONE = {"messages", "conversations", "text"}
-PAIRED = {*OF_RECORDS} - {"input", "system", "history", "tools"}
+PAIRED = {*OF_RECORDS} - {"input", "system", "history", "tools", "data"}
 # Keys of a file that a message names.
 SHOWN_KEYS = 20
 OF_MESSAGES = ("role", "content", "from", "value", "train")
@@ -131,7 +131,8 @@ def pair_like(record: Record) -> str:
     texts = [record.get(picked[key] or "") for key in ("chosen", "rejected")]
     if all(isinstance(t, str) and all(mark in t for mark in DIALOG) for t in texts):
         return (
-            "the answers hold whole dialogs in a text, as HH-RLHF has them: write chosen and rejected as lists of messages, "
+            "the answers hold whole dialogs in a text, as HH-RLHF has them, which begin with Human: and stand alone, without a "
+            "prompt; write chosen and rejected so, or as lists of messages, "
             '[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
         )
     ranked = next((k for k, v in record.items() if isinstance(v, list) and len(v) > 1 and _texts(v)), None)
@@ -154,6 +155,14 @@ def looks_like(record: Record) -> str:
     wanted = "; wanted messages, or prompt and response, or instruction and output"
     for key, turns in record.items():
         first = turns[0] if isinstance(turns, list) and turns else None
+        if asked_and_said(first):
+            return f"there is {there}; {key!r} holds questions with their answers: --map messages={key}"
+        if is_texts(turns) and len(turns) > 1:
+            return f"there is {there}; if {key!r} holds texts in turn, the user's first: --map data={key}"
+        if is_transcript(turns):
+            return (
+                f"there is {there}; {key!r} holds a transcript of Human and Assistant: --map messages={key}"
+            )
         if isinstance(first, dict) and (found := _speaker(first)):
             role, content = found
             pairs = [("messages", key), ("role", role), ("content", content)]

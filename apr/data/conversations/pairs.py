@@ -29,6 +29,7 @@ from .pack import Spool
 from .packed import PackedShards, PackManifest
 from .render import EncodedExample, Encoder
 from .shapes import Example, as_message, canonical, earlier, example_of
+from .spoken import from_transcript, is_transcript
 
 BATCH_PAIRS = 128
 TOO_LONG = "longer than --seq-length"
@@ -66,6 +67,8 @@ def pair_of(name: str, value: Any, keys: KeyMap | None = None) -> Pair:
     prompt, sides = value.get("prompt", value.get("conversations")), [value["chosen"], value["rejected"]]
     if sides[0] == sides[1]:
         raise Unusable("equal answers", "chosen and rejected are the same")
+    if are_transcripts := prompt is None and all(map(is_transcript, sides)):
+        sides = [from_transcript(s, key) for s, key in zip(sides, ("chosen", "rejected"), strict=True)]
     beside = {key: value[key] for key in sorted(READ_BESIDE) if value.get(key)}
     before = [*earlier(value)] if value.get("history") else []
     if isinstance(prompt, str) and all(isinstance(s, str) for s in sides) and not (beside or before):
@@ -78,7 +81,7 @@ def pair_of(name: str, value: Any, keys: KeyMap | None = None) -> Pair:
     while shared and turns[0][shared - 1].get("role") == "assistant":
         shared -= 1
     if not shared:
-        advice = pair_like(value) if prompt is None else ""
+        advice = "" if are_transcripts or prompt is not None else pair_like(value)
         raise Unusable("no prompt", advice or f"chosen and rejected begin otherwise; {NO_PAIR}")
     # Earlier answers are part of the prompt.
     context = [{**m, "train": False} if m.get("role") == "assistant" else m for m in turns[0][:shared]]

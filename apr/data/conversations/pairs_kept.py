@@ -44,6 +44,8 @@ def pairs_kept(
                         if isinstance(said, list)
                         else [said if isinstance(said, dict) else {"content": said}]
                     )
+                    if isinstance(said, str) and said.lstrip().startswith("Human:") and "prompt" not in value:
+                        turns = [{"content": said.rpartition("\n\nAssistant:")[2]}]
                     texts = (t for m in turns[-1:] if isinstance(m, dict) for t in contents(m, {}))
                     answers[label].update(k for t in texts for k in spelling.keys(t))
     except Unfollowed:

@@ -13,12 +13,25 @@ from ..documents import Document
 from ..source import Unusable
 from .beside import READ_BESIDE, refuse_bad, settled
 from .keys import ROLES, KeyMap, Record, looks_like
+from .spoken import (
+    from_transcript,
+    in_turn,
+    is_message_of_tree,
+    is_texts,
+    is_transcript,
+    is_tree,
+    one_by_one,
+    one_text,
+    path_of,
+    refuse_branches,
+    refuse_message_of_tree,
+)
 
 # Noncharacters of Unicode: they mark answers in a rendered text (see render.py).
 ANSWER_START, ANSWER_END = "\ufdd0", "\ufdd1"
 # Names that other tools have for a role.
 OTHER_ROLES = {
-    "developer": "system", "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+    "developer": "system", "human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
     "chatgpt": "assistant", "ai": "assistant", "function": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
 # Keys of a message that say if it is trained on, and their value where it is not: Axolotl's, OpenAI's.
@@ -55,12 +68,18 @@ class Example(Document):
 
 @dataclass(frozen=True)
 class Shape:
-    """A kind of record: its name, the keys by which it is known, how it is read, which other keys are."""
+    """A kind of record: its name, the keys by which it is known, how it is read, which other keys are, and what else is true
+    of a record of this kind."""
 
     name: str
     keys: tuple[str, ...]
     read: Callable[[str, Record], Example]
     more: frozenset[str] = frozenset(READ_BESIDE)
+    when: Callable[[Record], bool] = lambda record: True
+
+    def fits(self, record: Record) -> bool:
+        """Tell a record of this kind."""
+        return all(key in record for key in self.keys) and self.when(record)
 
 
 def example_of(name: str, value: Any, keys: KeyMap | None = None) -> Example:
@@ -68,7 +87,7 @@ def example_of(name: str, value: Any, keys: KeyMap | None = None) -> Example:
     if not isinstance(value, dict):
         raise Unusable("not an object", f"the record is {type(value).__name__}")
     given = settled(_filled(keys(value) if keys else value))
-    shape = next((s for s in SHAPES if all(key in given for key in s.keys)), None)
+    shape = next((s for s in SHAPES if s.fits(given)), None)
     if shape is None:
         raise Unusable("no field", looks_like(given))
     refuse_bad(given)
@@ -125,7 +144,8 @@ def _asked(answer: str) -> Callable[[str, Record], Example]:
     """Make the reader of a prompt and its answer, both texts or lists of messages."""
 
     def read(name: str, record: Record) -> Example:
-        asked, said = record["prompt"], record[answer]
+        asked, said = one_text(record["prompt"], "prompt"), one_text(record[answer], answer)
+        record = {**record, "prompt": asked, answer: said}
         if not isinstance(asked, list) and not isinstance(said, list):
             prompt = text_of(record, "prompt")
             return _pair(name, record, prompt, prompt, text_of(record, answer))
@@ -136,6 +156,20 @@ def _asked(answer: str) -> Callable[[str, Record], Example]:
     return read
 
 
+def _in_turn(name: str, record: Record) -> Example:
+    return conversation(name, record, in_turn(record["data"], "data"), "data")
+
+
+def _tree(name: str, record: Record) -> Example:
+    beside = {key: record[key] for key in READ_BESIDE if key in record}
+    return conversation(name, beside, path_of(record), "messages of the tree")
+
+
+def _message_of_tree(name: str, record: Record) -> Example:
+    refuse_message_of_tree(name, record)
+    raise AssertionError
+
+
 def _rendered(name: str, record: Record) -> Example:
     text = text_of(record, "text")
     if not text.strip():
@@ -144,7 +178,8 @@ def _rendered(name: str, record: Record) -> Example:
 
 
 def _preference(name: str, record: Record) -> Example:
-    ours = "messages" if isinstance(record["chosen"], list) and "prompt" not in record else "response"
+    is_whole = isinstance(record["chosen"], list) or is_transcript(record["chosen"])
+    ours = "messages" if is_whole and "prompt" not in record else "response"
     raise Unusable(
         "pairs of preferences",
         f"a record looks like a prompt with a chosen and a rejected answer; to tune on the chosen answers: --map {ours}=chosen",
@@ -152,6 +187,11 @@ def _preference(name: str, record: Record) -> Example:
 
 
 PAIRED = frozenset(READ_BESIDE | {"history"})
+# Keys of a tree that say nothing of what is said in it.
+OF_TREES = frozenset(
+    READ_BESIDE
+    | {"message_tree_id", "tree_state", "message_id", "parent_id", "role", "text", "lang", "rank", "origin"}
+)
 # The shapes that are read; of a record, the first whose keys it has.
 SHAPES: tuple[Shape, ...] = (
     Shape("messages", ("messages",), _messages),
@@ -165,7 +205,11 @@ SHAPES: tuple[Shape, ...] = (
     Shape("prompt and response", ("prompt", "response"), _asked("response"), PAIRED),
     Shape("prompt and completion", ("prompt", "completion"), _asked("completion"), PAIRED),
     Shape("pairs of preferences", ("chosen", "rejected"), _preference),
+    Shape("a tree of messages, as OpenAssistant has them", ("prompt",), _tree, OF_TREES, is_tree),
+    Shape("a message with replies, as OpenAssistant has them", ("replies",), _tree, OF_TREES, is_tree),
+    Shape("messages of trees", ("message_id",), _message_of_tree, when=is_message_of_tree),
     Shape("text that is rendered already", ("text",), _rendered, frozenset()),
+    Shape("texts in turn, as UltraChat has them", ("data",), _in_turn, when=lambda r: is_texts(r["data"])),
 )
 
 
@@ -222,12 +266,13 @@ def earlier(record: Record) -> Iterator[Record]:
 def conversation(name: str, record: Record, turns: Any, where: str, context: int = 0) -> Example:
     """Read messages, with what a record has beside them: system, tools, chat_template_kwargs.
 
-    turns: a list of messages, or a text that spells one. context: as many messages at the beginning are not trained on.
-    Raises Unusable."""
-    turns = _filled(_parsed(turns))
+    turns: a list of messages, a text that spells one, or a transcript of Human and Assistant. context: as many messages at the
+    beginning are not trained on. Raises Unusable."""
+    turns = from_transcript(turns, where) if is_transcript(turns) else _filled(_parsed(turns))
     if not isinstance(turns, list) or not turns:
         raise Unusable("not a list", f"{where} is no list, or empty")
-    turns = [as_message(turn) for turn in turns]
+    refuse_branches(turns, where)
+    turns = [as_message(turn) for turn in one_by_one(turns, where)]
     messages, untrained = [], set()
     if record.get("system") and not (isinstance(turns[0], dict) and turns[0].get("role") == "system"):
         turns, context = (
@@ -264,7 +309,13 @@ def is_answer(message: Record) -> bool:
 def _message(turn: Any, where: str) -> tuple[Record, bool]:
     """Read (message as a template takes it, whether it may be trained on). Raises Unusable."""
     if not isinstance(turn, dict):
-        raise Unusable("role", f"{where} is {type(turn).__name__}, not an object with a role")
+        key = where.split("[")[0]
+        flag = (
+            f"; texts in turn, the user's first: --map data={key}"
+            if isinstance(turn, str) and " " not in key
+            else ""
+        )
+        raise Unusable("role", f"{where} is {type(turn).__name__}, not an object with a role{flag}")
     flags = {key for key in FLAGS if isinstance(turn.get(key), bool)}
     message = {key: value for key, value in turn.items() if key not in UNTRAINED and key not in flags}
     if message.get("role") not in ROLES:
@@ -279,6 +330,12 @@ def _message(turn: Any, where: str) -> tuple[Record, bool]:
     calls, call = _parsed(message.pop("tool_calls", None)), _parsed(message.pop("function_call", None))
     if isinstance(call, dict) and call and not calls:
         calls = [{"type": "function", "function": call}]
+    if "content" not in turn and not calls:
+        there = ", ".join(map(repr, turn))
+        raise Unusable(
+            "not a string",
+            f"{where} has no content; it has {there}, and --map content=KEY says which holds it",
+        )
     if content is not None or not calls:
         text_of(message, "content", f"{where}.content")
     if calls:

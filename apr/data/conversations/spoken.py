@@ -1,0 +1,169 @@
+"""Conversations in other forms than lists of messages: trees, texts in turn, transcripts, questions with their answers.
+
+Each becomes a list of messages, or is refused by what makes it ambiguous: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ...common.units import plural
+from ..source import Unusable
+
+Record = dict[str, Any]
+# Keys of a question and of its answer, where one object holds both: Firefly's, Capybara's and others'.
+ASKING = {"human", "user", "question", "input", "prompt"}
+SAYING = {"assistant", "gpt", "bot", "answer", "output", "response"}
+# How HH-RLHF writes who speaks (Bai et al. 2022).
+SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
+SPEAKERS = ("Human", "user"), ("Assistant", "assistant")
+# Commands that choose a path of a tree.
+BEST_OF_NESTED = (
+    "jq -c 'def best: [{role, content: .text}] + if (.replies | length) > 0 then (.replies | min_by(.rank // 99) | best) "
+    "else [] end; {messages: (%s | best)}' FILE > chats.jsonl writes the best-ranked path of each tree"
+)
+BEST_OF_FLAT = (
+    "python3 -c \"import json; %s; below = {}; [below.setdefault(r.get('parent_id'), []).append(r) for r in rows]; "
+    "best = lambda r: [dict(role=r['role'], content=r['text'])] + (best(min(below[r['message_id']], key=lambda b: 99 if "
+    "b.get('rank') is None else b['rank'])) if r['message_id'] in below else []); "
+    '[print(json.dumps(dict(messages=best(r)))) for r in below[None]]" > chats.jsonl writes the best-ranked path of each tree'
+)
+ROWS_OF = {
+    False: "rows = [json.loads(line) for line in open('FILE')]",
+    True: "import pyarrow.parquet; rows = pyarrow.parquet.read_table('FILE').to_pylist()",
+}
+
+
+def is_tree(record: Record) -> bool:
+    """Tell a tree of messages: a message with the replies to it, or a record with one under "prompt"."""
+    return isinstance(root := record.get("prompt", record), dict) and "text" in root and "replies" in root
+
+
+def is_message_of_tree(record: Record) -> bool:
+    """Tell one message of a tree, whose other messages are other records."""
+    return isinstance(record.get("text"), str) and isinstance(record.get("role"), str)
+
+
+def is_texts(value: Any) -> bool:
+    """Tell a list that begins with a text."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], str)
+
+
+def is_transcript(value: Any) -> bool:
+    """Tell a text that begins with a turn of Human and has one of Assistant."""
+    return isinstance(value, str) and bool(TRANSCRIPT.match(value))
+
+
+def path_of(record: Record) -> list[Record]:
+    """List the messages of a tree with one path. Raises Unusable: a message with several replies."""
+    node, where = (record["prompt"], "prompt") if "prompt" in record else (record, "")
+    command, out = BEST_OF_NESTED % (f".{where}" if where else "."), list[Record]()
+    while True:
+        out.append({"role": node.get("role"), "content": node.get("text")})
+        where = f"{where}.replies".removeprefix(".")
+        replies = node.get("replies", [])
+        if not isinstance(replies, list) or not all(isinstance(r, dict) for r in replies):
+            raise Unusable("a tree", f"{where} is no list of messages")
+        if len(replies) > 1:
+            raise Unusable("a tree", f"{where} has {len(replies)} replies, and one path is read: {command}")
+        if not replies:
+            return out
+        node, where = replies[0], f"{where}[0]"
+
+
+def refuse_message_of_tree(name: str, record: Record) -> None:
+    """Raise Unusable for a record that is one message of a tree."""
+    parent = f"'parent_id' {record['parent_id']!r}" if "parent_id" in record else "no 'parent_id'"
+    command = BEST_OF_FLAT % ROWS_OF[".parquet" in name]
+    raise Unusable(
+        "a message of a tree",
+        f"the record is one message, with 'message_id' {record['message_id']!r} and {parent}: {command}",
+    )
+
+
+def in_turn(texts: list[Any], where: str) -> list[Record]:
+    """Give texts in turn the roles user and assistant. Raises Unusable: an odd number, or something that is no text."""
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise Unusable("not a string", f"{where}[{i}] is {type(text).__name__}, between texts in turn")
+    if len(texts) % 2:
+        raise Unusable(
+            "odd number of turns",
+            f"{where} has {plural(len(texts), 'text')}, the user's and the assistant's in turn: the last has no answer; "
+            "take it out",
+        )
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def from_transcript(text: str, where: str) -> list[Record]:
+    """Read a text of turns that begin with "Human:" and "Assistant:" behind an empty line. Raises Unusable unless they take
+    turns, Human first and Assistant last, each with words."""
+    parts = SPEAKER.split("\n\n" + text.lstrip())[1:]
+    out = list[Record]()
+    for i, (speaker, words) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
+        wanted, role = SPEAKERS[i % 2]
+        if speaker != wanted:
+            raise Unusable("turns", f"{where}: turn {i + 1} is of {speaker}, behind another of {speaker}")
+        if not words.strip():
+            raise Unusable("turns", f"{where}: turn {i + 1}, of {speaker}, is empty")
+        out.append({"role": role, "content": words.strip()})
+    if len(out) % 2:
+        raise Unusable(
+            "odd number of turns",
+            f"{where} has {plural(len(out), 'turn')}: the last, of Human, has no answer",
+        )
+    return out
+
+
+def asked_and_said(turn: Any) -> tuple[str, str] | None:
+    """Find the keys of a question and of its answer in an object that holds both; None in others."""
+    if not isinstance(turn, dict) or {"role", "from"} & turn.keys():
+        return None
+    asking, saying = ([k for k in turn if k.lower() in names] for names in (ASKING, SAYING))
+    return (asking[0], saying[0]) if len(asking) == len(saying) == 1 else None
+
+
+def one_by_one(turns: list[Any], where: str) -> Iterator[Any]:
+    """Yield turns, of an object that holds a question and its answer two. Raises Unusable for other keys beside them."""
+    for i, turn in enumerate(turns):
+        if (found := asked_and_said(turn)) is None:
+            yield turn
+            continue
+        if others := sorted(turn.keys() - {*found}):
+            there = ", ".join(map(repr, others))
+            raise Unusable(
+                "turns", f"{where}[{i}] has {there} beside {found[0]!r} and {found[1]!r}; nothing reads that"
+            )
+        for role, key in zip(("user", "assistant"), found, strict=True):
+            yield {"role": role, "content": turn[key]}
+
+
+def refuse_branches(turns: list[Any], where: str) -> None:
+    """Raise Unusable for messages that name their parents and are no one path, each the reply to the one before it."""
+    ids = [t.get("message_id", t.get("id")) if isinstance(t, dict) else None for t in turns]
+    parents = [t.get("parent_id") if isinstance(t, dict) else None for t in turns]
+    if not any(p is not None and p in ids for p in parents):
+        return
+    for i in range(1, len(turns)):
+        if parents[i] != ids[i - 1]:
+            what = f"is {parents[i]!r}" if parents[i] is not None else "is missing: another tree begins"
+            raise Unusable(
+                "a tree",
+                f"{where}[{i}].parent_id {what}; the message before it is {ids[i - 1]!r}, and one path is read",
+            )
+
+
+def one_text(value: Any, key: str) -> Any:
+    """Give the text of a list of one; any other value stays. Raises Unusable for several texts."""
+    if not is_texts(value):
+        return value
+    if len(value) > 1:
+        command = f"jq -c '.{key}[] as $x | .{key} = $x' FILE > one.jsonl"
+        raise Unusable(
+            "several texts",
+            f"{key} has {len(value)} texts, and a record is one example; {command} writes a record for each",
+        )
+    return value[0]
