@@ -266,6 +266,8 @@ def _print(show: Show, f: Flags, mode: str, r: dict[str, Any]) -> None:
                 rows.append(
                     ("without a prediction", f"{plural(r['documents_too_short'], 'document')} of one token")
                 )
+        if r.get("splits"):
+            rows.append(("splits", r["splits"]))
         if r["left_out"]:
             rows.append(("left out", f"{r['left_out']:,}, the first: {r['left_out_first'][0]}"))
     elif mode == "choices":

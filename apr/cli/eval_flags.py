@@ -23,7 +23,9 @@ class Flags:
         path=True,
     )
     text: str | None = option(
-        "file or folder of text, JSONL or Parquet; every document is scored by itself", path=True
+        "file or folder of text, JSONL or Parquet, hf://datasets/org/name[:split]; of a folder with splits, validation or test; "
+        "every document is scored by itself",
+        path=True,
     )
     choices: str | None = option(
         "JSONL of multiple-choice questions: ARC, PIQA or plain", metavar="FILE", path=True

@@ -18,7 +18,7 @@ from ..common.rounding import ceil_div
 from ..data.corpus import Corpus
 from ..data.cut import Cutter
 from ..data.documents import Document, LongDocument
-from ..data.find import find_sources
+from ..data.hub_data import held_out_sources, splits_note
 from ..data.shards import TokenShards
 from ..data.source import Skipped
 from ..tokenizer.tokenizer import Tokenizer
@@ -239,12 +239,15 @@ def text_windows(
 ) -> Texts:
     """Cut windows of every document by itself, after the ids that --bos asks for. With max_tokens the first ones."""
     check_stride(seq, stride)
-    corpus = Corpus(find_sources([path]), content_field)
+    corpus = Corpus(held_out_sources(path), content_field)
     before = prefix_ids(tokenizer, bos)
     facts: dict[str, Any] = {
         "text": path, "documents": 0, "documents_too_short": 0, "left_out": 0, "left_out_first": [],
         "bos": bos, "bos_ids": before,
     }  # fmt: skip
+
+    if note := splits_note(path, is_scored=True):
+        facts["splits"] = note
 
     def windows() -> Iterator[tuple[Window, int]]:
         tokens = 0

@@ -267,6 +267,23 @@ def test_what_does_nothing_is_said(
     assert "nothing to resume in" in out
 
 
+def test_of_a_folder_with_splits_train_is_read(
+    tok: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As apr pretrain --corpus reads it: by the tokenizer and by the encoder."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    texts = [d.text for d in corpus(40)]
+    for name, part in (("train", texts[:30]), ("test", texts[30:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
+    code, out, _ = encode(capsys, folder, tok, tmp_path / "a")
+    assert (code, "trained on the split train; left out:" in " ".join(out.split())) == (0, True)
+    code, out, _ = encode(capsys, folder, tok, tmp_path / "b", "--json")
+    assert sum(json.loads(out)["counts"]["documents"].values()) == 30
+    code, out, _ = call(capsys, "train", folder, "--vocab-size", 300, "-o", tmp_path / "t", "--json")
+    assert 20 < json.loads(out)["documents"] <= 30
+
+
 def test_one_file_in_documents(tok: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "stories.txt"
     path.write_text("\n<|endoftext|>\n".join(d.text for d in corpus(30)))

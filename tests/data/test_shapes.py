@@ -38,7 +38,7 @@ from apr.data.conversations.prepare import prepare_conversations
 from apr.data.conversations.render import EncodedExample, Encoder
 from apr.data.conversations.shapes import SHAPES, example_of
 from apr.data.find import find_sources
-from apr.data.hub_data import of_split, splits_note, train_sources
+from apr.data.hub_data import held_out_sources, of_split, splits_note, train_sources
 from apr.data.mixture import sources_of
 from apr.data.settings import DataSettings
 from apr.data.source import Skipped, Source, Unusable
@@ -692,6 +692,8 @@ def test_a_data_set_of_the_hub_is_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert more == (
         {"allow_patterns": ["data/test-00000-of-00001.jsonl"]} if is_up else {"local_files_only": True}
     )
+    assert [s.path.name for s in held_out_sources("hf://datasets/org/name")] == ["test-00000-of-00001.jsonl"]
+    assert [s.kind for s in train_sources("hf://datasets/org/name")] == ["parquet"]
     with pytest.raises(Refused, match="no file of a split 'dev'; there is train, test"):
         open_conversations("hf://datasets/org/name:dev")
     monkeypatch.setattr(package, "snapshot_download", Hub.list_repo_files)
@@ -904,6 +906,47 @@ def test_of_a_folder_with_splits_the_training_one_is_read(
     note = splits_note(str(tmp_path))
     assert note.count("jsonl") + note.count(".txt") == left
     assert ("trained on the split train" in note) == bool(left)
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "left"),
+    [
+        (["train.jsonl", "test.jsonl", "validation.jsonl"], ["validation.jsonl"], 2),
+        (["train/a.jsonl", "val/a.jsonl", "dev/a.jsonl", "test/a.jsonl"], ["dev/a.jsonl", "val/a.jsonl"], 2),
+        (["train.jsonl", "test.jsonl", "more.jsonl", "notes.txt"], ["test.jsonl"], 3),
+        (["train.jsonl", "more.jsonl"], ["more.jsonl", "train.jsonl"], 0),
+        (["test.jsonl", "validation.jsonl"], ["test.jsonl", "validation.jsonl"], 0),
+        (["train.txt", "test.txt"], ["test.txt"], 1),
+        (["train.py", "test.py", "model.py"], ["model.py", "test.py", "train.py"], 0),
+    ],
+)
+def test_of_a_folder_with_splits_what_was_not_trained_on_is_scored(
+    tmp_path: Path, names: list[str], read: list[str], left: int
+) -> None:
+    """None of its files is one that train_sources reads, where there is another."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    found = {str(s.path.relative_to(tmp_path)) for s in held_out_sources(str(tmp_path))}
+    assert sorted(found) == read
+    note = splits_note(str(tmp_path), is_scored=True)
+    assert note.count("jsonl") + note.count(".txt") == left
+    trained = {str(s.path.relative_to(tmp_path)) for s in train_sources(str(tmp_path))}
+    assert not (left and trained & found)
+
+
+def test_a_file_of_another_split_that_is_named_is_read(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "e").mkdir()
+    for name in ("d/train.jsonl", "d/test.jsonl", "d/val.jsonl", "e/test.jsonl"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    paths = [str(tmp_path / name) for name in ("d", "d/test.jsonl", "e")]
+    found = [str(s.path.relative_to(tmp_path)) for s in train_sources(*paths)]
+    assert found == ["d/test.jsonl", "d/train.jsonl", "e/test.jsonl"]
+    assert "val.jsonl" in (note := splits_note(*paths))
+    assert "test.jsonl" not in note
+    for read in (train_sources, held_out_sources):
+        assert [s.path.name for s in read(paths[1])] == ["test.jsonl"]
 
 
 def test_files_of_another_split_are_not_looked_for_one_by_one(

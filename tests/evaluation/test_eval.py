@@ -395,6 +395,21 @@ def test_documents_are_masked_on_request(capsys, small):
     assert plain["loss"] != masked["loss"]
 
 
+def test_of_a_folder_with_splits_validation_is_scored(capsys, small, tmp_path):
+    for name, count in (("train", 5), ("test", 3), ("validation", 2)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(f'{{"text": "def f(x): return {i}"}}\n' for i in range(count))
+        )
+    d = result(capsys, small / "hf", "--text", tmp_path)
+    assert d["documents"] == 2
+    assert "test.jsonl" in d["splits"]
+    assert "train.jsonl" in d["splits"]
+    code, out, _ = call(capsys, small / "hf", "--text", tmp_path, "--device", "cpu")
+    assert (code, "scored on a split that is not trained on" in " ".join(out.split())) == (0, True)
+    named = result(capsys, small / "hf", "--text", tmp_path / "test.jsonl")
+    assert (named["documents"], "splits" in named) == (3, False)
+
+
 def test_lines_that_cannot_be_read_are_named(capsys, small, tmp_path):
     file = tmp_path / "t.jsonl"
     file.write_text('{"text": "def f(x): return x"}\n{"body": "x"}\n{\n')

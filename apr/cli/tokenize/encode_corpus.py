@@ -21,8 +21,9 @@ from ...data.corpus import Corpus
 from ...data.encode import Counts, EncodedCorpus, encode_corpus
 from ...data.encode_folder import RECORD, SKIPPED
 from ...data.estimate import Estimate, estimate
-from ...data.find import Sources, find_sources
+from ...data.find import Sources
 from ...data.guards import Bounds
+from ...data.hub_data import splits_note, train_sources
 from ...data.manifest import EOS_POLICIES
 from ...data.settings import widen_option
 from ...tokenizer.tokenizer import Tokenizer
@@ -35,7 +36,8 @@ class Flags:
     """Options of `apr tokenize encode-corpus`."""
 
     inputs: tuple[str, ...] = option(
-        "files and folders: text, source code, .jsonl and text also as .gz .zst .xz .bz2, .parquet",
+        "files and folders: text, source code, .jsonl and text also as .gz .zst .xz .bz2, .parquet, "
+        "hf://datasets/org/name[:split]; of a folder with splits, train",
         positional=True,
         path=True,
     )
@@ -88,7 +90,9 @@ def main(args: Sequence[str]) -> int:
     bounds = Bounds.parse(f.widen)
     show = Show(quiet=f.json)
     tokenizer = Tokenizer.from_file(f.tokenizer)
-    found = find_sources(f.inputs)
+    found = train_sources(*f.inputs)
+    if note := splits_note(*f.inputs):
+        show.note(note)
     if left_out := found.summary():
         show.note(f"left out: {left_out}")
     if f.output:

@@ -16,7 +16,7 @@ from ...common.options import json_option, option, parse
 from ...common.units import plural
 from ...data.corpus import Corpus
 from ...data.documents import Sides, hashes_of
-from ...data.find import find_sources
+from ...data.hub_data import splits_note, train_sources
 from ...data.source import Skipped
 from ...tokenizer.training import train_tokenizer
 from ..show import Show
@@ -27,7 +27,9 @@ class Flags:
     """Options of `apr tokenize train`."""
 
     inputs: tuple[str, ...] = option(
-        "files and folders: text, source code, JSONL, Parquet", positional=True, path=True
+        "files and folders: text, source code, JSONL, Parquet, hf://datasets/org/name[:split]; of a folder with splits, train",
+        positional=True,
+        path=True,
     )
     output: str = option(
         "folder to write the tokenizer to", "", needed=True, short="o", metavar="FOLDER", path=True
@@ -63,7 +65,9 @@ def main(args: Sequence[str]) -> int:
     try_folder(f.output)
     show = Show(quiet=f.json)
     start = time.perf_counter()
-    corpus = Corpus(find_sources(f.inputs), f.content_field, separator=f.separator)
+    corpus = Corpus(train_sources(*f.inputs), f.content_field, separator=f.separator)
+    if note := splits_note(*f.inputs):
+        show.note(note)
     texts = _Texts(corpus, f.val_fraction)
     try:
         tokenizer = train_tokenizer(
