@@ -11,13 +11,24 @@ from types import FunctionType
 import numpy as np
 from numba import njit, prange
 
-from .kernels import _bits, _exp, _float, _kernel, _ordered, _row, _zero
-from .order import column_block, pair_block, row_block, turn, turned_block, zip_rounded
+from .kernels import _kernel, _row, _zero
+from .order import column_block, pair_block, row_block, turn, turned_block
+from .softmax import (
+    LOG2_E,
+    dot_blocks,
+    exponentials,
+    finish_rows,
+    gradients,
+    put_half,
+    raise_tops,
+    sum_rows,
+    top_rows,
+)
 from .tiles import BLOCK_BYTES, EDGE, LINE
 
 SUMS_BYTES = 4 * EDGE * EDGE
+PARTS_BYTES = 4 * EDGE * 16  # of sums in 16 parts for each query
 CHUNK = 4  # blocks of queries whose p and ds wait for the sums over queries
-_MASKED = np.float32(-3e38)
 block = begin = end = None  # of a kind of products: see bound()
 
 
@@ -44,71 +55,52 @@ def _last_block(last, past):
     return (past + last) // EDGE + 1
 
 
-@njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
-def _softmax(like, floats, scores, to, row, blocks, start, stop, scale):
-    """Write exp(scale (s - top)) of a row of blocks of scores, 0 outside of start..stop; returns top and the sum."""
-    top = np.int32(-0x7FFFFFFF)
-    for j in range(blocks):
-        s = _row(floats, scores + j * SUMS_BYTES + 4 * EDGE * row, EDGE)
-        a, z = min(EDGE, max(0, start - j * EDGE)), max(0, min(EDGE, stop - j * EDGE))
-        if a > 0 or z < EDGE:  # loops that have nothing to do cost more than a block of exponentials
-            for e in range(a):
-                s[e] = _MASKED
-            for e in range(z, EDGE):
-                s[e] = _MASKED
-        for e in range(EDGE):
-            top = max(top, _ordered(_bits(s[e])))
-    largest = _float(_ordered(top))
-    total = np.float32(0)
-    for j in range(blocks):
-        s = _row(floats, scores + j * SUMS_BYTES + 4 * EDGE * row, EDGE)
-        p = _row(like, to + j * BLOCK_BYTES + 2 * EDGE * row, EDGE)
-        for e in range(EDGE):
-            x = _exp((s[e] - largest) * scale)
-            total += x
-            p[e] = x
-        a, z = min(EDGE, max(0, start - j * EDGE)), max(0, min(EDGE, stop - j * EDGE))
-        if a > 0 or z < EDGE:
-            for e in range(a):
-                p[e] = 0
-            for e in range(z, EDGE):
-                p[e] = 0
-    return largest, total
-
-
-@njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
-def _probabilities(floats, scores, dprobs, row, blocks, start, stop, scale, log_sum, dot):
-    """Turn a row of blocks of scores into p and one of dp into p (dp - dot), 0 outside of start..stop."""
-    for j in range(blocks):
-        offset = j * SUMS_BYTES + 4 * EDGE * row
-        s, d = _row(floats, scores + offset, EDGE), _row(floats, dprobs + offset, EDGE)
-        for e in range(EDGE):
-            x = _exp(s[e] * scale - log_sum)
-            s[e] = x
-            d[e] = x * (d[e] - dot)
-        a, z = min(EDGE, max(0, start - j * EDGE)), max(0, min(EDGE, stop - j * EDGE))
-        if a > 0 or z < EDGE:
-            for e in range(a):
-                s[e] = d[e] = 0
-            for e in range(z, EDGE):
-                s[e] = d[e] = 0
+@njit(error_model="numpy")
+def _put_masks(like, to, starts, stops, rows, lo, hi):
+    """For blocks lo..hi of keys: 32 words each, bit k of word r set where query r of the block sees key k of the block."""
+    inner_from = (starts[rows - 1] + EDGE - 1) // EDGE  # all queries see all keys of the blocks from here
+    inner_to = stops[0] // EDGE if rows == EDGE else 0
+    for j in range(lo, hi):
+        words = _row(like, to + 4 * EDGE * (j - lo), EDGE)
+        if inner_from <= j < inner_to:
+            for r in range(EDGE):
+                words[r] = np.uint32(0xFFFFFFFF)
+        else:
+            for r in range(EDGE):
+                a = min(np.int64(EDGE), max(np.int64(0), starts[r] - j * EDGE))
+                z = min(np.int64(EDGE), max(np.int64(0), stops[r] - j * EDGE))
+                one = np.uint64(1)
+                words[r] = np.uint32(((one << np.uint64(z)) - one) & ~((one << np.uint64(a)) - one))
 
 
 @njit(error_model="numpy")
-def _rounded_rows(like, floats, to, sums):
-    """A block of sums, rounded, row after row."""
-    x, y = _row(floats, sums, EDGE * EDGE), _row(like, to, EDGE * EDGE)
-    for e in range(EDGE * EDGE):
-        y[e] = x[e]
+def _put_bounds(starts, stops, doc_start, b, i0, rows, past, window):
+    """First key of each query of a block and the one behind its last; none for queries behind the end."""
+    for r in range(rows):
+        starts[r] = _first(doc_start, b, i0 + r, past, window)
+        stops[r] = past + i0 + r + 1
+    for r in range(rows, EDGE):
+        starts[r] = stops[r] = 0
 
 
 @njit(error_model="numpy")
-def _rounded_pairs(to, sums):
-    """A block of sums, rounded, pair of rows after pair, two halves of 16 columns."""
-    for h in range(2):
-        for p in range(EDGE // 2):
-            at = sums + 8 * EDGE * p + 64 * h
-            zip_rounded(np.uintp(to + h * (BLOCK_BYTES // 2) + 64 * p), np.uintp(at), np.uintp(at + 4 * EDGE))
+def _put_rows(like, floats, to, stride, sums, factors, rows, width):
+    """Write `rows` rows of `width` elements of a block of sums, row r times the r-th of factors."""
+    if width % 16 == 0:
+        for h in range(0, width, 16):
+            put_half(
+                np.uintp(to + 2 * h),
+                np.int64(stride),
+                np.uintp(sums + 4 * h),
+                np.uintp(factors),
+                np.int64(rows),
+            )
+    else:
+        by = _row(floats, factors, EDGE)
+        for r in range(rows):
+            own, some = _row(like, to + r * stride, width), _row(floats, sums + 4 * EDGE * r, width)
+            for e in range(width):
+                own[e] = some[e] * by[r]
 
 
 @njit(error_model="numpy")
@@ -130,26 +122,36 @@ def _put_turned(like, floats, to, stride, sums, spare, height, width, scale):
             own[e] = two[e - 16] * scale
 
 
-def forward(y, lse, q, k, v, doc_start, window, config):
+def forward(y, lse, q, k, v, doc_start, window, threads, config):
     """See attention_fwd of reference.py; doc_start has no elements where there are no borders."""
     nb, nt, nh, d = q.shape
     ns, nk = k.shape[1], k.shape[2]
     past, db, sb = ns - nt, (d + EDGE - 1) // EDGE, (ns + EDGE - 1) // EDGE
-    scale = np.float32(1 / np.sqrt(d))
+    scale, factor = np.float32(1 / np.sqrt(d)), np.float32(LOG2_E / np.sqrt(d))
     py, pq, pk, pv = y.ctypes.data, q.ctypes.data, k.ctypes.data, v.ctypes.data
-    for at in prange(nb * nh):
-        b, h = at // nh, at % nh
-        kv = h * nk // nh
+    # Query heads that share keys follow each other, where threads have enough to do.
+    parts = 1 if nb * nk >= 2 * threads else nh // nk
+    heads = nh // nk // parts
+    for at in prange(nb * nk * parts):
+        b, h0 = at // (nk * parts), at % (nk * parts) * heads
+        kv = h0 * nk // nh
         room = np.empty((2 * sb * db + db + sb + 1) * BLOCK_BYTES // 2 + LINE, np.uint16)
         keys = _aligned(room.ctypes.data)
         values = keys + sb * db * BLOCK_BYTES
         queries = values + sb * db * BLOCK_BYTES
         probs = queries + db * BLOCK_BYTES
         spare = probs + sb * BLOCK_BYTES
-        floats = np.empty((sb + 1) * EDGE * EDGE + LINE, np.float32)
+        floats = np.empty((sb + 1) * EDGE * EDGE + 32 * EDGE + 3 * EDGE + LINE, np.float32)
         scores = _aligned(floats.ctypes.data)
         sums = scores + sb * SUMS_BYTES
-        inverse = np.empty(EDGE, np.float32)
+        tops = sums + SUMS_BYTES  # of 16 keys at a time
+        totals = tops + PARTS_BYTES
+        top = totals + PARTS_BYTES
+        inverse = top + 4 * EDGE
+        log_sums = inverse + 4 * EDGE
+        words = np.empty(sb * EDGE + LINE, np.uint32)
+        masks = _aligned(words.ctypes.data)
+        starts, stops = np.empty(EDGE, np.int64), np.empty(EDGE, np.int64)
         for j in range(sb):
             for c in range(db):
                 height, width = min(EDGE, ns - j * EDGE), min(EDGE, d - c * EDGE)
@@ -160,44 +162,38 @@ def forward(y, lse, q, k, v, doc_start, window, config):
         begin(np.uintp(config.ctypes.data))
         for i0 in range(0, nt, EDGE):
             rows = min(EDGE, nt - i0)
-            for c in range(db):
-                of_q = pq + b * q.strides[0] + i0 * q.strides[1] + h * q.strides[2] + 2 * EDGE * c
-                row_block(q, queries + c * BLOCK_BYTES, of_q, q.strides[1], rows, min(EDGE, d - c * EDGE))
             lo, hi = _first_block(doc_start, b, i0, past, window), _last_block(i0 + rows - 1, past)
-            for j in range(lo, hi):
-                to = np.uintp(scores + (j - lo) * SUMS_BYTES)
-                block(to, np.uintp(queries), np.uintp(keys + j * db * BLOCK_BYTES), db, False)
-            for r in range(rows):
-                start, stop = (
-                    _first(doc_start, b, i0 + r, past, window) - lo * EDGE,
-                    past + i0 + r + 1 - lo * EDGE,
-                )
-                top, total = _softmax(q, floats, scores, probs, r, hi - lo, start, stop, scale)
-                lse[b, h, i0 + r] = top * scale + np.log(total)
-                inverse[r] = np.float32(1) / total
-            for r in range(rows, EDGE):
-                for j in range(hi - lo):
-                    _zero(_row(q, probs + j * BLOCK_BYTES + 2 * EDGE * r, EDGE))
-            for c in range(db):
-                of_v = np.uintp(values + (c * sb + lo) * BLOCK_BYTES)
-                block(np.uintp(sums), np.uintp(probs), of_v, hi - lo, False)
-                of_y = py + b * y.strides[0] + i0 * y.strides[1] + h * y.strides[2] + 2 * EDGE * c
-                width = min(EDGE, d - c * EDGE)
-                for r in range(rows):
-                    own, some = (
-                        _row(y, of_y + r * y.strides[1], width),
-                        _row(floats, sums + 4 * EDGE * r, width),
+            _put_bounds(starts, stops, doc_start, b, i0, rows, past, window)
+            _put_masks(words, masks, starts, stops, rows, lo, hi)
+            for h in range(h0, h0 + heads):
+                for c in range(db):
+                    of_q = pq + b * q.strides[0] + i0 * q.strides[1] + h * q.strides[2] + 2 * EDGE * c
+                    row_block(q, queries + c * BLOCK_BYTES, of_q, q.strides[1], rows, min(EDGE, d - c * EDGE))
+                for j in range(lo, hi):
+                    to, seen = np.uintp(scores + (j - lo) * SUMS_BYTES), masks + 4 * EDGE * (j - lo)
+                    block(to, np.uintp(queries), np.uintp(keys + j * db * BLOCK_BYTES), db, False)
+                    raise_tops(np.uintp(tops), to, np.uintp(seen), np.int64(j > lo))
+                top_rows(np.uintp(top), np.uintp(tops))
+                for j in range(lo, hi):
+                    to, own = (
+                        np.uintp(probs + (j - lo) * BLOCK_BYTES),
+                        np.uintp(scores + (j - lo) * SUMS_BYTES),
                     )
-                    factor = inverse[r]
-                    if width == EDGE:
-                        for e in range(EDGE):
-                            own[e] = some[e] * factor
-                    else:
-                        for e in range(width):
-                            own[e] = some[e] * factor
+                    seen, goes_on = np.uintp(masks + 4 * EDGE * (j - lo)), np.int64(j > lo)
+                    exponentials(to, np.uintp(totals), own, seen, np.uintp(top), factor, goes_on)
+                finish_rows(np.uintp(inverse), np.uintp(log_sums), np.uintp(top), np.uintp(totals), scale)
+                own_lse = _row(floats, log_sums, rows)
+                for r in range(rows):
+                    lse[b, h, i0 + r] = own_lse[r]
+                for c in range(db):
+                    of_v = np.uintp(values + (c * sb + lo) * BLOCK_BYTES)
+                    block(np.uintp(sums), np.uintp(probs), of_v, hi - lo, False)
+                    of_y = py + b * y.strides[0] + i0 * y.strides[1] + h * y.strides[2] + 2 * EDGE * c
+                    _put_rows(y, floats, of_y, y.strides[1], sums, inverse, rows, min(EDGE, d - c * EDGE))
         end()
         room[0] = 0  # Numba frees an array after its last use, and does not see those of its address
         floats[0] = 0
+        words[0] = 0
 
 
 def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
@@ -205,31 +201,42 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
     nb, nt, nh, d = q.shape
     ns, nk = k.shape[1], k.shape[2]
     past, group, db, sb = ns - nt, nh // nk, (d + EDGE - 1) // EDGE, (ns + EDGE - 1) // EDGE
-    scale = np.float32(1 / np.sqrt(d))
+    scale, factor = np.float32(1 / np.sqrt(d)), np.float32(LOG2_E / np.sqrt(d))
     pdq, pdk, pdv, pdy, py = dq.ctypes.data, dk.ctypes.data, dv.ctypes.data, dy.ctypes.data, y.ctypes.data
     pq, pk, pv = q.ctypes.data, k.ctypes.data, v.ctypes.data
     for at in prange(nb * nk):  # a key/value head belongs to one thread: its sums have one order
         b, kv = at // nk, at % nk
-        size = 3 * sb * db + 2 * db + 2 * CHUNK * db + sb + 2 * CHUNK * sb
+        size = 3 * sb * db + 3 * db + 2 * CHUNK * db + sb + 2 * CHUNK * sb
         room = np.empty(size * BLOCK_BYTES // 2 + LINE, np.uint16)
         keys = _aligned(room.ctypes.data)  # as columns
         values = keys + sb * db * BLOCK_BYTES
         key_terms = values + sb * db * BLOCK_BYTES
         queries = key_terms + sb * db * BLOCK_BYTES
         grads = queries + db * BLOCK_BYTES  # dy
-        queries_turned = grads + db * BLOCK_BYTES
+        results = grads + db * BLOCK_BYTES  # y
+        queries_turned = results + db * BLOCK_BYTES
         grads_turned = queries_turned + CHUNK * db * BLOCK_BYTES
         ds_rows = grads_turned + CHUNK * db * BLOCK_BYTES
         ds_pairs = ds_rows + sb * BLOCK_BYTES
         p_pairs = ds_pairs + CHUNK * sb * BLOCK_BYTES
-        floats = np.empty((2 * sb * db + 2 * sb + 2) * EDGE * EDGE + LINE, np.float32)
+        floats = np.empty((2 * sb * db + 4) * EDGE * EDGE + 16 * EDGE + 3 * EDGE + LINE, np.float32)
         dk_sums = _aligned(floats.ctypes.data)
         dv_sums = dk_sums + sb * db * SUMS_BYTES
         scores = dv_sums + sb * db * SUMS_BYTES
-        dprobs = scores + sb * SUMS_BYTES
-        sums = dprobs + sb * SUMS_BYTES
+        dprobs = scores + SUMS_BYTES
+        sums = dprobs + SUMS_BYTES
         spare = sums + SUMS_BYTES
-        _zero(floats)
+        dot_parts = spare + SUMS_BYTES
+        dots = dot_parts + PARTS_BYTES
+        logs = dots + 4 * EDGE
+        scales = logs + 4 * EDGE
+        log_row, scale_row = _row(floats, logs, EDGE), _row(floats, scales, EDGE)
+        for r in range(EDGE):
+            scale_row[r] = scale
+        words = np.empty(sb * EDGE + LINE, np.uint32)
+        masks = _aligned(words.ctypes.data)
+        starts, stops = np.empty(EDGE, np.int64), np.empty(EDGE, np.int64)
+        _zero(_row(floats, dk_sums, 2 * sb * db * EDGE * EDGE))
         for j in range(sb):
             for c in range(db):
                 height, width = min(EDGE, ns - j * EDGE), min(EDGE, d - c * EDGE)
@@ -246,61 +253,50 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
                     i0 = chunk + ib * EDGE
                     rows = min(EDGE, nt - i0)
                     for c in range(db):
-                        width = min(EDGE, d - c * EDGE)
-                        of_q = pq + b * q.strides[0] + i0 * q.strides[1] + h * q.strides[2] + 2 * EDGE * c
-                        of_dy = (
-                            pdy + b * dy.strides[0] + i0 * dy.strides[1] + h * dy.strides[2] + 2 * EDGE * c
-                        )
+                        width, column = min(EDGE, d - c * EDGE), 2 * EDGE * c
+                        of_q = pq + b * q.strides[0] + i0 * q.strides[1] + h * q.strides[2] + column
+                        of_dy = pdy + b * dy.strides[0] + i0 * dy.strides[1] + h * dy.strides[2] + column
+                        of_y = py + b * y.strides[0] + i0 * y.strides[1] + h * y.strides[2] + column
+                        own = grads + c * BLOCK_BYTES
                         row_block(q, queries + c * BLOCK_BYTES, of_q, q.strides[1], rows, width)
-                        row_block(dy, grads + c * BLOCK_BYTES, of_dy, dy.strides[1], rows, width)
+                        row_block(dy, own, of_dy, dy.strides[1], rows, width)
+                        row_block(y, results, of_y, y.strides[1], rows, width)
+                        dot_blocks(np.uintp(dot_parts), np.uintp(results), np.uintp(own), np.int64(c > 0))
                         turned = (c * CHUNK + ib) * BLOCK_BYTES
                         turned_block(q, queries_turned + turned, of_q, q.strides[1], rows, width, spare)
                         turned_block(dy, grads_turned + turned, of_dy, dy.strides[1], rows, width, spare)
-                    lo, hi = _first_block(doc_start, b, i0, past, window), _last_block(i0 + rows - 1, past)
-                    for j in range(lo, hi):
-                        offset, operand = (j - lo) * SUMS_BYTES, j * db * BLOCK_BYTES
-                        block(
-                            np.uintp(scores + offset), np.uintp(queries), np.uintp(keys + operand), db, False
-                        )
-                        block(
-                            np.uintp(dprobs + offset), np.uintp(grads), np.uintp(values + operand), db, False
-                        )
+                    sum_rows(np.uintp(dots), np.uintp(dot_parts))
                     for r in range(rows):
-                        yr = _row(y, py + b * y.strides[0] + (i0 + r) * y.strides[1] + h * y.strides[2], d)
-                        dyr = _row(
-                            dy, pdy + b * dy.strides[0] + (i0 + r) * dy.strides[1] + h * dy.strides[2], d
-                        )
-                        dot = np.float32(0)
-                        for e in range(d):
-                            dot += yr[e] * dyr[e]
-                        start = _first(doc_start, b, i0 + r, past, window) - lo * EDGE
-                        stop, log_sum = past + i0 + r + 1 - lo * EDGE, lse[b, h, i0 + r]
-                        _probabilities(floats, scores, dprobs, r, hi - lo, start, stop, scale, log_sum, dot)
+                        log_row[r] = lse[b, h, i0 + r] * np.float32(-LOG2_E)
                     for r in range(rows, EDGE):
-                        for j in range(hi - lo):
-                            _zero(_row(floats, scores + j * SUMS_BYTES + 4 * EDGE * r, EDGE))
-                            _zero(_row(floats, dprobs + j * SUMS_BYTES + 4 * EDGE * r, EDGE))
+                        log_row[r] = 0
+                    lo, hi = _first_block(doc_start, b, i0, past, window), _last_block(i0 + rows - 1, past)
+                    _put_bounds(starts, stops, doc_start, b, i0, rows, past, window)
+                    _put_masks(words, masks, starts, stops, rows, lo, hi)
                     for j in range(lo, hi):
-                        offset, pairs = (j - lo) * SUMS_BYTES, (j * CHUNK + ib) * BLOCK_BYTES
-                        _rounded_rows(q, floats, ds_rows + (j - lo) * BLOCK_BYTES, dprobs + offset)
-                        _rounded_pairs(ds_pairs + pairs, dprobs + offset)
-                        _rounded_pairs(p_pairs + pairs, scores + offset)
+                        operand, pairs = j * db * BLOCK_BYTES, (j * CHUNK + ib) * BLOCK_BYTES
+                        block(np.uintp(scores), np.uintp(queries), np.uintp(keys + operand), db, False)
+                        block(np.uintp(dprobs), np.uintp(grads), np.uintp(values + operand), db, False)
+                        gradients(
+                            np.uintp(ds_rows + (j - lo) * BLOCK_BYTES),
+                            np.uintp(ds_pairs + pairs),
+                            np.uintp(p_pairs + pairs),
+                            np.uintp(scores),
+                            np.uintp(dprobs),
+                            np.uintp(masks + 4 * EDGE * (j - lo)),
+                            np.uintp(logs),
+                            np.uintp(dots),
+                            factor,
+                        )
                     for c in range(db):
                         of_k = np.uintp(key_terms + (c * sb + lo) * BLOCK_BYTES)
                         block(np.uintp(sums), np.uintp(ds_rows), of_k, hi - lo, False)
                         of_dq = (
                             pdq + b * dq.strides[0] + i0 * dq.strides[1] + h * dq.strides[2] + 2 * EDGE * c
                         )
-                        width = min(EDGE, d - c * EDGE)
-                        for r in range(rows):
-                            own = _row(dq, of_dq + r * dq.strides[1], width)
-                            some = _row(floats, sums + 4 * EDGE * r, width)
-                            if width == EDGE:
-                                for e in range(EDGE):
-                                    own[e] = some[e] * scale
-                            else:
-                                for e in range(width):
-                                    own[e] = some[e] * scale
+                        _put_rows(
+                            dq, floats, of_dq, dq.strides[1], sums, scales, rows, min(EDGE, d - c * EDGE)
+                        )
                 # Blocks of queries that see a block of keys follow each other.
                 first, last = 0, 0
                 for j in range(_first_block(doc_start, b, chunk, past, window), sb):
@@ -329,11 +325,12 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
                 _put_turned(dv, floats, of_dv, dv.strides[1], dv_sums + place, spare, height, width, one)
         room[0] = 0  # keeps it alive until here, as in forward
         floats[0] = 0
+        words[0] = 0
 
 
 _IN, _SEEN = "act[:,:,:,:]", "int32[:,::1], int64, uint8[::1]"
 _SIGNATURES = {
-    forward: f"void({_IN}, float32[:,:,::1], {_IN}, {_IN}, {_IN}, {_SEEN})",
+    forward: f"void({_IN}, float32[:,:,::1], {_IN}, {_IN}, {_IN}, {_SEEN.replace('uint8', 'int64, uint8')})",
     backward: f"void({', '.join([_IN] * 5)}, float32[:,:,::1], {_IN}, {_IN}, {_IN}, {_SEEN})",
 }
 

@@ -244,7 +244,7 @@ def attention_fwd(
     """See reference.py."""
     borders = _NO_BORDERS if doc_start is None else doc_start
     if q.dtype == BF16 and q.shape[1] > FEW_ROWS and (p := _low().products):
-        p.attention_fwd(y, lse, q, k, v, borders, window)
+        p.attention_fwd(y, lse, q, k, v, borders, window, numba.get_num_threads())
         return
     to, (q, k, v) = _like(y), map(_wide, (q, k, v))
     kernels.attention_fwd(to, lse, q, k, v, borders, window)
