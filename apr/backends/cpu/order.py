@@ -91,23 +91,66 @@ def turn(typing, to, at, row_bytes):
     return types.void(types.uintp, types.uintp, types.int64), generate
 
 
+@intrinsic
+def copy_rows(typing, to, at, row_bytes, height, width):
+    """Write `height` rows of `width` elements of 2 bytes, row_bytes apart, as 32 rows of 32, 0 behind the edges."""
+
+    def generate(context, builder, signature, args):
+        name = "apr_copy_rows"
+        f = builder.module.globals.get(name)
+        if f is None:
+            f = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [x.type for x in args]), name)
+            f.linkage = "internal"
+            f.attributes.add("noinline")
+            _emit_copy(f)
+        builder.call(f, args)
+        return context.get_dummy_value()
+
+    u, i = types.uintp, types.int64
+    return types.void(u, u, i, i, i), generate
+
+
+def _emit_copy(f):
+    start, loop, done = (f.append_basic_block(name) for name in ("start", "loop", "done"))
+    builder = ir.IRBuilder(start)
+    to, at, row_bytes, height, width = f.args
+    row = ir.VectorType(ir.IntType(16), EDGE)
+    nothing = ir.Constant(row, [0] * EDGE)
+
+    def lanes(x, kind):
+        one = builder.insert_element(ir.Constant(kind, ir.Undefined), x, _I32(0))
+        return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, EDGE), [0] * EDGE))
+
+    numbers = ir.VectorType(ir.IntType(8), EDGE)
+    of_row = lanes(builder.trunc(width, ir.IntType(8)), numbers)
+    inside = builder.icmp_signed("<", ir.Constant(numbers, list(range(EDGE))), of_row)
+    none = ir.Constant(inside.type, [0] * EDGE)
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    r = builder.phi(_I64)
+    r.add_incoming(_I64(0), start)
+    seen = builder.select(builder.icmp_signed("<", r, height), inside, none)
+    pointer = builder.inttoptr(builder.add(at, builder.mul(r, row_bytes)), row.as_pointer())
+    name = f"llvm.masked.load.v{EDGE}i16.p0"
+    kind = ir.FunctionType(row, [pointer.type, _I32, inside.type, row])
+    load = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    x = builder.call(load, [pointer, _I32(2), seen, nothing])
+    place = builder.inttoptr(builder.add(to, builder.mul(r, _I64(2 * EDGE))), row.as_pointer())
+    builder.store(x, place).align = 2
+    following = builder.add(r, _I64(1))
+    r.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_unsigned("<", following, _I64(EDGE)), loop, done)
+    builder.position_at_end(done)
+    builder.ret_void()
+
+
 # One block: `height` rows of `width` elements at `at`, `stride` bytes apart, go to `to`; x is any array of their dtype.
 
 
 @njit(error_model="numpy")
 def row_block(x, to, at, stride, height, width):
     """Row after row."""
-    for r in range(EDGE):
-        n = width if r < height else 0
-        row, part = _row(x, at + r * stride, n), _row(x, to + 2 * EDGE * r, EDGE)
-        if n == EDGE:
-            for e in range(EDGE):
-                part[e] = row[e]
-        else:
-            for e in range(n):
-                part[e] = row[e]
-            for e in range(n, EDGE):
-                part[e] = 0
+    copy_rows(np.uintp(to), np.uintp(at), np.int64(stride), np.int64(height), np.int64(width))
 
 
 @njit(error_model="numpy")
