@@ -73,8 +73,8 @@ THIRD: tuple[Mutant, ...] = (
           "    return max(first, np.int64(doc_start[b, i])) if doc_start.size > 0 else first",
           "    return max(first, np.int64(doc_start[b, i])) if doc_start.size > 0 and window == 0 else first", "windowed"),
     fault("dot_over_whole_blocks", "in bfloat16, backward of attention sums dy y over 16 elements of each head", ATTENTION16,
-          "                        for e in range(d):\n                            dot += yr[e] * dyr[e]",
-          "                        for e in range(d // 16 * 16):\n                            dot += yr[e] * dyr[e]", "odd"),
+          "row_block(y, results, of_y, y.strides[1], rows, width)",
+          "row_block(y, results, of_y, y.strides[1], rows, width // 16 * 16)", "odd"),
     # Dropout of adapters
     fault("mask_of_step_one", "dropout has the same mask in every step", DROPOUT,
           "np.array([(number, self.step) for", "np.array([(number, 1) for", "dropout"),
