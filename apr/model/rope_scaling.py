@@ -7,7 +7,7 @@ computes the angles apart. `SCALINGS` lists them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -31,6 +31,10 @@ class RopeScaling:
     def amplitude(self) -> float:
         """Number that multiplies cos and sin."""
         return 1.0
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{key} {value}" for key, value in asdict(self).items() if value is not None)
+        return f"{self.rope_type} ({values})"
 
     def fault(self, theta: float) -> str:
         """Say what is wrong with the values together; "" for values that compute."""

@@ -143,9 +143,9 @@ def one_by_one(turns: list[Any], where: str) -> Iterator[Any]:
 
 def refuse_branches(turns: list[Any], where: str) -> None:
     """Raise Unusable for messages that name their parents and are no one path, each the reply to the one before it."""
-    ids = [t.get("message_id", t.get("id")) if isinstance(t, dict) else None for t in turns]
-    parents = [t.get("parent_id") if isinstance(t, dict) else None for t in turns]
-    if not any(p is not None and p in ids for p in parents):
+    objects = [t if isinstance(t, dict) else {} for t in turns]
+    ids, parents = ([_name(t, *keys) for t in objects] for keys in (("message_id", "id"), ("parent_id",)))
+    if not ({*ids} & {*parents}) - {None}:
         return
     for i in range(1, len(turns)):
         if parents[i] != ids[i - 1]:
@@ -154,6 +154,11 @@ def refuse_branches(turns: list[Any], where: str) -> None:
                 "a tree",
                 f"{where}[{i}].parent_id {what}; the message before it is {ids[i - 1]!r}, and one path is read",
             )
+
+
+def _name(message: Record, *keys: str) -> str | int | None:
+    """Read a name of a message: the first of the keys with a text or a number."""
+    return next((x for key in keys if isinstance(x := message.get(key), str | int)), None)
 
 
 def one_text(value: Any, key: str) -> Any:
