@@ -13,7 +13,7 @@ import pytest
 
 from apr import backends
 from apr.backends.contract import OPS, WRITES
-from apr.backends.cpu import tiles
+from apr.backends.cpu import kernels, tiles
 from cases import (
     BF16,
     CASES,
@@ -292,6 +292,43 @@ def test_accuracy_check_can_fail_in_bfloat16(row: Row, poison: str) -> None:
 def test_one_head_two_percent_off_is_seen_in_bfloat16(row: Row) -> None:
     """Far below the largest error that roundings make, in y, dq, dk and dv; lse has its queries there."""
     assert unseen(LOW, row, BF16, "head", 0.02) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adamw_adds_the_squares_of_the_weights_in_the_order_of_add_sum_sq(dtype: str) -> None:
+    rng, different = np.random.default_rng(5), False
+    for n in (1, 255, 257, 1025, 16384, 16385, 40007):
+        master, m, g = (rng.standard_normal(n, np.float32) for _ in range(3))
+        w = master if dtype == "float32" else cpu.empty((n,), BF16)
+        square, want = np.array([0.25]), np.array([0.25])
+        cpu.adamw(w, master, m, np.square(m), square, g, np.ones(1), 0.01, 0.9, 0.95, 1e-8, 0.1, 3)
+        cpu.add_sum_sq(want, master)
+        assert square == want
+        assert np.array_equal(w, master.astype(w.dtype))
+        different = different or square != 0.25 + float(np.square(master, dtype=np.float64).sum())
+    assert different  # another order would be seen
+
+
+def test_the_largest_bfloat16_of_any_bits() -> None:
+    cpu.empty((1,), BF16)
+    from apr.backends.cpu import low
+
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    numbers, rng = bits[bits & 0x7FFF <= 0x7F80], np.random.default_rng(6)
+    for size in (1, 5, 31, 33, 257):
+        for row in rng.permutation(numbers)[: 100 * size].reshape(-1, size).view(BF16):
+            assert low._largest(row) == row.astype(np.float32).max()
+
+
+def test_arrays_of_bfloat16_have_the_types_that_numba_finds() -> None:
+    x = cpu.empty((3, 4, 6), BF16)
+    shut = x[0].copy()
+    shut.flags.writeable = False
+    for some in (x, x[1], x[:, 1], x[..., :5], x[0, 0], x[0, 0, ::2], x.T, shut, x[:1]):
+        for _ in range(2):
+            assert kernels.add.typeof_pyval(some) == numba.typeof(some)
+    with pytest.raises(TypeError, match="No matching definition"):
+        kernels.add(x[0], x[0], x[0].T)
 
 
 def test_relative_error_is_that_of_the_worst_slice() -> None:

@@ -7,10 +7,11 @@ Imported when the first array of bfloat16 is made, so that float32 alone waits f
 from typing import Any
 
 import numpy as np
-from numba import prange, types
+from numba import njit, prange, types
+from numba.extending import intrinsic
 
 from .bfloat16 import bfloat16
-from .kernels import _exp, _kernel, _largest, _row, low
+from .kernels import _exp, _float, _kernel, _row, _scaled, _wide_vectors, low
 from .start import compile_all
 
 products: Any = None  # products.py or tiled.py, where the processor has instructions for it
@@ -31,6 +32,38 @@ def convert(y, x):
 
 
 low.append((convert, types.void(types.Array(types.float32, 4, "A"), types.Array(bfloat16, 4, "A"))))
+
+
+_SHORTS = np.empty(1, np.int16)
+
+
+@intrinsic
+def _larger(typing, x, y):
+    """The larger of two int16, which Numba would widen."""
+    short = types.int16
+    return short(short, short), lambda c, b, s, a: b.select(b.icmp_signed(">", *a), *a)
+
+
+@intrinsic
+def _in_order(typing, bits):
+    """Its own inverse: maps the bits of a bfloat16 to an int16 with the order of the numbers."""
+
+    def generate(context, builder, signature, args):
+        kind, (x,) = args[0].type, args
+        return builder.xor(x, builder.and_(builder.ashr(x, kind(15)), kind(0x7FFF)))
+
+    return types.int16(types.int16), generate
+
+
+@njit(cache=True)
+def _largest(row):
+    """That of kernels.py, 32 elements at a time where there are vectors of 512 bits."""
+    _wide_vectors()
+    bits = _row(_SHORTS, row.ctypes.data, row.size)
+    top = _in_order(bits[0])
+    for j in range(bits.size):
+        top = _larger(top, _in_order(bits[j]))
+    return _float(np.int32(_in_order(top)) << np.int32(16))
 
 
 _ROWS = 8  # that share room for exponentials
@@ -72,8 +105,7 @@ def cross_entropy(loss, logits, targets, scale, grad, z_loss):
                 if grad:
                     factor = np.float32(scale * (1 + 2 * z_loss * lse) / total)
                     of_target = room[t] * factor - scale
-                    for j in range(v):
-                        row[j] = room[j] * factor
+                    _scaled(row, room, factor)
                     logits[i, t] = of_target
 
 

@@ -314,10 +314,9 @@ def adamw(
 ) -> None:
     """See reference.py."""
     bias1, bias2 = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
-    kernels.adamw(master, m, v, g, factor[0], lr, 1 - beta1, 1 - beta2, bias1, bias2, eps, lr * decay)
-    if w.ctypes.data != master.ctypes.data:
-        copy(w, master)
-    add_sum_sq(square, master)
+    apart = w.ctypes.data != master.ctypes.data
+    numbers = lr, 1 - beta1, 1 - beta2, bias1, bias2, eps, lr * decay
+    square += kernels.joined(kernels.adamw(w, apart, master, m, v, g, factor[0], *numbers))
 
 
 kernels.set_blas_threads(1)
