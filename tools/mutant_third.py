@@ -46,13 +46,14 @@ THIRD: tuple[Mutant, ...] = (
           "        p.multiply(y, p.rows(x), p.columns(w), x.shape[1])\n"
           "        if b is not None:\n            y += b\n        return\n", "bf16"),
     fault("vectors_never_rounded_again", "in bfloat16, norms and biases that compute stay what they were at the start", CPU,
-          "    if w.ctypes.data != master.ctypes.data:\n", "    if w.ctypes.data != master.ctypes.data and decay:\n", "bf16"),
+          "    apart = w.ctypes.data != master.ctypes.data\n",
+          "    apart = w.ctypes.data != master.ctypes.data and decay > 0\n", "bf16"),
     fault("weights_rounded_every_other_step", "in bfloat16, weights that compute are those of the step before, every other step", CPU,
-          "    if w.ctypes.data != master.ctypes.data:\n",
-          "    if w.ctypes.data != master.ctypes.data and step % 2:\n", "bf16"),
+          "    apart = w.ctypes.data != master.ctypes.data\n",
+          "    apart = w.ctypes.data != master.ctypes.data and step % 2 == 1\n", "bf16"),
     fault("weights_truncated", "in bfloat16, weights that compute are cut, not rounded", CPU,
-          "    if w.ctypes.data != master.ctypes.data:\n        copy(w, master)\n",
-          "    if w.ctypes.data != master.ctypes.data:\n"
+          "factor[0], *numbers))\n",
+          "factor[0], *numbers))\n    if apart:\n"
           "        w.view(np.uint16)[...] = (master.view(np.uint32) >> 16).astype(np.uint16)\n", "bf16"),
     fault("products_through_bfloat16", "in bfloat16, gradients of matrices are rounded before they are added", CPU,
           "            p.multiply(dw, p.transposed(dy), p.terms(x), len(x), adds=adds)\n",
@@ -249,7 +250,7 @@ THIRD: tuple[Mutant, ...] = (
     fault("norms_and_biases_decay", "norms and biases decay too", OPTIM,
           "zip(parts, (self.weight_decay, 0.0), strict=True)", "zip(parts, (self.weight_decay, self.weight_decay), strict=True)"),
     fault("decay_by_the_square_of_the_rate", "weight decay is multiplied with the learning rate twice", CPU,
-          "bias1, bias2, eps, lr * decay)", "bias1, bias2, eps, lr * lr * decay)"),
+          "bias1, bias2, eps, lr * decay\n", "bias1, bias2, eps, lr * lr * decay\n"),
     fault("betas_exchanged", "the two betas of AdamW change places", CPU,
           "lr, 1 - beta1, 1 - beta2, bias1", "lr, 1 - beta2, 1 - beta1, bias1"),
     fault("decay_before_clipping_of_embeddings", "the embedding does not decay", OPTIM,
