@@ -29,7 +29,7 @@ def check_positions(c: ModelConfig, seq_length: int) -> None:
     if seq_length > c.max_position_embeddings:
         raise Refused(
             f"--seq-length {seq_length} is more than the model's max_position_embeddings = {c.max_position_embeddings}"
-            f"{c.rope_scaling.beyond if c.rope_scaling else ''}; "
+            f"{c.rope_scaling.beyond(c.max_position_embeddings) if c.rope_scaling else ''}; "
             f"give --seq-length {c.max_position_embeddings} or less"
         )
 

@@ -19,7 +19,6 @@ class RopeScaling:
 
     rope_type: ClassVar[str]
     ignored: ClassVar[frozenset[str]] = frozenset()  # keys of published files that change nothing
-    beyond: ClassVar[str] = ""  # why apr computes no positions beyond max_position_embeddings, for messages
 
     factor: float
 
@@ -31,6 +30,10 @@ class RopeScaling:
     def amplitude(self) -> float:
         """Number that multiplies cos and sin."""
         return 1.0
+
+    def beyond(self, positions: int) -> str:
+        """Say why apr computes no more than max_position_embeddings = positions, or what would make them more, for messages."""
+        return ""
 
     def __str__(self) -> str:
         values = ", ".join(f"{key} {value}" for key, value in asdict(self).items() if value is not None)
@@ -58,11 +61,14 @@ class DynamicScaling(RopeScaling):
     each text. apr computes no positions beyond max_position_embeddings, so `factor` is carried and never used."""
 
     rope_type = "dynamic"
-    beyond = ", beyond which the frequencies of rope_type 'dynamic' depend on the length of each text"
 
     def frequencies(self, freq: np.ndarray, theta: float) -> np.ndarray:
         """freq"""
         return freq
+
+    def beyond(self, positions: int) -> str:
+        """The frequencies would depend on the text."""
+        return ", beyond which the frequencies of rope_type 'dynamic' depend on the length of each text"
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,11 @@ class YarnScaling(RopeScaling):
         if self.mscale is not None and self.mscale_all_dim is not None:
             return magnitude(self.factor, self.mscale) / magnitude(self.factor, self.mscale_all_dim)
         return magnitude(self.factor)
+
+    def beyond(self, positions: int) -> str:
+        """Name the length that the scaling is for, where the model's own is shorter: it is often left as it was."""
+        most = round(self.factor * self.original_max_position_embeddings)
+        return f" (its rope_type 'yarn' is for {most:,}: config.json may say so)" if most > positions else ""
 
     def fault(self, theta: float) -> str:
         """Refuse bounds in the wrong order, and a theta whose logarithm divides by zero or turns the order round."""

@@ -64,9 +64,10 @@ class Model:
         if dtype not in backend.dtypes:
             raise Refused(f"backend {backend.name} computes in {', '.join(backend.dtypes)}, not {dtype}")
         if max(seq, cache) > cfg.max_position_embeddings:
+            most = cfg.max_position_embeddings
             raise Refused(
-                f"{plural(max(seq, cache), 'position')} asked of a model with max_position_embeddings = "
-                f"{cfg.max_position_embeddings}{cfg.rope_scaling.beyond if cfg.rope_scaling else ''}; use a smaller --seq-length"
+                f"{plural(max(seq, cache), 'position')} asked of a model with max_position_embeddings = {most}"
+                f"{cfg.rope_scaling.beyond(most) if cfg.rope_scaling else ''}; use a smaller --seq-length"
             )
         if cache and document_end is not None:
             raise Refused("a KV cache continues one document per sequence: document_end does not go with it")

@@ -26,7 +26,7 @@ from apr.checkpoints.registry import format_of
 from apr.common.errors import InputNotFound, Refused, UsageError
 from apr.common.finding import FAIL, Finding
 from apr.data import open as opening
-from apr.data.conversations import answers, render
+from apr.data.conversations import answers, render, shapes
 from apr.data.conversations.answers import answers_kept
 from apr.data.conversations.beside import ASKED
 from apr.data.conversations.examples import open_conversations
@@ -264,6 +264,29 @@ def test_other_tokens_than_the_answers_are_found(
         return EncodedExample(e.ids, np.arange(e.ids.size) > 0, e.answer_bytes)
 
     monkeypatch.setattr(render.Encoder, "_label", label)
+    record, keys, *_ = SOUND[name]
+    assert judged(lines(tmp_path, varied(record)), tmp_path / "out", tok, keys=keys).verdict == FAIL
+
+
+def swapped(right: Callable[..., Any]) -> Callable[..., Any]:
+    """Read as `right` does, with the two speakers exchanged."""
+    roles = {"user": "assistant", "assistant": "user", "prompter": "assistant"}
+    return lambda *args: [{**m, "role": roles.get(m.get("role"), m.get("role"))} for m in right(*args)]
+
+
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [
+        ("texts in turn", "in_turn"),
+        ("a transcript", "from_transcript"),
+        ("a tree", "path_of"),
+        ("questions with their answers", "one_by_one"),
+    ],
+)
+def test_speakers_exchanged_by_a_reader_are_found_by_other_code(
+    tmp_path: Path, tok: Tokenizer, monkeypatch: pytest.MonkeyPatch, name: str, reader: str
+) -> None:
+    monkeypatch.setattr(shapes, reader, swapped(getattr(shapes, reader)))
     record, keys, *_ = SOUND[name]
     assert judged(lines(tmp_path, varied(record)), tmp_path / "out", tok, keys=keys).verdict == FAIL
 

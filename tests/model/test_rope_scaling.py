@@ -151,6 +151,16 @@ def test_dynamic_scaling_ends_where_it_would_begin() -> None:
     assert "dynamic" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("factor", "words"), [(4.0, r"is for 112: config.json may say so\); give"), (2.0, "= 64; give")]
+)
+def test_a_length_that_config_json_was_not_given(factor: float, words: str) -> None:
+    """Qwen's own advice adds rope_scaling and leaves max_position_embeddings."""
+    cfg = replace(PRESETS["llama-tiny"], rope_scaling=YarnScaling(factor, 28))
+    with pytest.raises(Refused, match=words):
+        check_positions(cfg, 65)
+
+
 def test_the_amplitude_of_the_paper() -> None:
     """Peng et al. 2023, eq. 22: sqrt(1/t) = 0.1 ln(s) + 1."""
     assert YarnScaling(16.0, 4096).amplitude == 0.1 * math.log(16) + 1
