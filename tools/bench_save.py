@@ -4,7 +4,8 @@
     (...) --record bench/gpu/save.json                                         add the result to a record
 
 Trains for a few steps with a state and a checkpoint in the middle, as `apr pretrain` does, and reports the seconds of the
-steps around each save: how much longer than the median step the longest one took, evaluation left out.
+steps around each save: how much longer than the median step the longest one took, evaluation left out; and how long the run
+waited at its end for the last save: until its files were whole.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             "val_batches": 1, "device": a.device, "patience": 0, "spot_check": -1, "ladder_mib": 0,
         }  # fmt: skip
         result = apr.train(settings, callbacks=[clock])
+        ended = time.perf_counter()
     steps = {n: clock.ends[n] - clock.ends[n - 1] for n in clock.ends if n - 1 in clock.ends}
     behind = {n: clock.ends[n + 1] - clock.evaluated[n] for n in clock.evaluated if n and n + 1 in clock.ends}
     usual = [s for n, s in steps.items() if n - 1 not in behind and n > 3]
@@ -81,6 +83,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         "step_ms": round(1e3 * statistics.median(usual), 2),
         "longest_step_ms": round(1e3 * max(usual), 2),
         "pause_ms": {str(n): round(1e3 * s, 1) for n, s in pauses.items()},
+        "last_save_s": round(ended - max(clock.ends.values()), 2),
         "seconds_per_step": {str(n): round(s, 4) for n, s in steps.items()},
     }
 

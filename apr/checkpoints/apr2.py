@@ -17,9 +17,10 @@ CRC-32 is that of zlib. The header's covers its bytes 0-39 and 44-63.
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -224,13 +225,19 @@ def _stored(row: _Row, data_at: int, path: Path) -> Stored:
 
 
 def write_apr(
-    path: str | Path, metadata: dict[str, Any], tensors: Mapping[str, np.ndarray], dtype: str | None = None
+    path: str | Path,
+    metadata: dict[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    dtype: str | None = None,
+    late: Mapping[str, Callable[[], str]] | None = None,
 ) -> None:
     """Write an APR v2 file, one piece of one tensor at a time, in the place of `path`.
 
     dtype: "float32" or "bfloat16" for floating point tensors (rounding to nearest even), None keeps
-    each tensor's. `param_count` and `total_size` (bytes of tensors) are set from what is written. Equal
-    arguments give equal bytes. Raises Refused for what the format cannot hold, IOFailure.
+    each tensor's. `param_count` and `total_size` (bytes of tensors) are set from what is written. late: gives values of
+    metadata, asked for when the tensors are written, which have as many bytes as the values that stand in `metadata`. Equal
+    arguments give equal bytes. Raises Refused for what the format cannot hold, IOFailure, ValueError for a late value of
+    another length.
     """
     names = sorted(tensors)  # by code point, which is the order of the UTF-8 bytes
     plan: list[tuple[str, np.dtype[Any], int]] = []
@@ -250,7 +257,8 @@ def write_apr(
         "param_count": sum(size // to.itemsize for _, to, size in plan),
         "total_size": sum(size for _, _, size in plan),
     }
-    text = dump_metadata({**metadata, **total})
+    metadata = {**metadata, **total}
+    text = dump_metadata(metadata)
     if len(text) > MAX_METADATA:
         raise Refused(
             f"{path}: metadata of {plural(len(text), 'byte')}; an APR v2 file holds at most {MAX_METADATA}"
@@ -263,12 +271,9 @@ def write_apr(
             f.write(piece)
             crc = zlib.crc32(piece, crc)
 
-        put(
-            _pack_header(
-                HAS_VOCAB if metadata.get("tokenizer.vocabulary") else 0, len(plan), len(text), len(index)
-            )
-        )
-        put(text.ljust(aligned(len(text)), b"\0"))
+        flags = HAS_VOCAB if metadata.get("tokenizer.vocabulary") else 0
+        head = _pack_header(flags, len(plan), len(text), len(index)), text.ljust(aligned(len(text)), b"\0")
+        f.writelines(head)
         put(index.ljust(aligned(len(index)), b"\0"))
         for name, to, size in plan:
             start = f.tell()
@@ -277,7 +282,42 @@ def write_apr(
             if f.tell() - start != size:
                 raise Refused(f"{path}: tensor {name!r} changed its shape while it was written")
             put(bytes(aligned(size) - size))
-        f.write(struct.pack("<I", crc))
+        if late:
+            new = dump_metadata({**metadata, **{key: value() for key, value in late.items()}})
+            if len(new) != len(text):
+                raise ValueError(
+                    f"{', '.join(late)}: {len(new) - len(text):+d} bytes to what the place was kept for"
+                )
+            head = head[0], new.ljust(len(head[1]), b"\0")
+            f.seek(0)
+            f.writelines(head)
+            f.seek(0, os.SEEK_END)
+        before = b"".join(head)
+        f.write(struct.pack("<I", joined_crc(zlib.crc32(before), crc, f.tell() - len(before))))
+
+
+_X, _ONE = 1 << 30, 1 << 31  # x and 1, polynomials over GF(2) with the coefficient of x^0 in the highest bit
+
+
+def joined_crc(one: int, two: int, nbytes: int) -> int:
+    """CRC-32 of bytes of which those before have the CRC `one`, and the nbytes behind them `two`.
+
+    one x^(8 nbytes) + two over GF(2), modulo the polynomial of CRC-32: as zlib's crc32_combine."""
+    shift, square, n = _ONE, _X, 8 * nbytes
+    while n:
+        if n & 1:
+            shift = _times(shift, square)
+        square, n = _times(square, square), n >> 1
+    return _times(shift, one) ^ two
+
+
+def _times(a: int, b: int) -> int:
+    """Multiply two polynomials modulo that of CRC-32."""
+    out = 0
+    for bit in range(31, -1, -1):
+        out ^= b if a >> bit & 1 else 0
+        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+    return out
 
 
 def dump_metadata(metadata: dict[str, Any]) -> bytes:

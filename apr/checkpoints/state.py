@@ -30,6 +30,7 @@ from .apr2 import read_apr, write_apr
 from .apr2_metadata import config_to_metadata, metadata_to_config
 
 OPTIMIZER = "optimizer."
+STATE_SHA = "state_sha256"
 # Bytes up to which what is saved is hashed as the device has it, apart from the copy that is written: a second to wait for.
 READ_AGAIN = 1 << 30
 
@@ -108,9 +109,10 @@ class Snapshot:
         meta = {
             **config_to_metadata(self.cfg),
             "training": progress,
-            "state_sha256": self.state_sha256(),
+            STATE_SHA: "0" * 64,
         }
-        write_apr(path, meta | self.adapter_facts, self._tensors(), "float32")
+        late = {STATE_SHA: self.state_sha256}
+        write_apr(path, meta | self.adapter_facts, self._tensors(), "float32", late)
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ class TrainingState:
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise MalformedFile(f"{path}: training.step = {step!r}; no run was ever there")
         opt.steps = step
-        return progress, file.metadata.get("state_sha256")
+        return progress, file.metadata.get(STATE_SHA)
 
     def set_weights(self, host: np.ndarray) -> None:
         """Set the weights that are trained to a float32 buffer (layout.size,)."""

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from apr.checkpoints import hf
-from apr.checkpoints.apr2 import HAS_VOCAB, MAX_METADATA, read_apr, write_apr
+from apr.checkpoints.apr2 import HAS_VOCAB, MAX_METADATA, joined_crc, read_apr, write_apr
 from apr.checkpoints.apr2_metadata import (
     config_to_metadata,
     embed_tokenizer,
@@ -283,6 +283,30 @@ def test_reader_takes_every_dtype_any_data_order_and_repeated_keys(tmp_path: Pat
     assert file.metadata == {"rms_norm_eps": 1e-6}
     assert all(same(file.tensors[name], a) for name, a in arrays.items())
     assert len(file.tensors) == len(TAG) + 1
+
+
+def test_checksums_are_joined() -> None:
+    rng = np.random.default_rng(0)
+    for before, behind in ((0, 0), (0, 5), (7, 0), (1, 1), (100, 70_000), (70_000, 100), (33, 4096)):
+        one, two = rng.bytes(before), rng.bytes(behind)
+        assert joined_crc(zlib.crc32(one), zlib.crc32(two), behind) == zlib.crc32(one + two)
+
+
+def test_a_late_value_gives_the_file_of_an_early_one(tmp_path: Path) -> None:
+    cfg, _, _, tensors = weights()
+    early, late = tmp_path / "early.apr", tmp_path / "late.apr"
+    meta = config_to_metadata(cfg)
+    write_apr(early, {**meta, "sha": "abcd"}, tensors)
+
+    def value() -> str:
+        assert not late.exists()
+        return "abcd"
+
+    write_apr(late, {**meta, "sha": "0000"}, tensors, late={"sha": value})
+    assert late.read_bytes() == early.read_bytes()
+    with pytest.raises(ValueError, match=r"sha: \+1 byte"):
+        write_apr(late, {**meta, "sha": "0000"}, tensors, late={"sha": lambda: "abcde"})
+    assert late.read_bytes() == early.read_bytes()
 
 
 @pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
