@@ -63,8 +63,7 @@ class Model:
     ) -> None:  # fmt: skip
         if dtype not in backend.dtypes:
             raise Refused(f"backend {backend.name} computes in {', '.join(backend.dtypes)}, not {dtype}")
-        if max(seq, cache) > cfg.max_position_embeddings:
-            most = cfg.max_position_embeddings
+        if max(seq, cache) > (most := cfg.max_position_embeddings):
             raise Refused(
                 f"{plural(max(seq, cache), 'position')} asked of a model with max_position_embeddings = {most}"
                 f"{cfg.rope_scaling.beyond(most) if cfg.rope_scaling else ''}; use a smaller --seq-length"

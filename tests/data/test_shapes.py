@@ -157,6 +157,7 @@ SOUND: dict[str, tuple[Any, str | None, str, str]] = {
     "messages of one path": (
         {"messages": [{**ASK, "id": "a"}, {**SAY, "id": "b", "parent_id": "a"}]}, None, TALK, ANSWER,
     ),
+    "text with a number of replies": ({"text": TALK, "replies": 3, "message_id": "m", "role": "post"}, None, TALK, ANSWER),
     "lists of one text": ({"prompt": ["2 + 2?"], "completion": ["It is 4."]}, None, TALK, ANSWER),
     "map of texts in turn": ({"turns": ["2 + 2?", "It is 4."]}, "data=turns", TALK, ANSWER),
     "map of a transcript": (
@@ -443,12 +444,14 @@ def test_a_map_is_for_the_records_that_have_its_keys(tmp_path: Path, tok: Tokeni
         ({"messages": "\n\nHuman: q\n\nAssistant: \n\nHuman: b\n\nAssistant: c"}, "turns", "turn 2, of Assistant, is empty"),
         ({"messages": "Bot: a\n\nHuman: q\n\nAssistant: a"}, "not a list", "messages is no list"),
         ({"conversations": [{"human": "q", "assistant": "a", "context": "c"}]}, "turns", "has 'context' beside 'human'"),
+        ({"conversations": [{"assistant": "a", "human": "q"}]}, "role", "conversations[0] has role None"),
+        ({"conversations": [{"human": "q", "output": "a"}]}, "role", "conversations[0] has role None"),
         ({"conversations": [{"from": "human", "markdown": "q"}]}, "not a string", "it has 'role', 'markdown', and --map content"),
         ({"prompt": "q", "completion": ["a", "b"]}, "several texts", "completion has 2 texts"),
         ({"prompt": ["a", "b"], "response": ["c", "d"]}, "several texts", "prompt has 2 texts"),
         (node("prompter", "q", node("assistant", "a"), node("assistant", "b")), "a tree", "replies has 2 replies"),
         ({"prompt": node("prompter", "q", node("robot", "a"))}, "role", "messages of the tree[1] has role 'robot'"),
-        ({"prompt": node("prompter", "q", replies="none")}, "a tree", "prompt.replies is no list"),
+        ({"prompt": node("prompter", "q", "none")}, "a tree", "prompt.replies is no list"),
         ({"prompt": node("prompter", "q")}, "no answer", "no message of the assistant"),
         ({"message_id": "b", "parent_id": "a", "role": "assistant", "text": "x"}, "a message of a tree", "'parent_id' 'a'"),
         ({"messages": [{**ASK, "id": "a"}, {**SAY, "id": "b", "parent_id": "a"}, {**SAY, "id": "c", "parent_id": "a"}]},

@@ -205,10 +205,10 @@ SHAPES: tuple[Shape, ...] = (
     Shape("prompt and response", ("prompt", "response"), _asked("response"), PAIRED),
     Shape("prompt and completion", ("prompt", "completion"), _asked("completion"), PAIRED),
     Shape("pairs of preferences", ("chosen", "rejected"), _preference),
-    Shape("a tree of messages, as OpenAssistant has them", ("prompt",), _tree, OF_TREES, is_tree),
     Shape("a message with replies, as OpenAssistant has them", ("replies",), _tree, OF_TREES, is_tree),
     Shape("messages of trees", ("message_id",), _message_of_tree, when=is_message_of_tree),
     Shape("text that is rendered already", ("text",), _rendered, frozenset()),
+    Shape("a tree of messages, as OpenAssistant has them", ("prompt",), _tree, OF_TREES, is_tree),
     Shape("texts in turn, as UltraChat has them", ("data",), _in_turn, when=lambda r: is_texts(r["data"])),
 )
 

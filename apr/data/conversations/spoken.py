@@ -13,13 +13,20 @@ from ...common.units import plural
 from ..source import Unusable
 
 Record = dict[str, Any]
-# Keys of a question and of its answer, where one object holds both: Firefly's, Capybara's and others'.
-ASKING = {"human", "user", "question", "input", "prompt"}
-SAYING = {"assistant", "gpt", "bot", "answer", "output", "response"}
+# Keys of a question, and of its answer, where one object holds both: Firefly's, Capybara's and others'.
+PAIRS = {
+    "human": ("assistant", "gpt", "bot"),
+    "user": ("assistant", "gpt", "bot"),
+    "question": ("answer",),
+    "input": ("output",),
+    "prompt": ("response",),
+}
 # How HH-RLHF writes who speaks (Bai et al. 2022).
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
 SPEAKERS = ("Human", "user"), ("Assistant", "assistant")
+# Roles of the messages of trees.
+OF_TREES = ("prompter", "assistant", "user", "system")
 # Commands that choose a path of a tree.
 BEST_OF_NESTED = (
     "jq -c 'def best: [{role, content: .text}] + if (.replies | length) > 0 then (.replies | min_by(.rank // 99) | best) "
@@ -39,12 +46,13 @@ ROWS_OF = {
 
 def is_tree(record: Record) -> bool:
     """Tell a tree of messages: a message with the replies to it, or a record with one under "prompt"."""
-    return isinstance(root := record.get("prompt", record), dict) and "text" in root and "replies" in root
+    root = record.get("prompt", record)
+    return isinstance(root, dict) and is_message_of_tree(root) and isinstance(root.get("replies"), list)
 
 
 def is_message_of_tree(record: Record) -> bool:
     """Tell one message of a tree, whose other messages are other records."""
-    return isinstance(record.get("text"), str) and isinstance(record.get("role"), str)
+    return isinstance(record.get("text"), str) and record.get("role") in OF_TREES
 
 
 def is_texts(value: Any) -> bool:
@@ -119,11 +127,13 @@ def from_transcript(text: str, where: str) -> list[Record]:
 
 
 def asked_and_said(turn: Any) -> tuple[str, str] | None:
-    """Find the keys of a question and of its answer in an object that holds both; None in others."""
+    """Find the keys of a question and of its answer in an object that holds both, in this order; None in others."""
     if not isinstance(turn, dict) or {"role", "from"} & turn.keys():
         return None
-    asking, saying = ([k for k in turn if k.lower() in names] for names in (ASKING, SAYING))
-    return (asking[0], saying[0]) if len(asking) == len(saying) == 1 else None
+    there = {key.lower(): key for key in turn}
+    found = [(there[a], there[b]) for a, said in PAIRS.items() for b in said if a in there and b in there]
+    in_order = [pair for pair in found if [*turn].index(pair[0]) < [*turn].index(pair[1])]
+    return in_order[0] if len(found) == len(in_order) == 1 else None
 
 
 def one_by_one(turns: list[Any], where: str) -> Iterator[Any]:
@@ -142,10 +152,11 @@ def one_by_one(turns: list[Any], where: str) -> Iterator[Any]:
 
 
 def refuse_branches(turns: list[Any], where: str) -> None:
-    """Raise Unusable for messages that name their parents and are no one path, each the reply to the one before it."""
+    """Raise Unusable for messages that all have a name, of which some are parents, and are no one path, each the reply to the one
+    before it."""
     objects = [t if isinstance(t, dict) else {} for t in turns]
     ids, parents = ([_name(t, *keys) for t in objects] for keys in (("message_id", "id"), ("parent_id",)))
-    if not ({*ids} & {*parents}) - {None}:
+    if None in ids or len({*ids}) < len(ids) or not {*ids} & {*parents}:
         return
     for i in range(1, len(turns)):
         if parents[i] != ids[i - 1]:
