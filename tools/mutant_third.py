@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from mutant_faults import Mutant, fault
 
-ATTENTION16, LOW, PRODUCTS, TILES, ORDER, CPU, KERNELS = (
+ATTENTION16, LOW, BLOCKED, TILES, ORDER, CPU, KERNELS = (
     f"apr/backends/cpu/{name}.py"
-    for name in ("attention", "low", "products", "tiles", "order", "ops", "kernels")
+    for name in ("attention", "low", "blocked", "tiles", "order", "ops", "kernels")
 )
 ADAPTERS, DORA, DROPOUT, INT8, LORA, MICRO, MODEL, OPTIM, PAIRS, SCHEDULE, BLOCK, DOCUMENTS = (
     f"apr/model/{name}.py"
@@ -38,9 +38,8 @@ UNITS, TOKENIZER, SCORES = "apr/common/units.py", "apr/tokenizer/tokenizer.py", 
 # fmt: off
 THIRD: tuple[Mutant, ...] = (
     # bfloat16 on the CPU
-    fault("tail_columns_without_bias", "in bfloat16, columns behind the last whole block of a product get no bias", PRODUCTS,
-          "                                if bias.size > 0:\n                                    of_row",
-          "                                if bias.size > 0 and width == EDGE:\n                                    of_row", "bf16"),
+    fault("tail_columns_without_bias", "in bfloat16, columns behind the last whole block of a product get no bias", BLOCKED,
+          "        if bias != 0:\n            more", "        if bias != 0 and width == EDGE:\n            more", "bf16"),
     fault("bias_rounded_twice", "in bfloat16 a bias is added to what is rounded already", CPU,
           "        p.multiply(y, p.rows(x), p.columns(w), x.shape[1], b)\n        return\n",
           "        p.multiply(y, p.rows(x), p.columns(w), x.shape[1])\n"

@@ -18,7 +18,7 @@ from addresses import pointer
 from amx import TERMS, Emulated, product, tdpbf16ps
 from apr import backends
 from apr.backends.contract import BF16
-from apr.backends.cpu import amx, ops, order, tiled, tiles
+from apr.backends.cpu import amx, blocked, ops, tiled, tiles
 from apr.backends.cpu.bfloat16 import bfloat16
 from cases import ROWS, Row
 from precision import accuracy, off
@@ -52,7 +52,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Any:
     cpu.empty(0, BF16)
 
     def use(fault: str = "") -> Any:
-        monkeypatch.setattr(sys.modules["apr.backends.cpu.low"], "products", Emulated(order, fault))
+        monkeypatch.setattr(sys.modules["apr.backends.cpu.low"], "products", Emulated(fault))
 
     return use
 
@@ -136,11 +136,12 @@ def _scalar_rows() -> Any:
 
 @pytest.fixture(scope="module")
 def scalar() -> Any:
-    """tiled.product around scalar code, for pieces of 3 blocks of terms and of 2 of rows, on one thread."""
-    f, nothing = tiled.product.py_func, numba.njit(lambda address=0: None)
-    own = {"tile_rows": _scalar_rows(), "begin_tiles": nothing, "end_tiles": nothing}
-    sizes = {"TERM_BLOCKS": 3, "ROW_BLOCKS": 2}
-    return numba.njit(FunctionType(f.__code__, f.__globals__ | own | sizes), error_model="numpy")
+    """The kernel around scalar tiles, for pieces of 3 blocks of terms and few blocks of rows, on one thread."""
+    nothing, f = numba.njit(lambda *address: None), tiled.step.py_func
+    own = numba.njit(FunctionType(f.__code__, f.__globals__ | {"tile_rows": _scalar_rows()}))
+    sizes = {"TERM_BLOCKS": 3, "TERMS_IN_PLACE": 5, "LEFT_BLOCKS": 6}
+    kind = tiled.kind | sizes | {"begin": nothing, "end": nothing, "step": own}
+    return numba.njit(blocked.bound("scalar", **kind), error_model="numpy")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -151,7 +152,7 @@ def test_blocks_and_edges(shape: tuple[int, ...], scalar: Any) -> None:
         out: Any, left: Any, right: Any, k: int, bias: Any = None, adds: bool = False, grid: Any = (1, 1)
     ) -> None:
         bias = np.empty(0, BF16) if bias is None else bias
-        scalar(out, *left, right, bias, adds, *grid, amx.CONFIG)
+        scalar(out, *left, *right, bias, adds, *grid, amx.CONFIG)
 
     every_product(multiply, *shape)
 
@@ -161,17 +162,17 @@ def every_product(multiply: Any, m: int, n: int, k: int) -> None:
     rng = np.random.default_rng(m)
     x, w, b, dy = (random(rng, *shape) for shape in ((m, k), (n, k), (n,), (m, n)))
     y, dx, want = np.empty((m, n), BF16), np.empty((m, k), BF16), product(x, np.ascontiguousarray(w.T))
-    multiply(y, tiled.rows(x), order.columns(w), k)
+    multiply(y, tiled.rows(x), tiled.columns(w), k)
     assert same(y, want)
-    multiply(y, tiled.rows(x), order.columns(w), k, b, grid=(2, 3))
+    multiply(y, tiled.rows(x), tiled.columns(w), k, b, grid=(2, 3))
     assert same(y, want + b.astype(np.float32))
-    multiply(dx, tiled.rows(dy), order.terms(w), n, grid=(3, 1))
+    multiply(dx, tiled.rows(dy), tiled.terms(w), n, grid=(3, 1))
     assert same(dx, product(dy, w))
     dw = rng.standard_normal((n, k)).astype(np.float32)
     old, more = dw.copy(), product(np.ascontiguousarray(dy.T), x)
-    multiply(dw, tiled.transposed(dy), order.terms(x), m, adds=True)
+    multiply(dw, tiled.transposed(dy), tiled.terms(x), m, adds=True)
     assert same(dw, old + more)
-    multiply(dw, tiled.transposed(dy), order.terms(x), m, grid=(1, 2))
+    multiply(dw, tiled.transposed(dy), tiled.terms(x), m, grid=(1, 2))
     assert same(dw, more)
 
 
@@ -245,5 +246,5 @@ def test_tiles_at_the_edges_of_the_range(scale: float) -> None:
     rng = np.random.default_rng(0)
     x, w = ((rng.standard_normal((64, 96)).astype(np.float32) * scale).astype(BF16) for _ in range(2))
     y = np.empty((64, 64), np.float32)
-    tiled.multiply(y, tiled.rows(x), order.columns(w), 96)
+    tiled.multiply(y, tiled.rows(x), tiled.columns(w), 96)
     assert np.array_equal(y, product(x, np.ascontiguousarray(w.T)), equal_nan=True)

@@ -12,7 +12,7 @@ from numba import types
 
 from addresses import pointer
 from apr.backends.contract import BF16
-from apr.backends.cpu import products, tiles
+from apr.backends.cpu import blocked, products, tiles
 from apr.backends.cpu.bfloat16 import bfloat16
 
 SHAPES = [(1, 1, 1), (97, 123, 257), (5, 59, 97), (72, 40, 96), (40, 1025, 33), (136, 96, 256)]  # M, N, K
@@ -77,9 +77,11 @@ def _scalar_rows() -> Any:
 @pytest.fixture(scope="module")
 def kernel() -> Any:
     """products.product around scalar code, for pieces of 3 blocks of terms and of 2 of rows."""
-    f = products.product.py_func
-    own = {"dot_rows": _scalar_rows(), "TERM_BLOCKS": 3, "LEFT_BLOCKS": 6}
-    return numba.njit(FunctionType(f.__code__, f.__globals__ | own), error_model="numpy")
+    f = products.step.py_func
+    own = numba.njit(FunctionType(f.__code__, f.__globals__ | {"dot_rows": _scalar_rows()}))
+    sizes = {"TERM_BLOCKS": 3, "TERMS_IN_PLACE": 3, "LEFT_BLOCKS": 6}
+    kind = products.kind | sizes | {"step": own}
+    return numba.njit(blocked.bound("scalar", **kind), error_model="numpy")
 
 
 def _exact(a: Any, b: Any) -> Any:
@@ -105,7 +107,7 @@ def _wrong(kernel: Any, m: int, n: int, k: int) -> list[str]:
     def check(
         name: str, out: Any, left: Any, right: Any, want: Any, bias: Any = none, adds: bool = False, grid: Any = (1, 1)
     ) -> None:  # fmt: skip
-        kernel(out, *left, *right, bias, adds, *grid)
+        kernel(out, *left, *right, bias, adds, *grid, products.NO_CONFIG)
         if not np.array_equal(out.view(np.uint8), want.astype(out.dtype).view(np.uint8)):
             wrong.append(name)
 

@@ -41,7 +41,7 @@ def test_few_rows_on_emeraldrapids(tmp_path: Path) -> None:
         "NUMBA_CPU_NAME": "emeraldrapids",
         "NUMBA_CACHE_DIR": str(tmp_path),
         "NUMBA_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
     }
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", FEW_ROWS], env=env, capture_output=True, text=True)

@@ -54,12 +54,18 @@ def product(a: Array, b: Array) -> Array:
     return c
 
 
+def in_order(b: Array) -> Array:
+    """b (K,N) for the right side of tiles: block, terms, tile, pair, column, term of the pair; zeros behind the edges."""
+    kb, nb = (-(-n // TERMS) for n in b.shape)
+    return padded(b, TERMS, TERMS).reshape(kb, 16, 2, nb, 2, 16).transpose(3, 0, 4, 1, 5, 2)
+
+
 class Emulated:
     """The functions of tiled.py with every tile multiplied in plain NumPy, on any processor. A planted fault has a name."""
 
-    def __init__(self, order: Any, fault: str = "") -> None:
+    def __init__(self, fault: str = "") -> None:
         self.rows, self.transposed = lambda x: x, lambda x: x.T
-        self.columns, self.terms = order.columns, order.terms
+        self.columns, self.terms = lambda x: in_order(x.T), in_order
         self.fault = fault
 
     def multiply(
@@ -70,7 +76,7 @@ class Emulated:
         mb, nb, kb = (-(-x // TERMS) for x in (m, n, k))
         a = padded(left, TERMS, TERMS).reshape(mb, 2, 16, kb, TERMS)
         a = a.transpose(0, 3, 1, 2, 4)  # block, terms, tile, row, term
-        b = right.reshape(nb, kb, 2, 16, 16, 2)  # block, terms, tile, pair, column, term of the pair
+        b = right
         if self.fault == "tiles of the left exchanged":
             a = a[:, :, ::-1]
         elif self.fault == "tiles of the right exchanged":

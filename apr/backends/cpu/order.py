@@ -10,23 +10,18 @@
 | turned       | left  | row after row, of one that is stored term by term: a transposed operand, for tiles (a block) |
 """
 
-import threading
-
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from .bfloat16 import rounded
-from .kernels import _kernel, _row
-from .tiles import BLOCK_BYTES, EDGE, LINE
+from .kernels import _row
+from .tiles import BLOCK_BYTES, EDGE
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _WORDS, _HALVES = ir.VectorType(_I32, 16), ir.VectorType(ir.IntType(16), 16)
 _FLOATS = ir.VectorType(ir.FloatType(), 16)
-_BLOCK = BLOCK_BYTES // 2  # elements
-_held = threading.local()  # room for operands in order, of each thread
-_pairs = []  # (kernel, signature)
 
 
 @intrinsic
@@ -190,68 +185,3 @@ def turned_block(x, to, at, stride, height, width, spare):
     pair_block(x, spare, at, stride, height, width, 16)
     for h in range(0, BLOCK_BYTES, BLOCK_BYTES // 2):
         turn(np.uintp(to + h), np.uintp(spare + h), np.int64(2 * EDGE))
-
-
-@_kernel("void(act[::1], act[:,:])", into=_pairs)
-def put_pairs(to, x):
-    """Put x (K,N), whose rows are terms of the right operand, in order, pair after pair."""
-    k, n = x.shape
-    nb, kb = (n + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
-    px, pt, stride = x.ctypes.data, to.ctypes.data, x.strides[0]
-    for j in prange(kb):
-        for i in range(nb):
-            at, to_block = px + j * EDGE * stride + i * EDGE * x.itemsize, pt + (i * kb + j) * BLOCK_BYTES
-            pair_block(x, to_block, at, stride, min(EDGE, k - j * EDGE), min(EDGE, n - i * EDGE), 16)
-
-
-@_kernel("void(act[::1], act[:,:])", into=_pairs)
-def put_columns(to, x):
-    """Put x (N,K), whose rows are columns of the right operand, in order, pair after pair."""
-    n, k = x.shape
-    nb, kb = (n + EDGE - 1) // EDGE, (k + EDGE - 1) // EDGE
-    px, pt, stride = x.ctypes.data, to.ctypes.data, x.strides[0]
-    for i in prange(nb):
-        spare = np.empty((EDGE, EDGE), np.uint16)
-        ps = spare.ctypes.data
-        for j in range(kb):
-            at, to_block = px + i * EDGE * stride + j * EDGE * x.itemsize, pt + (i * kb + j) * BLOCK_BYTES
-            column_block(x, to_block, at, stride, min(EDGE, n - i * EDGE), min(EDGE, k - j * EDGE), ps)
-        spare[0, 0] = 0  # keeps it alive until here, as in attention_fwd
-
-
-kernels = {k.py_func.__name__: (k, signature) for k, signature in _pairs}
-
-
-def _room(rows, terms, like):
-    """Room for the right operand of this thread; rows of 64 bytes do not cross the lines of a cache."""
-    size = -(-rows // EDGE) * -(-terms // EDGE) * _BLOCK
-    held = getattr(_held, "room", None)
-    if held is None or held.size < size:
-        whole = np.empty(size + LINE // 2, like.dtype)
-        start = -whole.ctypes.data % LINE // 2
-        held = _held.room = whole[start : start + size]
-    return held[:size]
-
-
-def rows(x):
-    """Take the rows of x (M,K) for the left side."""
-    return x, False
-
-
-def transposed(x):
-    """Take x (K,M) for the left side as x^T."""
-    return x, True
-
-
-def terms(x):
-    """Put x (K,N) in order, for the right side."""
-    to = _room(*x.shape[::-1], x)
-    put_pairs(to, x)
-    return to
-
-
-def columns(x):
-    """Put x (N,K) in order, for the right side as x^T."""
-    to = _room(*x.shape, x)
-    put_columns(to, x)
-    return to
