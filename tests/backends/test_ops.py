@@ -320,6 +320,20 @@ def test_the_largest_bfloat16_of_any_bits() -> None:
             assert low._largest(row) == row.astype(np.float32).max()
 
 
+@pytest.mark.parametrize(
+    "shape", [(1,), (16384,), (16385,), (3, 16384), (2, 16400), (5, 59), (2, 3, 7), (2, 3, 4, 5)]
+)
+def test_a_copy_rounds_every_element_and_nothing_beside(shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(7).standard_normal(shape, np.float32)
+    y, beside = cpu.empty(shape, BF16), cpu.empty((*shape[:-1], shape[-1] + 3), BF16)
+    cpu.copy(y, x)
+    cpu.copy(beside[..., :-3], x)
+    want = x.astype(BF16).view(np.uint16)
+    assert np.array_equal(y.view(np.uint16), want)
+    assert np.array_equal(beside[..., :-3].view(np.uint16), want)
+    assert not beside[..., -3:].astype(np.float32).any()
+
+
 def test_arrays_of_bfloat16_have_the_types_that_numba_finds() -> None:
     x = cpu.empty((3, 4, 6), BF16)
     shut = x[0].copy()

@@ -576,6 +576,7 @@ def attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window):
 def swiglu_fwd(y, gu):
     n, f = y.shape
     for i in prange(n):
+        _wide_vectors()
         g, u, out = gu[i, :f], gu[i, f:], y[i]
         for j in range(f):
             x = g[j]
@@ -586,6 +587,7 @@ def swiglu_fwd(y, gu):
 def swiglu_bwd(dgu, dy, gu):
     n, f = dy.shape
     for i in prange(n):
+        _wide_vectors()
         g, u, dout, dg, du = gu[i, :f], gu[i, f:], dy[i], dgu[i, :f], dgu[i, f:]
         for j in range(f):
             x = g[j]
@@ -599,6 +601,7 @@ def swiglu_bwd(dgu, dy, gu):
 def swiglu_again(y, gu, dy):
     n, f = y.shape
     for i in prange(n):
+        _wide_vectors()
         g, u, dout, out = gu[i, :f], gu[i, f:], dy[i], y[i]
         # a loop of its own: in one with the other, x / e would become x * s, of other bits than those of swiglu_fwd
         for j in range(f):

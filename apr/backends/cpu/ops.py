@@ -80,7 +80,21 @@ def _low() -> Any:
 
 
 def _deep(x: Array) -> Array:
-    return x.reshape((1,) * (4 - x.ndim) + x.shape)
+    """x with four axes: threads share the first two, the last stays last."""
+    if x.ndim == 1:
+        return x.reshape(1, 1, 1, -1)
+    return x.reshape(*x.shape[:-1], *(1,) * (4 - x.ndim), x.shape[-1])
+
+
+def _convert(y: Array, x: Array) -> None:
+    convert, chunk = _low().convert, kernels.CHUNK
+    if x.flags.c_contiguous and y.flags.c_contiguous and (whole := x.size // chunk):
+        y, x = y.reshape(-1), x.reshape(-1)
+        pieces = (z[: whole * chunk].reshape(whole, 1, 1, chunk) for z in (y, x))
+        convert(*pieces)
+        y, x = y[whole * chunk :], x[whole * chunk :]
+    if x.size:
+        convert(_deep(y), _deep(x))
 
 
 def _wide(x: Array) -> Array:
@@ -88,14 +102,14 @@ def _wide(x: Array) -> Array:
     if x.dtype != BF16:
         return x
     y = np.empty(x.shape, np.float32)
-    _low().convert(_deep(y), _deep(x))
+    _convert(y, x)
     return y
 
 
 def copy(y: Array, x: Array) -> None:
     """See reference.py."""
-    if y.dtype == BF16 and x.dtype == np.float32 and y.shape == x.shape and x.ndim <= 4:
-        _low().convert(_deep(y), _deep(x))
+    if y.dtype == BF16 and x.dtype == np.float32 and y.shape == x.shape and 1 <= x.ndim <= 4:
+        _convert(y, x)
     else:
         reference.copy(y, x)
 
