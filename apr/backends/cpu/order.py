@@ -15,13 +15,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from .bfloat16 import rounded
 from .kernels import _row
 from .tiles import BLOCK_BYTES, EDGE
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _WORDS, _HALVES = ir.VectorType(_I32, 16), ir.VectorType(ir.IntType(16), 16)
-_FLOATS = ir.VectorType(ir.FloatType(), 16)
 
 
 @intrinsic
@@ -34,23 +32,6 @@ def zip_rows(typing, to, one, two):
         x.align = y.align = 2
         order = ir.Constant(ir.VectorType(_I32, 32), [16 * (j % 2) + j // 2 for j in range(32)])
         both = builder.shuffle_vector(x, y, order)
-        builder.store(both, builder.inttoptr(to, both.type.as_pointer())).align = 2
-        return context.get_dummy_value()
-
-    u = types.uintp
-    return types.void(u, u, u), generate
-
-
-@intrinsic
-def zip_rounded(typing, to, one, two):
-    """Write 16 float32 at `one` and at `two` in turn, rounded to bfloat16."""
-
-    def generate(context, builder, signature, args):
-        to, *rows = args
-        x, y = (builder.load(builder.inttoptr(at, _FLOATS.as_pointer())) for at in rows)
-        x.align = y.align = 4
-        order = ir.Constant(ir.VectorType(_I32, 32), [16 * (j % 2) + j // 2 for j in range(32)])
-        both = builder.shuffle_vector(rounded(builder, x, 16), rounded(builder, y, 16), order)
         builder.store(both, builder.inttoptr(to, both.type.as_pointer())).align = 2
         return context.get_dummy_value()
 
