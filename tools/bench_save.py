@@ -4,8 +4,8 @@
     (...) --record bench/gpu/save.json                                         add the result to a record
 
 Trains for a few steps with a state and a checkpoint in the middle, as `apr pretrain` does, and reports the seconds of the
-steps around each save: how much longer than the median step the longest one took, evaluation left out; and how long the run
-waited at its end for the last save: until its files were whole.
+step behind each save: how much longer than the median step it took, evaluation left out; of the steps beside which files were
+written; and how long the end of the run took: its last save, and everything behind it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,19 @@ MODEL = "qwen3-0.6b"  # with a head of its own: 0.75 B parameters
 
 
 class Clock(apr.Callback):
-    """Seconds between the ends of steps, and the steps with an evaluation between them and the next one."""
+    """The time at the end of each step, and behind its evaluation; steps beside which a save was under way."""
 
     def __init__(self) -> None:
         self.ends: dict[int, float] = {}
         self.evaluated: dict[int, float] = {}
-        self.whole: list[float] = []
+        self.beside: set[int] = set()
 
     def on_step(self, line: dict[str, Any]) -> None:
         """Note the time, and tell of a step behind an evaluation."""
         n = line["step"]
         self.ends[n] = time.perf_counter()
+        if any(thread.name == "saving" for thread in threading.enumerate()):
+            self.beside.add(n)
         if n - 1 in self.evaluated:
             print(
                 f"step {n}: {self.ends[n] - self.evaluated[n - 1]:.3f} s with the save before it", flush=True
@@ -51,10 +54,6 @@ class Clock(apr.Callback):
     def on_evaluation(self, line: dict[str, Any]) -> None:
         """Note the time."""
         self.evaluated[line["step"]] = time.perf_counter()
-
-    def on_checkpoint(self, path: Path, facts: dict[str, Any]) -> None:
-        """Note when a checkpoint is whole."""
-        self.whole.append(time.perf_counter())
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
@@ -74,17 +73,26 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         ended = time.perf_counter()
     steps = {n: clock.ends[n] - clock.ends[n - 1] for n in clock.ends if n - 1 in clock.ends}
     behind = {n: clock.ends[n + 1] - clock.evaluated[n] for n in clock.evaluated if n and n + 1 in clock.ends}
-    usual = [s for n, s in steps.items() if n - 1 not in behind and n > 3]
+    plain = {n: s for n, s in steps.items() if n - 1 not in behind and n > 3}
+    usual = [s for n, s in plain.items() if n not in clock.beside]
+    beside = [s for n, s in plain.items() if n in clock.beside]
     pauses = {n: s - statistics.median(usual) for n, s in behind.items()}
     return {
         "parameters": Layout(cfg).num_parameters,
         "batch": [a.batch_size, a.seq_length],
         "verdict": result.verdict,
-        "step_ms": round(1e3 * statistics.median(usual), 2),
-        "longest_step_ms": round(1e3 * max(usual), 2),
+        "steps": {"no save": _figures(usual), "beside a save": _figures(beside)},
         "pause_ms": {str(n): round(1e3 * s, 1) for n, s in pauses.items()},
-        "last_save_s": round(ended - max(clock.ends.values()), 2),
-        "seconds_per_step": {str(n): round(s, 4) for n, s in steps.items()},
+        "end_s": round(ended - max(clock.ends.values()), 2),
+    }
+
+
+def _figures(seconds: list[float]) -> dict[str, float]:
+    """Number, median and longest, in ms."""
+    return {
+        "steps": len(seconds),
+        "median_ms": round(1e3 * statistics.median(seconds), 2) if seconds else 0.0,
+        "longest_ms": round(1e3 * max(seconds, default=0.0), 2),
     }
 
 
