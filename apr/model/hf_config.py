@@ -228,6 +228,13 @@ def _rope(keys: HfKeys) -> tuple[float, RopeScaling | None]:
         if value is not None and not isinstance(value, dict):
             raise MalformedFile(f"{source}: {place} = {value!r} is not an object")
         value = value or {}
+        kind = rope.get("rope_type", rope.get("type"))
+        said = keys.d | {"rope_type": kind, "type": kind}
+        if rope and (alone := sorted(k for k in value.keys() - rope.keys() if value[k] != said.get(k))):
+            raise Refused(
+                f"{source}: {place}.{alone[0]} = {short(value[alone[0]])} is not in rope_scaling, beside which transformers "
+                "does not read rope_parameters; write all keys into one of these objects and remove the other"
+            )
         for key in sorted(value.keys() & rope.keys()):
             if value[key] != rope[key]:
                 raise Refused(
@@ -270,11 +277,13 @@ def _rope(keys: HfKeys) -> tuple[float, RopeScaling | None]:
 
 
 def _values(kind: type[RopeScaling], keys: HfKeys) -> dict[str, Any]:
-    """Read the fields of a kind of scaling; a key that is missing or null takes the default, where there is one."""
+    """Read the fields of a kind of scaling; a key that is missing or null takes the default, where there is one, and a switch
+    that is null is off, as in transformers."""
     found: dict[str, Any] = {}
     for f in fields(kind):
         type_name = str(f.type)
-        if keys.d.get(f.name) is None and f.default is not MISSING:
+        is_missing = f.name not in keys.d if type_name == "bool" else keys.d.get(f.name) is None
+        if is_missing and f.default is not MISSING:
             continue
         found[f.name] = (
             keys.flag(f.name)

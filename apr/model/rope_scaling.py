@@ -90,6 +90,11 @@ class Llama3Scaling(RopeScaling):
         scaled: np.ndarray = freq * (keep + (1 - keep) / self.factor)
         return scaled
 
+    def fault(self, theta: float) -> str:
+        """Refuse bounds in the wrong order or equal, between which nothing can be interpolated."""
+        low, high = self.low_freq_factor, self.high_freq_factor
+        return "" if low < high else f"low_freq_factor = {low:g} is not below high_freq_factor = {high:g}"
+
 
 @dataclass(frozen=True)
 class YarnScaling(RopeScaling):

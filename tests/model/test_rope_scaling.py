@@ -132,6 +132,24 @@ def test_two_places_that_contradict_each_other() -> None:
         Refused, match=r"two values of factor: 4\.0 in rope_scaling and 8\.0 in rope_parameters"
     ):
         from_hf({**d, "rope_parameters": {**YARN, "factor": 8.0}})
+    # transformers reads one of the two objects: a key of the other alone would be of another model
+    with pytest.raises(Refused, match=r"rope_parameters.rope_theta = 7.0 is not in rope_scaling, beside which"):
+        from_hf({k: v for k, v in d.items() if k != "rope_theta"} | {"rope_parameters": {"rope_theta": 7.0}})
+    assert from_hf({**d, "rope_parameters": {"type": "yarn", "rope_theta": d["rope_theta"]}}) == from_hf(d)
+
+
+def test_a_switch_that_is_null_is_off_as_in_transformers() -> None:
+    d = to_hf(PRESETS["llama-tiny"])
+    scaling = from_hf({**d, "rope_scaling": {**YARN, "truncate": None}}).rope_scaling
+    assert scaling == YarnScaling(4.0, 28, truncate=False)
+
+
+@pytest.mark.parametrize(("low", "high"), [(4.0, 1.0), (2.0, 2.0)])
+def test_bounds_of_llama_3_are_in_order(low: float, high: float) -> None:
+    d = to_hf(PRESETS["llama3-tiny"])
+    d["rope_scaling"] |= {"low_freq_factor": low, "high_freq_factor": high}
+    with pytest.raises(Refused, match=f"low_freq_factor = {low:g} is not below high_freq_factor = {high:g}"):
+        from_hf(d)
 
 
 def test_dynamic_scaling_ends_where_it_would_begin() -> None:
