@@ -13,9 +13,14 @@ from ..common.units import plural
 from .find import Sources, classify, find_sources
 from .source import Source
 
-SPLITS = ("train", "validation", "valid", "val", "dev", "test")
-# Splits to score a model on, the first that is there.
-HELD_OUT = ({"validation", "valid", "val", "dev"}, {"test"})
+# Words for splits, as the library datasets has them.
+TRAIN = ("train", "training")
+# Splits to score a model on: the first of these kinds that is there.
+HELD_OUT = (("validation", "valid", "val", "dev", "development"), ("test", "testing", "eval", "evaluation"))
+SPLITS = (*TRAIN, *HELD_OUT[0], *HELD_OUT[1])
+# Text files that may be data; others are source code and notes, among which a folder of tests is no split.
+TEXT_DATA = (".txt", ".csv", ".tsv")
+NOTES = (".md", ".rst")
 PREFIX = "hf://"
 
 
@@ -28,7 +33,8 @@ def data_files(path: str, is_scored: bool = False) -> list[str]:
         return [path]
 
     def choose(names: list[str], split: str | None) -> list[str]:
-        held_out = (word for word in SPLITS[1:] if any(_has(n, word) for n in names))
+        there = {_split_of(n) for n in _data_of(names)}
+        held_out = (word for words in HELD_OUT for word in words if word in there)
         return of_split(path, names, split or (next(held_out, None) if is_scored else None))
 
     return [str(p) for p in download_data(path, choose)]
@@ -72,24 +78,30 @@ def _is_folder(path: str) -> bool:
 
 def _other_splits(paths: Sequence[str], found: Sources, is_scored: bool) -> list[Source]:
     """List the files of folders whose names say another split than the one that is read, where there is a split "train". Of text
-    files they say so where every file is called after a split: code has folders of tests."""
+    files they say so where all are called after a split, but for notes: code has folders of tests."""
     named = {os.path.realpath(path) for path in paths if not _is_folder(path)}
     others = []
     for folder in filter(_is_folder, paths):
         below = [s for s in found if _is_below(s.path, folder)]
         words = {s.name: _split_of(os.path.relpath(s.path, folder)) for s in below}
         data = [s for s in below if s.kind != "text"]
-        if not data and all(words.values()):
-            data = [s for s in below if s.path.suffix.lower() == ".txt"]
+        texts = [s for s in below if s.kind == "text" and _suffix(s) not in NOTES]
+        if all(words[s.name] and _suffix(s) in TEXT_DATA for s in texts):
+            data += texts
         there = {words[s.name] for s in data}
-        held_out = next((words_of for words_of in HELD_OUT if words_of & there), set[str]())
-        if "train" not in there:
+        held_out = next((kind for kind in HELD_OUT if not there.isdisjoint(kind)), ())
+        if there.isdisjoint(TRAIN):
             continue
         if not is_scored:
-            others += [s for s in data if words[s.name] not in ("train", "")]
+            others += [s for s in data if words[s.name] not in (*TRAIN, "")]
         elif held_out:
             others += [s for s in below if words[s.name] not in held_out]
     return [s for s in others if not named or os.path.realpath(s.path) not in named]
+
+
+def _suffix(source: Source) -> str:
+    """Find the suffix of a file in lower case, that of its content where it is compressed."""
+    return PurePosixPath(source.path.stem if source.compression else source.path).suffix.lower()
 
 
 def _is_below(path: str | os.PathLike[str], folder: str) -> bool:
@@ -99,16 +111,18 @@ def _is_below(path: str | os.PathLike[str], folder: str) -> bool:
 def of_split(source: str, names: list[str], split: str | None) -> list[str]:
     """Choose the files of a split, a word or words with / between them that stand in their names; without one those of
     "train", or all where no name has a word of SPLITS."""
-    kinds = ("parquet", "jsonl", "json")
-    data = [n for n in names if classify(n)[0] in kinds and not n.endswith("dataset_infos.json")]
-    data = data or [n for n in names if n.lower().endswith(".txt")]
+    data = _data_of(names)
     if not data:
         raise Refused(
             f"{source}: no Parquet, JSON Lines or JSON file; it has {', '.join(names[:8]) or 'no file'}"
         )
     words = split.split("/") if split else ["train"]
-    chosen = [n for n in data if all(_has(n, w) for w in words)]
-    there = [w for w in SPLITS if any(_has(n, w) for n in data)]
+    of_name = {n: _splits_of(n) for n in data}
+    if split:
+        chosen = [n for n in data if all(w in of_name[n] if w in SPLITS else _has(n, w) for w in words)]
+    else:
+        chosen = [n for n in data if _split_of(n) in TRAIN]
+    there = [w for w in SPLITS if any(w in splits for splits in of_name.values())]
     if not chosen and not split and not there:
         chosen = data
     bare = source.rsplit(":", 1)[0] if split else source
@@ -123,12 +137,30 @@ def of_split(source: str, names: list[str], split: str | None) -> list[str]:
     return chosen
 
 
+def _data_of(names: list[str]) -> list[str]:
+    """Choose the files of records of a data set, or of text where it has none."""
+    kinds = ("parquet", "jsonl", "json")
+    data = [n for n in names if classify(n)[0] in kinds and not n.endswith("dataset_infos.json")]
+    return data or [n for n in names if n.lower().endswith(".txt")]
+
+
 def _split_of(name: str) -> str:
-    """Find the word of a split in a name: the file's own, else that of the nearest folder; "" without one."""
-    parts = reversed(PurePosixPath(name).parts)
-    return next((word for part in parts for word in SPLITS if _has(part, word)), "")
+    """Find the word of a split in a name; "" without one."""
+    return next(iter(_splits_of(name)), "")
+
+
+def _splits_of(name: str) -> list[str]:
+    """List the words of splits in a name: the file's own, else those of the nearest folder."""
+    found = ([word for word in SPLITS if _has(part, word)] for part in reversed(PurePosixPath(name).parts))
+    return next(filter(None, found), [])
 
 
 def _has(name: str, word: str) -> bool:
-    """Tell if a word stands in a name, between characters that are no letters or digits."""
-    return re.search(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])", name) is not None
+    """Tell if a word stands in a name, between characters that are no letters or digits; that of a split, however it is
+    spelled, between characters that are no letters."""
+    is_split = word in SPLITS
+    other = "A-Za-z" if is_split else "A-Za-z0-9"
+    return (
+        re.search(rf"(?<![{other}]){re.escape(word)}(?![{other}])", name, re.IGNORECASE if is_split else 0)
+        is not None
+    )

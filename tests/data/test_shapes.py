@@ -448,6 +448,13 @@ def test_a_map_is_for_the_records_that_have_its_keys(tmp_path: Path, tok: Tokeni
         ({"conversations": [{"human": "q", "output": "a"}]}, "role", "conversations[0] has role None"),
         ({"conversations": [{"from": "human", "markdown": "q"}]}, "not a string", "it has 'role', 'markdown', and --map content"),
         ({"prompt": "q", "completion": ["a", "b"]}, "several texts", "completion has 2 texts"),
+        ({"messages": [{"question": "q", "answer": ["a", "b"]}]}, "several texts", "messages[0].answer has 2 texts"),
+        ({"messages": "Human: q\nAssistant: a\n\nAssistant: b"}, "turns", "turn 1, of Human, has a line that begins with 'Assi"),
+        ({"messages": "Human: q\n\nAssistant: a\r\n\r\nHuman: b"}, "turns", "turn 2, of Assistant, has a line that begins"),
+        (
+            {"messages": [{"id": n, "parent_id": float(min(n - 1, 1)), "role": "user", "content": "q"} for n in (1, 2, 3)]},
+            "a tree", "parent_id is 1.0",
+        ),
         ({"prompt": ["a", "b"], "response": ["c", "d"]}, "several texts", "prompt has 2 texts"),
         (node("prompter", "q", node("assistant", "a"), node("assistant", "b")), "a tree", "replies has 2 replies"),
         ({"prompt": node("prompter", "q", node("robot", "a"))}, "role", "messages of the tree[1] has role 'robot'"),
@@ -539,6 +546,13 @@ def test_pairs_of_transcripts_are_read_and_found_again(tmp_path: Path, tok: Toke
     assert pairs_kept(open_pairs(path), sides, tok, template).passed
     swapped = [{"chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
     assert pairs_kept(open_pairs(lines(tmp_path, swapped, "b.jsonl")), sides, tok, template).verdict == FAIL
+
+
+def test_a_prompt_beside_whole_dialogs_would_be_said_twice() -> None:
+    talk = "\n\nHuman: 3 + 3?\n\nAssistant: "
+    with pytest.raises(Unusable) as e:
+        pair_of("x", {"prompt": talk.rstrip(), "chosen": talk + "6", "rejected": talk + "7"})
+    assert "whole dialogs of Human and Assistant; leave out the prompt" in e.value.detail
 
 
 def test_text_without_answers_says_what_is_missing(encoder: Encoder) -> None:
@@ -746,6 +760,11 @@ def test_an_address_that_is_none_is_refused() -> None:
         (["a/train-0.parquet", "b/train-0.parquet"], None, "say which, such as x:a/train, x:b/train"),
         (["test.jsonl"], None, "no file of a split 'train'; there is test"),
         (["README.md"], None, "no Parquet"),
+        (["train_test_split/train.jsonl", "train_test_split/test.jsonl"], None, ["train_test_split/train.jsonl"]),
+        (["train_test_split/train.jsonl", "train_test_split/test.jsonl"], "test", ["train_test_split/test.jsonl"]),
+        (["train_val.jsonl", "test.jsonl"], "val", ["train_val.jsonl"]),
+        (["Train.jsonl", "Test.jsonl"], None, ["Train.jsonl"]),
+        (["gsm8k.jsonl", "gsm.jsonl"], "gsm", ["gsm.jsonl"]),
     ],
 )  # fmt: skip
 def test_the_files_of_a_split(names: list[str], split: str | None, chosen: Any) -> None:
@@ -921,6 +940,13 @@ def test_the_text_that_an_instruction_is_about_is_not_left_behind(about: str) ->
         (["train.py", "test.py"], ["test.py", "train.py"], 0),
         (["train.txt", "test.txt", "notes.txt"], ["notes.txt", "test.txt", "train.txt"], 0),
         (["a.jsonl", "dataset_infos.json", "dataset_info.json"], ["a.jsonl"], 0),
+        (["Train.jsonl", "TEST.jsonl"], ["Train.jsonl"], 1),
+        (["train1.jsonl", "train2.jsonl", "test1.jsonl"], ["train1.jsonl", "train2.jsonl"], 1),
+        (["training.jsonl", "eval.jsonl", "testing.jsonl", "evaluation.jsonl"], ["training.jsonl"], 3),
+        (["train.txt", "test.txt", "README.md"], ["README.md", "train.txt"], 1),
+        (["train.txt.gz", "test.txt.gz"], ["train.txt.gz"], 1),
+        (["train.jsonl", "val.txt"], ["train.jsonl"], 1),
+        (["train.jsonl", "contest.jsonl", "test_x/train.jsonl"], ["contest.jsonl", "test_x/train.jsonl", "train.jsonl"], 0),
     ],
 )  # fmt: skip
 def test_of_a_folder_with_splits_the_training_one_is_read(
@@ -945,6 +971,7 @@ def test_of_a_folder_with_splits_the_training_one_is_read(
         (["train.jsonl", "more.jsonl"], ["more.jsonl", "train.jsonl"], 0),
         (["test.jsonl", "validation.jsonl"], ["test.jsonl", "validation.jsonl"], 0),
         (["train.txt", "test.txt"], ["test.txt"], 1),
+        (["train.txt", "eval.txt", "README.md"], ["eval.txt"], 1),
         (["train.py", "test.py", "model.py"], ["model.py", "test.py", "train.py"], 0),
     ],
 )

@@ -133,7 +133,9 @@ def test_two_places_that_contradict_each_other() -> None:
     ):
         from_hf({**d, "rope_parameters": {**YARN, "factor": 8.0}})
     # transformers reads one of the two objects: a key of the other alone would be of another model
-    with pytest.raises(Refused, match=r"rope_parameters.rope_theta = 7.0 is not in rope_scaling, beside which"):
+    with pytest.raises(
+        Refused, match=r"rope_parameters\.rope_theta = 7\.0 is not in rope_scaling, beside which"
+    ):
         from_hf({k: v for k, v in d.items() if k != "rope_theta"} | {"rope_parameters": {"rope_theta": 7.0}})
     assert from_hf({**d, "rope_parameters": {"type": "yarn", "rope_theta": d["rope_theta"]}}) == from_hf(d)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..hub_data import SPLITS, TRAIN
 from ..source import Unusable
 from .keys import Record
 
@@ -11,11 +12,8 @@ from .keys import Record
 SYSTEM_NAMES = ("system_prompt", "system_message", "systemPrompt", "system_instruction")
 # Keys with false in records of bad answers, as KTO has them (Ethayarajh et al. 2024), and the reason that is counted.
 LABELS, BAD = ("label", "kto_tag"), "label is false"
-# Values of "split" that name other records than those to train on.
-HELD_OUT, OTHER_SPLIT = (
-    {"test", "validation", "valid", "val", "dev", "eval", "evaluation"},
-    "of another split",
-)
+# Reason of records whose "split" names others than those to train on.
+OTHER_SPLIT = "of another split"
 # Records that are left out because they say so: none of them is broken.
 ASKED = (BAD, OTHER_SPLIT)
 PICTURES = ("image", "images", "video", "videos", "audio", "audios")
@@ -31,7 +29,7 @@ READ_BESIDE = {"system", "tools", "chat_template_kwargs"}
 
 def settled(record: Record) -> Record:
     """Give a record "system" under our name. Raises Unusable for a record of another split, and for one of pictures or sound."""
-    if str(record.get("split", "")).lower() in HELD_OUT:
+    if str(record.get("split", "")).lower() in {*SPLITS} - {*TRAIN}:
         raise Unusable(
             OTHER_SPLIT, f"split is {record['split']!r}; take the key out where it is to be trained on"
         )

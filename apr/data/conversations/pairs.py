@@ -67,7 +67,12 @@ def pair_of(name: str, value: Any, keys: KeyMap | None = None) -> Pair:
     prompt, sides = value.get("prompt", value.get("conversations")), [value["chosen"], value["rejected"]]
     if sides[0] == sides[1]:
         raise Unusable("equal answers", "chosen and rejected are the same")
-    if are_transcripts := prompt is None and all(map(is_transcript, sides)):
+    if are_transcripts := all(map(is_transcript, sides)):
+        if prompt is not None:
+            raise Unusable(
+                "a prompt twice",
+                "chosen and rejected are whole dialogs of Human and Assistant; leave out the prompt",
+            )
         sides = [from_transcript(s, key) for s, key in zip(sides, ("chosen", "rejected"), strict=True)]
     beside = {key: value[key] for key in sorted(READ_BESIDE) if value.get(key)}
     before = [*earlier(value)] if value.get("history") else []

@@ -24,6 +24,8 @@ PAIRS = {
 # How HH-RLHF writes who speaks (Bai et al. 2022).
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
+# A line that would begin a turn, were the line before it empty.
+INSIDE = re.compile(r"[\r\n][ \t]*(Human:|Assistant:)")
 SPEAKERS = ("Human", "user"), ("Assistant", "assistant")
 # Roles of the messages of trees.
 OF_TREES = ("prompter", "assistant", "user", "system")
@@ -117,6 +119,11 @@ def from_transcript(text: str, where: str) -> list[Record]:
             raise Unusable("turns", f"{where}: turn {i + 1} is of {speaker}, behind another of {speaker}")
         if not words.strip():
             raise Unusable("turns", f"{where}: turn {i + 1}, of {speaker}, is empty")
+        if inside := INSIDE.search(words):
+            raise Unusable(
+                "turns",
+                f"{where}: turn {i + 1}, of {speaker}, has a line that begins with {inside[1]!r} and no empty line before it",
+            )
         out.append({"role": role, "content": words.strip()})
     if len(out) % 2:
         raise Unusable(
@@ -148,7 +155,7 @@ def one_by_one(turns: list[Any], where: str) -> Iterator[Any]:
                 "turns", f"{where}[{i}] has {there} beside {found[0]!r} and {found[1]!r}; nothing reads that"
             )
         for role, key in zip(("user", "assistant"), found, strict=True):
-            yield {"role": role, "content": turn[key]}
+            yield {"role": role, "content": one_text(turn[key], f"{where}[{i}].{key}")}
 
 
 def refuse_branches(turns: list[Any], where: str) -> None:
@@ -167,9 +174,9 @@ def refuse_branches(turns: list[Any], where: str) -> None:
             )
 
 
-def _name(message: Record, *keys: str) -> str | int | None:
-    """Read a name of a message: the first of the keys with a text or a number."""
-    return next((x for key in keys if isinstance(x := message.get(key), str | int)), None)
+def _name(message: Record, *keys: str) -> str | float | None:
+    """Read a name of a message: the first of the keys with a text or a number, of a table with gaps a float."""
+    return next((x for key in keys if isinstance(x := message.get(key), str | int | float)), None)
 
 
 def one_text(value: Any, key: str) -> Any:
