@@ -49,6 +49,9 @@ def product(out, left, turns, right, by_columns, bias, adds, rows, cols, config)
         spare = (room.ctypes.data + LINE - 1) // LINE * LINE
         b = spare + BLOCK_BYTES
         put = b + depth * BLOCK_BYTES
+        like = _row(
+            out, po, 1
+        )  # nobody counts who holds it: threads that count for each block wait for each other
         begin(np.uintp(config.ctypes.data))
         for i0 in range(first, last, high):
             i1 = min(last, i0 + high)
@@ -83,11 +86,11 @@ def product(out, left, turns, right, by_columns, bias, adds, rows, cols, config)
                             a, a_row, a_step = put + (i - i0) * (k1 - k0) * BLOCK_BYTES, 2 * EDGE, BLOCK_BYTES
                         of_bias, goes_on, ends = pbias + j * bias_step, piece > 0, piece + 1 == pieces
                         waiting, waiting_to = step(
-                            *(out, to, so, adds, height, width, a, a_row, a_step, b, k1 - k0, turns),
+                            *(like, to, so, adds, height, width, a, a_row, a_step, b, k1 - k0, turns),
                             *(of_bias, own, goes_on, ends, waiting, waiting_to),
                         )
                 if waiting != 0:
-                    write(out, waiting_to, so, waiting, adds)
+                    write(like, waiting_to, so, waiting, adds)
         end()
         sums[0, 0] = 0  # keeps it alive until here, as in attention_fwd
         room[0] = 0
