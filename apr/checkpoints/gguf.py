@@ -177,6 +177,7 @@ def write_gguf(
         )
     arch = ARCHITECTURE[cfg.family]
     check_scaling(cfg, arch, arch in ADJACENT, path)
+    _check_lengths(cfg, path)
     if cfg.no_rope_layers != _no_rope_layers(arch, cfg.num_layers):
         raise Refused(
             f"{path}: layers {list(cfg.no_rope_layers)} have no rotary embedding; llama.cpp leaves it out of layers "
@@ -211,6 +212,15 @@ def write_gguf(
         finally:
             writer.close()
     return {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))}
+
+
+def _check_lengths(cfg: ModelConfig, path: str | Path) -> None:
+    """Raise Refused for a number of positions that is more than the uint32 of its key holds."""
+    for of, key in (cfg, "max_position_embeddings"), (cfg.rope_scaling, "original_max_position_embeddings"):
+        if (positions := getattr(of, key, 0)) >= 1 << 32:
+            raise Refused(
+                f"{path}: {key} = {positions}: a GGUF file holds less than {1 << 32}; export --format hf"
+            )
 
 
 def _put_tensor(writer: Any, x: np.ndarray) -> None:

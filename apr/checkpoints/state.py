@@ -72,7 +72,7 @@ class Snapshot:
     flats: dict[str, np.ndarray]
     adapter_facts: dict[str, Any]
     device_sha256: str = ""
-    _begun: dict[str, Future[str]] = field(default_factory=dict, repr=False)
+    _begun: dict[str, Future[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def begin_hashing(self, pool: Executor, of_optimizer: bool, of_state: bool) -> None:
         """Let threads of a pool compute what a checkpoint (optimizer) or a state records, while a file is written."""

@@ -386,6 +386,21 @@ def test_layers_that_llama_cpp_would_turn(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("key", ["max_position_embeddings", "original_max_position_embeddings"])
+def test_lengths_that_no_key_holds(key: str, tmp_path: Path) -> None:
+    def model(positions: int) -> ModelConfig:
+        if key == "max_position_embeddings":
+            return dataclasses.replace(PRESETS["llama-tiny"], max_position_embeddings=positions)
+        return dataclasses.replace(PRESETS["llama-tiny"], rope_scaling=YarnScaling(4.0, positions))
+
+    weights = Layout(model(64)).named(np.ones(Layout(model(64)).size, np.float32))
+    most = (1 << 32) - 1
+    gguf.write_gguf(tmp_path / "m.gguf", model(most), weights)
+    assert read_gguf(tmp_path / "m.gguf").cfg == model(most)
+    with pytest.raises(Refused, match=f"{key} = {most + 1}: a GGUF file holds less than {most + 1}"):
+        gguf.write_gguf(tmp_path / "m.gguf", model(most + 1), weights)
+
+
 def test_scaling_that_llama_cpp_would_not_honour(tmp_path: Path) -> None:
     cfg = dataclasses.replace(PRESETS["qwen2-tiny"], rope_scaling=PRESETS["llama3-tiny"].rope_scaling)
     layout = Layout(cfg)
