@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -139,8 +140,12 @@ class _Written(BufferedWriter):
         if self._since >= ASK_BYTES and (self._asked is None or self._asked.done()):
             self._wait()
             self.flush()
-            self._asking = self._asking or ThreadPoolExecutor(1, thread_name_prefix="disk")
-            self._asked, self._since = self._asking.submit(to_disk, self.fileno()), 0
+            self._asking, self._since = self._asking or ThreadPoolExecutor(1, thread_name_prefix="disk"), 0
+            try:
+                self._asked = self._asking.submit(to_disk, self.fileno())
+            except RuntimeError:
+                # The system gives no thread, or the interpreter ends: sync asks for all.
+                self._since = -sys.maxsize
         return n
 
     def sync(self) -> None:

@@ -399,3 +399,19 @@ def test_a_disk_that_fails_meanwhile_leaves_the_file_before(tmp_path, monkeypatc
     assert path.read_text() == "before"
     assert os.listdir(tmp_path) == ["file"]
     assert not [t for t in threading.enumerate() if t.name.startswith("disk")]
+
+
+def test_a_system_without_another_thread_is_asked_at_the_end(tmp_path, asked, monkeypatch):
+    tried: list[threading.Thread] = []
+
+    def no_thread(thread: threading.Thread) -> None:
+        tried.append(thread)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with atomic_write(tmp_path / "file") as f:
+        for _ in range(40):
+            f.write(b"12345678")
+    assert (tmp_path / "file").read_bytes() == b"12345678" * 40
+    assert len(tried) == 1
+    assert asked == []
