@@ -548,6 +548,14 @@ def test_pairs_of_transcripts_are_read_and_found_again(tmp_path: Path, tok: Toke
     assert pairs_kept(open_pairs(lines(tmp_path, swapped, "b.jsonl")), sides, tok, template).verdict == FAIL
 
 
+@pytest.mark.parametrize("beside", [{"text": "x"}, {"messages": [turn("user", "x"), turn("assistant", "y")]}])
+def test_what_a_map_names_is_read_whatever_is_beside_it(beside: dict[str, Any]) -> None:
+    keys = KeyMap.parse("data=turns")
+    example = example_of("x", {"turns": ["q", "a"], **beside}, keys)
+    assert [m["content"] for m in example.messages] == ["q", "a"]
+    assert keys.unread == {*beside}
+
+
 def test_a_prompt_beside_whole_dialogs_would_be_said_twice() -> None:
     talk = "\n\nHuman: 3 + 3?\n\nAssistant: "
     with pytest.raises(Unusable) as e:

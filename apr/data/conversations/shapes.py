@@ -87,9 +87,12 @@ def example_of(name: str, value: Any, keys: KeyMap | None = None) -> Example:
     if not isinstance(value, dict):
         raise Unusable("not an object", f"the record is {type(value).__name__}")
     given = settled(_filled(keys(value) if keys else value))
-    shape = next((s for s in SHAPES if s.fits(given)), None)
-    if shape is None:
+    fitting = [shape for shape in SHAPES if shape.fits(given)]
+    if not fitting:
         raise Unusable("no field", looks_like(given))
+    # Keys that --map names say more than the order of the table.
+    named = {ours for ours, _ in keys.names} if keys else set()
+    shape = next((s for s in fitting if not named.isdisjoint(s.keys)), fitting[0])
     refuse_bad(given)
     example = shape.read(name, given)
     if keys:
@@ -192,7 +195,7 @@ OF_TREES = frozenset(
     READ_BESIDE
     | {"message_tree_id", "tree_state", "message_id", "parent_id", "role", "text", "lang", "rank", "origin"}
 )
-# The shapes that are read; of a record, the first whose keys it has.
+# The shapes that are read; of a record, the first whose keys it has, one that --map names before others.
 SHAPES: tuple[Shape, ...] = (
     Shape("messages", ("messages",), _messages),
     Shape("conversations, as ShareGPT writes them", ("conversations",), _sharegpt),
