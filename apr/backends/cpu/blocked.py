@@ -49,9 +49,8 @@ def product(out, left, turns, right, by_columns, bias, adds, rows, cols, config)
         spare = (room.ctypes.data + LINE - 1) // LINE * LINE
         b = spare + BLOCK_BYTES
         put = b + depth * BLOCK_BYTES
-        like = _row(
-            out, po, 1
-        )  # nobody counts who holds it: threads that count for each block wait for each other
+        # Nobody counts who holds this view: threads that count for each block wait for each other.
+        like = _row(out, po, 1)
         begin(np.uintp(config.ctypes.data))
         for i0 in range(first, last, high):
             i1 = min(last, i0 + high)
