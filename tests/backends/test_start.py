@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from numba.core.caching import FunctionCache
 
 from apr.backends.cpu import start
 
@@ -276,6 +278,18 @@ def test_files_that_kernels_are_made_of_are_their_sources(
 
     assert after("ops.py") == before
     assert after("tiles.py") != before
+
+
+def test_functions_that_kernels_call_are_not_cached_apart() -> None:
+    """Such a one would stay when another file changes: a kernel compiled anew would be made of code of two ages."""
+    files = [p.stem for p in Path(start.__file__).parent.glob("*.py") if p.name not in start._WITHOUT_KERNELS]
+    rooms = [vars(import_module(f"apr.backends.cpu.{name}")) for name in files]
+    kernels = {id(k) for room in rooms for name in ("_kernels", "low") for k, _ in room.get(name, ())}
+    cached = [
+        x for room in rooms for x in room.values() if isinstance(getattr(x, "_cache", None), FunctionCache)
+    ]
+    assert len(kernels & {id(x) for x in cached}) > 20
+    assert [x.py_func.__qualname__ for x in cached if id(x) not in kernels] == []
 
 
 def test_signatures_of_a_kernel_share_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

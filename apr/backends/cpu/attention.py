@@ -24,9 +24,8 @@ from .softmax import (
     sum_rows,
     top_rows,
 )
-from .tiles import BLOCK_BYTES, EDGE, LINE
+from .tiles import BLOCK_BYTES, EDGE, LINE, SUMS_BYTES
 
-SUMS_BYTES = 4 * EDGE * EDGE
 PARTS_BYTES = 4 * EDGE * 16  # of sums in 16 parts for each query
 CHUNK = 4  # blocks of queries whose p and ds wait for the sums over queries
 block = begin = end = None  # of a kind of products: see bound()
@@ -206,15 +205,15 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
     pq, pk, pv = q.ctypes.data, k.ctypes.data, v.ctypes.data
     for at in prange(nb * nk):  # a key/value head belongs to one thread: its sums have one order
         b, kv = at // nk, at % nk
-        size = 3 * sb * db + 3 * db + 2 * CHUNK * db + sb + 2 * CHUNK * sb
+        size = 3 * sb * db + 2 * db + 1 + 2 * CHUNK * db + sb + 2 * CHUNK * sb
         room = np.empty(size * BLOCK_BYTES // 2 + LINE, np.uint16)
         keys = _aligned(room.ctypes.data)  # as columns
         values = keys + sb * db * BLOCK_BYTES
         key_terms = values + sb * db * BLOCK_BYTES
         queries = key_terms + sb * db * BLOCK_BYTES
         grads = queries + db * BLOCK_BYTES  # dy
-        results = grads + db * BLOCK_BYTES  # y
-        queries_turned = results + db * BLOCK_BYTES
+        results = grads + db * BLOCK_BYTES  # a block of y
+        queries_turned = results + BLOCK_BYTES
         grads_turned = queries_turned + CHUNK * db * BLOCK_BYTES
         ds_rows = grads_turned + CHUNK * db * BLOCK_BYTES
         ds_pairs = ds_rows + sb * BLOCK_BYTES

@@ -18,9 +18,8 @@ from numba import njit, prange, types
 from .bfloat16 import bfloat16
 from .kernels import _kernel, _row
 from .order import column_block, pair_block, row_block
-from .tiles import BLOCK_BYTES, EDGE, LINE
+from .tiles import BLOCK_BYTES, EDGE, LINE, SUMS_BYTES
 
-SUMS_BYTES = 4 * EDGE * EDGE
 TERM_BLOCKS, TERMS_IN_PLACE, LEFT_BLOCKS, WHOLE_ROWS = 16, 16, 128, EDGE  # of a kind: see compiled()
 begin = end = turned = step = write = None
 _FLOATS = np.empty(1, np.float32)

@@ -98,7 +98,7 @@ def _kernel(signature, parallel=True, into=None):
     return register
 
 
-# Helpers inlined into the kernels
+# Helpers inlined into the kernels. None is cached apart: start.py stamps kernels alone, and code of older sources would stay.
 
 
 @intrinsic
@@ -141,7 +141,7 @@ def _zero(row):
 _ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 
 
-@njit(fastmath={"contract"}, error_model="numpy", cache=True)
+@njit(fastmath={"contract"}, error_model="numpy")
 def _exp(x):
     """exp(x) to 1.2e-7 relative, vectorisable: 2^n * polynomial(r), x = n ln 2 + r (Cephes, expf).
 
@@ -168,7 +168,7 @@ def _ordered(bits):
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
-@njit(cache=True)
+@njit
 def _largest(row):
     """Largest element. Compared as integers, since a maximum of floats that minds NaN does not
     vectorise; with a NaN among them it may be any element (the exponentials after it are NaN then)."""
@@ -179,7 +179,7 @@ def _largest(row):
     return _float(_ordered(top))
 
 
-@njit(fastmath=_FAST, error_model="numpy", cache=True)
+@njit(fastmath=_FAST, error_model="numpy")
 def _scaled(to, row, factor):
     """to = factor row"""
     _wide_vectors()

@@ -55,7 +55,7 @@ def _in_order(typing, bits):
     return types.int16(types.int16), generate
 
 
-@njit(cache=True)
+@njit
 def _largest(row):
     """That of kernels.py, 32 elements at a time where there are vectors of 512 bits."""
     _wide_vectors()

@@ -11,7 +11,6 @@ from .start import compile_all
 from .tiles import BLOCK_BYTES, EDGE, ROWS, dot_rows, path
 
 _kernels = []  # (kernel, signature)
-SUMS_BYTES = attention.SUMS_BYTES
 rows, transposed, columns, terms = blocked.rows, blocked.transposed, blocked.columns, blocked.terms
 _FLOATS = np.empty(1, np.float32)
 NO_CONFIG = np.empty(0, np.uint8)

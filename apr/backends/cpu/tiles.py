@@ -25,7 +25,7 @@ _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _SUMS, _PAIRS, _HALVES = (ir.VectorType(t, 16) for t in (_F32, _I32, ir.IntType(16)))
 EDGE = 32  # rows, columns and terms of a block
 LINE = 64  # bytes of a line of a cache
-BLOCK_BYTES = 2 * EDGE * EDGE
+BLOCK_BYTES, SUMS_BYTES = 2 * EDGE * EDGE, 4 * EDGE * EDGE  # of an operand's block, and of sums
 ROWS, COLUMNS = 8, 2  # of sums that stay in registers: rows, vectors
 
 
