@@ -16,7 +16,7 @@ _kernels = []  # (kernel, signature)
 rows, transposed, columns, terms = blocked.rows, blocked.transposed, blocked.columns, blocked.terms
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def step(
     out, to, so, adds, height, width, a, a_row, a_step, b, blocks, turns, bias, sums, goes_on, ends, waiting, waiting_to
 ):  # fmt: skip
