@@ -5,7 +5,8 @@
 
 Trains for a few steps with a state and a checkpoint in the middle, as `apr pretrain` does, and reports the seconds of the
 step behind each save: how much longer than the median step it took, evaluation left out; of the steps beside which files were
-written; and how long the end of the run took: its last save, and everything behind it.
+written, with what the threads were at when one of them took long; and how long the end of the run took: its last save, and
+everything behind it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from apr.common.provenance import git_commit, versions
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 
+LONG_SECONDS = 0.15  # of a step: from then on is noted what the threads are at
+OURS = f"{ROOT / 'apr'}/"
 MODEL = "qwen3-0.6b"  # with a head of its own: 0.75 B parameters
 
 
@@ -39,6 +42,7 @@ class Clock(apr.Callback):
         self.ends: dict[int, float] = {}
         self.evaluated: dict[int, float] = {}
         self.beside: set[int] = set()
+        self.long: dict[str, int] = {}
 
     def on_step(self, line: dict[str, Any]) -> None:
         """Note the time, and tell of a step behind an evaluation."""
@@ -50,6 +54,29 @@ class Clock(apr.Callback):
             print(
                 f"step {n}: {self.ends[n] - self.evaluated[n - 1]:.3f} s with the save before it", flush=True
             )
+
+    def watch(self) -> None:
+        """Note every 20 ms, in a thread of its own, what the threads are at while a step beside a save takes long."""
+        while True:
+            time.sleep(0.02)
+            n = max(list(self.ends), default=0)
+            if n and n not in self.evaluated and time.perf_counter() - self.ends[n] > LONG_SECONDS:
+                names = {t.ident: t.name for t in threading.enumerate()}
+                own = [self._place(names.get(i, ""), f) for i, f in sys._current_frames().items()]
+                if any(name.startswith("saving") for name in own):
+                    what = f"step {n + 1}: " + "; ".join(sorted(filter(None, own)))
+                    self.long[what] = self.long.get(what, 0) + 1
+
+    def _place(self, name: str, frame: Any) -> str:
+        """The two innermost functions of apr that a thread is in, and the line."""
+        places: list[str] = []
+        while frame is not None and len(places) < 2:
+            if frame.f_code.co_filename.startswith(OURS):
+                places.append(
+                    f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
+                )
+            frame = frame.f_back
+        return f"{name} in {' of '.join(places)}" if places else ""
 
     def on_evaluation(self, line: dict[str, Any]) -> None:
         """Note the time."""
@@ -69,6 +96,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             "num_steps": a.steps, "batch_size": a.batch_size, "seq_length": a.seq_length, "eval_every": a.every,
             "val_batches": 1, "device": a.device, "patience": 0, "spot_check": -1, "ladder_mib": 0,
         }  # fmt: skip
+        threading.Thread(target=clock.watch, name="watch", daemon=True).start()
         result = apr.train(settings, callbacks=[clock])
         ended = time.perf_counter()
     steps = {n: clock.ends[n] - clock.ends[n - 1] for n in clock.ends if n - 1 in clock.ends}
@@ -82,6 +110,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         "batch": [a.batch_size, a.seq_length],
         "verdict": result.verdict,
         "steps": {"no save": _figures(usual), "beside a save": _figures(beside)},
+        "long": [f"{20 * n} ms: {what}" for what, n in clock.long.items()],
         "pause_ms": {str(n): round(1e3 * s, 1) for n, s in pauses.items()},
         "end_s": round(ended - max(clock.ends.values()), 2),
     }
