@@ -285,9 +285,7 @@ def write_apr(
         if late:
             new = dump_metadata({**metadata, **{key: value() for key, value in late.items()}})
             if len(new) != len(text):
-                raise ValueError(
-                    f"{', '.join(late)}: {len(new) - len(text):+d} bytes to what the place was kept for"
-                )
+                raise ValueError(f"{', '.join(late)}: not as long as what the place was kept for")
             head = head[0], new.ljust(len(head[1]), b"\0")
             f.seek(0)
             f.writelines(head)

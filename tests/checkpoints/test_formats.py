@@ -304,7 +304,7 @@ def test_a_late_value_gives_the_file_of_an_early_one(tmp_path: Path) -> None:
 
     write_apr(late, {**meta, "sha": "0000"}, tensors, late={"sha": value})
     assert late.read_bytes() == early.read_bytes()
-    with pytest.raises(ValueError, match=r"sha: \+1 byte"):
+    with pytest.raises(ValueError, match="sha: not as long"):
         write_apr(late, {**meta, "sha": "0000"}, tensors, late={"sha": lambda: "abcde"})
     assert late.read_bytes() == early.read_bytes()
 

@@ -389,13 +389,13 @@ def a_weight_that_no_loss_sees_is_saved_otherwise(m, place, folder):
 
 
 def moments_are_rounded_in_the_state(m, place, folder):
-    def rounded(path, meta, tensors, dtype):
+    def rounded(path, meta, tensors, *others):
         moments = {
             k: x.astype(np.float16).astype(np.float32)
             for k, x in tensors.items()
             if k.startswith("optimizer.")
         }
-        write_apr(path, meta, {**tensors, **moments}, dtype)
+        write_apr(path, meta, {**tensors, **moments}, *others)
 
     m.setattr(states, "write_apr", rounded)
 
