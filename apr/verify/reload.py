@@ -18,7 +18,7 @@ from ..checkpoints.apr2 import AprFile, read_apr
 from ..checkpoints.apr2_metadata import metadata_to_config
 from ..checkpoints.peft import read_adapter
 from ..checkpoints.registry import open_any
-from ..checkpoints.state import saved_hashes, sha256
+from ..checkpoints.state import STATE_SHA, saved_hashes, sha256
 from ..common.errors import AprError, MalformedFile, Refused
 from ..common.files import read_json
 from ..common.printable import printable
@@ -114,7 +114,7 @@ def differences(run: Path, r: Recorded) -> str:
         return f"{r.checkpoint.name} has the weights {sha[:12]}, the device had {str(want)[:12]}"
     for path in RunDir(run).states()[-1:]:
         file = read_apr(path)
-        sha, want = saved_hashes(file.metadata, file.tensors, str(path))[0], file.metadata["state_sha256"]
+        sha, want = saved_hashes(file.metadata, file.tensors, str(path))[0], file.metadata[STATE_SHA]
         if sha != want:
             return f"{path.name} has weights and moments {sha[:12]}, the device had {str(want)[:12]}"
         folder = RunDir(run).adapter_of(r.checkpoint)

@@ -11,6 +11,7 @@ from .. import backends
 from ..backends.select import choose
 from ..checkpoints.apr2 import read_apr
 from ..checkpoints.registry import open_any
+from ..checkpoints.state import STATE_SHA
 from ..common.errors import Refused
 from ..common.events import Line
 from ..common.finding import Finding
@@ -165,7 +166,7 @@ class _Again:
                     what = prefix.rstrip(".") or "weights"
                     return f"step {step}: {what} are {off:.1e} of their norm from those of its state"
             return ""
-        sha, was = self.trainer.state.sha256(), read_apr(self.saved[step]).metadata["state_sha256"]
+        sha, was = self.trainer.state.sha256(), read_apr(self.saved[step]).metadata[STATE_SHA]
         return "" if sha == was else f"step {step}: weights and moments {sha[:12]}, its state has {was[:12]}"
 
 

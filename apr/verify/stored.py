@@ -13,7 +13,7 @@ import numpy as np
 from ..checkpoints.apr2 import read_apr
 from ..checkpoints.peft import read_adapter
 from ..checkpoints.registry import open_any
-from ..checkpoints.state import OPTIMIZER, saved_hashes, sha256
+from ..checkpoints.state import OPTIMIZER, STATE_SHA, saved_hashes, sha256
 from ..common.events import REMOVED, by_source
 from ..common.files import read_json
 from ..common.finding import Finding
@@ -108,7 +108,7 @@ def states(r: Record) -> Finding:
     for path in found:
         file = read_apr(path)
         sha, optimizer_sha = saved_hashes(file.metadata, file.tensors, str(path))
-        if sha != file.metadata["state_sha256"]:
+        if sha != file.metadata[STATE_SHA]:
             return Finding.of("states", False, f"{path.name}: {sha[:12]}", bound)
         step = file.metadata["training"]["step"]
         end = ends.get(step)

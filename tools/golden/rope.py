@@ -9,7 +9,6 @@ with random signs, as tools/golden/steps.py makes them.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import replace
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 from models import ROOT, demand, float32_is_float64, loss_of
-from steps import draw, projections
+from steps import draw, projections, write_or_check
 
 from apr.model.hf_config import to_hf
 from apr.model.presets import PRESETS
@@ -89,41 +88,20 @@ def made(name: str) -> dict[str, Any]:
     }
 
 
-def _numbers(x: Any) -> list[float]:
-    """Flatten the numbers of a row, in order."""
-    if isinstance(x, dict | list):
-        return [n for part in (x.values() if isinstance(x, dict) else x) for n in _numbers(part)]
-    return [float(x)] if isinstance(x, int | float) else []
-
-
 def main() -> int:
     """Write the file, or compare with it. Returns the exit code."""
-    parser = argparse.ArgumentParser(description="Scaled rotary frequencies by stock Hugging Face models")
-    parser.add_argument("--check", action="store_true", help="compare with the file; write nothing")
-    check = parser.parse_args().check
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return write_or_check("Scaled rotary frequencies by stock Hugging Face models", PATH, "rows", all_rows)
+
+
+def all_rows() -> dict[str, Any]:
+    """Compute the row of each setting; each scaling moves the loss."""
     rows = {name: made(name) for name in SETTINGS}
     plain = losses_without(rows)
     demand(
         all(abs(rows[n]["loss"] - plain[n]) > 1e-3 for n in plain),
         f"the loss moves with each scaling: {plain}",
     )
-    text = (
-        json.dumps({"versions": versions, "rows": rows}, separators=(",", ":")).replace(
-            '"config"', '\n"config"'
-        )
-        + "\n"
-    )
-    if not check:
-        PATH.write_text(text)
-        print(f"{PATH.relative_to(ROOT)}: {len(text):,} bytes, {len(rows)} rows")
-        return 0
-    old = json.loads(PATH.read_text())["rows"]
-    wrong = [n for n in rows if not np.allclose(_numbers(old.get(n)), _numbers(rows[n]), rtol=1e-9)]
-    print(f"{PATH}: {', '.join(wrong) or 'all as computed'}")
-    return 1 if wrong or old.keys() != rows.keys() else 0
+    return rows
 
 
 def losses_without(rows: dict[str, Any]) -> dict[str, float]:

@@ -15,8 +15,10 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,33 +101,43 @@ def step(name: str) -> dict[str, object]:
 
 def main() -> int:
     """Write the file, or compare with it. Returns the exit code."""
-    parser = argparse.ArgumentParser(description="Golden steps from stock Hugging Face models")
+    description = "Golden steps from stock Hugging Face models"
+    return write_or_check(description, PATH, "steps", lambda: {name: step(name) for name in CASES})
+
+
+def write_or_check(description: str, path: Path, key: str, make: Callable[[], dict[str, Any]]) -> int:
+    """Write what `make` computes as `key` of a JSON file, or with --check compare its numbers with the file's to 1e-9.
+
+    Returns the exit code."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--check", action="store_true", help="compare with the file; write nothing")
     check = parser.parse_args().check
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    made = {"versions": versions, "steps": {name: step(name) for name in CASES}}
-    text = json.dumps(made, separators=(",", ":")).replace('"config"', '\n"config"') + "\n"
+    made = make()
+    text = json.dumps({"versions": versions, key: made}, separators=(",", ":"))
+    text = text.replace('"config"', '\n"config"') + "\n"
     if not check:
-        PATH.write_text(text)
-        print(f"{PATH.relative_to(ROOT)}: {len(text):,} bytes, {len(CASES)} steps")
+        path.write_text(text)
+        print(f"{path.relative_to(ROOT)}: {len(text):,} bytes, {len(made)} {key}")
         return 0
-    old = json.loads(PATH.read_text())["steps"]
-    wrong = [
-        name
-        for name in made["steps"]
-        if not np.allclose(_numbers(old.get(name)), _numbers(made["steps"][name]), rtol=1e-9)
-    ]
-    print(f"{PATH}: {', '.join(wrong) or 'all as computed'}")
+    old = json.loads(path.read_text())[key]
+    wrong = [name for name in made | old if not _are_equal(old.get(name), made.get(name))]
+    print(f"{path}: {', '.join(wrong) or 'all as computed'}")
     return 1 if wrong else 0
 
 
-def _numbers(entry: dict[str, object] | None) -> np.ndarray:
-    values = (
-        [entry["loss"], entry["grad_norm"], *np.ravel(list(entry["arrays"].values()))] if entry else [0.0]
-    )
-    return np.array(values, np.float64)
+def _are_equal(one: Any, two: Any) -> bool:
+    x, y = _numbers(one), _numbers(two)
+    return len(x) == len(y) and np.allclose(x, y, rtol=1e-9)
+
+
+def _numbers(x: Any) -> list[float]:
+    """List all numbers of an entry, in order."""
+    if isinstance(x, dict | list):
+        return [n for part in (x.values() if isinstance(x, dict) else x) for n in _numbers(part)]
+    return [float(x)] if isinstance(x, int | float) else []
 
 
 if __name__ == "__main__":
