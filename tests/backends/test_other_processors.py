@@ -14,19 +14,15 @@ ROOT = Path(__file__).parents[2]
 NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2")
 # Compiled once, then read from the cache: both are code of their own.
 FEW_ROWS = """
-import numpy as np
-from apr.backends.contract import BF16
 from apr.backends.cpu import kernels, start
+from guard_pages import few
 
-few = next(pair for pair in kernels.low if pair[0].py_func.__name__ == "linear_few")
-start._stamp([few])
-few[0].compile(few[1])
-rng = np.random.default_rng(0)
-for n, k, o in ((1, 1, 1), (1, 1, 33), (2, 1, 5), (1, 3, 5), (3, 2, 33), (8, 5, 1), (1, 33, 2), (5, 64, 33)):
-    x, w, y = (rng.standard_normal(shape).astype(BF16) for shape in ((n, k), (o, k), (n, o)))
-    want = y.astype(np.float64) + x.astype(np.float64) @ w.astype(np.float64).T
-    few[0](y, x, w, True)
-    assert np.abs(y.astype(np.float64) - want).max() <= 2.0**-7 * np.abs(want).max(), (n, k, o)
+found = [pair for pair in kernels._kernels + kernels.low if pair[0].py_func.__name__.startswith("linear_few")]
+start._stamp(found)
+for kernel, signature in found:
+    kernel.compile(signature)
+few()
+print(len(found), "kernels")
 """
 
 
@@ -45,4 +41,4 @@ def test_few_rows_on_emeraldrapids(tmp_path: Path) -> None:
     }
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", FEW_ROWS], env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert (done.returncode, done.stdout) == (0, "3 kernels\n"), done.stderr

@@ -250,20 +250,20 @@ def linear_few(y, x, w, add):
 
 @_kernel("void(float32[:,:], float32[:,:], int8[:,::1], float32[::1], boolean)")
 def linear_few_int8(y, x, w, scale, add):
-    """y = x (scale w)^T, or y += it, for few rows x; row j of w has the factor scale[j]."""
+    """y = x (scale w)^T, or y += it, for few rows x; row j of w has the factor scale[j]. Rows outside, as in linear_few."""
     n, k = x.shape
     o = w.shape[0]
     px, py = x.ctypes.data, y.ctypes.data
     for p in prange((o + 31) // 32):
-        for j in range(p * 32, min(o, p * 32 + 32)):
-            wr = w[j]
-            for i in range(n):
-                xr = _row(x, px + i * x.strides[0], k)
+        first, last = p * 32, min(o, p * 32 + 32)
+        for i in range(n):
+            xr, to = _row(x, px + i * x.strides[0], k), py + i * y.strides[0]
+            for j in range(first, last):
+                wr, yr = w[j], _row(y, to + j * y.itemsize, 1)
                 s = np.float32(0)
                 for e in range(k):
                     s += xr[e] * np.float32(wr[e])
                 s *= scale[j]
-                yr = _row(y, py + i * y.strides[0] + y.itemsize * j, 1)
                 yr[0] = yr[0] + s if add else s
 
 
