@@ -271,7 +271,8 @@ def write_apr(
             f.write(piece)
             crc = zlib.crc32(piece, crc)
 
-        flags = HAS_VOCAB if metadata.get("tokenizer.vocabulary") else 0
+        vocabulary = metadata.get("tokenizer.vocabulary")
+        flags = HAS_VOCAB if vocabulary and vocabulary != dumped([]) else 0
         head = _pack_header(flags, len(plan), len(text), len(index)), text.ljust(aligned(len(text)), b"\0")
         f.writelines(head)
         put(index.ljust(aligned(len(index)), b"\0"))
@@ -318,10 +319,22 @@ def _times(a: int, b: int) -> int:
     return out
 
 
+class Dumped(bytes):
+    """A value of metadata as it stands in the file: making the text of a large one keeps all threads of Python waiting."""
+
+
+def dumped(value: Any) -> Dumped:
+    """Encode a value of metadata. Raises ValueError for what is no JSON: NaN and infinity."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Dumped(text.encode("utf-8"))
+
+
 def dump_metadata(metadata: dict[str, Any]) -> bytes:
-    """Encode metadata as they stand in the file."""
-    text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.encode("utf-8")
+    """Encode metadata as they stand in the file; those of them that are `Dumped` are copied."""
+    pieces: list[bytes] = []
+    for key, value in metadata.items():
+        pieces += (b",", dumped(key), b":", value if isinstance(value, Dumped) else dumped(value))
+    return b"".join((b"{", *pieces[1:], b"}"))
 
 
 def _pack_header(flags: int, count: int, meta_size: int, index_size: int) -> bytes:

@@ -16,7 +16,7 @@ from ..common.files import parse_json, short
 from ..model.config import ModelConfig
 from ..model.families import FAMILIES
 from ..model.hf_config import MUST_BE, SIZES, from_hf, to_hf
-from .apr2 import MAX_METADATA, dump_metadata
+from .apr2 import MAX_METADATA, Dumped, dump_metadata, dumped
 
 TOKENIZER = "tokenizer.json"  # metadata key of the whole text
 SPLIT_HALVES = 2  # rope_type: dimension i turns with i + D/2
@@ -144,6 +144,21 @@ def embed_tokenizer(
     stored without its white space. Raises MalformedFile, or Refused for a tokenizer that is not BPE
     or an id that has no token.
     """
+    meta.update(_tokenizer_keys(meta, tokenizer_json_text, eos_id, bos_id))
+
+
+def dumped_tokenizer(meta: dict[str, Any], tokenizer_json_text: str, eos_id: int | None) -> dict[str, Dumped]:
+    """The keys that `embed_tokenizer` adds to metadata, as they stand in a file: half a second for 150,000 tokens, once.
+
+    Raises what it raises."""
+    return {
+        key: dumped(value) for key, value in _tokenizer_keys(meta, tokenizer_json_text, eos_id, None).items()
+    }
+
+
+def _tokenizer_keys(
+    meta: dict[str, Any], tokenizer_json_text: str, eos_id: int | None, bos_id: int | None
+) -> dict[str, Any]:
     d = parse_json(tokenizer_json_text, TOKENIZER)
     model = d.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
@@ -168,7 +183,7 @@ def embed_tokenizer(
     out[TOKENIZER] = tokenizer_json_text
     if len(dump_metadata({**meta, **out})) > MAX_METADATA - 4096:  # room for what the writer adds
         out[TOKENIZER] = json.dumps(d, ensure_ascii=False, separators=(",", ":"))
-    meta.update(out)
+    return out
 
 
 def _vocabulary(vocab: dict[str, Any], added: Any) -> list[str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..checkpoints.apr2 import write_apr
-from ..checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
+from ..checkpoints.apr2_metadata import config_to_metadata
 from ..checkpoints.state import Snapshot, TrainingState
 from ..common.atomic import write_json
 from ..common.errors import InputNotFound, Interrupted, IOFailure, MalformedFile, Refused
@@ -20,7 +20,6 @@ from ..common.events import REMOVED
 from ..common.files import read_json, short
 from ..common.run_paths import run_of
 from ..model.transformer import Model
-from ..tokenizer.tokenizer import Tokenizer
 from .callbacks import CallbackFailed
 from .metrics import METRICS, MetricsLog
 
@@ -141,17 +140,16 @@ class RunDir:
         weights: np.ndarray,
         weights_sha: Callable[[], str],
         snapshot: Snapshot,
-        tokenizer: Tokenizer,
+        tokenizer: Mapping[str, Any],
         facts: dict[str, Any],
         evaluation: dict[str, Any],
         carried: dict[str, Any] | None = None,
     ) -> Path:
-        """Write ckpt/epoch-NNN.apr with weights (layout.size,), architecture, tokenizer and the conditions of its validation
-        loss, and its metadata.json; returns the path. model: of which configuration, layout and dtype are read; weights_sha
-        gives their SHA-256, computed meanwhile: that of the device's, where it was read."""
+        """Write ckpt/epoch-NNN.apr with weights (layout.size,), architecture, the keys of its tokenizer and the conditions of
+        its validation loss, and its metadata.json; returns the path. model: of which configuration, layout and dtype are read;
+        weights_sha gives their SHA-256, computed meanwhile: that of the device's, where it was read."""
         path = self.ckpt / f"epoch-{epoch:03d}.apr"
-        meta = {**config_to_metadata(model.cfg), "evaluation": evaluation, **(carried or {})}
-        embed_tokenizer(meta, tokenizer.json, tokenizer.eos_id)
+        meta = {**config_to_metadata(model.cfg), "evaluation": evaluation, **(carried or {}), **tokenizer}
         tensors = model.layout.named(weights)
         write_apr(path, meta, tensors, model.dtype)
         hashes = {"optimizer_state_sha": snapshot.optimizer_sha256(), "weights_sha": weights_sha()}

@@ -11,13 +11,15 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..backends.host_copies import HostCopies
+from ..checkpoints.apr2 import Dumped
+from ..checkpoints.apr2_metadata import config_to_metadata, dumped_tokenizer
 from ..checkpoints.peft_write import write_adapter
 from ..checkpoints.state import READ_AGAIN, Snapshot, TrainingState, device_sha256, sha256
 from ..common.events import Event, Noted, Saved
@@ -100,8 +102,15 @@ class Saver:
             return ""
         return sha256(model.be.to_host(x) for _, x in model.adapters.tensors())
 
+    @cached_property
+    def _tokenizer(self) -> dict[str, Dumped]:
+        i = self.inputs
+        meta = {**config_to_metadata(self.model.cfg), "evaluation": evaluated_on(i), **(i.carried or {})}
+        return dumped_tokenizer(meta, i.tokenizer.json, i.tokenizer.eos_id)
+
     def reserve(self) -> None:
-        """Make the memory of the copies before the first step, where that takes time."""
+        """Make what takes time before the first step: the tokenizer's metadata, and the memory of the copies."""
+        _ = self._tokenizer
         if self.state.shard is not None:
             return
         others = {} if self._is_shared or self.model.adapters else {CHECKPOINT: self.model.w}
@@ -175,7 +184,7 @@ class Saver:
             weights,
             sha.result,
             snapshot,
-            i.tokenizer,
+            self._tokenizer,
             facts,
             evaluation,
             i.carried,

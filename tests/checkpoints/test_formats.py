@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 
 from apr.checkpoints import hf
-from apr.checkpoints.apr2 import HAS_VOCAB, MAX_METADATA, joined_crc, read_apr, write_apr
+from apr.checkpoints.apr2 import HAS_VOCAB, MAX_METADATA, dumped, joined_crc, read_apr, write_apr
 from apr.checkpoints.apr2_metadata import (
     config_to_metadata,
+    dumped_tokenizer,
     embed_tokenizer,
     extract_tokenizer,
     metadata_to_config,
@@ -690,6 +691,19 @@ def test_tokenizer_is_embedded_whole(tmp_path: Path) -> None:
     embed_tokenizer(other := {}, tokenizer_json(merges=[["a ", "b"]]), None)
     assert "tokenizer.merges" not in other
     assert extract_tokenizer({"tokenizer.vocabulary": ["a"]}) is None
+
+
+def test_a_tokenizer_dumped_beforehand_gives_the_same_file(tmp_path: Path) -> None:
+    for text in (tokenizer_json(), tokenizer_json().replace("\n", "\n" + " " * (MAX_METADATA // 20))):
+        meta: dict[str, Any] = {"x": 1, "tokenizer.merges": ["of", "another"], "y": [2.5, None, "\u00e9"]}
+        keys = dumped_tokenizer(meta, text, 5)
+        write_apr(tmp_path / "dumped.apr", {**meta, **keys}, {"a": B})
+        embed_tokenizer(meta, text, 5)
+        write_apr(tmp_path / "plain.apr", meta, {"a": B})
+        assert (tmp_path / "dumped.apr").read_bytes() == (tmp_path / "plain.apr").read_bytes()
+    for empty in ([], dumped([])):
+        write_apr(tmp_path / "empty.apr", {"tokenizer.vocabulary": empty}, {"a": B})
+        assert not read_apr(tmp_path / "empty.apr").flags & HAS_VOCAB
 
 
 def test_tokenizers_that_cannot_be_embedded() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from apr import backends
-from apr.checkpoints import state
+from apr.checkpoints import apr2_metadata, state
 from apr.checkpoints.apr2 import read_apr
 from apr.checkpoints.state import Snapshot, TrainingState
 from apr.cli.main import main
@@ -353,6 +353,26 @@ def test_what_is_written_is_hashed_meanwhile(job, run, monkeypatch):
     assert start(job, run, "--num-steps", 4) == 0
     assert seen
     assert all(seen)
+
+
+def test_the_text_of_the_tokenizer_is_made_once_before_the_first_step(job, run, monkeypatch):
+    """Making it holds all threads of Python, the one that trains too: 0.7 s for 150,000 tokens, on a GPU 28 steps."""
+    made, makes, steps = [], apr2_metadata.parse_json, Trainer.train_step
+
+    def parse(*args):
+        made.append(threading.current_thread().name)
+        return makes(*args)
+
+    def step(self):
+        made.append("step")
+        return steps(self)
+
+    monkeypatch.setattr(apr2_metadata, "parse_json", parse)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    assert start(job, run, "--num-steps", 4) == 0
+    assert made[: made.index("step")] == ["MainThread"]
+    assert set(made[made.index("step") :]) == {"step"}
+    assert len(list((run / "ckpt").glob("*.apr"))) == 2
 
 
 SPARSE = ["--eval-every", 8, "--save-every", 4]
