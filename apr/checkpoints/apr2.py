@@ -21,6 +21,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -31,6 +32,7 @@ import numpy as np
 from ..common.atomic import atomic_write
 from ..common.errors import MalformedFile, Refused
 from ..common.files import opened, parse_json
+from ..common.host import cores
 from ..common.rounding import round_up
 from ..common.units import plural
 from .tensors import BF16, Stored, TensorFile, encode, saved_dtype
@@ -40,6 +42,11 @@ HEADER = struct.Struct("<4sBBHIQIQQI20s")
 ALIGN = 64  # bytes
 MAX_METADATA = 16 << 20  # bytes
 MAX_NAME, MAX_NDIM = 256, 8
+PART_BYTES, PIECE_BYTES = (
+    64 << 20,
+    1 << 20,
+)  # that a thread reads, and that it holds at a time, to check a file's CRC
+MAX_READERS = 16  # threads
 
 DTYPES: dict[int, np.dtype[Any]] = {
     0: np.dtype(np.float32),
@@ -197,17 +204,31 @@ def _check_places(rows: list[_Row], data_at: int, size: int, path: Path) -> None
 
 
 def _check_footer(f: BinaryIO, size: int, path: Path) -> None:
-    f.seek(0)
-    crc, left = 0, size - 4
-    while left:
-        piece = f.read(min(left, 1 << 20))
+    """Compare the CRC at the end with that of all bytes before it, of which threads read a part each."""
+    end = size - 4
+    parts = [(at, min(at + PART_BYTES, end)) for at in range(0, end, PART_BYTES)]
+    if len(parts) == 1:
+        crcs = [_crc_of_part(f, path, *parts[0])]
+    else:
+        with ThreadPoolExecutor(min(cores(), MAX_READERS)) as pool:
+            crcs = list(pool.map(lambda part: _crc_of_part(f, path, *part), parts))
+    crc = 0
+    for (first, last), of_part in zip(parts, crcs, strict=True):
+        crc = joined_crc(crc, of_part, last - first)
+    (stored,) = struct.unpack("<I", os.pread(f.fileno(), 4, end).ljust(4, b"\0"))
+    if crc != stored:
+        raise _bad(path, f"footer CRC is {crc:#010x}, stored {stored:#010x}")
+
+
+def _crc_of_part(f: BinaryIO, path: Path, at: int, end: int) -> int:
+    crc = 0
+    while at < end:
+        piece = os.pread(f.fileno(), min(PIECE_BYTES, end - at), at)
         if not piece:
             raise _bad(path, "became shorter while being read")
         crc = zlib.crc32(piece, crc)
-        left -= len(piece)
-    (stored,) = struct.unpack("<I", f.read(4).ljust(4, b"\0"))
-    if crc != stored:
-        raise _bad(path, f"footer CRC is {crc:#010x}, stored {stored:#010x}")
+        at += len(piece)
+    return crc
 
 
 def _stored(row: _Row, data_at: int, path: Path) -> Stored:

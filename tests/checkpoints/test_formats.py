@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import struct
+import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from apr.checkpoints import hf
+from apr.checkpoints import apr2, hf
 from apr.checkpoints.apr2 import HAS_VOCAB, MAX_METADATA, dumped, joined_crc, read_apr, write_apr
 from apr.checkpoints.apr2_metadata import (
     config_to_metadata,
@@ -291,6 +292,32 @@ def test_checksums_are_joined() -> None:
     for before, behind in ((0, 0), (0, 5), (7, 0), (1, 1), (100, 70_000), (70_000, 100), (33, 4096)):
         one, two = rng.bytes(before), rng.bytes(behind)
         assert joined_crc(zlib.crc32(one), zlib.crc32(two), behind) == zlib.crc32(one + two)
+
+
+def test_threads_check_the_parts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.apr"
+    write_apr(path, {"x": 1}, {"a": np.arange(5000, dtype=np.float32)})
+    whole = path.read_bytes()
+    for part in (1000, len(whole) - 5, len(whole) - 4, len(whole)):
+        monkeypatch.setattr(apr2, "PART_BYTES", part)
+        assert np.array_equal(read_apr(path).tensors["a"], np.arange(5000, dtype=np.float32))
+    monkeypatch.setattr(apr2, "PART_BYTES", 1000)
+    for at in (len(whole) - 19_000, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(MalformedFile, match="footer CRC is"):
+            read_apr(path)
+    path.write_bytes(whole)
+    read, shortened = os.pread, threading.Event()
+
+    def shorten(fd: int, n: int, at: int) -> bytes:
+        if at > len(whole) // 2 and not shortened.is_set():
+            shortened.set()
+            os.truncate(path, len(whole) // 2)
+        return read(fd, n, at)
+
+    monkeypatch.setattr(os, "pread", shorten)
+    with pytest.raises(MalformedFile, match="became shorter while being read"):
+        read_apr(path)
 
 
 def test_a_late_value_gives_the_file_of_an_early_one(tmp_path: Path) -> None:
