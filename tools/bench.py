@@ -9,7 +9,8 @@
                                                             on a GPU, see bench_cuda.py
 
 Every measurement is a process of its own, so that its peak memory is its own; apr and peers take
-turns, and medians over the rounds are reported. A peer is a command that takes `--model NAME --B 8
+turns, and medians over the rounds are reported. A record is written after each round: one that is cut off
+counts as far as it came. A peer is a command that takes `--model NAME --B 8
 --T 256` and prints one JSON line with "ms" (median of its steps) and "rss_gb" (peak, GiB); a
 command given with `--compile` appended is a second peer.
 """
@@ -138,8 +139,8 @@ def median_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {k: round(statistics.median(r[k] for r in runs), 3) for k in keys}
 
 
-def compare(a: argparse.Namespace, name: str) -> dict[str, Any]:
-    """apr and the peers in turn, a.rounds times."""
+def compare(a: argparse.Namespace, name: str, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """apr and the peers in turn, a.rounds times; keep gets the row after each round."""
     size = ["--B", str(a.batch), "--T", str(a.seq)]
     own = [
         sys.executable,
@@ -164,15 +165,19 @@ def compare(a: argparse.Namespace, name: str) -> dict[str, Any]:
             commands[who] = [*words, "--model", name, *size]
         commands[who + " --compile"] = [*words, "--model", name, *size, "--compile"]
     runs: dict[str, list[dict[str, Any]]] = {who: [] for who in commands}
-    for _ in range(a.rounds):
+    row: dict[str, Any] = {"model": name, "batch": a.batch, "seq": a.seq}
+    for i in range(a.rounds):
         for who, command in commands.items():
             runs[who].append(in_process(command))
-    result: dict[str, Any] = {who: median_of(r) for who, r in runs.items()}
+            print(f"{name}, round {i + 1} of {a.rounds}: {who} {runs[who][-1]['ms']:.1f} ms", flush=True)
+        row |= {"rounds": i + 1, "results": {who: median_of(r) for who, r in runs.items()}}
+        keep(row)
     for who, command in commands.items():
         if who.startswith("apr"):
             timed_apart = in_process([*command, "--ops", "1"])
-            result[who] |= {k: timed_apart[k] for k in ("products", "ops_ms") if k in timed_apart}
-    return {"model": name, "batch": a.batch, "seq": a.seq, "rounds": a.rounds, "results": result}
+            row["results"][who] |= {k: timed_apart[k] for k in ("products", "ops_ms") if k in timed_apart}
+    keep(row)
+    return row
 
 
 def show(row: dict[str, Any], console: Console) -> None:
@@ -262,14 +267,18 @@ def main() -> None:
         "peers": a.note,
         "rows": [],
     }
+    old = json.loads(a.record.read_text()) if a.record and a.record.exists() else []
+
+    def keep(row: dict[str, Any]) -> None:
+        if a.record:
+            a.record.write_text(
+                json.dumps([*old, {**record, "rows": [*record["rows"], row]}], indent=1) + "\n"
+            )
+
     for name in a.models.split(","):
-        with console.status(f"measuring {name} ..."):
-            row = compare(a, name)
+        row = compare(a, name, keep)
         record["rows"].append(row)
         show(row, console)
-    if a.record:
-        old = json.loads(a.record.read_text()) if a.record.exists() else []
-        a.record.write_text(json.dumps([*old, record], indent=1) + "\n")
 
 
 if __name__ == "__main__":

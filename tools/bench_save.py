@@ -38,7 +38,8 @@ MODEL = "qwen3-0.6b"  # with a head of its own: 0.75 B parameters
 class Clock(apr.Callback):
     """The time at the end of each step, and behind its evaluation; steps beside which a save was under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: int) -> None:
+        self.last = last  # step: behind it the run waits for its files
         self.ends: dict[int, float] = {}
         self.evaluated: dict[int, float] = {}
         self.beside: set[int] = set()
@@ -60,7 +61,11 @@ class Clock(apr.Callback):
         while True:
             time.sleep(0.02)
             n = max(list(self.ends), default=0)
-            if n and n not in self.evaluated and time.perf_counter() - self.ends[n] > LONG_SECONDS:
+            if (
+                0 < n < self.last
+                and n not in self.evaluated
+                and time.perf_counter() - self.ends[n] > LONG_SECONDS
+            ):
                 names = {t.ident: t.name for t in threading.enumerate()}
                 own = [self._place(names.get(i, ""), f) for i, f in sys._current_frames().items()]
                 if any(name.startswith("saving") for name in own):
@@ -89,7 +94,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         small = {"num_layers": a.layers, "hidden_size": 64, "intermediate_size": 96}
         PRESETS[MODEL] = dataclasses.replace(PRESETS[MODEL], **small)
     cfg = PRESETS[MODEL] = dataclasses.replace(PRESETS[MODEL], tie_word_embeddings=False)
-    clock = Clock()
+    clock = Clock(a.steps)
     with tempfile.TemporaryDirectory(dir=a.folder) as made:
         settings = {
             "corpus": a.corpus, "tokenizer": a.tokenizer, "model": MODEL, "run_dir": f"{made}/run",

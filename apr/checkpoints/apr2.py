@@ -21,7 +21,6 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -32,9 +31,9 @@ import numpy as np
 from ..common.atomic import atomic_write
 from ..common.errors import MalformedFile, Refused
 from ..common.files import opened, parse_json
-from ..common.host import cores
 from ..common.rounding import round_up
 from ..common.units import plural
+from .checksum import Checksum, crc_of, joined_crc
 from .tensors import BF16, Stored, TensorFile, encode, saved_dtype
 
 MAGIC = b"APR\0"
@@ -47,6 +46,7 @@ PART_BYTES, PIECE_BYTES = (
     1 << 20,
 )  # that a thread reads, and that it holds at a time, to check a file's CRC
 MAX_READERS = 16  # threads
+MAX_WAITING = 8  # pieces that are written and not in the checksum yet
 
 DTYPES: dict[int, np.dtype[Any]] = {
     0: np.dtype(np.float32),
@@ -204,31 +204,13 @@ def _check_places(rows: list[_Row], data_at: int, size: int, path: Path) -> None
 
 
 def _check_footer(f: BinaryIO, size: int, path: Path) -> None:
-    """Compare the CRC at the end with that of all bytes before it, of which threads read a part each."""
-    end = size - 4
-    parts = [(at, min(at + PART_BYTES, end)) for at in range(0, end, PART_BYTES)]
-    if len(parts) == 1:
-        crcs = [_crc_of_part(f, path, *parts[0])]
-    else:
-        with ThreadPoolExecutor(min(cores(), MAX_READERS)) as pool:
-            crcs = list(pool.map(lambda part: _crc_of_part(f, path, *part), parts))
-    crc = 0
-    for (first, last), of_part in zip(parts, crcs, strict=True):
-        crc = joined_crc(crc, of_part, last - first)
-    (stored,) = struct.unpack("<I", os.pread(f.fileno(), 4, end).ljust(4, b"\0"))
+    try:
+        crc = crc_of(f, size - 4)
+    except EOFError:
+        raise _bad(path, "became shorter while being read") from None
+    (stored,) = struct.unpack("<I", os.pread(f.fileno(), 4, size - 4).ljust(4, b"\0"))
     if crc != stored:
         raise _bad(path, f"footer CRC is {crc:#010x}, stored {stored:#010x}")
-
-
-def _crc_of_part(f: BinaryIO, path: Path, at: int, end: int) -> int:
-    crc = 0
-    while at < end:
-        piece = os.pread(f.fileno(), min(PIECE_BYTES, end - at), at)
-        if not piece:
-            raise _bad(path, "became shorter while being read")
-        crc = zlib.crc32(piece, crc)
-        at += len(piece)
-    return crc
 
 
 def _stored(row: _Row, data_at: int, path: Path) -> Stored:
@@ -284,13 +266,11 @@ def write_apr(
         raise Refused(
             f"{path}: metadata of {plural(len(text), 'byte')}; an APR v2 file holds at most {MAX_METADATA}"
         )
-    with atomic_write(path) as f:
-        crc = 0
+    with atomic_write(path) as f, Checksum(offset) as checksum:
 
         def put(piece: bytes | bytearray | memoryview) -> None:
-            nonlocal crc
             f.write(piece)
-            crc = zlib.crc32(piece, crc)
+            checksum.add(piece)
 
         vocabulary = metadata.get("tokenizer.vocabulary")
         flags = HAS_VOCAB if vocabulary and vocabulary != dumped([]) else 0
@@ -313,31 +293,7 @@ def write_apr(
             f.writelines(head)
             f.seek(0, os.SEEK_END)
         before = b"".join(head)
-        f.write(struct.pack("<I", joined_crc(zlib.crc32(before), crc, f.tell() - len(before))))
-
-
-_X, _ONE = 1 << 30, 1 << 31  # x and 1, polynomials over GF(2) with the coefficient of x^0 in the highest bit
-
-
-def joined_crc(one: int, two: int, nbytes: int) -> int:
-    """CRC-32 of bytes of which those before have the CRC `one`, and the nbytes behind them `two`.
-
-    one x^(8 nbytes) + two over GF(2), modulo the polynomial of CRC-32: as zlib's crc32_combine."""
-    shift, square, n = _ONE, _X, 8 * nbytes
-    while n:
-        if n & 1:
-            shift = _times(shift, square)
-        square, n = _times(square, square), n >> 1
-    return _times(shift, one) ^ two
-
-
-def _times(a: int, b: int) -> int:
-    """Multiply two polynomials modulo that of CRC-32."""
-    out = 0
-    for bit in range(31, -1, -1):
-        out ^= b if a >> bit & 1 else 0
-        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
-    return out
+        f.write(struct.pack("<I", joined_crc(zlib.crc32(before), checksum.value(), f.tell() - len(before))))
 
 
 class Dumped(bytes):

@@ -110,9 +110,21 @@ def checkpoint_sha(checkpoint: Path) -> str:
 def differences(run: Path, r: Recorded) -> str:
     """Compare files with the hashes that were taken on the device when they were saved: the weights of a checkpoint, and
     weights and moments of the latest state; "" where they are equal."""
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(f, run, r) for f in (_checkpoint_difference, _state_difference)]
+        return next(filter(None, (difference.result() for difference in found)), "")
+
+
+def _checkpoint_difference(run: Path, r: Recorded) -> str:
     sha, want = checkpoint_sha(r.checkpoint), r.metadata.get("weights_sha")
-    if sha != want:
-        return f"{r.checkpoint.name} has the weights {sha[:12]}, the device had {str(want)[:12]}"
+    return (
+        ""
+        if sha == want
+        else f"{r.checkpoint.name} has the weights {sha[:12]}, the device had {str(want)[:12]}"
+    )
+
+
+def _state_difference(run: Path, r: Recorded) -> str:
     for path in RunDir(run).states()[-1:]:
         file = read_apr(path)
         sha, want = saved_hashes(file.metadata, file.tensors, str(path))[0], file.metadata[STATE_SHA]
@@ -162,13 +174,13 @@ def main(args: Sequence[str]) -> int:
         found = last_checkpoint(Path(run))
         if found is None:
             raise MalformedFile(f"{run}: no checkpoint in it")
-        backend = (
-            backends.get(device)
-            if device == "reference"
-            else choose(device, dtype, int(threads) or None).backend
-        )
         with ThreadPoolExecutor(1) as pool:  # the files are hashed while the loss is computed
             wrong = pool.submit(differences, Path(run), found)
+            backend = (
+                backends.get(device)
+                if device == "reference"
+                else choose(device, dtype, int(threads) or None).backend
+            )
             loss = checkpoint_loss(found, backend, dtype).mean
         print(json.dumps([loss, wrong.result()]))
     except AprError as e:

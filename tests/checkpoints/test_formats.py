@@ -10,6 +10,7 @@ import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
 from io import FileIO
@@ -20,8 +21,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from apr.checkpoints import apr2, hf
-from apr.checkpoints.apr2 import HAS_VOCAB, MAX_METADATA, dumped, joined_crc, read_apr, write_apr
+from apr.checkpoints import checksum, hf
+from apr.checkpoints.apr2 import HAS_VOCAB, MAX_METADATA, dumped, read_apr, write_apr
 from apr.checkpoints.apr2_metadata import (
     config_to_metadata,
     dumped_tokenizer,
@@ -30,6 +31,7 @@ from apr.checkpoints.apr2_metadata import (
     metadata_to_config,
 )
 from apr.checkpoints.checkpoint import fill
+from apr.checkpoints.checksum import Checksum, joined_crc
 from apr.checkpoints.hf import read_hf, read_safetensors, write_hf, write_safetensors
 from apr.checkpoints.registry import open_any
 from apr.checkpoints.tensors import encode
@@ -294,14 +296,32 @@ def test_checksums_are_joined() -> None:
         assert joined_crc(zlib.crc32(one), zlib.crc32(two), behind) == zlib.crc32(one + two)
 
 
+def test_a_checksum_by_a_thread_is_that_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    pieces = [rng.bytes(n) for n in (*range(30), 5000)]
+    for submit in (ThreadPoolExecutor.submit, _no_thread):
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+        for nbytes in (0, checksum.PART_BYTES + 1):
+            with Checksum(nbytes) as crc:
+                for piece in pieces:
+                    crc.add(piece)
+                assert crc.value() == zlib.crc32(b"".join(pieces))
+
+
+def _no_thread(pool: ThreadPoolExecutor, *call: Any) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def test_threads_check_the_parts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.apr"
     write_apr(path, {"x": 1}, {"a": np.arange(5000, dtype=np.float32)})
     whole = path.read_bytes()
     for part in (1000, len(whole) - 5, len(whole) - 4, len(whole)):
-        monkeypatch.setattr(apr2, "PART_BYTES", part)
+        monkeypatch.setattr(checksum, "PART_BYTES", part)
         assert np.array_equal(read_apr(path).tensors["a"], np.arange(5000, dtype=np.float32))
-    monkeypatch.setattr(apr2, "PART_BYTES", 1000)
+    monkeypatch.setattr(checksum, "PART_BYTES", 1000)
+    write_apr(path, {"x": 1}, {"a": np.arange(5000, dtype=np.float32)})
+    assert path.read_bytes() == whole
     for at in (len(whole) - 19_000, len(whole) // 2, len(whole) - 100, len(whole) - 1):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(MalformedFile, match="footer CRC is"):
