@@ -251,6 +251,21 @@ def test_gates_of_troubleshooting_are_gates():
         assert f'"{gate}"' in source, gate
 
 
+def test_numbers_of_gates_and_faults_are_those_of_the_program():
+    from apr.bisect.planted.faults import FAULTS
+    from apr.bisect.planted.kernel_faults import KERNEL_FAULTS
+    from apr.evidence.gates import GATES
+
+    for page, text, number in (
+        ("README.md", r"(\d+) gates measure", len(GATES)),
+        ("README.md", r"\[(\d+) planted faults\]", len(FAULTS)),
+        ("docs/bisect.md", r"(\d+) of ops, weights,", len(FAULTS)),
+        ("docs/bisect.md", r"(\d+) edits of CUDA kernels", len(KERNEL_FAULTS)),
+        ("docs/bisect.md", r"plants the (\d+) in some seconds", len(FAULTS)),
+    ):
+        assert re.findall(text, (ROOT / page).read_text()) == [str(number)], (page, text)
+
+
 def test_the_python_page_runs(tmp_path):
     """All its examples in one process, one after the other, as a reader would."""
     library = Path(sysconfig.get_path("stdlib"))
