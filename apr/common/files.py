@@ -40,7 +40,9 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
-_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"')
+# A string of JSON, also one without an end: a search that failed there would begin again at every escaped quote behind it.
+STRING = r'"(?:[^"\\]++|\\[\s\S])*+"?'
+_STRING = re.compile(STRING)
 
 
 @contextmanager

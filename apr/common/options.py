@@ -319,7 +319,9 @@ def _violated(meta: Mapping[str, Any], value: float) -> str:
     bounds = {words: bound for words in violates if (bound := meta[words.replace(" ", "_")]) is not None}
     if any(violates[words](bound) for words, bound in bounds.items()):
         return " and ".join(f"{words} {bound}" for words, bound in bounds.items())
-    return "" if isinstance(value, int) or math.isfinite(value) else "a finite number"
+    if isinstance(value, int):
+        return "" if abs(value) <= MAX_INTEGER else f"at most {MAX_INTEGER}"
+    return "" if math.isfinite(value) else "a finite number"
 
 
 def exactly_one(options: Any, names: Sequence[str], purpose: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 from .errors import MalformedFile, UsageError
-from .files import parse_value, read_text
+from .files import MAX_DEPTH, parse_value, read_text
 from .packages import pip_install
 
 # Plain scalars of the core schema of YAML 1.2: their pattern, the characters that they begin with, and what they stand for.
@@ -25,6 +26,10 @@ _SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
 }
 # Characters of a file of settings.
 MAX_CHARACTERS = 1 << 20
+# A string in a line of TOML, and a key of more than MAX_DEPTH parts: tomllib takes the square of their number to read it.
+_QUOTED = re.compile(r'"(?:[^"\\\n]++|\\.)*+"?|\'[^\'\n]*+\'?')
+_DEEP_KEY = re.compile(rf"(?<![\w-])[\w-]++(?:[ \t]*+\.[ \t]*+[\w-]++){{{MAX_DEPTH}}}")
+TOO_DEEP = f"nested too deeply, more than {MAX_DEPTH} tables and lists inside each other"
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -35,12 +40,17 @@ def read_table(path: Path) -> dict[str, Any]:
     suffix = path.suffix.lower()
     try:
         if suffix == ".toml":
-            return tomllib.loads(text)
-        value = (
-            _yaml(text, path) if suffix in (".yaml", ".yml") else parse_value(text, str(path), unique=True)
-        )
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
-        raise MalformedFile(f"{path}: {e or 'nested too deeply'}") from None
+            if _DEEP_KEY.search(_QUOTED.sub("x", text)):
+                raise MalformedFile(f"{path}: {TOO_DEEP}")
+            value: Any = tomllib.loads(text)
+        elif suffix in (".yaml", ".yml"):
+            value = _yaml(text, path)
+        else:
+            value = parse_value(text, str(path), unique=True)
+        # Of a hexadecimal number more digits are read than Python prints.
+        repr(value)
+    except (ValueError, RecursionError) as e:  # also an integer of more digits than Python reads
+        raise MalformedFile(f"{path}: {TOO_DEEP if isinstance(e, RecursionError) else e}") from None
     if not isinstance(value, dict):
         raise MalformedFile(f"{path}: expected an object of settings, a name and a value each")
     return value
@@ -54,9 +64,15 @@ def _yaml(text: str, path: Path) -> Any:
             f"{path}: reading YAML needs PyYAML ({e}): {pip_install('PyYAML')}; TOML needs nothing"
         ) from None
     try:
-        # An alias may stand for an alias, and grow without end.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise MalformedFile(f"{path}: has anchors and aliases; write the values out")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            # An alias may stand for an alias, and grow without end.
+            if isinstance(event, yaml.AliasEvent):
+                raise MalformedFile(f"{path}: has anchors and aliases; write the values out")
+            # PyYAML looks at every open bracket at each token: a megabyte of them would take it hours.
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise MalformedFile(f"{path}: {TOO_DEEP}")
         if twice := next(_twice(yaml.compose(text, yaml.SafeLoader)), ""):
             raise MalformedFile(f"{path}: {twice} stands there twice")
         return yaml.load(text, _core(yaml.SafeLoader))
@@ -68,7 +84,7 @@ def _twice(node: Any) -> Iterator[str]:
     """Yield the keys that a mapping of a YAML tree, or one below it, has more than once: only the last would count."""
     children = node.value if node is not None and isinstance(node.value, list) else []
     keys = [child[0].value for child in children if isinstance(child, tuple)]
-    yield from (str(key) for i, key in enumerate(keys) if key in keys[:i])
+    yield from (key for key, n in Counter(key for key in keys if isinstance(key, str)).items() if n > 1)
     for child in children:
         yield from _twice(child[1] if isinstance(child, tuple) else child)
 

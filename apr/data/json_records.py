@@ -12,6 +12,8 @@ from .utf8 import without_mark
 
 # A string, cut off where the buffer ends if it has no group, or what opens, closes and divides.
 _PART = re.compile(rb'"(?:[^"\\]++|\\[\s\S])*+("?)|[][{},]')
+# What follows in a string that was cut off, up to its end or to the next cut.
+_REST = re.compile(rb'(?:[^"\\]++|\\[\s\S])*+("?)')
 _OPENS = re.compile(rb"\[\s*[{\]]")
 ADVICE = "give an array of records, [{...}, ...], or one record a line; JSON that is text to train on needs a name of text (.txt)"
 
@@ -84,12 +86,12 @@ def closes(line: bytes) -> bool:
 def _elements(blocks: Iterator[bytes]) -> Iterator[bytes]:
     """Yield the elements of the array that a file is. Raises Unusable behind the last whole one: the file does not go on as an
     array does, or an element has more than MAX_RECORD_BYTES bytes."""
-    held, at, start, depth, has_ended = bytearray(), 0, 0, 0, False
+    held, at, start, depth, has_ended, is_cut = bytearray(), 0, 0, 0, False, False
     for block in blocks:
         held += block
-        while (m := _PART.search(held, at)) is not None:
-            # The rest of a string comes with the next block.
-            if m[1] == b"":
+        while (m := _REST.match(held, at) if is_cut else _PART.search(held, at)) is not None:
+            # The rest of a string comes with the next block, and is read on from here.
+            if is_cut := m[1] == b"":
                 break
             if has_ended:
                 raise Unusable("broken JSON", "something stands behind the end of the array")
@@ -104,7 +106,7 @@ def _elements(blocks: Iterator[bytes]) -> Iterator[bytes]:
                 start = at
             depth += (part in (b"[", b"{")) - (part in (b"]", b"}"))
             has_ended = depth == 0
-        at = len(held) if m is None else m.start()
+        at = len(held) if m is None else m.end()
         del held[:start]
         at, start = at - start, 0
         if len(held) > MAX_RECORD_BYTES:

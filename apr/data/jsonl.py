@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from ..common.files import STRING
 from ..common.units import plural
 from .documents import Document, Item
 from .source import Skipped, Source, Unusable
@@ -19,7 +20,7 @@ MAX_VALUE_BYTES = 8 << 20
 # Keys or columns that a message lists.
 MAX_NAMES_LISTED = 10
 
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
+_STRING = re.compile(STRING.encode())
 # Numbers are not read: as floats they may have any number of digits.
 _JSON = json.JSONDecoder(parse_int=float)
 

@@ -308,6 +308,8 @@ def check(values: dict[str, Any], source: str) -> dict[str, Any]:
 
 def check_together(s: Settings) -> None:
     """Raise UsageError for settings with which no run can start: a contradiction, a number out of range. Reads no file."""
+    # First: the others compute with the numbers.
+    check_ranges(Settings, vars(s))
     check_data(s)
     sources_of(s)
     check_model(s)
@@ -330,7 +332,6 @@ def check_together(s: Settings) -> None:
         )
     if s.preferences and s.z_loss:
         raise UsageError("--z-loss is a part of the mean loss of tokens; it does not go with --preferences")
-    check_ranges(Settings, vars(s))
     if s.checkpoint_every % s.eval_every:
         raise UsageError(
             f"--checkpoint-every {s.checkpoint_every}: a checkpoint records its validation loss, so it is made at an "

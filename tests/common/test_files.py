@@ -29,6 +29,7 @@ from apr.common.files import (
     sha256_of,
     short,
 )
+from apr.data import json_records, jsonl
 from apr.model.presets import load_config
 
 NO_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -165,6 +166,14 @@ def test_marks_within_strings_are_no_values(monkeypatch: pytest.MonkeyPatch) -> 
     assert parse_value(text, "here")["b"] == [1, 2, 3]
     with pytest.raises(MalformedFile, match="here: about 11 values"):
         parse_value('{"\\",": [1, 2, 3, 4, 5, 6, 7, 8, 9]}', "here")
+
+
+def test_a_string_without_an_end_is_looked_at_once() -> None:
+    """Where a search for its end fails, one from each of its escaped quotes fails too: their number's square in time."""
+    text = '"' + '\\",' * 1000
+    for pattern, whole in ((files._STRING, text), (jsonl._STRING, text.encode())):
+        assert [m.end() for m in pattern.finditer(whole)] == [len(whole)]  # type: ignore[attr-defined]
+    assert [m.end() for m in json_records._PART.finditer(text.encode())] == [len(text)]
 
 
 def test_a_line_without_end_takes_no_memory(tmp_path: Path) -> None:

@@ -74,7 +74,9 @@ def test_numbers_within_their_ranges():
         "quiet": False,
         "init": None,
     }
-    check_ranges(Flags, edges | {"num_steps": 10**400})
+    check_ranges(Flags, edges | {"num_steps": 2**63 - 1})
+    with pytest.raises(UsageError, match=f"^--num-steps = 1.*: must be at most {2**63 - 1}$"):
+        check_ranges(Flags, edges | {"num_steps": 10**400})
     assert given(Flags, ["--beta", "0", "--num-steps", "1"], "apr", "") == {"beta": 0.0, "num_steps": 1}
 
 

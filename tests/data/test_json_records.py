@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from apr.common.errors import Refused
+from apr.data import json_records
 from apr.data.conversations.examples import open_conversations
 from apr.data.conversations.shapes import Example
 from apr.data.corpus import Corpus
@@ -119,6 +120,30 @@ def test_elements_are_those_of_json_however_the_blocks_are_cut() -> None:
         assert [json.loads(x) for x in _elements(iter(blocks))] == want
         with pytest.raises(Unusable):
             list(_elements(iter([data[: rng.randrange(len(data))]])))
+
+
+def test_a_string_that_is_cut_is_read_on_where_it_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A string of many blocks is not read again from its beginning with each."""
+    read: list[int] = []
+
+    class Counted:
+        def __init__(self, pattern: Any) -> None:
+            self.pattern = pattern
+
+        def __getattr__(self, name: str) -> Any:
+            def find(text: bytes, at: int) -> Any:
+                m = getattr(self.pattern, name)(text, at)
+                read.append(m.end() - m.start() if m else 0)
+                return m
+
+            return find
+
+    for name in ("_PART", "_REST"):
+        monkeypatch.setattr(json_records, name, Counted(getattr(json_records, name)))
+    data = json.dumps([{"text": 'a"\n' * 1000}]).encode()
+    (got,) = _elements(data[i : i + 10] for i in range(0, len(data), 10))
+    assert json.loads(got)["text"] == 'a"\n' * 1000
+    assert sum(read) <= len(data)
 
 
 def test_an_array_larger_than_memory_allows_is_read_in_parts(

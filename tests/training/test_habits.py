@@ -15,7 +15,7 @@ from apr.common.errors import MalformedFile, Refused, UsageError
 from apr.common.options import given, near
 from apr.training import inputs
 from apr.training import settings as all_settings
-from apr.training.settings import Settings, check, read_config, steps_of
+from apr.training.settings import Settings, check, read_config, resolve, steps_of
 from crashing import Job, failed_checks, go_on, quicken
 
 EPOCHS = 0.02
@@ -186,6 +186,12 @@ def test_files_of_settings(tmp_path: Path, name: str, text: str) -> None:
         ("a.toml", "num_step = 1\n", UsageError, "did you mean num_steps?"),
         ("a.toml", "num_steps = 1.5\n", UsageError, "not of type int"),
         ("a.yaml", "lr: [", MalformedFile, "a.yaml: "),
+        ("a.yaml", "lr: " + "[" * 101, MalformedFile, "a.yaml: nested too deeply"),
+        ("a.toml", "a." * 100 + "a = 1", MalformedFile, "a.toml: nested too deeply"),
+        ("a.toml", "lr = 1\n['x' ." + ' "a\\"." .' * 99 + " y]\n", MalformedFile, "a.toml: nested too deeply"),
+        ("a.toml", "num_steps = " + "1" * 5000, MalformedFile, "a.toml: Exceeds the limit"),
+        ("a.toml", "model = 0x" + "1" * 5000, MalformedFile, "a.toml: Exceeds the limit"),
+        ("a.yaml", "model: 0x" + "1" * 5000, MalformedFile, "a.yaml: Exceeds the limit"),
         ("a.yaml", "- lr", MalformedFile, "expected an object"),
         ("a.yaml", "a: &x [1]\nb: *x\n", MalformedFile, "anchors"),
         ("a.yaml", "lr: 1\nseed: 3\nlr: 2\n", MalformedFile, "lr stands there twice"),
@@ -209,6 +215,21 @@ def test_wrong_files_of_settings(
     with pytest.raises(error) as e:
         read_config(tmp_path / name)
     assert words in str(e.value)
+
+
+def test_a_text_in_toml_may_have_many_dots(tmp_path: Path) -> None:
+    text = "a." * 200
+    (tmp_path / "a.toml").write_text(f"sample = '{text}'\ncorpus = \"{text}\"\n")
+    assert read_config(tmp_path / "a.toml") == {"sample": text, "corpus": text}
+
+
+@pytest.mark.parametrize(
+    "given", [{"eval_every": 0}, {"eval_every": -0}, {"lora_rank": 10**400}, {"num_steps": 2**63}]
+)
+def test_numbers_are_in_range_before_they_are_computed_with(given: dict[str, int]) -> None:
+    name = next(iter(given)).replace("_", "-")
+    with pytest.raises(UsageError, match=f"^--{name} = .*: must be (above|at) "):
+        resolve(Settings(dataset="d", tokenizer="t", init="m.apr", **given))  # type: ignore[arg-type]
 
 
 def test_a_text_in_yaml_may_look_like_an_alias(tmp_path: Path) -> None:
