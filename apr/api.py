@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .backends.select import select
 from .checkpoints.registry import open_any
 from .common.printable import printable
 from .inference.language_model import LanguageModel
 from .training import run
-from .training.callbacks import Callback
+from .training.callbacks import Callback, check_callbacks
 from .training.display import Display, Rows
 from .training.rundir import RunDir
 from .training.settings import Settings, check, read_config
@@ -82,17 +84,18 @@ def train(
     callbacks hear of every step, evaluation and checkpoint. show: print what the command prints. Raises the
     errors of the command: UsageError and Refused before it starts, Aborted when a gate stops it, Interrupted after Ctrl-C (state
     saved), CallbackFailed after an exception in a callback (state saved; the exception is its cause)."""
-    explicit: dict[str, Any] | None = None
+    callbacks = check_callbacks(callbacks)
     if isinstance(config, Settings):
-        settings = config
+        config = {f.name: x for f in fields(Settings) if (x := getattr(config, f.name)) != f.default}
+    if isinstance(config, Mapping):
+        plain = {str(k).replace("-", "_"): _plain(v) for k, v in config.items()}
+        explicit = check(plain, "apr.train")
     else:
-        if isinstance(config, Mapping):
-            plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in config.items()}
-            explicit = check({str(k).replace("-", "_"): v for k, v in plain.items()}, "apr.train")
-        else:
-            explicit = read_config(Path(config))
-        settings = Settings(**explicit)
-    result = run.train(settings, Printed() if show else Display(), callbacks, explicit)
+        explicit = read_config(Path(config))
+    if explicit.get("run_dir"):
+        # The working folder may be another one before the run ends.
+        explicit["run_dir"] = os.path.abspath(explicit["run_dir"])
+    result = run.train(Settings(**explicit), Printed() if show else Display(), callbacks, explicit)
     folder = Path(result["run_dir"])
     return RunResult(
         result["status"],
@@ -104,3 +107,10 @@ def train(
         RunDir(folder).checkpoints()[-1],
         result,
     )
+
+
+def _plain(value: Any) -> Any:
+    """Turn paths and NumPy's scalars into what a settings file holds."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

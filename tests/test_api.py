@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import struct
 import subprocess
 import sys
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -158,6 +160,21 @@ def test_a_batch_equals_each_alone(model):
         (lambda m: m.generate("x", top_p=0), UsageError, "--top-p"),
         (lambda m: m.generate([]), UsageError, "no tokens"),
         (lambda m: m.generate_batch(["x"], rows=0), UsageError, "rows"),
+        (lambda m: m.generate_batch("Once"), UsageError, "not a list"),
+        (lambda m: m.generate_batch(["x", "y"], [Sampling()]), UsageError, "1 Sampling for 2 prompts"),
+        (lambda m: m.generate("x", stop=[7]), UsageError, "stop holds 7"),
+        (
+            lambda m: m.generate("x", max_tokens=2.5),
+            UsageError,
+            "--max-tokens must be a whole number, not 2.5",
+        ),
+        (lambda m: m.generate("x", top_k=None), UsageError, "--top-k must be a whole number, not None"),
+        (
+            lambda m: m.generate("x", temperature="0.5"),
+            UsageError,
+            "--temperature must be a number, not '0.5'",
+        ),
+        (lambda m: m.generate("x", seed=True), UsageError, "--seed must be a whole number"),
         (lambda m: apr.load("no/such"), InputNotFound, "no/such"),
     ],
 )
@@ -176,6 +193,54 @@ def test_two_streams_of_one_model_do_not_mix(model):
     model.generate("class", max_tokens=20)
     with pytest.raises(UsageError, match="another generation"):
         list(first)
+
+
+def test_one_stop_string_is_no_list_of_its_characters(model):
+    text = model.generate("def f", max_tokens=30, seed=3)
+    for stop, want in ((text[5:8], text[: text.find(text[5:8])]), (text[5] + "no", text)):
+        assert model.generate("def f", max_tokens=30, seed=3, stop=stop) == want
+
+
+def test_weights_put_in_the_place_of_others_are_those_that_speak(folder):
+    """Say, the mean of two checkpoints, in a model that has generated before."""
+    model, options = apr.load(folder / "hf", device="cpu"), dict(max_tokens=20, temperature=0)
+    before = model.generate("def f", **options)
+    weights = np.random.default_rng(1).standard_normal(model.weights.shape).astype(np.float32)
+    model.weights = 0.2 * weights
+    model.save(folder / "others.apr")
+    want = apr.load(folder / "others.apr", device="cpu").generate("def f", **options)
+    assert model.generate("def f", **options) == want != before
+
+
+def test_targets_of_any_integer_below_0_are_left_out(model):
+    ids, keep = np.arange(12), np.arange(12) % 2 == 0
+    want = model.loss(ids, np.where(keep, ids + 1, -100))
+    assert model.loss(ids, np.where(keep, ids + 1, np.iinfo(np.int64).min)) == want
+
+
+def test_numbers_of_numpy_are_options(model):
+    """Also such that a sum would wrap around: prompt i of a batch is drawn with the seed + i."""
+    got = model.generate_batch(["x"] * 2, Sampling(np.int64(9), np.float32(0.5), seed=np.int8(127)))
+    want = model.generate_batch(["x"] * 2, Sampling(9, 0.5, seed=127))
+    assert [t.ids for t in got] == [t.ids for t in want]
+
+
+def test_threads_that_share_a_model_are_kept_apart(folder, monkeypatch):
+    """Nothing is computed in the buffers of a generator, and nothing drawn of them, but by the thread that has its lock."""
+    model, seen = apr.load(folder / "hf", device="cpu"), []
+    model.generate("def", max_tokens=12)
+    generator = model._generator
+    for name in ("forward", "step", "last_logits", "move_row"):
+
+        def asked(name, was, *args, **more):
+            seen.append((name, generator._lock.locked()))
+            return was(*args, **more)
+
+        monkeypatch.setattr(generator.model, name, partial(asked, name, getattr(generator.model, name)))
+    model.generate("def", max_tokens=4, temperature=0)
+    assert {name for name, _ in seen} == {"forward", "step", "last_logits"}
+    assert all(held for _, held in seen)
+    assert not generator._lock.locked()
 
 
 @pytest.mark.parametrize("name", ["m.apr", "out"])
@@ -322,6 +387,88 @@ def test_a_callback_that_fails_at_the_end_leaves_a_whole_run(job, tmp_path):
         apr.train({**job, "run_dir": str(tmp_path / "run"), "num_steps": 3}, [Heard("end")])
     assert compare(tmp_path / "run") == []
     assert json.loads((tmp_path / "run" / "verdict.json").read_text())["status"] == "DONE"
+
+
+class Changes(apr.Callback):
+    """Use lines as one's own, as who wants bits for nats does."""
+
+    def on_step(self, line):
+        line.update(train_loss=line.pop("train_loss") / np.log(2))
+
+    def on_evaluation(self, line):
+        line.update(val_loss=line.pop("val_loss") / np.log(2))
+        del line["val_tokens"]
+
+    def on_checkpoint(self, path, facts):
+        facts.clear()
+
+    def on_end(self, result):
+        result.clear()
+
+
+def test_what_a_callback_does_to_its_numbers_nobody_else_sees(job, tmp_path):
+    results, heard = [], [Heard(), Heard()]
+    for name, callbacks in (("plain", [heard[0]]), ("changed", [Changes(), heard[1]])):
+        small = {**job, "run_dir": str(tmp_path / name), "num_steps": 3, "background_saves": False}
+        results.append(apr.train(small, callbacks))
+    assert results[0].val_loss == results[1].val_loss
+    told = [
+        [(e[0], *(x for x in e[-1].values() if not isinstance(x, float))) for e in h.events] for h in heard
+    ]
+    assert [t[0] for t in told[0]] == [t[0] for t in told[1]]
+    losses = [
+        [e[1].get("val_loss", e[1].get("train_loss")) for e in h.events if e[0] in ("step", "evaluation")]
+        for h in heard
+    ]
+    assert losses[0] == losses[1]
+    facts = [json.loads((r.checkpoint.parent / "epoch-001.metadata.json").read_text()) for r in results]
+    assert facts[0]["val_loss"] == facts[1]["val_loss"] == results[0].val_loss
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "words"),
+    [
+        (Heard(), "callbacks is of the type Heard; give a list"),
+        (Heard, "callbacks is the class Heard"),
+        ([Heard], r"callbacks\[0\] is the class Heard"),
+        ([Heard(), print], r"callbacks\[1\] is of the type builtin"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_is_no_callback_is_refused_before_the_run(job, tmp_path, callbacks, words):
+    with pytest.raises(UsageError, match=words):
+        apr.train({**job, "run_dir": str(tmp_path / "run")}, callbacks)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_a_resumed_run_count_whatever_they_come_as(job, tmp_path, monkeypatch):
+    """sys.exit in a callback is an end like another, the state is saved; a callback may go elsewhere, and the run stays."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    short = {
+        **job,
+        "run_dir": "run",
+        "schedule": "constant",
+        "num_steps": np.int64(3),
+        "lr": np.float32(0.5**10),
+    }
+
+    class Leaves(apr.Callback):
+        def on_evaluation(self, line):
+            os.chdir(tmp_path / "elsewhere")
+
+        def on_step(self, line):
+            sys.exit(3)
+
+    with pytest.raises(CallbackFailed, match="SystemExit: 3; stopped after step 1, state saved"):
+        apr.train(short, [Leaves()])
+    assert not list((tmp_path / "elsewhere").iterdir())
+    run = {"resume": True, "run_dir": str(tmp_path / "run")}
+    assert apr.train(Settings(**run, num_steps=4)).steps == 4
+    with pytest.raises(Refused, match=r"--lr 0.5 differs from 0.0009765625"):
+        apr.train(Settings(**run, lr=0.5))
+    with pytest.raises(UsageError, match="num_steps = '5' is not of type int"):
+        apr.train(Settings(**run, num_steps="5"))
 
 
 def test_train_works_outside_the_main_thread(job, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -47,7 +49,7 @@ class Generator:
         among: np.ndarray | None = None,
         recorded: bool = True,
     ) -> None:
-        self.cfg, self.slots, self.rows = cfg, slots, rows
+        self.cfg, self.weights, self.slots, self.rows = cfg, weights, slots, rows
         self.chunk = min(chunk or prompt_chunk(backend, rows), slots)
         self._among = among
         self.model = Model(
@@ -58,6 +60,7 @@ class Generator:
         if recorded and lacking:
             say_once(f"generation runs op by op: {lacking}")
         self._turn: object = None  # the latest run(): the cache of an older one is overwritten
+        self._lock = threading.Lock()  # held while cache and buffers are written
         self._seen: list[int] = []  # tokens of a single prompt that row 0 of the cache holds, from slot 0 on
 
     def run(
@@ -87,29 +90,34 @@ class Generator:
                 f"no room for {plural(len(live), 'prompt')} in a cache of {plural(self.rows, 'row')} of "
                 f"{plural(self.slots, 'position')}"
             )
-        turn = self._turn = object()
-        most, end = self.cfg.max_position_embeddings, max((len(s.prompt) for s in live), default=0)
-        known = self._common(live[0].prompt) if reuse and len(live) == 1 else 0
-        self._seen = self._seen[:known]
+        turn, most = object(), self.cfg.max_position_embeddings
+        end = max((len(s.prompt) for s in live), default=0)
+        with self._lock:
+            self._turn = turn
+            known = self._common(live[0].prompt) if reuse and len(live) == 1 else 0
+            self._seen = self._seen[:known]
         for row, s in enumerate(live):
             slot = 0 if self._decoding else end - len(s.prompt)
-            self._read(s.prompt, row, slot, known, len(live) == 1)
-            yield s, s.draw(self.model.last_logits()[0], ends, most, self._among)
-            self._check_turn(turn)
+            with self._having(turn):
+                self._read(s.prompt, row, slot, known, len(live) == 1)
+                first = s.draw(self.model.last_logits()[0], ends, most, self._among)
+            yield s, first
         if self._decoding:
             yield from self._recorded(self._decoding, live, ends, turn)
             return
-        live = self._compact(live, end)
-        while live:
-            tokens = np.array([s.new[-1] for s in live], np.int32)
-            self.model.step(tokens, np.array([s.position for s in live]), end)
-            end += 1
-            if len(options) == 1:
-                self._seen.append(int(tokens[0]))
-            for s, logits in zip(live, self.model.last_logits(), strict=True):
-                yield s, s.draw(logits, ends, most, self._among)
-                self._check_turn(turn)
-            live = self._compact(live, end)
+        while any(not s.ended for s in live):
+            with self._having(turn):
+                live = self._compact(live, end)
+                tokens = np.array([s.new[-1] for s in live], np.int32)
+                self.model.step(tokens, np.array([s.position for s in live]), end)
+                end += 1
+                if len(options) == 1:
+                    self._seen.append(int(tokens[0]))
+                logits = self.model.last_logits()
+                drawn = [
+                    (s, s.draw(row, ends, most, self._among)) for s, row in zip(live, logits, strict=True)
+                ]
+            yield from drawn
 
     def _recorded(
         self, decoding: Decoding, live: list[Continuation], ends: Collection[int], turn: object
@@ -122,19 +130,20 @@ class Generator:
             return any(not s.ended and not s.ends_after(tokens, most) for s in rows)
 
         if goes_on(0):
-            decoding.begin([s.row(most) for s in live])
+            with self._having(turn):
+                decoding.begin([s.row(most) for s in live])
         while goes_on(0):
-            rows = self._fewer(decoding, rows)
-            while len(asked) < 2 and goes_on(len(asked)):
-                asked.append((rows, decoding.step(len(rows))))
-            of, tokens = asked.pop(0)
-            for s, token in zip(of, tokens(), strict=True):
-                if s.ended:
-                    continue
-                if alone:
-                    self._seen.append(s.new[-1])
-                yield s, s.take(token, ends, most)
-                self._check_turn(turn)
+            with self._having(turn):
+                rows = self._fewer(decoding, rows)
+                while len(asked) < 2 and goes_on(len(asked)):
+                    asked.append((rows, decoding.step(len(rows))))
+                of, tokens = asked.pop(0)
+                new = tokens()
+                if alone and not of[0].ended:
+                    self._seen.append(of[0].new[-1])
+            for s, token in zip(of, new, strict=True):
+                if not s.ended:
+                    yield s, s.take(token, ends, most)
 
     def _fewer(self, decoding: Decoding, rows: list[Continuation]) -> list[Continuation]:
         """Move the sequences that go on to the first rows, where so few are left that half of the rows or fewer do."""
@@ -147,12 +156,16 @@ class Generator:
             rows[to] = rows[source]
         return rows[: len(going)]
 
-    def _check_turn(self, turn: object) -> None:
-        if turn is not self._turn:
-            raise UsageError(
-                "another generation with this model has begun and taken its cache; finish one before the next, or give "
-                "the prompts together"
-            )
+    @contextmanager
+    def _having(self, turn: object) -> Iterator[None]:
+        """Keep other threads from the cache inside the block. Raises UsageError: a later run() has taken it."""
+        with self._lock:
+            if turn is not self._turn:
+                raise UsageError(
+                    "another generation with this model has begun and taken its cache; finish one before the next, give "
+                    "the prompts together, or load the model once for each thread"
+                )
+            yield
 
     def _common(self, ids: list[int]) -> int:
         """Count the leading tokens of a prompt that the cache holds; the last is always computed, for its logits."""

@@ -124,7 +124,7 @@ class LanguageModel:
         total = 0.0
         for rows, model in self._pieces(batch):
             self.backend.fill(model.total, 0)
-            model.loss(np.ascontiguousarray(wanted[rows], np.int32))
+            model.loss(np.maximum(wanted[rows], -1).astype(np.int32))
             total += float(self.backend.to_host(model.total)[0])
         return total / count
 
@@ -222,12 +222,20 @@ class LanguageModel:
         rows: int = BATCH_PROMPTS,
     ) -> Iterator[tuple[int, Text]]:
         """Yield (number of a prompt, its Text) in the order in which prompts end; see generate_batch."""
+        if isinstance(prompts, str):
+            raise UsageError(
+                f"prompts is a text, not a list of them; give [{prompts[:20]!r}], or call generate"
+            )
         ids = [check_prompt(self.config, self.encode_prompt(p) if isinstance(p, str) else p) for p in prompts]
         if sampling is None or isinstance(sampling, Sampling):
             one = sampling or Sampling()
             sampling = [dataclasses.replace(one, seed=one.seed + i) for i in range(len(ids))]
         if rows < 1:
             raise UsageError(f"rows must be at least 1, not {rows}")
+        if len(sampling) != len(ids):
+            raise UsageError(
+                f"{plural(len(sampling), 'Sampling')} for {plural(len(ids), 'prompt')}; give one, or one each"
+            )
         jobs = [(len(p), s.max_tokens) for p, s in zip(ids, sampling, strict=True)]
         for group in grouped(self.config, jobs, rows):
             generator = self._room(slots_needed(self.config, [jobs[i] for i in group]), len(group))
@@ -331,20 +339,19 @@ class LanguageModel:
         return None if self.tokenizer is None else TextStream(self.tokenizer, ids, stop)
 
     def _room(self, slots: int, rows: int) -> Generator:
-        """Make a generator of so many slots and rows, or reuse one that is large enough."""
+        """Make a generator of so many slots and rows, or reuse one of these weights that is large enough."""
         old = self._generator
-        if old is None or old.slots < slots or old.rows < rows:
+        if old is None or old.slots < slots or old.rows < rows or old.weights is not self.weights:
             self._generator = None  # its memory is free before the new one takes its own
-            del old
+            old = None
             need = generator_memory(self.config, self.backend, self.dtype, rows, slots)
             held = dataclasses.replace(need, weights=0)
             check_fits(held, self.backend, "give fewer max_tokens or prompts at once")
             among = drawable_ids(self.tokenizer, self.config.vocab_size, self.ends)
-            self._generator = Generator(
+            old = self._generator = Generator(
                 self.config, self.backend, self.weights, slots, self.dtype, rows, among=among
             )
-        assert self._generator is not None
-        return self._generator
+        return old
 
     def _growing(self, slots: int) -> Generator:
         """Make a generator for a conversation: twice as large each time, so that prompts are seldom read again."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +37,15 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raises UsageError for an option out of range."""
+        """Raises UsageError for an option that is no number, or out of range."""
+        for f in fields(self):
+            value, is_whole = getattr(self, f.name), isinstance(f.default, int)
+            kind: Any = Integral if is_whole else Real
+            if not isinstance(value, kind) or isinstance(value, bool):
+                words = "a whole number" if is_whole else "a number"
+                raise UsageError(f"--{f.name.replace('_', '-')} must be {words}, not {value!r}")
+            # NumPy's small integers would wrap around in sums.
+            object.__setattr__(self, f.name, int(value) if is_whole else float(value))
         for option, value, good, rule in (
             ("--temperature", self.temperature, 0 <= self.temperature < np.inf, "at least 0"),
             ("--top-k", self.top_k, self.top_k >= 0, "at least 0"),

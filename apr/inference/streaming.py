@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..common.errors import UsageError
 from ..tokenizer.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"  # half a character, decoded
@@ -30,7 +31,11 @@ class StopText:
     Where several overlap, the one that is complete first counts, whatever the pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [s for s in stops if s]
+        listed = [stops] if isinstance(stops, str) else list(stops)
+        for s in listed:
+            if not isinstance(s, str):
+                raise UsageError(f"stop holds {s!r}, which is no text; give texts, such as stop=['\\n']")
+        self._stops = [s for s in listed if s]
         self._held = ""
         self.stopped = False
 
