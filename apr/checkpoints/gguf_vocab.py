@@ -15,6 +15,7 @@ from ..common.units import plural
 from ..tokenizer.families import FAMILIES, SPLIT, SPLIT_QWEN
 from ..tokenizer.tokenizer import Tokenizer, library_spelling
 from ..tokenizer.vocab_format import BYTE_LEVEL, FALLBACK_BYTES, SENTENCEPIECE, SPACE_MARK
+from .gguf_rules import OTHERWISE, added_around, check_rules, flat_steps, pattern_of
 
 # Sum of the squares of the lengths of all tokens, which are split at every place; vocabularies in use have 1/50 of it.
 MAX_SPLIT_CHARACTERS = 1 << 30
@@ -42,8 +43,15 @@ def vocabulary_keys(
             f"{source}: names no end of text, without which llama.cpp takes id 11 or 2 for it; import the tokenizer "
             "with --eos TOKEN (apr tokenize import-hf)"
         )
-    tokens, kinds = _tokens(fields, vocab_size)
     model = fields["model"]
+    if model["type"] != "BPE" or tokenizer.format not in (BYTE_LEVEL, SENTENCEPIECE):
+        raise Refused(
+            f"{source}: a {model['type']} tokenizer of format {tokenizer.format}; apr writes byte-level and SentencePiece "
+            "BPE into GGUF files; export --format hf"
+        )
+    check_rules(fields, tokenizer.format == SENTENCEPIECE, source)
+    before, after = added_around(tokenizer, bos_id, source)
+    tokens, kinds = _tokens(fields, vocab_size)
     out: dict[str, Any]
     if tokenizer.format == BYTE_LEVEL:
         out = {
@@ -53,8 +61,7 @@ def vocabulary_keys(
             "tokenizer.ggml.token_type": kinds,
             "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(model)],
         }
-    elif tokenizer.format == SENTENCEPIECE and model.get("type") == "BPE":
-        _check_bytes(tokens, source)
+    else:
         scores = _scores(model, tokens)
         unknown = model.get("unk_token")
         kinds = [_sentencepiece_kind(t, k, unknown) for t, k in zip(tokens, kinds, strict=True)]
@@ -66,12 +73,6 @@ def vocabulary_keys(
             "tokenizer.ggml.token_type": kinds,
             "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer, tokens),
         }
-    else:
-        raise Refused(
-            f"{source}: a {model.get('type')} tokenizer of format {tokenizer.format}; apr writes byte-level and SentencePiece "
-            "BPE into GGUF files; export --format hf"
-        )
-    before, after = _added_around(tokenizer)
     bos = bos_id if bos_id is not None else before if before is not None else tokenizer.eos_id
     out |= {
         "tokenizer.ggml.bos_token_id": bos,  # always: what llama.cpp takes in its place is an ordinary token
@@ -86,16 +87,6 @@ def vocabulary_keys(
     if chat_template is not None:
         out["tokenizer.chat_template"] = chat_template
     return out
-
-
-def _check_bytes(tokens: list[str], source: str) -> None:
-    """Refuse a SentencePiece vocabulary without all byte pieces: llama.cpp ends its process where one is wanted."""
-    absent = sorted(set(FALLBACK_BYTES) - set(tokens))
-    if absent:
-        raise Refused(
-            f"{source}: {len(absent)} of the byte pieces '<0x00>'..'<0xFF>' are missing, first {absent[0]!r}; llama.cpp would "
-            "abort at the first character that is not in the vocabulary. Export --format hf"
-        )
 
 
 def _tokens(fields: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
@@ -120,21 +111,27 @@ def _merges(model: dict[str, Any]) -> list[list[str]]:
 
 def _pre(fields: dict[str, Any], source: str) -> str:
     """Find llama.cpp's name for the rule that cuts text."""
-    for step in _steps(fields.get("normalizer"), "normalizers"):
+    for step in flat_steps(fields.get("normalizer"), "normalizers"):
         if step.get("type") != "NFC":  # llama.cpp normalizes nothing; text is nearly always in NFC already
             raise Refused(
                 f"{source}: normalizer {step.get('type')!r}: llama.cpp has none; export --format hf"
             )
-    steps = _steps(fields.get("pre_tokenizer"), "pretokenizers")
-    rule = [(s.get("type"), _pattern(s)) for s in steps]
+    steps = flat_steps(fields.get("pre_tokenizer"), "pretokenizers")
+    rule = [(s.get("type"), pattern_of(s)) for s in steps]
     last = steps[-1] if steps else {}
     whole = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
     regex = last.get("use_regex", True)
+    looks_up = bool(fields["model"].get("ignore_merges"))
+    if looks_up and rule[:1] != [("Split", SPLIT)]:
+        raise Refused(
+            f"{source}: model.ignore_merges is true, and llama.cpp looks up whole words under its rule llama-bpe alone; "
+            f"{OTHERWISE}"
+        )
     if whole and not regex and len(rule) == 2 and steps[0].get("behavior") == "Isolated":
         if rule[0] == ("Split", SPLIT_QWEN):
             return "qwen2"
         if rule[0] == ("Split", SPLIT):  # one rule, with and without looking up whole words before merging
-            return "llama-bpe" if fields["model"].get("ignore_merges") else "dbrx"
+            return "llama-bpe" if looks_up else "dbrx"
     if whole and regex and len(rule) == 1:
         return "gpt-2"
     if whole and regex and len(rule) == 2 and rule[0][0] == "Digits" and steps[0].get("individual_digits"):
@@ -147,25 +144,11 @@ def _pre(fields: dict[str, Any], source: str) -> str:
 def is_qwen2(text: str) -> bool:
     """True for a tokenizer.json that normalizes and cuts text as Qwen2's does."""
     fields = parse_json(text, "tokenizer.json")
-    normal = [s.get("type") for s in _steps(fields.get("normalizer"), "normalizers")]
+    normal = [s.get("type") for s in flat_steps(fields.get("normalizer"), "normalizers")]
     try:
         return normal == ["NFC"] and _pre(fields, "tokenizer.json") == "qwen2"
     except Refused:
         return False
-
-
-def _pattern(step: dict[str, Any]) -> str | None:
-    pattern = step.get("pattern")
-    return pattern.get("Regex", pattern.get("String")) if isinstance(pattern, dict) else None
-
-
-def _steps(node: Any, key: str) -> list[dict[str, Any]]:
-    """Flatten a normalizer or pre-tokenizer to a list."""
-    if not isinstance(node, dict):
-        return []
-    if node.get("type") == "Sequence":
-        return [s for part in node.get(key) or [] for s in _steps(part, key)]
-    return [node]
 
 
 def _scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
@@ -187,21 +170,6 @@ def _sentencepiece_kind(token: str, kind: int, unknown: str | None) -> int:
 def _adds_space(tokenizer: Tokenizer, tokens: list[str]) -> bool:
     ids = tokenizer.encode("a")
     return bool(len(ids)) and tokens[int(ids[0])].startswith("\u2581")
-
-
-def _added_around(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
-    """Find the ids that encoding puts before and after a text."""
-    bare, full = (tokenizer.encode("a", add_special_tokens=s).tolist() for s in (False, True))
-    extra = len(full) - len(bare)
-    if extra == 0:
-        return None, None
-    before = full[0] if full[1 : 1 + len(bare)] == bare else None
-    after = (
-        full[-1]
-        if full[-1 - len(bare) : -1] == bare and len(full) > len(bare) + (before is not None)
-        else None
-    )
-    return before, after
 
 
 # --- back to a tokenizer.json --------------------------------------------------------------------------------------
@@ -286,7 +254,7 @@ def tokenizer_json(keys: dict[str, Any], source: str) -> str | None:
         "padding": None,
         "added_tokens": [
             {"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": i not in control, "special": i in control} for i in sorted(added)
+             "normalized": False, "special": i in control} for i in sorted(added)
         ],
         **{key: steps[key] for key in ("normalizer", "pre_tokenizer", "decoder")},
         "post_processor": _post_processor(around, vocab | {tokens[i]: i for i in added}),

@@ -1,0 +1,94 @@
+"""Refuse rules of a tokenizer.json that a GGUF header has no key for: llama.cpp would give texts other ids, without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..common.errors import Refused
+from ..common.files import short
+from ..common.units import plural
+from ..tokenizer.tokenizer import Tokenizer
+from ..tokenizer.vocab_format import FALLBACK_BYTES, SPACE_MARK
+
+OTHERWISE = "export --format hf"
+# Options of the model that llama.cpp does not have. ignore_merges belongs to its rule llama-bpe, which gguf_vocab names.
+OPTIONS = ("continuing_subword_prefix", "end_of_word_suffix")
+# Of an added token: white space beside it becomes part of it, or it counts between word boundaries only.
+FLAGS = ("lstrip", "rstrip", "single_word")
+
+
+def check_rules(fields: dict[str, Any], is_sentencepiece: bool, source: str) -> None:
+    """Raise Refused, naming the rule, for options of the model and of added tokens that llama.cpp does not have; of
+    SentencePiece also for its normalizer, its pre-tokenizer and bytes."""
+    model = fields["model"]
+    for key in OPTIONS:
+        if model.get(key):
+            raise _refused(source, f"model.{key} = {short(model[key])}")
+    for token in fields.get("added_tokens") or []:
+        if flag := next((flag for flag in FLAGS if token.get(flag)), None):
+            raise _refused(source, f"{flag} = true of the added token {token['content']!r}")
+    if not is_sentencepiece:
+        return
+    if model.get("ignore_merges"):
+        raise _refused(source, "model.ignore_merges = true")
+    for key, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        for step in flat_steps(fields.get(key), inner):
+            if not _puts_marks(step):
+                raise _refused(source, f"{key} {step.get('type')!r}")
+    absent = sorted(set(FALLBACK_BYTES) - model["vocab"].keys())
+    if absent:
+        raise Refused(
+            f"{source}: {len(absent)} of the byte pieces '<0x00>'..'<0xFF>' are missing, first {absent[0]!r}; llama.cpp would "
+            f"abort at the first character that is not in the vocabulary. {OTHERWISE.capitalize()}"
+        )
+    if not model.get("byte_fallback"):
+        raise Refused(
+            f"{source}: model.byte_fallback is false: llama.cpp gives bytes for text without a token; {OTHERWISE}"
+        )
+
+
+def _refused(source: str, rule: str) -> Refused:
+    return Refused(f"{source}: {rule}: llama.cpp has no such rule, so texts would get other ids; {OTHERWISE}")
+
+
+def _puts_marks(step: dict[str, Any]) -> bool:
+    """True for a step that puts U+2581 for spaces or cuts at them, and for NFC, which text nearly always is in."""
+    kind, pattern = step.get("type"), pattern_of(step)
+    return (
+        (kind == "Metaspace" and step.get("replacement", SPACE_MARK) == SPACE_MARK)
+        or (kind == "Prepend" and step.get("prepend") == SPACE_MARK)
+        or (kind == "Replace" and (pattern, step.get("content")) == (" ", SPACE_MARK))
+        or (kind == "Split" and pattern in (" ", SPACE_MARK))
+        or kind == "NFC"
+    )
+
+
+def added_around(tokenizer: Tokenizer, bos_id: int | None, source: str) -> tuple[int | None, int | None]:
+    """Find the ids that encoding puts before and after a text: the beginning and the end of a text, or None.
+
+    Raises Refused for others, which no key of the header names."""
+    bare, full = (tokenizer.encode("a", add_special_tokens=s).tolist() for s in (False, True))
+    n = len(tokenizer.prefix_ids)
+    before, after = full[:n], full[n + len(bare) :]
+    bos = before[0] if bos_id is None and before else bos_id
+    if full[n : n + len(bare)] != bare or before not in ([], [bos]) or after not in ([], [tokenizer.eos_id]):
+        raise Refused(
+            f"{source}: its post_processor puts {plural(len(full) - len(bare), 'id')} around a text, {before} before and "
+            f"{after} behind; a GGUF file can say that {bos} comes before and {tokenizer.eos_id} behind: {OTHERWISE}"
+        )
+    return (before[0] if before else None), (after[0] if after else None)
+
+
+def pattern_of(step: dict[str, Any]) -> str | None:
+    """Read the pattern of a Split or Replace step."""
+    pattern = step.get("pattern")
+    return pattern.get("Regex", pattern.get("String")) if isinstance(pattern, dict) else None
+
+
+def flat_steps(node: Any, key: str) -> list[dict[str, Any]]:
+    """Flatten a normalizer or pre-tokenizer to a list."""
+    if not isinstance(node, dict):
+        return []
+    if node.get("type") == "Sequence":
+        return [s for part in node.get(key) or [] for s in flat_steps(part, key)]
+    return [node]
