@@ -13,6 +13,7 @@ from ..checkpoints.hf import read_safetensors
 from ..checkpoints.tensors import is_float
 from ..common.errors import MalformedFile, Refused, UsageError
 from ..common.files import opened, parse_json
+from ..common.shell import word
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf
 from ..model.taps import Record
@@ -98,8 +99,8 @@ def _check_trace(path: Path) -> None:
             is_model = f.read(4) in (APR_MAGIC, GGUF_MAGIC)
     if is_model:
         raise Refused(
-            f"{path}: is a checkpoint, not a trace; make a trace of it with apr trace {path} --tokens ... -o T.safetensors, "
-            "or compare two checkpoints with apr diff"
+            f"{path}: is a checkpoint, not a trace; make a trace of it with apr trace {word(path)} --tokens ... -o "
+            "T.safetensors, or compare two checkpoints with apr diff"
         )
 
 

@@ -26,6 +26,7 @@ from ..common.files import opened, parse_json, read_text
 from ..common.finding import Checklist
 from ..common.hub import hub_name
 from ..common.run_paths import instead_of, is_state
+from ..common.shell import word
 from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.params import Layout
@@ -175,7 +176,7 @@ def _check_meant(path: Path) -> None:
     if not path.is_dir():
         return
     if _is_adapter(path):
-        raise InputNotFound(f"{path}: {_MERGE.format(path=path)}")
+        raise InputNotFound(f"{path}: {_MERGE.format(path=word(path))}")
     if any(path.glob("*.safetensors*")):
         return
     if instead := instead_of(path):
@@ -191,7 +192,7 @@ def _check_meant(path: Path) -> None:
         more = f", or another of {len(below)} folders in it that hold one" if len(below) > 1 else ""
         give = f"give {below[-1]}{more}"
     elif adapters:
-        give = f"{adapters[-1]} {_MERGE.format(path=adapters[-1])}"
+        give = f"{adapters[-1]} {_MERGE.format(path=word(adapters[-1]))}"
     raise InputNotFound(f"{path}: no model in it, neither config.json nor safetensors; {give}")
 
 

@@ -21,6 +21,7 @@ from ..common.files import opened, parse_json, read_text
 from ..common.finding import FAIL, WRONG_EXIT, Finding
 from ..common.options import TOO_MANY, device_option, dtype_option, json_option, option, parse, threads_option
 from ..common.printable import json_line, printable
+from ..common.shell import word
 from ..common.units import plural
 from ..data.find import COMPRESSIONS, JSONL_SUFFIXES
 from ..data.sniff import TABLES, table_as_records
@@ -145,7 +146,10 @@ def read_prompts(path: Path) -> list[str]:
         if suffix in TABLES:
             advice = table_as_records(path)
         elif suffix == ".json":
-            advice = f"jq -r '.[]' {path} > prompts.txt writes texts of an array, jq -c '.[]' {path} > prompts.jsonl objects"
+            advice = (
+                f"jq -r '.[]' {word(path)} > prompts.txt writes texts of an array, "
+                f"jq -c '.[]' {word(path)} > prompts.jsonl objects"
+            )
         raise Refused(f'{path}: prompts are lines of text, or of .jsonl objects with a "prompt"; {advice}')
     lines = [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     if not lines:

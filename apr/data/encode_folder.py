@@ -10,6 +10,7 @@ from typing import Any
 from ..common.atomic import write_json
 from ..common.errors import Refused
 from ..common.files import read_json
+from ..common.shell import word
 from ..tokenizer.tokenizer import Tokenizer
 from .shards import our_files
 
@@ -43,7 +44,9 @@ def begin(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer, resume: 
                     "settings of then, or encode into another folder"
                 )
         if complete:
-            raise Refused(f"{path}: complete: nothing to resume; `apr tokenize audit {folder}` looks at it")
+            raise Refused(
+                f"{path}: complete: nothing to resume; `apr tokenize audit {word(folder)}` looks at it"
+            )
     write_json(path, {"format": FORMAT, "complete": False, "settings": settings, "result": None})
     return settings
 

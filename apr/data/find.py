@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..common.errors import InputNotFound, Refused
 from ..common.hub import hub_name
+from ..common.shell import python
 from .json_records import why_no_records
 from .sniff import TABLES, kind_of, table_as_records
 from .source import Compression, Kind, Skipped, Source
@@ -182,10 +183,10 @@ def _refuse_saved_datasets(root: str, names: set[str]) -> None:
     for name in names:
         folder, _, file = name.rpartition("/")
         if file.endswith(".arrow") and os.path.join(folder, "state.json") in names:
-            part = f"load_from_disk({_below(root, folder)!r}).to_parquet('data.parquet')"
+            code = "import sys, datasets; datasets.load_from_disk(sys.argv[1]).to_parquet('data.parquet')"
             raise Refused(
                 f"{_printable(root)}: written by save_to_disk of the library datasets, as Arrow files, which are not read; "
-                f'write it as Parquet: python3 -c "from datasets import load_from_disk; {part}"'
+                f"write it as Parquet: {python(code, _below(root, folder))}"
             )
 
 

@@ -7,15 +7,17 @@ from pathlib import Path
 
 from ..common.errors import AprError
 from ..common.files import opened
+from ..common.shell import python, word
 
 TABLES = (".csv", ".tsv")
 HEAD_BYTES = 4096
 TAR_AT, TAR = 257, b"ustar"
 _ARROW = (
-    "an Arrow file; write it as Parquet: python3 -c \"import pyarrow.ipc, pyarrow.parquet; pyarrow.parquet.write_table("
-    "pyarrow.ipc.{open}('{path}').read_all(), 'data.parquet')\""
+    "import sys, pyarrow.ipc, pyarrow.parquet; pyarrow.parquet.write_table(pyarrow.ipc.{open}(sys.argv[1]).read_all(), "
+    "'data.parquet')"
 )  # fmt: skip
-_SQLITE = "an SQLite database; write a table as JSON: sqlite3 -json '{path}' 'select * from T' | jq -c '.[]' > data.jsonl"
+_AS_PARQUET = "an Arrow file; write it as Parquet: "
+_SQLITE = "an SQLite database; write a table as JSON: sqlite3 -json {path} 'select * from T' | jq -c '.[]' > data.jsonl"
 # First bytes, what they begin, and what to do.
 MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\x1f\x8b", "packed by gzip; give it a name with .gz, such as data.jsonl.gz; an archive of files is to be unpacked"),
@@ -23,8 +25,8 @@ MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\xfd7zXZ\x00", "packed by xz; give it a name with .xz, such as data.jsonl.xz"),
     (b"BZh", "packed by bzip2; give it a name with .bz2, such as data.jsonl.bz2"),
     (b"PAR1", "a Parquet file; give it a name with .parquet"),
-    (b"ARROW1", _ARROW.replace("{open}", "open_file")),
-    (b"\xff\xff\xff\xff", _ARROW.replace("{open}", "open_stream")),
+    (b"ARROW1", _AS_PARQUET + python(_ARROW.replace("{open}", "open_file")) + " {path}"),
+    (b"\xff\xff\xff\xff", _AS_PARQUET + python(_ARROW.replace("{open}", "open_stream")) + " {path}"),
     (b"SQLite format 3\x00", _SQLITE),
     (b"PK\x03\x04", "a zip archive or a spreadsheet; unpack it, or save the sheet as .csv"),
     (b"\x93NUMPY", "an array of NumPy; token ids are shards of --dataset"),
@@ -38,9 +40,9 @@ def kind_of(path: Path) -> str:
     if _is_text(head):
         return ""
     if head[TAR_AT : TAR_AT + len(TAR)] == TAR:
-        return f"a tar archive; unpack it and give the folder: tar -xf '{path}'"
+        return f"a tar archive; unpack it and give the folder: tar -xf {word(path)}"
     advice = next((advice for magic, advice in MAGIC if head.startswith(magic)), "")
-    return advice.replace("{path}", str(path))
+    return advice.replace("{path}", word(path))
 
 
 def table_as_records(path: Path) -> str:
@@ -53,10 +55,11 @@ def table_as_records(path: Path) -> str:
     most = max(counts, key=lambda d: counts[d])
     delimiter = most if counts[most] else "\t" if path.suffix.lower() == ".tsv" else ","
     spelled = {",": "", ";": ", delimiter=';'", "\t": ", delimiter='\\t'"}[delimiter]
-    return (
-        f"python3 -c \"import csv, json; [print(json.dumps(row)) for row in csv.DictReader(open('{path}', newline='', "
-        f"encoding='{encoding}'){spelled})]\" > data.jsonl"
+    code = (
+        "import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(open(sys.argv[1], newline='', "
+        f"encoding='{encoding}'){spelled})]"
     )
+    return f"{python(code, path)} > data.jsonl"
 
 
 def _is_text(head: bytes) -> bool:

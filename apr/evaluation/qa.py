@@ -15,6 +15,7 @@ from types import ModuleType
 from ..checkpoints.exporting import export_hf
 from ..checkpoints.registry import open_any, validate
 from ..common.finding import FAIL, Checklist, Fault, Skip
+from ..common.shell import word
 from ..common.units import plural
 from ..tokenizer.import_hf import PROBE
 from .reading import SAMPLE_TOKENS, SAMPLES, Specimen
@@ -76,7 +77,7 @@ def qa(
 def _file(source: str, of_file: Checklist) -> str:
     failed = [f.name for f in of_file.findings if f.verdict == FAIL]
     if failed:
-        raise Fault(f"{', '.join(failed)}: see apr validate {source}")
+        raise Fault(f"{', '.join(failed)}: see apr validate {word(source)}")
     return of_file.counts()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..common.errors import Refused, UsageError
 from ..common.files import opened
+from ..common.shell import word
 from .seal import EVIDENCE, SIGNATURE
 
 NAMESPACE, SECONDS = "apr-run", 60.0
@@ -35,7 +36,9 @@ def signer(run: Path, signers: Path) -> str:
     name of the signer. Raises Refused."""
     signature = run / SIGNATURE
     if not signature.is_file():
-        raise Refused(f"{signature}: not there: nobody signed this run; `apr verify {run} --sign KEY` does")
+        raise Refused(
+            f"{signature}: not there: nobody signed this run; `apr verify {word(run)} --sign KEY` does"
+        )
     if not signers.is_file():
         raise UsageError(f"--signers {signers}: no such file; give one of lines NAME KEY-TYPE KEY")
     found = _ssh_keygen("find-principals", "-f", str(signers), "-s", str(signature)).split("\n")[0].strip()

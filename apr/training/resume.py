@@ -9,6 +9,7 @@ from typing import Any
 from ..backends.cuda.kinds import OPS, decisive
 from ..common.errors import InputNotFound, MalformedFile, Refused, UsageError
 from ..common.options import absolute_paths, flag
+from ..common.shell import word
 from ..common.units import plural
 from ..model.schedule import Schedule
 from .inputs import Inputs
@@ -43,7 +44,7 @@ def continued(settings: Settings, explicit: dict[str, Any]) -> Settings:
             continue
         raise Refused(
             f"{flag(key)} {value} differs from {saved.get(key)!r} of the run in {path}; a resumed run keeps its "
-            f"settings. Start a new run with --init {path}/ckpt/epoch-NNN.apr to change them"
+            f"settings. Start a new run with --init {word(path)}/ckpt/epoch-NNN.apr to change them"
         )
     return Settings(**{**saved, **kept, "resume": True, "run_dir": settings.run_dir})
 
@@ -67,7 +68,7 @@ def _check_rates(run: RunDir, saved: dict[str, Any], num_steps: int) -> None:
             f"{run.path}/config.json: no lr, lr_min or warmup_steps in its settings; restore the file"
         )
     done = step_of(states[-1]) if states else 0
-    again = f"start a new run with --init {run.ckpt}/epoch-NNN.apr"
+    again = f"start a new run with --init {word(run.ckpt)}/epoch-NNN.apr"
     if num_steps < done:
         raise Refused(
             f"--num-steps {num_steps}: the run in {run.path} has taken {plural(done, 'step')} already; {again}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import shlex
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from ..common.files import sha256_of
 from ..common.finding import PASS
 from ..common.host import threads
 from ..common.provenance import code_sha256, versions
+from ..common.shell import word
 from ..evidence import before, verdict
 from ..evidence.asked import settings_arrive
 from ..evidence.end import judge_end
@@ -308,7 +308,7 @@ def _close(run: RunDir, show: Display) -> None:
     try:
         write_text(run.path / "report.html", render(run.path, Settings))
     except Exception as e:  # whatever is wrong with the page, the run has ended and its files are whole
-        again = f"`apr report {shlex.quote(str(run.path))}` tries again"
+        again = f"`apr report {word(run.path)}` tries again"
         say(show.note, f"no report.html: {e}; {again}")
     seal(run.path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..common.errors import InputNotFound, Interrupted, IOFailure, MalformedFile
 from ..common.events import REMOVED
 from ..common.files import read_json, short
 from ..common.run_paths import run_of
+from ..common.shell import word
 from ..model.transformer import Model
 from .callbacks import CallbackFailed
 from .metrics import METRICS, MetricsLog
@@ -305,7 +305,7 @@ def interrupted(run: RunDir, step: int, failed: CallbackFailed | None) -> Interr
 
 def resume_command(run: RunDir) -> str:
     """Write the command line that goes on with a run."""
-    return f"apr pretrain --resume --run-dir {shlex.quote(str(run.path))}"
+    return f"apr pretrain --resume --run-dir {word(run.path)}"
 
 
 def how_to_go_on(run: RunDir) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from ...common.errors import Interrupted, UsageError
 from ...common.options import json_option, option, parse
 from ...common.rounding import ceil_div
+from ...common.shell import word
 from ...common.units import plural
 from ...data.corpus import Corpus
 from ...data.encode import Counts, EncodedCorpus, encode_corpus
@@ -253,6 +254,6 @@ def _print(show: Show, f: Flags, e: EncodedCorpus, seconds: float) -> None:
             "speed",
             f"{c.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s, {c.text_bytes / 1e6 / seconds:.1f} MB/s{resumed}",
         ),
-        ("train with", f"apr pretrain --dataset {shlex.quote(str(e.folder))} --model PRESET"),
+        ("train with", f"apr pretrain --dataset {word(e.folder)} --model PRESET"),
     ]
     show.table("apr tokenize encode-corpus", rows)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...common.errors import Refused, UsageError
+from ...common.shell import jq_path, word
 from .spoken import Record, asked_and_said, is_texts, is_transcript
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -156,22 +157,18 @@ def looks_like(record: Record) -> str:
     for key, turns in record.items():
         first = turns[0] if isinstance(turns, list) and turns else None
         if asked_and_said(first):
-            return f"there is {there}; {key!r} holds questions with their answers: --map messages={key}"
+            return f"there is {there}; {key!r} holds questions with their answers: --map {word(f'messages={key}')}"
         if is_texts(turns) and len(turns) > 1:
-            return f"there is {there}; if {key!r} holds texts in turn, the user's first: --map data={key}"
+            return f"there is {there}; if {key!r} holds texts in turn, the user's first: --map {word(f'data={key}')}"
         if is_transcript(turns):
-            return (
-                f"there is {there}; {key!r} holds a transcript of Human and Assistant: --map messages={key}"
-            )
+            return f"there is {there}; {key!r} holds a transcript of Human and Assistant: --map {word(f'messages={key}')}"
         if isinstance(first, dict) and (found := _speaker(first)):
             role, content = found
             pairs = [("messages", key), ("role", role), ("content", content)]
             flags = ",".join(f"{ours}={theirs}" for ours, theirs in pairs if ours != theirs)
-            return f"there is {there}; it looks like messages under other names: --map {flags}"
+            return f"there is {there}; it looks like messages under other names: --map {word(flags)}"
     if flags := _instruction(record):
-        return (
-            f"there is {there}; it looks like instruction, input and output under other names: --map {flags}"
-        )
+        return f"there is {there}; it looks like instruction, input and output under other names: --map {word(flags)}"
     lower = {re.sub(r"[^a-z]", "", key.lower()): key for key, v in record.items() if isinstance(v, str)}
     picked = {
         ours: next((lower[w] for w in (ours, *words.split()) if w in lower), None)
@@ -179,17 +176,17 @@ def looks_like(record: Record) -> str:
     }
     if picked["prompt"] and picked["response"]:
         flags = ",".join(f"{o}={picked[o]}" for o in ("prompt", "response") if picked[o] != o)
-        return f"there is {there}; it looks like a prompt and its response under other names: --map {flags}"
+        return f"there is {there}; it looks like a prompt and its response under other names: --map {word(flags)}"
     if picked["text"] and len(lower) == 1:
         key = picked["text"]
         return (
-            f"there is {there}; it looks like text alone: --corpus FILE --content-field {key} trains on all of it, "
-            f"--map text={key} on the answers in it"
+            f"there is {there}; it looks like text alone: --corpus FILE --content-field {word(key)} trains on all of it, "
+            f"--map {word(f'text={key}')} on the answers in it"
         )
     for key, rows in record.items():
         first = {*rows[0]} if isinstance(rows, list) and rows and isinstance(rows[0], dict) else set()
         if first & ALONE or len(first & PAIRED) > 1:
-            advice = f"jq -c '.{key}[]' FILE > {key}.jsonl writes them one a line"
+            advice = f"jq -c {word(jq_path(key) + '[]')} FILE > records.jsonl writes them one a line"
             return f"there is {there}; the records are in {key!r}: {advice}"
     return f"there is {there}{wanted}; --map OURS=THEIRS says which key is which"
 

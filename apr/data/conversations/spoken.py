@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from ...common.shell import word
 from ...common.units import plural
 from ..source import Unusable
 
@@ -184,7 +185,7 @@ def one_text(value: Any, key: str) -> Any:
     if not is_texts(value):
         return value
     if len(value) > 1:
-        command = f"jq -c '.{key}[] as $x | .{key} = $x' FILE > one.jsonl"
+        command = f"jq -c {word(f'.{key}[] as $x | .{key} = $x')} FILE > one.jsonl"
         raise Unusable(
             "several texts",
             f"{key} has {len(value)} texts, and a record is one example; {command} writes a record for each",
