@@ -22,5 +22,19 @@ def _end(number: int, frame: object) -> None:
         os._exit(130)
 
 
+def open_closed_streams() -> None:
+    """Open the null device in the place of standard streams that are closed, as daemons leave them.
+
+    Otherwise the next files that are opened, shards and logs, get their numbers, and what is said there is written into them."""
+    for number, (name, mode) in enumerate([("stdin", "r"), ("stdout", "w"), ("stderr", "w")]):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
 if os.path.basename(sys.argv[0] if sys.argv else "") in PROGRAMS:
     end_at_signals()

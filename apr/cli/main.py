@@ -18,6 +18,7 @@ from ..common.printable import printable
 from ..common.version import __version__
 from ..ranks.environment import refuse_several
 from ..training.signals import handled, unswallowed
+from . import open_closed_streams
 
 COMMANDS = {
     "pretrain": "train a model; with no arguments: the demo job",
@@ -77,6 +78,7 @@ def _find(name: str) -> Callable[..., int | None]:
 
 def _ended(name: str, find: Callable[[], Any], *args: Sequence[str]) -> int:
     """Call what is found, and return its exit code or that of its error."""
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the terminal cannot show ends nothing.
         sys.stdout.reconfigure(errors="replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -47,3 +48,27 @@ def test_the_reader_goes_away() -> None:
     done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, env=ENV, check=False)
     os.close(writes)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("args", "code"), [("completion bash", 0), ("plan --model none-such --json", 3)])
+def test_streams_that_are_closed(closed: str, args: str, code: int, tmp_path: Path) -> None:
+    """As from a daemon. Nothing that is opened later gets their numbers, and errors do not go into the document."""
+    files = "import os; print([f.fileno() for f in [open(os.devnull)]], file=open('opened', 'w'))"
+    program = CODE.replace("sys.exit(main())", f"code = main(); {files}; sys.exit(code)")
+    command = f'"{sys.executable}" -c "{program}" {args} {closed}'
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=ENV,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert int((tmp_path / "opened").read_text().strip("[]\n")) > 2
+    assert "Traceback" not in done.stderr
+    if closed == "2>&-" and code:
+        assert set(json.loads(done.stdout)) == {"error", "status", "exit_code"}
