@@ -101,7 +101,7 @@ class StartGates:
             return
         loss, gates, init = e.line["val_loss"], self.gates, self.subject.init
         if init is None:
-            gates.judge(self._random_guess(loss), 0)
+            gates.judge(self._random_guess(loss, e.line["val_tokens"]), 0)
             gates.skip("start.pretrained", "random weights")
             gates.skip("start.reproduces", "random weights")
             return
@@ -155,8 +155,8 @@ class StartGates:
         model.loss(np.ascontiguousarray(targets, np.int32))
         return float(be.to_host(model.total)[0]) / max(1, int((targets >= 0).sum()))
 
-    def _random_guess(self, loss: float) -> Finding:
-        """Compare the loss of random weights with that of a random guess."""
+    def _random_guess(self, loss: float, targets: int) -> Finding:
+        """Compare the loss of random weights, the mean over so many targets, with that of a random guess."""
         t = self.subject
         rows = t.model.b * t.model.t
         rstd = float(t.backend.to_host(t.model.buffers["rstd"][:rows]).mean())
@@ -165,9 +165,11 @@ class StartGates:
         scans = [x.scan for x in found if x.side == "val" and x.scan] or [x.scan for x in found if x.scan]
         counts = np.sum([scan.counts for scan in scans], axis=0)
         share = counts / max(1, counts.sum())
-        spread = float(1 / max(np.square(share).sum(), 1e-12))
-        ids, targets = next(iter(sequential(t.val, 64)))
-        repeated, margin = float((ids == targets).mean()), self.gates.bound("start_margin")
+        # Of n ids drawn by p, the sum of squared shares is 1/n + (1 - 1/n) sum of p^2 in the mean.
+        of_all = float(np.square(share).sum())
+        spread = 1 / max(of_all + (1 - of_all) / max(1, targets), 1e-12)
+        ids, following = next(iter(sequential(t.val, 64, t.evaluated_on["val_windows"] or None)))
+        repeated, margin = float((ids == following).mean()), self.gates.bound("start_margin")
         return measure.initial_loss(t.cfg, loss, t.settings.initializer_range, rstd, spread, repeated, margin)
 
 

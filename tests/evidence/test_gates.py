@@ -850,6 +850,20 @@ def test_a_random_guess_has_a_band(loss, good):
     assert measure.initial_loss(cfg, loss, 0.02, 1.0, 390, 0.0, 0.05).passed is good
 
 
+def test_the_band_of_one_target_is_that_of_one(place, tmp_path, monkeypatch):
+    """Not that of all the tokens which it was taken from: one of 12 such runs was ended."""
+    right, spreads = measure.initial_loss, []
+
+    def asked(cfg, loss, std, rstd, spread, *more):
+        spreads.append(spread)
+        return right(cfg, loss, std, rstd, spread, *more)
+
+    monkeypatch.setattr(measure, "initial_loss", asked)
+    small = ["--batch-size", 1, "--seq-length", 1, "--val-batches", 1, "--num-steps", 1, "--eval-every", 1]
+    assert pretrain(place, tmp_path / "run", *small) == 0
+    assert spreads == [pytest.approx(1)]
+
+
 @pytest.mark.parametrize(
     "name", ["llama-tiny", "qwen2-tiny", "qwen3-tiny", "mistral-tiny", "llama-demo", "qwen2-3m"]
 )
