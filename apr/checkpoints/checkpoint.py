@@ -17,7 +17,7 @@ from ..common.errors import MalformedFile, Refused
 from ..common.files import parse_json, read_text, short
 from ..common.units import plural
 from ..model.config import ModelConfig
-from ..model.hf_config import from_hf, hf_notes, to_hf
+from ..model.hf_config import TRY, from_hf, hf_notes, to_hf
 from ..model.params import Layout
 from ..tokenizer.chat_template import ChatTemplate, named_tokens
 from ..tokenizer.tokenizer import Tokenizer
@@ -268,8 +268,9 @@ def parameters(layout: Layout, checkpoint: Checkpoint) -> Parameters:
     specs = {name: spec_of(tensors, at) for name, at in stored.items()}
     problem = mismatch(layout, {name: s.shape for name, s in specs.items()})
     whole = [f"{name} ({s.dtype})" for name, s in specs.items() if not is_float(s.dtype)]
-    if whole and not problem:
-        problem = f"{len(whole)} not floating point: {', '.join(whole[:5])}"
+    if whole:
+        more = ", ..." if len(whole) > 5 else ""
+        problem += f"{'; ' if problem else ''}{len(whole)} not floating point: {', '.join(whole[:5])}{more}"
     if problem:
         headless = not tied and HEAD not in stored
         hint = ""
@@ -279,7 +280,9 @@ def parameters(layout: Layout, checkpoint: Checkpoint) -> Parameters:
                 "by AutoModelForCausalLM of transformers)"
             )
         rows = layout.in_order()
-        if len(specs) > len(rows) and all(s.hf in specs and specs[s.hf].shape == s.shape for s in rows):
+        if whole:
+            hint = f" (apr computes with floating point weights{TRY['quantization_config']})"
+        elif len(specs) > len(rows) and all(s.hf in specs and specs[s.hf].shape == s.shape for s in rows):
             hint = " (apr has no place for them; save_pretrained of AutoModelForCausalLM of transformers leaves them out)"
         raise Refused(f"{source}: its tensors do not fit its config: {problem}{hint}")
     return Parameters(tensors, {s.hf: stored[s.hf] for s in layout.in_order()})

@@ -60,7 +60,8 @@ DTYPES = {
 }
 TYPES = {0: "F32", 1: "F16", 8: "Q8_0", 30: "BF16"}  # tag -> name of the types that apr reads
 OTHER_TYPES = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K",
-               14: "Q6_K", 15: "Q8_K"}  # fmt: skip
+               14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+               22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}  # fmt: skip
 # Of every published Llama 3 model: low_freq_factor, high_freq_factor, original_max_position_embeddings.
 LLAMA3_RANGES = (1.0, 4.0, 8192)
 Q8_BYTES = BLOCK + 2  # a block: scale float16, then int8 values
@@ -191,8 +192,10 @@ class _HeaderReader:
         if magic != MAGIC:
             raise _bad(path, f"starts with {magic!r}, not {MAGIC!r}")
         version = self._number("I")
+        if version in (2 << 24, 3 << 24):
+            raise Refused(f"{path}: is big endian, and apr reads little endian; take the model's usual file")
         if version not in (2, 3):
-            raise _bad(path, f"format version {version}, apr reads 2 and 3, little endian")
+            raise _bad(path, f"format version {version}, apr reads 2 and 3")
         self._tensors, self._keys = self._number("Q"), self._number("Q")
         for count, least, what in ((self._tensors, 25, "tensors"), (self._keys, 13, "keys")):
             if count * least > size:
@@ -326,6 +329,10 @@ def _config(keys: dict[str, Any], names: set[str], path: Path) -> ModelConfig:
     """Translate a header to the config.json that says the same, and read that.
 
     Raises MalformedFile for a missing key, Refused for what apr does not compute."""
+    if (kind := keys.get("general.type", "model")) != "model":
+        raise Refused(
+            f"{path}: general.type = {short(kind)}: holds no model of its own; give the model's file"
+        )
     arch = keys.get("general.architecture")
     family = keys.get("apr.family", arch)
     if not isinstance(family, str) or family not in FAMILIES or ARCHITECTURE.get(family) != arch:

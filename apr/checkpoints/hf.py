@@ -42,6 +42,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+TO_SAFETENSORS = (
+    "AutoModelForCausalLM.from_pretrained({0}).save_pretrained(FOLDER) of transformers writes safetensors"
+)
 ROW_MAJOR = ("pt", "np", "mlx")  # formats that store a matrix as [out, in]; TensorFlow and Flax do not
 
 
@@ -92,21 +96,40 @@ def read_weights(path: Path) -> Mapping[str, np.ndarray]:
 def read_folder(folder: Path) -> Mapping[str, np.ndarray]:
     """Open the tensors of a folder, of one file or shards. Raises InputNotFound, MalformedFile, Refused."""
     single, index = os.path.lexists(folder / SINGLE), os.path.lexists(folder / INDEX)
+    # mlx-lm writes an index of one file too
+    if index and not (single and set(shard_names(folder / INDEX)) != {SINGLE}):
+        return _read_index(folder / INDEX)
     if single and index:
         raise Refused(
             f"{folder}: holds {SINGLE} and {INDEX}; remove the one that does not belong to the model"
         )
     if single:
         return read_safetensors(folder / SINGLE)
-    if index:
-        return _read_index(folder / INDEX)
-    pickles = sorted(p.name for p in folder.glob("*.bin"))[:1]
-    hint = (
-        f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors, which save_pretrained of transformers writes"
-        if pickles
-        else ""
-    )
-    raise InputNotFound(f"{folder}: neither {SINGLE} nor {INDEX}{hint}")
+    raise InputNotFound(f"{folder}: neither {SINGLE} nor {INDEX}{_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """Name the weights that a folder holds in other files, and what to do with them."""
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    pickles = [n for n in names if n.endswith(PICKLES)]
+    models = [n for n in pickles if n.startswith("pytorch_model")]
+    if models:
+        return f"; {models[0]} is a pickle, which can run code: {TO_SAFETENSORS.format('FOLDER')}"
+    tensors = [n for n in names if n.endswith(".safetensors")]
+    if shards := [n for n in tensors if "-of-" in n]:
+        return f"; {shards[0]} is a part of a model, whose parts {INDEX} names: fetch it too"
+    if tensors:
+        return f"; if {tensors[0]} holds the model, give that file"
+    if pickles:
+        return (
+            f"; {pickles[0]} is a pickle, which can run code: save the model as safetensors where it was made"
+        )
+    return ""
+
+
+def shard_names(path: Path) -> list[str]:
+    """List the files that an index names, each a plain name beside the index. Raises MalformedFile."""
+    return sorted(_wanted(path))
 
 
 def _read_index(path: Path) -> dict[str, np.ndarray]:
@@ -114,6 +137,21 @@ def _read_index(path: Path) -> dict[str, np.ndarray]:
 
     A shard is a plain name beside the index; it may be a link, as all files in a cache of the Hub are: a link is made by who
     made the folder, not by who wrote the file."""
+    tensors: dict[str, np.ndarray] = {}
+    for file, want in sorted(_wanted(path).items()):
+        shard = read_safetensors(path.parent / file)
+        for found, what in ((want - set(shard), "lacks"), (set(shard) - want, "holds, against the index,")):
+            # A table that the config determines; converters leave it out of the shards or out of the index.
+            if names := {name for name in found if not name.endswith(INV_FREQ)}:
+                raise MalformedFile(
+                    f"{shard.path}: {what} {plural(len(names), 'tensor')}: {', '.join(sorted(names)[:5])}"
+                )
+        tensors |= shard
+    return tensors
+
+
+def _wanted(path: Path) -> dict[str, set[str]]:
+    """Read an index as the names of the tensors by file."""
     weight_map = parse_json(read_text(path), str(path), unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MalformedFile(f"{path}: weight_map is missing or empty")
@@ -124,17 +162,7 @@ def _read_index(path: Path) -> dict[str, np.ndarray]:
                 f"{path}: {name!r} is said to be in {file!r}; a shard is a plain .safetensors name"
             )
         wanted.setdefault(file, set()).add(name)
-    tensors: dict[str, np.ndarray] = {}
-    for file, want in sorted(wanted.items()):
-        shard = read_safetensors(path.parent / file)
-        for found, what in ((want - set(shard), "lacks"), (set(shard) - want, "holds, against the index,")):
-            # A table that the config determines; converters leave it out of the shards or out of the index.
-            if names := {name for name in found if not name.endswith(INV_FREQ)}:
-                raise MalformedFile(
-                    f"{shard.path}: {what} {plural(len(names), 'tensor')}: {', '.join(sorted(names)[:5])}"
-                )
-        tensors |= shard
-    return tensors
+    return wanted
 
 
 def _plain(name: str) -> bool:
@@ -198,12 +226,12 @@ def _entry(name: str, row: Any, data_at: int, path: Path) -> Stored:
     if not isinstance(row["dtype"], str) or row["dtype"] not in DTYPES:
         raise Refused(f"{path}: tensor {name!r} has dtype {row['dtype']!r}; apr reads {', '.join(DTYPES)}")
     dtype = DTYPES[row["dtype"]]
-    if (
-        len(offsets) != 2
-        or len(shape) > 8
-        or offsets[1] - offsets[0] != prod(shape) * dtype.itemsize
-        or 0 in shape
-    ):
+    if 0 in shape:
+        raise MalformedFile(
+            f"{path}: tensor {name!r} has no elements, {shape!r}; a rank of DeepSpeed's ZeRO-3 saves weights so that it has not "
+            "gathered: save the model again, whole"
+        )
+    if len(offsets) != 2 or len(shape) > 8 or offsets[1] - offsets[0] != prod(shape) * dtype.itemsize:
         raise _bad(path, f"tensor {name!r}: {dtype} {shape!r} does not fill data_offsets {offsets!r}")
     return Stored(name, dtype, tuple(shape), data_at + offsets[0])
 

@@ -32,7 +32,7 @@ from .checkpoint import (
     require_rows,
     special_id,
 )
-from .hf import INDEX, SINGLE
+from .hf import INDEX, SINGLE, TO_SAFETENSORS, shard_names
 from .readback import compare_written
 from .registry import TITLES, format_of, open_any
 from .tensors import TensorFile
@@ -58,7 +58,7 @@ def import_model(
         raise Refused(f"{output}: exists already; name another file, or --force to replace it")
     try_output(output)
     if is_hub(source):
-        folder, revision = download(source, PATTERNS, revision)
+        folder, revision = _downloaded(source, revision)
         place = str(folder)
     elif revision is not None:
         raise UsageError(f"--revision {revision} makes sense for hf://org/name only, not for {source}")
@@ -111,12 +111,28 @@ def import_model(
     }
 
 
+def _downloaded(source: str, revision: str | None) -> tuple[Path, str]:
+    """Download a model of the Hub, shards by the names that its index gives them; returns its folder and commit."""
+    folder, commit = download(source, PATTERNS, revision)
+    single, index = (os.path.lexists(folder / name) for name in (SINGLE, INDEX))
+    more = [n for n in shard_names(folder / INDEX) if not os.path.lexists(folder / n)] if index else []
+    if more:
+        folder, commit = download(source, more, revision)
+    if not single and not index:
+        name = source.removeprefix("hf://").split("@")[0]
+        raise InputNotFound(
+            f"{source}: has neither {SINGLE} nor {INDEX}. Of pickles (.bin), {TO_SAFETENSORS.format(repr(name))}: import "
+            "FOLDER; of GGUF files, download one and import it"
+        )
+    return folder, commit
+
+
 def _files(checkpoint: Checkpoint, folder: Path) -> list[Path]:
     """List the files that a checkpoint was read from."""
     weights = (
         [checkpoint.tensors.path]
         if isinstance(checkpoint.tensors, TensorFile)
-        else sorted(folder.glob("*.safetensors"))
+        else [folder / name for name in shard_names(folder / INDEX)]
     )
     if checkpoint.kind != "hf":
         return weights

@@ -11,7 +11,6 @@ from ..common.patterns import MAX_PATTERNS, compiled_end
 CONFIG = "adapter_config.json"
 # Keys that change what an adapter computes, with the only value that apr honours (an empty one is always good).
 MUST_BE: dict[str, Any] = {
-    "peft_type": "LORA",
     "bias": "none",
     "lora_bias": False,
     "fan_in_fan_out": False,
@@ -28,7 +27,7 @@ MUST_BE: dict[str, Any] = {
 }
 # Keys that are read here, or that describe a training that is over.
 HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r", "target_modules",
+    "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r", "target_modules",
     "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "layers_to_transform",
     "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "runtime_config", "peft_version", "qalora_group_size", "ensure_weight_tying",
@@ -36,11 +35,29 @@ HARMLESS = {
 }  # fmt: skip
 # Initial values of A and B; others also change the base, so that the adapter does not belong to it.
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+MERGED = "PEFT's merge_and_unload merges what can be merged: import what that saves"
+# Methods that put trained vectors before a text, or before its keys and values.
+PROMPTS = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CPT",
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+)
 PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
 
 def check_config(config: dict[str, Any], source: str) -> None:
     """Check an adapter_config.json. Raises MalformedFile, Refused: a key that would not be honoured, by name."""
+    if (kind := config.get("peft_type")) != "LORA":
+        merge = (
+            "Its vectors stand before a text and are part of no weights, so nothing merges it"
+            if kind in PROMPTS
+            else MERGED
+        )
+        raise Refused(f"{source}: peft_type = {short(kind)}; apr merges LORA only. {merge}")
     for key, value in config.items():
         if key in HARMLESS:
             continue
@@ -52,7 +69,7 @@ def check_config(config: dict[str, Any], source: str) -> None:
                 )
             continue
         want = MUST_BE.get(key)
-        if key in MUST_BE and (value == want or (key not in ("peft_type", "bias") and not value)):
+        if key in MUST_BE and (value == want or (key != "bias" and not value)):
             continue
         if key not in MUST_BE and value in (None, False, [], {}, ""):
             continue
@@ -61,14 +78,7 @@ def check_config(config: dict[str, Any], source: str) -> None:
             if key in MUST_BE
             else "apr does not know this key, and it may change what is computed"
         )
-        raise Refused(
-            f"{source}: {key} = {short(value)}; {reason}. PEFT's merge_and_unload merges it: import what that saves"
-        )
-    if config.get("peft_type") != "LORA":
-        raise Refused(
-            f"{source}: peft_type = {config.get('peft_type')!r}; apr merges LORA only. PEFT's merge_and_unload merges it: "
-            "import what that saves"
-        )
+        raise Refused(f"{source}: {key} = {short(value)}; {reason}. {MERGED}")
     for key in ("r", "lora_alpha"):
         _check_number(key, config.get(key), source)
     for key in PATTERNS:

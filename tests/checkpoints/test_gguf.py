@@ -749,6 +749,25 @@ def test_types_that_are_not_read(files: Path, tmp_path: Path) -> None:
         open_any(str(tmp_path / "m.gguf"))
 
 
+def test_files_that_hold_something_else(files: Path, tmp_path: Path) -> None:
+    raw = (files / "q8.q8_0.gguf").read_bytes()
+    (tmp_path / "big.gguf").write_bytes(raw[:4] + raw[4:8][::-1] + raw[8:])
+    with pytest.raises(Refused, match="is big endian"):
+        open_any(str(tmp_path / "big.gguf"))
+    writer = package.GGUFWriter(tmp_path / "lora.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.ones((2, 4), np.float32))
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    with pytest.raises(Refused, match=r"general\.type = 'adapter'"):
+        open_any(str(tmp_path / "lora.gguf"))
+
+
 def test_commands(files: Path, sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What can be compared can be inspected, imported, run, evaluated, traced and looked into."""
 

@@ -19,7 +19,7 @@ from apr.checkpoints import exporting, importing
 from apr.checkpoints.apr2 import read_apr, write_apr
 from apr.checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from apr.checkpoints.exporting import export_hf, parse_size
-from apr.checkpoints.hf import read_hf, read_safetensors, write_hf
+from apr.checkpoints.hf import read_hf, read_safetensors, write_hf, write_safetensors
 from apr.checkpoints.importing import import_model
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
@@ -222,6 +222,29 @@ def test_import_from_the_hub(source: Path, tmp_path: Path, monkeypatch: pytest.M
     assert (meta["source"], meta["provenance"]["revision"]) == ("hf://org/name@v1", source.name)
     import_model("hf://org/name", tmp_path / "m2.apr", revision="v2")
     assert asked[1][1] == "v2"
+
+
+def test_shards_come_from_the_hub_by_the_names_of_the_index(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    tensors = open_any(str(source)).tensors
+    cached, names = tmp_path / "cache", ["model.safetensors-00001-of-00002.safetensors", "b.safetensors"]
+    cached.mkdir()
+    shutil.copy(source / "config.json", cached)
+    where = {name: names[i % 2] for i, name in enumerate(tensors)}
+    (cached / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+    def download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+        for file in set(names) & set(allow_patterns):
+            write_safetensors(cached / file, {n: np.array(tensors[n]) for n in where if where[n] == file})
+        return str(cached)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert import_model("hf://org/name", tmp_path / "m.apr")["tensors"] == len(tensors)
+    (cached / "model.safetensors.index.json").unlink()
+    with pytest.raises(InputNotFound, match=r"has neither .*from_pretrained\('org/name'\)\.save_pretrained"):
+        import_model("hf://org/name@v1", tmp_path / "m2.apr")
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,16 @@ def test_a_wrong_scale_is_seen(golden, bases, tmp_path, monkeypatch):
         ({"use_dora": True}, MalformedFile, "use_dora"),
         ({"bias": "all"}, Refused, "bias = 'all'"),
         ({"modules_to_save": ["lm_head"]}, MalformedFile, "modules_to_save"),
-        ({"peft_type": "LOHA"}, Refused, "LOHA"),
+        (
+            {"alpha": 8, "peft_type": "LOHA"},
+            Refused,
+            "peft_type = 'LOHA'; apr merges LORA only. PEFT's merge_and",
+        ),
+        (
+            {"alpha": 8, "peft_type": "PREFIX_TUNING"},
+            Refused,
+            "peft_type = 'PREFIX_TUNING'; apr merges LORA only. Its",
+        ),
         ({"lora_bias": True}, Refused, "lora_bias"),
         ({"fan_in_fan_out": True}, Refused, "fan_in_fan_out"),
         ({"layer_replication": [[0, 2], [1, 3]]}, Refused, "layer_replication"),

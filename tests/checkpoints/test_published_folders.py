@@ -103,6 +103,84 @@ def test_a_table_of_frequencies_may_stand_in_the_index_alone(folder):
         open_any(str(folder))
 
 
+def joined(folder):
+    """All tensors of a folder in one file, without an index."""
+    shards = sorted(folder.glob("*.safetensors"))
+    tensors = {k: np.array(v) for p in shards for k, v in read_safetensors(p).items()}
+    for p in (*shards, folder / INDEX):
+        p.unlink()
+    write_safetensors(folder / SINGLE, tensors)
+    return tensors
+
+
+def test_an_index_of_one_file_is_the_index_of_that_file(folder, tmp_path):
+    """As mlx-lm writes it. One that names other files belongs to another model."""
+    want = open_host(str(folder)).host
+    shards = (folder / INDEX).read_text()
+    tensors = joined(folder)
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, SINGLE)}
+    (folder / INDEX).write_text(json.dumps(index))
+    assert np.array_equal(open_host(str(folder)).host, want)
+    (folder / "consolidated.safetensors").write_bytes(b"not read")
+    files = import_model(str(folder), tmp_path / "x.apr")["files"]
+    assert [f["name"] for f in files if f["name"].endswith(".safetensors")] == [SINGLE]
+    change_index(folder, lambda names: names | {"model.other": SINGLE})
+    with pytest.raises(AprError, match=r"lacks 1 tensor: model\.other"):
+        open_any(str(folder))
+    (folder / INDEX).write_text(shards)
+    with pytest.raises(Refused, match="remove the one"):
+        open_any(str(folder))
+
+
+def test_weights_in_other_files_are_named_with_what_to_do(folder):
+    joined(folder)
+    (folder / SINGLE).rename(folder / "model.fp16.safetensors")
+    with pytest.raises(AprError, match=r"if model\.fp16\.safetensors holds the model, give that file$"):
+        open_any(str(folder))
+    assert open_any(str(folder / "model.fp16.safetensors"))
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(
+        AprError, match=r"model-00001-of-00002\.safetensors is a part .*index\.json names: fetch it"
+    ):
+        open_any(str(folder))
+    for name in ("training_args.bin", "pytorch_model-00001-of-00002.bin"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(
+        AprError, match=r"pytorch_model-\S+ is a pickle.*from_pretrained\(FOLDER\)\.save_pretrained"
+    ):
+        open_any(str(folder))
+    for p in folder.glob("*model*"):
+        p.unlink()
+    with pytest.raises(
+        AprError, match=r"training_args\.bin is a pickle, .*: save the model as safetensors where"
+    ):
+        open_any(str(folder))
+
+
+def test_weights_that_were_not_gathered_are_called_so(folder):
+    tensors = {k: v for k, v in joined(folder).items() if k != "model.norm.weight"}
+    write_safetensors(folder / SINGLE, tensors)
+    raw = (folder / SINGLE).read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + n])
+    header["model.norm.weight"] = {"dtype": "F32", "shape": [0], "data_offsets": [len(raw) - 8 - n] * 2}
+    text = json.dumps(header).encode()
+    (folder / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + n :])
+    with pytest.raises(AprError, match=r"'model\.norm\.weight' has no elements, \[0\]; .*ZeRO-3"):
+        open_any(str(folder))
+
+
+def test_integers_are_not_a_matter_of_what_stands_beside_them(folder):
+    """As bitsandbytes saves them, beside their scales: leaving out the scales helps nobody."""
+    tensors = joined(folder)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    scales = {name.replace("weight", "SCB"): np.ones(4, np.float32)}
+    write_safetensors(folder / SINGLE, tensors | scales | {name: tensors[name].astype(np.int8)})
+    with pytest.raises(Refused, match=r"1 unexpected: \S+SCB; 1 not floating point: .*dequantize") as e:
+        open_any(str(folder))
+    assert "leaves them out" not in str(e.value)
+
+
 def test_tensors_of_another_head_are_named_with_what_leaves_them_out(folder):
     p = min(folder.glob("*.safetensors"))
     write_safetensors(
