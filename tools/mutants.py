@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -34,12 +34,15 @@ from typing import Any
 import numpy as np
 import pinned_jobs
 from mutant_faults import FAULTS, Mutant
+from mutant_fourth import FOURTH
 from mutant_second import SECOND
 from mutant_third import THIRD
 
 from apr.checkpoints.apr2 import read_apr
 from apr.common.atomic import write_json
 from apr.common.host import cpu_name
+from apr.model.hf_config import to_hf
+from apr.model.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = (
@@ -117,17 +120,48 @@ JOBS: dict[str, tuple[str, ...]] = {
     ),
     "marked": ("--corpus", "marked.txt", "--model", "configs/qwen2.json", *SMALL, "--seq-length", "32"),
     "resumed": ("--resume",),
+    **{kind: ("--corpus", "corpus", "--model", f"configs/{kind}.json", *SMALL, "--seq-length", "64")
+        for kind in ("yarn", "linear", "olmo2", "smollm3")},
+    "wide": ("--corpus", "corpus", "--model", "configs/wide.json", *SMALL, "--seq-length", "112"),
+    "windowed32": ("--corpus", "corpus", "--model", "configs/windowed.json", *SMALL, "--seq-length", "100", "--mask-documents"),
+    "many": (*PLAIN, "--batch-size", "16", "--micro-batch-size", "8", "--dtype", "bfloat16", "--seq-length", "96"),
+    "line": (*PLAIN, "--schedule", "linear", "--lr-min", "1e-4"),
+    "long": (*PLAIN, "--num-steps", "26", "--eval-every", "26"),
+    "kept": (*PLAIN, "--eval-every", "3", "--keep-checkpoints", "1"),
+    "worse": (*PLAIN, "--lr", "0.5", "--eval-every", "3"),
+    "short": (*ANSWERS, "--seq-length", "32"),
+    "patterns": (*ANSWERS, "--lora-rank", "4", "--lora-alpha-pattern", "v_proj=20"),
+    "budget": (
+        "--mix", "corpus=corpus/plays tokens=6000; corpus=corpus/stories.jsonl tokens=3001", "--model", "configs/qwen2.json",
+        *SMALL[2:], "--seq-length", "64", "--batch-size", "12", "--micro-batch-size", "6",
+    ),
+    "beside": (
+        "--init", BASE, "--mix", "instruct=chats.jsonl weight=0.5; corpus=corpus/plays weight=0.5", "--chat-template",
+        "template.jinja", *SMALL, *UNEVEN, "--seq-length", "96",
+    ),
+    **{kind: ("--init", BASE, "--preferences", "pairs.jsonl", "--chat-template", "template.jinja", *SMALL, *UNEVEN,
+        "--seq-length", "128", "--preference-loss", kind) for kind in ("ipo", "orpo")},
 }  # fmt: skip
-# Faults of figures that are shown beside times, which no two runs share.
-SHOWN = ("perplexity_of_bits",)
+# Faults of figures that are shown beside times, which no two runs share, or kept where nothing is hashed.
+SHOWN = (
+    "perplexity_of_bits", "entropy_in_bits", "patience_begins_again", "largest_norm_forgotten", "other_side_of_the_entropy",
+    "training_loss_of_all_steps",
+)  # fmt: skip
 # Runs of the sound code that are cut behind a step and gone on with.
 RESUMED = "resumed-"
 # Job of commands that read checkpoints of sound runs.
 COMMANDS = "commands"
-LISTS = {"first": FAULTS, "second": SECOND, "third": THIRD}
+LISTS = {"first": FAULTS, "second": SECOND, "third": THIRD, "fourth": FOURTH}
+# Lists whose faults are compared with the sound code by what a job wrote.
+COMPARED = ("third", "fourth")
 # A head of 24, of which no block is whole; more positions than attention takes in one chunk; a window.
 ODD = {"head_dim": 24, "hidden_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 256}
-TIMES = ("wall_ms", "tokens_per_sec")
+TIMES = ("wall_ms", "tokens_per_sec", "wall_seconds")
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+QUESTIONS = [
+    {"context": "The king said", "choices": [" to the queen", " with a long and heavy sword", " no"], "answer": 0},
+    {"context": "Once upon a time", "choices": [" there was a girl", " and", " of the house of Lancaster"], "answer": 0},
+]  # fmt: skip
 # Folder of the kernels, which are compiled again where one of its files changes, but for the one that only calls them.
 CPU, CALLS = "apr/backends/cpu/", "apr/backends/cpu/ops.py"
 # What counts as seen while a job runs.
@@ -192,6 +226,20 @@ class Bench:
         pinned_jobs.write(inputs, "configs/odd.json", json.dumps(pinned_jobs.CONFIGS["llama3"] | ODD))
         windowed = pinned_jobs.CONFIGS["mistral"] | ODD | {"sliding_window": 40, "num_key_value_heads": 4}
         pinned_jobs.write(inputs, "configs/windowed.json", json.dumps(windowed))
+        llama = pinned_jobs.CONFIGS["llama"] | ODD
+        others = {
+            "yarn": llama | {"max_position_embeddings": 128, "rope_scaling": YARN},
+            "linear": llama | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            "wide": pinned_jobs.CONFIGS["qwen2"] | {"vocab_size": 40960},
+        }
+        for kind in ("olmo2", "smollm3"):
+            sizes = {"vocab_size": pinned_jobs.VOCAB, "max_position_embeddings": 128}
+            others[kind] = to_hf(replace(PRESETS[f"{kind}-tiny"], **sizes))
+        for name, config in others.items():
+            pinned_jobs.write(inputs, f"configs/{name}.json", json.dumps(config))
+        pinned_jobs.write(inputs, "choices.jsonl", pinned_jobs.jsonl(QUESTIONS))
+        prompts = ["The king said", "Once", "What is it that", "A", "The girl went to the", "O"]
+        pinned_jobs.write(inputs, "prompts.txt", "\n".join(prompts) + "\n")
         pinned_jobs.write(inputs, "pairs.jsonl", pinned_jobs.jsonl(_pairs(inputs)))
         pinned_jobs.write(inputs, "more.jsonl", pinned_jobs.jsonl(_stories_told(inputs)))
         marked = "\n\n".join(
@@ -217,7 +265,7 @@ class Bench:
         except subprocess.TimeoutExpired as e:
             return subprocess.CompletedProcess(e.cmd, 124, "", f"no end after {LIMIT_S} s")
 
-    def judge(self, mutant: Mutant, tests: bool, is_quick: bool = False) -> Outcome:
+    def judge(self, mutant: Mutant, tests: bool, is_quick: bool = False, is_brief: bool = False) -> Outcome:
         """Plant a fault, and ask every check."""
         out = Outcome(mutant)
         with self.planted(mutant):
@@ -237,6 +285,9 @@ class Bench:
             done = self.apr(self.faulty, "pretrain", "--run-dir", run, *flags)
             out.seen["pretrain"] = self._verdict(done, self.work / run)
             out.files = _files(self.work / run)
+            if is_brief and out.seen["pretrain"]:
+                shutil.rmtree(self.work / run, ignore_errors=True)
+                return out
             bisect = ["bisect", BASE, "--picture", ""]
             if mutant.job == "masked":
                 bisect += ["--mask-documents", "--seq-length", "48"]
@@ -280,7 +331,9 @@ class Bench:
     def _commands(self, folder: Path) -> tuple[str, dict[str, str]]:
         """Export, merge, evaluate and generate with checkpoints of sound runs; what failed, and hashes of what came out."""
         folder.mkdir(parents=True)
-        odd, lora = (f"runs/{self._sound_run(job)}/ckpt/epoch-002" for job in ("odd", "adapters"))
+        odd, lora, yarn = (
+            f"runs/{self._sound_run(job)}/ckpt/epoch-002" for job in ("odd", "adapters", "yarn")
+        )
         out, failed, told = f"runs/{folder.name}", [], {}
         short = ("--max-tokens", "24", "--json")
         for name, line in {
@@ -293,6 +346,13 @@ class Bench:
             "stop": ("run", BASE, "The king said", "--temperature", "0", "--stop", "e t", "--stop", "th", "--stop", "ou", *short),
             "eval": ("eval", BASE, "--text", "corpus/plays/0.txt", "--seq-length", "48", "--stride", "16", "--max-tokens",
                 "2000", "--json"),
+            "likely": ("run", BASE, "The king said", "--min-p", "0.3", *short),
+            "few": ("run", BASE, "The king said", "--top-k", "3", *short),
+            "together": ("run", BASE, "--prompts", "prompts.txt", "--temperature", "0.5", *short),
+            "choices": ("eval", BASE, "--choices", "choices.jsonl", "--json"),
+            "rounded": ("export", BASE, "--dtype", "bfloat16", "-o", f"{out}/rounded"),
+            "qwen": ("export", BASE, "--format", "gguf", "--dtype", "float32", "-o", f"{out}/qwen.gguf"),
+            "yarn": ("export", f"{yarn}.apr", "--format", "gguf", "--dtype", "float32", "-o", f"{out}/yarn.gguf"),
         }.items():  # fmt: skip
             done = self.apr(self.faulty, *line)
             failed += (
@@ -366,6 +426,9 @@ def _files(folder: Path) -> dict[str, str]:
         if path.name in ("metrics.jsonl", "samples.jsonl"):
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             data = json.dumps([{k: x for k, x in r.items() if k not in TIMES} for r in rows]).encode()
+        elif path.name.endswith(".metadata.json"):
+            facts = json.loads(path.read_text())
+            data = json.dumps({k: x for k, x in facts.items() if k not in TIMES}).encode()
         elif path.suffix == ".apr":
             data = b"".join(
                 k.encode() + np.asarray(x).tobytes() for k, x in sorted(read_apr(path).tensors.items())
@@ -505,6 +568,9 @@ def main(argv: list[str] | None = None) -> int:
         "--processes", metavar="N", type=int, default=1, help="faults planted at once (default 1)"
     )
     parser.add_argument("--quick", action="store_true", help="do not verify by the sound code too")
+    parser.add_argument(
+        "--brief", action="store_true", help="ask bisect and verify only of faults that the run did not see"
+    )
     parser.add_argument("--list", choices=LISTS, default="first", help="which list to plant (default first)")
     parser.add_argument(
         "--record",
@@ -532,7 +598,7 @@ def main(argv: list[str] | None = None) -> int:
         def judge(mutant: Mutant) -> Outcome:
             bench = benches.get()
             try:
-                return bench.judge(mutant, f.tests is not None and bool(mutant.edits), f.quick)
+                return bench.judge(mutant, f.tests is not None and bool(mutant.edits), f.quick, f.brief)
             finally:
                 benches.put(bench)
 
@@ -550,7 +616,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         for outcome in pool.map(judge, faults):
             outcomes.append(outcome)
-            if f.list == "third":
+            if f.list in COMPARED:
                 is_same = outcome.files == sound_files[outcome.mutant.job] and not outcome.at_run_time
                 outcome.seen["effect"] = "none" if is_same and outcome.mutant.name not in SHOWN else "some"
             show(outcome)

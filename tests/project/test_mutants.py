@@ -12,13 +12,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from mutant_faults import FAULTS, Mutant  # noqa: E402
+from mutant_fourth import FOURTH  # noqa: E402
 from mutant_second import SECOND  # noqa: E402
 from mutant_third import THIRD  # noqa: E402
 from mutants import COMMANDS, JOBS, RESUMED, from_patch, rates, record  # noqa: E402
 from mutants import Outcome as MutantOutcome  # noqa: E402
 
 
-@pytest.mark.parametrize("mutant", [*FAULTS, *SECOND, *THIRD], ids=lambda m: m.name)
+@pytest.mark.parametrize("mutant", [*FAULTS, *SECOND, *THIRD, *FOURTH], ids=lambda m: m.name)
 def test_a_fault_can_be_planted(mutant):
     assert mutant.job == COMMANDS or mutant.job.removeprefix(RESUMED) in JOBS
     assert mutant.edits
@@ -32,7 +33,7 @@ def test_a_fault_can_be_planted(mutant):
 
 
 def test_names_are_given_once():
-    every = [*FAULTS, *SECOND, *THIRD]
+    every = [*FAULTS, *SECOND, *THIRD, *FOURTH]
     assert len({m.name for m in every}) == len(every)
 
 
