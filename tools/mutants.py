@@ -128,7 +128,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "line": (*PLAIN, "--schedule", "linear", "--lr-min", "1e-4"),
     "long": (*PLAIN, "--num-steps", "26", "--eval-every", "26"),
     "kept": (*PLAIN, "--eval-every", "3", "--keep-checkpoints", "1"),
-    "worse": (*PLAIN, "--lr", "0.5", "--eval-every", "3"),
+    "worse": (*PLAIN, "--lr", "0.04"),
     "short": (*ANSWERS, "--seq-length", "32"),
     "patterns": (*ANSWERS, "--lora-rank", "4", "--lora-alpha-pattern", "v_proj=20"),
     "budget": (
@@ -136,8 +136,8 @@ JOBS: dict[str, tuple[str, ...]] = {
         *SMALL[2:], "--seq-length", "64", "--batch-size", "12", "--micro-batch-size", "6",
     ),
     "beside": (
-        "--init", BASE, "--mix", "instruct=chats.jsonl weight=0.5; corpus=corpus/plays weight=0.5", "--chat-template",
-        "template.jinja", *SMALL, *UNEVEN, "--seq-length", "96",
+        "--init", BASE, "--mix", "instruct=asked.jsonl weight=0.5; corpus=corpus/plays weight=0.5", *SMALL, *UNEVEN,
+        "--seq-length", "96",
     ),
     **{kind: ("--init", BASE, "--preferences", "pairs.jsonl", "--chat-template", "template.jinja", *SMALL, *UNEVEN,
         "--seq-length", "128", "--preference-loss", kind) for kind in ("ipo", "orpo")},
@@ -241,6 +241,8 @@ class Bench:
         prompts = ["The king said", "Once", "What is it that", "A", "The girl went to the", "O"]
         pinned_jobs.write(inputs, "prompts.txt", "\n".join(prompts) + "\n")
         pinned_jobs.write(inputs, "pairs.jsonl", pinned_jobs.jsonl(_pairs(inputs)))
+        asked = [{"prompt": row["prompt"], "response": row["chosen"]} for row in _pairs(inputs)]
+        pinned_jobs.write(inputs, "asked.jsonl", pinned_jobs.jsonl(asked))
         pinned_jobs.write(inputs, "more.jsonl", pinned_jobs.jsonl(_stories_told(inputs)))
         marked = "\n\n".join(
             f"{text}\nThe token <|endoftext|> ends a text." for text in pinned_jobs.stories(inputs, 90)
@@ -285,7 +287,7 @@ class Bench:
             done = self.apr(self.faulty, "pretrain", "--run-dir", run, *flags)
             out.seen["pretrain"] = self._verdict(done, self.work / run)
             out.files = _files(self.work / run)
-            if is_brief and out.seen["pretrain"]:
+            if is_brief and (out.seen["pretrain"] or not mutant.edits):
                 shutil.rmtree(self.work / run, ignore_errors=True)
                 return out
             bisect = ["bisect", BASE, "--picture", ""]
@@ -569,7 +571,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="do not verify by the sound code too")
     parser.add_argument(
-        "--brief", action="store_true", help="ask bisect and verify only of faults that the run did not see"
+        "--brief",
+        action="store_true",
+        help="ask bisect and verify only of faults that a run did not see, and train sound runs only to compare silent ones with",
     )
     parser.add_argument("--list", choices=LISTS, default="first", help="which list to plant (default first)")
     parser.add_argument(
@@ -606,7 +610,7 @@ def main(argv: list[str] | None = None) -> int:
         sound = [
             Mutant(f"sound-{job}", "nothing is planted", (), job) for job in sorted({m.job for m in faults})
         ]
-        for outcome in pool.map(judge, sound):
+        for outcome in pool.map(judge, [] if f.brief else sound):
             show(outcome)
             job = outcome.mutant.job
             sound_files[job] = outcome.files
@@ -617,7 +621,9 @@ def main(argv: list[str] | None = None) -> int:
         for outcome in pool.map(judge, faults):
             outcomes.append(outcome)
             if f.list in COMPARED:
-                is_same = outcome.files == sound_files[outcome.mutant.job] and not outcome.at_run_time
+                if (job := outcome.mutant.job) not in sound_files and not outcome.at_run_time:
+                    sound_files[job] = judge(Mutant(f"sound-{job}", "nothing is planted", (), job)).files
+                is_same = not outcome.at_run_time and outcome.files == sound_files[outcome.mutant.job]
                 outcome.seen["effect"] = "none" if is_same and outcome.mutant.name not in SHOWN else "some"
             show(outcome)
             if f.record and not f.patch:

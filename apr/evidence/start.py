@@ -57,7 +57,7 @@ class FirstStep:
         else:
             tokens = int(np.count_nonzero(e.targets >= 0))
             graph = t.settings.graph and tokens == e.targets.size
-            batch = e.ids[: model.batch], e.targets[: model.batch]
+            batch = with_borders(t, e.ids[: model.batch]), e.targets[: model.batch]
             with gates.timed("start.slope"):
                 scale = 1 / max(1, terms(model.preferences, e.ids, e.targets))
                 draws = Draws.of(t.settings.seed, e.step, 0, len(batch[0]))
@@ -239,6 +239,19 @@ def planted(ids: np.ndarray, end: int) -> tuple[np.ndarray, list[int]]:
             row[0] = _another(row[:1], end, int(ids.max()) + 2)[0]
         places.append(place)
     return ids, places
+
+
+def with_borders(t: Subject, ids: np.ndarray) -> np.ndarray:
+    """Put a border into every other row of text (B,T) that has none: backward may be wrong behind borders alone, and documents
+    are often longer than a row. Rows of packed examples have borders."""
+    end = border_id(t)
+    if end is None or t.batches.windows.shards.masks:
+        return ids
+    bare = [row for row in range(0, len(ids), 2) if not (ids[row, :-1] == end).any()]
+    ids = ids.copy()
+    # Most of a row stays one document.
+    ids[bare, ids.shape[1] // 4] = end
+    return ids
 
 
 def _another(ids: np.ndarray, end: int, vocab_size: int) -> np.ndarray:
