@@ -151,6 +151,13 @@ SHOWN = (
 RESUMED = "resumed-"
 # Job of commands that read checkpoints of sound runs.
 COMMANDS = "commands"
+# Commands that use a room of apr.
+READERS = {
+    "inference": ("run",),
+    "model": ("run",),
+    "evaluation": ("eval",),
+    "checkpoints": ("export", "merge"),
+}
 LISTS = {"first": FAULTS, "second": SECOND, "third": THIRD, "fourth": FOURTH}
 # Lists whose faults are compared with the sound code by what a job wrote.
 COMPARED = ("third", "fourth")
@@ -276,7 +283,10 @@ class Bench:
             # What a faulty copy has prepared serves no other.
             shutil.rmtree(self.folder / "cache-faulty", ignore_errors=True)
             if mutant.job == COMMANDS:
-                out.seen["pretrain"], out.files = self._commands(self.work / run)
+                kinds = {k for path, _, _ in mutant.edits for k in READERS.get(path.split("/")[1], ())}
+                out.seen["pretrain"], out.files = self._commands(
+                    self.work / run, kinds if is_brief else set()
+                )
                 shutil.rmtree(self.work / run, ignore_errors=True)
                 return out
             if mutant.job == "resumed":
@@ -330,8 +340,10 @@ class Bench:
                 raise SystemExit(f"the sound run of {job}: exit code {done.returncode}\n{done.stderr}")
         return name
 
-    def _commands(self, folder: Path) -> tuple[str, dict[str, str]]:
-        """Export, merge, evaluate and generate with checkpoints of sound runs; what failed, and hashes of what came out."""
+    def _commands(self, folder: Path, kinds: set[str]) -> tuple[str, dict[str, str]]:
+        """Export, merge, evaluate and generate with checkpoints of sound runs; what failed, and hashes of what came out.
+
+        kinds: commands that are asked, all where none is named."""
         folder.mkdir(parents=True)
         odd, lora, yarn = (
             f"runs/{self._sound_run(job)}/ckpt/epoch-002" for job in ("odd", "adapters", "yarn")
@@ -356,6 +368,8 @@ class Bench:
             "qwen": ("export", BASE, "--format", "gguf", "--dtype", "float32", "-o", f"{out}/qwen.gguf"),
             "yarn": ("export", f"{yarn}.apr", "--format", "gguf", "--dtype", "float32", "-o", f"{out}/yarn.gguf"),
         }.items():  # fmt: skip
+            if kinds and line[0] not in kinds:
+                continue
             done = self.apr(self.faulty, *line)
             failed += (
                 [f"{name}: exit {done.returncode}: {_last_line(done.stderr)}"] if done.returncode else []
@@ -590,6 +604,7 @@ def main(argv: list[str] | None = None) -> int:
     if f.patch:
         faults = [from_patch(f.patch, f.job, tuple(f.tests or ()))]
     outcomes: list[Outcome] = []
+    sound_files: dict[str, dict[str, str]] = {}
     with (
         tempfile.TemporaryDirectory(prefix="apr-mutants-") as folder,
         ThreadPoolExecutor(f.processes) as pool,
@@ -602,11 +617,20 @@ def main(argv: list[str] | None = None) -> int:
         def judge(mutant: Mutant) -> Outcome:
             bench = benches.get()
             try:
-                return bench.judge(mutant, f.tests is not None and bool(mutant.edits), f.quick, f.brief)
+                out = bench.judge(mutant, f.tests is not None and bool(mutant.edits), f.quick, f.brief)
+                if (
+                    f.list in COMPARED
+                    and mutant.edits
+                    and not out.at_run_time
+                    and mutant.job not in sound_files
+                ):
+                    sound_of_job = Mutant(f"sound-{mutant.job}", "nothing is planted", (), mutant.job)
+                    sound_files[mutant.job] = bench.judge(sound_of_job, False, True, True).files
+                return out
             finally:
                 benches.put(bench)
 
-        false_alarms, sound_files = [], dict[str, dict[str, str]]()
+        false_alarms = []
         sound = [
             Mutant(f"sound-{job}", "nothing is planted", (), job) for job in sorted({m.job for m in faults})
         ]
@@ -621,9 +645,10 @@ def main(argv: list[str] | None = None) -> int:
         for outcome in pool.map(judge, faults):
             outcomes.append(outcome)
             if f.list in COMPARED:
-                if (job := outcome.mutant.job) not in sound_files and not outcome.at_run_time:
-                    sound_files[job] = judge(Mutant(f"sound-{job}", "nothing is planted", (), job)).files
-                is_same = not outcome.at_run_time and outcome.files == sound_files[outcome.mutant.job]
+                own = sound_files.get(outcome.mutant.job, {})
+                if f.brief:
+                    own = {name: x for name, x in own.items() if name in outcome.files}
+                is_same = not outcome.at_run_time and outcome.files == own
                 outcome.seen["effect"] = "none" if is_same and outcome.mutant.name not in SHOWN else "some"
             show(outcome)
             if f.record and not f.patch:

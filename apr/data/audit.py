@@ -17,7 +17,7 @@ from ..tokenizer.tokenizer import Tokenizer
 from .conservation import conserved
 from .conversations.packed import RECORD, PackedShards, guard_disjoint, guard_packed
 from .conversations.pairs import guard_pairs
-from .guards import USUAL, Bounds, disjoint, enforce, fits_model, plausible, round_trip
+from .guards import USUAL, Bounds, disjoint, enforce, figures_again, fits_model, plausible, round_trip
 from .scan import Scan
 from .shards import Shards, TokenShards
 
@@ -130,6 +130,9 @@ def audit(
             continue
         split.findings.append(_end_of_text(split.shards, tokenizer))
         split.findings += plausible(split.scan.counts, split.shards.total_bytes, tokenizer, bounds)
+        split.findings.append(
+            figures_again(split.shards.figures, split.scan.counts, split.shards.total_bytes)
+        )
         split.findings.append(round_trip(split.shards, tokenizer))
         if isinstance(split.shards, TokenShards):
             split.findings.append(conserved(split.shards, split.scan.counts, tokenizer))

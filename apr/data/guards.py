@@ -159,6 +159,24 @@ def _rounded_up(value: float) -> str:
     return f"{math.ceil(value * digits) / digits:g}"
 
 
+def figures_again(figures: Mapping[str, Any], counts: np.ndarray, total_bytes: int) -> Finding:
+    """Compare the figures that losses are judged by with others made of the same counts (V,), by sums over ids.
+
+    Entropy in nats/token: ln N - sum c ln c / N."""
+    found = [c for c in counts.tolist() if c]
+    n = max(1, sum(found))
+    want = {
+        "distinct_ids": len(found),
+        "unigram_entropy_nats": math.log(n) - math.fsum(c * math.log(c) for c in found) / n,
+        "top_id_share": max(found, default=0) / n,
+        "bytes_per_token": total_bytes / n,
+    }
+    wrong = [k for k, x in want.items() if not abs(figures.get(k, math.nan) - x) <= 1e-6 * (1 + x)]
+    said = f"{wrong[0]} = {figures.get(wrong[0])}, the counts give {want[wrong[0]]:.6g}" if wrong else ""
+    measured = said or f"entropy {want['unigram_entropy_nats']:.4f} nats/token"
+    return Finding.of("figures of the tokens", not wrong, measured, "what the counts of ids give")
+
+
 def fits_model(tokenizer: Tokenizer, vocab_size: int) -> Finding:
     """Compare the number of ids with the rows of the model's embedding."""
     return Finding.of(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import MalformedFile, Refused
+from ..common.errors import AprError, MalformedFile, Refused
 from ..common.units import plural
 from ..tokenizer.tokenizer import Tokenizer
 from .humaneval import read_jsonl
@@ -159,6 +159,13 @@ def pair_window(
     return Window(ids, len(ids) - 1 - len(continuation)), cut
 
 
+def check_scored(window: Window, continuation: Sequence[int], name: str) -> None:
+    """Require that a window scores its continuation, and nothing else. Raises AprError."""
+    if list(window.ids[window.skip + 1 :]) != list(continuation):
+        scored = plural(len(window.ids) - 1 - window.skip, "token")
+        raise AprError(f"{name}: {scored} would be scored, the continuation has {len(continuation)}")
+
+
 def windows_of(
     tokenizer: Tokenizer,
     items: Sequence[Item],
@@ -173,6 +180,7 @@ def windows_of(
         for continuation in item.continuations:
             pair = encode_pair(tokenizer, item.context, continuation, before, alone)
             window, short = pair_window(*pair, seq, item.name)
+            check_scored(window, pair[1], item.name)
             windows.append(window)
             cut += short
     return windows, cut

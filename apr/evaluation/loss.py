@@ -57,6 +57,21 @@ def check_score(k: int, length: int, seq: int, stride: int, first: int, end: int
         )
 
 
+def check_sums(sums: Sums, scored_bytes: int) -> None:
+    """Require what figures are made of to agree with sums made apart: bytes of the scored tokens (0: not counted by token), and
+    the squared standard error, sum w (x - mean)^2 over the windows, x their means and w their tokens squared. Raises AprError."""
+    if scored_bytes and sums.bytes != scored_bytes:
+        raise AprError(f"{sums.bytes:,} bytes were counted for tokens that stand for {scored_bytes:,}")
+    w, each = sums.windows, list(zip(sums.window_nats, sums.window_tokens, strict=True))
+    if w < 2 or sums.stderr is None:
+        return
+    mean = math.fsum(nats for nats, _ in each) / sum(n for _, n in each)
+    square = math.fsum((n * (nats / n - mean)) ** 2 for nats, n in each if n) * w / (w - 1)
+    error = math.sqrt(square) / sums.tokens
+    if not abs(sums.stderr - error) <= 1e-6 * (error + abs(mean)):
+        raise AprError(f"the standard error of the loss is {sums.stderr:.6g}, made apart {error:.6g}")
+
+
 def check_stride(seq: int, stride: int) -> None:
     """Raise UsageError for a stride that would leave tokens out."""
     if not 1 <= stride <= seq:
@@ -113,8 +128,8 @@ class Sums:
     tokens: int = 0
     bytes: int = 0
     windows: int = 0
-    _window_nats: list[float] = field(default_factory=list)
-    _window_tokens: list[int] = field(default_factory=list)
+    window_nats: list[float] = field(default_factory=list)
+    window_tokens: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.position_nats, self.position_squares = np.zeros(self.seq), np.zeros(self.seq)
@@ -127,8 +142,8 @@ class Sums:
         self.nats += nats
         self.tokens += len(losses)
         self.windows += 1
-        self._window_nats.append(nats)
-        self._window_tokens.append(len(losses))
+        self.window_nats.append(nats)
+        self.window_tokens.append(len(losses))
         self.position_nats[place] += losses
         self.position_squares[place] += losses**2
         self.position_tokens[place] += 1
@@ -148,7 +163,7 @@ class Sums:
         w = self.windows
         if w < 2:
             return None
-        off = np.array(self._window_nats) - self.mean * np.array(self._window_tokens)
+        off = np.array(self.window_nats) - self.mean * np.array(self.window_tokens)
         return math.sqrt(w / (w - 1) * float((off**2).sum())) / self.tokens
 
     def figures(self) -> dict[str, Any]:
@@ -290,7 +305,7 @@ def measure(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sums:
     """Score all windows. progress(done, total) is called after every window, in the unit of `texts`."""
-    sums = Sums(scorer.seq)
+    sums, scored_bytes = Sums(scorer.seq), 0
     held: deque[tuple[Window, int]] = deque()
 
     def passing() -> Iterator[Window]:
@@ -301,7 +316,14 @@ def measure(
     for scored in scorer.score(passing()):
         window, at = held.popleft()
         sums.add(window, scored, count)
+        if count and count.table is not None:
+            # The scored tokens are the last ones of a window.
+            n = len(scored.losses)
+            scored_bytes += count.of(
+                *(np.asarray(x, np.int64) for x in (window.ids[-n - 1 : -1], window.ids[-n:]))
+            )
         progress(at, texts.total)
+    check_sums(sums, scored_bytes)
     # Files are read by blocks: the place of a document is not known to the byte.
     progress(texts.total, texts.total)
     return sums

@@ -23,7 +23,6 @@ from ..model.hf_config import from_hf
 from ..model.lora import ALPHA_PER_RANK, PREFIX, TARGETS
 from ..model.lora_settings import parse_pattern, parse_saved, parse_targets
 from ..model.optim import Optimizer
-from ..model.schedule import WSD_DECAY_SHARE
 from ..model.transformer import Model
 from . import scorer, stream
 from .subject import Subject
@@ -42,6 +41,8 @@ OF_THE_PROCESS = (
     "cross_check",
 )
 SHOWN = 3
+# Of all steps, the last fifth decays: documented, and apart from the schedule's own number.
+WSD_SHARE = 0.2
 # Places of a pass that are looked up; and windows of which chance seldom gives two equal orders: of 12, one in 30,000.
 MAX_PLACES, FEWEST_SHUFFLED = 1 << 18, 16
 READ_WINDOWS = 32
@@ -57,7 +58,7 @@ def learning_rate(s: Any, step: int) -> float:
     if s.schedule == "cosine":
         done = min(1.0, (step - warm) / max(1, steps - warm))
         return float(s.lr_min + (s.lr - s.lr_min) * math.cos(math.pi * done / 2) ** 2)
-    start = max(warm, steps - round(WSD_DECAY_SHARE * steps)) if s.schedule == "wsd" else warm
+    start = max(warm, steps - round(WSD_SHARE * steps)) if s.schedule == "wsd" else warm
     return float(np.interp(step, [start, max(start + 1, steps)], [s.lr, s.lr_min]))
 
 

@@ -71,7 +71,7 @@ def validation(t: Subject, line: Line) -> Finding:
     # Of each window, from the last to the first: its loss, and what that is a sum over.
     of_windows: list[tuple[float, int]] = []
     names = [name for name, x in t.val.shards.parts for _ in x.arrays]
-    apart = dict.fromkeys(names, (0.0, 0))
+    apart: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
     for first in range(0, len(windows), size):
         ids, targets = read(t.val.shards, windows[first : first + size], t.settings.seq_length)
         with without_pairs(model):
@@ -84,8 +84,7 @@ def validation(t: Subject, line: Line) -> Finding:
         tokens += int((targets >= 0).sum())
         each = zip(windows[first : first + size], rows.reshape(ids.shape), targets, strict=True)
         for (shard, _), losses, target in each:
-            loss, n = apart[names[shard]]
-            apart[names[shard]] = loss + float(losses.sum()), n + int((target >= 0).sum())
+            apart[names[shard]].append((float(losses.sum()), int((target >= 0).sum())))
     loss = math.fsum(x for x, _ in of_windows) / max(1, sum(n for _, n in of_windows))
     off = abs(line["val_loss"] - loss) / max(abs(loss), 1e-9)
     measured = (
@@ -97,11 +96,16 @@ def validation(t: Subject, line: Line) -> Finding:
     is_near = abs(said - error) <= ERROR * error + LOSS[dtype] * abs(loss)
     measured += "" if is_near else f"; standard error {said:.3g}, apart {error:.3g}"
     is_same = is_same and is_near
-    for name, (total, tokens) in apart.items() if len(t.val.shards.parts) > 1 else ():
+    for name, found in apart.items() if len(t.val.shards.parts) > 1 else ():
+        total, tokens = math.fsum(x for x, _ in found), sum(n for _, n in found)
         said, of_name = line.get(f"val_loss/{name}", math.nan), total / max(1, tokens)
         off = abs(said - of_name) / max(abs(of_name), 1e-9)
         measured += f"; {name} {said:.6f}, apart {of_name:.6f} on {tokens:,}"
         is_same = is_same and off <= LOSS[dtype] and tokens == line.get(f"val_tokens/{name}")
+        error = standard_error([x for x in found if x[1]], 1)
+        said = line.get(f"val_loss_stderr/{name}", math.nan)
+        if not abs(said - error) <= ERROR * error + LOSS[dtype] * abs(of_name):
+            measured, is_same = f"{measured}; its standard error {said:.3g}, apart {error:.3g}", False
     return Finding.of(gate, is_same, measured, f"equal, the loss within {LOSS[dtype]:g} of it", score=off)
 
 

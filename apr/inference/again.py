@@ -118,6 +118,9 @@ def check(
     """Draw the first new tokens of a LanguageModel again, and look for stop strings in the text of all of them.
 
     On a device whose calls are asynchronous it is not asked."""
+    if len(new) > s.max_tokens:
+        why = f"{plural(len(new), 'new token')}, at most {s.max_tokens} were asked for"
+        return Finding.of(NAME, False, why, BOUND, why)
     held = [x for x in stop if x and x in text]
     if held:
         why = f"the text holds {held[0]!r}, which was to end it"

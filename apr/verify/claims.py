@@ -170,6 +170,27 @@ def samples(r: Record) -> Finding:
     return Finding.of("samples", True, plural(len(lines), "sample"), bound)
 
 
+def _wrong_on_page(r: Record, there: str) -> str:
+    """Say which figure of the last epoch is not on the page as its metadata and the log have it: the page is rendered by the
+    code that it is compared with."""
+    facts, line = r.run.epochs(), r.evaluations[-1] if r.evaluations else None
+    if not facts or line is None or facts[-1]["step"] != line["step"]:
+        return ""
+    # Thousands are separated where a loss has some.
+    figures = {key: f"{facts[-1][key]:,.4f}" for key in ("train_loss", "val_loss") if facts[-1][key] < 1e6}
+    if missing := [f"{key} {x}" for key, x in figures.items() if x not in there]:
+        return f"{missing[0]} of epoch {facts[-1]['epoch']} is not in report.html"
+    entropy = r.config["data"].get("val_unigram_entropy_nats")
+    if "val_accuracy" in line or not isinstance(entropy, float):
+        return ""
+    side = "Above" if line["val_loss"] > entropy else "Below"
+    return (
+        ""
+        if f"{side} token frequencies" in there
+        else f"the loss lies {side.lower()} the entropy, report.html says otherwise"
+    )
+
+
 def page(r: Record) -> Finding:
     """Render the page of the run anew, and compare; that of another version must have the same figures."""
     path, bound = r.run.path / "report.html", "the page that the files of the run give"
@@ -177,7 +198,8 @@ def page(r: Record) -> Finding:
         return Finding.skipped("page", "there is no report.html of a run that has ended", bound)
     there = read_text(path)
     if there == render(r.run.path, Settings):
-        return Finding.of("page", True, plural(len(there), "character"), bound)
+        wrong = _wrong_on_page(r, there) if r.config.get("code_sha256") == code_sha256() else ""
+        return Finding.of("page", not wrong, wrong or plural(len(there), "character"), bound)
     if r.config.get("code_sha256") == code_sha256():
         return Finding.of("page", False, "report.html is another page", bound)
     figures = [r.verdict["status"], r.verdict["verdict"]]

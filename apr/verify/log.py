@@ -8,7 +8,7 @@ from contextlib import suppress
 from ..common.errors import AprError
 from ..common.finding import FAIL, PASS, SEVERITY, SKIPPED, Finding, verdict_of
 from ..common.provenance import code_sha256
-from ..common.units import plural
+from ..common.units import LAST_STEPS, plural
 from ..evidence.gates import GATES, Gates
 from ..evidence.judge import judge, near, target
 from ..evidence.ranks import read_ranks
@@ -137,6 +137,8 @@ def epochs(r: Record) -> Finding:
         for side in ("train", "val"):
             expected[f"{side}_ppl"] = math.e ** min(facts[f"{side}_loss"], 700)
         expected["train_loss"] = math.fsum(losses) / len(losses)
+        last = [line["train_loss"] for line in steps if line["step"] > facts["step"] - LAST_STEPS]
+        expected["train_loss_last"] = math.fsum(last) / len(last)
         for key, value in expected.items():
             if not near(facts[key], value):
                 measured = f"epoch {i}: {key} = {facts[key]}, {value} by the log"

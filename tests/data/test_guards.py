@@ -20,7 +20,8 @@ from apr.data.audit import Split, audit, enforce_all, sides_of, tokenizer_beside
 from apr.data.conservation import conserved
 from apr.data.documents import Document
 from apr.data.encode import encode_corpus
-from apr.data.guards import Bounds, enforce, fits_model, plausible, round_trip
+from apr.data.guards import Bounds, enforce, figures_again, fits_model, plausible, round_trip
+from apr.data.manifest import figures
 from apr.data.repair import repair_manifest
 from apr.data.shard_writer import ShardWriter
 from apr.data.shards import TokenShards
@@ -63,7 +64,7 @@ def failed(folder: Path, tok: Tokenizer, **options: Any) -> set[str]:
 ALL = {
     "manifest, sizes and tokenizer", "sha256, ids and counts", "end of text", "unknown tokens",
     "entropy of token frequencies", "distinct ids", "commonest id", "bytes per token", "encode(decode(ids)) = ids",
-    "vocabulary", "documents on both sides", "bytes of ids = bytes of text",
+    "vocabulary", "documents on both sides", "bytes of ids = bytes of text", "figures of the tokens",
 }  # fmt: skip
 
 
@@ -113,6 +114,21 @@ def val_inside_train(folder: Path, tok: Tokenizer) -> None:
     path = sorted((folder / "train").glob("shard-*.bin"))[-1]
     path.write_bytes(path.read_bytes() + stolen.tobytes())
     repair_manifest(folder / "train", tok)
+
+
+def test_figures_are_those_of_the_counts() -> None:
+    for counts in ([7], [1] * 400, [0, 1 << 40, 3], [0, 50, 3, 0, 900]):
+        right = figures(np.array(counts), 1234, None)
+        assert figures_again(right, np.array(counts), 1234).passed
+    for key, wrong in (
+        ("unigram_entropy_nats", 1.4427),
+        ("top_id_share", 0.99),
+        ("bytes_per_token", 2),
+        ("distinct_ids", 2),
+    ):
+        found = figures_again({**right, key: right[key] * wrong}, np.array(counts), 1234)
+        assert found.passed is False
+        assert key in found.measured
 
 
 FAULTS: dict[str, tuple[Callable[[Path, Tokenizer], Any], set[str]]] = {

@@ -30,7 +30,7 @@ from apr.data.audit import Split, audit
 from apr.data.batches import IGNORED, Batches, Windows
 from apr.data.conversations import prepare
 from apr.data.conversations.pack import best_fit, fit
-from apr.data.conversations.packed import PackedShards, guard_answers, guard_examples
+from apr.data.conversations.packed import PackedShards, guard_answers, guard_examples, guard_packed
 from apr.data.conversations.prepare import prepare_conversations
 from apr.data.conversations.render import EncodedExample, Encoder
 from apr.data.conversations.shapes import example_of
@@ -621,6 +621,21 @@ def test_guards_see_labels_behind_a_border_and_rows_without_an_answer(prepared):
     trained[row] = 0
     shards.row_targets = trained[:, 1:].sum(1)
     assert guard_answers(shards).passed is False
+
+
+def test_guards_see_bytes_of_answers_that_count_other_text(prepared):
+    """As when special tokens count, or what was cut off."""
+    shards = PackedShards(prepared().sides["train"], own())
+    m, right = shards.manifest, shards.manifest.answer_bytes
+    for count, is_right in (
+        (right, True),
+        (right + 13 * m.examples, False),
+        (right // 2, False),
+        (2 * right, False),
+    ):
+        m.answer_bytes = count
+        found = next(f for f in guard_packed(shards, own(), None) if f.name == "bytes of answers")
+        assert found.passed is is_right, found
 
 
 def test_guards_see_an_example_without_a_separator_and_one_that_is_lost(prepared):

@@ -272,6 +272,51 @@ def test_standard_error_of_windows_of_equal_length():
     assert one.stderr is None
 
 
+def test_sums_that_do_not_agree_with_others_are_refused():
+    rng = np.random.default_rng(1)
+
+    def summed():
+        sums = Sums(8)
+        for n in (8, 8, 3, 1):
+            sums.add(Window(np.zeros(n + 1, np.int32)), Scored(rng.random(n), None), None)
+        sums.bytes = 50
+        return sums
+
+    loss.check_sums(summed(), 50)
+    loss.check_sums(summed(), 0)
+    with pytest.raises(AprError, match="50 bytes were counted for tokens that stand for 51"):
+        loss.check_sums(summed(), 51)
+    wrong = summed()
+    wrong.windows = 40
+    wrong.window_nats[0] *= 1.5
+    with pytest.raises(AprError, match="standard error"):
+        loss.check_sums(
+            Half(
+                8,
+                **{k: x for k, x in vars(wrong).items() if k in ("nats", "tokens", "windows")},
+                window_nats=wrong.window_nats,
+                window_tokens=wrong.window_tokens,
+            ),
+            0,
+        )
+
+
+class Half(Sums):
+    """Sums with another standard error."""
+
+    @property
+    def stderr(self):
+        return 0.5 * super().stderr
+
+
+def test_a_window_scores_its_continuation_and_nothing_else():
+    window = Window(np.array([5, 6, 7, 8, 9], np.int32), 2)
+    choices.check_scored(window, [8, 9], "a")
+    for skip in (1, 3):
+        with pytest.raises(AprError, match="would be scored"):
+            choices.check_scored(window._replace(skip=skip), [8, 9], "a")
+
+
 # Bytes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from apr.bisect.planted import catalogue
 from apr.cli.main import main
 from apr.common.finding import FAIL
 from apr.evidence.slope import Job, slope_finding, slopes
-from apr.evidence.start import planted
+from apr.evidence.start import planted, with_borders
 from apr.model import transformer
 from apr.model.adapters import Adapters
 from apr.model.families import FAMILIES
@@ -405,6 +406,40 @@ def test_adapters_pass_and_a_scale_that_is_lost_does_not(monkeypatch, preset, ta
 def test_adapters_of_a_large_scale_pass(targets):
     """The noise in B must not make the matrix another one: along no step would the loss be a parabola."""
     assert slope_finding(job("llama-demo", lora=LoraConfig(16, 512.0, targets))).passed
+
+
+def test_slopes_are_asked_behind_borders_too(monkeypatch):
+    """Of rows of one long document each, whose attention is wrong in backward where one begins in the row."""
+    right = cpu.attention_bwd
+
+    def later(*a):
+        *others, doc_start, window = a
+        right(
+            *others,
+            np.where(doc_start > 0, np.minimum(doc_start + 4, np.arange(doc_start.shape[1])), 0).astype(
+                np.int32
+            ),
+            window,
+        )
+
+    j = job("llama-tiny", 0.05, document_end=0)
+    j.ids[j.ids == 0] = 1
+    shards = SimpleNamespace(masks=[], border_id=0)
+    windows = SimpleNamespace(shards=shards)
+    t = SimpleNamespace(
+        batches=SimpleNamespace(windows=windows), settings=SimpleNamespace(mask_documents=True)
+    )
+    ids, bare = with_borders(t, j.ids), j.ids
+    assert (ids == 0).sum(1).tolist() == [1, 0]
+    for is_wrong in (False, True):
+        if is_wrong:
+            monkeypatch.setattr(cpu, "attention_bwd", later)
+        j.ids = bare
+        assert slope_finding(j).passed
+        j.ids = ids
+        assert slope_finding(j).passed is not is_wrong
+    t.settings.mask_documents = False
+    assert with_borders(t, bare) is bare
 
 
 def test_what_the_slopes_can_resolve():

@@ -14,6 +14,7 @@ from apr.data import batches
 from apr.evidence import asked, initial
 from apr.evidence.follow import Follow
 from apr.model import optim
+from apr.model import schedule as schedule_module
 from apr.model.optim import AdamW
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
@@ -75,6 +76,11 @@ def warm_up_is_a_step_longer(m):
 
 def the_cosine_ends_in_the_middle(m):
     m.setattr(Schedule, "__call__", lambda self, step: self.lr * min(1.0, step / max(1, self.warmup_steps)))
+
+
+def wsd_decays_over_a_tenth(m):
+    m.setattr(schedule_module, "WSD_DECAY_SHARE", 0.1)
+    return ["--schedule", "wsd", "--num-steps", 20]
 
 
 def the_order_has_another_seed(m):
@@ -157,8 +163,9 @@ def the_number_of_validation_batches_is_lost(m):
 
 BUILT = [
     a_rate_is_lost, rates_change_places, vectors_decay, the_optimizer_has_other_arrays, warm_up_is_a_step_longer,
-    the_cosine_ends_in_the_middle, the_order_has_another_seed, windows_are_not_shuffled, the_last_windows_are_left_out,
-    the_z_loss_is_dropped, recompute_is_ignored, documents_are_not_masked, documents_are_masked_unasked,
+    the_cosine_ends_in_the_middle, wsd_decays_over_a_tenth, the_order_has_another_seed, windows_are_not_shuffled,
+    the_last_windows_are_left_out, the_z_loss_is_dropped, recompute_is_ignored, documents_are_not_masked,
+    documents_are_masked_unasked,
     a_flag_is_lost_on_its_way, the_number_of_validation_batches_is_lost, windows_come_twice_and_never,
     every_pass_has_the_order_of_the_first, targets_are_two_ahead,
 ]  # fmt: skip

@@ -258,6 +258,7 @@ def test_a_fault_of_generation_is_seen(monkeypatch, fault):
 
 
 def test_a_stop_string_in_the_text_is_seen():
+    assert again.check(None, PROMPT, [1] * 4, Sampling(max_tokens=3), "so").verdict == FAIL
     found = again.check(None, PROMPT, [1], Sampling(), "so it ends", ["it"])
     assert found.verdict == FAIL
     assert "'it'" in found.why

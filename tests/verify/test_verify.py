@@ -20,7 +20,10 @@ from apr.common.atomic import locked
 from apr.common.errors import AprError
 from apr.evidence import seal as evidence
 from apr.evidence.seal import compare, hashes, seal
+from apr.report import page
 from apr.training.rundir import RunDir
+from apr.training.settings import Settings
+from apr.verify import log
 from run_cases import (  # noqa: F401
     RECIPE,
     an_unused_weight_becomes_nan,
@@ -300,6 +303,44 @@ def test_a_change_is_found_even_when_all_is_sealed_again(run, capsys, what):
     assert verdicts["files"] == "PASS"
     assert verdicts[check] == "FAIL", (verdicts, measured)
     assert code == 9
+
+
+def test_figures_of_an_epoch_are_computed_a_second_time(run, capsys, monkeypatch):
+    """The code that sums up an epoch, or renders a page, is that which they are compared with."""
+    with monkeypatch.context() as m:
+        right = log.epoch_facts
+        m.setattr(
+            log,
+            "epoch_facts",
+            lambda line, losses, *a: {**right(line, losses, *a), "train_loss_last": losses[0]},
+        )
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        first = next(line["train_loss"] for line in lines if "train_loss" in line)
+        rewrite(run / "ckpt" / "epoch-001.metadata.json", lambda d: d.update(train_loss_last=first))
+        seal(run)
+        verdicts, measured, _ = checks(capsys, run, "--backend", "none")
+        assert verdicts["epochs"] == "FAIL"
+        assert "train_loss_last" in measured["epochs"]
+
+
+@pytest.mark.parametrize("wrong", ["train", "side"])
+def test_a_page_with_a_wrong_figure_is_found_though_it_is_rendered_so(run, capsys, monkeypatch, wrong):
+    if wrong == "train":
+        right = page.evaluation_rows
+        monkeypatch.setattr(page, "evaluation_rows", lambda r: [x | {"train": "1.2345"} for x in right(r)])
+    else:
+        right = page.tiles
+        monkeypatch.setattr(
+            page,
+            "tiles",
+            lambda r: [
+                t | {"label": t["label"].replace("Above", "B").replace("Below", "Above")} for t in right(r)
+            ],
+        )
+    (run / "report.html").write_text(page.render(run, Settings))
+    seal(run)
+    verdicts, measured, _ = checks(capsys, run, "--backend", "none")
+    assert verdicts["page"] == "FAIL", measured
 
 
 def test_a_bad_verdict_cannot_be_turned_into_a_good_one(place, tmp_path, capsys):

@@ -23,7 +23,8 @@ from ...common.files import read_json
 from ...common.finding import Finding
 from ...common.units import plural
 from ...tokenizer.tokenizer import Tokenizer
-from ..guards import fits_model
+from ..conservation import gives_back
+from ..guards import figures_again, fits_model
 from ..shards import Shards, mapped
 from ..source import Skipped
 
@@ -33,6 +34,8 @@ RECORD = "instruct.json"
 BLOCK_ROWS = 1024
 # Examples of the round trip.
 SAMPLED_EXAMPLES = 256
+# Of an answer, text that its first and last token may hold beside it; share of the bytes of answers that were cut.
+SEAM_BYTES, CUT_SHARE = 8, 0.3
 # Counts in instruct.json that are never 0.
 POSITIVE = ["seq_length", "vocab_size", "rows", "examples", "tokens", "trained"]
 # Fields of instruct.json that a run records.
@@ -202,9 +205,41 @@ def guard_packed(shards: PackedShards, tokenizer: Tokenizer, model_vocab: int | 
         guard_examples(shards),
         Finding.of("trained tokens", m.trained > 0, share, "more than none"),
     ]
+    counts, runs = _counted(shards)
+    findings += [
+        figures_again(m.audit, counts, m.answer_bytes),
+        _bytes_of_answers(m, counts, runs, tokenizer),
+    ]
     if shards.figures["distinct_ids"] < 2:
         findings.append(Finding.of("distinct ids", False, "one id in all answers", "several"))
     return findings
+
+
+def _counted(shards: PackedShards) -> tuple[np.ndarray, int]:
+    """Count the ids of trained tokens (V,), and the answers: runs of trained tokens."""
+    counts, runs = np.zeros(shards.vocab_size, np.int64), 0
+    for first in range(0, shards.manifest.rows, BLOCK_ROWS):
+        block = slice(first, first + BLOCK_ROWS)
+        is_trained = shards.trained[block] > 0
+        counts += np.bincount(shards.ids[block][is_trained], minlength=shards.vocab_size)
+        runs += int(is_trained[:, 0].sum() + (is_trained[:, 1:] & ~is_trained[:, :-1]).sum())
+    return counts, runs
+
+
+def _bytes_of_answers(m: PackManifest, counts: np.ndarray, answers: int, tokenizer: Tokenizer) -> Finding:
+    """Compare the bytes of answers, which bits per byte are made of, with those that the trained tokens stand for.
+
+    A token at either end of an answer may stand for text beside it; bytes of one that was cut are counted in proportion."""
+    name, table = "bytes of answers", tokenizer.token_bytes()
+    if table is None or tokenizer.normalization != "none" or not gives_back(tokenizer):
+        return Finding.skipped(name, "the ids of this tokenizer stand for other bytes than the text has")
+    found = int((counts * np.resize(table, counts.size)).sum())
+    allowed = SEAM_BYTES * answers + found // 100 + CUT_SHARE * found * min(1.0, m.cut / m.examples)
+    why = (
+        "" if abs(found - m.answer_bytes) <= allowed else "bytes of other text were counted, or some were not"
+    )
+    bound = f"{m.answer_bytes:,}, but for {SEAM_BYTES} bytes an answer and 1 %"
+    return Finding.of(name, not why, f"trained tokens stand for {found:,}", bound, why)
 
 
 def guard_answers(shards: PackedShards) -> Finding:
