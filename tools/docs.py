@@ -7,7 +7,8 @@ A page is written by hand but for its generated blocks, which stand between two 
   <!-- exit codes -->        the exit codes of errors.py
   <!-- presets -->           preset names with their sizes
 each ended by <!-- end -->. Those of docs/faults.md come from tests, from the faults of the campaigns and from their record:
-  <!-- edits of kernels -->, <!-- faults of gates -->, <!-- first campaign -->, <!-- second campaign -->, <!-- third campaign -->
+  <!-- edits of kernels -->, <!-- faults of gates -->, <!-- first campaign -->, <!-- second campaign -->, <!-- third campaign -->,
+  <!-- fourth campaign -->
 and those of docs/stories.md from the records of its runs:
   <!-- stories of toy -->, <!-- stories of real -->, <!-- steps of pretraining -->
 """
@@ -168,6 +169,7 @@ TABLES = {
     "first campaign": lambda: docs_faults.campaign_table("first"),
     "second campaign": lambda: docs_faults.campaign_table("second"),
     "third campaign": lambda: docs_faults.campaign_table("third"),
+    "fourth campaign": lambda: docs_faults.campaign_table("fourth"),
     "stories of toy": lambda: docs_stories.beside_table("toy"),
     "stories of real": lambda: docs_stories.beside_table("real"),
     "steps of pretraining": docs_stories.steps_table,

@@ -375,7 +375,7 @@ class Bench:
                 [f"{name}: exit {done.returncode}: {_last_line(done.stderr)}"] if done.returncode else []
             )
             told[name] = hashlib.sha256(
-                re.sub(r'"[a-z_]*(second|ms|speed)[a-z_]*": [0-9.e+-]+', "", done.stdout).encode()
+                re.sub(r'"[a-z_]*(second|_sec|ms|speed)[a-z_]*": [0-9.e+-]+', "", done.stdout).encode()
             ).hexdigest()
         return ", ".join(failed), told | _files(folder)
 

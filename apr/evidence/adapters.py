@@ -176,8 +176,8 @@ def checkpoint_merge_error(
 def merged_error(
     before: Mapping[str, np.ndarray], adapter: LoadedAdapter, after: Mapping[str, np.ndarray], dtype: str
 ) -> tuple[float, str]:
-    """Compare merged weights with base plus adapter, some rows of each matrix: the largest error, as a share of what rounding
-    once to a dtype allows, and its tensor."""
+    """Compare merged weights with base plus adapter, some rows of each tensor: the largest error, as a share of what rounding
+    once to a dtype allows, and its tensor; infinite where one without A and B is not that of the adapter, or of the base."""
     eps, last, errors = float(np.finfo(np.float32).eps), 2.0**-8 if dtype == "bfloat16" else 0.0, [(0.0, "")]
     for hf, delta in adapter.deltas.items():
         # A head that was the embedding begins as it.
@@ -189,6 +189,11 @@ def merged_error(
         m = m if m is None or delta.is_table else m[rows, None]
         parts = [np.asarray(base[rows], np.float32), delta.a, delta.b[rows]]
         errors.append((_error_of_sum(after[hf][rows], parts, delta.scale, eps, last, m), hf))
+    for hf in (hf for hf in after if hf not in adapter.deltas):
+        own = adapter.saved.get(hf, before[EMBED if hf not in before else hf])
+        rows = slice(None, None, max(1, own.size // MERGED_ELEMENTS) if own.ndim > 1 else 1)
+        got, want = np.asarray(after[hf][rows]), np.asarray(own[rows], np.float32)
+        errors.append((0.0 if np.array_equal(got, want.astype(got.dtype)) else np.inf, hf))
     return _worst(errors)
 
 

@@ -154,14 +154,15 @@ GATES = {
             "the validation loss is the mean over the targets of the windows that were asked for",
             "once per process: windows cut from the shards by the settings, in other pieces and order, losses of rows summed "
             "on the host, 32 of them computed from their logits: equal within 1e-5, in bfloat16 2e-3, the count exactly, "
-            "the standard error within 1 %",
+            "standard errors, also of each source of a mixture, within 1 %",
             "`apr eval`; what was averaged: windows, rows, targets",
         ),
         Gate(
             "start.slope", START, "abort",
             "gradients are slopes of the loss, in the shapes of the job",
             "once per process, a micro-batch of the first step: (L(w + e u) - L(w - e u)) / 2e along random signs u, two for "
-            "each kind of tensor, within 1 % of the size of g . u (bfloat16: 10 %) and the rounding of the loss",
+            "each kind of tensor, within 1 % of the size of g . u (bfloat16: 10 %) and the rounding of the loss; with "
+            "--mask-documents a document begins in every other row",
             "the backward pass of the kind of tensor that is named: `apr bisect`; --recompute and --z-loss off",
         ),
         Gate(
@@ -198,8 +199,8 @@ GATES = {
             "start.preferences", START, "abort",
             "the loss of pairs is that of its paper, of these answers, against the model before its first step",
             "once per process, pairs of the first micro-batch with planted references: losses by formulas written a second time, "
-            "and figures of the log, of answers found by their labels, within 1e-5; before step 1 the reference is within "
-            "1e-4 nats a token of the model (bfloat16: 5e-3)",
+            "and figures of the log, of answers found by their labels, within 1e-5; slopes of likely answers within 1e-3; before "
+            "step 1 the reference is within 1e-4 nats a token of the model (bfloat16: 5e-3)",
             "apr/model/preferences.py; chosen and rejected; sums and means; --beta, --label-smoothing",
         ),
         Gate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -176,10 +177,14 @@ def _wrong_on_page(r: Record, there: str) -> str:
     facts, line = r.run.epochs(), r.evaluations[-1] if r.evaluations else None
     if not facts or line is None or facts[-1]["step"] != line["step"]:
         return ""
-    # Thousands are separated where a loss has some.
-    figures = {key: f"{facts[-1][key]:,.4f}" for key in ("train_loss", "val_loss") if facts[-1][key] < 1e6}
-    if missing := [f"{key} {x}" for key, x in figures.items() if x not in there]:
-        return f"{missing[0]} of epoch {facts[-1]['epoch']} is not in report.html"
+    row = re.search(rf'<th scope="row">{facts[-1]["step"]:,}</th>(.*?)</tr>', there, re.DOTALL)
+    figures = {
+        key: f"{facts[-1][key]:,.4f}</td>" for key in ("train_loss", "val_loss") if facts[-1][key] < 1e6
+    }
+    if missing := [
+        key for key, x in figures.items() if row is None or f">{x}" not in row[1].replace("> ", ">")
+    ]:
+        return f"{missing[0]} of epoch {facts[-1]['epoch']} is another in report.html"
     entropy = r.config["data"].get("val_unigram_entropy_nats")
     if "val_accuracy" in line or not isinstance(entropy, float):
         return ""

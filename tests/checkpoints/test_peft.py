@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from types import SimpleNamespace
 
+import ml_dtypes  # noqa: F401
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ from apr.checkpoints.peft_write import write_adapter
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile, Refused
-from apr.evidence.adapters import base_unchanged, checkpoint_merge_error
+from apr.evidence.adapters import base_unchanged, checkpoint_merge_error, merged_error
 from apr.model.optim import AdamW
 from apr.model.params import Layout
 from apr.model.taps import Record
@@ -359,3 +361,17 @@ def test_the_error_of_a_merge_is_seen(golden, bases, tmp_path):
     change(folder, lora_alpha=9)
     assert checkpoint_merge_error(loaded, read_adapter(str(folder), loaded.cfg), merged, "float32")[0] > 1
     assert checkpoint_merge_error(merged, adapter, merged, "float32")[0] > 1
+
+
+def test_tensors_without_a_and_b_are_those_of_the_adapter_or_of_the_base():
+    rng = np.random.default_rng(0)
+    norm, matrix, other = (rng.normal(size=n).astype(np.float32) for n in ((8,), (6, 8), (8,)))
+    before = {"model.norm.weight": norm, "model.layers.0.mlp.up_proj.weight": matrix}
+    adapter = SimpleNamespace(deltas={}, saved={"model.norm.weight": other})
+    for kind in ("float32", "bfloat16"):
+        right = {name: x.astype(kind) for name, x in (before | adapter.saved).items()}
+        assert merged_error(before, adapter, right, kind)[0] == 0
+        left = right | {"model.norm.weight": norm.astype(kind)}
+        assert merged_error(before, adapter, left, kind) == (np.inf, "model.norm.weight")
+        changed = right | {"model.layers.0.mlp.up_proj.weight": (1.01 * matrix).astype(kind)}
+        assert merged_error(before, adapter, changed, kind)[0] == np.inf

@@ -387,6 +387,18 @@ def a_source_is_not_logged(m):
     m.setattr(losses.StepsBySource, "read_later", read_later)
 
 
+def errors_of_sources_are_of_tokens(m):
+    right = losses.EvaluationBySource.line
+
+    def line(self):
+        found = right(self)
+        for key in [k for k in found if k.startswith("val_loss_stderr/")]:
+            found[key] /= found[key.replace("loss_stderr", "tokens")] ** 0.5
+        return found
+
+    m.setattr(losses.EvaluationBySource, "line", line)
+
+
 def losses_of_evaluations_are_mixed_up(m):
     right = Windows.source_of
     m.setattr(Windows, "source_of", lambda self, windows: 1 - right(self, windows))
@@ -401,6 +413,7 @@ def losses_of_evaluations_are_mixed_up(m):
         (losses_of_steps_are_mixed_up, "start.averages", 6),
         (a_source_is_not_logged, "run.log", 6),
         (losses_of_evaluations_are_mixed_up, "start.validation", 6),
+        (errors_of_sources_are_of_tokens, "start.validation", 6),
     ],
 )
 def test_a_fault_of_a_mixture_is_named(place, other, tmp_path, monkeypatch, capsys, fault, gate, code):

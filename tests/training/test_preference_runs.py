@@ -23,7 +23,7 @@ from apr.data.conversations.pairs_kept import pairs_kept
 from apr.data.conversations.prepare import prepare_conversations
 from apr.data.source import Unusable
 from apr.evaluation import tasks
-from apr.evidence.pairs import losses_of, margin
+from apr.evidence.pairs import losses_of, margin, slopes_off
 from apr.tokenizer.tokenizer import Tokenizer
 from small_checkpoint import write_checkpoint
 
@@ -252,7 +252,7 @@ RUN_FAULTS = {
     margin_without_beta: "start.preferences",
     reference_not_frozen: "start.preferences",
     reference_of_another_model: "start.preferences",
-    gradient_of_one_answer: "start.slope",
+    gradient_of_one_answer: "start.preferences",
 }
 
 
@@ -284,6 +284,24 @@ def test_the_odds_of_a_certain_answer_are_finite():
         c, r = (np.array([x]) for x in sums)
         found = losses_of(formulas.PreferenceSettings(preference_loss="orpo"), c, 1, r, 1, c, r)
         assert found == pytest.approx(want, rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", formulas.LOSSES)
+def test_slopes_of_likely_answers_are_those_of_the_formula(monkeypatch, name):
+    """Where all tokens are unlikely, the odds have the slope of log-probabilities."""
+    for beta in (None, 1e-4, 0.3, 20.0, 1e4):
+        s = formulas.PreferenceSettings(preference_loss=name, beta=beta)
+        assert slopes_off(s, formulas.Preferences(s, 0)) < 1e-4
+    s = formulas.PreferenceSettings(preference_loss=name)
+    right = formulas.log_odds
+    monkeypatch.setattr(formulas, "log_odds", lambda mean: (right(mean)[0], 1.0))
+    assert (slopes_off(s, formulas.Preferences(s, 0)) > 1e-3) is (name == "orpo")
+    kind = formulas.LOSSES[name]
+    p = formulas.Preferences(s, 0)
+    p.kind = kind._replace(
+        loss=lambda c, r, k: (x := kind.loss(c, r, k))._replace(rejected_slope=1.01 * x.rejected_slope)
+    )
+    assert slopes_off(s, p) > 1e-3
 
 
 def test_labels_are_compared_with_the_files(place):
