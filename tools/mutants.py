@@ -144,7 +144,7 @@ JOBS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Faults of figures that are shown beside times, which no two runs share, or kept where nothing is hashed.
 SHOWN = (
-    "perplexity_of_bits", "entropy_in_bits", "patience_begins_again", "largest_norm_forgotten", "other_side_of_the_entropy",
+    "perplexity_of_bits", "entropy_in_bits", "largest_norm_forgotten", "other_side_of_the_entropy",
     "training_loss_of_all_steps",
 )  # fmt: skip
 # Runs of the sound code that are cut behind a step and gone on with.
