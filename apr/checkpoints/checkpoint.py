@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import MalformedFile, Refused
+from ..common.errors import AprError, MalformedFile, Refused
 from ..common.files import parse_json, read_text, short
 from ..common.units import plural
 from ..model.config import ModelConfig
@@ -55,6 +55,7 @@ class Checkpoint:
     source          path, for messages
     kind            "apr", "hf" or "gguf"
     eos             end-of-text token as the files name it: an id, a text, or None
+    fault           what is wrong with the files of its tokenizer, for whoever asks for the tokenizer, or None
     """
 
     cfg: ModelConfig
@@ -64,6 +65,7 @@ class Checkpoint:
     source: str
     kind: str
     eos: Any = None
+    fault: AprError | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -78,6 +80,8 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """Tokenizer with its end-of-text id, or None. Raises MalformedFile, Refused: more ids than the model."""
+        if self.fault is not None:
+            raise self.fault
         if self.tokenizer_json is None:
             return None
         if self.eos is not None and (not isinstance(self.eos, int | str) or isinstance(self.eos, bool)):

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import InputNotFound, MalformedFile, Refused
-from ..common.files import opened, parse_json, read_text
+from ..common.errors import AprError, InputNotFound, MalformedFile, Refused
+from ..common.files import opened
 from ..common.finding import Checklist
 from ..common.hub import hub_name
 from ..common.run_paths import instead_of, is_state
@@ -31,6 +31,7 @@ from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.params import Layout
 from ..model.presets import PRESETS
+from ..tokenizer.import_hf import read_tokenizer
 from ..tokenizer.tokenizer import Tokenizer
 from .apr2 import MAGIC as APR_MAGIC
 from .apr2 import read_apr
@@ -38,7 +39,6 @@ from .apr2_metadata import extract_tokenizer, metadata_to_config
 from .checkpoint import (
     GENERATION_CONFIG,
     HF_FILES,
-    TOKENIZER_CONFIG,
     Checkpoint,
     end_of_text,
     fill,
@@ -91,11 +91,15 @@ def _read_apr(path: Path, source: str) -> Checkpoint:
 
 
 def _read_hf(path: Path, source: str) -> Checkpoint:
-    hf = read_hf(path)
-    beside = (path if path.is_dir() else path.parent) / TOKENIZER_CONFIG
-    said = parse_json(read_text(beside), str(beside)) if os.path.lexists(beside) else {}
-    eos = end_of_text(hf.tokenizer_json, said, hf.config)
-    return Checkpoint(hf.cfg, hf.tensors, hf.tokenizer_json, hf.config, source, "hf", eos)
+    hf, folder = read_hf(path), path if path.is_dir() else path.parent
+    text, said, fault = hf.tokenizer_json, dict[str, Any](), None
+    try:
+        # with the added tokens that only the files beside it state, as `apr import` and transformers have it
+        text, said = read_tokenizer(folder) or (None, said)
+    except AprError as e:
+        fault = e
+    eos = end_of_text(text, said, hf.config)
+    return Checkpoint(hf.cfg, hf.tensors, text, hf.config, source, "hf", eos, fault)
 
 
 def _read_gguf(path: Path, source: str) -> Checkpoint:

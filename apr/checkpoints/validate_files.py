@@ -20,6 +20,7 @@ from ..common.units import plural
 from ..model.config import ModelConfig
 from ..model.hf_config import from_hf, hf_notes
 from ..model.params import Layout
+from ..tokenizer.import_hf import read_tokenizer
 from . import apr2, hf
 from .apr2_metadata import TOKENIZER, metadata_to_config
 from .gguf_reader import map_tensors, read_header
@@ -306,7 +307,8 @@ def hf_rows(checks: Checklist, subject: Subject, path: Path) -> None:
     tokenizer = folder / "tokenizer.json"
     if os.path.lexists(tokenizer):
         try:
-            subject.tokenizer_json = read_text(tokenizer)
+            found = read_tokenizer(folder)
+            subject.tokenizer_json = found[0] if found else None
         except AprError as e:
             subject.notes["tokenizer"] = str(e)
 

@@ -22,6 +22,7 @@ from ..common.errors import MalformedFile, Refused
 from ..common.files import make_folder, parse_json, read_text, short
 from .byte_characters import spelling
 from .identity import identity, older_identities
+from .stated import check_stated
 from .vocab_format import BYTE_LEVEL, OTHER, SENTENCEPIECE, check
 
 # A forked child has none of the library's threads and would wait for them for ever (or, where the
@@ -99,6 +100,7 @@ class Tokenizer:
             path = path / "tokenizer.json"
         text = read_text(path, "give a tokenizer.json or the folder that holds one")
         tokenizer = cls(text, str(path), eos_of_config(path.with_name("tokenizer_config.json")))
+        check_stated(tokenizer._fields(), path)
         manifest = path.with_name("manifest.json")
         d = parse_json(read_text(manifest), str(manifest), unique=True) if os.path.lexists(manifest) else {}
         if d.get("format") == FORMAT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,20 +23,25 @@ from apr.model.presets import PRESETS
 from apr.model.rope import rope_tables
 from apr.model.rope_scaling import LinearScaling
 from apr.model.transformer import Model
+from apr.tokenizer.tokenizer import Tokenizer
 from tokenizer_cases import added, gpt2_like
 
 CFG = PRESETS["qwen3-tiny"]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A tied model in two shards or more."""
-    layout = Layout(CFG)
+def written(cfg, folder):
+    layout = Layout(cfg)
     host = np.zeros(layout.size, np.float32)
     layout.randomise(host, 3)
     tensors = {s.hf: host[s.offset : s.offset + s.size].reshape(s.shape) for s in layout.slots}
-    write_hf(tmp_path / "model", CFG, tensors, max_shard_bytes=20_000)
-    return tmp_path / "model"
+    write_hf(folder, cfg, tensors, max_shard_bytes=20_000)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tied model in two shards or more."""
+    return written(CFG, tmp_path / "model")
 
 
 def change_index(folder, change):
@@ -197,6 +203,39 @@ def test_a_vocabulary_that_is_not_read_is_named_with_what_converts_it(folder, tm
     assert "tokenizer.model is not read; AutoTokenizer" in str(no_tokenizer(str(folder)))
     notes = import_model(str(folder), tmp_path / "x.apr")["notes"]
     assert [n for n in notes if n.startswith("tokenizer.model is not read")]
+
+
+def test_an_added_token_that_another_file_states_is_one_however_the_folder_is_opened(tmp_path):
+    """transformers reads it too; the folder alone gave it other ids than its own import."""
+    folder, tokenizer = written(replace(CFG, vocab_size=300), tmp_path / "model"), gpt2_like()
+    text, rows = "he<think>", len(tokenizer["model"]["vocab"]) + 1
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    flags = {k: v for k, v in added(rows, "<think>").items() if k != "id"}
+    for name, stated in (
+        ("added_tokens.json", {"<think>": rows}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {str(rows): flags}}),
+    ):
+        (folder / name).write_text(json.dumps(stated))
+        found = open_any(str(folder)).tokenizer.encode_marked(text).tolist()
+        assert found[-1] == rows
+        import_model(str(folder), tmp_path / "x.apr", force=True)
+        assert open_any(str(tmp_path / "x.apr")).tokenizer.encode_marked(text).tolist() == found
+        assert not [row for row in validate(str(folder)).findings if row.verdict == FAIL]
+        with pytest.raises(
+            Refused, match=rf"{name}: states the added token '<think>', .*import-hf {folder} -o"
+        ):
+            Tokenizer.from_file(folder)
+        (folder / name).unlink()
+    assert Tokenizer.from_file(folder)
+
+
+def test_files_of_a_tokenizer_that_contradict_each_other_keep_nobody_from_the_weights(folder):
+    (folder / "tokenizer.json").write_text(json.dumps(gpt2_like()))
+    (folder / "added_tokens.json").write_text(json.dumps({"<think>": 258}))
+    checkpoint = open_any(str(folder))
+    assert len(checkpoint.tensors)
+    with pytest.raises(Refused, match="take all files from the same model"):
+        assert checkpoint.tokenizer
 
 
 def test_tokens_without_a_row_are_named(folder, tmp_path):
