@@ -274,6 +274,7 @@ OPENERS_OF_FILES = {
     "apr.backends.cuda.autotune": {"_read": "our own cache"},
     "apr.backends.cuda.device": {"__init__": "no file: a handle of cuBLASLt"},
     "apr.backends.cuda.kernels": {"_paste": "our own source"},
+    "apr.cli": {"open_closed_streams": "/dev/null"},
     "apr.cli.completion": {"script": "our own table"},
     "apr.cli.inspect": {"_tokenizer": "JSON that Tokenizer has checked"},
     "apr.cli.main": {"_drop_output": "/dev/null"},
