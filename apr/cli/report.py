@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.atomic import write_text
+from ..common.files import real
 from ..common.options import json_option, option, parse
 from ..common.printable import printable
 from ..evidence.seal import EVIDENCE, resealed
@@ -34,7 +35,7 @@ def main(args: Sequence[str]) -> int:
     folder = Path(f.run_dir)
     path = Path(f.output) if f.output else folder / "report.html"
     page = render(folder, Settings)
-    if path.resolve().is_relative_to(folder.resolve()) and (folder / EVIDENCE).is_file():
+    if real(path).is_relative_to(real(folder)) and (folder / EVIDENCE).is_file():
         resealed(folder, path, page)  # a page of a newer apr is no tampering
     else:
         write_text(path, page)

@@ -73,6 +73,11 @@ def _open(path: Path, hint: str) -> BinaryIO:
     raise InputNotFound(f"{path}: {kind}{hint}") from cause
 
 
+def real(path: str | Path) -> Path:
+    """Follow links, as far as they lead somewhere: Path.resolve raises RuntimeError for a link in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def sha256_of(path: Path) -> tuple[str, int]:
     """Hash a file: (SHA-256, length in bytes), as far as it reached when it was opened.
 

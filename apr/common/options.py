@@ -12,10 +12,10 @@ import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import IOFailure, UsageError
+from .files import real
 
 T = TypeVar("T")
 MAX_INTEGER = 2**63 - 1  # that a number of the arrays and files can be
@@ -346,7 +346,7 @@ def absolute_paths(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).resolve()) if Path(path).exists() else path
+    return str(real(path)) if os.path.exists(path) else path
 
 
 def numbers(text: str | None, flag: str, names: Sequence[str]) -> dict[str, float]:

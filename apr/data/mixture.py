@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ..common.errors import UsageError
+from ..common.files import real
 from .batches import Batches, Windows
 from .mix_text import EXAMPLE, KINDS, OWN, as_text, name_of, tables_of
 from .settings import DataSettings
@@ -55,7 +55,7 @@ def sources_of(s: DataSettings) -> list[MixSource]:
 
 
 def _place(x: MixSource) -> str:
-    return x.path if x.path.startswith("hf://") or x.path == "stdlib" else str(Path(x.path).resolve())
+    return x.path if x.path.startswith("hf://") or x.path == "stdlib" else str(real(x.path))
 
 
 def _source(s: DataSettings, table: Mapping[str, str]) -> MixSource:

@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from ..common.files import real
 from ..common.finding import FAIL, SUSPECT
 from .charts import Line, Mark, Plot, Rule, finite, moving_mean, plot
 from .ranks import rank_chart, rank_section
@@ -58,7 +59,7 @@ def render(run_dir: Path, options: Any) -> str:
     run = load(run_dir)
     v, (changed, kept) = run.verdict, settings_rows(run, options)
     page = _template().render(
-        name=Path(str(run.setting("run_dir") or run_dir.resolve())).name,
+        name=Path(str(run.setting("run_dir") or real(run_dir))).name,
         subject=subject(run),
         running=bool(v and v["status"] == "RUNNING"),
         reload_seconds=RELOAD_SECONDS,

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..common.files import make_folder
+from ..common.files import make_folder, real
 from ..common.host import threads
 from ..common.options import absolute_paths
 from ..common.provenance import code_sha256, git_commit, versions
@@ -37,7 +37,7 @@ def first_config(i: Inputs, run: RunDir) -> dict[str, Any]:
         "num_parameters": Layout(i.cfg).num_parameters,
         "data": i.describe(),
         "data_guards": i.guards(),
-        "data_folders": {side.name: str(side.folder.resolve()) for side in i.audit},
+        "data_folders": {side.name: str(real(side.folder)) for side in i.audit},
         "versions": versions(),
         "git_commit": git_commit(),
         "code_sha256": code_sha256(),

@@ -168,9 +168,7 @@ class RunDir:
         # Without metadata there is nothing that could say so.
         removed = [p for p in found if p not in kept and metadata_of(p).is_file()]
         for path in removed:
-            facts = read_json(metadata_of(path))
-            if not isinstance(facts, dict):
-                raise MalformedFile(f"{metadata_of(path)}: no object; restore the file, or remove it")
+            facts = _facts(metadata_of(path))
             # First: a file that is gone without this word is missing.
             write_json(metadata_of(path), {**facts, REMOVED: step})
             shutil.rmtree(self.adapter_of(path), ignore_errors=True)
@@ -194,7 +192,7 @@ class RunDir:
 
     def epochs(self) -> list[dict[str, Any]]:
         """Read the metadata of all epochs that had a checkpoint, in order. Raises MalformedFile."""
-        return [read_json(metadata_of(checkpoint)) for checkpoint in self._epochs()]
+        return [_facts(metadata_of(checkpoint)) for checkpoint in self._epochs()]
 
     def _epochs(self) -> list[Path]:
         """List the checkpoints of all epochs that have metadata, oldest first, whether they are there or not."""
@@ -290,6 +288,19 @@ def _states_in(folder: Path) -> list[Path]:
 def metadata_of(checkpoint: Path) -> Path:
     """Name the metadata beside a checkpoint."""
     return checkpoint.with_suffix(".metadata.json")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Read the metadata of a checkpoint, with the numbers that a run goes by. Raises InputNotFound, MalformedFile."""
+    facts = read_json(path)
+    if not isinstance(facts, dict):
+        raise MalformedFile(f"{path}: holds {short(facts)}, not an object; restore the file, or remove it")
+    for key, kinds in {"epoch": (int,), "step": (int,), "val_loss": (int, float)}.items():
+        if type(facts.get(key)) not in kinds:
+            raise MalformedFile(
+                f"{path}: {key} = {short(facts.get(key))} is no number; restore the file, or remove it"
+            )
+    return facts
 
 
 def interrupted(run: RunDir, step: int, failed: CallbackFailed | None) -> Interrupted | CallbackFailed:

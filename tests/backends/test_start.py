@@ -128,6 +128,18 @@ def test_settings_with_which_nothing_can_be_computed(name: str, value: str, said
     assert done.stderr.count("\n") == 1
 
 
+def test_a_folder_does_not_set_numba(tmp_path: Path) -> None:
+    """Its cache_dir would name pickles of whoever made the folder."""
+    (tmp_path / ".numba_config.yaml").write_text("cache_dir: cache\n")
+    code = "import sys; from apr.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "plan", "--model=llama-demo", "--seq-length=16", "--device=cpu"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (8, "")
+    assert f"{tmp_path}/.numba_config.yaml: a folder must not say how Numba computes" in done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "threads"),
     [

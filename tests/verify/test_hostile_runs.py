@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from apr.cli.main import main
+from apr.common.errors import MalformedFile
 from apr.evidence.seal import compare, hashes, seal
+from apr.training.rundir import RunDir
 from run_cases import cache, place, pretrain  # noqa: F401
 
 FILES = [
@@ -165,3 +167,40 @@ def test_entries_of_any_type(run: Path, true_run: Path, name: str, capsys) -> No
             assert "\x1b[2J" not in said, (what, trail, new)
         shutil.rmtree(run)
         shutil.copytree(true_run, run)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        '"x"',
+        "[]",
+        "{}",
+        '{"epoch": 1, "step": 4, "val_loss": "5"}',
+        '{"epoch": true, "step": 4, "val_loss": 5}',
+    ],
+)
+def test_damaged_metadata_of_a_run_that_goes_on_is_named(tmp_path: Path, facts: str) -> None:
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt/epoch-001.metadata.json").write_text(facts)
+    with pytest.raises(MalformedFile, match=r"epoch-001\.metadata\.json: .*restore the file"):
+        RunDir(tmp_path).epochs()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["report", "r", "-o", "circle"],
+        ["tokenize", "encode-corpus", "circle", "--tokenizer", "t", "-o", "o"],
+        ["tokenize", "encode-corpus", "t", "--tokenizer", "t", "-o", "circle"],
+        ["pretrain", "--mix", "corpus=circle weight=1; corpus=t weight=1", "--model", "llama-demo"],
+    ],
+)
+def test_a_link_in_a_circle_is_named(
+    call: list[str], true_run: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(true_run, "r")
+    Path("circle").symlink_to("circle")
+    Path("t").mkdir()
+    assert main(call) not in (0, 1)
+    assert capsys.readouterr().err.startswith(f"apr {call[0]}: ")

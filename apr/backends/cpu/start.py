@@ -17,12 +17,19 @@ from ...common.host import cores
 from ...common.printable import printable
 from ...common.temporary import private_temporary
 
+# Settings of Numba in the working folder, and among them where compiled kernels lie: files that Numba runs as it reads them.
+SETTINGS_FILE = ".numba_config.yaml"
+if os.path.lexists(SETTINGS_FILE):
+    raise DeviceError(
+        f"{os.path.abspath(SETTINGS_FILE)}: a folder must not say how Numba computes, or where its compiled kernels lie: "
+        "whoever made the folder could run code here; run apr in another folder, or give its settings as NUMBA_ variables"
+    )
+
 
 def settings():
     """Name the settings of Numba that this process was given, for a message."""
     names = [name for name in sorted(os.environ) if name.startswith("NUMBA_") and name != "NUMBA_CACHE_DIR"]
     given = [f"{name}={os.environ[name]}" for name in names]
-    given += [".numba_config.yaml in this folder"] if os.path.exists(".numba_config.yaml") else []
     return f"; unset {' and '.join(given)}" if given else ""
 
 

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from ...common.errors import Interrupted, UsageError
+from ...common.files import real
 from ...common.options import json_option, option, parse
 from ...common.rounding import ceil_div
 from ...common.shell import word
@@ -174,9 +175,9 @@ def described(f: Flags) -> dict[str, Any]:
 
 def _apart(f: Flags) -> None:
     """Raise UsageError where the output would lie among the input, or over a tokenizer."""
-    out = Path(f.output).resolve()
+    out = real(f.output)
     for given in f.inputs:
-        folder = Path(given).resolve()
+        folder = real(given)
         if folder.is_dir() and out.is_relative_to(folder):
             raise UsageError(
                 f"-o {f.output} lies in {given}, which is read: the next encoding would read it too; choose another"
