@@ -41,10 +41,6 @@ HEADER = struct.Struct("<4sBBHIQIQQI20s")
 ALIGN = 64  # bytes
 MAX_METADATA = 16 << 20  # bytes
 MAX_NAME, MAX_NDIM = 256, 8
-# that a thread reads, and that it holds at a time, to check a file's CRC
-PART_BYTES, PIECE_BYTES = 64 << 20, 1 << 20
-MAX_READERS = 16  # threads
-MAX_WAITING = 8  # pieces that are written and not in the checksum yet
 
 DTYPES: dict[int, np.dtype[Any]] = {
     0: np.dtype(np.float32),
