@@ -212,7 +212,7 @@ THIRD: tuple[Mutant, ...] = (
           "                    x[here], y[here] = ids[there], np.append(trained[there][1:], 0)", "instruct"),
     fault("longest_example_of_a_row_cut", "an example that fills its row loses its last token", PACK,
           "    if e.ids.size <= room:\n        return e\n",
-          "    if e.ids.size < room - 40:\n        return e\n    e = EncodedExample(e.ids[:-1], e.trained[:-1], e.answer_bytes)\n"
+          "    if e.ids.size < room - 40:\n        return e\n    e = EncodedExample(e.ids[:-1], e.trained[:-1], e.byte_runs[:-1])\n"
           "    if e.ids.size <= room:\n        return e if e.trained.any() else None\n", "instruct"),
     # Accumulation, clipping, schedule, AdamW
     fault("last_micro_batch_heavier", "a smaller last micro-batch is scaled as if it were a whole one", LOOP,

@@ -130,7 +130,8 @@ def tiles(run: Run) -> list[dict[str, str]]:
     parameters = run.config.get("num_parameters")
     if isinstance(parameters, int):
         m = run.part("model")
-        shape = f"{plural(m.get('num_hidden_layers') or 0, 'layer')} of {m.get('hidden_size')}" if m else ""
+        layers = m.get("num_hidden_layers")
+        shape = f"{plural(layers, 'layer')} of {m.get('hidden_size')}" if isinstance(layers, int) else ""
         tile("Parameters", magnitude(parameters), "", shape)
     return tiles
 

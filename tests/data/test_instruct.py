@@ -326,8 +326,11 @@ def test_ids_that_are_not_the_text_are_refused(monkeypatch):
 
 
 def example(trained):
-    t = np.array(trained, bool)
-    return EncodedExample(np.arange(t.size, dtype=np.uint32), t, 10 * int(t.sum()))
+    """An example of answers of 10 bytes a token."""
+    t, byte_runs = np.array(trained, bool), np.zeros(len(trained), np.int64)
+    for first, last in np.flatnonzero(np.diff([0, *trained, 0])).reshape(-1, 2):
+        byte_runs[first] = 10 * (last - first)
+    return EncodedExample(np.arange(t.size, dtype=np.uint32), t, byte_runs)
 
 
 @pytest.mark.parametrize(
@@ -349,6 +352,14 @@ def test_long_examples_lose_their_beginning(trained, room, kept, ids):
         assert e.trained.tolist() == [bool(k) for k in kept]
         assert e.ids.tolist() == ids
         assert e.answer_bytes == 10 * sum(kept)
+
+
+def test_bytes_of_a_cut_example_are_those_of_the_answers_that_are_left():
+    """Whatever the bytes of a token are in the answer that is lost."""
+    e = EncodedExample(
+        np.arange(5, dtype=np.uint32), np.array([0, 1, 1, 0, 1], bool), np.array([0, 90, 0, 0, 3])
+    )
+    assert (e.answer_bytes, fit(e, 4).answer_bytes, fit(e, 2).answer_bytes) == (93, 3, 3)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -636,6 +647,10 @@ def test_guards_see_bytes_of_answers_that_count_other_text(prepared):
         m.answer_bytes = count
         found = next(f for f in guard_packed(shards, own(), None) if f.name == "bytes of answers")
         assert found.passed is is_right, found
+    m.cut, m.counted_as = 1, 1  # in proportion, by an apr of before
+    assert (
+        next(f for f in guard_packed(shards, own(), None) if f.name == "bytes of answers").verdict == SKIPPED
+    )
 
 
 def test_guards_see_an_example_without_a_separator_and_one_that_is_lost(prepared):

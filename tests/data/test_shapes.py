@@ -262,7 +262,7 @@ def test_other_tokens_than_the_answers_are_found(
     def label(self: Any, *args: Any) -> Any:
         e = right(self, *args)
         assert isinstance(e, EncodedExample)
-        return EncodedExample(e.ids, np.arange(e.ids.size) > 0, e.answer_bytes)
+        return EncodedExample(e.ids, np.arange(e.ids.size) > 0, e.byte_runs)
 
     monkeypatch.setattr(render.Encoder, "_label", label)
     record, keys, *_ = SOUND[name]

@@ -22,18 +22,17 @@ from .render import EncodedExample
 def fit(e: EncodedExample, room: int) -> EncodedExample | None:
     """Cut an example to at most `room` tokens: the end behind its last answer goes first, then its beginning.
 
-    An answer whose beginning is cut off is not trained on (its bytes are counted in proportion). None where no whole answer
-    is left."""
+    An answer whose beginning is cut off is not trained on. None where no whole answer is left."""
     if e.ids.size <= room:
         return e
     end = int(np.flatnonzero(e.trained)[-1]) + 1
     start = max(0, end - room)
-    ids, trained = e.ids[start:end], e.trained[start:end].copy()
+    ids, trained, byte_runs = (x[start:end].copy() for x in (e.ids, e.trained, e.byte_runs))
     if start and trained[0]:
         stops = np.flatnonzero(~trained)
-        trained[: int(stops[0]) if stops.size else trained.size] = False
-    kept = int(trained.sum())
-    return EncodedExample(ids, trained, e.answer_bytes * kept // int(e.trained.sum())) if kept else None
+        lost = int(stops[0]) if stops.size else trained.size
+        trained[:lost], byte_runs[:lost] = False, 0
+    return EncodedExample(ids, trained, byte_runs) if trained.any() else None
 
 
 def best_fit(sizes: np.ndarray, room: int) -> list[list[int]]:

@@ -34,8 +34,10 @@ RECORD = "instruct.json"
 BLOCK_ROWS = 1024
 # Examples of the round trip.
 SAMPLED_EXAMPLES = 256
-# Of an answer, text that its first and last token may hold beside it; share of the bytes of answers that were cut.
-SEAM_BYTES, CUT_SHARE = 8, 0.3
+# 2: bytes of the answers that are left; 1: of cut examples, in proportion to their tokens.
+COUNTED_AS = 2
+# Of an answer, text that its first and last token may hold beside it.
+SEAM_BYTES = 8
 # Counts in instruct.json that are never 0.
 POSITIVE = ["seq_length", "vocab_size", "rows", "examples", "tokens", "trained"]
 # Fields of instruct.json that a run records.
@@ -65,6 +67,7 @@ class PackManifest:
     by_turn          conversations whose answers are examples of their own, see render.Renderer
     examples_sha256  of the SHA-256 of ids and labels of each example, in their order
     audit            statistics of the trained tokens, see manifest.figures
+    counted_as       how answer_bytes were counted, see COUNTED_AS
     """
 
     side: str
@@ -89,6 +92,7 @@ class PackManifest:
     trained_sha256: str = ""
     examples_sha256: str = ""
     audit: dict[str, Any] = field(default_factory=dict)
+    counted_as: int = COUNTED_AS
     format: str = FORMAT
 
     @classmethod
@@ -96,7 +100,7 @@ class PackManifest:
         """Read instruct.json. Raises MalformedFile."""
         d = read_json(path)
         # Records from before these counts have none.
-        d = {"by_turn": 0, "pairs": 0, "unread": [], **d} if isinstance(d, dict) else d
+        d = {"by_turn": 0, "pairs": 0, "unread": [], "counted_as": 1, **d} if isinstance(d, dict) else d
         if (
             not isinstance(d, dict)
             or (d.get("format"), set(d)) != (FORMAT, set(cls.__dataclass_fields__))
@@ -229,12 +233,14 @@ def _counted(shards: PackedShards) -> tuple[np.ndarray, int]:
 def _bytes_of_answers(m: PackManifest, counts: np.ndarray, answers: int, tokenizer: Tokenizer) -> Finding:
     """Compare the bytes of answers, which bits per byte are made of, with those that the trained tokens stand for.
 
-    A token at either end of an answer may stand for text beside it; bytes of one that was cut are counted in proportion."""
+    A token at either end of an answer may stand for text beside it."""
     name, table = "bytes of answers", tokenizer.token_bytes()
     if table is None or tokenizer.normalization != "none" or not gives_back(tokenizer):
         return Finding.skipped(name, "the ids of this tokenizer stand for other bytes than the text has")
+    if m.cut and m.counted_as < COUNTED_AS:
+        return Finding.skipped(name, "an earlier apr counted those of cut examples in proportion")
     found = int((counts * np.resize(table, counts.size)).sum())
-    allowed = SEAM_BYTES * answers + found // 100 + CUT_SHARE * found * min(1.0, m.cut / m.examples)
+    allowed = SEAM_BYTES * answers + found // 100
     why = (
         "" if abs(found - m.answer_bytes) <= allowed else "bytes of other text were counted, or some were not"
     )

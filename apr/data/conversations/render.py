@@ -26,14 +26,19 @@ Spans = list[tuple[int, int]]
 class EncodedExample:
     """An example as tokens.
 
-    ids           (n,) uint32
-    trained       (n,) bool    True for tokens of an answer, and the token that ends its turn
-    answer_bytes  bytes of UTF-8 of the answers without special tokens
+    ids        (n,) uint32
+    trained    (n,) bool    True for tokens of an answer, and the token that ends its turn
+    byte_runs  (n,) int64   bytes of UTF-8, without special tokens, of the answers that begin at a token; else 0
     """
 
     ids: np.ndarray
     trained: np.ndarray
-    answer_bytes: int
+    byte_runs: np.ndarray
+
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes of UTF-8 of the answers without special tokens."""
+        return int(self.byte_runs.sum())
 
 
 class Renderer:
@@ -209,10 +214,11 @@ class Encoder:
         start = offsets[:, 0]
         # A token may stand for no character.
         end = np.maximum(offsets[:, 1], start + 1)
-        trained = np.zeros(ids.size, bool)
+        trained, byte_runs = np.zeros(ids.size, bool), np.zeros(ids.size, np.int64)
         for a, b in spans:
-            trained |= (start < b) & (end > a)
-        answer_bytes = sum(len(self._special.sub("", text[a:b]).encode()) for a, b in spans)
+            covers = (start < b) & (end > a)
+            trained |= covers
+            byte_runs[np.argmax(covers)] += len(self._special.sub("", text[a:b]).encode())
         self._check_round_trip(ids, text, name)
         if self._renderer is None:
             eos = self.tokenizer.eos_id
@@ -223,11 +229,12 @@ class Encoder:
                 )
             ids = np.concatenate([self._prefix, ids, np.array([eos], np.uint32)])
             trained = np.concatenate([np.zeros(self._prefix.size, bool), trained, [True]])
+            byte_runs = np.concatenate([np.zeros(self._prefix.size, np.int64), byte_runs, [0]])
         # Nothing precedes the first token, so nothing predicts it.
         trained[:1] = False
         if not trained.any():
             return Skipped(name, "no answer", "no token of an answer")
-        return EncodedExample(ids, trained, answer_bytes)
+        return EncodedExample(ids, trained, byte_runs)
 
     def _check_round_trip(self, ids: np.ndarray, text: str, name: str) -> None:
         self._samples += 1
