@@ -37,7 +37,8 @@ SECOND: tuple[Mutant, ...] = (
     # Data and labels
     fault("ends_of_answers_ignored", "the token that ends an answer is ignored, as padding is", RENDER,
           "        self._check_round_trip(ids, text, name)\n",
-          "        trained &= ids != self.tokenizer.eos_id\n        self._check_round_trip(ids, text, name)\n", "instruct", T_DATA),
+          "        trained &= ids != self.tokenizer.eos_id\n        self._check_round_trip(ids, text, name)\n", "instruct",
+          T_DATA),
     fault("ends_of_documents_ignored", "the token that ends a document is ignored, as padding is", BATCHES,
           "ids, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])",
           "ids = np.ascontiguousarray(rows[:, :-1])\n"

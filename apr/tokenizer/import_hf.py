@@ -19,12 +19,11 @@ from ..common.files import parse_json, read_text, short
 from ..common.hub import download, is_hub
 from ..common.units import plural
 from .families import FAMILIES, Family
+from .stated import ADDED, CONFIG, SPECIAL, named_special
 from .tokenizer import Tokenizer, eos_of_config
 from .vocab_format import added_tokens, check_id, steps, vocabulary_ids
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
-CONFIG, ADDED, SPECIAL = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
-
 
 # Two spaces, a line end, a tab, indentation, digits, other scripts, a combining accent: whatever drops one of these is noticed.
 PROBE = "if x:  # 1234\r\n\treturn  'caf\u00e9 e\u0301 \u4e2d\u6587 \U0001f600'\n\n    don't "
@@ -139,6 +138,12 @@ def _from_tokenizer_json(files: _Files, fields: dict[str, Any], family: str | No
             f"{files.folder / files.main}: {difference} is not that of family {family}; name another or none"
         )
     extra = [stated[i] for i in sorted(stated.keys() - own)]
+    model = fields.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    named = named_special(files.objects, vocab).items()
+    extra += [
+        _added(i, content, True, flags) for content, (i, flags) in named if i not in own | stated.keys()
+    ]
     if not extra:
         return files.texts[files.main], family
     merged = {**fields, "added_tokens": [*(fields.get("added_tokens") or []), *extra]}

@@ -1,8 +1,9 @@
-"""Compare a tokenizer.json with the added tokens that the files beside it state."""
+"""The added tokens that files beside a tokenizer.json state, or name as special."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,48 @@ from ..common.errors import Refused
 from ..common.files import parse_json, read_text, short
 from ..common.shell import word
 
-CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
+CONFIG, ADDED, SPECIAL = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
+
+
+def named_special(
+    objects: Mapping[str, dict[str, Any]], vocab: Any
+) -> dict[str, tuple[int, dict[str, bool]]]:
+    """Collect the tokens of a vocabulary that the files name as special, by content: id, and the flags that they give.
+
+    One that is no added token is cut up as ordinary text, and transformers makes each of them one. objects: by names of files."""
+    out: dict[str, tuple[int, dict[str, bool]]] = {}
+    for name in (CONFIG, SPECIAL):
+        for key, value in objects.get(name, {}).items():
+            if not key.endswith(("_token", "special_tokens")):
+                continue
+            is_table = isinstance(value, dict) and "content" not in value
+            for token in value.values() if is_table else value if isinstance(value, list) else [value]:
+                content, flags = (token.get("content"), token) if isinstance(token, dict) else (token, {})
+                if isinstance(content, str) and isinstance(vocab, dict) and type(vocab.get(content)) is int:
+                    is_flag = {k: v for k, v in flags.items() if isinstance(v, bool)}
+                    out.setdefault(content, (vocab[content], is_flag))
+    return out
 
 
 def check_stated(fields: dict[str, Any], path: Path) -> None:
     """Raise Refused, naming the command that joins the files, for an added token that tokenizer.json lacks: its text would be
     other ids than transformers makes of it."""
     own = {t.get("content") for t in fields.get("added_tokens") or [] if isinstance(t, dict)}
-    for name in (CONFIG, ADDED):
+    vocab = fields["model"].get("vocab") if isinstance(fields.get("model"), dict) else None
+    for name in (CONFIG, ADDED, SPECIAL):
         beside = path.with_name(name)
         if not os.path.lexists(beside):
             continue
         d = parse_json(read_text(beside), str(beside), unique=True)
-        stated = d if name == ADDED else d.get("added_tokens_decoder") or {}
-        contents = (
-            stated if name == ADDED else (t.get("content") for t in stated.values() if isinstance(t, dict))
-        )
+        stated = {} if name == SPECIAL else d if name == ADDED else d.get("added_tokens_decoder") or {}
+        contents = [
+            *(
+                stated
+                if name == ADDED
+                else (t.get("content") for t in stated.values() if isinstance(t, dict))
+            ),
+            *named_special({name: d}, vocab),
+        ]
         if lost := next((c for c in contents if c not in own), None):
             raise Refused(
                 f"{beside}: states the added token {short(lost)}, which {path.name} lacks; join the files: "

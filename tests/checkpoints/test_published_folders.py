@@ -229,6 +229,31 @@ def test_an_added_token_that_another_file_states_is_one_however_the_folder_is_op
     assert Tokenizer.from_file(folder)
 
 
+def test_a_token_of_the_vocabulary_that_is_named_special_is_an_added_one(tmp_path):
+    """As in transformers 5.24, where each of these gave the id of the vocabulary; a chat template writes them."""
+    folder, tokenizer = written(replace(CFG, vocab_size=300), tmp_path / "model"), gpt2_like()
+    tokenizer["model"]["vocab"]["<|user|>"] = user = tokenizer["added_tokens"][0]["id"]
+    tokenizer["added_tokens"][0]["id"] += 1
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    flags = {"content": "<|user|>", "lstrip": True, "normalized": False}
+    for name, named, is_stripped in (
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|user|>"], "add_bos_token": False}, False),
+        ("tokenizer_config.json", {"pad_token": "<|user|>"}, False),
+        ("tokenizer_config.json", {"extra_special_tokens": {"user": "<|user|>"}}, False),
+        ("tokenizer_config.json", {"mask_token": flags}, True),
+        ("special_tokens_map.json", {"additional_special_tokens": [flags]}, True),
+    ):
+        (folder / name).write_text(json.dumps(named))
+        opened = open_any(str(folder)).tokenizer
+        token = next(t for t in json.loads(opened.json)["added_tokens"] if t["content"] == "<|user|>")
+        assert (token["id"], token["special"], token["lstrip"]) == (user, True, is_stripped)
+        assert opened.encode_marked("he<|user|>").tolist()[-1] == user
+        with pytest.raises(Refused, match=rf"{name}: .*'<\|user\|>', which tokenizer.json lacks"):
+            Tokenizer.from_file(folder)
+        (folder / name).unlink()
+    assert Tokenizer.from_file(folder).encode_marked("he<|user|>").tolist()[-1] != user
+
+
 def test_files_of_a_tokenizer_that_contradict_each_other_keep_nobody_from_the_weights(folder):
     (folder / "tokenizer.json").write_text(json.dumps(gpt2_like()))
     (folder / "added_tokens.json").write_text(json.dumps({"<think>": 258}))
