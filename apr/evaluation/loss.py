@@ -15,6 +15,7 @@ import numpy as np
 from ..common.atomic import write_figure
 from ..common.errors import AprError, Refused, UsageError
 from ..common.rounding import ceil_div
+from ..common.units import plural
 from ..data.corpus import Corpus
 from ..data.cut import Cutter
 from ..data.documents import Document, LongDocument
@@ -61,7 +62,7 @@ def check_sums(sums: Sums, scored_bytes: int) -> None:
     """Require what figures are made of to agree with sums made apart: bytes of the scored tokens (0: not counted by token), and
     the squared standard error, sum w (x - mean)^2 over the windows, x their means and w their tokens squared. Raises AprError."""
     if scored_bytes and sums.bytes != scored_bytes:
-        raise AprError(f"{sums.bytes:,} bytes were counted for tokens that stand for {scored_bytes:,}")
+        raise AprError(f"{plural(sums.bytes, 'byte')} counted for tokens that stand for {scored_bytes:,}")
     w, each = sums.windows, list(zip(sums.window_nats, sums.window_tokens, strict=True))
     if w < 2 or sums.stderr is None:
         return

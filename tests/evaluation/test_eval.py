@@ -284,7 +284,7 @@ def test_sums_that_do_not_agree_with_others_are_refused():
 
     loss.check_sums(summed(), 50)
     loss.check_sums(summed(), 0)
-    with pytest.raises(AprError, match="50 bytes were counted for tokens that stand for 51"):
+    with pytest.raises(AprError, match="50 bytes counted for tokens that stand for 51"):
         loss.check_sums(summed(), 51)
     wrong = summed()
     wrong.windows = 40
