@@ -8,7 +8,7 @@ from ..common.errors import Refused
 from ..common.files import short
 from ..common.units import plural
 from ..tokenizer.tokenizer import Tokenizer
-from ..tokenizer.vocab_format import FALLBACK_BYTES, SPACE_MARK
+from ..tokenizer.vocab_format import FALLBACK_BYTES, SPACE_MARK, pattern_of, steps
 
 OTHERWISE = "export --format hf"
 # Options of the model that llama.cpp does not have. ignore_merges belongs to its rule llama-bpe, which gguf_vocab names.
@@ -31,8 +31,8 @@ def check_rules(fields: dict[str, Any], is_sentencepiece: bool, source: str) -> 
         return
     if model.get("ignore_merges"):
         raise _refused(source, "model.ignore_merges = true")
-    for key, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        for step in flat_steps(fields.get(key), inner):
+    for key in ("normalizer", "pre_tokenizer"):
+        for step in steps(fields.get(key), f"{source}: {key}"):
             if not _puts_marks(step):
                 raise _refused(source, f"{key} {step.get('type')!r}")
     absent = sorted(set(FALLBACK_BYTES) - model["vocab"].keys())
@@ -77,18 +77,3 @@ def added_around(tokenizer: Tokenizer, bos_id: int | None, source: str) -> tuple
             f"{after} behind; a GGUF file can say that {bos} comes before and {tokenizer.eos_id} behind: {OTHERWISE}"
         )
     return (before[0] if before else None), (after[0] if after else None)
-
-
-def pattern_of(step: dict[str, Any]) -> str | None:
-    """Read the pattern of a Split or Replace step."""
-    pattern = step.get("pattern")
-    return pattern.get("Regex", pattern.get("String")) if isinstance(pattern, dict) else None
-
-
-def flat_steps(node: Any, key: str) -> list[dict[str, Any]]:
-    """Flatten a normalizer or pre-tokenizer to a list."""
-    if not isinstance(node, dict):
-        return []
-    if node.get("type") == "Sequence":
-        return [s for part in node.get(key) or [] for s in flat_steps(part, key)]
-    return [node]

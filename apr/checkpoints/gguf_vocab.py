@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..common.errors import MalformedFile, Refused
+from ..common.errors import AprError, MalformedFile, Refused
 from ..common.files import parse_json, short
 from ..common.units import plural
 from ..tokenizer.families import FAMILIES, SPLIT, SPLIT_QWEN
 from ..tokenizer.tokenizer import Tokenizer, library_spelling
-from ..tokenizer.vocab_format import BYTE_LEVEL, FALLBACK_BYTES, SENTENCEPIECE, SPACE_MARK
-from .gguf_rules import OTHERWISE, added_around, check_rules, flat_steps, pattern_of
+from ..tokenizer.vocab_format import BYTE_LEVEL, FALLBACK_BYTES, SENTENCEPIECE, SPACE_MARK, pattern_of, steps
+from .gguf_rules import OTHERWISE, added_around, check_rules
 
 # Sum of the squares of the lengths of all tokens, which are split at every place; vocabularies in use have 1/50 of it.
 MAX_SPLIT_CHARACTERS = 1 << 30
@@ -111,14 +111,14 @@ def _merges(model: dict[str, Any]) -> list[list[str]]:
 
 def _pre(fields: dict[str, Any], source: str) -> str:
     """Find llama.cpp's name for the rule that cuts text."""
-    for step in flat_steps(fields.get("normalizer"), "normalizers"):
+    for step in steps(fields.get("normalizer"), f"{source}: normalizer"):
         if step.get("type") != "NFC":  # llama.cpp normalizes nothing; text is nearly always in NFC already
             raise Refused(
                 f"{source}: normalizer {step.get('type')!r}: llama.cpp has none; export --format hf"
             )
-    steps = flat_steps(fields.get("pre_tokenizer"), "pretokenizers")
-    rule = [(s.get("type"), pattern_of(s)) for s in steps]
-    last = steps[-1] if steps else {}
+    cuts = list(steps(fields.get("pre_tokenizer"), f"{source}: pre_tokenizer"))
+    rule = [(s.get("type"), pattern_of(s)) for s in cuts]
+    last = cuts[-1] if cuts else {}
     whole = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
     regex = last.get("use_regex", True)
     looks_up = bool(fields["model"].get("ignore_merges"))
@@ -127,14 +127,14 @@ def _pre(fields: dict[str, Any], source: str) -> str:
             f"{source}: model.ignore_merges is true, and llama.cpp looks up whole words under its rule llama-bpe alone; "
             f"{OTHERWISE}"
         )
-    if whole and not regex and len(rule) == 2 and steps[0].get("behavior") == "Isolated":
+    if whole and not regex and len(rule) == 2 and cuts[0].get("behavior") == "Isolated":
         if rule[0] == ("Split", SPLIT_QWEN):
             return "qwen2"
         if rule[0] == ("Split", SPLIT):  # one rule, with and without looking up whole words before merging
             return "llama-bpe" if looks_up else "dbrx"
     if whole and regex and len(rule) == 1:
         return "gpt-2"
-    if whole and regex and len(rule) == 2 and rule[0][0] == "Digits" and steps[0].get("individual_digits"):
+    if whole and regex and len(rule) == 2 and rule[0][0] == "Digits" and cuts[0].get("individual_digits"):
         return "smollm"
     raise Refused(
         f"{source}: cuts text by {rule}, a rule for which apr knows no pre-tokenizer of llama.cpp; export --format hf"
@@ -143,11 +143,12 @@ def _pre(fields: dict[str, Any], source: str) -> str:
 
 def is_qwen2(text: str) -> bool:
     """True for a tokenizer.json that normalizes and cuts text as Qwen2's does."""
-    fields = parse_json(text, "tokenizer.json")
-    normal = [s.get("type") for s in flat_steps(fields.get("normalizer"), "normalizers")]
+    source = "tokenizer.json"
+    fields = parse_json(text, source)
     try:
-        return normal == ["NFC"] and _pre(fields, "tokenizer.json") == "qwen2"
-    except Refused:
+        normal = [s["type"] for s in steps(fields.get("normalizer"), source)]
+        return normal == ["NFC"] and _pre(fields, source) == "qwen2"
+    except AprError:
         return False
 
 

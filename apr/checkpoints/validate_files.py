@@ -304,13 +304,11 @@ def hf_rows(checks: Checklist, subject: Subject, path: Path) -> None:
     )
     checks.ask("json files", "readable", texts, FILE)
     checks.ask("config complete", "every size and switch is stated, none contradicts another", config)
-    tokenizer = folder / "tokenizer.json"
-    if os.path.lexists(tokenizer):
-        try:
-            found = read_tokenizer(folder)
-            subject.tokenizer_json = found[0] if found else None
-        except AprError as e:
-            subject.notes["tokenizer"] = str(e)
+    try:
+        found = read_tokenizer(folder)
+        subject.tokenizer_json = found[0] if found else None
+    except AprError as e:
+        subject.notes["tokenizer"] = str(e)
 
 
 # --- a GGUF file ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from ..tokenizer.tokenizer import Tokenizer
 from .shards import TokenShards
 
 NAME = "bytes of ids = bytes of text"
+OTHER_BYTES = "the ids of this tokenizer stand for other bytes than the text has"
 # Texts that a tokenizer with a prefix space, or with tokens that swallow white space, spells with other bytes.
 PROBES = ("a", " a", "a  \n", "\n\n  a b\t", "")
 
@@ -21,18 +22,23 @@ def conserved(shards: TokenShards, counts: np.ndarray, tokenizer: Tokenizer) -> 
 
     counts (V,) int64: occurrences of each id"""
     bound = f"{shards.total_bytes:,}"
-    table = tokenizer.token_bytes()
-    if table is None or tokenizer.normalization != "none" or not gives_back(tokenizer):
-        return Finding.skipped(
-            NAME, "the ids of this tokenizer stand for other bytes than the text has", bound
-        )
-    found = int((counts.astype(np.int64) * table).sum())
+    found = bytes_of(counts, tokenizer)
+    if found is None:
+        return Finding.skipped(NAME, OTHER_BYTES, bound)
     why = (
         ""
         if found == shards.total_bytes
         else "text was lost, doubled or replaced between the reader and the shards"
     )
     return Finding.of(NAME, found == shards.total_bytes, f"{found:,}", bound, why)
+
+
+def bytes_of(counts: np.ndarray, tokenizer: Tokenizer) -> int | None:
+    """Add up the bytes of text that ids stand for, counts (V,) of each; None where that is not what the text has."""
+    table = tokenizer.token_bytes()
+    if table is None or tokenizer.normalization != "none" or not gives_back(tokenizer):
+        return None
+    return int((counts.astype(np.int64) * table).sum())
 
 
 def gives_back(tokenizer: Tokenizer) -> bool:

@@ -19,7 +19,7 @@ from ..common.files import parse_json, read_text, short
 from ..common.hub import download, is_hub
 from ..common.units import plural
 from .families import FAMILIES, Family
-from .stated import ADDED, CONFIG, SPECIAL, named_special
+from .stated import ADDED, CONFIG, SPECIAL, named_special, vocabulary_of
 from .tokenizer import Tokenizer, eos_of_config
 from .vocab_format import added_tokens, check_id, steps, vocabulary_ids
 
@@ -138,11 +138,11 @@ def _from_tokenizer_json(files: _Files, fields: dict[str, Any], family: str | No
             f"{files.folder / files.main}: {difference} is not that of family {family}; name another or none"
         )
     extra = [stated[i] for i in sorted(stated.keys() - own)]
-    model = fields.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    named = named_special(files.objects, vocab).items()
+    vocab, taken = vocabulary_of(fields), own | stated.keys()
     extra += [
-        _added(i, content, True, flags) for content, (i, flags) in named if i not in own | stated.keys()
+        _added(vocab[content], content, True, flags)
+        for content, flags in named_special(files.objects).items()
+        if type(vocab.get(content)) is int and vocab[content] not in taken
     ]
     if not extra:
         return files.texts[files.main], family
@@ -167,10 +167,9 @@ def _rules_differ(fields: dict[str, Any], family: Family, source: str) -> str | 
 
 
 def _is_of(fields: dict[str, Any], stated: dict[int, dict[str, Any]], family: Family, source: str) -> bool:
-    model = fields.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
+    vocab = vocabulary_of(fields)
     return (
-        isinstance(vocab, dict)
+        bool(vocab)
         and len(vocab) == family.base
         and {i: t["content"] for i, t in stated.items()} == {i: c for i, (c, _) in family.added.items()}
         and _rules_differ(fields, family, source) is None
@@ -260,7 +259,7 @@ def _stated(files: _Files, family: str | None) -> dict[int, dict[str, Any]]:
 
     Raises Refused, naming both sides: two files, or a file and the family, contradict each other."""
     special = {content for content, s in FAMILIES[family].added.values() if s} if family else set()
-    special |= _named_special(files.objects.get(SPECIAL, {}))
+    special |= named_special({SPECIAL: files.objects.get(SPECIAL, {})}).keys()
     by_file = {name: _of_file(name, d, files.folder / name, special) for name, d in files.objects.items()}
     out: dict[int, dict[str, Any]] = {}
     # Key: an id or a content. Value: the first file that pairs an id with a content.
@@ -322,13 +321,6 @@ def _added(i: int, content: str, special: bool, flags: dict[str, Any] | None = N
         "normalized": flags.get("normalized", not special),
         "special": special,
     }
-
-
-def _named_special(d: dict[str, Any]) -> set[str]:
-    """Collect the tokens that a special_tokens_map.json names, as strings, objects or lists of them."""
-    values: list[Any] = [v for value in d.values() for v in (value if isinstance(value, list) else [value])]
-    contents = [v.get("content") if isinstance(v, dict) else v for v in values]
-    return {c for c in contents if isinstance(c, str)}
 
 
 def _made(source: str, files: _Files, family: str | None, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -191,7 +191,7 @@ class _Encoder:
     @property
     def space_mark_undone(self) -> bool:
         return _has(self.decoders, "Metaspace") or any(
-            s["type"] == "Replace" and SPACE_MARK in _pattern(s) for s in self.decoders
+            s["type"] == "Replace" and SPACE_MARK in pattern_of(s) for s in self.decoders
         )
 
 
@@ -394,7 +394,7 @@ def _factor(step: dict[str, Any]) -> int:
     return 1 + len(content)  # an expression may match between any two characters
 
 
-def _pattern(step: dict[str, Any]) -> str:
+def pattern_of(step: dict[str, Any]) -> str:
     """Read the pattern of a Replace or Split step, given as {"String": ...} or {"Regex": ...}."""
     pattern = step.get("pattern")
     return str(next(iter(pattern.values()), "")) if isinstance(pattern, dict) else ""

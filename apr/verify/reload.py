@@ -117,11 +117,9 @@ def differences(run: Path, r: Recorded) -> str:
 
 def _checkpoint_difference(run: Path, r: Recorded) -> str:
     sha, want = checkpoint_sha(r.checkpoint), r.metadata.get("weights_sha")
-    return (
-        ""
-        if sha == want
-        else f"{r.checkpoint.name} has the weights {sha[:12]}, the device had {str(want)[:12]}"
-    )
+    if sha != want:
+        return f"{r.checkpoint.name} has the weights {sha[:12]}, the device had {str(want)[:12]}"
+    return ""
 
 
 def _state_difference(run: Path, r: Recorded) -> str:

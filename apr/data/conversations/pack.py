@@ -27,12 +27,12 @@ def fit(e: EncodedExample, room: int) -> EncodedExample | None:
         return e
     end = int(np.flatnonzero(e.trained)[-1]) + 1
     start = max(0, end - room)
-    ids, trained, byte_runs = (x[start:end].copy() for x in (e.ids, e.trained, e.byte_runs))
-    if start and trained[0]:
-        stops = np.flatnonzero(~trained)
-        lost = int(stops[0]) if stops.size else trained.size
-        trained[:lost], byte_runs[:lost] = False, 0
-    return EncodedExample(ids, trained, byte_runs) if trained.any() else None
+    kept = e.part(start, end)
+    if start and kept.trained[0]:
+        stops = np.flatnonzero(~kept.trained)
+        lost = int(stops[0]) if stops.size else kept.trained.size
+        kept.trained[:lost], kept.byte_runs[:lost] = False, 0
+    return kept if kept.trained.any() else None
 
 
 def best_fit(sizes: np.ndarray, room: int) -> list[list[int]]:

@@ -23,7 +23,7 @@ from ...common.files import read_json
 from ...common.finding import Finding
 from ...common.units import plural
 from ...tokenizer.tokenizer import Tokenizer
-from ..conservation import gives_back
+from ..conservation import OTHER_BYTES, bytes_of
 from ..guards import figures_again, fits_model
 from ..shards import Shards, mapped
 from ..source import Skipped
@@ -234,12 +234,11 @@ def _bytes_of_answers(m: PackManifest, counts: np.ndarray, answers: int, tokeniz
     """Compare the bytes of answers, which bits per byte are made of, with those that the trained tokens stand for.
 
     A token at either end of an answer may stand for text beside it."""
-    name, table = "bytes of answers", tokenizer.token_bytes()
-    if table is None or tokenizer.normalization != "none" or not gives_back(tokenizer):
-        return Finding.skipped(name, "the ids of this tokenizer stand for other bytes than the text has")
+    name, found = "bytes of answers", bytes_of(counts, tokenizer)
+    if found is None:
+        return Finding.skipped(name, OTHER_BYTES)
     if m.cut and m.counted_as < COUNTED_AS:
         return Finding.skipped(name, "an earlier apr counted those of cut examples in proportion")
-    found = int((counts * np.resize(table, counts.size)).sum())
     allowed = SEAM_BYTES * answers + found // 100
     why = (
         "" if abs(found - m.answer_bytes) <= allowed else "bytes of other text were counted, or some were not"

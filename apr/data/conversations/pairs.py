@@ -206,8 +206,7 @@ def _fitted(name: str, c: Any, r: Any, m: PackManifest) -> tuple[EncodedExample,
             name, TOO_LONG, f"{both} of both answers with their prompts, and a row has {m.seq_length + 1:,}"
         )
     m.cut += 1
-    shorter = [EncodedExample(e.ids[cut:], e.trained[cut:], e.byte_runs[cut:]) for e in (chosen, rejected)]
-    return shorter[0], shorter[1]
+    return chosen.part(cut), rejected.part(cut)
 
 
 def _share_prompt(chosen: EncodedExample, rejected: EncodedExample) -> str:

@@ -40,6 +40,10 @@ class EncodedExample:
         """Bytes of UTF-8 of the answers without special tokens."""
         return int(self.byte_runs.sum())
 
+    def part(self, start: int, end: int | None = None) -> EncodedExample:
+        """Copy the tokens from `start` up to `end`."""
+        return EncodedExample(*(x[start:end].copy() for x in (self.ids, self.trained, self.byte_runs)))
+
 
 class Renderer:
     """Write conversations by a chat template, with the characters of the answers.
