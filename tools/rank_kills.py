@@ -51,7 +51,7 @@ if rank is not None or "ALONE" in os.environ:
     # What takes long and has nothing to do with ranks: steps of stock models, a fresh process and pictures at the end.
     end._reload = lambda t, gates, evaluation: None
     run.FormulaChecks = lambda *args: None
-    run._close = lambda folder, show: run.seal(folder.path)
+    run._close = lambda folder, show, early=None: run.seal(folder.path, early)
 if rank is not None and rank == os.environ.get("DISTURBED"):
     from apr.common import atomic
     from apr.common.errors import IOFailure

@@ -18,14 +18,17 @@ from . import measure
 from .adapters import base_unchanged
 from .gates import Gates
 from .judge import target
+from .seal import Early
 from .subject import Subject
 
 RATE_TRIES = 20  # at most, of about 0.1 s on a CPU, to measure the rate of one large product
 PROCESS_SECONDS = 24 * 3600
 
 
-def judge_end(t: Subject, gates: Gates, evaluation: Line, best_flops: float) -> None:
-    """Judge the end of a run. evaluation: its last line of the log; best_flops: FLOP/s of the fastest step, 0 for none."""
+def judge_end(t: Subject, gates: Gates, evaluation: Line, best_flops: float, early: Early) -> None:
+    """Judge the end of a run. evaluation: its last line of the log; best_flops: FLOP/s of the fastest step, 0 for none.
+
+    early: begins to hash what was saved beside the process that loads it, when nothing is timed any more."""
     s, step = t.settings, evaluation["step"]
     if s.target_val_loss is None:
         gates.skip("end.target", "no --target-val-loss was given")
@@ -37,6 +40,7 @@ def judge_end(t: Subject, gates: Gates, evaluation: Line, best_flops: float) -> 
         gates.judge(base_unchanged(t.adapters), step)
     else:
         gates.skip("end.base", "no adapters: every weight is trained")
+    early.begin("ckpt")
     with gates.timed("end.reload"):
         _reload(t, gates, evaluation)
     if s.spot_check < 0:

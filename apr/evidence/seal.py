@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,44 @@ FORMAT, EVIDENCE = "apr-evidence-1", "evidence.json"
 SIGNATURE = EVIDENCE + ".sig"  # of evidence.json, by a key of the user's: signature.py
 
 
-def seal(run: Path) -> None:
-    """Write evidence.json for a run directory as it stands. Raises IOFailure."""
-    write_text(run / EVIDENCE, _text(hashes(run)))
+class Early:
+    """Hash the files of a run by threads while its end is judged: for the seal, if they are the same files then.
+
+    What is hashed is read from the disk, not as it was written: evidence.json says what lies there."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self._begun = run, dict[str, tuple[_Identity, Future[tuple[str, int]]]]()
+
+    def begin(self, under: str) -> None:
+        """Begin with the files in a folder of the run."""
+        pool = ThreadPoolExecutor(thread_name_prefix="sealing")
+        for name in sorted(_names(self.run, under)):
+            if not _why_not(self.run, name):
+                path = self.run / name
+                self._begun[name] = _identity(path), pool.submit(sha256_of, path)
+        pool.shutdown(wait=False)
+
+    def sha256_of(self, name: str) -> tuple[str, int]:
+        """Hash a file of the run, now if it is another one than it was, or has changed."""
+        identity, found = self._begun.get(name, (None, None))
+        path = self.run / name
+        if found is None or identity != _identity(path):
+            return sha256_of(path)
+        return found.result()
+
+
+_Identity = tuple[int, ...]
+
+
+def _identity(path: Path) -> _Identity:
+    """Tell a file from another one by the same name, and from itself after a change: nobody sets the time of the last."""
+    s = os.stat(path)
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+
+
+def seal(run: Path, early: Early | None = None) -> None:
+    """Write evidence.json for a run directory as it stands. early: hashes that were begun before. Raises IOFailure."""
+    write_text(run / EVIDENCE, _text(hashes(run, early)))
     (run / SIGNATURE).unlink(missing_ok=True)  # of the evidence before
 
 
@@ -34,21 +69,21 @@ def resealed(run: Path, path: Path, text: str) -> None:
         seal(run)
 
 
-def hashes(run: Path) -> dict[str, dict[str, Any]]:
+def hashes(run: Path, early: Early | None = None) -> dict[str, dict[str, Any]]:
     """Hash each file in a run directory but evidence.json and its signature: {path inside: {"bytes", "sha256"}}, sorted."""
     found = sorted(name for name in _names(run) if not _why_not(run, name))
     with ThreadPoolExecutor() as pool:  # hashing does not hold the interpreter's lock
-        digests = pool.map(lambda name: sha256_of(run / name), found)
+        digests = pool.map((early or Early(run)).sha256_of, found)
         return {
             name: {"bytes": size, "sha256": digest}
             for name, (digest, size) in zip(found, digests, strict=True)
         }
 
 
-def _names(run: Path) -> list[str]:
-    """List everything in a run directory that is no folder, but evidence.json."""
+def _names(run: Path, under: str = ".") -> list[str]:
+    """List everything in a run directory, or a folder of it, that is no folder, but evidence.json."""
     out = []
-    for folder, _, names in os.walk(run):
+    for folder, _, names in os.walk(run / under):
         out += [os.path.relpath(os.path.join(folder, name), run) for name in names]
     return [name for name in out if name not in (EVIDENCE, SIGNATURE)]
 

@@ -35,7 +35,7 @@ from ..evidence.observers import (
 )
 from ..evidence.ranks import RankGates, same_job
 from ..evidence.resumed import WitnessGate
-from ..evidence.seal import EVIDENCE, compare, seal
+from ..evidence.seal import EVIDENCE, Early, compare, seal
 from ..evidence.start import FirstStep
 from ..evidence.stream import DataGate, MixtureGate
 from ..evidence.subject import Subject
@@ -200,7 +200,7 @@ def _train(
             show.note("all steps of this run are done: nothing is trained, its last gates are asked again")
         status = trainer.train()
         say(show.stop)
-        result = _finish(trainer, subject, gates, show, status, start)
+        result = _finish(trainer, subject, gates, show, status, start, early := Early(run.path))
     except AprError as e:
         _record_end(run, show, gates, trainer, e, heard)
         raise
@@ -213,7 +213,7 @@ def _train(
         if trainer is not None:
             _record_end(run, show, gates, trainer, stopped, heard, at_once=True)
         raise stopped from None
-    _publish(trainer, gates, show, heard, result, start)
+    _publish(trainer, gates, show, heard, result, start, early)
     return result, trainer.failed
 
 
@@ -303,14 +303,14 @@ def _record_end(
             _close(run, show)
 
 
-def _close(run: RunDir, show: Display) -> None:
+def _close(run: RunDir, show: Display, early: Early | None = None) -> None:
     """Write the page of the run, and the hashes of all its files."""
     try:
         write_text(run.path / "report.html", render(run.path, Settings))
     except Exception as e:  # whatever is wrong with the page, the run has ended and its files are whole
         again = f"`apr report {word(run.path)}` tries again"
         say(show.note, f"no report.html: {e}; {again}")
-    seal(run.path)
+    seal(run.path, early)
 
 
 def _ended(settings: Settings, explicit: dict[str, Any], show: Display) -> dict[str, Any] | None:
@@ -345,7 +345,7 @@ def _ended(settings: Settings, explicit: dict[str, Any], show: Display) -> dict[
 
 
 def _finish(
-    trainer: Trainer, subject: Subject, gates: Gates, show: Display, status: str, start: float
+    trainer: Trainer, subject: Subject, gates: Gates, show: Display, status: str, start: float, early: Early
 ) -> dict[str, Any]:
     """Judge the last gates of a run that came to its end, and write its verdict; returns its result."""
     i, p, run, last = trainer.inputs, trainer.progress, trainer.run, trainer.run.last_evaluation()
@@ -367,7 +367,7 @@ def _finish(
         except Exception as e:  # the weights are trained and saved, whatever they say
             text = f"no sample: {type(e).__name__}: {e}"
         say(show.note, text)
-    judge_end(subject, gates, last, p.best_flops / trainer.ranks.count)
+    judge_end(subject, gates, last, p.best_flops / trainer.ranks.count, early)
     result["verdict"] = verdict.save_verdict(run.path, gates, status, p.step, last["val_loss"])
     return result
 
@@ -379,6 +379,7 @@ def _publish(
     heard: Sequence[Callback],
     result: dict[str, Any],
     start: float,
+    early: Early,
 ) -> None:
     """Draw the picture and write the page of a run whose verdict is written, seal it, and show its end.
 
@@ -391,7 +392,7 @@ def _publish(
         say(show.note, f"no loss.png: {e}")
     finally:
         Callbacks(heard, trainer.callback_failed).ended(result)
-    _close(run, show)
+    _close(run, show, early)
     seconds = time.perf_counter() - start
     rows = summary.closing(i, run, trainer.progress, run.last_evaluation(), result["verdict"], seconds)
     say(show.verdict, gates)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.apr2 import write_apr
-from ..checkpoints.apr2_metadata import config_to_metadata
 from ..checkpoints.state import Snapshot, TrainingState
 from ..common.atomic import write_json
 from ..common.errors import InputNotFound, Interrupted, IOFailure, MalformedFile, Refused
@@ -19,7 +18,6 @@ from ..common.events import REMOVED
 from ..common.files import read_json, short
 from ..common.run_paths import run_of
 from ..common.shell import word
-from ..model.transformer import Model
 from .callbacks import CallbackFailed
 from .metrics import METRICS, MetricsLog
 
@@ -136,25 +134,19 @@ class RunDir:
     def save_epoch(
         self,
         epoch: int,
-        model: Model,
-        weights: np.ndarray,
-        weights_sha: Callable[[], str],
-        snapshot: Snapshot,
-        tokenizer: Mapping[str, Any],
+        meta: dict[str, Any],
+        tensors: Mapping[str, np.ndarray],
+        dtype: str,
         facts: dict[str, Any],
-        evaluation: dict[str, Any],
-        carried: dict[str, Any] | None = None,
+        late: Mapping[str, Callable[[], Any]],
     ) -> Path:
-        """Write ckpt/epoch-NNN.apr with weights (layout.size,), architecture, the keys of its tokenizer and the conditions of
-        its validation loss, and its metadata.json; returns the path. model: of which configuration, layout and dtype are read;
-        weights_sha gives their SHA-256, computed meanwhile: that of the device's, where it was read."""
+        """Write ckpt/epoch-NNN.apr with its metadata and tensors, and the facts of its epoch as metadata.json beside it;
+        returns the path. late: facts that are computed while it is written."""
         path = self.ckpt / f"epoch-{epoch:03d}.apr"
-        meta = {**config_to_metadata(model.cfg), "evaluation": evaluation, **(carried or {}), **tokenizer}
-        tensors = model.layout.named(weights)
-        write_apr(path, meta, tensors, model.dtype)
-        hashes = {"optimizer_state_sha": snapshot.optimizer_sha256(), "weights_sha": weights_sha()}
-        facts = {"epoch": epoch, **facts, **hashes}
-        write_json(metadata_of(path), facts)
+        write_apr(path, meta, tensors, dtype)
+        write_json(
+            metadata_of(path), {"epoch": epoch, **facts, **{key: make() for key, make in late.items()}}
+        )
         return path
 
     def prune(self, epoch: int, step: int, val_losses: Sequence[float], keep: int) -> list[str]:

@@ -102,11 +102,16 @@ class Saver:
             return ""
         return sha256(model.be.to_host(x) for _, x in model.adapters.tensors())
 
+    def _described(self, val_loss: float) -> dict[str, Any]:
+        """Describe a checkpoint, but for its tokenizer: its architecture and the conditions of its validation loss."""
+        i = self.inputs
+        evaluation = {"val_loss": val_loss, **evaluated_on(i)}
+        return {**config_to_metadata(self.model.cfg), "evaluation": evaluation, **(i.carried or {})}
+
     @cached_property
     def _tokenizer(self) -> dict[str, Dumped]:
-        i = self.inputs
-        meta = {**config_to_metadata(self.model.cfg), "evaluation": evaluated_on(i), **(i.carried or {})}
-        return dumped_tokenizer(meta, i.tokenizer.json, i.tokenizer.eos_id)
+        tokenizer = self.inputs.tokenizer
+        return dumped_tokenizer(self._described(0.0), tokenizer.json, tokenizer.eos_id)
 
     def reserve(self) -> None:
         """Make what takes time before the first step: the tokenizer's metadata, and the memory of the copies."""
@@ -174,21 +179,12 @@ class Saver:
     def _write_checkpoint(
         self, snapshot: Snapshot, weights: np.ndarray, weights_sha: str, epoch: Epoch, pool: Executor
     ) -> Path:
-        i, facts = self.inputs, epoch.facts
-        tensors = self.model.layout.named(weights).values()
-        sha = pool.submit(lambda: weights_sha or sha256(tensors))
-        evaluation = {"val_loss": facts["val_loss"], **evaluated_on(i)}
-        path = self.run.save_epoch(
-            epoch.number,
-            self.model,
-            weights,
-            sha.result,
-            snapshot,
-            self._tokenizer,
-            facts,
-            evaluation,
-            i.carried,
-        )
+        i, model, facts = self.inputs, self.model, epoch.facts
+        tensors = model.layout.named(weights)
+        sha = pool.submit(lambda: weights_sha or sha256(tensors.values()))
+        meta = {**self._described(facts["val_loss"]), **self._tokenizer}
+        late = {"optimizer_state_sha": snapshot.optimizer_sha256, "weights_sha": sha.result}
+        path = self.run.save_epoch(epoch.number, meta, tensors, model.dtype, facts, late)
         if isinstance(snapshot.layout, AdapterLayout):
             write_adapter(
                 self.run.adapter_of(path),

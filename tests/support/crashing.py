@@ -392,7 +392,7 @@ def quicken(m: pytest.MonkeyPatch, cache: Path, has_short_samples: bool = True) 
     m.setattr(running, "loss_curve", lambda *args: None)
     for module in (loop, running) if has_short_samples else ():
         m.setattr(module, "SAMPLE_TOKENS", 8)
-    m.setattr(running, "_close", lambda run, show: running.seal(run.path))
+    m.setattr(running, "_close", lambda run, show, early=None: running.seal(run.path, early))
 
 
 # Are two runs equal?

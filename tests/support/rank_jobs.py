@@ -253,7 +253,7 @@ def main(path, played=""):
     jobs, outcomes, seconds = json.loads(Path(path).read_text()), {}, {}
     end._reload = lambda t, gates, evaluation: None
     running.FormulaChecks = lambda *args: None
-    running._close = lambda run, show: running.seal(run.path)
+    running._close = lambda run, show, early=None: running.seal(run.path, early)
     if played:
         fake_nccl.install(setattr)
     if said := os.environ.get("STACKS_AFTER"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -23,7 +25,9 @@ from apr.checkpoints.state import Snapshot, TrainingState
 from apr.cli.main import main
 from apr.common import atomic
 from apr.common.events import REMOVED
-from apr.evidence.seal import compare, seal
+from apr.evidence import end
+from apr.evidence import seal as sealing
+from apr.evidence.seal import EVIDENCE, compare, seal
 from apr.model.cost import memory, save_copies
 from apr.model.optim import AdamW
 from apr.model.params import Layout
@@ -548,14 +552,55 @@ main(["pretrain", *sys.argv[1:]])"""
     assert differences(other, run) == []
 
 
+def test_what_was_saved_is_hashed_once_beside_the_process_that_loads_it(job, run, monkeypatch):
+    """The seal of 10 GB is 9 s that a run need not wait for when it is judged."""
+    hashed, all_there, hashing, load = [], threading.Semaphore(0), sealing.sha256_of, end.in_fresh_process
+
+    def noted(path):
+        hashed.append(path.name)
+        found = hashing(path)
+        all_there.release()
+        return found
+
+    def loading(*args):
+        assert all(all_there.acquire(timeout=60) for f in (run / "ckpt").glob("**/*") if f.is_file())
+        return load(*args)
+
+    monkeypatch.setattr(sealing, "sha256_of", noted)
+    monkeypatch.setattr(end, "in_fresh_process", loading)
+    assert start(job, run, "--num-steps", 4) == 0
+    monkeypatch.undo()
+    assert sorted(hashed) == sorted(f.name for f in run.glob("**/*") if f.is_file() and f.name != EVIDENCE)
+    assert compare(run) == []
+
+
+def test_a_file_that_changed_after_it_was_hashed_is_hashed_again(tmp_path):
+    """By its length and its times nothing would show here: they are put back."""
+    same, other, gone = (tmp_path / "ckpt" / name for name in ("same", "other", "gone"))
+    same.parent.mkdir()
+    for path in (same, other, gone):
+        path.write_text("before")
+    early = sealing.Early(tmp_path)
+    early.begin("ckpt")
+    assert early.sha256_of("ckpt/other")[0] == hashlib.sha256(b"before").hexdigest()
+    times = other.stat()
+    other.write_text("behind")
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    gone.unlink()
+    (tmp_path / "later").write_text("later")
+    seal(tmp_path, early)
+    assert compare(tmp_path) == []
+
+
 def test_a_checkpoint_and_a_state_of_one_step_share_the_copy(job, run, monkeypatch):
     seen = []
-    save = RunDir.save_epoch
+    save = Saver._write_checkpoint
 
-    def saving(self, epoch, model, weights, sha, snapshot, *args):
-        seen.append(np.shares_memory(weights, snapshot.flats[""]) and not np.shares_memory(weights, model.w))
-        return save(self, epoch, model, weights, sha, snapshot, *args)
+    def saving(self, snapshot, weights, *args):
+        apart = not np.shares_memory(weights, self.model.w)
+        seen.append(np.shares_memory(weights, snapshot.flats[""]) and apart)
+        return save(self, snapshot, weights, *args)
 
-    monkeypatch.setattr(RunDir, "save_epoch", saving)
+    monkeypatch.setattr(Saver, "_write_checkpoint", saving)
     assert start(job, run, "--num-steps", 4) == 0
     assert seen == [True, True]
