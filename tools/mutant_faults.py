@@ -192,10 +192,11 @@ FAULTS: tuple[Mutant, ...] = (
           "if s.param.name not in adapted:",
           'if s.param.name not in adapted or s.param.name == "wv":', "lora", T_MODEL),
     # Saving and resuming
-    fault("saved_in_bfloat16", "checkpoints are rounded to bfloat16", RUNDIR, "write_apr(path, meta, tensors, model.dtype)",
+    fault("saved_in_bfloat16", "checkpoints are rounded to bfloat16", RUNDIR, "write_apr(path, meta, tensors, dtype)",
           'write_apr(path, meta, tensors, "bfloat16")', "plain", T_TRAIN),
     fault("saved_to_five_digits", "weights are rounded to five digits when they are saved", RUNDIR,
-          "tensors = model.layout.named(weights)", "tensors = model.layout.named(weights.round(5))", "plain", T_TRAIN),
+          "write_apr(path, meta, tensors, dtype)",
+          "write_apr(path, meta, {k: x.round(5) for k, x in tensors.items()}, dtype)", "plain", T_TRAIN),
     fault("m_saved_as_v", "a state holds the first moment twice", STATE,
           'f"{OPTIMIZER}{name}.": flat for name, flat in', 'f"{OPTIMIZER}{name}.": opt.state["m"] for name, flat in', "plain",
           T_TRAIN),
