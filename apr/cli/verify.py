@@ -16,11 +16,12 @@ from pathlib import Path
 
 from ..common.atomic import locked
 from ..common.cache import throwaway_cache
+from ..common.errors import Refused
 from ..common.finding import PASS, as_json, exit_code, verdict_of
 from ..common.options import device_option, json_option, option, parse
 from ..common.units import plural
 from ..evidence.signature import sign
-from ..verify.record import Options, Record
+from ..verify.record import UNMADE, Options, Record
 from ..verify.verifier import verify
 from .show import Show
 from .tables import cell, print_findings
@@ -82,11 +83,21 @@ def main(args: Sequence[str]) -> int:
         with throwaway_cache("cublaslt"), locked(Path(f.run_dir), "training in it"):
             findings = list(verify(record))
             verdict = verdict_of(findings)
-            signed = sign(Path(f.run_dir), Path(f.sign)) if f.sign and verdict == PASS else None
+            missing = [x for x in findings if x.where == UNMADE]
+            signed = None
+            if f.sign and verdict == PASS and not missing:
+                signed = sign(Path(f.run_dir), Path(f.sign), record.evidence)
+    without = f"without {', '.join(x.name for x in missing)}: {missing[0].figure}" if missing else ""
     if f.json:
         keys = {"check": "name", "verdict": "verdict", "measured": "measured", "bound": "bound", "why": "why"}
         checks = as_json(findings, **keys)
-        print(json.dumps({"run_dir": f.run_dir, "verdict": verdict, "checks": checks}, indent=2))
+        out = {
+            "run_dir": f.run_dir,
+            "verdict": verdict,
+            "unmade": [x.name for x in missing],
+            "checks": checks,
+        }
+        print(json.dumps(out, indent=2))
     else:
         v = record.verdict
         show.note(
@@ -95,5 +106,7 @@ def main(args: Sequence[str]) -> int:
         print_findings(show.console, findings)
         if signed:
             show.note(f"signed: {signed}")
-        show.note(verdict)
+        show.note(", ".join(filter(None, (verdict, without))))
+    if f.sign and verdict == PASS and missing:
+        raise Refused(f"{f.run_dir}: not signed, for it was checked {without}")
     return exit_code(verdict)

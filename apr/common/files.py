@@ -105,13 +105,17 @@ def lines_of(f: BinaryIO, source: str) -> Iterator[bytes]:
 
 def read_text(path: Path, what_to_try: str = "") -> str:
     """The text of a UTF-8 file of at most MAX_TEXT bytes. Raises InputNotFound, MalformedFile, IOFailure."""
+    return text_of(read_bytes(path, what_to_try), str(path))
+
+
+def read_bytes(path: Path, what_to_try: str = "") -> bytes:
+    """The bytes of a file, at most MAX_TEXT of them. Raises InputNotFound, MalformedFile, IOFailure."""
     with opened(path, what_to_try) as (f, size):
         if size > MAX_TEXT:
             raise MalformedFile(
                 f"{path}: {plural(size, 'byte')}; no file of this kind has more than {MAX_TEXT}"
             )
-        data = f.read(size)
-    return text_of(data, str(path))
+        return f.read(size)
 
 
 def text_of(data: bytes, source: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..common.files import read_json, read_text, sha256_of
 from ..common.units import plural
 
 FORMAT, EVIDENCE = "apr-evidence-1", "evidence.json"
+MAX_FILES = 100_000  # in a run; a link may lead to the root of the file system
 SIGNATURE = EVIDENCE + ".sig"  # of evidence.json, by a key of the user's: signature.py
 
 
@@ -47,9 +49,9 @@ class Early:
 _Identity = tuple[int, ...]
 
 
-def _identity(path: Path) -> _Identity:
+def _identity(path: Path, follow: bool = True) -> _Identity:
     """Tell a file from another one by the same name, and from itself after a change: nobody sets the time of the last."""
-    s = os.stat(path)
+    s = os.stat(path, follow_symlinks=follow)
     return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 
@@ -69,9 +71,12 @@ def resealed(run: Path, path: Path, text: str) -> None:
         seal(run)
 
 
-def hashes(run: Path, early: Early | None = None) -> dict[str, dict[str, Any]]:
-    """Hash each file in a run directory but evidence.json and its signature: {path inside: {"bytes", "sha256"}}, sorted."""
-    found = sorted(name for name in _names(run) if not _why_not(run, name))
+def hashes(
+    run: Path, early: Early | None = None, of: Collection[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Hash each file in a run directory but evidence.json and its signature, or those named in `of`: {path inside: {"bytes",
+    "sha256"}}, sorted."""
+    found = sorted(name for name in _names(run) if (of is None or name in of) and not _why_not(run, name))
     with ThreadPoolExecutor() as pool:  # hashing does not hold the interpreter's lock
         digests = pool.map((early or Early(run)).sha256_of, found)
         return {
@@ -82,10 +87,43 @@ def hashes(run: Path, early: Early | None = None) -> dict[str, dict[str, Any]]:
 
 def _names(run: Path, under: str = ".") -> list[str]:
     """List everything in a run directory, or a folder of it, that is no folder, but evidence.json."""
-    out = []
-    for folder, _, names in os.walk(run / under):
-        out += [os.path.relpath(os.path.join(folder, name), run) for name in names]
-    return [name for name in out if name not in (EVIDENCE, SIGNATURE)]
+    return [
+        name
+        for folder, names in _walk(run, under)
+        for x in names
+        if (name := _inside(folder, x)) not in (EVIDENCE, SIGNATURE)
+    ]
+
+
+def _inside(folder: str, name: str) -> str:
+    return os.path.normpath(os.path.join(folder, name))
+
+
+def _walk(run: Path, under: str = ".") -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder of a run, as its path inside, with the names of all in it that is no folder: also those that links
+    lead to, each once, for `ckpt` may lie on another disk. Raises MalformedFile: more than MAX_FILES."""
+    seen, links, count = set(), [under], 0
+    for link in links:  # grows: first the run without its links, for most of them lead back into it
+        if os.path.realpath(run / link) in seen:
+            continue
+        for path, folders, names in os.walk(run / link):
+            folder = os.path.relpath(path, run)
+            seen.add(os.path.realpath(path))
+            links += sorted(_inside(folder, x) for x in folders if os.path.islink(os.path.join(path, x)))
+            count += len(names) + 1
+            if count > MAX_FILES:
+                raise MalformedFile(f"{run / link}: more than {MAX_FILES:,} files; a run has some hundreds")
+            yield folder, names
+
+
+def standing(run: Path) -> dict[str, _Identity]:
+    """Take down how each file and folder of a run stands. One that is written to or exchanged, and put back, stands otherwise."""
+    out: dict[str, _Identity] = {}
+    for folder, names in _walk(run):
+        for name in ("", *names):
+            path = run / folder / name
+            out[_inside(folder, name)] = _identity(path, follow=path.exists())
+    return out
 
 
 def _why_not(run: Path, name: str) -> str:
@@ -116,13 +154,14 @@ def compare(run: Path) -> list[str]:
     out = []
     if read_text(path) != _text(files):
         out.append(f"{EVIDENCE} was changed: its own SHA-256 is another one")
-    out += [f"{name} {why}" for name in sorted(_names(run)) if (why := _why_not(run, name))]
-    found = hashes(run)
-    for name in sorted(files.keys() | found.keys()):
-        if name not in found:
-            out.append(f"{name} is gone")
-        elif name not in files:
+    there = {name: _why_not(run, name) for name in _names(run)}
+    out += [f"{name} {why}" for name, why in sorted(there.items()) if why]
+    found = hashes(run, of=files)
+    for name in sorted(files.keys() | {name for name, why in there.items() if not why}):
+        if name not in files:
             out.append(f"{name} was added")
+        elif name not in found:
+            out.append(f"{name} is gone")
         elif files[name] != found[name]:
             out.append(
                 f"{name} was changed: {plural(found[name]['bytes'], 'byte')}, SHA-256 {found[name]['sha256'][:12]}"

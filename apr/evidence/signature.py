@@ -9,31 +9,29 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+from ..common.atomic import write_text
 from ..common.errors import Refused, UsageError
-from ..common.files import opened
 from ..common.shell import word
-from .seal import EVIDENCE, SIGNATURE
+from .seal import SIGNATURE
 
 NAMESPACE, SECONDS = "apr-run", 60.0
 
 
-def sign(run: Path, key: Path) -> Path:
-    """Write the signature of evidence.json beside it. key: private key, or public key of one that ssh-agent holds.
+def sign(run: Path, key: Path, evidence: bytes) -> Path:
+    """Write the signature of `evidence`, the bytes of an evidence.json that was checked, beside that of a run: of whatever
+    lies there by now it would be that too. key: private key, or public key of one that ssh-agent holds.
 
-    Raises Refused: there is nothing to sign, or ssh-keygen does not."""
-    evidence, out = run / EVIDENCE, run / SIGNATURE
-    if not evidence.is_file():
-        raise Refused(f"{evidence}: not there: the run has not ended; --resume ends it")
-    out.unlink(missing_ok=True)
-    _ssh_keygen("sign", "-f", str(key), "-n", NAMESPACE, str(evidence))
-    if not out.is_file():
-        raise Refused(f"{out}: ssh-keygen wrote no signature")
-    return out
+    Raises Refused: ssh-keygen does not sign; IOFailure."""
+    signature = _ssh_keygen("sign", "-f", str(key), "-n", NAMESPACE, data=evidence)
+    if "BEGIN SSH SIGNATURE" not in signature:
+        raise Refused(f"{key}: ssh-keygen wrote no signature")
+    write_text(run / SIGNATURE, signature)
+    return run / SIGNATURE
 
 
-def signer(run: Path, signers: Path) -> str:
-    """Check the signature of evidence.json against a file of allowed signers (ssh-keygen(1), ALLOWED SIGNERS); returns the
-    name of the signer. Raises Refused."""
+def signer(run: Path, signers: Path, evidence: bytes) -> str:
+    """Check the signature of `evidence`, the bytes of a run's evidence.json, against a file of allowed signers (ssh-keygen(1),
+    ALLOWED SIGNERS); returns the name of the signer. Raises Refused."""
     signature = run / SIGNATURE
     if not signature.is_file():
         raise Refused(
@@ -44,9 +42,9 @@ def signer(run: Path, signers: Path) -> str:
     found = _ssh_keygen("find-principals", "-f", str(signers), "-s", str(signature)).split("\n")[0].strip()
     if not found:
         raise Refused(f"{signature}: not by a key of {signers}")
-    with opened(run / EVIDENCE) as (f, size):
-        data = f.read(size)
-    _ssh_keygen("verify", "-f", str(signers), "-I", found, "-n", NAMESPACE, "-s", str(signature), data=data)
+    _ssh_keygen(
+        "verify", "-f", str(signers), "-I", found, "-n", NAMESPACE, "-s", str(signature), data=evidence
+    )
     return found
 
 

@@ -37,6 +37,17 @@ class Loss(NamedTuple):
     pairs: Mapping[str, float] = MappingProxyType({})
     by_source: Mapping[str, float] = MappingProxyType({})
 
+    def figures(self) -> Line:
+        """Name all of it as a line of the log does."""
+        of_pairs = {f"val_{key}": x for key, x in self.pairs.items()}
+        return {
+            "val_loss": self.mean,
+            "val_tokens": self.tokens,
+            **of_pairs,
+            "val_loss_stderr": self.stderr,
+            **self.by_source,
+        }
+
 
 def evaluate(
     model: Model,

@@ -266,14 +266,12 @@ class Trainer:
         """Evaluate; returns the line of the log. Raises Aborted through its observers."""
         self.saver.wait()
         start = time.perf_counter()
-        loss, tokens, error, pairs, by_source = self.evaluate()
+        found = self.evaluate()
         p, shards = self.progress, self.inputs.val.shards
         p.seconds += (seconds := time.perf_counter() - start)
-        line: Line = dict(step=p.step, val_loss=loss, val_tokens=tokens)
-        bits = dict(val_bits_per_byte=bits_per_byte(loss, shards.total_tokens, shards.total_bytes))
-        line |= ({f"val_{k}": x for k, x in pairs.items()} or bits) | dict(
-            val_loss_stderr=error, wall_ms=1e3 * seconds, **by_source
-        )
+        loss, line = found.mean, dict(step=p.step, **found.figures(), wall_ms=1e3 * seconds)
+        if not found.pairs:
+            line["val_bits_per_byte"] = bits_per_byte(loss, shards.total_tokens, shards.total_bytes)
         self.emit(Measured(line))
         self.run.log.write(**line)
         p.val_losses.append(loss)

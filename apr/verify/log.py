@@ -6,6 +6,7 @@ import math
 from contextlib import suppress
 
 from ..common.errors import AprError
+from ..common.events import Line
 from ..common.finding import FAIL, PASS, SEVERITY, SKIPPED, Finding, verdict_of
 from ..common.provenance import code_sha256
 from ..common.units import LAST_STEPS, plural
@@ -14,7 +15,11 @@ from ..evidence.judge import judge, near, target
 from ..evidence.ranks import read_ranks
 from ..model.schedule import Schedule
 from ..training.evaluate import epoch_facts
-from .record import Record
+from ..training.run import ENDED
+from .record import CUT, Record
+
+KINDS = ("train_loss", "val_loss", "spot_check", "passes", "tasks")  # keys of which each line has one
+FIGURES = ("val_loss", "val_tokens", "val_bits_per_byte", "val_loss_stderr")  # of text and answers
 
 
 def metrics(r: Record) -> Finding:
@@ -30,6 +35,8 @@ def metrics(r: Record) -> Finding:
     for finding in judge(r.steps, r.facts):
         if finding.verdict == FAIL:
             return Finding.of("metrics", False, f"step {finding.where}: {finding.measured}", bound)
+    if odd := next(filter(None, (_odd(line, r) for line in r.log)), ""):
+        return Finding.of("metrics", False, odd, bound)
     for line in r.steps:
         new, seen = line["tokens_seen"] - seen, line["tokens_seen"]
         # The number of answers in a step is compared with the data in `stored.data`.
@@ -44,6 +51,19 @@ def metrics(r: Record) -> Finding:
     return Finding.of(
         "metrics", True, f"{plural(len(numbers), 'step')}, {plural(len(found), 'evaluation')}", bound
     )
+
+
+def _odd(line: Line, r: Record) -> str:
+    """Say why a line of the log is none that a run writes: two in one, of which judges read one, or figures of other data."""
+    kinds = [key for key in KINDS if key in line]
+    if len(kinds) != 1 and (kinds or r.config.get("code_sha256") == code_sha256()):
+        return f"step {line['step']}: {' and '.join(kinds) or 'none of ' + ', '.join(KINDS)} in one line"
+    of_pairs = [key for key in line if key.startswith("val_") and key.partition("/")[0] not in FIGURES]
+    if of_pairs and not r.facts.only_pairs:
+        return f"step {line['step']}: {of_pairs[0]}, which only pairs of preferences have"
+    if r.facts.only_pairs and "val_bits_per_byte" in line:
+        return f"step {line['step']}: val_bits_per_byte, which pairs of preferences have not"
+    return ""
 
 
 def learning_rate(r: Record) -> Finding:
@@ -77,6 +97,8 @@ def verdict(r: Record) -> Finding:
     if v["status"] == "RUNNING":
         why = "the run has not ended; --resume goes on with it"
         return Finding("verdict", SKIPPED, "RUNNING", bound, why)
+    if wrong := _wrong_status(r):
+        return failed(wrong)
     val = r.evaluations[-1]["val_loss"] if r.evaluations else None
     if v["val_loss"] != val:
         return failed(f"val_loss {v['val_loss']} in verdict.json, {val} in metrics.jsonl")
@@ -95,6 +117,22 @@ def verdict(r: Record) -> Finding:
             )
     measured = f"{v['verdict']}, {plural(len(again), 'gate')} asked again from the log"
     return Finding.of("verdict", True, measured, bound)
+
+
+def _wrong_status(r: Record) -> str:
+    """Say why no run ends with the status on record; "" where one does."""
+    s, status, steps = r.settings, r.verdict["status"], r.verdict["steps"]
+    losses = [line["val_loss"] for line in r.evaluations]
+    if status == "DONE" and steps != s.num_steps and s.on_exhausted != "stop":
+        return f"DONE after {plural(steps, 'step')} of {s.num_steps}"
+    if status == "TARGET_REACHED" and not (
+        s.target_val_loss is not None and losses and losses[-1] <= s.target_val_loss
+    ):
+        return f"TARGET_REACHED at {losses[-1:]}, target_val_loss = {s.target_val_loss}"
+    behind = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+    if status == "EARLY_STOP" and behind <= s.patience:
+        return f"EARLY_STOP {plural(behind, 'evaluation')} behind the best one, patience = {s.patience}"
+    return "" if status in (*ENDED, *CUT) else f"status = {status!r}"
 
 
 def _later_gates(r: Record) -> set[str]:

@@ -10,16 +10,19 @@ from typing import Any
 
 from ..common.errors import MalformedFile, UsageError
 from ..common.events import Line
-from ..common.files import short
-from ..common.finding import SEVERITY
+from ..common.files import read_bytes, short
+from ..common.finding import FAIL, SEVERITY, SKIPPED, Finding
 from ..data.audit import folders_in
 from ..evidence.gates import parse_bounds
 from ..evidence.judge import Facts, epoch_before
+from ..evidence.seal import EVIDENCE, standing
 from ..evidence.verdict import VERDICT, read_verdict
 from ..training.rundir import PARTS, RunDir, of_run
 from ..training.settings import Settings, check, is_due
 
 NONE_SAVED = "no checkpoint was saved"
+NO_SHARDS = "the shards are not there; --dataset says where they are now"
+UNMADE = "unmade"  # `where` of a finding that says that a check of every run could not be made of this one
 CUT = ("ABORTED", "INTERRUPTED", "FAILED")  # status words of runs that did not end at an evaluation
 
 
@@ -54,13 +57,25 @@ def _whole(verdict: dict[str, Any], path: Path) -> dict[str, Any]:
     return verdict
 
 
+def unmade(name: str, why: str, bound: str = "", asked: bool = False) -> Finding:
+    """Build the finding of a check that could not be made, for its files are not there: FAIL where a flag asked for it."""
+    if asked:
+        return Finding(name, FAIL, f"asked for, and not made: {why}", bound, where=UNMADE)
+    return Finding(name, SKIPPED, "", bound, why, UNMADE)
+
+
 class Record:
     """Everything that a run says of itself, as its files have it. announce: hears what is being checked.
+
+    stood: how files and folders stood before the first of them was read; evidence: the bytes of evidence.json
 
     Raises InputNotFound, MalformedFile, UsageError: no run, or one that has not come to its first evaluation."""
 
     def __init__(self, path: Path, options: Options, announce: Callable[[str], None]) -> None:
         self.run, self.options, self.announce = RunDir(path), options, announce
+        self.stood = standing(path)
+        evidence = path / EVIDENCE
+        self.evidence = read_bytes(evidence) if evidence.is_file() else b""
         self.config = self.run.read_config()
         self.settings = Settings(**check(of_run(self.config["settings"]), str(path / "config.json")))
         if options.init is not None and self.settings.init is not None:

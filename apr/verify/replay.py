@@ -22,12 +22,12 @@ from ..data.mixture import as_datasets
 from ..evidence.resumed import computes_the_same
 from ..training.inputs import open_inputs
 from ..training.loop import Trainer
-from .record import NONE_SAVED, Record
+from .record import NO_SHARDS, NONE_SAVED, Record, unmade
 from .reload import checkpoint_loss, recorded
 
 OTHER_BACKEND = {"float32": 1e-4, "bfloat16": 5e-3}  # of a loss: two backends round in other places
 OTHER_STEP = {"float32": 1e-3, "bfloat16": 2e-2}  # of a training loss some steps after a saved state
-NO_SHARDS = "the shards are not there; --dataset says where they are now"
+OF_ERRORS, OF_PAIRS = 0.1, 0.02  # of a standard error; of all pairs
 OF_MOMENTS = 10.0  # of that: averages of gradients and of their squares, in place of their norm
 SUM_ONLY = 1e-12  # relative, up to which a sum in float64 differs whose summands are the same
 COMPARED = ("train_loss", "grad_norm", "weight_norm", "lr", "tokens_seen")  # of a line of the log
@@ -37,21 +37,23 @@ FAR_STEPS = 400  # behind a state, up to which the last step is always computed 
 def validation_loss(r: Record) -> Finding:
     """Compute the validation loss of the last checkpoint on another backend than the run's."""
     name, bound, other = "validation loss", "the recorded loss", r.options.backend
-    if r.last is None:
-        return Finding.skipped(name, NONE_SAVED, bound)
-    said, used = recorded(r.run.path, r.last), r.config["device"]["backend"]
     if other == "none":
         return Finding.skipped(name, "--backend none", bound)
+    if r.last is None:
+        return unmade(name, NONE_SAVED, bound)
+    said, used = recorded(r.run.path, r.last), r.config["device"]["backend"]
     if other == "auto":
         other = "reference" if used == "cpu" else "cpu"
     if not all(f.is_dir() for f in r.folders().values()):
-        return Finding.skipped(name, NO_SHARDS, bound)
+        return unmade(name, NO_SHARDS, bound)
     backend = backends.get(other) if other == "reference" else choose(other).backend
-    loss = checkpoint_loss(said, backend, backend.dtypes[0], r.options.dataset).mean
+    found = checkpoint_loss(said, backend, backend.dtypes[0], r.options.dataset)
     tolerance = OTHER_BACKEND[r.settings.dtype or "float32"]
-    off = abs(loss - said.val_loss) / said.val_loss
-    measured = f"{loss:.6f} on {other}, {said.val_loss:.6f} recorded on {used}: {off:.1e} of it apart"
-    return Finding.of(name, off <= tolerance, measured, f"at most {tolerance:g}")
+    off = abs(found.mean - said.val_loss) / said.val_loss
+    measured = f"{found.mean:.6f} on {other}, {said.val_loss:.6f} recorded on {used}: {off:.1e} of it apart"
+    line = next((x for x in r.evaluations if x["step"] == said.metadata["step"]), {})
+    wrong = _other_figure(found.figures(), line, tolerance)
+    return Finding.of(name, off <= tolerance and not wrong, wrong or measured, f"at most {tolerance:g}")
 
 
 def replay(r: Record) -> Finding:
@@ -62,9 +64,9 @@ def replay(r: Record) -> Finding:
         why = "not asked for; --replay K computes K recorded steps again"
         return Finding.skipped("replay", why, bound)
     if r.last is None:
-        return Finding.skipped("replay", NONE_SAVED, bound)
+        return unmade("replay", NONE_SAVED, bound, asked=not r.is_cut)
     if not all(f.is_dir() for f in r.folders().values()):
-        return Finding.skipped("replay", NO_SHARDS, bound)
+        return unmade("replay", NO_SHARDS, bound, asked=True)
     bases = [0, *r.run.all_states()]
     base_of = {line["step"]: max(b for b in bases if b < line["step"]) for line in r.steps}
     if not base_of:
@@ -150,11 +152,8 @@ class _Again:
     def _evaluation(self, step: int) -> str:
         if step not in self.evaluated:
             return ""
-        again, said = self.trainer.evaluate(), self.evaluated[step]
-        for key, loss in {"val_loss": again.mean, **again.by_source}.items():
-            if not abs(loss - said[key]) <= self.of_evaluation * abs(said[key]):
-                return f"step {step}: {key} = {loss!r}, recorded {said[key]!r}"
-        return ""
+        wrong = _other_figure(self.trainer.evaluate().figures(), self.evaluated[step], self.of_evaluation)
+        return wrong and f"step {step}: {wrong}"
 
     def _state(self, step: int) -> str:
         if step not in self.saved:
@@ -170,6 +169,26 @@ class _Again:
         return "" if sha == was else f"step {step}: weights and moments {sha[:12]}, its state has {was[:12]}"
 
 
+def _other_figure(again: Line, said: Line, tolerance: float) -> str:
+    """Find a figure of an evaluation that is another than that of the log; "" for none. Older logs have fewer.
+
+    tolerance: of the loss, 0: equal bits"""
+    # What is computed of pairs follows from sums over the tokens of their answers.
+    sums = max(1.0, *(abs(again.get(f"val_{side}_logp", 0.0)) for side in ("chosen", "rejected")))
+    for key, x in again.items():
+        if not tolerance or key.startswith("val_tokens"):
+            most = 0.0
+        elif "stderr" in key:
+            most = OF_ERRORS * abs(x) + tolerance * abs(again["val_loss"])
+        elif key == "val_accuracy":
+            most = OF_PAIRS  # of which one that is nearly undecided may change sides
+        else:
+            most = tolerance * (abs(x) if key.startswith("val_loss") else sums)
+        if key in said and not abs(x - said[key]) <= most:
+            return f"{key} = {x!r}, recorded {said[key]!r}"
+    return ""
+
+
 def evaluations(r: Record) -> Finding:
     """Compute the validation loss of every checkpoint but the last again, on the run's backend."""
     name, o = "evaluations", r.options
@@ -180,7 +199,7 @@ def evaluations(r: Record) -> Finding:
             name, "not asked for; --replay asks" if earlier else "no earlier checkpoint", bound
         )
     if not all(f.is_dir() for f in r.folders().values()):
-        return Finding.skipped(name, NO_SHARDS, bound)
+        return unmade(name, NO_SHARDS, bound, asked=True)
     device, dtype = o.device or r.config["settings"]["device"], r.settings.dtype or "float32"
     backend = choose(device, None, r.settings.threads).backend
     dtype = dtype if dtype in backend.dtypes else backend.dtypes[0]

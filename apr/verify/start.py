@@ -11,6 +11,7 @@ from ..checkpoints.peft import adapter_start, read_adapter
 from ..checkpoints.registry import open_any
 from ..checkpoints.state import sha256
 from ..common.finding import Finding
+from ..common.provenance import code_sha256
 from ..data.audit import Split, open_shards
 from ..data.mixture import stream
 from ..data.open import windows_of
@@ -18,7 +19,7 @@ from ..model.hf_config import from_hf
 from ..model.lora import AdapterLayout, lora_of_json
 from ..model.params import Layout
 from ..training.start import batch_sha256
-from .record import NONE_SAVED, Record
+from .record import NO_SHARDS, NONE_SAVED, Record, unmade
 
 NAME, BOUND = "start", "the hashes of config.json"
 OLDER = "config.json of an older version has no hash of the first weights and the first batch"
@@ -28,7 +29,9 @@ def start(r: Record) -> Finding:
     """Compare weights and batch, drawn from the settings and the files that they name, with their hashes."""
     recorded = r.config.get("start")
     if not isinstance(recorded, dict):
-        return Finding.skipped(NAME, OLDER, BOUND)
+        if r.config.get("code_sha256") == code_sha256() and r.steps:
+            return Finding.of(NAME, False, "config.json has none, which this version writes", BOUND)
+        return unmade(NAME, OLDER, BOUND)
     done, left = [], []
     for what, key, draw in (("weights", "weights_sha256", _weights), ("batch", "batch_sha256", _batch)):
         if key not in recorded:
@@ -42,7 +45,7 @@ def start(r: Record) -> Finding:
         else:
             left.append(f"{what}: {sha}")
     if not done:
-        return Finding.skipped(NAME, "; ".join(left), BOUND)
+        return unmade(NAME, "; ".join(left), BOUND)
     return Finding.of(NAME, True, "; ".join(done), BOUND, "; ".join(left))
 
 
@@ -83,7 +86,7 @@ def _batch(r: Record) -> str:
     if r.last is None:
         return f"not asked: {NONE_SAVED}"
     if not all(folder.is_dir() for folder in folders.values()):
-        return "not asked: the shards are not there; --dataset says where they are now"
+        return f"not asked: {NO_SHARDS}"
     tokenizer = open_any(str(r.last)).tokenizer
     if tokenizer is None:
         return "not asked: no tokenizer in the last checkpoint"

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.apr2 import read_apr
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.peft import read_adapter
 from ..checkpoints.registry import open_any
 from ..checkpoints.state import OPTIMIZER, STATE_SHA, saved_hashes, sha256
 from ..common.events import REMOVED, by_source
-from ..common.files import read_json
-from ..common.finding import Finding
+from ..common.files import read_json, short
+from ..common.finding import FAIL, Finding
+from ..common.provenance import code_sha256
 from ..common.units import plural
 from ..data.audit import Split, audit
 from ..data.batches import Windows
@@ -24,11 +26,11 @@ from ..data.guards import Bounds
 from ..data.mixture import sources_of, stream
 from ..data.open import facts_of, mixture_facts, windows_of
 from ..evidence.adapters import checkpoint_merge_error
-from ..evidence.seal import EVIDENCE, compare
+from ..evidence.seal import EVIDENCE, compare, standing
 from ..evidence.signature import signer
 from ..model.params import Layout
 from ..training.rundir import epoch_of
-from .record import NONE_SAVED, Record
+from .record import NONE_SAVED, Record, unmade
 from .reload import recorded
 
 NORM_TOLERANCE = 1e-5  # of a norm of weights: float64, and the device's sum of squares
@@ -49,7 +51,18 @@ def signature(r: Record) -> Finding:
     if r.options.signers is None:
         why = "there is one, not asked for; --signers FILE names the keys that may sign"
         return Finding.skipped("signature", why, bound)
-    return Finding.of("signature", True, f"by {signer(r.run.path, Path(r.options.signers))}", bound)
+    return Finding.of(
+        "signature", True, f"by {signer(r.run.path, Path(r.options.signers), r.evidence)}", bound
+    )
+
+
+def unchanged(r: Record) -> Finding:
+    """Compare how files and folders stand with how they stood before the first check: each check opens them anew, and what was
+    exchanged between two of them would be vouched for unread."""
+    now, bound = standing(r.run.path), "as before the first check: same files, lengths, times of change"
+    changed = sorted(name for name in now.keys() | r.stood.keys() if now.get(name) != r.stood.get(name))
+    measured = f"{changed[0]} has changed meanwhile" if changed else f"{plural(len(now), 'file')} and folders"
+    return Finding.of("unchanged", not changed, measured, bound)
 
 
 def checkpoints(r: Record) -> Finding:
@@ -72,9 +85,28 @@ def checkpoints(r: Record) -> Finding:
         if loaded.metadata["evaluation"]["val_loss"] != said.val_loss:
             measured = f"{path.name}: another val_loss inside than in its metadata"
             return Finding.of("checkpoints", False, measured, "equal")
+        if wrong := _other_inside(r, loaded):
+            return Finding.of("checkpoints", False, f"{path.name}: {wrong}", bound)
     removed = len(epochs) - len(found)
     more = f", {removed} removed by --keep-checkpoints" if removed else ""
     return Finding.of("checkpoints", bool(found), f"{plural(len(found), 'checkpoint')}{more}", bound)
+
+
+def _other_inside(r: Record, loaded: Checkpoint) -> str:
+    """Say what a checkpoint holds beside its weights that is not the run's: the conditions of its loss, its tokenizer; "" where
+    all is. Weights alone are hashed in its metadata."""
+    s, said = r.settings, loaded.metadata["evaluation"]
+    want = {
+        "val_sha256": r.config["data"]["val_sha256"],
+        "seq_length": s.seq_length,
+        "val_windows": s.val_batches and s.val_batches * s.batch_size,
+    }
+    for key, value in want.items():
+        if key in said and said[key] != value:
+            return f"{key} = {short(said[key])} of its evaluation, the run has {short(value)}"
+    if loaded.tokenizer is None or not loaded.tokenizer.is_recorded_as(r.config["data"]["tokenizer_sha256"]):
+        return "its tokenizer is not the run's"
+    return ""
 
 
 def _unrecorded(there: set[int], epochs: list[dict[str, Any]], is_cut: bool) -> str:
@@ -152,7 +184,7 @@ def adapters(r: Record) -> Finding:
         return Finding.skipped("adapters", NONE_SAVED, bound)
     folder, init = path.with_name(f"{path.stem}-adapter"), str(r.settings.init)
     if not Path(init).exists():
-        return Finding.skipped("adapters", f"the base {init} is not there", bound)
+        return unmade("adapters", f"the base {init} is not there; --init says where it is now", bound)
     base, merged, want = open_any(init), open_any(str(path)), r.config["data"]["init_sha256"]
     if base.sha256 != want:
         return Finding.of("adapters", False, f"{init}: weights {base.sha256[:12]}", f"{want[:12]}")
@@ -166,14 +198,14 @@ def data(r: Record) -> Finding:
     """Compare the shards as they are on disk with the hashes in config.json."""
     want, bound = r.config["data"], "the SHA-256 of config.json"
     if r.last is None:
-        return Finding.skipped("data", NONE_SAVED, bound)
+        return unmade("data", NONE_SAVED, bound)
     loaded, tokens = open_any(str(r.last)), 0
     tokenizer, folders = loaded.tokenizer, r.folders()
     if tokenizer is None or not tokenizer.is_recorded_as(want["tokenizer_sha256"]):
         return Finding.of("data", False, "the tokenizer in the checkpoint is not the run's", bound)
     if gone := [folder for folder in folders.values() if not folder.is_dir()]:
         why = f"{gone[0]} is not there; --dataset says where the shards are now"
-        return Finding.skipped("data", why, bound)
+        return unmade("data", why, bound)
     splits = audit(folders, tokenizer, Bounds.parse(r.settings.widen), loaded.cfg.vocab_size)
     for split in splits:
         side, folder, shards = split.side, split.folder, split.shards
@@ -208,6 +240,10 @@ def _other_guards(r: Record, splits: list[Split]) -> str:
     for split in splits:
         said = {row["guard"]: row for row in r.config["data_guards"][split.name]}
         for f in split.findings:
+            if f.verdict == FAIL:  # no run begins with such data, whatever is on record
+                return f"{split.name}: {f}"
+            if f.name not in said and r.config.get("code_sha256") == code_sha256():
+                return f"{split.name}: {f.name} is not on record, the data give {f.verdict}, {f.measured}"
             row = said.get(f.name, {"verdict": f.verdict, "figure": f.measured})
             if row["verdict"] != f.verdict or _figure(row["figure"]) != _figure(f.measured):
                 return f"{split.name}: {f.name} is {row['verdict']}, {row['figure']}; the data give {f.verdict}, {f.measured}"

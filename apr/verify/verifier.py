@@ -31,6 +31,7 @@ CHECKS: dict[str, Callable[[Record], Finding]] = {
     "validation loss": validation_loss,
     "evaluations": evaluations,
     "replay": replay,
+    "unchanged": stored.unchanged,
 }
 
 # Checks of what most runs do not have.

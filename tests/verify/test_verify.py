@@ -20,10 +20,11 @@ from apr.common.atomic import locked
 from apr.common.errors import AprError
 from apr.evidence import seal as evidence
 from apr.evidence.seal import compare, hashes, seal
+from apr.evidence.signature import sign, signer
 from apr.report import page
 from apr.training.rundir import RunDir
 from apr.training.settings import Settings
-from apr.verify import log
+from apr.verify import log, verifier
 from run_cases import (  # noqa: F401
     RECIPE,
     an_unused_weight_becomes_nan,
@@ -229,6 +230,37 @@ def a_gate_says_pass(run):
     rewrite(run / "verdict.json", lambda d: d["gates"][-1].update(verdict="PASS"))
 
 
+def two_lines_in_one(run):
+    """The last evaluation stands in the line of its step: some readers take it for a step, others for an evaluation."""
+    path = run / "metrics.jsonl"
+    *lines, step, last = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {**last, **step}]))
+
+
+def no_standard_errors(run):
+    change_line(run, 6, "val_loss_stderr", 0.0, "val_loss")
+    rewrite(run / "ckpt" / "epoch-002.metadata.json", lambda d: d.update(val_loss_stderr=0.0))
+
+
+def another_tokenizer_in_an_earlier_checkpoint(run):
+    path = run / "ckpt" / "epoch-001.apr"
+    file = read_apr(path)
+    text = file.metadata["tokenizer.json"].replace('"add_prefix_space": false', '"add_prefix_space": true')
+    assert text != file.metadata["tokenizer.json"]
+    write_apr(
+        path, {**file.metadata, "tokenizer.json": text}, {k: np.array(v) for k, v in file.tensors.items()}
+    )
+
+
+def another_window_in_a_checkpoint(run):
+    path = run / "ckpt" / "epoch-002.apr"
+    file = read_apr(path)
+    evaluation = {**file.metadata["evaluation"], "seq_length": 8}
+    write_apr(
+        path, {**file.metadata, "evaluation": evaluation}, {k: np.array(v) for k, v in file.tensors.items()}
+    )
+
+
 CHANGES = {
     "a loss in the log": (lambda r: change_line(r, 2, "train_loss", 1.5), "epochs"),
     "a loss in the log, and what follows from it": (one_loss_changed_throughout, "replay"),
@@ -288,6 +320,22 @@ CHANGES = {
     "a checkpoint beside its state": (weights_and_their_hash_changed, "states"),
     "a sample": (lambda r: (r / "samples.jsonl").write_text('{"step": 3, "prompt": "", "text": "To be"}\n'), "samples"),
     "the page": (lambda r: (r / "report.html").write_text("<html>val loss 0.001 PASS</html>"), "page"),
+    "a guard that is gone": (
+        lambda r: rewrite(r / "config.json", lambda d: [
+            rows.pop(next(i for i, g in enumerate(rows) if g["guard"] == "documents on both sides"))
+            for side, rows in d["data_guards"].items() if side == "train"]), "data"),
+    "two lines in one": (two_lines_in_one, "metrics"),
+    "an accuracy that there was none of": (lambda r: [
+        (r / "metrics.jsonl").write_text((r / "metrics.jsonl").read_text().replace(
+            '"val_tokens"', '"val_accuracy": 0.99, "val_tokens"'))], "metrics"),
+    "standard errors": (no_standard_errors, "validation loss"),
+    "standard errors again": (no_standard_errors, "replay"),
+    "how the run ended": (lambda r: rewrite(r / "verdict.json", lambda d: d.update(status="TARGET_REACHED")), "verdict"),
+    "a tokenizer": (another_tokenizer_in_an_earlier_checkpoint, "checkpoints"),
+    "the conditions of a loss": (another_window_in_a_checkpoint, "checkpoints"),
+    "a start that is gone": (lambda r: rewrite(r / "config.json", lambda d: d.pop("start")), "start"),
+    "shards that are said to be gone": (
+        lambda r: rewrite(r / "config.json", lambda d: d.update(data_folders={"train": "/gone", "val": "/gone"})), "replay"),
     "an entry that is gone": (lambda r: rewrite(r / "config.json", lambda d: d["data"].pop("val_sha256")), "data"),
 }  # fmt: skip
 
@@ -397,6 +445,62 @@ def test_a_signature_is_what_a_new_seal_cannot_get_past(run, key, tmp_path, caps
     )
 
 
+def test_what_could_not_be_checked_is_not_signed(run, key, capsys):
+    rewrite(run / "config.json", lambda d: d.update(data_folders={"train": "/gone", "val": "/gone"}))
+    seal(run)
+    assert verify(run, "--sign", key[0]) not in (0, 9)
+    assert "not signed, for it was checked without data, validation loss" in capsys.readouterr().err
+    assert not (run / "evidence.json.sig").exists()
+
+
+def test_what_was_checked_is_signed_and_not_what_lies_there_by_then(run, key, tmp_path, monkeypatch, capsys):
+    """A file that is exchanged after one check and put back before another; and evidence that is exchanged at the very end."""
+    private, signers = key
+    path, others = run / "metrics.jsonl", run.parent / "others"
+    right = verifier.CHECKS["verdict"]
+
+    def exchanged(r):
+        path.rename(others)
+        path.write_text(others.read_text())
+        found = right(r)
+        others.replace(path)
+        return found
+
+    with monkeypatch.context() as m:
+        m.setitem(verifier.CHECKS, "verdict", exchanged)
+        verdicts, measured, code = checks(capsys, run, "--backend", "none", "--sign", private)
+    assert (verdicts["files"], verdicts["unchanged"], code) == ("PASS", "FAIL", 9), measured
+    assert not (run / "evidence.json.sig").exists()
+
+    def swapped_at_the_end(*args):
+        (run / "verdict.json").write_text("{}")
+        seal(run)
+        return sign(*args)
+
+    monkeypatch.setattr(command, "sign", swapped_at_the_end)
+    good = (run / "evidence.json").read_bytes()
+    assert verify(run, "--backend", "none", "--sign", private) == 0
+    with pytest.raises(AprError):
+        signer(run, signers, (run / "evidence.json").read_bytes())
+    assert signer(run, signers, good) == "me@example.org"
+
+
+def test_what_a_link_leads_to_is_evidence_too(run, tmp_path):
+    (run / "ckpt").rename(tmp_path / "on another disk")
+    (run / "ckpt").symlink_to(tmp_path / "on another disk")
+    (run / "ckpt" / "state" / "round").symlink_to(run)  # leads back: every file once
+    assert compare(run) == []
+    (run / "ckpt" / "epoch-002.metadata.json").write_text("{}")
+    assert any("epoch-002.metadata.json was changed" in x for x in compare(run))
+
+
+def test_a_link_to_everything_is_named_in_time(run, monkeypatch):
+    monkeypatch.setattr(evidence, "MAX_FILES", 20)
+    (run / "x").symlink_to("/usr")
+    with pytest.raises(AprError, match="more than 20 files"):
+        compare(run)
+
+
 def test_a_run_that_fails_is_not_signed(run, key):
     change_line(run, 2, "lr", 1.0)
     assert verify(run, "--backend", "none", "--sign", key[0]) == 9
@@ -450,8 +554,16 @@ def test_shards_that_changed_or_went_away(run, place, tmp_path, capsys):
         run / "config.json",
         lambda d: d.update(data_folders={"train": str(data / "train"), "val": str(data / "val")}),
     )
-    verdicts = checks(capsys, run, "--replay", 1)[0]
+    seal(run)
+    verdicts, _, code = checks(capsys, run)
     assert [verdicts[k] for k in ("data", "validation loss", "replay")] == ["SKIPPED"] * 3
+    assert code == 0
+    verdicts, measured, code = checks(capsys, run, "--replay", 1)
+    assert (verdicts["replay"], code) == ("FAIL", 9), measured  # what was asked for was not made
+    verify_in_words = main(["verify", str(run)])
+    said = capsys.readouterr().out
+    assert verify_in_words == 0
+    assert "PASS, without data, validation loss: " in said
 
 
 def test_replay_writes_nowhere_though_the_corpus_has_grown(run, tmp_path, monkeypatch, capsys):
