@@ -46,6 +46,9 @@ ARCHITECTURE = {
 }
 # architectures whose rotary embedding turns neighbouring dimensions
 ADJACENT = ("llama", "smollm3")
+# architectures whose loader asks for heads of hidden_size / num_heads, and those that have no tied head
+HEADS_FILL_HIDDEN = ("olmo2", "qwen2")
+HEAD_ALONE = ("olmo2",)
 # keys of config.json, kept as apr.KEY, of models whose layers differ in the window
 WINDOW_KEYS = {"sliding_window", "use_sliding_window", "layer_types"}
 # architecture -> n: llama.cpp leaves out the rotary embedding of every n-th layer, and of no other
@@ -176,8 +179,9 @@ def write_gguf(
             f"{path}: no architecture of llama.cpp is known for {cfg.family} models; export --format hf"
         )
     arch = ARCHITECTURE[cfg.family]
-    check_scaling(cfg, arch, arch in ADJACENT, path)
+    check_scaling(cfg, arch, path)
     _check_lengths(cfg, path)
+    _check_shapes(cfg, arch, path)
     if cfg.no_rope_layers != _no_rope_layers(arch, cfg.num_layers):
         raise Refused(
             f"{path}: layers {list(cfg.no_rope_layers)} have no rotary embedding; llama.cpp leaves it out of layers "
@@ -221,6 +225,20 @@ def _check_lengths(cfg: ModelConfig, path: str | Path) -> None:
             raise Refused(
                 f"{path}: {key} = {positions}: a GGUF file holds less than {1 << 32}; export --format hf"
             )
+
+
+def _check_shapes(cfg: ModelConfig, arch: str, path: str | Path) -> None:
+    """Raise Refused for a model whose file llama.cpp would not open: its loader asks for other tensors, or other shapes."""
+    wide = cfg.num_heads * cfg.head_dim
+    if arch in HEADS_FILL_HIDDEN and wide != cfg.hidden_size:
+        raise Refused(
+            f"{path}: {cfg.num_heads} heads of {cfg.head_dim} are {wide} rows, hidden_size is {cfg.hidden_size}; llama.cpp opens "
+            f"no {arch} model where the two differ: export --format hf"
+        )
+    if arch in HEAD_ALONE and cfg.tie_word_embeddings:
+        raise Refused(
+            f"{path}: tie_word_embeddings = true; llama.cpp opens no {arch} model without a head of its own: export --format hf"
+        )
 
 
 def _put_tensor(writer: Any, x: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ SCALING_KEYS = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
+# Architecture whose loader reads rope_freqs.weight; the loaders of the others refuse a file that has it.
+READS_DIVISORS = "llama"
+# llama.cpp reads yarn_beta_fast and yarn_beta_slow in no architecture of ours: these hold, whatever the keys say.
+BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def scaling_keys(cfg: ModelConfig) -> dict[str, Any]:
@@ -40,10 +45,10 @@ def scaling_keys(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def check_scaling(cfg: ModelConfig, arch: str, is_adjacent: bool, path: str | Path) -> None:
+def check_scaling(cfg: ModelConfig, arch: str, path: str | Path) -> None:
     """Raise Refused for a scaling of the rotary frequencies that llama.cpp computes otherwise, or not at all."""
     s = cfg.rope_scaling
-    if isinstance(s, Llama3Scaling) and not is_adjacent:
+    if isinstance(s, Llama3Scaling) and arch != READS_DIVISORS:
         raise Refused(
             f"{path}: llama.cpp does not scale the rotary frequencies of {arch} models; export --format hf"
         )
@@ -55,13 +60,21 @@ def check_scaling(cfg: ModelConfig, arch: str, is_adjacent: bool, path: str | Pa
 
 
 def check_ramp(cfg: ModelConfig, path: str | Path) -> None:
-    """Raise Refused where llama.cpp and transformers make other ramps of the same keys of YaRN: an end before the first pair."""
+    """Raise Refused where llama.cpp and transformers make other ramps of the same keys of YaRN: an end before the first pair,
+    or other numbers of turns than llama.cpp's, unless the ends are those of the same pairs."""
     s = cfg.rope_scaling
-    if isinstance(s, YarnScaling) and s.bounds(cfg.head_dim // 2, cfg.rope_theta)[1] < 0:
-        raise Refused(
-            f"{path}: original_max_position_embeddings = {s.original_max_position_embeddings} is less than a turn of any pair; "
-            "llama.cpp and transformers scale such frequencies each in another way: a Hugging Face folder says which"
-        )
+    if not isinstance(s, YarnScaling):
+        return
+    ends, theirs = (x.bounds(cfg.head_dim // 2, cfg.rope_theta) for x in (s, dataclasses.replace(s, **BETAS)))
+    if min(ends[1], theirs[1]) < 0:
+        what = f"original_max_position_embeddings = {s.original_max_position_embeddings} is less than a turn of any pair"
+    elif ends != theirs:
+        what = f"beta_fast = {s.beta_fast:g} and beta_slow = {s.beta_slow:g}, of which llama.cpp takes 32 and 1 for all models"
+    else:
+        return
+    raise Refused(
+        f"{path}: {what}; llama.cpp and transformers scale such frequencies each in another way: a Hugging Face folder says which"
+    )
 
 
 def read_scaling(own: dict[str, Any], ours: dict[str, Any], place: str) -> dict[str, Any] | None:

@@ -146,7 +146,10 @@ def _by_llama_cpp(reader: Any, arch: str) -> tuple[np.ndarray, float]:
         length = key("scaling.original_context_length", reader.get_field(f"{arch}.context_length").contents())
         low, high = (
             dims * math.log(length / (beta * 2 * math.pi)) / (2 * math.log(base))
-            for beta in (key("scaling.yarn_beta_fast", 32.0), key("scaling.yarn_beta_slow", 1.0))
+            for beta in (
+                32.0,
+                1.0,
+            )  # its loader reads yarn_beta_fast and yarn_beta_slow in other architectures alone
         )
         low, high = max(0, math.floor(low)), min(dims - 1, math.ceil(high))
         mix = 1 - np.clip((np.arange(dims // 2) - low) / max(0.001, high - low), 0, 1)

@@ -334,8 +334,7 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 LAYERS = {  # models whose layers or norms differ from Llama's, as llama.cpp computes them
-    "olmo2": PRESETS["olmo2-tiny"],
-    "olmo2-tied": dataclasses.replace(PRESETS["olmo2-tiny"], tie_word_embeddings=True),
+    "olmo2": dataclasses.replace(PRESETS["olmo2-tiny"], head_dim=10),
     "smollm3": dataclasses.replace(
         PRESETS["smollm3-tiny"], num_layers=5, no_rope_layers=(3,), sliding_window=0, full_attention_layers=()
     ),
@@ -401,14 +400,47 @@ def test_lengths_that_no_key_holds(key: str, tmp_path: Path) -> None:
         gguf.write_gguf(tmp_path / "m.gguf", model(most + 1), weights)
 
 
-def test_scaling_that_llama_cpp_would_not_honour(tmp_path: Path) -> None:
-    cfg = dataclasses.replace(PRESETS["qwen2-tiny"], rope_scaling=PRESETS["llama3-tiny"].rope_scaling)
-    layout = Layout(cfg)
-    host = np.zeros(layout.size, np.float32)
-    layout.init(host, 1)
+@pytest.mark.parametrize("preset", ["qwen2-tiny", "smollm3"])
+def test_scaling_that_llama_cpp_would_not_honour(preset: str, tmp_path: Path) -> None:
+    """smollm3 turns neighbours as llama does, and its loader ends at a file with rope_freqs.weight."""
+    plain = LAYERS.get(preset) or PRESETS[preset]
+    cfg = dataclasses.replace(plain, rope_scaling=PRESETS["llama3-tiny"].rope_scaling)
     with pytest.raises(Refused, match="does not scale"):
-        gguf.write_gguf(tmp_path / "m.gguf", cfg, layout.named(host))
+        written(tmp_path / "m.gguf", cfg)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "words"),
+    [
+        ("olmo2", {}, r"4 heads of 12 are 48 rows, hidden_size is 40"),
+        ("olmo2", {"head_dim": 10, "tie_word_embeddings": True}, "tie_word_embeddings = true"),
+        ("qwen2", {"head_dim": 16}, r"7 heads of 16 are 112 rows, hidden_size is 56"),
+    ],
+)
+def test_models_whose_file_llama_cpp_does_not_open(
+    family: str, change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """Its loader asks for tensors of other shapes (check_tensor_dims), or for output.weight, and gives up."""
+    with pytest.raises(Refused, match=words):
+        written(tmp_path / "m.gguf", dataclasses.replace(PRESETS[f"{family}-tiny"], **change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_turns_of_yarn_that_llama_cpp_does_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loader passes over yarn_beta_fast and yarn_beta_slow of all architectures of ours: logits were off by their size."""
+    scaling = YarnScaling(3.0, 64, 3.0, 0.7, mscale=0.707, mscale_all_dim=1.2)
+    cfg = dataclasses.replace(PRESETS["llama-tiny"], rope_theta=100.0, rope_scaling=scaling)
+    with pytest.raises(
+        Refused, match=r"beta_fast = 3 and beta_slow = 0\.7, of which llama\.cpp takes 32 and 1"
+    ):
+        written(tmp_path / "m.gguf", cfg)
+    monkeypatch.setattr(gguf, "check_scaling", lambda *_: None)
+    tensors = written(tmp_path / "m.gguf", cfg)
+    with pytest.raises(Refused, match="takes 32 and 1"):
+        open_any(str(tmp_path / "m.gguf"))
+    with pytest.raises(IOFailure, match=r"llama\.rope\.scaling"):
+        compare_gguf(tmp_path / "m.gguf", cfg, tensors)
 
 
 @pytest.mark.parametrize("value", [7e4, 3e38])
@@ -604,7 +636,8 @@ SCALED = {
     "linear": LinearScaling(4.0),
     "dynamic": DynamicScaling(2.0),
     "yarn": YarnScaling(4.0, 16),
-    "yarn of other values": YarnScaling(3.0, 28, 3.0, 0.7, mscale=0.707, mscale_all_dim=1.2),
+    "yarn of other values": YarnScaling(3.0, 28, mscale=0.707, mscale_all_dim=1.2),
+    "yarn of other turns, the same pairs": YarnScaling(3.0, 28, 30.0, 0.98),
     "yarn with its factor": YarnScaling(3.0, 28, attention_factor=1.3),
 }
 
@@ -670,7 +703,7 @@ def test_keys_of_a_scaling_that_another_tool_wrote(tmp_path: Path, monkeypatch: 
             read(**keys)
 
 
-@pytest.mark.parametrize("key", ["factor", "attn_factor", "original_context_length", "yarn_beta_slow"])
+@pytest.mark.parametrize("key", ["factor", "attn_factor", "original_context_length"])
 def test_a_key_that_llama_cpp_would_turn_by_otherwise(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
