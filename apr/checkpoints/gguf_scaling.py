@@ -22,7 +22,7 @@ SCALING_KEYS = {
 # Architecture whose loader reads rope_freqs.weight; the loaders of the others refuse a file that has it.
 READS_DIVISORS = "llama"
 # llama.cpp reads yarn_beta_fast and yarn_beta_slow in no architecture of ours: these hold, whatever the keys say.
-BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
+BETA_FAST, BETA_SLOW = 32.0, 1.0
 
 
 def scaling_keys(cfg: ModelConfig) -> dict[str, Any]:
@@ -65,7 +65,8 @@ def check_ramp(cfg: ModelConfig, path: str | Path) -> None:
     s = cfg.rope_scaling
     if not isinstance(s, YarnScaling):
         return
-    ends, theirs = (x.bounds(cfg.head_dim // 2, cfg.rope_theta) for x in (s, dataclasses.replace(s, **BETAS)))
+    own = dataclasses.replace(s, beta_fast=BETA_FAST, beta_slow=BETA_SLOW)
+    ends, theirs = (x.bounds(cfg.head_dim // 2, cfg.rope_theta) for x in (s, own))
     if min(ends[1], theirs[1]) < 0:
         what = f"original_max_position_embeddings = {s.original_max_position_embeddings} is less than a turn of any pair"
     elif ends != theirs:
