@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def load(
     a GPU), or "int8": matrices rounded to 8 bits, for faster generation. threads: CPU
     threads. Raises InputNotFound, MalformedFile, Refused, DeviceError."""
     backend = select(device, None if dtype == "int8" else dtype, threads)
-    return LanguageModel(open_any(os.fspath(path)), backend, dtype or backend.dtypes[0])
+    return LanguageModel(open_any(_path(path)), backend, dtype or backend.dtypes[0])
 
 
 class Printed(Display):
@@ -71,7 +71,7 @@ class RunResult:
     best_val_loss: float
     run_dir: Path
     checkpoint: Path
-    details: dict[str, Any]
+    details: dict[str, Any] = field(repr=False)
 
 
 def train(
@@ -91,12 +91,14 @@ def train(
         plain = {str(k).replace("-", "_"): _plain(v) for k, v in config.items()}
         explicit = check(plain, "apr.train")
     else:
-        explicit = read_config(Path(config))
+        explicit = read_config(Path(_path(config)))
     if explicit.get("run_dir"):
         # The working folder may be another one before the run ends.
         explicit["run_dir"] = os.path.abspath(explicit["run_dir"])
+    # The working folder may be another one when the path is used.
+    here = Path.cwd()
     result = run.train(Settings(**explicit), Printed() if show else Display(), callbacks, explicit)
-    folder = Path(result["run_dir"])
+    folder = here / result["run_dir"]
     return RunResult(
         result["status"],
         result["verdict"],
@@ -107,6 +109,11 @@ def train(
         RunDir(folder).checkpoints()[-1],
         result,
     )
+
+
+def _path(path: str | os.PathLike[str]) -> str:
+    """Expand ~ at the beginning of a path, which no shell has seen."""
+    return os.path.expanduser(os.fsdecode(path))
 
 
 def _plain(value: Any) -> Any:

@@ -176,6 +176,17 @@ def test_a_batch_equals_each_alone(model):
         ),
         (lambda m: m.generate("x", seed=True), UsageError, "--seed must be a whole number"),
         (lambda m: apr.load("no/such"), InputNotFound, "no/such"),
+        (lambda m: m.loss("Once upon"), UsageError, r"model\.tokenizer\.encode\(text\) gives them"),
+        (lambda m: m.tokenizer.decode([[1], [2]]), UsageError, "decode each row"),
+        (lambda m: m.generate_batch(["x"], {"max_tokens": 5}), UsageError, "options by name"),
+        (lambda m: m.generate_batch(["x"], Sampling(), top_k=1), UsageError, "not both"),
+        (lambda m: m.generate_batch(["x"], max_new_tokens=5), UsageError, "max_new_tokens"),
+        (
+            lambda m: m.save("m.gguf"),
+            UsageError,
+            "m.gguf: is the name of a GGUF file, and a Hugging Face folder",
+        ),
+        (lambda m: m.save("model.safetensors"), UsageError, "name a folder, or a file that ends in .apr"),
     ],
 )
 def test_bad_input(model, call, error, words):
@@ -241,6 +252,24 @@ def test_threads_that_share_a_model_are_kept_apart(folder, monkeypatch):
     assert {name for name, _ in seen} == {"forward", "step", "last_logits"}
     assert all(held for _, held in seen)
     assert not generator._lock.locked()
+
+
+def test_what_other_interfaces_take_is_taken(model):
+    text = model.generate("def", max_tokens=4, temperature=0, stop=None)
+    assert text == model.generate("def", max_tokens=4, temperature=0)
+    (row,) = model.generate_batch(["def"], max_tokens=4, temperature=0)
+    assert row.text == text
+    assert model.tokenizer.decode(9) == model.tokenizer.decode([9])
+    assert repr(model).endswith(": qwen2, 54,632 parameters, float32 on cpu>")
+
+
+def test_a_path_may_begin_at_home(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model.save("~/m.apr")
+    assert apr.load("~/m.apr", device="cpu").weights.size == model.weights.size
+    assert apr.load(os.fsencode(tmp_path / "m.apr"), device="cpu").weights.size == model.weights.size
+    assert [p.name for p in tmp_path.iterdir()] == ["m.apr"]
 
 
 @pytest.mark.parametrize("name", ["m.apr", "out"])

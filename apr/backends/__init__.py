@@ -10,9 +10,12 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+import weakref
 from functools import cache
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 from ..common.errors import DeviceError
 from .contract import FACTS, OPS, PLUMBING
@@ -26,6 +29,8 @@ MODULES = {
 # backends whose arrays are NumPy's: plumbing that they do not define is that of reference
 NUMPY = ("cpu",)
 NAMES = tuple(MODULES)
+# What computes with the threads of this process, which a fork of it lacks: the cpu backend and what lies over it.
+_threaded: list[weakref.ref[Any]] = []
 
 
 def get(name: str) -> ModuleType:
@@ -64,9 +69,40 @@ def assemble(name: str, modules: list[ModuleType], plumbing: list[ModuleType]) -
                 f"backend {name}: {' and '.join(m.__name__ for m in modules)} lack {function}"
             )
         setattr(backend, function, getattr(owners[0], function))
+    if name == "cpu":
+        _threaded.append(weakref.ref(backend))
     return backend
 
 
-def overlay(backend: Any, **functions: Any) -> SimpleNamespace:
+class Overlay(SimpleNamespace):
     """A backend with some of its functions replaced."""
-    return SimpleNamespace(**{**{name: getattr(backend, name) for name in dir(backend)}, **functions})
+
+
+def overlay(backend: Any, **functions: Any) -> Overlay:
+    """A backend with some of its functions replaced."""
+    made = Overlay(**{**{name: getattr(backend, name) for name in dir(backend)}, **functions})
+    there = [ref for ref in _threaded if ref() is not None]
+    if any(ref() is backend for ref in there):
+        _threaded[:] = [*there, weakref.ref(made)]
+    return made
+
+
+def _refuse_forked(*args: Any, **named: Any) -> NoReturn:
+    raise DeviceError(
+        "this process was forked from one in which the cpu backend was at work, and threads do not survive a fork; start "
+        'processes with multiprocessing.get_context("spawn"), or fork before the first use of apr'
+    )
+
+
+def _forked() -> None:
+    """Let every op raise DeviceError in a fork of a process that has threads of OpenMP: it would end the fork without a word to
+    Python, and a multiprocessing.Pool start it again for ever. Numba's other layers survive a fork."""
+    backends = [backend for ref in _threaded if (backend := ref()) is not None]
+    if not backends or sys.modules["numba"].threading_layer() != "omp":
+        return
+    for backend in backends:
+        for function in (*OPS, "set_threads"):
+            setattr(backend, function, _refuse_forked)
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -30,6 +30,7 @@ from .checkpoint import (
 from .gguf_reader import read_gguf
 from .gguf_vocab import is_qwen2, vocabulary_keys
 from .hf import commonest_dtype, read_hf, write_hf
+from .names import FOLDER, check_name
 from .other_readers import compare_folder, compare_gguf
 from .readback import compare_written
 from .side_files import turn_end, with_one_template
@@ -51,6 +52,7 @@ def export_hf(
     tensors = parameters(Layout(checkpoint.cfg), checkpoint)
     texts = texts_for(checkpoint, tensors, dtype)
     _check_free(folder, [*texts, TOKENIZER])
+    check_name(folder, FOLDER, "name a folder, or give --format gguf for one file")
     write_hf(folder, checkpoint.cfg, tensors, dtype, max_shard_bytes, checkpoint.tokenizer_json, texts)
     written = read_hf(folder)
     if written.cfg != checkpoint.cfg:
@@ -173,6 +175,7 @@ def export_gguf(
     The file is read back and compared: float types bit for bit, Q8_0 within half a step of each block's scale. Raises
     Refused for an output that exists (unless force) and for what llama.cpp would compute otherwise."""
     path = Path(path)
+    check_name(path, ".gguf", "name a file that ends in .gguf, or leave --format out for a folder")
     if os.path.lexists(path) and (path.is_dir() or not force):
         kind = "is a folder" if path.is_dir() else "exists already"
         raise Refused(

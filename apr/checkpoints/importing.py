@@ -33,6 +33,7 @@ from .checkpoint import (
     special_id,
 )
 from .hf import INDEX, SINGLE, TO_SAFETENSORS, shard_names
+from .names import check_name
 from .readback import compare_written
 from .registry import TITLES, format_of, open_any
 from .tensors import TensorFile
@@ -54,6 +55,7 @@ def import_model(
     folder with tokenizer.json, for a source without one. Weights keep their dtype and bits (Q8_0 becomes float32) and are
     compared with the source after writing. Raises Refused for an output that exists (unless force), and as open_any does."""
     output = Path(output)
+    check_name(output, ".apr", "name a file that ends in .apr")
     if os.path.lexists(output) and not force:
         raise Refused(f"{output}: exists already; name another file, or --force to replace it")
     try_output(output)

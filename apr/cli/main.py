@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import io
 import json
@@ -13,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..common.errors import AprError, DeviceError, Interrupted, IOFailure, Refused
+from ..common.hints import OTHER_COMMANDS
 from ..common.packages import broken_package
 from ..common.printable import printable
 from ..common.version import __version__
@@ -53,12 +55,16 @@ def _usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's own); returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if args[:1] == ["--version"]:
+    if args[:1] in (["--version"], ["version"], ["-V"]):
         return _ended("--version", lambda: lambda: print(f"apr {__version__}"))
+    if args[:1] == ["help"] and args[1:2] and args[1] in COMMANDS:
+        return run_command(args[1], ["--help"])
     if not args or args[0] in ("-h", "--help", "help"):
         return _ended("--help", lambda: lambda: print(_usage())) or (0 if args else 2)
     if args[0] not in COMMANDS:
-        print(printable(f"apr: unknown command {args[0]!r}\n\n{_usage()}"), file=sys.stderr)
+        meant = [OTHER_COMMANDS.get(args[0]), *difflib.get_close_matches(args[0], COMMANDS, 1, 0.7)]
+        hint = next((f"; did you mean apr {name}?" for name in meant if name), "")
+        print(printable(f"apr: unknown command {args[0]!r}{hint}\n\n{_usage()}"), file=sys.stderr)
         return 2
     return run_command(args[0], args[1:])
 

@@ -4,6 +4,9 @@ Every class carries the exit code of the process; `apr.cli.main` prints the mess
 without a traceback.
 """
 
+import copyreg
+from typing import Any
+
 from .printable import printable
 
 MOST = 4000  # characters of a message: it may quote a value of a file, which may be anything
@@ -21,6 +24,10 @@ class AprError(Exception):
         if len(message) > MOST:
             message = f"{message[: MOST - 1000]} ... {message[-900:]}"
         super().__init__(printable(message))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what is there, not what made it: a Pool of processes waits for ever for an error that cannot be made again."""
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class UsageError(AprError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import itertools
 import math
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 from .errors import IOFailure, UsageError
 from .files import real
+from .hints import near
 
 T = TypeVar("T")
 MAX_INTEGER = 2**63 - 1  # that a number of the arrays and files can be
@@ -93,81 +93,9 @@ def placeholder(f: dataclasses.Field[Any]) -> str:
     return "PATH" if meta["path"] and not meta["names"] else f.name.split("_")[-1].upper()
 
 
-# Flags of other trainers, for ours.
-ELSEWHERE = {
-    "learning-rate": "lr", "max-steps": "num-steps", "num-train-epochs": "epochs", "num-epochs": "epochs",
-    "per-device-train-batch-size": "micro-batch-size", "output-dir": "run-dir", "model-name-or-path": "init",
-    "base-model": "init", "max-seq-length": "seq-length", "max-length": "seq-length", "sequence-len": "seq-length",
-    "max-grad-norm": "grad-clip", "lr-scheduler-type": "schedule", "eval-steps": "eval-every", "save-steps": "save-every",
-    "save-total-limit": "keep-checkpoints", "report-to": "log", "lora-r": "lora-rank", "lora-target-modules": "lora-targets",
-    "use-rslora": "lora-rslora", "use-dora": "lora-dora", "modules-to-save": "lora-modules-to-save",
-    "loraplus-lr-ratio": "lora-plus",
-    "train-file": "corpus", "datasets": "instruct", "gradient-checkpointing": "recompute", "adam-beta1": "beta1",
-    "micro-batch": "micro-batch-size", "cutoff-len": "seq-length", "lora-target": "lora-targets",
-    "lora-target-linear": "lora-targets",
-    "val-set-size": "val-fraction", "val-size": "val-fraction", "lr-scheduler": "schedule", "warmup-ratio": "warmup-steps",
-    "early-stopping-patience": "patience", "dataset-num-proc": "threads", "logging-dir": "log", "pref-beta": "beta",
-    "pref-loss": "preference-loss", "loss-type": "preference-loss",
-    "adam-beta2": "beta2", "data-seed": "seed", "data-mixture": "mix", "data-path": "mix", "streams": "mix", "mixture": "mix",
-}  # fmt: skip
-
-STEP = "--batch-size counts the sequences of a whole step, --micro-batch-size those that are computed at once"
-INT8 = {
-    "lora-base int8": "--lora-base int8 keeps frozen matrices in 8 bits",
-    "dtype int8": "--dtype int8 rounds matrices to 8 bits",
-}
-WINDOWS = {"num-steps": "examples share windows always"}
-PROMPTS = {"num-steps": "prompts are never trained on"}
-ADAPTERS = {"lora-rank": "--lora-rank trains adapters"}
-# Settings of other trainers that are none here: an option that a command has, with its value, and what it then says.
-INSTEAD: dict[str, dict[str, str]] = {
-    "gradient-accumulation-steps": {"micro-batch-size": STEP}, "grad-accum-steps": {"micro-batch-size": STEP},
-    "load-in-4bit": INT8, "load-in-8bit": INT8,
-    "bf16": {"dtype bfloat16": "--dtype bfloat16"},
-    "fp16": {"dtype float16": "--dtype float16", "dtype bfloat16": "--dtype bfloat16"},
-    "packing": WINDOWS, "sample-packing": WINDOWS, "train-on-inputs": PROMPTS, "train-on-prompt": PROMPTS,
-    "finetuning-type": ADAPTERS, "adapter": ADAPTERS,
-    "max-new-tokens": {"max-tokens": "did you mean --max-tokens?", "num-steps": "--max-tokens of apr run"},
-    "do-sample": {"temperature": "--temperature 0 takes the likeliest token"},
-    "stage": {"instruct": "--instruct, --preferences or --corpus says which"},
-    "do-train": {"num-steps": "apr pretrain trains"},
-}  # fmt: skip
-
-
-def near(name: str, names: Mapping[str, Sequence[str]]) -> str:
-    """Suggest the option that a name, written with -, may mean: "; did you mean --lr?", what takes its place, or "".
-
-    names: the options of the command, each with its only values or ()"""
-    if name not in names:
-        for needed, advice in INSTEAD.get(name, {}).items():
-            other, _, value = needed.partition(" ")
-            if other in names and (not value or value in names[other]):
-                return f"; {advice}"
-    other = ELSEWHERE.get(name, "")
-    found = [other] if other in names else difflib.get_close_matches(name, names, 1, 0.7)
-    return f"; did you mean --{found[0]}?" if found else ""
-
-
 def choices_of(cls: type) -> dict[str, Sequence[str]]:
     """Map the flag of every option, without its dashes, to its only values or ()."""
     return {flag(f.name)[2:]: f.metadata["choices"] for f in dataclasses.fields(cls)}
-
-
-def refuse_elsewhere(keys: list[str], names: Mapping[str, Sequence[str]], source: str) -> None:
-    """Raise UsageError for several keys that are none of ours, as a file of another trainer has them: all of them at once.
-
-    names: as for near"""
-    unknown = [key for key in keys if key.replace("_", "-") not in names]
-    if len(unknown) < 2:
-        return
-    hints = {key: near(key.replace("_", "-"), names).removeprefix("; ") for key in unknown}
-    meant = [f"{key}: {hint.removeprefix('did you mean --').removesuffix('?').replace('-', '_') if 'did you' in hint else hint}"
-             for key, hint in hints.items() if hint]  # fmt: skip
-    rest = [key for key, hint in hints.items() if not hint]
-    raise UsageError(
-        f"{source}: {len(unknown)} unknown settings{'. Here they are ' + '; '.join(meant) if meant else ''}"
-        f"{'. No such setting: ' + ', '.join(rest) if rest else ''}. `apr pretrain --help` lists the settings"
-    )
 
 
 def whole(text: str) -> int:
@@ -189,16 +117,39 @@ TOO_MANY = "one argument too many"
 
 
 class _Parser(argparse.ArgumentParser):
+    words: Sequence[str] = ()  # of the command line
+    needs_output = False
+
     def error(self, message: str) -> typing.NoReturn:
         extra = message.removeprefix("unrecognized arguments: ")
         if extra != message and not any(word.startswith("-") for word in extra.split()):
-            raise UsageError(f"{extra}: {TOO_MANY}; a text with spaces needs quotes around it")
+            raise UsageError(f"{extra}: {self._too_many(extra)}")
         flags = {
             o[2:]: [*(a.choices or ())] for o, a in self._option_string_actions.items() if o.startswith("--")
         }
         unknown = [w[2:].split("=")[0].replace("_", "-") for w in extra.split() if w.startswith("--")]
-        hint = "".join(dict.fromkeys(near(w, flags) for w in unknown)) if extra != message else ""
+        hints = {w: self._place(w) or near(w, flags) for w in unknown} if extra != message else {}
+        several = len(hints) > 1
+        hint = "".join(f"; --{w}: {h[2:]}" if several else h for w, h in hints.items() if h)
         raise UsageError(f"{message}{hint or '; --help lists the options'}")
+
+    def _place(self, name: str) -> str:
+        """Say where a value stands that has no flag, or ""."""
+        places = [str(a.metavar) for a in self._actions if not a.option_strings]
+        return (
+            f"; {name.upper()} has no flag: {self.prog} {' '.join(places)}" if name.upper() in places else ""
+        )
+
+    def _too_many(self, extra: str) -> str:
+        """Say what may be meant by words that no place is left for."""
+        words = list(self.words)
+        before = words[words.index(extra) - 1] if extra in words[1:] else ""
+        switch = self._option_string_actions.get(before)
+        if switch is not None and switch.nargs == 0:
+            return f"{before} takes no value ({switch.help})"
+        if self.needs_output and not {"-o", "--output"} & {word.split("=")[0] for word in words}:
+            return f"{TOO_MANY}; -o names the output"
+        return f"{TOO_MANY}; a text with spaces needs quotes around it"
 
 
 def _plain(annotation: Any) -> Any:
@@ -234,6 +185,8 @@ def given(cls: type, args: Sequence[str], prog: str, description: str) -> dict[s
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.words = args
+    parser.needs_output = any(f.name == "output" and f.metadata["needed"] for f in dataclasses.fields(cls))
     plain = field_types(cls)
     for heading, fields in groups(cls):
         title, _, text = heading.partition(": ")
@@ -241,7 +194,7 @@ def given(cls: type, args: Sequence[str], prog: str, description: str) -> dict[s
         for f in fields:
             _add(group, f, plain[f.name])
     # Intermixed: options may stand between MODEL and PROMPT.
-    values = vars(parser.parse_intermixed_args(list(args)))
+    values = at_home(cls, vars(parser.parse_intermixed_args(list(args))))
     check_ranges(cls, values)
     return values
 
@@ -334,14 +287,33 @@ def exactly_one(options: Any, names: Sequence[str], purpose: str) -> None:
 
 def absolute_paths(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Make the paths of files and folders that exist absolute, among the options that a resumed run keeps."""
-    kept = {f.name: f.metadata for f in dataclasses.fields(cls) if not f.metadata["may_change"]}
+    return _with_paths(cls, values, _absolute, lambda meta: not meta["may_change"])
+
+
+def at_home(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Expand ~ at the beginning of paths, as a shell does of a word, but not behind --name= and in a file of settings."""
+    return (
+        _with_paths(cls, values, os.path.expanduser, lambda meta: True)
+        if "~" in str(values)
+        else dict(values)
+    )
+
+
+def _with_paths(
+    cls: type,
+    values: Mapping[str, Any],
+    change: Callable[[str], str],
+    of: Callable[[Mapping[str, Any]], bool],
+) -> dict[str, Any]:
+    """Change the paths among values, of the options that `of` takes by their metadata."""
+    options = {f.name: f.metadata for f in dataclasses.fields(cls) if of(f.metadata)}
     out = dict(values)
-    for name, value in values.items():
-        is_path = name in kept and kept[name]["path"] and value not in (None, "", *kept[name]["names"])
-        if is_path:
-            out[name] = _absolute(value)
-        elif name in kept and kept[name]["inside"] and value:
-            out[name] = kept[name]["inside"](value, _absolute)
+    for name in options.keys() & values.keys():
+        value, meta = values[name], options[name]
+        if meta["path"] and value not in (None, "", *meta["names"]):
+            out[name] = change(value) if isinstance(value, str) else type(value)(map(change, value))
+        elif meta["inside"] and value:
+            out[name] = meta["inside"](value, change)
     return out
 
 

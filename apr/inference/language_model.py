@@ -17,6 +17,7 @@ from ..checkpoints.apr2_metadata import config_to_metadata, embed_tokenizer
 from ..checkpoints.checkpoint import HF_FILES, Checkpoint, no_tokenizer
 from ..checkpoints.exporting import texts_for
 from ..checkpoints.hf import write_hf
+from ..checkpoints.names import FOLDER, check_name
 from ..common.errors import Refused, UsageError
 from ..common.units import plural
 from ..model.cost import check_fits
@@ -34,15 +35,16 @@ from .generate import (
     grouped,
     slots_needed,
 )
+from .ids import Ids, as_batch
+from .portable import Portable
 from .sampling import Continuation, Sampling, drawable_ids
 from .streaming import Text, TextStream
 
-Ids = Sequence[int] | np.ndarray
 MAX_BATCH_TOKENS = 4096  # computed at once for logits and losses
 BATCH_PROMPTS = 8  # as many as the cpu backend computes with the bits of each prompt alone
 
 
-class LanguageModel:
+class LanguageModel(Portable):
     """A checkpoint on a device, made by `load`: numbers, text and answers.
 
     config         sizes and switches of the model
@@ -73,6 +75,11 @@ class LanguageModel:
             self.weights = checkpoint.on(backend, self.dtype)
         self._generator: Generator | None = None
 
+    def __repr__(self) -> str:
+        size = f"{Layout(self.config).num_parameters:,} parameters"
+        kind = "int8" if isinstance(self.weights, int8.Int8Weights) else self.dtype
+        return f"<LanguageModel {self.source}: {self.config.family}, {size}, {kind} on {self.backend.name}>"
+
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
         """Chat template of the checkpoint, or None. Raises Refused: not a template."""
@@ -84,7 +91,7 @@ class LanguageModel:
         """Compute logits of the token after each position, float32 (B,T,V); ids (B,T), or (T,) for B = 1.
 
         Raises UsageError for another shape, Refused for ids outside the vocabulary and more than the positions."""
-        batch = self._batch(ids)
+        batch = as_batch(ids, self.config)
         out = np.empty((*batch.shape, self.config.vocab_size), np.float32)
         flat = out.reshape(-1, self.config.vocab_size)
         for rows, model in self._pieces(batch):
@@ -104,7 +111,7 @@ class LanguageModel:
         """Compute the mean cross-entropy of targets (B,T), or (T,), in nats/token; negative targets do not count.
 
         Without targets: of every token of ids (B,T+1) given those before it. Raises as `logits` does."""
-        batch = self._batch(ids, least=1 if targets is not None else 2)
+        batch = as_batch(ids, self.config, 1 if targets is not None else 2)
         if targets is None:
             batch, wanted = batch[:, :-1], batch[:, 1:]
         else:
@@ -127,30 +134,6 @@ class LanguageModel:
             model.loss(np.maximum(wanted[rows], -1).astype(np.int32))
             total += float(self.backend.to_host(model.total)[0])
         return total / count
-
-    def _batch(self, ids: Ids, least: int = 1) -> np.ndarray:
-        """Check ids; returns (B,T) int32."""
-        try:
-            batch = np.asarray(ids)
-        except ValueError:
-            raise UsageError("ids are rows of different lengths; give integers (T,) or (B,T)") from None
-        batch = batch[None] if batch.ndim == 1 else batch
-        if (
-            batch.ndim != 2
-            or batch.shape[0] < 1
-            or batch.shape[1] < least
-            or not np.issubdtype(batch.dtype, np.integer)
-        ):
-            raise UsageError(
-                f"ids are {batch.dtype} {batch.shape}; give integers (T,) or (B,T), T at least {least}"
-            )
-        size, most = self.config.vocab_size, self.config.max_position_embeddings
-        if batch.min() < 0 or batch.max() >= size:
-            bad = batch.min() if batch.min() < 0 else batch.max()
-            raise Refused(f"token id {bad} is outside the model's vocabulary of {size}")
-        if batch.shape[1] > most + (least == 2):
-            raise Refused(f"{plural(batch.shape[1], 'token')}, the model reads {most}")
-        return np.ascontiguousarray(batch, np.int32)
 
     def _pieces(self, batch: np.ndarray) -> Iterator[tuple[slice, Model]]:
         """Yield rows of a batch, and a model that has computed them."""
@@ -208,10 +191,16 @@ class LanguageModel:
         sampling: Sampling | Sequence[Sampling] | None = None,
         stop: Sequence[str] = (),
         rows: int = BATCH_PROMPTS,
+        **options: Any,
     ) -> list[Text]:
         """Continue several prompts, up to `rows` of them computed together.
 
-        Every prompt gets the continuation that it gets alone; with one Sampling for all, prompt i is drawn with its seed + i."""
+        options: of one Sampling for all, in the place of `sampling`. Every prompt gets the continuation that it gets alone; with
+        one Sampling for all, prompt i is drawn with its seed + i."""
+        if options:
+            if sampling is not None:
+                raise UsageError(f"give a Sampling or {', '.join(options)}, not both")
+            sampling = Sampling(**_known(options))
         return [t for _, t in sorted(self.each(prompts, sampling, stop, rows), key=lambda pair: pair[0])]
 
     def each(
@@ -232,6 +221,10 @@ class LanguageModel:
             sampling = [dataclasses.replace(one, seed=one.seed + i) for i in range(len(ids))]
         if rows < 1:
             raise UsageError(f"rows must be at least 1, not {rows}")
+        if not all(isinstance(s, Sampling) for s in sampling):
+            raise UsageError(
+                "sampling is an apr.Sampling, or a list of them; give options by name, such as max_tokens=20"
+            )
         if len(sampling) != len(ids):
             raise UsageError(
                 f"{plural(len(sampling), 'Sampling')} for {plural(len(ids), 'prompt')}; give one, or one each"
@@ -370,7 +363,11 @@ class LanguageModel:
             raise Refused(
                 f"{path}: weights rounded to int8 are not saved; load the model with dtype='float32' to save it"
             )
-        path, layout = Path(path), Layout(self.config)
+        path, layout = Path(path).expanduser(), Layout(self.config)
+        if path.suffix != ".apr":
+            check_name(
+                path, FOLDER, "name a folder, or a file that ends in .apr; apr export writes GGUF files"
+            )
         tensors = layout.named(self.backend.to_host(self.weights))
         stored, texts = dtype or self.dtype, self.checkpoint.texts
         if path.suffix != ".apr":

@@ -30,8 +30,8 @@ class StopText:
 
     Where several overlap, the one that is complete first counts, whatever the pieces."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        listed = [stops] if isinstance(stops, str) else list(stops)
+    def __init__(self, stops: Sequence[str] | None) -> None:
+        listed = [stops] if isinstance(stops, str) else list(stops or ())
         for s in listed:
             if not isinstance(s, str):
                 raise UsageError(f"stop holds {s!r}, which is no text; give texts, such as stop=['\\n']")
@@ -69,7 +69,7 @@ class TextStream:
     A few tokens are decoded at a time, not all: those since the last whole character, after those of the piece before,
     without which a decoder would not know what the first of them follows."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] | None = ()) -> None:
         self._tokenizer, self._stop = tokenizer, StopText(stops)
         self._ids = list(prompt[-CONTEXT:])
         self._shown, self._from = self._decode(self._ids), len(self._ids)

@@ -56,6 +56,11 @@ class TemplateProcess:
         with self._lock:
             self._started()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what starts another process."""
+        text, marks = self._setup
+        return TemplateProcess, (text, self._source, marks)
+
     def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         """Render a conversation. Raises Refused with the template's own words, or jinja2's; TemplateStopped."""
         with self._lock:

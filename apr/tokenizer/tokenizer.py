@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer as Engine
 
 from ..common.atomic import write_json, write_text
-from ..common.errors import MalformedFile, Refused
+from ..common.errors import MalformedFile, Refused, UsageError
 from ..common.files import make_folder, parse_json, read_text, short
 from .byte_characters import spelling
 from .identity import identity, older_identities
@@ -291,7 +291,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
         """Decode token ids; stray bytes and ids that only the embedding has become U+FFFD."""
-        ids = np.asarray(ids, dtype=np.int64)
+        ids = np.atleast_1d(np.asarray(ids, dtype=np.int64))
+        if ids.ndim > 1:
+            raise UsageError(f"ids {ids.shape} are those of several texts; decode each row")
         if (ids < 0).any():
             raise Refused(f"{self.source}: id {ids.min()} is negative")
         parts, start = [], 0

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputNotFound, UsageError
+from ..common.hints import near, refuse_elsewhere
 from ..common.options import (
+    at_home,
     check_names,
     check_ranges,
     choices_of,
@@ -21,9 +23,7 @@ from ..common.options import (
     field_types,
     given,
     json_option,
-    near,
     option,
-    refuse_elsewhere,
     threads_option,
 )
 from ..common.tables import read_table
@@ -303,7 +303,7 @@ def check(values: dict[str, Any], source: str) -> dict[str, Any]:
                 f"{source}: {key} = null; leave the key out for its default, {fields[key].default!r}"
             )
         out[key] = value
-    return out
+    return at_home(Settings, out)
 
 
 def check_together(s: Settings) -> None:

@@ -580,3 +580,28 @@ def test_gguf_without_the_package_says_what_to_install(
     assert code == 3
     assert "-m pip install 'gguf>=0.17'" in err
     assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (
+            "export SRC -o m.gguf",
+            "a GGUF file, and a Hugging Face folder would be written there; name a folder",
+        ),
+        ("export SRC -o m.safetensors", "a safetensors file, and a Hugging Face folder"),
+        (
+            "export SRC --format gguf -o m.apr",
+            "an .apr file, and a GGUF file would be written there; name a file",
+        ),
+        ("import SRC -o m.bin", "a file of PyTorch, and an .apr file would be written there"),
+    ],
+)
+def test_what_is_written_is_what_its_name_says(
+    args: str, words: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, *(str(source) if a == "SRC" else a for a in args.split()))
+    assert (code, list(tmp_path.iterdir())) == (2, [])
+    assert words in err

@@ -10,6 +10,7 @@ import pytest
 from apr.common.errors import UsageError
 from apr.common.options import (
     absolute_paths,
+    at_home,
     check_ranges,
     exactly_one,
     given,
@@ -103,6 +104,29 @@ def test_paths_are_made_absolute_where_they_lead_somewhere(tmp_path, monkeypatch
     assert absolute_paths(Flags, {"model": "x", "init": "gone"}) == {
         "model": str(tmp_path / "x"),
         "init": "gone",
+    }
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Options with paths in other forms."""
+
+    inputs: tuple[str, ...] = option("files", (), positional=True, path=True)
+    mix: str | None = option(
+        "paths in a text", inside=lambda text, change: ";".join(map(change, text.split(";")))
+    )
+    stop: str | None = option("no path")
+
+
+def test_paths_begin_at_home_where_no_shell_has_looked(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = {"init": f"{tmp_path}/a", "out_dir": str(tmp_path)}
+    assert given(Flags, ["--init=~/a", "--out-dir=~"], "apr", "") == home
+    assert at_home(Flags, {"init": "~/a", "out_dir": "~", "lr": None}) == home | {"lr": None}
+    assert given(Sources, ["~/a", "b~", "~no such user/x", "--mix=~/c;d", "--stop=~/"], "apr", "") == {
+        "inputs": [f"{tmp_path}/a", "b~", "~no such user/x"],
+        "mix": f"{tmp_path}/c;d",
+        "stop": "~/",
     }
 
 

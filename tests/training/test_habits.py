@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from apr.cli import sweep
-from apr.cli.main import main
+from apr.cli.main import COMMANDS, main
 from apr.common.errors import MalformedFile, Refused, UsageError
-from apr.common.options import given, near
+from apr.common.hints import ELSEWHERE, OTHER_COMMANDS, near
+from apr.common.options import given
+from apr.common.version import __version__
 from apr.training import inputs
 from apr.training import settings as all_settings
 from apr.training.settings import Settings, check, read_config, resolve, steps_of
@@ -286,6 +290,17 @@ def test_flags_that_are_nearly_right(args: list[str], words: str) -> None:
         ("pretrain --fp16", "--dtype bfloat16"),
         ("run m x --max-new-tokens 3", "did you mean --max-tokens?"),
         ("pretrain --max-new-tokens 3", "--max-tokens of apr run"),
+        ("pretrain --block_size 64", "did you mean --seq-length?"),
+        ("pretrain --steps 3", "did you mean --num-steps?"),
+        ("pretrain --bs 3", "did you mean --batch-size?"),
+        ("pretrain --resume_from_checkpoint x", "--resume goes on with the run in --run-dir"),
+        ("pretrain --n_layer 2", "--model takes a config.json with the sizes of a model"),
+        (
+            "pretrain --max_iters 3 --lrr 1",
+            "--max-iters: did you mean --num-steps?; --lrr: did you mean --lr?",
+        ),
+        ("run --model m --max-tokens 3", "MODEL has no flag: apr run MODEL PROMPT"),
+        ("eval m --prompt x", "--help lists the options"),
     ],
 )
 def test_advice_is_of_the_command_that_was_called(
@@ -295,14 +310,57 @@ def test_advice_is_of_the_command_that_was_called(
     assert capsys.readouterr().err.endswith(f"; {words}\n")
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "pretrain --resume runs/x",
+            "--resume takes no value (go on with the run in --run-dir from its last saved state)",
+        ),
+        ("export m --format gguf x.gguf", "one argument too many; -o names the output"),
+        ("export m -o y x", "one argument too many; a text with spaces needs quotes around it"),
+        ("inspect m x", "one argument too many; a text with spaces needs quotes around it"),
+    ],
+)
+def test_a_word_too_many_is_explained(command: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.split()) == 2
+    assert capsys.readouterr().err.endswith(f": {words}\n")
+
+
+def test_commands_of_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, name in (("train", "pretrain"), ("chat", "run"), ("verfy", "verify")):
+        assert main([word, "x"]) == 2
+        assert f"unknown command '{word}'; did you mean apr {name}?" in capsys.readouterr().err
+    assert set(OTHER_COMMANDS.values()) <= set(COMMANDS)
+    with pytest.raises(SystemExit):
+        main(["help", "merge"])
+    assert capsys.readouterr().out.startswith("usage: apr merge ")
+
+
+def test_python_runs_the_package() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "apr", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"apr {__version__}\n"
+
+
+def test_a_run_does_not_make_a_folder_called_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    at = str(tmp_path / "home" / "r")
+    (tmp_path / "a.toml").write_text('run_dir = "~/r"\nmix = [{corpus = "~/r", weight = 1}]\n')
+    read = all_settings.read_config(tmp_path / "a.toml")
+    assert read["run_dir"] == at
+    assert at in read["mix"]
+    assert check({"run_dir": "~/r"}, "apr.train") == {"run_dir": at}
+    assert given(Settings, ["--run-dir=~/r"], "apr pretrain", "") == {"run_dir": at}
+
+
 def test_a_whole_number_is_written_in_any_way() -> None:
     for text in ("10000", "1e4", "1_0000", "10000.0"):
         assert given(Settings, ["--num-steps", text], "apr pretrain", "") == {"num_steps": 10000}
 
 
 def test_a_flag_of_elsewhere_is_one_of_ours() -> None:
-    from apr.common.options import ELSEWHERE
-
     names = set(all_settings.field_types(Settings))
     assert {v.replace("-", "_") for v in ELSEWHERE.values()} <= names
     assert near("learning-rate", {"beta1": ()}) == ""
