@@ -24,6 +24,7 @@ from apr.ranks.launch import start_gpus
 from apr.ranks.library import Config, Library
 from apr.ranks.nccl import Nccl
 from apr.ranks.star import Meeting, Star
+from apr.training.settings import Settings
 from fake_nccl import Fake
 from run_cases import place  # noqa: F401
 
@@ -213,6 +214,34 @@ def test_ranks_share_objects_over_tcp_and_strangers_stay_out(tmp_path, monkeypat
     first, second, _ = Ranks(3, run).found
     for found in (first, second):
         assert [[x["rank"] for x in every] for every in found] == [[0, 1]] * 3
+
+
+class Evil:
+    """What a stranger would send who has guessed the token of a launcher."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_what_a_rank_sends_is_built_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(star, "GRACE_SECONDS", 0)
+    meeting = Meeting(tmp_path / "at")
+    shared = (Settings(batch_size=3), tmp_path, {"x": np.arange(3), "y": np.float64(0.5), "z": [None, b"a", {1}]})
+
+    def run(rank, _):
+        made = Star(rank, 2, meeting, 60)
+        found = made.share(shared)[1]
+        with pytest.raises(RankLost, match=r"mkdir is no value that ranks share|closed its connection"):
+            made.share(Evil(tmp_path / "made") if rank else None)
+        made.close()
+        return found
+
+    for settings, path, values in Ranks(2, run).found:
+        assert (settings.batch_size, path, values["y"], values["z"]) == (3, tmp_path, 0.5, [None, b"a", {1}])
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path):
