@@ -122,7 +122,7 @@ class _GgufTensors(TensorFile):
         e, heads = self.entries[name], self._heads.get(name, 0)
         if self._kinds[name] == "Q8_0":
             size = prod(e.shape) // BLOCK * Q8_BYTES
-            blocks = self._bytes[e.offset : e.offset + size].reshape(-1, Q8_BYTES)
+            blocks = self._part(e.offset, size).reshape(-1, Q8_BYTES)
             scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
             with np.errstate(invalid="ignore"):  # an infinite scale: whoever needs finite weights says so
                 x = (blocks[:, 2:].view(np.int8) * scales).reshape(e.shape)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -132,12 +133,12 @@ def shard_names(path: Path) -> list[str]:
     return sorted(_wanted(path))
 
 
-def _read_index(path: Path) -> dict[str, np.ndarray]:
+def _read_index(path: Path) -> Mapping[str, np.ndarray]:
     """Open the shards that an index names, which must hold exactly the tensors of the index.
 
     A shard is a plain name beside the index; it may be a link, as all files in a cache of the Hub are: a link is made by who
     made the folder, not by who wrote the file."""
-    tensors: dict[str, np.ndarray] = {}
+    shards: list[TensorFile] = []
     for file, want in sorted(_wanted(path).items()):
         shard = read_safetensors(path.parent / file)
         for found, what in ((want - set(shard), "lacks"), (set(shard) - want, "holds, against the index,")):
@@ -146,8 +147,9 @@ def _read_index(path: Path) -> dict[str, np.ndarray]:
                 raise MalformedFile(
                     f"{shard.path}: {what} {plural(len(names), 'tensor')}: {', '.join(sorted(names)[:5])}"
                 )
-        tensors |= shard
-    return tensors
+        shards.append(shard)
+    # Looked up in its file each time, which may have become shorter.
+    return ChainMap(*shards)  # type: ignore[arg-type]
 
 
 def _wanted(path: Path) -> dict[str, set[str]]:

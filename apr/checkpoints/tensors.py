@@ -6,6 +6,7 @@ is allocated or mapped.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -16,7 +17,8 @@ import numpy as np
 
 import ml_dtypes  # isort: skip -- behind NumPy, without which it prints a traceback
 
-from ..common.errors import Refused, UsageError
+from ..common.errors import MalformedFile, Refused, UsageError
+from ..common.units import plural
 from ..model.params import Layout
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -60,11 +62,22 @@ class TensorFile(Mapping[str, np.ndarray]):
         self.entries = {e.name: e for e in entries}
         # {name: type in the file}, of tensors that are not arrays there.
         self.converted: dict[str, str] = {}
-        self._bytes = np.asarray(np.memmap(f, np.uint8, "r"))
+        self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes = np.frombuffer(self._map, np.uint8)
 
     def __getitem__(self, name: str) -> np.ndarray:
         e = self.entries[name]
-        return self._bytes[e.offset : e.offset + e.nbytes].view(e.dtype).reshape(e.shape)
+        return self._part(e.offset, e.nbytes).view(e.dtype).reshape(e.shape)
+
+    def _part(self, offset: int, nbytes: int) -> np.ndarray:
+        """Map bytes of the file, uint8 (nbytes,). Raises MalformedFile: the file has become shorter since it was opened, as by a
+        copy over it. The kernel ends a process that reads a map beyond the end of its file."""
+        if self._map.size() < offset + nbytes:
+            raise MalformedFile(
+                f"{self.path}: became shorter while it was read, {plural(self._map.size(), 'byte')}; restore it, and put a new "
+                "file in the place of one that is in use by renaming it"
+            )
+        return self._bytes[offset : offset + nbytes]
 
     def renamed(self, names: Mapping[str, str]) -> TensorFile:
         """Give the tensors other names, {old: new}, in place."""

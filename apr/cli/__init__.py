@@ -1,8 +1,10 @@
 """The `apr` command: one thin module per sub-command, imported only when it is asked for."""
 
+import faulthandler
 import os
 import signal
 import sys
+from contextlib import suppress
 
 PROGRAMS = ("apr", "-m", "main.py")  # sys.argv[0] of apr, and of python -m apr.cli.main
 
@@ -38,3 +40,6 @@ def open_closed_streams() -> None:
 
 if os.path.basename(sys.argv[0] if sys.argv else "") in PROGRAMS:
     end_at_signals()
+    # Of a bus error, as when a mapped file becomes shorter while it is read, the place is said.
+    with suppress(RuntimeError, OSError, ValueError):  # standard error is closed, or no file
+        faulthandler.enable()

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 from ..common.errors import AprError, DeviceError, Interrupted, IOFailure, Refused
@@ -88,7 +89,12 @@ def _ended(name: str, find: Callable[[], Any], *args: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the terminal cannot show ends nothing.
         sys.stdout.reconfigure(errors="replace")
-    output = _Noted(sys.stdout)
+    output, signalled = _Noted(sys.stdout), list[int]()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signalled.append(number)
+        signal.default_int_handler(number, frame)
+
     sys.stdout = output
     try:
         command = find()
@@ -96,7 +102,7 @@ def _ended(name: str, find: Callable[[], Any], *args: Sequence[str]) -> int:
         numbers = [n for n in SIGNALS if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
         # Slurm sends it before time is up, mpirun hands it on: in its first seconds a rank does not die of it either.
         numbers += [signal.SIGUSR1] if name == "pretrain" else []
-        with handled(signal.default_int_handler, tuple(numbers)), unswallowed():
+        with handled(interrupt, tuple(numbers)), unswallowed():
             try:
                 return command(*args) or 0
             finally:
@@ -106,7 +112,8 @@ def _ended(name: str, find: Callable[[], Any], *args: Sequence[str]) -> int:
         _drop_output()
         return 0
     except (Exception, KeyboardInterrupt) as e:
-        explained = _explained(e)
+        # A package that is imported at that moment may turn the interruption into an error of its own, as NumPy does.
+        explained = _explained(KeyboardInterrupt() if signalled and broken_package(e) else e)
         if explained is None:
             raise
         message, status, code = explained

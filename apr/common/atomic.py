@@ -305,7 +305,12 @@ def drawn(draw: Callable[[Path], Any], path: str | Path) -> None:
     """Draw a picture into a file. Raises IOFailure whatever is wrong, matplotlib included: figures are whole without it."""
     place_for_matplotlib()
     try:
-        draw(Path(path))
+        import matplotlib
+
+        # Not by a matplotlibrc of the folder that apr runs in, which may be somebody else's: it can have LaTeX run.
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            draw(Path(path))
     except IOFailure:
         raise
     except OSError as e:

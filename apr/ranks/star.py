@@ -166,7 +166,7 @@ class Star:
 
 
 class _Plain(pickle.Unpickler):
-    """Builds values, not whatever a pickle names: of launchers the token can be guessed, and then who connects first is a rank."""
+    """Builds values, not whatever a pickle names: a token of launchers can be guessed, and then who connects first is a rank."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in PLAIN.get(module, ()):

@@ -32,6 +32,8 @@ from apr.checkpoints.apr2_metadata import (
 )
 from apr.checkpoints.checkpoint import fill
 from apr.checkpoints.checksum import Checksum, joined_crc
+from apr.checkpoints.gguf import write_gguf
+from apr.checkpoints.gguf_reader import read_gguf
 from apr.checkpoints.hf import read_hf, read_safetensors, write_hf, write_safetensors
 from apr.checkpoints.registry import open_any
 from apr.checkpoints.tensors import encode
@@ -338,6 +340,28 @@ def test_threads_check_the_parts_of_a_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "pread", shorten)
     with pytest.raises(MalformedFile, match="became shorter while being read"):
         read_apr(path)
+
+
+def test_a_model_that_is_copied_over_while_it_is_read_ends_in_words(tmp_path: Path) -> None:
+    """The kernel would end the process: beyond the end of its file, a map has no bytes."""
+    cfg, _, _, tensors = weights()
+    write_apr(tmp_path / "a.apr", {}, tensors)
+    write_hf(tmp_path / "one", cfg, tensors)
+    write_hf(tmp_path / "many", cfg, tensors, max_shard_bytes=20_000)
+    (tmp_path / "gguf").mkdir()
+    write_gguf(tmp_path / "gguf" / "a.gguf", cfg, tensors)
+    for opened, folder in (
+        (read_apr(tmp_path / "a.apr").tensors, tmp_path),
+        (read_hf(tmp_path / "one").tensors, tmp_path / "one"),
+        (read_hf(tmp_path / "many").tensors, tmp_path / "many"),
+        (read_gguf(tmp_path / "gguf" / "a.gguf").tensors, tmp_path / "gguf"),
+    ):
+        name = "model.norm.weight"
+        assert same(opened[name], tensors[name])
+        for path in (p for p in folder.iterdir() if p.suffix in (".apr", ".safetensors", ".gguf")):
+            os.truncate(path, 1000)
+        with pytest.raises(MalformedFile, match="became shorter while it was read, 1,000 bytes"):
+            opened[name]
 
 
 def test_a_late_value_gives_the_file_of_an_early_one(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def test_a_signal_while_a_command_begins(number: str, tmp_path: Path) -> None:
     for i in range(9):
         (tmp_path / "corpus" / f"{i}.txt").write_text(f"{i} some text to read. " * 40)
     args = ["tokenize", "train", str(tmp_path / "corpus"), "--vocab-size", "300", "-o", str(tmp_path / "out")]
-    moments = "[*range(1, 10), *range(10, 450, 55), *range(450, 600, 10)]"
+    # Around 280 NumPy is imported, which makes an error of its own of what comes then.
+    moments = "[*range(1, 10), *range(10, 275, 55), *range(277, 297, 3), *range(300, 450, 55), *range(450, 600, 10)]"
     found = ended(number, moments, tmp_path, *args)
     stopped = [text for code, text in found if code == 130]
     # Both before the command began and in it.

@@ -415,3 +415,13 @@ def test_a_system_without_another_thread_is_asked_at_the_end(tmp_path, asked, mo
     assert (tmp_path / "file").read_bytes() == b"12345678" * 40
     assert len(tried) == 1
     assert asked == []
+
+
+def test_a_folder_does_not_set_how_pictures_are_drawn(tmp_path, monkeypatch):
+    """Matplotlib reads a matplotlibrc of the folder that it is imported in."""
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    with matplotlib.rc_context({"text.usetex": True}):
+        drawn(lambda path: path.write_text(str(matplotlib.rcParams["text.usetex"])), tmp_path / "a.png")
+        assert matplotlib.rcParams["text.usetex"]  # of the program that apr is a part of
+    assert (tmp_path / "a.png").read_text() == "False"

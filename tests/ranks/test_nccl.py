@@ -229,7 +229,11 @@ class Evil:
 def test_what_a_rank_sends_is_built_and_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(star, "GRACE_SECONDS", 0)
     meeting = Meeting(tmp_path / "at")
-    shared = (Settings(batch_size=3), tmp_path, {"x": np.arange(3), "y": np.float64(0.5), "z": [None, b"a", {1}]})
+    shared = (
+        Settings(batch_size=3),
+        tmp_path,
+        {"x": np.arange(3), "y": np.float64(0.5), "z": [None, b"a", {1}]},
+    )
 
     def run(rank, _):
         made = Star(rank, 2, meeting, 60)
