@@ -1,5 +1,5 @@
-"""Attention of bfloat16 by blocks on the cpu backend: its kernels around products in plain Numba, on any processor, and faults
-that are planted in what stands between the products."""
+"""Attention by blocks on the cpu backend, in bfloat16 and float32: its kernels around products in plain Numba, on any processor,
+and faults that are planted in what stands between the products. The products of float32 themselves."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from numba import types
 from addresses import pointer
 from apr import backends
 from apr.backends.contract import BF16
-from apr.backends.cpu import attention, ops, softmax
+from apr.backends.cpu import attention, attention_float32, ops, softmax
 from apr.backends.cpu.bfloat16 import bfloat16
-from apr.backends.cpu.tiles import EDGE
+from apr.backends.cpu.tiles import EDGE, SUMS_BYTES, has_vectors
 from cases import CASES, Row, make, rows
 from precision import accuracy, off
 
 cpu = backends.get("cpu")
 f32, u64, i64 = np.float32, np.uintp, np.int64
+DTYPES = ("bfloat16", "float32")
 FAULTS = {  # planted: the outputs that are wrong
     "edge blocks have no mask": {"y", "lse", "dq", "dk", "dv"},
     "queries see one key more": {"y", "lse", "dq", "dk", "dv"},
@@ -62,25 +63,24 @@ def _row(name: str, sizes: str) -> Row:
     return row
 
 
-def _parts() -> dict[str, Any]:
+def _parts(dtype: str) -> dict[str, Any]:
     """What the kernels call: products in plain Numba, and the rest with the fault that is planted, or none."""
     floats, halves, numbers = pointer(types.float32), pointer(bfloat16), pointer(types.int64)
     put_masks, put_bounds = attention._put_masks, attention._put_bounds
-    own = softmax
-    raise_tops, exponentials, dot_blocks, gradients = (
-        own.raise_tops, own.exponentials, own.dot_blocks, own.gradients,
-    )  # fmt: skip
+    kind = vars(softmax) | (attention_float32.kind if dtype == "float32" else {})
+    exponentials, dot_blocks, gradients = (kind[name] for name in ("exponentials", "dot_blocks", "gradients"))
+    raise_tops = softmax.raise_tops
 
     @numba.njit
     def planted() -> Any:
         return numba.carray(numbers(u64(AT_FAULT)), (1,))[0]
 
     @numba.njit(error_model="numpy")
-    def block(sums: Any, a: Any, b: Any, blocks: Any, adds: Any) -> None:
+    def low_block(sums: Any, a: Any, b: Any, terms: Any, width: Any, adds: Any) -> None:
         s = numba.carray(floats(sums), (EDGE, EDGE))
         if not adds:
             s[:] = f32(0)
-        for t in range(blocks):
+        for t in range((terms + EDGE - 1) // EDGE):
             x = numba.carray(halves(u64(a + u64(2048 * t))), (EDGE, EDGE))
             y = numba.carray(halves(u64(b + u64(2048 * t))), (2, 16, 16, 2))
             for i in range(EDGE):
@@ -89,6 +89,33 @@ def _parts() -> dict[str, Any]:
                     for h in range(2):
                         for j in range(16):
                             s[i, 16 * h + j] += one * f32(y[h, p, j, 0]) + two * f32(y[h, p, j, 1])
+
+    @numba.njit(error_model="numpy")
+    def add_terms(s: Any, x: Any, b: Any, t: Any, turns: Any, height: Any, width: Any) -> None:
+        y = numba.carray(floats(u64(b + u64(4096 * (t // EDGE)))), (2, EDGE, 16))
+        for i in range(height):
+            one = x[t % EDGE, i] if turns else x[i, t % EDGE]
+            for j in range(width):
+                s[i, j] += one * y[j // 16, t % EDGE, j % 16]
+
+    # Nothing outside the columns, or rows, that count is read or written here.
+    @numba.njit(error_model="numpy")
+    def block(sums: Any, a: Any, b: Any, terms: Any, width: Any, adds: Any) -> None:
+        s = numba.carray(floats(sums), (EDGE, EDGE))
+        if not adds:
+            s[:, :width] = f32(0)
+        for t in range(terms):
+            x = numba.carray(floats(u64(a + u64(4096 * (t // EDGE)))), (EDGE, EDGE))
+            add_terms(s, x, b, t, False, EDGE, width)
+
+    @numba.njit(error_model="numpy")
+    def block_turned(sums: Any, a: Any, b: Any, terms: Any, height: Any, adds: Any) -> None:
+        s = numba.carray(floats(sums), (EDGE, EDGE))
+        if not adds:
+            s[:height] = f32(0)
+        for t in range(terms):
+            x = numba.carray(floats(u64(a + u64(4096 * (t // EDGE)))), (EDGE, EDGE))
+            add_terms(s, x, b, t, True, height, EDGE)
 
     @numba.njit
     def nothing(config: Any = 0) -> None:
@@ -134,60 +161,102 @@ def _parts() -> dict[str, Any]:
             ds_pairs, p_pairs = p_pairs, ds_pairs
         gradients(rows, ds_pairs, p_pairs, s, dp, seen, logs, dot, factor)
 
-    return dict(
-        block=block, begin=nothing, end=nothing, _put_masks=masks, _put_bounds=bounds, raise_tops=tops,
+    products = {"block": low_block, "block_turned": low_block}
+    if dtype == "float32":
+        products = attention_float32.kind | {"block": block, "block_turned": block_turned}
+    return products | dict(
+        begin=nothing, end=nothing, _put_masks=masks, _put_bounds=bounds, raise_tops=tops,
         exponentials=sums, dot_blocks=dots, gradients=grads,
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def kernels() -> Any:
-    """The two kernels around plain Numba, on one thread."""
-    parts, kinds = _parts(), vars(types) | {"act": bfloat16}
-    return [
+@pytest.fixture(scope="module", params=DTYPES)
+def kernels(request: pytest.FixtureRequest) -> Any:
+    """A dtype, and the two kernels around plain Numba, on one thread."""
+    parts = _parts(request.param)
+    kinds = vars(types) | {"act": bfloat16 if request.param == "bfloat16" else types.float32}
+    return request.param, *(
         numba.njit(eval(signature, kinds), error_model="numpy")(attention.bound(f, "test", **parts))
         for f, signature in attention._SIGNATURES.items()
-    ]
+    )
 
 
 @pytest.fixture
 def emulated(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The dtype that is computed by these kernels."""
+    dtype, forward, backward = kernels
     cpu.empty(0, BF16)
     none = np.empty(0, np.uint8)
-    products = SimpleNamespace(
-        attention_fwd=lambda *args: kernels[0](*args, none),
-        attention_bwd=lambda *args: kernels[1](*args, none),
+    own = SimpleNamespace(
+        attention_fwd=lambda *args: forward(*args, 1, none),
+        attention_bwd=lambda *args: backward(*args, none),
     )
-    monkeypatch.setattr(sys.modules["apr.backends.cpu.low"], "products", products)
-    yield
+    if dtype == "bfloat16":
+        monkeypatch.setattr(sys.modules["apr.backends.cpu.low"], "products", own)
+    else:
+        monkeypatch.setattr(ops, "_blocks", lambda: own)
+    yield dtype
     fault[0] = -1
 
 
 @pytest.mark.parametrize(("name", "sizes"), SHAPES)
-def test_accuracy(name: str, sizes: str, emulated: None) -> None:
+def test_accuracy(name: str, sizes: str, emulated: str) -> None:
     """Of every head size, with documents, windows, keys of the past, and queries that end within a block."""
-    figures = accuracy(cpu, _row(name, sizes), "bfloat16")
+    figures = accuracy(cpu, _row(name, sizes), emulated)
     assert not off(figures), figures
 
 
 @pytest.mark.parametrize("planted", FAULTS)
-def test_planted_faults_are_seen(planted: str, emulated: None) -> None:
+def test_planted_faults_are_seen(planted: str, emulated: str) -> None:
     row = _row("attention_documents", "1 123 2 1 48 0")
-    values = make(row, "bfloat16")
+    values = make(row, emulated)
     values["q"] *= 64  # a top that is not the row's is one of other exponentials only where scores are large
-    assert not off(accuracy(cpu, row, "bfloat16", values))
+    assert not off(accuracy(cpu, row, emulated, values))
     fault[0] = _named(planted)
-    assert {name.split()[0] for name in off(accuracy(cpu, row, "bfloat16", values))} >= FAULTS[planted]
+    assert {name.split()[0] for name in off(accuracy(cpu, row, emulated, values))} >= FAULTS[planted]
+
+
+@pytest.mark.skipif(not has_vectors(), reason="this processor has no vectors of 512 bits")
+def test_products_of_float32() -> None:
+    """Each element of the products of blocks, of so many terms and columns, or rows; whole numbers, so that sums are exact."""
+    block, block_turned = attention_float32.block, attention_float32.block_turned
+
+    @numba.njit
+    def multiply(turns: Any, sums: Any, a: Any, b: Any, terms: Any, width: Any, adds: Any) -> None:
+        if turns:
+            block_turned(u64(sums), u64(a), u64(b), terms, width, adds)
+        else:
+            block(u64(sums), u64(a), u64(b), terms, width, adds)
+
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-9, 10, (2, 3, EDGE, EDGE)).astype(f32)
+    right = np.ascontiguousarray(b.reshape(3, EDGE, 2, 16).transpose(0, 2, 1, 3))
+    assert right[0].nbytes == SUMS_BYTES
+    for turns in (False, True):
+        for terms, width in ((4, 32), (32, 16), (36, 32), (48, 8), (96, 32)):
+            full = -(-terms // EDGE)
+            left = a[:full] if turns else a[:full].transpose(0, 2, 1)
+            left = left.reshape(-1, EDGE)[:terms]  # (terms, rows)
+            want = left.astype(np.float64).T @ b[:full].reshape(-1, EDGE)[:terms]
+            for adds in (False, True):
+                sums = np.full((EDGE, EDGE), 1000, f32)
+                multiply(turns, sums.ctypes.data, a.ctypes.data, right.ctypes.data, terms, width, adds)
+                own = (slice(width), slice(None)) if turns else (slice(None), slice(32 if width > 16 else 16))
+                assert np.array_equal(sums[own], want[own] + 1000 * adds)
+                sums[own] = 1000
+                assert (sums == 1000).all()
 
 
 def test_threads_change_no_bit(kernels: Any) -> None:
     """Query heads of a key's head are cut among threads, or not."""
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((1, 70, n, 48)).astype(f32).astype(BF16) for n in (4, 2, 2))
+    q, k, v = (rng.standard_normal((1, 70, n, 48), f32) for n in (4, 2, 2))
+    dtype, forward, _ = kernels
+    q, k, v = (x.astype(BF16 if dtype == "bfloat16" else f32) for x in (q, k, v))
     got = []
     for threads in (1, 8):
         y, lse = np.zeros_like(q), np.zeros((1, 4, 70), f32)
-        kernels[0](y, lse, q, k, v, ops._NO_BORDERS, 0, threads, np.empty(0, np.uint8))
+        forward(y, lse, q, k, v, ops._NO_BORDERS, 0, threads, np.empty(0, np.uint8))
         got.append((y.tobytes(), lse.tobytes()))
     assert got[0] == got[1]
 

@@ -28,7 +28,9 @@ from .tiles import BLOCK_BYTES, EDGE, LINE, SUMS_BYTES
 
 PARTS_BYTES = 4 * EDGE * 16  # of sums in 16 parts for each query
 CHUNK = 4  # blocks of queries whose p and ds wait for the sums over queries
-block = begin = end = None  # of a kind of products: see bound()
+SIZE = 2  # bytes of an element
+UNIT = LOG2_E  # of what gradients() takes exponentials of, in nats
+block = block_turned = begin = end = None  # of a kind of products: see bound()
 
 
 @njit(inline="always")
@@ -83,7 +85,7 @@ def _put_bounds(starts, stops, doc_start, b, i0, rows, past, window):
 
 
 @njit(error_model="numpy")
-def _put_rows(like, floats, to, stride, sums, factors, rows, width):
+def put_rows(like, floats, to, stride, sums, factors, rows, width):
     """Write `rows` rows of `width` elements of a block of sums, row r times the r-th of factors."""
     if width % 16 == 0:
         for h in range(0, width, 16):
@@ -154,8 +156,8 @@ def forward(y, lse, q, k, v, doc_start, window, threads, config):
         for j in range(sb):
             for c in range(db):
                 height, width = min(EDGE, ns - j * EDGE), min(EDGE, d - c * EDGE)
-                of_k = pk + b * k.strides[0] + j * EDGE * k.strides[1] + kv * k.strides[2] + 2 * EDGE * c
-                of_v = pv + b * v.strides[0] + j * EDGE * v.strides[1] + kv * v.strides[2] + 2 * EDGE * c
+                of_k = pk + b * k.strides[0] + j * EDGE * k.strides[1] + kv * k.strides[2] + SIZE * EDGE * c
+                of_v = pv + b * v.strides[0] + j * EDGE * v.strides[1] + kv * v.strides[2] + SIZE * EDGE * c
                 column_block(k, keys + (j * db + c) * BLOCK_BYTES, of_k, k.strides[1], height, width, spare)
                 pair_block(v, values + (c * sb + j) * BLOCK_BYTES, of_v, v.strides[1], height, width, 16)
         begin(np.uintp(config.ctypes.data))
@@ -166,11 +168,11 @@ def forward(y, lse, q, k, v, doc_start, window, threads, config):
             _put_masks(words, masks, starts, stops, rows, lo, hi)
             for h in range(h0, h0 + heads):
                 for c in range(db):
-                    of_q = pq + b * q.strides[0] + i0 * q.strides[1] + h * q.strides[2] + 2 * EDGE * c
+                    of_q = pq + b * q.strides[0] + i0 * q.strides[1] + h * q.strides[2] + SIZE * EDGE * c
                     row_block(q, queries + c * BLOCK_BYTES, of_q, q.strides[1], rows, min(EDGE, d - c * EDGE))
                 for j in range(lo, hi):
                     to, seen = np.uintp(scores + (j - lo) * SUMS_BYTES), masks + 4 * EDGE * (j - lo)
-                    block(to, np.uintp(queries), np.uintp(keys + j * db * BLOCK_BYTES), db, False)
+                    block(to, np.uintp(queries), np.uintp(keys + j * db * BLOCK_BYTES), d, EDGE, False)
                     raise_tops(np.uintp(tops), to, np.uintp(seen), np.int64(j > lo))
                 top_rows(np.uintp(top), np.uintp(tops))
                 for j in range(lo, hi):
@@ -186,9 +188,10 @@ def forward(y, lse, q, k, v, doc_start, window, threads, config):
                     lse[b, h, i0 + r] = own_lse[r]
                 for c in range(db):
                     of_v = np.uintp(values + (c * sb + lo) * BLOCK_BYTES)
-                    block(np.uintp(sums), np.uintp(probs), of_v, hi - lo, False)
-                    of_y = py + b * y.strides[0] + i0 * y.strides[1] + h * y.strides[2] + 2 * EDGE * c
-                    _put_rows(y, floats, of_y, y.strides[1], sums, inverse, rows, min(EDGE, d - c * EDGE))
+                    width = min(EDGE, d - c * EDGE)
+                    block(np.uintp(sums), np.uintp(probs), of_v, (hi - lo) * EDGE, width, False)
+                    of_y = py + b * y.strides[0] + i0 * y.strides[1] + h * y.strides[2] + SIZE * EDGE * c
+                    put_rows(y, floats, of_y, y.strides[1], sums, inverse, rows, width)
         end()
         room[0] = 0  # Numba frees an array after its last use, and does not see those of its address
         floats[0] = 0
@@ -200,7 +203,7 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
     nb, nt, nh, d = q.shape
     ns, nk = k.shape[1], k.shape[2]
     past, group, db, sb = ns - nt, nh // nk, (d + EDGE - 1) // EDGE, (ns + EDGE - 1) // EDGE
-    scale, factor = np.float32(1 / np.sqrt(d)), np.float32(LOG2_E / np.sqrt(d))
+    scale, factor = np.float32(1 / np.sqrt(d)), np.float32(UNIT / np.sqrt(d))
     pdq, pdk, pdv, pdy, py = dq.ctypes.data, dk.ctypes.data, dv.ctypes.data, dy.ctypes.data, y.ctypes.data
     pq, pk, pv = q.ctypes.data, k.ctypes.data, v.ctypes.data
     for at in prange(nb * nk):  # a key/value head belongs to one thread: its sums have one order
@@ -239,8 +242,8 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
         for j in range(sb):
             for c in range(db):
                 height, width = min(EDGE, ns - j * EDGE), min(EDGE, d - c * EDGE)
-                of_k = pk + b * k.strides[0] + j * EDGE * k.strides[1] + kv * k.strides[2] + 2 * EDGE * c
-                of_v = pv + b * v.strides[0] + j * EDGE * v.strides[1] + kv * v.strides[2] + 2 * EDGE * c
+                of_k = pk + b * k.strides[0] + j * EDGE * k.strides[1] + kv * k.strides[2] + SIZE * EDGE * c
+                of_v = pv + b * v.strides[0] + j * EDGE * v.strides[1] + kv * v.strides[2] + SIZE * EDGE * c
                 column_block(k, keys + (j * db + c) * BLOCK_BYTES, of_k, k.strides[1], height, width, spare)
                 column_block(v, values + (j * db + c) * BLOCK_BYTES, of_v, v.strides[1], height, width, spare)
                 pair_block(k, key_terms + (c * sb + j) * BLOCK_BYTES, of_k, k.strides[1], height, width, 16)
@@ -252,7 +255,7 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
                     i0 = chunk + ib * EDGE
                     rows = min(EDGE, nt - i0)
                     for c in range(db):
-                        width, column = min(EDGE, d - c * EDGE), 2 * EDGE * c
+                        width, column = min(EDGE, d - c * EDGE), SIZE * EDGE * c
                         of_q = pq + b * q.strides[0] + i0 * q.strides[1] + h * q.strides[2] + column
                         of_dy = pdy + b * dy.strides[0] + i0 * dy.strides[1] + h * dy.strides[2] + column
                         of_y = py + b * y.strides[0] + i0 * y.strides[1] + h * y.strides[2] + column
@@ -266,7 +269,7 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
                         turned_block(dy, grads_turned + turned, of_dy, dy.strides[1], rows, width, spare)
                     sum_rows(np.uintp(dots), np.uintp(dot_parts))
                     for r in range(rows):
-                        log_row[r] = lse[b, h, i0 + r] * np.float32(-LOG2_E)
+                        log_row[r] = lse[b, h, i0 + r] * np.float32(-UNIT)
                     for r in range(rows, EDGE):
                         log_row[r] = 0
                     lo, hi = _first_block(doc_start, b, i0, past, window), _last_block(i0 + rows - 1, past)
@@ -274,8 +277,8 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
                     _put_masks(words, masks, starts, stops, rows, lo, hi)
                     for j in range(lo, hi):
                         operand, pairs = j * db * BLOCK_BYTES, (j * CHUNK + ib) * BLOCK_BYTES
-                        block(np.uintp(scores), np.uintp(queries), np.uintp(keys + operand), db, False)
-                        block(np.uintp(dprobs), np.uintp(grads), np.uintp(values + operand), db, False)
+                        block(np.uintp(scores), np.uintp(queries), np.uintp(keys + operand), d, EDGE, False)
+                        block(np.uintp(dprobs), np.uintp(grads), np.uintp(values + operand), d, EDGE, False)
                         gradients(
                             np.uintp(ds_rows + (j - lo) * BLOCK_BYTES),
                             np.uintp(ds_pairs + pairs),
@@ -289,13 +292,12 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
                         )
                     for c in range(db):
                         of_k = np.uintp(key_terms + (c * sb + lo) * BLOCK_BYTES)
-                        block(np.uintp(sums), np.uintp(ds_rows), of_k, hi - lo, False)
+                        width = min(EDGE, d - c * EDGE)
+                        block(np.uintp(sums), np.uintp(ds_rows), of_k, (hi - lo) * EDGE, width, False)
                         of_dq = (
-                            pdq + b * dq.strides[0] + i0 * dq.strides[1] + h * dq.strides[2] + 2 * EDGE * c
+                            pdq + b * dq.strides[0] + i0 * dq.strides[1] + h * dq.strides[2] + SIZE * EDGE * c
                         )
-                        _put_rows(
-                            dq, floats, of_dq, dq.strides[1], sums, scales, rows, min(EDGE, d - c * EDGE)
-                        )
+                        put_rows(dq, floats, of_dq, dq.strides[1], sums, scales, rows, width)
                 # Blocks of queries that see a block of keys follow each other.
                 first, last = 0, 0
                 for j in range(_first_block(doc_start, b, chunk, past, window), sb):
@@ -305,10 +307,12 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
                         last += 1
                     for c in range(db if first < last else 0):
                         place, left = (c * sb + j) * SUMS_BYTES, (c * CHUNK + first) * BLOCK_BYTES
-                        right, n = (j * CHUNK + first) * BLOCK_BYTES, last - first
+                        right, n = (j * CHUNK + first) * BLOCK_BYTES, (last - first) * EDGE
                         to_dk, to_dv = np.uintp(dk_sums + place), np.uintp(dv_sums + place)
-                        block(to_dk, np.uintp(queries_turned + left), np.uintp(ds_pairs + right), n, True)
-                        block(to_dv, np.uintp(grads_turned + left), np.uintp(p_pairs + right), n, True)
+                        of_q, of_dy = np.uintp(queries_turned + left), np.uintp(grads_turned + left)
+                        height = min(EDGE, d - c * EDGE)
+                        block_turned(to_dk, of_q, np.uintp(ds_pairs + right), n, height, True)
+                        block_turned(to_dv, of_dy, np.uintp(p_pairs + right), n, height, True)
         end()
         for j in range(sb):
             for c in range(db):
@@ -317,8 +321,12 @@ def backward(dq, dk, dv, dy, y, lse, q, k, v, doc_start, window, config):
                     min(EDGE, ns - j * EDGE),
                     min(EDGE, d - c * EDGE),
                 )
-                of_dk = pdk + b * dk.strides[0] + j * EDGE * dk.strides[1] + kv * dk.strides[2] + 2 * EDGE * c
-                of_dv = pdv + b * dv.strides[0] + j * EDGE * dv.strides[1] + kv * dv.strides[2] + 2 * EDGE * c
+                of_dk = (
+                    pdk + b * dk.strides[0] + j * EDGE * dk.strides[1] + kv * dk.strides[2] + SIZE * EDGE * c
+                )
+                of_dv = (
+                    pdv + b * dv.strides[0] + j * EDGE * dv.strides[1] + kv * dv.strides[2] + SIZE * EDGE * c
+                )
                 one = np.float32(1)
                 _put_turned(dk, floats, of_dk, dk.strides[1], dk_sums + place, spare, height, width, scale)
                 _put_turned(dv, floats, of_dv, dv.strides[1], dv_sums + place, spare, height, width, one)
@@ -341,6 +349,6 @@ def bound(f, name, **products):
     return own
 
 
-def compiled(f, name, into, **products):
+def compiled(f, name, into, dtype="bfloat16", **products):
     """The kernel of bound(); `into` gets it with its signature."""
-    return _kernel(_SIGNATURES[f], into=into)(bound(f, name, **products))
+    return _kernel(_SIGNATURES[f], into=into, dtype=dtype)(bound(f, name, **products))

@@ -79,10 +79,10 @@ _FAST = {"contract", "reassoc", "nsz", "arcp"}
 _kernels, low = [], []  # (kernel, signature) of float32, and of bfloat16
 
 
-def _kernel(signature, parallel=True, into=None):
+def _kernel(signature, parallel=True, into=None, dtype="bfloat16"):
     """Compile for float32 in the place of `act`; where that stands, for bfloat16 too once low.py is imported.
 
-    into: a list that gets the pair of bfloat16 alone, of a module that compiles its own."""
+    into: a list that gets the pair of `dtype` alone, of a module that compiles its own."""
 
     def register(f):
         options = dict(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
@@ -91,7 +91,8 @@ def _kernel(signature, parallel=True, into=None):
         if into is None:
             _kernels.append((k, signature.replace("act", "float32")))
         if "act" in signature:
-            pair = k, eval(signature, {**vars(types), "act": bfloat16})
+            of_dtype = {"bfloat16": bfloat16, "float32": types.float32}[dtype]
+            pair = k, eval(signature, {**vars(types), "act": of_dtype})
             (low if into is None else into).append(pair)
         return k
 

@@ -79,6 +79,16 @@ def _low() -> Any:
     return low
 
 
+@cache
+def _blocks() -> Any:
+    """What computes attention of more than a few rows in float32: by blocks, where the processor has vectors for that."""
+    if not tiles.has_vectors():
+        return kernels
+    from . import attention_float32
+
+    return attention_float32
+
+
 def _deep(x: Array) -> Array:
     """x with four axes: threads share the first two, the last stays last."""
     if x.ndim == 1:
@@ -257,11 +267,12 @@ def attention_fwd(
 ) -> None:
     """See reference.py."""
     borders = _NO_BORDERS if doc_start is None else doc_start
-    if q.dtype == BF16 and q.shape[1] > FEW_ROWS and (p := _low().products):
-        p.attention_fwd(y, lse, q, k, v, borders, window, numba.get_num_threads())
+    few = q.shape[1] <= FEW_ROWS
+    if q.dtype == BF16 and not few and (p := _low().products):
+        p.attention_fwd(y, lse, q, k, v, borders, window)
         return
     to, (q, k, v) = _like(y), map(_wide, (q, k, v))
-    kernels.attention_fwd(to, lse, q, k, v, borders, window)
+    (kernels if few else _blocks()).attention_fwd(to, lse, q, k, v, borders, window)
     _put(y, to)
 
 
@@ -280,12 +291,13 @@ def attention_bwd(
 ) -> None:
     """See reference.py."""
     borders = _NO_BORDERS if doc_start is None else doc_start
-    if q.dtype == BF16 and q.shape[1] > FEW_ROWS and (p := _low().products):
+    few = q.shape[1] <= FEW_ROWS
+    if q.dtype == BF16 and not few and (p := _low().products):
         p.attention_bwd(dq, dk, dv, dy, y, lse, q, k, v, borders, window)
         return
     to = [_like(x) for x in (dq, dk, dv)]
     dy, y, q, k, v = map(_wide, (dy, y, q, k, v))
-    kernels.attention_bwd(*to, dy, y, lse, q, k, v, borders, window)
+    (kernels if few else _blocks()).attention_bwd(*to, dy, y, lse, q, k, v, borders, window)
     for x, wide in zip((dq, dk, dv), to, strict=True):
         _put(x, wide)
 

@@ -1,6 +1,7 @@
 # mypy: ignore-errors
 """Matrix products of bfloat16 by the dot products of tiles.py. Compiled where the processor has the instructions."""
 
+import numba
 import numpy as np
 from numba import njit
 
@@ -45,8 +46,9 @@ def _never(out, to, to_bytes, sums, adds):
 
 
 @njit
-def _block(sums, a, b, blocks, adds):
-    """See tile_block of amx.py."""
+def _block(sums, a, b, terms, width, adds):
+    """See attention.py."""
+    blocks = (terms + EDGE - 1) // EDGE
     for r in range(0, EDGE, ROWS):
         to, left = np.uintp(sums + 4 * EDGE * r), np.uintp(a + 2 * EDGE * r)
         none = np.uintp(0)
@@ -60,7 +62,7 @@ def _nothing(config=0):
     """Nothing stands around dot products."""
 
 
-_blocks = {"block": _block, "begin": _nothing, "end": _nothing}
+_blocks = {"block": _block, "block_turned": _block, "begin": _nothing, "end": _nothing}
 _forward, _backward = (
     attention.compiled(f, "dots", _kernels, **_blocks) for f in (attention.forward, attention.backward)
 )
@@ -82,7 +84,7 @@ def multiply(out, left, right, k, bias=None, adds=False):
 
 def attention_fwd(*args):
     """See attention.py."""
-    _forward(*args, NO_CONFIG)
+    _forward(*args, numba.get_num_threads(), NO_CONFIG)
 
 
 def attention_bwd(*args):

@@ -218,7 +218,12 @@ def _raise(builder, i, args):
         _store(builder, _larger(builder, x, before), top)
 
 
-def _exponentials(builder, i, args):
+def _rounded_row(builder, row, to):
+    """Two vectors of a row, rounded to bfloat16."""
+    _store(builder, narrow(builder, *row), to)
+
+
+def _exponentials(builder, i, args, put_row=_rounded_row, size=2):
     to, totals, scores, masks, tops, factor, goes_on = args
     goes_on = builder.icmp_unsigned("!=", goes_on, _I64(0))
     factor = _lanes(builder, factor)
@@ -236,7 +241,7 @@ def _exponentials(builder, i, args):
         total = builder.add(totals, builder.mul(r, _I64(64)))
         before = builder.select(goes_on, _load(builder, total, _FLOATS), _splat(_FLOATS, 0.0))
         _store(builder, _add(builder, before, _add(builder, *p)), total)
-        _store(builder, narrow(builder, *p), builder.add(to, builder.mul(r, _I64(2 * EDGE))))
+        put_row(builder, p, builder.add(to, builder.mul(r, _I64(size * EDGE))))
 
 
 def _finish(builder, i, args):
@@ -249,7 +254,16 @@ def _finish(builder, i, args):
         _store(builder, _fma(builder, top, scale, _log(builder, total)), _at(builder, lse, 64 * h))
 
 
-def _gradients(builder, i, args):
+def _put_pairs(builder, base, i, two):
+    """Two rows of a block, rounded to bfloat16, as a row of pairs in two halves of 16 columns."""
+    order = ir.Constant(ir.VectorType(_I32, 32), [16 * (j % 2) + j // 2 for j in range(32)])
+    for h in range(2):
+        both = builder.bitcast(narrow(builder, two[0][h], two[1][h]), ir.VectorType(_I16, 32))
+        place = builder.add(builder.add(base, builder.mul(i, _I64(64))), _I64(h * (BLOCK_BYTES // 2)))
+        _store(builder, builder.shuffle_vector(both, both, order), place)
+
+
+def _gradients(builder, i, args, put_row=_rounded_row, put_two=_put_pairs, size=2, unit=None):
     rows, ds_pairs, p_pairs, scores, dprobs, masks, logs, dots, factor = args
     factor = _lanes(builder, factor)
     of_p, of_ds = [], []
@@ -260,18 +274,15 @@ def _gradients(builder, i, args):
         s, dp = (_row_of(builder, builder.add(at, builder.mul(r, _I64(4 * EDGE)))) for at in (scores, dprobs))
         p, ds = [], []
         for h, flags in enumerate(_flags(builder, builder.add(masks, word))):
-            x = _exp2(builder, _fma(builder, s[h], factor, log))
+            x = _fma(builder, s[h], factor, log)
+            x = _exp2(builder, _mul(builder, x, _splat(_FLOATS, unit)) if unit else x)
             p.append(_seen(builder, flags, x))
             ds.append(_seen(builder, flags, _mul(builder, x, _sub(builder, dp[h], dot))))
-        _store(builder, narrow(builder, *ds), builder.add(rows, builder.mul(r, _I64(2 * EDGE))))
+        put_row(builder, ds, builder.add(rows, builder.mul(r, _I64(size * EDGE))))
         of_p.append(p)
         of_ds.append(ds)
-    order = ir.Constant(ir.VectorType(_I32, 32), [16 * (j % 2) + j // 2 for j in range(32)])
-    for base, two in ((p_pairs, of_p), (ds_pairs, of_ds)):
-        for h in range(2):
-            both = builder.bitcast(narrow(builder, two[0][h], two[1][h]), ir.VectorType(_I16, 32))
-            place = builder.add(builder.add(base, builder.mul(i, _I64(64))), _I64(h * (BLOCK_BYTES // 2)))
-            _store(builder, builder.shuffle_vector(both, both, order), place)
+    put_two(builder, p_pairs, i, of_p)
+    put_two(builder, ds_pairs, i, of_ds)
 
 
 def _dots(builder, i, args):

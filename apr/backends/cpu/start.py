@@ -44,6 +44,7 @@ _WARMING = "APR_COMPILES_KERNELS"  # in a process that fills Numba's cache: the 
 _COMPILED, _OTHERS_ENDED = "compiled", "others ended\n"
 MAX_PROCESSES = 4  # that compile, some 200 MB each
 PROGRESS_SECONDS = 15
+_KINDS = {"kernels": "", "attention_float32": " of attention"}
 _WITHOUT_KERNELS = {"__init__.py", "ops.py", "start.py"}
 
 
@@ -187,7 +188,7 @@ def _fill(kernels, module, seconds):
                 return
             where = f" into {folder}, no lasting place for them can be written" if _temporary else ""
             parts = max(1, min(cores(), MAX_PROCESSES, len(kernels) // 2))
-            kind = "" if module.endswith(".kernels") else " of bfloat16"
+            kind = _KINDS.get(module.rpartition(".")[2], " of bfloat16")
             _say(f"compiling the CPU kernels{kind}, once (about {max(5, seconds // parts)} s){where}")
             reason = _compile_elsewhere(module, parts, len(kernels))
             if is_cached(kernels):

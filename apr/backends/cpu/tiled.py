@@ -3,6 +3,7 @@
 
 from functools import cache
 
+import numba
 import numpy as np
 from numba import njit
 
@@ -38,7 +39,13 @@ def write(out, to, to_bytes, sums, adds):
     put_block(out, np.uintp(to), to_bytes, np.uintp(sums), adds)
 
 
-_blocks = {"block": tile_block, "begin": begin_tiles, "end": end_tiles}
+@njit(error_model="numpy", forceinline=True)
+def _block(sums, a, b, terms, width, adds):
+    """See attention.py."""
+    tile_block(sums, a, b, (terms + EDGE - 1) // EDGE, adds)
+
+
+_blocks = {"block": _block, "block_turned": _block, "begin": begin_tiles, "end": end_tiles}
 _forward, _backward = (
     attention.compiled(f, "tiles", _kernels, **_blocks) for f in (attention.forward, attention.backward)
 )
@@ -61,7 +68,7 @@ def multiply(out, left, right, k, bias=None, adds=False):
 
 def attention_fwd(*args):
     """See attention.py."""
-    _forward(*args, CONFIG)
+    _forward(*args, numba.get_num_threads(), CONFIG)
 
 
 def attention_bwd(*args):

@@ -29,13 +29,24 @@ BLOCK_BYTES, SUMS_BYTES = 2 * EDGE * EDGE, 4 * EDGE * EDGE  # of an operand's bl
 ROWS, COLUMNS = 8, 2  # of sums that stay in registers: rows, vectors
 
 
+def _features():
+    """LLVM's features of this processor, none where Numba compiles for another one.
+
+    Somebody's choice: of another processor perhaps, or of code without AVX, for which LLVM ends the process."""
+    config = numba.config
+    if config.CPU_NAME or config.CPU_FEATURES or not config.ENABLE_AVX:
+        return {}
+    return llvmlite.binding.get_host_cpu_features()
+
+
+def has_vectors():
+    """Say whether this processor has registers for a block's sums: 32 of 512 bits."""
+    return bool(_features().get("avx512f"))
+
+
 def path():
     """Name the path of this processor."""
-    config = numba.config
-    # Somebody's choice: of another processor perhaps, or of code without AVX, for which LLVM ends the process.
-    if config.CPU_NAME or config.CPU_FEATURES or not config.ENABLE_AVX:
-        return "float32"
-    features = llvmlite.binding.get_host_cpu_features()
+    features = _features()
     if amx.is_offered(features) and amx.is_permitted():
         return "amx"
     return "avx512_bf16" if features.get("avx512bf16") else "float32"
