@@ -28,6 +28,7 @@ from .checkpoint import (
     template_in,
 )
 from .gguf_reader import read_gguf
+from .gguf_rules import space_note
 from .gguf_vocab import is_qwen2, vocabulary_keys
 from .hf import commonest_dtype, read_hf, write_hf
 from .names import FOLDER, check_name
@@ -214,6 +215,7 @@ def export_gguf(
         "context_length": min(
             window or checkpoint.cfg.max_position_embeddings, checkpoint.cfg.max_position_embeddings
         ),
+        "note": space_note(tok.json, checkpoint.source) if tok is not None else None,
     }
 
 

@@ -78,6 +78,8 @@ NAMES = {  # parameter of ours -> tensor; {} is the layer
 TYPES = ("float32", "float16", "bfloat16", "q8_0")  # what matrices can be written as
 FILE_TYPE = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type: most matrices are of this type
 BLOCK = 32  # values that share a scale in Q8_0
+# llama.cpp looks for these in general.name, and then lets special tokens take the spaces beside them, or ends at their absence
+NAMES_THAT_CHANGE_TOKENS = ("phi-3", "phi3", "modern-bert")
 
 
 def package() -> ModuleType:
@@ -256,7 +258,8 @@ def _model_keys(writer: Any, cfg: ModelConfig, arch: str, name: str, kinds: list
     positions = cfg.max_position_embeddings
     if cfg.sliding_window:
         positions = min(positions, cfg.sliding_window)
-    writer.add_name(name or cfg.family)
+    is_plain = not any(part in name.lower() for part in NAMES_THAT_CHANGE_TOKENS)
+    writer.add_name(name if name and is_plain else cfg.family)
     matrices = [k for k in kinds if k != "F32"] or ["F32"]
     writer.add_file_type(FILE_TYPE[max(set(matrices), key=matrices.count)])
     writer.add_quantization_version(2)

@@ -61,7 +61,8 @@ DTYPES = {
 TYPES = {0: "F32", 1: "F16", 8: "Q8_0", 30: "BF16"}  # tag -> name of the types that apr reads
 OTHER_TYPES = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K",
                14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
-               22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}  # fmt: skip
+               22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+               40: "NVFP4", 41: "Q1_0", 42: "Q2_0"}  # fmt: skip
 # Of every published Llama 3 model: low_freq_factor, high_freq_factor, original_max_position_embeddings.
 LLAMA3_RANGES = (1.0, 4.0, 8192)
 Q8_BYTES = BLOCK + 2  # a block: scale float16, then int8 values

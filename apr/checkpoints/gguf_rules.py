@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..common.errors import Refused
-from ..common.files import short
+from ..common.files import parse_json, short
 from ..common.units import plural
 from ..tokenizer.tokenizer import Tokenizer
 from ..tokenizer.vocab_format import FALLBACK_BYTES, SPACE_MARK, pattern_of, steps
@@ -15,6 +15,7 @@ OTHERWISE = "export --format hf"
 OPTIONS = ("continuing_subword_prefix", "end_of_word_suffix")
 # Of an added token: white space beside it becomes part of it, or it counts between word boundaries only.
 FLAGS = ("lstrip", "rstrip", "single_word")
+MAX_SPLIT = 256  # characters of a token before which it is split to look for two others
 
 
 def check_rules(fields: dict[str, Any], is_sentencepiece: bool, source: str) -> None:
@@ -35,6 +36,11 @@ def check_rules(fields: dict[str, Any], is_sentencepiece: bool, source: str) -> 
         for step in steps(fields.get(key), f"{source}: {key}"):
             if not _puts_marks(step):
                 raise _refused(source, f"{key} {step.get('type')!r}")
+    # The library looks for such a token as its normalizer leaves it, with a mark before it.
+    puts_first = any(step.get("type") == "Prepend" for step in steps(fields.get("normalizer"), source))
+    for token in fields.get("added_tokens") or []:
+        if puts_first and token.get("normalized"):
+            raise _refused(source, f"normalized = true of the added token {token['content']!r}")
     absent = sorted(set(FALLBACK_BYTES) - model["vocab"].keys())
     if absent:
         raise Refused(
@@ -45,6 +51,34 @@ def check_rules(fields: dict[str, Any], is_sentencepiece: bool, source: str) -> 
         raise Refused(
             f"{source}: model.byte_fallback is false: llama.cpp gives bytes for text without a token; {OTHERWISE}"
         )
+    _check_reached(fields, source)
+
+
+def _check_reached(fields: dict[str, Any], source: str) -> None:
+    """Raise Refused for a token that no merge makes and two others do: llama.cpp has no merges, and joins any two such."""
+    model = fields["model"]
+    vocab = model["vocab"]
+    apart = {token["content"] for token in fields.get("added_tokens") or []} | {
+        *FALLBACK_BYTES,
+        model.get("unk_token"),
+    }
+    made = {"".join(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges") or []}
+    for token in vocab.keys() - made - apart:
+        if any(token[:at] in vocab and token[at:] in vocab for at in range(1, min(len(token), MAX_SPLIT))):
+            raise _refused(source, f"no merge makes the token {token!r} of two others")
+
+
+def space_note(text: str, source: str) -> str | None:
+    """Say where llama.cpp puts a space that Metaspace does not put; None for other tokenizers."""
+    for step in steps(parse_json(text, source).get("pre_tokenizer"), source):
+        scheme = step.get("prepend_scheme", "always")
+        if step.get("type") == "Metaspace" and scheme != "never" and step.get("add_prefix_space", True):
+            behind = ", and before text behind a special token" if scheme == "first" else ""
+            return (
+                f"llama.cpp puts a space before a text that begins with one{behind}, which this tokenizer (Metaspace, "
+                f"prepend_scheme {scheme!r}) does not: such texts get other ids there"
+            )
+    return None
 
 
 def _refused(source: str, rule: str) -> Refused:

@@ -19,6 +19,8 @@ from .gguf_rules import OTHERWISE, added_around, check_rules
 
 # Sum of the squares of the lengths of all tokens, which are split at every place; vocabularies in use have 1/50 of it.
 MAX_SPLIT_CHARACTERS = 1 << 30
+# Says which normalizer a tokenizer had that the name of its rule does not say; llama.cpp normalizes nothing.
+NORMALIZER = "apr.tokenizer.normalizer"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 
 
@@ -73,6 +75,9 @@ def vocabulary_keys(
             "tokenizer.ggml.token_type": kinds,
             "tokenizer.ggml.add_space_prefix": _adds_space(tokenizer, tokens),
         }
+    is_nfc = any(step.get("type") == "NFC" for step in steps(fields.get("normalizer"), source))
+    if is_nfc != _normalizes(out["tokenizer.ggml.pre"]):
+        out[NORMALIZER] = "NFC" if is_nfc else "none"
     bos = bos_id if bos_id is not None else before if before is not None else tokenizer.eos_id
     out |= {
         "tokenizer.ggml.bos_token_id": bos,  # always: what llama.cpp takes in its place is an ordinary token
@@ -194,6 +199,22 @@ RULES: dict[
 }
 
 
+NFC = {"type": "NFC"}
+
+
+def _normalizes(pre: Any) -> bool:
+    """True for a rule whose published tokenizers normalize to NFC."""
+    return isinstance(pre, str) and pre in RULES and RULES[pre]["normalizer"] == NFC
+
+
+def _normalizer(keys: dict[str, Any], source: str) -> dict[str, Any] | None:
+    """Read the normalizer that apr wrote, or else that of the rule. Raises Refused for another."""
+    said = keys.get(NORMALIZER, "NFC" if _normalizes(keys.get("tokenizer.ggml.pre")) else "none")
+    if said not in ("NFC", "none"):
+        raise Refused(f"{source}: {NORMALIZER} = {short(said)}; apr reads NFC and none")
+    return NFC if said == "NFC" else None
+
+
 def tokenizer_json(keys: dict[str, Any], source: str) -> str | None:
     """Translate the keys of a header to a tokenizer.json whose encoder gives the same ids; None without a vocabulary.
 
@@ -202,7 +223,7 @@ def tokenizer_json(keys: dict[str, Any], source: str) -> str | None:
     if kind in ("none", "no_vocab"):
         return None
     pre = keys.get("tokenizer.ggml.pre", "default")
-    if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre not in RULES):
+    if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre not in tuple(RULES)):
         raise Refused(
             f"{source}: tokenizer {short(kind)}, cut by {short(pre)}; apr reads llama (SentencePiece BPE) and gpt2 "
             f"(byte-level BPE) cut by {', '.join(RULES)}: take the model's Hugging Face folder instead"
@@ -219,7 +240,7 @@ def tokenizer_json(keys: dict[str, Any], source: str) -> str | None:
     vocab = {tokens[i]: i for i in within}
     model: dict[str, Any] = {"type": "BPE", "unk_token": None, "fuse_unk": False, "byte_fallback": False}
     if kind == "gpt2":
-        steps = RULES[pre]
+        steps = {**RULES[pre], "normalizer": _normalizer(keys, source)}
         model |= {
             "ignore_merges": pre == "llama-bpe",
             "vocab": vocab,
@@ -227,7 +248,7 @@ def tokenizer_json(keys: dict[str, Any], source: str) -> str | None:
         }
     else:
         prefix = bool(keys.get("tokenizer.ggml.add_space_prefix", True))
-        steps = _sentencepiece_steps(prefix)
+        steps = _sentencepiece_steps(prefix, _normalizer(keys, source))
         unknown = next((t for t, k in zip(tokens, kinds, strict=True) if k == UNKNOWN), None)
         scores = _list_of(keys, "scores", float, source)
         if len(scores) != len(tokens):
@@ -301,12 +322,13 @@ def _rows(keys: dict[str, Any], source: str) -> tuple[list[str], list[int]]:
     return tokens, kinds
 
 
-def _sentencepiece_steps(prefix: bool) -> dict[str, Any]:
+def _sentencepiece_steps(prefix: bool, normalizer: dict[str, Any] | None) -> dict[str, Any]:
     """Make the steps that put U+2581 for spaces, one before a text if `prefix`, and undo that."""
     marks = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
     spaces = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    before = [{"type": "Prepend", "prepend": SPACE_MARK}] if prefix else []
+    before: list[dict[str, Any]] = [normalizer] if normalizer else []
+    before += [{"type": "Prepend", "prepend": SPACE_MARK}] if prefix else []
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*before, marks]},
         "pre_tokenizer": None,

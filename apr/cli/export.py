@@ -57,8 +57,8 @@ def main(args: Sequence[str]) -> int:
 
 
 def _rows(done: dict[str, object]) -> list[tuple[str, str]]:
+    note = [("note", str(done["note"]))] if done["note"] else []
     if done["format"] == "hf":
-        note = [("note", str(done["note"]))] if done["note"] else []
         return [
             ("tensors", f"{done['tensors']} of {', '.join(done['dtypes'])}"),  # type: ignore[arg-type]
             (
@@ -79,4 +79,5 @@ def _rows(done: dict[str, object]) -> list[tuple[str, str]]:
         ("tensors", f"{types}, read back and compared, by other code too: as written{worst}"),
         ("tokenizer", tokenizer),
         ("positions", f"{done['context_length']:,}"),
+        *note,
     ]

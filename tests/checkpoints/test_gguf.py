@@ -187,6 +187,14 @@ def test_logits_from_a_file_that_was_read_back(sources: Path, tmp_path: Path) ->
         assert seen[0].tobytes() == seen[1].tobytes()
 
 
+@pytest.mark.parametrize("name", ["my-phi3-clone", "Phi-3 mini", "modern-bert", "plain"])
+def test_names_by_which_llama_cpp_changes_tokens(name: str, sources: Path, tmp_path: Path) -> None:
+    """It took spaces beside special tokens of such a model, or ended: "error loading model vocabulary: unordered_map::at"."""
+    (tmp_path / name).symlink_to(sources / "llama")
+    export_gguf(open_any(str(tmp_path / name)), tmp_path / "m.gguf")
+    assert contents(tmp_path / "m.gguf")[1]["general.name"] == ("plain" if name == "plain" else "llama")
+
+
 def test_a_window_limits_the_positions(sources: Path, tmp_path: Path) -> None:
     """llama.cpp's llama has no window: within as many positions as it has the two compute the same."""
     done = export_gguf(open_any(str(sources / "mistral")), tmp_path / "m.gguf")
@@ -310,6 +318,7 @@ def test_sentencepiece_without_byte_pieces_is_refused() -> None:
         return {**kind(), "added_tokens": [tokenizer_cases.added(0, "<unk>")]}
 
     whole = make(tokenizer_cases.fallback)
+    whole["model"]["merges"].append("a b")
     size = len(whole["model"]["vocab"])
     assert len(vocabulary_keys(json.dumps(whole), "t", size, 0)["tokenizer.ggml.tokens"]) == size
     one = make(tokenizer_cases.fallback)

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 import tokenizer_cases
-from apr.checkpoints.gguf_vocab import tokenizer_json, vocabulary_keys
+from apr.checkpoints.gguf_rules import space_note
+from apr.checkpoints.gguf_vocab import RULES, tokenizer_json, vocabulary_keys
 from apr.common.errors import Refused
 from apr.tokenizer.tokenizer import Tokenizer
+from apr.tokenizer.vocab_format import steps
 from tokenizer_cases import BYTE_CHARACTERS, META, TO_MARK, added
 
 Fields = dict[str, Any]
@@ -25,6 +27,7 @@ def byte_level() -> Fields:
 
 def sentencepiece() -> Fields:
     d = tokenizer_cases.fallback()
+    d["model"]["merges"].append("a b")
     d["added_tokens"] = [added(0, "<unk>"), added(len(d["model"]["vocab"]), "</s>")]
     return d
 
@@ -141,3 +144,62 @@ def test_a_token_of_the_user_is_found_wherever_it_stands() -> None:
     for text in ("a<im>b", "<im> a", "a <im>"):
         assert b.encode_marked(text).tolist() == a.encode_marked(text).tolist()
         assert d["added_tokens"][-1]["id"] in b.encode(text)
+
+
+def test_a_token_that_no_merge_makes() -> None:
+    """llama.cpp joins any two neighbours whose text is a token: "ab" became one id, here it is two."""
+    d = sentencepiece()
+    d["model"]["merges"].remove("a b")
+    with pytest.raises(
+        Refused, match=r"^t: no merge makes the token 'ab' of two others: llama\.cpp has no such rule"
+    ):
+        keys_of(d)
+
+
+def test_added_tokens_behind_a_normalizer_that_puts_a_mark_first() -> None:
+    """The library finds "<im>" of such a tokenizer as U+2581<im>, so not within "a<im>"; llama.cpp finds it there."""
+    d = sentencepiece()
+    d["normalizer"] = {"type": "Sequence", "normalizers": [TO_MARK]}
+    d["added_tokens"].append({**added(d["added_tokens"][-1]["id"] + 1, "<im>", False), "normalized": True})
+    assert keys_of(d)
+    d["normalizer"]["normalizers"].insert(0, PREPEND)
+    with pytest.raises(Refused, match=r"^t: normalized = true of the added token '<im>'"):
+        keys_of(d)
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}])
+@pytest.mark.parametrize("rule", ["qwen2", "dbrx", "gpt-2", "sentencepiece"])
+def test_the_normalizer_comes_back(rule: str, normalizer: Any) -> None:
+    """A name of llama.cpp does not say it: reading qwen2 as Qwen's own gave texts that are not in NFC other ids."""
+    if rule == "sentencepiece":
+        d = sentencepiece()
+        d["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [*([normalizer] if normalizer else []), TO_MARK],
+        }
+    else:
+        d = {**byte_level(), "pre_tokenizer": RULES[rule]["pre_tokenizer"], "normalizer": normalizer}
+    keys = keys_of(d)
+    made = json.loads(tokenizer_json(keys, "b") or "")
+    kinds = [s["type"] for s in steps(made["normalizer"], "b")]
+    assert ("NFC" in kinds) == (normalizer is not None)
+    a, b = (Tokenizer.from_json(json.dumps(x), "t") for x in (d, made))
+    for text in ("e\u0301 he", "\u212b", "\u00e9 a"):
+        assert b.encode(text).tolist() == a.encode(text).tolist()
+    with pytest.raises(Refused, match=r"apr\.tokenizer\.normalizer = 'NFD'"):
+        tokenizer_json({**keys, "apr.tokenizer.normalizer": "NFD"}, "b")
+    if rule != "sentencepiece":
+        with pytest.raises(Refused, match="cut by a list"):
+            tokenizer_json({**keys, "tokenizer.ggml.pre": ["qwen2"]}, "b")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"), [("always", "one, which"), ("first", "behind a special token, which"), ("never", "")]
+)
+def test_spaces_that_llama_cpp_puts_and_metaspace_does_not(scheme: str, words: str) -> None:
+    """Of stories260K's vocabulary, llama.cpp gives " " 410, 410, and the library 410."""
+    d = {**sentencepiece(), "normalizer": None, "pre_tokenizer": {**META, "prepend_scheme": scheme}}
+    assert keys_of(d)
+    note = space_note(json.dumps(d), "t")
+    assert (words in note) if note else not words
+    assert space_note(json.dumps(sentencepiece()), "t") is None
