@@ -234,7 +234,7 @@ def _check_shapes(cfg: ModelConfig, arch: str, path: str | Path) -> None:
     wide = cfg.num_heads * cfg.head_dim
     if arch in HEADS_FILL_HIDDEN and wide != cfg.hidden_size:
         raise Refused(
-            f"{path}: {cfg.num_heads} heads of {cfg.head_dim} are {wide} rows, hidden_size is {cfg.hidden_size}; llama.cpp opens "
+            f"{path}: num_heads * head_dim = {wide}, hidden_size = {cfg.hidden_size}; llama.cpp opens "
             f"no {arch} model where the two differ: export --format hf"
         )
     if arch in HEAD_ALONE and cfg.tie_word_embeddings:

@@ -144,12 +144,9 @@ def _by_llama_cpp(reader: Any, arch: str) -> tuple[np.ndarray, float]:
         stretch = key("scaling.factor", 1.0)
     if kind == "yarn":
         length = key("scaling.original_context_length", reader.get_field(f"{arch}.context_length").contents())
+        # Its loader reads yarn_beta_fast and yarn_beta_slow in other architectures alone.
         low, high = (
-            dims * math.log(length / (beta * 2 * math.pi)) / (2 * math.log(base))
-            for beta in (
-                32.0,
-                1.0,
-            )  # its loader reads yarn_beta_fast and yarn_beta_slow in other architectures alone
+            dims * math.log(length / (beta * 2 * math.pi)) / (2 * math.log(base)) for beta in (32.0, 1.0)
         )
         low, high = max(0, math.floor(low)), min(dims - 1, math.ceil(high))
         mix = 1 - np.clip((np.arange(dims // 2) - low) / max(0.001, high - low), 0, 1)

@@ -422,9 +422,9 @@ def test_scaling_that_llama_cpp_would_not_honour(preset: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [
-        ("olmo2", {}, r"4 heads of 12 are 48 rows, hidden_size is 40"),
+        ("olmo2", {}, r"num_heads \* head_dim = 48, hidden_size = 40"),
         ("olmo2", {"head_dim": 10, "tie_word_embeddings": True}, "tie_word_embeddings = true"),
-        ("qwen2", {"head_dim": 16}, r"7 heads of 16 are 112 rows, hidden_size is 56"),
+        ("qwen2", {"head_dim": 16}, r"num_heads \* head_dim = 112, hidden_size = 56"),
     ],
 )
 def test_models_whose_file_llama_cpp_does_not_open(
