@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ..model.config import ModelConfig
 from ..model.hf_config import TRY, from_hf, hf_notes, to_hf
 from ..model.params import Layout
 from ..tokenizer.chat_template import ChatTemplate, named_tokens
+from ..tokenizer.stated import joined_config, named_special
 from ..tokenizer.tokenizer import Tokenizer
 from .tensors import CHUNK, EMBED, HEAD, INV_FREQ, is_float, mismatch, require_finite, same_bits, spec_of
 
@@ -29,6 +31,7 @@ CONFIG, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+MORE_TEMPLATES = "additional_chat_templates"  # a folder
 GENERATION_CONFIG, SPECIAL_TOKENS = "generation_config.json", "special_tokens_map.json"
 SIDE_FILES = (  # small files of a Hugging Face folder that an APR file keeps as they are
     CONFIG,
@@ -125,9 +128,9 @@ class Checkpoint:
 
     @property
     def tokenizer_config(self) -> dict[str, Any]:
-        """Object in tokenizer_config.json, {} without that file."""
-        text = self.texts.get(TOKENIZER_CONFIG)
-        return parse_json(text, f"{self.source}: {TOKENIZER_CONFIG}") if text is not None else {}
+        """Object in tokenizer_config.json with the tokens of special_tokens_map.json, as transformers joins them."""
+        names = [name for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS) if name in self.texts]
+        return joined_config({name: parse_json(self.texts[name], f"{self.source}: {name}") for name in names})
 
     @property
     def chat_template(self) -> str | None:
@@ -139,9 +142,7 @@ class Checkpoint:
     @property
     def named_tokens(self) -> dict[str, str]:
         """Texts of bos_token, eos_token and such, as the side files or the metadata spell them."""
-        special = self.texts.get(SPECIAL_TOKENS)
-        maps = [parse_json(special, f"{self.source}: {SPECIAL_TOKENS}")] if special else []
-        tokens = named_tokens([*maps, self.tokenizer_config])
+        tokens = named_tokens(self.tokenizer_config)
         vocabulary = self.metadata.get("tokenizer.vocabulary") or []
         if not isinstance(vocabulary, list):
             raise MalformedFile(
@@ -157,8 +158,28 @@ class Checkpoint:
         """Compile the chat template, or the one in `file`; None without one.
 
         Raises InputNotFound and MalformedFile (the file), Refused (see ChatTemplate)."""
-        text = self.chat_template if file is None else read_text(Path(file))
-        return None if text is None else ChatTemplate(text, file or self.source, self.named_tokens)
+        if file is not None:
+            return ChatTemplate(read_text(Path(file)), file, self.named_tokens)
+        text = self.chat_template
+        if text is None:
+            return None
+        self._check_tokens_of(text)
+        for_tools = templates_in(self.texts).get("tool_use")
+        return ChatTemplate(text, self.source, self.named_tokens, for_tools=for_tools)
+
+    def _check_tokens_of(self, template: str) -> None:
+        """Raise Refused for a special token that a template writes and the tokenizer lacks: transformers makes it a new id, for
+        which the model has no row, and here its letters would be text."""
+        if self.fault is not None or self.tokenizer is None:
+            return
+        by_text = {text: name for name, text in self.named_tokens.items()}
+        for text in named_special(self.tokenizer_config):
+            is_written = text in template or by_text.get(text, text) in template
+            if is_written and self.tokenizer.encode_marked(text).size != 1:
+                raise Refused(
+                    f"{self.source}: its chat template writes {short(text)}, which {TOKENIZER_CONFIG} names as a special token "
+                    f"and {TOKENIZER} lacks; add it there, or give another template with --chat-template FILE"
+                )
 
     def end_ids(self) -> frozenset[int]:
         """Collect the ids that end a text: the tokenizer's, and those of generation_config.json and config.json, which
@@ -204,13 +225,18 @@ def no_tokenizer(source: str, hint: str = "") -> Refused:
 
 def template_in(texts: Mapping[str, str]) -> str | None:
     """Take the chat template of side files: chat_template.jinja, else tokenizer_config.json's, of several the default one."""
+    return templates_in(texts).get("default")
+
+
+def templates_in(texts: Mapping[str, str]) -> dict[str, str]:
+    """Take the chat templates of side files by name; chat_template.jinja stands for all of tokenizer_config.json's."""
     if TEMPLATE in texts:
-        return texts[TEMPLATE]
-    template = parse_json(texts.get(TOKENIZER_CONFIG, "{}"), TOKENIZER_CONFIG).get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        return {"default": texts[TEMPLATE]}
+    found = parse_json(texts.get(TOKENIZER_CONFIG, "{}"), TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(found, list):
+        found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+    named = found if isinstance(found, dict) else {"default": found}
+    return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
 
 
 def read_side_files(folder: Path) -> dict[str, str]:
@@ -219,7 +245,20 @@ def read_side_files(folder: Path) -> dict[str, str]:
     for name, text in texts.items():
         if name.endswith(".json"):
             parse_json(text, str(folder / name))
-    return texts
+    return _with_more_templates(texts, folder / MORE_TEMPLATES)
+
+
+def _with_more_templates(texts: dict[str, str], folder: Path) -> dict[str, str]:
+    """List the templates of a folder of their own, and chat_template.jinja, in tokenizer_config.json: transformers takes them in
+    the place of those that stand there."""
+    names = sorted(n for n in os.listdir(folder) if n.endswith(".jinja")) if folder.is_dir() else []
+    if not names:
+        return texts
+    named = {"default": texts.pop(TEMPLATE)} if TEMPLATE in texts else {}
+    named |= {name.removesuffix(".jinja"): read_text(folder / name) for name in names}
+    config = parse_json(texts.get(TOKENIZER_CONFIG, "{}"), str(folder.parent / TOKENIZER_CONFIG))
+    config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+    return {**texts, TOKENIZER_CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
 
 
 def upload(backend: ModuleType, host: np.ndarray, dtype: str) -> Any:
@@ -328,45 +367,3 @@ def reader(layout: Layout, checkpoint: Checkpoint) -> Callable[[str], np.ndarray
         return x
 
     return read
-
-
-def special_id(
-    text: str, tokenizer_config: Mapping[str, Any], config: Mapping[str, Any], name: str
-) -> int | None:
-    """Find the id of the token that tokenizer_config.json, or else config.json, names bos, pad or unk; None unless it is
-    an added token."""
-    added = {t["content"]: t["id"] for t in parse_json(text, TOKENIZER).get("added_tokens") or []}
-    said = token_text(tokenizer_config.get(f"{name}_token"))
-    if said is not None:
-        return added.get(said)
-    i = first_id(config.get(f"{name}_token_id"))
-    return i if i in added.values() else None
-
-
-def end_of_text(
-    tokenizer_json: str | None, tokenizer_config: Mapping[str, Any], config: Mapping[str, Any]
-) -> Any:
-    """Find what ends a text, of all the ids that end one: the added token that tokenizer_config.json names, else the first
-    that config.json lists."""
-    said, eos = token_text(tokenizer_config.get("eos_token")), config.get("eos_token_id")
-    try:
-        added = parse_json(tokenizer_json, TOKENIZER).get("added_tokens") if said and tokenizer_json else None
-    # Whoever asks for the tokenizer hears of it.
-    except MalformedFile:
-        added = None
-    for token in added if isinstance(added, list) else []:
-        if isinstance(token, dict) and token.get("content") == said and isinstance(token.get("id"), int):
-            return token["id"]
-    return (eos[0] if eos else None) if isinstance(eos, list) else eos
-
-
-def token_text(token: Any) -> str | None:
-    """Take the text of a token, which tokenizer_config.json spells as a string or as {"content": ...}."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
-
-
-def first_id(ids: Any) -> int | None:
-    """Take an id, or the first of a list of them."""
-    ids = ids[0] if isinstance(ids, list) and ids else ids
-    return ids if isinstance(ids, int) and not isinstance(ids, bool) else None

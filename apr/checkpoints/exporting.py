@@ -24,13 +24,13 @@ from .checkpoint import (
     TOKENIZER_CONFIG,
     Checkpoint,
     parameters,
-    special_id,
     template_in,
 )
 from .gguf_reader import read_gguf
 from .gguf_rules import space_note
 from .gguf_vocab import is_qwen2, vocabulary_keys
 from .hf import commonest_dtype, read_hf, write_hf
+from .named_ids import special_id
 from .names import FOLDER, check_name
 from .other_readers import compare_folder, compare_gguf
 from .readback import compare_written

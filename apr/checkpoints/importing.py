@@ -27,12 +27,11 @@ from .checkpoint import (
     SIDE_FILES,
     TOKENIZER,
     Checkpoint,
-    end_of_text,
     parameters,
     require_rows,
-    special_id,
 )
 from .hf import INDEX, SINGLE, TO_SAFETENSORS, shard_names
+from .named_ids import end_of_text, special_id
 from .names import check_name
 from .readback import compare_written
 from .registry import TITLES, format_of, open_any

@@ -40,7 +40,6 @@ from .checkpoint import (
     GENERATION_CONFIG,
     HF_FILES,
     Checkpoint,
-    end_of_text,
     fill,
     parameters,
     upload,
@@ -50,6 +49,7 @@ from .gguf_reader import MAGIC as GGUF_MAGIC
 from .gguf_reader import read_gguf
 from .gguf_vocab import special_of, tokenizer_json
 from .hf import INDEX, SINGLE, read_hf
+from .named_ids import end_of_text
 from .peft import WEIGHTS
 from .peft_config import CONFIG
 from .side_files import as_text

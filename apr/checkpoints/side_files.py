@@ -16,8 +16,8 @@ from .checkpoint import (
     TEMPLATE,
     TOKENIZER_CONFIG,
     Checkpoint,
-    token_text,
 )
+from .named_ids import token_text
 
 
 def as_text(value: Mapping[str, Any]) -> str:

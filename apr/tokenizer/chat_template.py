@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from ..common.errors import Refused
@@ -16,7 +17,10 @@ from .template_process import TemplateProcess
 from .tokenizer import Tokenizer
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": TEXT}
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")  # that a template may ask for by name
+# Keys of tokenizer_config.json that hold further tokens by name, which a template may ask for.
+TOKEN_TABLES = ("extra_special_tokens", "model_specific_special_tokens")
+# What a template is handed beside the messages.
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 # Private characters stand for special tokens that are only spelled out in a message, while the template is rendered.
 QUOTES = tuple(map(chr, range(0xF0000, 0xF1000)))
 
@@ -27,6 +31,7 @@ class ChatTemplate:
     text    of the template
     source  file or model, for messages
     tokens  texts of special tokens by name, such as bos_token
+    for_tools  text of another template that the files have for conversations with tools
     marks   written before and behind the text of {% generation %} blocks; with marks, strftime_now is undefined
 
     Raises Refused: jinja2 is missing, or the text is no template; TemplateStopped, one of them: compiling it takes too much."""
@@ -37,9 +42,14 @@ class ChatTemplate:
         source: str,
         tokens: dict[str, str] | None = None,
         marks: tuple[str, str] | None = None,
+        for_tools: str | None = None,
     ) -> None:
-        self.text, self.source, self.tokens = text, source, tokens or {}
+        self.text, self.source, self.tokens, self.for_tools = text, source, tokens or {}, for_tools
         self._process = TemplateProcess(text, source, marks)
+
+    def marked(self, marks: tuple[str, str] | None) -> ChatTemplate:
+        """Copy the template, to be rendered with marks."""
+        return ChatTemplate(self.text, self.source, self.tokens, marks, self.for_tools)
 
     @property
     def has_generation(self) -> bool:
@@ -53,19 +63,23 @@ class ChatTemplate:
         template's own words, or jinja2's; TemplateStopped, one of them: it takes too much time or memory."""
         known = {"tools": None, "documents": None, **self.tokens, **more}
         known["add_generation_prompt"] = add_generation_prompt
+        if known["tools"] and self.for_tools is not None:
+            raise Refused(
+                f"{self.source}: has another chat template for conversations with tools, tool_use; give the one that they are to "
+                "be written by with --chat-template FILE"
+            )
         return self._process.render([dict(m) for m in messages], known)
 
 
-def named_tokens(configs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Collect the texts of NAMED_TOKENS from special_tokens_map.json and tokenizer_config.json; the last one wins."""
-    tokens: dict[str, str] = {}
-    for config in configs:
-        for name in NAMED_TOKENS:
-            value = config.get(name)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                tokens[name] = value
-    return tokens
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Collect the texts of the tokens that tokenizer_config.json names, as bos_token, for the templates that ask for them."""
+    tables = [config[key] for key in TOKEN_TABLES if isinstance(config.get(key), dict)]
+    named = [(k, v) for k, v in config.items() if k.endswith("_token")]
+    texts = [
+        (k, v.get("content") if isinstance(v, dict) else v)
+        for k, v in chain(named, *(t.items() for t in tables))
+    ]
+    return {k: v for k, v in texts if isinstance(v, str) and k.isidentifier() and k not in GIVEN}
 
 
 def answer_ends(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:

@@ -19,11 +19,22 @@ from ..common.files import parse_json, read_text, short
 from ..common.hub import download, is_hub
 from ..common.units import plural
 from .families import FAMILIES, Family
-from .stated import ADDED, CONFIG, SPECIAL, named_special, vocabulary_of
+from .stated import (
+    ADDED,
+    CONFIG,
+    DECODER,
+    FLAGS,
+    SPECIAL,
+    TOKENIZER,
+    check_honoured,
+    joined_config,
+    named_special,
+    vocabulary_of,
+)
 from .tokenizer import Tokenizer, eos_of_config
 from .vocab_format import added_tokens, check_id, steps, vocabulary_ids
 
-TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+VOCAB, MERGES = "vocab.json", "merges.txt"
 
 # Two spaces, a line end, a tab, indentation, digits, other scripts, a combining accent: whatever drops one of these is noticed.
 PROBE = "if x:  # 1234\r\n\treturn  'caf\u00e9 e\u0301 \u4e2d\u6587 \U0001f600'\n\n    don't "
@@ -55,7 +66,7 @@ def import_hf(
     else:
         text = _from_vocab(files, main, family)
     if eos is None:
-        eos = FAMILIES[family].eos if family else eos_of_config(files.folder / CONFIG)
+        eos = FAMILIES[family].eos if family else eos_of_config(files.folder)
     tokenizer = Tokenizer(text, str(files.folder / files.main), eos)
     if tokenizer.byte_level and (why := tokenizer.check_round_trip(PROBE)):
         raise Refused(
@@ -75,7 +86,7 @@ def read_tokenizer(folder: str | Path) -> tuple[str, dict[str, Any]] | None:
         return None
     files = _find(str(folder), None)
     text, _ = _from_tokenizer_json(files, files.objects[TOKENIZER], None)
-    return text, files.objects.get(CONFIG, {})
+    return text, joined_config(files.objects)
 
 
 @dataclass
@@ -128,26 +139,38 @@ def _find(source: str, revision: str | None) -> _Files:
 
 def _from_tokenizer_json(files: _Files, fields: dict[str, Any], family: str | None) -> tuple[str, str | None]:
     """Complete tokenizer.json with the added tokens that only the files beside it state; returns (text, family)."""
-    stated = _stated(files, family)
+    stated, config = _stated(files, family), joined_config(files.objects)
     path = str(files.folder / files.main)
-    own = {t["id"] for t in added_tokens(fields, {}, path)}
+    check_honoured(config, fields, files.folder)
+    own = {t["id"]: t for t in added_tokens(fields, {}, path)}
     if family is None:
         family = next((name for name, f in FAMILIES.items() if _is_of(fields, stated, f, path)), None)
     elif difference := _rules_differ(fields, FAMILIES[family], path):
         raise Refused(
             f"{files.folder / files.main}: {difference} is not that of family {family}; name another or none"
         )
-    extra = [stated[i] for i in sorted(stated.keys() - own)]
-    vocab, taken = vocabulary_of(fields), own | stated.keys()
-    extra += [
+    special = named_special(config)
+    listed = _of_file(CONFIG, files.objects.get(CONFIG, {}), files.folder / CONFIG, set())
+    # As transformers has it: where both list a token, the flags are those of tokenizer_config.json.
+    tokens = [_with_flags(t, listed.get(i), t["content"] in special) for i, t in own.items()]
+    tokens += [stated[i] for i in sorted(stated.keys() - own.keys())]
+    vocab, taken = vocabulary_of(fields), own.keys() | stated.keys()
+    tokens += [
         _added(vocab[content], content, True, flags)
-        for content, flags in named_special(files.objects).items()
+        for content, flags in special.items()
         if type(vocab.get(content)) is int and vocab[content] not in taken
     ]
-    if not extra:
+    if tokens == list(own.values()):
         return files.texts[files.main], family
-    merged = {**fields, "added_tokens": [*(fields.get("added_tokens") or []), *extra]}
+    merged = {**fields, "added_tokens": tokens}
     return json.dumps(merged, indent=2, ensure_ascii=False), family
+
+
+def _with_flags(token: dict[str, Any], listed: dict[str, Any] | None, is_special: bool) -> dict[str, Any]:
+    """Give an added token of tokenizer.json the flags by which tokenizer_config.json lists it."""
+    if listed is None or all(listed[flag] == token.get(flag) for flag in FLAGS if flag != "special"):
+        return token
+    return {**token, **listed, "special": listed["special"] or is_special}
 
 
 def _rules_differ(fields: dict[str, Any], family: Family, source: str) -> str | None:
@@ -259,7 +282,7 @@ def _stated(files: _Files, family: str | None) -> dict[int, dict[str, Any]]:
 
     Raises Refused, naming both sides: two files, or a file and the family, contradict each other."""
     special = {content for content, s in FAMILIES[family].added.values() if s} if family else set()
-    special |= named_special({SPECIAL: files.objects.get(SPECIAL, {})}).keys()
+    special |= named_special(joined_config(files.objects)).keys()
     by_file = {name: _of_file(name, d, files.folder / name, special) for name, d in files.objects.items()}
     out: dict[int, dict[str, Any]] = {}
     # Key: an id or a content. Value: the first file that pairs an id with a content.
@@ -292,7 +315,7 @@ def _of_file(name: str, d: dict[str, Any], path: Path, special: set[str]) -> dic
     if name != CONFIG:
         found = added_tokens(d, {}, str(path)) if isinstance(d.get("model"), dict) else []
         return {t["id"]: t for t in found}
-    table = d.get("added_tokens_decoder") or {}
+    table = d.get(DECODER) or {}
     if not isinstance(table, dict):
         raise MalformedFile(f"{path}: added_tokens_decoder is {short(table)}, not an object")
     out: dict[int, dict[str, Any]] = {}
@@ -357,7 +380,7 @@ def _check_target(out: Path, source: Path, tokenizer: Tokenizer) -> None:
     elsewhere = "choose another folder, or remove this one"
     try:
         there = read_text(old)
-        eos = eos_of_config(out / CONFIG) if os.path.lexists(out / CONFIG) else tokenizer.eos_token
+        eos = eos_of_config(out) if os.path.lexists(out / CONFIG) else tokenizer.eos_token
         sha256 = Tokenizer.from_json(there, str(old)).sha256
     except AprError as e:
         raise Refused(f"{out}: holds something already ({e}); {elsewhere}") from None

@@ -11,26 +11,26 @@ from ..common.units import plural
 
 # Ids that are put around one text; tokenizers in use put two.
 MAX_AROUND = 1024
-# Times that a text may stand in its template, one step after the other.
-MAX_REPEATED = 4
 
 
 def check_templates(steps: Iterable[dict[str, Any]], source: str) -> None:
-    """Count the ids that templates add, and how often they repeat a text.
+    """Count the ids that templates add around a text, which each of them must hold once: no model is given a text twice, and
+    ids that stand before a text could not be told.
 
-    Raises MalformedFile: not a template; Refused: more than MAX_AROUND or MAX_REPEATED."""
-    around, repeated = 0, 1
+    Raises MalformedFile: not a template; Refused: more ids than MAX_AROUND, a text that is repeated or left out."""
+    around = 0
     for step in steps:
-        if step["type"] == "TemplateProcessing":
-            pieces, ids = [_pieces(step, key, source) for key in ("single", "pair")], _ids(step, source)
-            # Each piece stands before or after all that the steps before have made.
-            around = max(sum(ids.get(p, 1) for p in names) + around * texts for names, texts in pieces)
-            repeated *= max(1, *(texts for _, texts in pieces))
-        if around > MAX_AROUND or repeated > MAX_REPEATED:
+        if step["type"] != "TemplateProcessing":
+            continue
+        (names, texts), ids = _pieces(step, "single", source), _ids(step, source)
+        around += sum(ids.get(p, 1) for p in names)
+        if texts != 1:
             raise Refused(
-                f"{source}: post_processor puts {plural(around, 'id')} around a text that it repeats "
-                f"{repeated:,} times; apr takes "
-                f"at most {MAX_AROUND} and {MAX_REPEATED}"
+                f"{source}: post_processor.single holds the text {texts:,} times, apr takes it once; correct the template"
+            )
+        if around > MAX_AROUND:
+            raise Refused(
+                f"{source}: post_processor puts {plural(around, 'id')} around a text; apr takes at most {MAX_AROUND}"
             )
 
 

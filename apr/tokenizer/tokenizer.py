@@ -22,7 +22,7 @@ from ..common.errors import MalformedFile, Refused, UsageError
 from ..common.files import make_folder, parse_json, read_text, short
 from .byte_characters import spelling
 from .identity import identity, older_identities
-from .stated import check_stated
+from .stated import CONFIG, SPECIAL, check_stated, joined_config, objects_beside
 from .vocab_format import BYTE_LEVEL, OTHER, SENTENCEPIECE, check
 
 # A forked child has none of the library's threads and would wait for them for ever (or, where the
@@ -99,7 +99,7 @@ class Tokenizer:
         if os.path.isdir(path):
             path = path / "tokenizer.json"
         text = read_text(path, "give a tokenizer.json or the folder that holds one")
-        tokenizer = cls(text, str(path), eos_of_config(path.with_name("tokenizer_config.json")))
+        tokenizer = cls(text, str(path), eos_of_config(path.parent))
         check_stated(tokenizer._fields(), path)
         manifest = path.with_name("manifest.json")
         d = parse_json(read_text(manifest), str(manifest), unique=True) if os.path.lexists(manifest) else {}
@@ -367,18 +367,16 @@ def text_difference(got: str, want: str) -> str | None:
     return f"character {at}: got {got[around]!r}, want {want[around]!r}"
 
 
-def eos_of_config(path: Path) -> str | None:
-    """Read eos_token of a tokenizer_config.json, which spells it as a string or as {"content": ...}.
+def eos_of_config(folder: Path) -> str | None:
+    """Read the eos_token that the files beside a tokenizer.json name, spelt as a string or as {"content": ...}.
 
-    None without such a file or key. Raises MalformedFile, InputNotFound: a folder in its place."""
-    if not os.path.lexists(path):
-        return None
-    value: Any = parse_json(read_text(path), str(path), unique=True).get("eos_token")
+    None where they name none. Raises MalformedFile, InputNotFound: a folder in the place of a file."""
+    value: Any = joined_config(objects_beside(folder, (CONFIG, SPECIAL))).get("eos_token")
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
         raise MalformedFile(
-            f"{path}: eos_token = {short(value)} is not a string; name a token, or leave it out"
+            f"{folder / CONFIG}: eos_token = {short(value)} is not a string; name a token, or leave it out"
         )
     return value
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from apr.checkpoints.checkpoint import end_of_text, template_in
+from apr.checkpoints.checkpoint import template_in
+from apr.checkpoints.named_ids import end_of_text
 from apr.checkpoints.side_files import with_one_template, with_turn_ends
 from apr.tokenizer.chat_template import ChatTemplate
 from apr.tokenizer.tokenizer import Tokenizer

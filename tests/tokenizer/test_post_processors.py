@@ -9,7 +9,7 @@ import pytest
 
 import tokenizer_cases
 from apr.common.errors import AprError, MalformedFile, Refused
-from apr.tokenizer.post_processors import MAX_AROUND, MAX_REPEATED
+from apr.tokenizer.post_processors import MAX_AROUND
 from apr.tokenizer.tokenizer import Tokenizer
 
 TEXT = {"Sequence": {"id": "A", "type_id": 0}}
@@ -31,18 +31,26 @@ def opened(post: Any) -> Tokenizer:
     [
         template([MARK, TEXT], [0] * (MAX_AROUND + 1)),
         template([MARK] * 100 + [TEXT], [0] * 100),
-        template([TEXT] * (MAX_REPEATED + 1), []),
-        {"type": "Sequence", "processors": [template([TEXT] * 2, [])] * 30},
         {"type": "Sequence", "processors": [template([MARK, TEXT], [0] * 600)] * 2},
         {
             "type": "Sequence",
-            "processors": [{"type": "Sequence", "processors": [template([MARK] * 2000, [0])]}],
+            "processors": [{"type": "Sequence", "processors": [template([TEXT, *[MARK] * 2000], [0])]}],
         },
     ],
 )
 def test_more_than_a_model_was_ever_given_is_refused(post: dict[str, Any]) -> None:
-    with pytest.raises(Refused, match=r"here: post_processor puts .* ids around a text that it repeats"):
+    with pytest.raises(Refused, match=r"here: post_processor puts .* ids around a text; apr takes"):
         opened(post)
+
+
+@pytest.mark.parametrize(("texts", "times"), [([TEXT] * 2, 2), ([MARK], 0), ([TEXT] * 200, 200)])
+def test_a_text_that_is_repeated_or_left_out_is_refused(texts: list[Any], times: int) -> None:
+    """transformers trains on such a text twice; here it stood once, without a word."""
+    post = template(texts, [0])
+    for wrong in (post, {"type": "Sequence", "processors": [template([MARK, TEXT], [0]), post]}):
+        with pytest.raises(Refused, match=f"here: post_processor.single holds the text {times} times"):
+            opened(wrong)
+    assert opened({**template([TEXT], []), "pair": [TEXT, TEXT]})
 
 
 def test_an_id_outside_the_vocabulary_is_named() -> None:

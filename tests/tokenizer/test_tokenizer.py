@@ -1121,7 +1121,10 @@ STATED: dict[str, tuple[Fields, list[Fields]]] = {
     ),
     "added_tokens.json": ({"added_tokens": {"<|endoftext|>": 260, "<tool>": 261}}, [END, TOOL]),
     "special_tokens_map.json": (
-        {"added_tokens": {"<|endoftext|>": 260, "<b>": 261, "<c>": 262}, "special_tokens_map": {"extra": [{"content": "<c>"}]}},
+        {
+            "added_tokens": {"<|endoftext|>": 260, "<b>": 261, "<c>": 262},
+            "special_tokens_map": {"additional_special_tokens": [{"content": "<c>"}]},
+        },
         [END, {**added(261, "<b>", special=False), "normalized": True}, added(262, "<c>")],
     ),
     "both": ({"added_tokens": {"<|endoftext|>": 260}, "tokenizer_config": config(END)}, [END]),

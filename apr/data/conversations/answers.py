@@ -74,7 +74,7 @@ class Frame:
         question = {"role": "user", "content": QUESTION}
         messages = [question, {"role": "assistant", "content": ANSWER}]
         marks = (ANSWER_START, ANSWER_END) if template.has_generation else None
-        probe = ChatTemplate(template.text, template.source, template.tokens, marks)
+        probe = template.marked(marks)
         try:
             asked, plain = probe.render([question], True), probe.render([question], False)
             whole = probe.render(messages, False)

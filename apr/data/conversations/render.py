@@ -55,7 +55,7 @@ class Renderer:
 
     def __init__(self, template: ChatTemplate, special: re.Pattern[str]) -> None:
         marks = ANSWER_START, ANSWER_END
-        self._template = ChatTemplate(template.text, template.source, template.tokens, marks)
+        self._template = template.marked(marks)
         self._special = special
 
     def __call__(self, example: Example) -> list[tuple[str, Spans]]:
