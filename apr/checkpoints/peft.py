@@ -20,6 +20,7 @@ from ..model.lora import LINEAR, OUTSIDE, PREFIX, TARGETS, AdapterLayout, LoraCo
 from ..model.params import Layout, Slot
 from .hf import read_safetensors
 from .peft_config import CONFIG, PATTERNS, check_config
+from .peft_targets import left_out_by
 from .tensors import EMBED, HEAD, is_float
 
 WEIGHTS = "adapter_model.safetensors"
@@ -212,6 +213,11 @@ def read_adapter(
         if slot is None or len(slot.shape) != 2:
             raise Refused(f"{file}: adapts {module}, which is no linear map of this model, and no embedding")
         deltas[slot.hf] = _delta(config, module, part, slot, file)
+        if key := left_out_by(config, module, str(folder / CONFIG)):
+            raise Refused(
+                f"{file}: adapts {module}, which {key} of {CONFIG} leaves out, so that PEFT passes its A and B over without a "
+                f"word; correct {key}, or take them out"
+            )
     if cfg.tie_word_embeddings and not _takes_apart(deltas, saved):
         deltas.pop(HEAD, None)
         saved.pop(HEAD, None)

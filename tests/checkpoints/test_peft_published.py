@@ -156,6 +156,46 @@ def compare_steps(golden, case, model, opt, ids, targets, near):
     assert base_unchanged(adapters).passed
 
 
+LEFT_OUT = {
+    "target_modules": ({"target_modules": ["q_proj"]}, "target_modules"),
+    "a pattern": ({"target_modules": r".*layers\.0\..*v_proj"}, "target_modules"),
+    "exclude_modules": ({"exclude_modules": ["self_attn.v_proj"]}, "exclude_modules"),
+    "a pattern to exclude": ({"exclude_modules": r".*\.1\..*"}, "exclude_modules"),
+    "a layer": ({"layers_to_transform": 0}, "layers_to_transform"),
+    "layers by a name": (
+        {"layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+        "layers_to_transform",
+    ),
+    "all-linear": ({"target_modules": "All-Linear"}, ""),
+    "all layers": ({"layers_to_transform": [0, 1, 2, 3]}, ""),
+    "no layers": ({"layers_to_transform": []}, ""),
+    "whole names": (
+        {
+            "target_modules": [f"model.layers.{i}.self_attn.v_proj" for i in range(4)],
+            "layers_to_transform": [0],
+        },
+        "",
+    ),
+    "a pattern for names": ({"target_modules": r".*\.(q|v)_proj", "layers_to_transform": [0]}, ""),
+    "a pattern too long to search": ({"target_modules": "(?:(?:.*x)*y)*.*q_proj"}, ""),
+    "an exclusion of nothing": ({"exclude_modules": ["proj", "layers.9"]}, ""),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_an_adapter_of_a_module_that_the_config_leaves_out_is_refused(bases, folder, tmp_path, what):
+    """PEFT 0.21 passes such tensors over without a word, and its logits are others than those of the merged file."""
+    keys, named = LEFT_OUT[what]
+    cfg = open_any(str(bases("mistral")[0])).cfg
+    out = copied(folder, "whole", tmp_path)
+    change(out, **keys)
+    if named:
+        with pytest.raises(Refused, match=rf"adapts model\.layers\.\d\.self_attn\.v_proj, which {named} of"):
+            read_adapter(str(out), cfg)
+    else:
+        assert read_adapter(str(out), cfg).deltas
+
+
 @pytest.mark.parametrize(
     ("backend", "dtype", "near"), [("reference", "float64", 1e-7), ("cpu", "float32", 1e-5)]
 )
