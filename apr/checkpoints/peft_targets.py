@@ -51,7 +51,7 @@ def _is_in_layers(config: dict[str, Any], module: str, source: str) -> bool:
     layers, pattern, targets = (
         config.get(key) for key in ("layers_to_transform", "layers_pattern", "target_modules")
     )
-    if layers is None or layers == [] or isinstance(targets, str) or module in targets:
+    if layers is None or layers == [] or not isinstance(targets, list) or module in targets:
         return True
     numbers = layers if isinstance(layers, list) else [layers]
     if not all(type(n) is int for n in numbers):

@@ -43,7 +43,8 @@ def read_parquet_records(
 
 
 def as_json(value: Any) -> Any:
-    """Replace what JSON has no kind for: bytes by the text they are in UTF-8, or null; dates, decimals and the like by theirs."""
+    """Replace what JSON has no kind for: bytes by the text they are in UTF-8, others, as of a picture, by an object that is no
+    text and not empty; dates, decimals and the like by their text."""
     if isinstance(value, dict):
         return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -51,7 +52,7 @@ def as_json(value: Any) -> Any:
     if isinstance(value, bytes):
         with suppress(UnicodeDecodeError):
             return value.decode()
-        return None
+        return {"bytes": len(value)}
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 

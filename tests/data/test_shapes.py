@@ -91,6 +91,8 @@ SOUND: dict[str, tuple[Any, str | None, str, str]] = {
     "prompt and response": ({"prompt": "2 + 2?", "response": "It is 4."}, None, TALK, ANSWER),
     "prompt and completion": ({"prompt": "2 + 2?", "completion": "It is 4."}, None, TALK, ANSWER),
     "lists of messages": ({"prompt": [ASK], "completion": [SAY]}, None, TALK, ANSWER),
+    "a completion that repeats the prompt": ({"prompt": "2 + 2?", "completion": [ASK, SAY]}, None, TALK, ANSWER),
+    "texts that spell messages": ({"prompt": json.dumps([ASK]), "response": json.dumps([SAY])}, None, TALK, ANSWER),
     "answers in the prompt": (
         {"prompt": [ASK, SAY, ASK], "completion": [turn("assistant", "Still 4.")]}, None,
         TALK + TALK.replace("It is", "Still"), "Still 4.<|end|>",
@@ -232,6 +234,8 @@ def test_every_shape_is_trained_on_its_answers(encoder: Encoder, tok: Tokenizer,
         "a transcript",
         "lists of one text",
         "map of texts in turn",
+        "a completion that repeats the prompt",
+        "texts that spell messages",
     ],
 )
 def test_a_shape_is_found_again_by_other_code(tmp_path: Path, tok: Tokenizer, name: str) -> None:
@@ -704,7 +708,56 @@ def test_values_that_json_has_not_are_texts_in_messages(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"messages": [ASK, said]}]), tmp_path / "a.parquet")
     (found,) = open_conversations(str(tmp_path / "a.parquet"))
     assert not isinstance(found, Skipped)
-    assert found.messages[1] == {**SAY, "when": "2026-01-02 03:04:00", "price": "1.50"}
+    assert found.messages[1] == {**SAY, "when": "2026-01-02 03:04:00", "price": "1.50", "raw": {"bytes": 1}}
+
+
+@pytest.mark.parametrize("picture", [{"bytes": b"\x89PNG", "path": None}, b"\x89PNG"])
+def test_a_picture_whose_bytes_are_no_text_is_one(tmp_path: Path, picture: Any) -> None:
+    """The bytes became null, which is left out: such records were trained on without their pictures."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.Table.from_pylist([{"messages": [ASK, SAY], "image": picture}]), tmp_path / "a.parquet")
+    (found,) = open_conversations(str(tmp_path / "a.parquet"))
+    assert isinstance(found, Skipped)
+    assert "there is 'image'" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"prompt": "2 + 2?", "completion": [ASK, SAY]}, [ASK, SAY]),
+        ({"prompt": [turn("system", "S")], "completion": [ASK, SAY]}, [turn("system", "S"), ASK, SAY]),
+        ({"prompt": [ASK], "response": [turn("human", "2 + 2?"), SAY]}, [ASK, SAY]),
+        ({"prompt": json.dumps([ASK]), "response": json.dumps([SAY])}, [ASK, SAY]),
+        ({"prompt": "2 + 2?", "response": '[{"content": 1}]'}, [ASK, turn("assistant", '[{"content": 1}]')]),
+    ],
+)
+def test_a_prompt_that_the_answer_repeats_stands_once(record: Any, messages: list[Any]) -> None:
+    assert list(example_of("x", record).messages) == messages
+
+
+@pytest.mark.parametrize("key", ["completion", "response"])
+def test_an_answer_that_begins_with_another_question_is_refused(key: str) -> None:
+    with pytest.raises(Unusable, match="a prompt twice"):
+        example_of("x", {"prompt": "Other?", key: [ASK, SAY]})
+
+
+def test_messages_as_python_prints_them_are_no_text() -> None:
+    for record in ({"prompt": str([ASK]), "completion": "4"}, {"prompt": "q", "completion": str([SAY])}):
+        with pytest.raises(Unusable, match="not JSON"):
+            example_of("x", record)
+    with pytest.raises(Unusable, match="not JSON"):
+        pair_of("x", {"prompt": "q", "chosen": str([SAY]), "rejected": "b"})
+
+
+def test_pairs_that_are_spelled_in_texts_are_messages() -> None:
+    worse = {**SAY, "content": "5"}
+    want = pair_of("x", {"chosen": [ASK, SAY], "rejected": [ASK, worse]})
+    spelled = {"chosen": json.dumps([ASK, SAY]), "rejected": json.dumps([ASK, worse])}
+    assert pair_of("x", spelled) == want
+    assert pair_of("x", {**spelled, "prompt": ASK["content"]}) == want
+    assert pair_of("x", {**spelled, "prompt": f"user: {ASK['content']}"}) == want
+    with pytest.raises(Unusable, match="a prompt twice"):
+        pair_of("x", {**spelled, "prompt": "Other words"})
 
 
 # The Hub
@@ -833,6 +886,7 @@ def test_keys_beside_a_conversation_are_heard(encoder: Encoder, tok: Tokenizer, 
         ({"split": "test"}, "of another split"),
         ({"split": "Validation"}, "of another split"),
         ({"label": False}, "label is false"),
+        ({"label": "False"}, "label is false"),
         ({"kto_tag": False}, "label is false"),
         ({"image": "a.png"}, "parts that are no text"),
     ],
@@ -913,6 +967,8 @@ def test_pairs_are_found_again_whatever_a_template_writes_around_an_answer(
         ({"instruction": "q", "output": ["a", "b"]}, "'output' has several answers"),
         ({"instruction": "q", "completions": [{"response": "a"}, {"response": "b"}]}, "'completions' has several answers"),
         ({"prompt": "q", "completion": "a", "label": True}, "wanted prompt, chosen and rejected"),
+        ({"instruction": "q", "input": "i", "chosen": "a", "rejected": "b"}, "instruction and input are one prompt: jq"),
+        ({"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}, "--map prompt=instruction reads it"),
     ],
 )  # fmt: skip
 def test_pairs_under_other_names_get_the_flag_that_reads_them(record: dict[str, Any], advice: str) -> None:

@@ -45,7 +45,8 @@ def settled(record: Record) -> Record:
 def refuse_bad(record: Record) -> None:
     """Raise Unusable for an answer that is labelled as a bad one."""
     for key in LABELS:
-        if record.get(key) is False:
+        # A number may be a class.
+        if str(record.get(key, "")).lower() == "false":
             raise Unusable(
                 BAD, f"{key} marks a bad answer; --preferences learns from pairs of a good and a bad one"
             )

@@ -142,6 +142,12 @@ def pair_like(record: Record) -> str:
             f"{ranked!r} has several answers: write a record for each pair of a better and a worse one, "
             '{"prompt": ..., "chosen": ..., "rejected": ...}'
         )
+    parts = [key for key in ("instruction", "input") if isinstance(record.get(key), str) and record[key]]
+    if len(parts) == 2 and picked["chosen"] and picked["rejected"]:
+        return (
+            "instruction and input are one prompt: jq -c '.prompt = .instruction + \"\\n\\n\" + .input' "
+            "FILE > pairs.jsonl writes it so"
+        )
     flags = ",".join(f"{ours}={theirs}" for ours, theirs in picked.items() if theirs and theirs != ours)
     return f"--map {flags} reads it" if flags and picked["chosen"] and picked["rejected"] else ""
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...common.errors import Refused
+from ...common.files import short
 from ...common.finding import Finding
 from ...common.progress import Progress
 from ...common.units import plural
@@ -29,7 +30,7 @@ from .pack import Spool
 from .packed import PackedShards, PackManifest
 from .render import EncodedExample, Encoder
 from .shapes import Example, as_message, canonical, earlier, example_of
-from .spoken import from_transcript, is_transcript
+from .spoken import as_told, from_transcript, is_transcript
 
 BATCH_PAIRS = 128
 TOO_LONG = "longer than --seq-length"
@@ -64,7 +65,10 @@ def pair_of(name: str, value: Any, keys: KeyMap | None = None) -> Pair:
     refuse_swapped(value)
     if keys:
         keys.pass_over(value.keys() - READ)
-    prompt, sides = value.get("prompt", value.get("conversations")), [value["chosen"], value["rejected"]]
+    asked = value.get("prompt", value.get("conversations"))
+    prompt, *sides = (
+        as_told(x, k) for x, k in ((asked, "prompt"), *((value[k], k) for k in ("chosen", "rejected")))
+    )
     if sides[0] == sides[1]:
         raise Unusable("equal answers", "chosen and rejected are the same")
     if are_transcripts := all(map(is_transcript, sides)):
@@ -105,10 +109,20 @@ def _turns(prompt: Any, side: Any, key: str) -> list[dict[str, Any]]:
     if isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt):
         prompt = [as_message(m) for m in prompt]
         return side if side[: len(prompt)] == prompt else [*prompt, *side]
-    # Beside whole conversations, a prompt repeats their question.
-    if side[0].get("role") != "assistant" or not isinstance(prompt, str):
+    if not isinstance(prompt, str):
         return side
-    return [{"role": "user", "content": prompt}, *side]
+    if side[0].get("role") == "assistant":
+        return [{"role": "user", "content": prompt}, *side]
+    # Beside whole conversations, a prompt repeats their question, or spells them as a text.
+    words = [
+        c.strip() for m in side if isinstance(c := m.get("content"), str) and m.get("role") != "assistant"
+    ]
+    if not any(w and (w in prompt or prompt.strip() in w) for w in words):
+        raise Unusable(
+            "a prompt twice",
+            f"{key} holds a whole conversation in which the prompt, {short(prompt)}, does not stand; leave out one of them",
+        )
+    return side
 
 
 class Pairs(Conversations):

@@ -14,6 +14,8 @@ from ..source import Unusable
 from .beside import READ_BESIDE, refuse_bad, settled
 from .keys import ROLES, KeyMap, Record, looks_like
 from .spoken import (
+    as_told,
+    behind,
     from_transcript,
     in_turn,
     is_message_of_tree,
@@ -147,14 +149,17 @@ def _asked(answer: str) -> Callable[[str, Record], Example]:
     """Make the reader of a prompt and its answer, both texts or lists of messages."""
 
     def read(name: str, record: Record) -> Example:
-        asked, said = one_text(record["prompt"], "prompt"), one_text(record[answer], answer)
+        asked, said = (as_told(one_text(record[key], key), key) for key in ("prompt", answer))
         record = {**record, "prompt": asked, answer: said}
         if not isinstance(asked, list) and not isinstance(said, list):
             prompt = text_of(record, "prompt")
             return _pair(name, record, prompt, prompt, text_of(record, answer))
-        asked = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-        said = said if isinstance(said, list) else [{"role": "assistant", "content": said}]
-        return conversation(name, record, [*asked, *said], f"prompt + {answer}", context=len(asked))
+        asked, said = (
+            [as_message(m) for m in (x if isinstance(x, list) else [{"role": role, "content": x}])]
+            for x, role in ((asked, "user"), (said, "assistant"))
+        )
+        turns = behind(asked, said, answer)
+        return conversation(name, record, turns, f"prompt + {answer}", context=len(asked))
 
     return read
 
@@ -278,13 +283,8 @@ def conversation(name: str, record: Record, turns: Any, where: str, context: int
     turns = [as_message(turn) for turn in one_by_one(turns, where)]
     messages, untrained = [], set()
     if record.get("system") and not (isinstance(turns[0], dict) and turns[0].get("role") == "system"):
-        turns, context = (
-            [
-                {"role": "system", "content": text_of(record, "system")},
-                *turns,
-            ],
-            context + bool(context),
-        )
+        turns = [{"role": "system", "content": text_of(record, "system")}, *turns]
+        context += bool(context)
     for i, turn in enumerate(turns):
         message, is_trained = _message(turn, f"{where}[{i}]")
         messages.append(message)

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from ...common.errors import MalformedFile
+from ...common.files import parse_value
 from ...common.shell import word
 from ...common.units import plural
 from ..source import Unusable
@@ -28,6 +30,9 @@ TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
 # A line that would begin a turn, were the line before it empty.
 INSIDE = re.compile(r"[\r\n][ \t]*(Human:|Assistant:)")
 SPEAKERS = ("Human", "user"), ("Assistant", "assistant")
+# Beginnings of texts that spell messages: as JSON, and as Python prints a list of them.
+SPELLED = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')
+PRINTED = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'\s*:")
 # Roles of the messages of trees.
 OF_TREES = ("prompter", "assistant", "user", "system")
 # Commands that choose a path of a tree.
@@ -178,6 +183,44 @@ def refuse_branches(turns: list[Any], where: str) -> None:
 def _name(message: Record, *keys: str) -> str | float | None:
     """Read a name of a message: the first of the keys with a text or a number, of a table with gaps a float."""
     return next((x for key in keys if isinstance(x := message.get(key), str | int | float)), None)
+
+
+def behind(asked: list[Any], said: list[Any], key: str) -> list[Any]:
+    """Put the messages of an answer behind those of its prompt, unless it begins with them itself. Raises Unusable for one that
+    begins with another question than the prompt's."""
+    if said[: len(asked)] == asked:
+        return said
+    first = said[0].get("role") if said and isinstance(said[0], dict) else None
+    if first == "user" and any(isinstance(m, dict) and m.get("role") == "user" for m in asked):
+        raise Unusable(
+            "a prompt twice",
+            f"{key} begins with a question that is not the prompt's; leave out the one or the other: where {key} holds whole "
+            f"conversations, take prompt out of the records and give --map messages={key}",
+        )
+    return [*asked, *said]
+
+
+def as_told(value: Any, key: str) -> Any:
+    """Read a text that spells messages as JSON, as tables have them; any other value stays. Raises Unusable for one that Python
+    has printed."""
+    if not isinstance(value, str):
+        return value
+    if PRINTED.match(value):
+        raise Unusable(
+            "not JSON",
+            f"{key} is a text that spells messages as Python prints them, {value[:24]!r}; write them as JSON: json.dumps("
+            "ast.literal_eval(TEXT)) does",
+        )
+    if not SPELLED.match(value):
+        return value
+    try:
+        told = parse_value(value, "a text")
+    except MalformedFile:
+        return value
+    is_told = isinstance(told, list) and all(
+        isinstance(m, dict) and {"role", "from"} & m.keys() for m in told
+    )
+    return told if is_told else value
 
 
 def one_text(value: Any, key: str) -> Any:
