@@ -24,6 +24,7 @@ OUTLIER = 0.5  # of the range of 98 % of a series: what lies further above them 
 # Percent of the plot that a letter and the rest of a mark's label take, at about 700 pixels.
 LABEL_WIDTH = (0.95, 4.0)
 
+MAX_LABEL = 7  # characters of a label of the y axis, for which there is room
 TICK_ROOM = 45  # pixels of height for each label of the y axis
 LABEL_HEIGHT = 18  # pixels of a label's line
 
@@ -165,10 +166,18 @@ class _Axis:
             a, b, v = math.log(a), math.log(b), np.log(v)
         return 100 * (b - v) / (b - a)
 
-    def ticks(self, about: int) -> list[tuple[float, str]]:
+    def ticks(self, about: int) -> tuple[list[tuple[float, str]], str]:
+        """Place and label of each tick, and what the labels are counted from, or "": ticks may differ in the eighth digit."""
         values = log_ticks(self.low, self.high) if self.log else nice_ticks(self.low, self.high, about)
         step = 0.0 if self.log else values[1] - values[0] if len(values) > 1 else 0.0
-        return [(round(float(self(v)), 2), short(v, step, 0.0 if self.log else values[-1])) for v in values]
+        texts = [short(v, step, 0.0 if self.log else values[-1]) for v in values]
+        start = ""
+        # Only of numbers that are near each other: 0.00001 and 0.00002 have no digits to leave out.
+        near = 0 < step < 1e-3 * abs(values[0])
+        if near and (max(map(len, texts)) > MAX_LABEL or len({*texts}) < len(texts)):
+            start = f"the axis counts from {values[0]:.{max(0, min(15, 1 - math.floor(math.log10(step))))}f}"
+            texts = [f"+{short(k * step)}" for k in range(len(values))]
+        return [(round(float(self(v)), 2), text) for v, text in zip(values, texts, strict=True)], start
 
 
 def _range(lines: Sequence[Line], rules: Sequence[Rule], log: bool, zero: bool) -> _Axis:
@@ -217,7 +226,8 @@ def plot(
     lines = [line for line in lines if finite(line.x, line.y, log)[1].size]
     axis, width = _range(lines, rules, log, zero), max(last_x, 1.0)
     p = Plot(name, title, unit, height, _summary(title, unit, lines))
-    p.y_ticks = axis.ticks(height // TICK_ROOM)
+    p.y_ticks, start = axis.ticks(height // TICK_ROOM)
+    p.notes += [start] if start else []
     p.data = {"x": width, "low": axis.low, "high": axis.high, "log": log, "series": []}
     for line in lines:
         _draw(p, line, axis, width, log)
@@ -248,8 +258,10 @@ def _draw(p: Plot, line: Line, axis: _Axis, width: float, log: bool) -> None:
     x, y = finite(line.x, line.y, log)
     kept = thin(x, y, {"mean": MAX_MEAN_POINTS, "dots": MAX_DOTS}.get(line.kind, MAX_POINTS))
     places = list(zip((x[kept] / width * SIDE).tolist(), (axis(y[kept]) * SIDE / 100).tolist(), strict=True))
-    style = f"{line.kind} {line.colour}"
-    if line.kind == "dots":
+    # A line of one point would not be seen.
+    kind = line.kind if len(places) > 1 else "dots"
+    style = f"{kind} {line.colour}"
+    if kind == "dots":
         style += " many" * (len(kept) > LARGE_DOTS)
         dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in places)
         p.paths.append((f"plain {line.colour}", _path(places)))

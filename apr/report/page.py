@@ -21,7 +21,7 @@ from ..common.files import real
 from ..common.finding import FAIL, SUSPECT
 from .charts import Line, Mark, Plot, Rule, finite, moving_mean, plot
 from .ranks import rank_chart, rank_section
-from .run_files import Run, load
+from .run_files import PAIR, TOKEN, Run, load
 from .sections import (
     check_sentences,
     counts,
@@ -72,6 +72,7 @@ def render(run_dir: Path, options: Any) -> str:
         checks=check_sentences(run),
         charts=charts(run),
         rows=evaluation_rows(run),
+        of_pairs=run.loss_unit == PAIR,
         evaluations=len(run.evaluations),
         samples=sample_groups(run),
         data=data_rows(run),
@@ -95,11 +96,11 @@ def charts(run: Run) -> list[Plot]:
         if g["verdict"] in (FAIL, SUSPECT) and g["step"] is not None and g["step"] <= last
     ]
     data, vocab = run.part("data"), run.part("model").get("vocab_size")
-    rules = []
-    if isinstance(vocab, int) and vocab > 1:
+    rules, of_text = [], run.loss_unit == TOKEN
+    if of_text and isinstance(vocab, int) and vocab > 1:
         rules.append(Rule(math.log(vocab), f"uniform guess, ln V = {math.log(vocab):.2f}"))
     entropy = or_nan(data.get("val_unigram_entropy_nats"))
-    if math.isfinite(entropy):
+    if of_text and math.isfinite(entropy):
         rules.append(Rule(entropy, f"entropy of token frequencies = {entropy:.2f}"))
     e = run.evaluations
     errors = np.array([or_nan(m.get("val_loss_stderr")) for m in e])
@@ -109,7 +110,7 @@ def charts(run: Run) -> list[Plot]:
     lines = [*with_mean("train", x, run.series["train_loss"]), val]
     tokens_at = run.tokens_at if x.size else None
     charts = [
-        plot("loss", "Loss", "nats/token", lines, rules, marks, last_x=last, height=380, tokens_at=tokens_at)
+        plot("loss", "Loss", run.loss_unit, lines, rules, marks, last_x=last, height=380, tokens_at=tokens_at)
     ]
     for name in run.sources:
         found = np.array([or_nan(m.get(f"val_loss/{name}")) for m in e])
@@ -117,7 +118,7 @@ def charts(run: Run) -> list[Plot]:
         own = run.series[f"train_loss/{name}"]
         has = np.isfinite(own)
         lines = [*with_mean("train", x[has], own[has]), Line("validation", at, found, "dots", "b", errors)]
-        charts.append(plot(f"loss-{name}", f"Loss of {name}", "nats/token", lines, last_x=last))
+        charts.append(plot(f"loss-{name}", f"Loss of {name}", run.loss_unit, lines, last_x=last))
     clip = or_nan(run.setting("grad_clip"))
     clips = [Rule(clip, f"clipped to {clip:g}")] if clip > 0 else []
 

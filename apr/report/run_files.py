@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..evidence.verdict import read_verdict
 from .charts import DRAWABLE
 
 SERIES = ("train_loss", "grad_norm", "weight_norm", "lr", "tokens_per_sec", "tokens_seen", "wall_ms")
+TOKEN, PAIR = "nats/token", "a pair"  # units of a loss
 CHUNK_BYTES = 1 << 20  # of metrics.jsonl that are parsed at once
 
 
@@ -48,6 +49,11 @@ class Run:
         return self.part("settings").get(name)
 
     @property
+    def loss_unit(self) -> str:
+        """Unit of the loss: of tokens, or of pairs of preferences, which no yardstick of text is for."""
+        return loss_unit(self.evaluations)
+
+    @property
     def sources(self) -> list[str]:
         """Sources of a mixture, by name."""
         return _sources(self.config)
@@ -56,6 +62,11 @@ class Run:
         """Return an object of config.json, {} where it has none."""
         found = self.config.get(name)
         return found if isinstance(found, dict) else {}
+
+
+def loss_unit(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Return the unit of a run's loss, by the figures of its evaluations."""
+    return PAIR if any("val_accuracy" in line for line in evaluations) else TOKEN
 
 
 def load(run_dir: Path) -> Run:

@@ -14,7 +14,7 @@ from ..common.events import REMOVED
 from ..common.files import read_json
 from ..common.finding import FAIL, PASS, SKIPPED, SUSPECT
 from ..common.units import plural
-from .run_files import Run
+from .run_files import PAIR, Run
 from .words import as_text, clock, decimal, magnitude, or_nan, perplexity
 
 MAX_TASK_LINES = 5
@@ -35,10 +35,11 @@ def subject(run: Run) -> str:
     model, parameters = run.part("model"), run.config.get("num_parameters")
     device = run.part("device")
     start = f"from {Path(str(run.setting('init'))).name}" if run.setting("init") else "from random weights"
-    corpus = str(run.part("data").get("corpus") or "")
+    corpus, lora = str(run.part("data").get("corpus") or ""), run.part("data").get("lora")
     parts = [
         str(model.get("model_type", "")),
         f"{magnitude(parameters)} parameters {start}" if isinstance(parameters, int) else "",
+        f"adapters of rank {as_text(lora['rank'])}" if isinstance(lora, dict) and "rank" in lora else "",
         Path(corpus).name if corpus.startswith("/") else corpus,
         " on ".join(str(x) for x in (run.setting("dtype"), device.get("gpu") or device.get("cpu")) if x),
     ]
@@ -98,8 +99,8 @@ def tiles(run: Run) -> list[dict[str, str]]:
         error = last.get("val_loss_stderr")
         spread = f"\u00b1 {error:.2g} \u00b7 " if isinstance(error, float) and math.isfinite(error) else ""
         place = "the best so far" if at is last else f"best {best:.4f} at step {at['step']:,}"
-        of_pairs = "val_accuracy" in last
-        tile("Validation loss", decimal(loss), "a pair" if of_pairs else "nats/token", spread + place)
+        of_pairs = run.loss_unit == PAIR
+        tile("Validation loss", decimal(loss), run.loss_unit, spread + place)
         if of_pairs:
             tiles += _of_pairs(last)
         bits = or_nan(last.get("val_bits_per_byte"))
@@ -226,6 +227,10 @@ def evaluation_rows(run: Run) -> list[dict[str, Any]]:
                 worse=bool(i and not losses[i] < losses[i - 1]),
                 bits=f"{bits:.3f}" if math.isfinite(bits) else "",
                 perplexity=perplexity(losses[i]),
+                accuracy=f"{100 * m['val_accuracy']:.1f} %"
+                if math.isfinite(or_nan(m.get("val_accuracy")))
+                else "",
+                margin=f"{m['val_margin']:+.4f}" if math.isfinite(or_nan(m.get("val_margin"))) else "",
                 checkpoint="" if not facts else "removed" if REMOVED in facts else f"epoch-{i:03d}.apr",
                 weights=str(facts.get("weights_sha", ""))[:12],
                 best=i == best and len(e) > 1,

@@ -18,8 +18,10 @@ from apr.cli.main import main
 from apr.common.errors import InputNotFound, MalformedFile
 from apr.model.hf_config import to_hf
 from apr.model.presets import PRESETS
+from apr.report import curve
 from apr.report import page as report
 from apr.report.charts import (
+    MAX_LABEL,
     MAX_POINTS,
     Line,
     Mark,
@@ -31,6 +33,7 @@ from apr.report.charts import (
     short,
     thin,
 )
+from apr.report.curve import loss_curve
 from apr.training.settings import Settings
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "circle", "rect"}
@@ -512,6 +515,62 @@ def test_a_constant_series_and_an_empty_one_can_be_drawn():
             p = plot("p", "P", "", [Line("y", x, y)], last_x=5.0, log=log, zero=True)
             assert all(math.isfinite(at) for at, _ in p.y_ticks)
             assert "nan" not in json.dumps([p.paths, p.data]).lower()
+
+
+def test_a_series_of_one_point_is_seen(tmp_path):
+    p = plot("p", "P", "", [Line("y", np.array([1.0]), np.array([3.0]))], last_x=1.0)
+    assert any(style == "dots a" and path.endswith("h0") for style, path in p.paths), p.paths
+    line = step_line(1)
+    loss_curve(
+        [dict(step=0, val_loss=8.3), line, dict(step=1, val_loss=8.2)], 5.0, 4096, tmp_path / "one.png"
+    )
+    assert (tmp_path / "one.png").stat().st_size > 1000
+
+
+def test_ticks_that_differ_in_a_late_digit_are_told_apart():
+    x = np.arange(1.0, 9.0)
+    for spread in (1e-5, 1e-8):
+        p = plot("p", "P", "", [Line("y", x, 49.93903 + spread * np.sin(x))], last_x=8.0)
+        texts = [text for _, text in p.y_ticks]
+        assert len({*texts}) == len(texts) > 1
+        assert all(text.startswith("+") and len(text) <= MAX_LABEL for text in texts), texts
+        (start,) = [float(n.removeprefix("the axis counts from ")) for n in p.notes if "counts from" in n]
+        for at, text in p.y_ticks:
+            place = 100 * (p.data["high"] - start - float(text)) / (p.data["high"] - p.data["low"])
+            assert place == pytest.approx(at, abs=0.5)
+    assert not plot("p", "P", "", [Line("y", x, 50 + np.sin(x))], last_x=8.0).notes
+
+
+def test_a_loss_of_pairs_has_no_figures_of_text(tmp_path, monkeypatch):
+    def change(lines):
+        for line in lines:
+            if "val_loss" in line:
+                line.update(val_loss=0.6931, val_accuracy=0.75, val_margin=0.0125)
+                line.pop("val_bits_per_byte")
+        return lines
+
+    page = render(make_run(tmp_path, change=change))
+    for words in ("nats/token", "uniform guess", "token frequencies =", "Perplexity", "Bits/byte"):
+        assert words not in page, words
+    for words in ("<small>a pair</small>", "<td>75.0 %</td><td>+0.0125</td>", "Loss is the mean over pairs"):
+        assert words in page, words
+    drawn = []
+    monkeypatch.setattr(curve, "write_figure", lambda path, figure: drawn.append(figure.axes[0]))
+    for more, unit, texts in ((dict(val_accuracy=0.5), "a pair", 0), ({}, "nats/token", 2)):
+        loss_curve(
+            [step_line(1), step_line(2), dict(step=2, val_loss=0.7, **more)], 5.0, 4096, tmp_path / "x.png"
+        )
+        assert drawn[-1].get_ylabel() == f"loss ({unit})"
+        assert len(drawn[-1].texts) == texts
+
+
+def test_a_run_of_adapters_is_called_so(tmp_path):
+    run = make_run(tmp_path)
+    found = json.loads((run / "config.json").read_text())
+    assert "adapters of rank" not in render(run)
+    found["data"]["lora"] = {"rank": 4, "alpha": 8.0}
+    (run / "config.json").write_text(json.dumps(found))
+    assert "from random weights \u00b7 adapters of rank 4 \u00b7" in render(run)
 
 
 def test_the_template_ships_with_the_package():
