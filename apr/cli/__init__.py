@@ -10,10 +10,11 @@ PROGRAMS = ("apr", "-m", "main.py")  # sys.argv[0] of apr, and of python -m apr.
 
 
 def end_at_signals() -> None:
-    """End the process at SIGINT and SIGTERM with one line, until a command handles them: while modules are imported there is
-    nothing to clean up, and some of them drop exceptions. A SIGINT that is ignored stays so."""
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _end)
+    """End the process at SIGINT, SIGTERM and SIGHUP with one line, until a command handles them: while modules are imported
+    there is nothing to clean up, and some of them drop exceptions. A SIGINT or SIGHUP that is ignored stays so."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _end)
     signal.signal(signal.SIGTERM, _end)
 
 

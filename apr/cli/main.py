@@ -45,7 +45,7 @@ COMMANDS = {
 }
 # Of commands whose name is a word of Python.
 MODULES = {"import": "import_"}
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def _usage() -> str:
@@ -98,7 +98,7 @@ def _ended(name: str, find: Callable[[], Any], *args: Sequence[str]) -> int:
     sys.stdout = output
     try:
         command = find()
-        # As Ctrl-C does, SIGTERM removes what is half written. A SIGINT that is ignored stays so.
+        # As Ctrl-C does, SIGTERM removes what is half written, and the end of the terminal. A SIGINT that is ignored stays so.
         numbers = [n for n in SIGNALS if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
         # Slurm sends it before time is up, mpirun hands it on: in its first seconds a rank does not die of it either.
         numbers += [signal.SIGUSR1] if name == "pretrain" else []

@@ -260,12 +260,15 @@ def _passed_on(send: Callable[[int], Any]) -> Iterator[list[int]]:
     counted: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and counted:
+            return  # of a closed terminal the kernel sends one, and the shell another
         counted.append(number)
         # Open MPI ends ranks a moment after SIGTERM; SIGUSR1 it hands on, and a rank stops after its step.
         with suppress(ProcessLookupError):
             send(signal.SIGUSR1 if len(counted) == 1 else signal.SIGTERM)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
     before = {n: signal.signal(n, pass_on) for n in numbers}
     try:
         yield counted

@@ -1,4 +1,4 @@
-"""Turn SIGINT, SIGTERM and SIGUSR1 into a stop of the run that saves its state."""
+"""Turn SIGINT, SIGTERM, SIGUSR1 and SIGHUP into a stop of the run that saves its state."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+# SIGHUP: the terminal is closed, or the connection to its machine is lost.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
 
 @contextmanager
 def handled(
     handler: Callable[[int, FrameType | None], Any],
-    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1),
+    numbers: tuple[int, ...] = STOPS,
 ) -> Iterator[None]:
-    """Handle SIGINT, SIGTERM and SIGUSR1, or other signals, inside the block.
+    """Handle STOPS, or other signals, inside the block. A SIGHUP that is ignored, as by nohup, stays so.
 
     Does nothing outside the main thread: no other gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {n: signal.signal(n, handler) for n in numbers}
+    old = {
+        n: signal.signal(n, handler)
+        for n in numbers
+        if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN
+    }
     try:
         yield
     finally:
@@ -32,7 +39,7 @@ def handled(
 
 
 def interrupting() -> Any:
-    """Raise KeyboardInterrupt at SIGINT, SIGTERM and SIGUSR1, also where a shell ignores SIGINT for background processes."""
+    """Raise KeyboardInterrupt at a signal of STOPS, also where a shell ignores SIGINT for background processes."""
     return handled(signal.default_int_handler)
 
 
@@ -69,6 +76,8 @@ class StopRequest:
         self.is_asked, self._says = False, says
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.is_asked and number == signal.SIGHUP:
+            return  # of a closed terminal the kernel sends one, and the shell another
         if self.is_asked:
             raise KeyboardInterrupt
         self.is_asked = True

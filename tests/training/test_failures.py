@@ -465,7 +465,7 @@ def test_a_signal_before_the_first_step(job, undisturbed, run, monkeypatch, caps
 
 @pytest.mark.parametrize(
     ("evaluation", "step", "number"),
-    [(1, None, TERM), (1, None, INT), (2, 4, INT), (3, 8, TERM), (4, 12, INT)],
+    [(1, None, TERM), (1, None, INT), (2, 4, signal.SIGHUP), (3, 8, TERM), (4, 12, INT)],
 )
 def test_a_signal_in_an_evaluation(job, undisturbed, run, monkeypatch, capsys, number, evaluation, step):
     """It stops there; the next start does the evaluation again."""

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from apr.training.signals import handled, unswallowed
+from apr.training.signals import StopRequest, handled, unswallowed
 
 
 def in_callback() -> None:
@@ -33,6 +33,23 @@ def test_a_signal_that_python_drops_comes_again(place, monkeypatch, capfd):
         # The second signal comes here, a moment later.
         time.sleep(60)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_closed_terminal_asks_once_for_a_stop(monkeypatch):
+    """The kernel sends SIGHUP, and so does the shell; nohup ignores it."""
+    stop = StopRequest(says=False)
+    with handled(stop):
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.is_asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handled(stop):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_other_dropped_exceptions_are_told_as_before(monkeypatch):
