@@ -34,11 +34,14 @@ from typing import Any
 import numpy as np
 import pinned_jobs
 from mutant_faults import FAULTS, Mutant
+from mutant_fifth import FIFTH
 from mutant_fourth import FOURTH
+from mutant_jobs import BASE, BEFORE, LINES, more_files, more_inputs, more_jobs
 from mutant_second import SECOND
 from mutant_third import THIRD
 
 from apr.checkpoints.apr2 import read_apr
+from apr.checkpoints.checkpoint import HF_FILES
 from apr.common.atomic import write_json
 from apr.common.host import cpu_name
 from apr.model.hf_config import to_hf
@@ -62,7 +65,6 @@ SMALL = (
     "--warmup-steps", "2", "--val-batches", "4", "--val-fraction", "0.2", "--save-every", "3", "--keep-states", "9",
     "--bounds", "speed=1000000,pretrained_share=9", "--widen", "max_top_share=0.9",
 )  # fmt: skip
-BASE = "runs/base/ckpt/epoch-002.apr"  # a checkpoint of the sound code, which the other jobs start from
 ANSWERS = (
     "--init", BASE, "--instruct", "chats.jsonl", "--chat-template", "template.jinja", *SMALL, "--seq-length", "96",
 )  # fmt: skip
@@ -142,14 +144,16 @@ JOBS: dict[str, tuple[str, ...]] = {
     **{kind: ("--init", BASE, "--preferences", "pairs.jsonl", "--chat-template", "template.jinja", *SMALL, *UNEVEN,
         "--seq-length", "128", "--preference-loss", kind) for kind in ("ipo", "orpo")},
 }  # fmt: skip
+JOBS |= more_jobs(SMALL, PLAIN, ANSWERS)
 # Faults of figures that are shown beside times, which no two runs share, or kept where nothing is hashed.
 SHOWN = (
     "perplexity_of_bits", "entropy_in_bits", "largest_norm_forgotten", "other_side_of_the_entropy",
-    "training_loss_of_all_steps",
+    "training_loss_of_all_steps", "seconds_of_evaluations_lost", "seconds_begin_again", "means_a_width_early",
+    "gigabytes_called_gibibytes", "flops_of_every_key", "copies_without_the_weights",
 )  # fmt: skip
 # Runs of the sound code that are cut behind a step and gone on with.
 RESUMED = "resumed-"
-# Job of commands that read checkpoints of sound runs.
+# Job of commands that read checkpoints of sound runs; "commands:eval,chat" asks these alone.
 COMMANDS = "commands"
 # Commands that use a room of apr.
 READERS = {
@@ -158,17 +162,13 @@ READERS = {
     "evaluation": ("eval",),
     "checkpoints": ("export", "merge"),
 }
-LISTS = {"first": FAULTS, "second": SECOND, "third": THIRD, "fourth": FOURTH}
+LISTS = {"first": FAULTS, "second": SECOND, "third": THIRD, "fourth": FOURTH, "fifth": FIFTH}
 # Lists whose faults are compared with the sound code by what a job wrote.
-COMPARED = ("third", "fourth")
+COMPARED = ("third", "fourth", "fifth")
 # A head of 24, of which no block is whole; more positions than attention takes in one chunk; a window.
 ODD = {"head_dim": 24, "hidden_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 256}
 TIMES = ("wall_ms", "tokens_per_sec", "wall_seconds")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-QUESTIONS = [
-    {"context": "The king said", "choices": [" to the queen", " with a long and heavy sword", " no"], "answer": 0},
-    {"context": "Once upon a time", "choices": [" there was a girl", " and", " of the house of Lancaster"], "answer": 0},
-]  # fmt: skip
 # Folder of the kernels, which are compiled again where one of its files changes, but for the one that only calls them.
 CPU, CALLS = "apr/backends/cpu/", "apr/backends/cpu/ops.py"
 # What counts as seen while a job runs.
@@ -196,9 +196,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Bench:
-    """Folder with a sound copy and a faulty copy of the source, and the inputs of the jobs."""
+    """Folder with a sound copy and a faulty copy of the source, and the inputs of the jobs.
+
+    making: job of the sound run that is trained just now"""
 
     folder: Path
+    making: str = ""
 
     @property
     def sound(self) -> Path:
@@ -244,7 +247,7 @@ class Bench:
             others[kind] = to_hf(replace(PRESETS[f"{kind}-tiny"], **sizes))
         for name, config in others.items():
             pinned_jobs.write(inputs, f"configs/{name}.json", json.dumps(config))
-        pinned_jobs.write(inputs, "choices.jsonl", pinned_jobs.jsonl(QUESTIONS))
+        more_inputs(inputs)
         prompts = ["The king said", "Once", "What is it that", "A", "The girl went to the", "O"]
         pinned_jobs.write(inputs, "prompts.txt", "\n".join(prompts) + "\n")
         pinned_jobs.write(inputs, "pairs.jsonl", pinned_jobs.jsonl(_pairs(inputs)))
@@ -258,18 +261,30 @@ class Bench:
         done = self.apr(self.sound, "pretrain", "--run-dir", "runs/base", *PLAIN)
         if done.returncode:
             raise SystemExit(f"the run to start from: exit code {done.returncode}\n{done.stderr}")
+        more_files(self, self.work)
         return self
 
-    def apr(self, copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def apr(self, copy: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run `apr` of a copy in the work folder."""
-        return self._run([sys.executable, "-m", "apr.cli.main", *arguments], copy, self.work)
+        for job in {m[1] for x in arguments if (m := re.match(r"runs/sound-of-([\w-]+)", x))} - {self.making}:
+            self._sound_run(job)
+        return self._run([sys.executable, "-m", "apr.cli.main", *arguments], copy, self.work, stdin)
 
-    def _run(self, command: list[str], copy: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    def _run(
+        self, command: list[str], copy: Path, cwd: Path, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join([str(copy), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = {**os.environ, "PYTHONPATH": path, "APR_CACHE": str(self.folder / f"cache-{copy.name}")}
         try:
             return subprocess.run(
-                command, cwd=cwd, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False
+                command,
+                cwd=cwd,
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=LIMIT_S,
+                check=False,
+                input=stdin,
             )
         except subprocess.TimeoutExpired as e:
             return subprocess.CompletedProcess(e.cmd, 124, "", f"no end after {LIMIT_S} s")
@@ -282,10 +297,10 @@ class Bench:
             shutil.rmtree(self.work / run, ignore_errors=True)
             # What a faulty copy has prepared serves no other.
             shutil.rmtree(self.folder / "cache-faulty", ignore_errors=True)
-            if mutant.job == COMMANDS:
+            if mutant.job.startswith(COMMANDS):
                 kinds = {k for path, _, _ in mutant.edits for k in READERS.get(path.split("/")[1], ())}
                 out.seen["pretrain"], out.files = self._commands(
-                    self.work / run, kinds if is_brief else set()
+                    self.work / run, kinds if is_brief else set(), mutant.job.partition(":")[2]
                 )
                 shutil.rmtree(self.work / run, ignore_errors=True)
                 return out
@@ -294,6 +309,10 @@ class Bench:
             elif mutant.job.startswith(RESUMED):
                 self._cut(self.work / run, self._sound_run(mutant.job.removeprefix(RESUMED)), step=9, last=11)
             flags = ("--resume",) if mutant.job.startswith(RESUMED) else JOBS[mutant.job]
+            if mutant.job in BEFORE:
+                earlier = "runs/before"
+                shutil.rmtree(self.work / earlier, ignore_errors=True)
+                self.apr(self.faulty, "pretrain", "--run-dir", earlier, *flags, *BEFORE[mutant.job])
             done = self.apr(self.faulty, "pretrain", "--run-dir", run, *flags)
             out.seen["pretrain"] = self._verdict(done, self.work / run)
             out.files = _files(self.work / run)
@@ -335,47 +354,29 @@ class Bench:
         """Train a job by the sound code, once; returns the name of its run."""
         name = f"sound-of-{job}"
         if not (self.work / "runs" / name).is_dir():
-            done = self.apr(self.sound, "pretrain", "--run-dir", f"runs/{name}", *JOBS[job])
+            maker = replace(self, making=job)
+            done = maker.apr(self.sound, "pretrain", "--run-dir", f"runs/{name}", *JOBS[job])
             if done.returncode:
                 raise SystemExit(f"the sound run of {job}: exit code {done.returncode}\n{done.stderr}")
         return name
 
-    def _commands(self, folder: Path, kinds: set[str]) -> tuple[str, dict[str, str]]:
+    def _commands(self, folder: Path, kinds: set[str], names: str = "") -> tuple[str, dict[str, str]]:
         """Export, merge, evaluate and generate with checkpoints of sound runs; what failed, and hashes of what came out.
 
-        kinds: commands that are asked, all where none is named."""
+        kinds: commands that are asked, all where none is named; names: lines that are, whatever their kinds."""
         folder.mkdir(parents=True)
-        odd, lora, yarn = (
-            f"runs/{self._sound_run(job)}/ckpt/epoch-002" for job in ("odd", "adapters", "yarn")
-        )
-        out, failed, told = f"runs/{folder.name}", [], {}
-        short = ("--max-tokens", "24", "--json")
-        for name, line in {
-            "gguf": ("export", f"{odd}.apr", "--format", "gguf", "--dtype", "float32", "-o", f"{out}/odd.gguf"),
-            "hf": ("export", f"{odd}.apr", "-o", f"{out}/hf"),
-            "merge": ("merge", BASE, f"{lora}-adapter", "-o", f"{out}/merged.apr"),
-            "likeliest": ("run", BASE, "The king said", "--temperature", "0", *short),
-            "drawn": ("run", BASE, "The king said", "--top-p", "0.6", *short),
-            "penalty": ("run", BASE, "The king the king", "--temperature", "2", "--repetition-penalty", "3", *short),
-            "stop": ("run", BASE, "The king said", "--temperature", "0", "--stop", "e t", "--stop", "th", "--stop", "ou", *short),
-            "eval": ("eval", BASE, "--text", "corpus/plays/0.txt", "--seq-length", "48", "--stride", "16", "--max-tokens",
-                "2000", "--json"),
-            "likely": ("run", BASE, "The king said", "--min-p", "0.3", *short),
-            "few": ("run", BASE, "The king said", "--top-k", "3", *short),
-            "together": ("run", BASE, "--prompts", "prompts.txt", "--temperature", "0.5", *short),
-            "choices": ("eval", BASE, "--choices", "choices.jsonl", "--json"),
-            "rounded": ("export", BASE, "--dtype", "bfloat16", "-o", f"{out}/rounded"),
-            "qwen": ("export", BASE, "--format", "gguf", "--dtype", "float32", "-o", f"{out}/qwen.gguf"),
-            "yarn": ("export", f"{yarn}.apr", "--format", "gguf", "--dtype", "float32", "-o", f"{out}/yarn.gguf"),
-        }.items():  # fmt: skip
-            if kinds and line[0] not in kinds:
+        failed, told = [], {}
+        for name, (line, stdin) in LINES.items():
+            if name not in names.split(",") if names else kinds and line[0] not in kinds:
                 continue
-            done = self.apr(self.faulty, *line)
+            whole = [x.replace("OUT/", f"runs/{folder.name}/") for x in line]
+            done = self.apr(self.faulty, *whole, stdin=stdin)
             failed += (
                 [f"{name}: exit {done.returncode}: {_last_line(done.stderr)}"] if done.returncode else []
             )
+            out = done.stdout.replace(folder.name, "")
             told[name] = hashlib.sha256(
-                re.sub(r'"[a-z_]*(second|_sec|ms|speed)[a-z_]*": [0-9.e+-]+', "", done.stdout).encode()
+                re.sub(r'"[a-z_]*(second|_sec|ms|speed)[a-z_]*": [0-9.e+-]+', "", out).encode()
             ).hexdigest()
         return ", ".join(failed), told | _files(folder)
 
@@ -446,10 +447,14 @@ def _files(folder: Path) -> dict[str, str]:
             facts = json.loads(path.read_text())
             data = json.dumps({k: x for k, x in facts.items() if k not in TIMES}).encode()
         elif path.suffix == ".apr":
-            data = b"".join(
-                k.encode() + np.asarray(x).tobytes() for k, x in sorted(read_apr(path).tensors.items())
+            read = read_apr(path)
+            data = json.dumps(sorted(read.metadata.get(HF_FILES, {}).items())).encode() + b"".join(
+                k.encode() + np.asarray(x).tobytes() for k, x in sorted(read.tensors.items())
             )
-        elif path.suffix in (".gguf", ".safetensors", ".bin") or path.name == "adapter_config.json":
+        elif path.suffix in (".gguf", ".safetensors", ".bin") or path.name in (
+            "adapter_config.json",
+            "config.json",
+        ):
             data = path.read_bytes()
         else:
             continue
@@ -646,7 +651,7 @@ def main(argv: list[str] | None = None) -> int:
             outcomes.append(outcome)
             if f.list in COMPARED:
                 own = sound_files.get(outcome.mutant.job, {})
-                if f.brief:
+                if f.brief and outcome.mutant.job == COMMANDS:
                     own = {name: x for name, x in own.items() if name in outcome.files}
                 is_same = not outcome.at_run_time and outcome.files == own
                 outcome.seen["effect"] = "none" if is_same and outcome.mutant.name not in SHOWN else "some"

@@ -24,7 +24,7 @@ from ..model.lora import ALPHA_PER_RANK, PREFIX, TARGETS
 from ..model.lora_settings import parse_pattern, parse_saved, parse_targets
 from ..model.optim import Optimizer
 from ..model.transformer import Model
-from . import scorer, stream
+from . import scorer, stream, unsaid
 from .subject import Subject
 
 Row = tuple[str, Any, Any]
@@ -68,14 +68,17 @@ def is_learning_rate(got: float, s: Any, step: int) -> bool:
 
 
 def settings_arrive(
-    subject: Subject, schedule: Any, config: Mapping[str, Any], explicit: Mapping[str, Any]
+    subject: Subject, schedule: Any, config: Mapping[str, Any], explicit: Mapping[str, Any] | None
 ) -> Finding:
     """Compare every number that an object was built with with config.json (gate before.settings).
 
-    config: the run's config.json, as the file has it. explicit: settings of the command line or the configuration file.
+    config: the run's config.json, as the file has it. explicit: settings of the command line or the configuration file, None
+    where nobody knows them.
     """
-    given = absolute_paths(type(subject.settings), explicit)
-    rows = [*_rows(subject, schedule, config), *_given(config["settings"], given)]
+    rows = [*_rows(subject, schedule, config)]
+    if explicit is not None:
+        rows += _given(config["settings"], absolute_paths(type(subject.settings), explicit))
+        rows += [(f"default of {name}", *x) for name, *x in unsaid.defaults(config["settings"], explicit)]
     wrong = [f"{name} is {_said(got)}, asked for {_said(want)}" for name, got, want in rows if got != want]
     more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
     why = "; ".join(wrong[:SHOWN]) + more

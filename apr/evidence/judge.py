@@ -19,6 +19,7 @@ from .gates import BOUNDS
 from .pairs import margin
 
 RELATIVE_TOLERANCE = 1e-9  # of a figure that is computed again from the same numbers
+ENDED = ("DONE", "TARGET_REACHED", "EARLY_STOP")  # status words of runs that came to their end
 OF_PARTS = 1e-5  # of a sum whose parts were added in another order
 
 
@@ -252,6 +253,38 @@ def target(line: Line, target: float) -> Finding:
     measured = f"{loss:.4f} nats/token"
     why = "" if is_reached else f"the target was not reached: {measured}, asked for {target:g}"
     return Finding.of("end.target", is_reached, measured, f"at most {target:g}", why, where=line["step"])
+
+
+def ended_as_asked(log: Sequence[Line], config: Mapping[str, Any], status: str) -> Finding:
+    """Compare the step and the status of a run that came to its end with those that its settings give.
+
+    It ends at the first evaluation at which the target is reached, or that is one more than --patience behind the best; or else
+    at the last step, or where a pass ends."""
+    s, losses = config["settings"], [line for line in log if "val_loss" in line]
+    expected = next(filter(None, (_early(s, losses[: k + 1]) for k in range(len(losses)))), None)
+    if expected is None:
+        step, batch = s["num_steps"], s["batch_size"]
+        if s["on_exhausted"] == "stop" and not config["data"].get("mixture"):
+            step = min(step, config["data"]["train_windows"] // batch)
+        # A mixture ends with the first of its sources.
+        is_open = s["on_exhausted"] == "stop" and bool(config["data"].get("mixture"))
+        expected = "DONE", losses[-1]["step"] if is_open else step
+    found = status, losses[-1]["step"]
+    return Finding.of(
+        "run.log", found == expected, "ended {} at step {}".format(*found), "{} at step {}".format(*expected),
+        where=found[1],
+    )  # fmt: skip
+
+
+def _early(s: Mapping[str, Any], evaluations: Sequence[Line]) -> tuple[str, int] | None:
+    """Say how and where a run ends behind its latest evaluation; None where it goes on. The first one is that before step 1."""
+    losses, step = [line["val_loss"] for line in evaluations], evaluations[-1]["step"]
+    if not step or len(losses) <= s["min_epochs"]:
+        return None
+    if s["target_val_loss"] is not None and losses[-1] <= s["target_val_loss"]:
+        return "TARGET_REACHED", step
+    since_best = len(losses) - 1 - losses.index(min(losses))
+    return ("EARLY_STOP", step) if since_best > s["patience"] else None
 
 
 def near(a: Any, b: float) -> bool:

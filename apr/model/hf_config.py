@@ -13,6 +13,7 @@ from ..common.errors import MalformedFile, Refused
 from ..common.files import short
 from .config import ModelConfig
 from .families import FAMILIES
+from .hf_again import check_again
 from .hf_keys import HfKeys
 from .hf_unknown import describe, unheeded
 from .rope_scaling import SCALINGS, RopeScaling
@@ -95,9 +96,11 @@ def from_hf(d: dict[str, Any], source: str = "config.json", published: bool = Tr
     another file, where a missing key is a fault.
 
     Raises Refused for an architecture or key that apr would compute wrongly, MalformedFile for a key
-    that is missing or of the wrong type; both name `source`, the key and the value.
+    that is missing or of the wrong type; both name `source`, the key and the value. AprError: a second reading differs.
     """
-    return _read(d, source, published)[0]
+    cfg = _read(d, source, published)[0]
+    check_again(d, cfg, source)
+    return cfg
 
 
 def hf_notes(d: dict[str, Any], source: str = "config.json") -> list[str]:

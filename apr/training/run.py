@@ -21,7 +21,7 @@ from ..evidence import before, verdict
 from ..evidence.asked import settings_arrive
 from ..evidence.end import judge_end
 from ..evidence.gates import Gates, parse_bounds
-from ..evidence.judge import Facts
+from ..evidence.judge import ENDED, Facts, ended_as_asked
 from ..evidence.observers import (
     FormulasGate,
     LearningRateGate,
@@ -64,7 +64,6 @@ from .spot import FormulaChecks, SpotChecks, SpotTimes
 from .start import StartRecord
 from .tasks import TaskScores, check_tasks
 
-ENDED = ("DONE", "TARGET_REACHED", "EARLY_STOP")  # status words of runs that came to their end
 SAMPLE_TOKENS = 160  # of the continuation of --sample at the end
 
 
@@ -127,7 +126,7 @@ def train(
                 show.table("apr pretrain", summary.opening(inputs, run, ranks))
                 for note in summary.notes(inputs):
                     show.note(note)
-                asked = {} if settings.resume else explicit or {}
+                asked = None if settings.resume else explicit
                 result, failed = _train(
                     inputs, run, show, gates, start, callbacks, asked, explicit or {}, ranks
                 )
@@ -154,7 +153,7 @@ def _train(
     gates: Gates,
     start: float,
     callbacks: Sequence[Callback],
-    asked: dict[str, Any],
+    asked: dict[str, Any] | None,
     explicit: dict[str, Any],
     ranks: Communicator,
 ) -> tuple[dict[str, Any], CallbackFailed | None]:
@@ -367,6 +366,7 @@ def _finish(
         except Exception as e:  # the weights are trained and saved, whatever they say
             text = f"no sample: {type(e).__name__}: {e}"
         say(show.note, text)
+    gates.judge(ended_as_asked(run.log.lines(), run.read_config(), status))
     judge_end(subject, gates, last, p.best_flops / trainer.ranks.count, early)
     result["verdict"] = verdict.save_verdict(run.path, gates, status, p.step, last["val_loss"])
     return result

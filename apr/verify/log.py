@@ -11,7 +11,7 @@ from ..common.finding import FAIL, PASS, SEVERITY, SKIPPED, Finding, verdict_of
 from ..common.provenance import code_sha256
 from ..common.units import LAST_STEPS, plural
 from ..evidence.gates import GATES, Gates
-from ..evidence.judge import judge, near, target
+from ..evidence.judge import ENDED, ended_as_asked, judge, near, target
 from ..evidence.ranks import read_ranks
 from ..model.schedule import Schedule
 from ..training.evaluate import epoch_facts
@@ -102,6 +102,8 @@ def verdict(r: Record) -> Finding:
     val = r.evaluations[-1]["val_loss"] if r.evaluations else None
     if v["val_loss"] != val:
         return failed(f"val_loss {v['val_loss']} in verdict.json, {val} in metrics.jsonl")
+    if v["status"] in ENDED and not (end := ended_as_asked(r.log, r.config, v["status"])).passed:
+        return failed(f"{end.measured}, by the settings {end.bound}")
     recorded = {g["id"]: g["verdict"] for g in v["gates"]}
     if odd := set(recorded) ^ set(GATES) - _later_gates(r):
         return failed(f"gates {sorted(odd)} are missing or unknown")
