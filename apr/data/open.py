@@ -21,6 +21,7 @@ from .accounts import accounted
 from .audit import Split, audit, enforce_all, holds_examples, named, sides_of, tokenizer_beside
 from .batches import Windows, spread
 from .conversations.answers import answers_kept
+from .conversations.contexts import records_kept
 from .conversations.examples import open_conversations
 from .conversations.packed import PackedShards
 from .conversations.pairs import open_pairs
@@ -248,7 +249,8 @@ def _made(
         rows = {side: x for side, x in sides.items() if isinstance(x, PackedShards)}
         if pairs:
             return [pairs_kept(open_pairs(conversations, s.map), rows, tokenizer, template)]
-        return [answers_kept(open_conversations(conversations, s.map), rows, tokenizer, template)]
+        found = open_conversations(conversations, s.map)
+        return [check(found, rows, tokenizer, template) for check in (answers_kept, records_kept)]
 
     return _Made(tokenizer, packed.sides, packed.left_out(), answers)
 

@@ -1,0 +1,141 @@
+"""Whole examples are those of the records of the files, and as many of their answers are trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_answers import PINNED, TEMPLATES, chat_template, chats, own, pairs, write
+from test_shapes import SOUND, varied
+
+from apr.common.finding import FAIL, Finding
+from apr.data.conversations import render, shapes
+from apr.data.conversations.contexts import records_kept
+from apr.data.conversations.examples import open_conversations
+from apr.data.conversations.packed import PackedShards
+from apr.data.conversations.prepare import prepare_conversations
+from apr.tokenizer.chat_template import ChatTemplate
+from apr.tokenizer.tokenizer import Tokenizer
+
+TOOLS = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + PINNED
+
+
+# Rows into which few conversations fit whole.
+SHORT = {"own": 63, "plain": 63}
+
+
+def compared(
+    path: str, folder: Path, tok: Tokenizer, template: ChatTemplate | None, seq: int = 255
+) -> Finding:
+    made = prepare_conversations(path, folder, tok, template, seq, 0.2)
+    sides = {side: PackedShards(place, tok) for side, place in made.sides.items()}
+    return records_kept(open_conversations(path), sides, tok, template)
+
+
+def tools() -> ChatTemplate:
+    return ChatTemplate(TOOLS, "tools", {"eos_token": "<|endoftext|>"})
+
+
+def mixed() -> list[Any]:
+    """Records of seven shapes in turn."""
+    rows: list[Any] = []
+    for i in range(70):
+        said, asked = f"It is {i} and {i * i} o'clock.", f"Tell me {i}."
+        user: dict[str, Any] = {"role": "user", "content": asked}
+        turns = [user, {"role": "assistant", "content": said}]
+        earlier = [
+            {"role": "user", "content": "Go on."},
+            {"role": "assistant", "content": f"So {i}.", "training": False},
+        ]
+        parts = [{"type": "text", "text": said[:5]}, {"type": "text", "text": said[5:]}]
+        tool = {"type": "function", "function": {"name": f"look_{i}", "parameters": {}}}
+        rows.append(
+            [
+                {"instruction": asked, "input": f"about {i}", "output": said},
+                {"prompt": asked, "response": said, "history": [[f"Question {i}", f"Answer {i}"]]},
+                {"prompt": asked, "response": f"\n {said} \n"},
+                {"messages": [*earlier, *turns]},
+                {"messages": turns, "tools": [tool]},
+                {"messages": [user, {"role": "assistant", "content": parts}]},
+                {"messages": turns, "system": f"Be {i}."},
+            ][i % 7]
+        )  # fmt: skip
+    return rows
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_sound_conversations_pass(tmp_path: Path, name: str) -> None:
+    tok = own()
+    found = compared(
+        write(tmp_path, chats()), tmp_path / "out", tok, chat_template(name, tok), SHORT.get(name, 255)
+    )
+    assert found.verdict != FAIL, found
+
+
+def test_sound_records_of_all_shapes_pass(tmp_path: Path, data: Any) -> None:
+    tok = own()
+    every = [r for record, keys, *_ in SOUND.values() if not keys for r in varied(record)]
+    assert compared(write(tmp_path, [*every, *mixed()]), tmp_path / "a", tok, tools()).passed
+    for vocabulary in (tok, Tokenizer.from_file(data("stories260K") / "hf")):
+        assert compared(write(tmp_path, pairs()), tmp_path / vocabulary.format, vocabulary, None).passed
+
+
+def inputs_are_lost(m: pytest.MonkeyPatch) -> None:
+    right = shapes.text_of
+    m.setattr(shapes, "text_of", lambda r, key, where="": "" if key == "input" else right(r, key, where))
+
+
+def history_is_lost(m: pytest.MonkeyPatch) -> None:
+    m.setattr(shapes, "earlier", lambda record: ())
+
+
+def systems_are_lost(m: pytest.MonkeyPatch) -> None:
+    right = shapes.conversation
+    m.setattr(shapes, "conversation", lambda n, r, *a, **k: right(n, {**r, "system": None}, *a, **k))
+
+
+def tools_are_lost(m: pytest.MonkeyPatch) -> None:
+    right = render.Renderer.__call__
+    m.setattr(render.Renderer, "__call__", lambda self, e: right(self, dataclasses.replace(e, tools=())))
+
+
+def flags_are_ignored(m: pytest.MonkeyPatch) -> None:
+    m.setattr(shapes, "FLAGS", {})
+
+
+def parts_are_lines(m: pytest.MonkeyPatch) -> None:
+    m.setattr(shapes, "_joined", lambda parts, where: "\n".join(p["text"] for p in parts))
+
+
+def answers_are_stripped(m: pytest.MonkeyPatch) -> None:
+    right = shapes._pair
+    m.setattr(shapes, "_pair", lambda n, r, q, p, answer: right(n, r, q, p, answer.strip()))
+
+
+def only_the_last_answer_is_trained(m: pytest.MonkeyPatch) -> None:
+    right = render.Encoder._label
+
+    def label(self: Any, *args: Any) -> Any:
+        e = right(self, *args)
+        if not isinstance(e, render.EncodedExample):
+            return e
+        begins = np.flatnonzero(e.trained[1:] & ~e.trained[:-1])
+        return dataclasses.replace(e, trained=e.trained & (np.arange(e.trained.size) > begins[-1]))
+
+    m.setattr(render.Encoder, "_label", label)
+
+
+FAULTS = [
+    inputs_are_lost, history_is_lost, systems_are_lost, tools_are_lost, flags_are_ignored, parts_are_lines, answers_are_stripped,
+    only_the_last_answer_is_trained,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_a_planted_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
+    fault(monkeypatch)
+    found = compared(write(tmp_path, mixed()), tmp_path / "out", own(), tools())
+    assert found.passed is False, found
