@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.atomic import drawn, try_output, write_text
-from ..common.errors import InputNotFound, Refused, UsageError
+from ..common.errors import AprError, InputNotFound, Refused, UsageError
 from ..common.files import sha256_of
 from ..common.options import given
 from ..common.provenance import versions
@@ -34,6 +34,7 @@ from ..data.guards import enforce, fits_model
 from ..data.manifest import MANIFEST
 from ..data.shards import TokenShards
 from ..evaluation import choices, humaneval, loss
+from ..evaluation.again import check_choices, check_sums_of_positions
 from ..evaluation.sandbox import Limits, in_words
 from ..evaluation.score import Opened, Scorer, fitting, open_model, prefix_ids
 from ..evaluation.tasks import in_words as in_words_of
@@ -130,6 +131,12 @@ def _loss(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - start
     rows = sums.by_position()
+    check_sums_of_positions(rows, sums.tokens, sums.nats)
+    is_masked = scorer.model.document_end is not None
+    if is_masked != f.mask_documents:
+        raise AprError(
+            f"--mask-documents is {f.mask_documents}, the model was made otherwise: a fault of apr"
+        )
     title = f"{Path(f.model).name} on {Path(str(f.dataset or f.text)).name}: loss by position"
     return {
         **sums.figures(),
@@ -139,7 +146,7 @@ def _loss(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
         "seq_length": seq,
         "stride": stride,
         "batch_size": scorer.batch,
-        "mask_documents": f.mask_documents,
+        "mask_documents": is_masked,
         "tokenizer_sha256": tokenizer.sha256,
         **texts.facts,
         "by_position": rows,
@@ -174,6 +181,7 @@ def _choices(f: Flags, opened: Opened, show: Show) -> dict[str, Any]:
     result = choices.measure(
         scorer, items, windows, lambda done, total: show.preparing("score (questions)", done, total)
     )
+    check_choices(str(f.choices), f.limit, result)
     return {
         **result,
         "seconds": time.perf_counter() - start,

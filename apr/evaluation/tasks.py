@@ -14,6 +14,7 @@ from ..common.packages import pip_install
 from ..model.config import ModelConfig
 from ..tokenizer.tokenizer import Tokenizer
 from . import choices, humaneval
+from .again import check_choices
 from .sandbox import Limits
 from .score import Opened, Scorer, fitting, prefix_ids
 
@@ -107,6 +108,7 @@ def _choices(
     windows, _ = choices.windows_of(tokenizer, items, seq, before, next(iter(before), tokenizer.eos_id))
     scorer = Scorer(opened, fitting(windows, seq), batch)
     found = choices.measure(scorer, items, windows, lambda done, total: progress(task.name, done, total))
+    check_choices(task.source, limit, found)
     by_rule = {rule: figure["value"] for rule, figure in found["accuracy"].items()}
     shown = found["accuracy"][SHOWN_RULE]
     return {

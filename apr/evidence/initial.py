@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from ..checkpoints.checkpoint import Checkpoint, parameters
+from ..checkpoints.other_readers import holds, safetensors
+from ..common.files import read_json
 from ..common.finding import Finding
 from ..common.units import plural
 from ..model.adapters import Adapters
@@ -83,6 +87,42 @@ def new_adapters(adapters: Adapters, opt: Optimizer, seed: int, init: Checkpoint
         if not np.allclose(again, x, rtol=0, atol=1e-6):
             return f"{s.hf} is not that of new adapters by the seed {seed}"
     return ""
+
+
+def continued_adapters(adapters: Adapters, opt: Optimizer, folder: str) -> str:
+    """Find what differs from the adapters of a PEFT folder, read by other code than the one that loaded them: values, and the
+    scale of each pair, alpha / r or alpha / sqrt(r); "" for nothing."""
+    there = {_plain(name): t for name, t in safetensors(Path(folder) / "adapter_model.safetensors").items()}
+    config = read_json(Path(folder) / "adapter_config.json")
+    for s in adapters.layout.in_order():
+        t = there.get(_plain(s.hf))
+        if t is None:
+            continue
+        x = adapters.be.to_host(opt.master[s.offset : s.offset + s.size]).reshape(s.shape)
+        x = x.T if "lora_embedding_" in s.hf else x.reshape(t.shape) if x.size == np.prod(t.shape) else x
+        if not holds(t, x):
+            return f"{s.hf} is not that of {folder}"
+    for p in adapters.layout.pairs:
+        rank, alpha = (
+            next(
+                (n for pattern, n in (config.get(key) or {}).items() if _ends(pattern, p.module)),
+                config[otherwise],
+            )
+            for key, otherwise in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        )
+        want = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if not math.isclose(p.scale, want, rel_tol=1e-9):
+            return f"the scale of {p.module} is {p.scale:g}, by {folder} {want:g}"
+    return ""
+
+
+def _plain(name: str) -> str:
+    """Drop what names of a tensor of PEFT may end with."""
+    return name.removesuffix(".weight").removesuffix(".default")
+
+
+def _ends(pattern: str, module: str) -> bool:
+    return re.search(rf"(?:^|\.)(?:{pattern})\Z", module) is not None
 
 
 def _other_stream(x: np.ndarray, s: Slot, std: float, seed: int, number: int) -> str:

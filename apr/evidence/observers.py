@@ -33,7 +33,7 @@ from .adapters import adapter_gradients, base_loaded
 from .asked import is_learning_rate, learning_rate
 from .follow import Follow
 from .gates import GATES, Gates
-from .initial import new_adapters, random_weights
+from .initial import continued_adapters, new_adapters, random_weights
 from .judge import Facts, judge
 from .losses import pretrained_loss
 from .resumed import as_saved
@@ -78,7 +78,10 @@ class StartGates:
         t = self.subject
         if t.adapters and t.init:
             loaded = base_loaded(t.adapters, t.init)
-            why = "" if t.adapted else new_adapters(t.adapters, t.whole, t.settings.seed, t.init)
+            if t.adapted:
+                why = continued_adapters(t.adapters, t.whole, t.settings.lora_init)
+            else:
+                why = new_adapters(t.adapters, t.whole, t.settings.seed, t.init)
             return replace(loaded, verdict=FAIL, measured=why, why=why) if why else loaded
         if t.init:
             return measure.loaded_weights(t.model, t.whole, t.init)

@@ -152,7 +152,7 @@ def formula(t: Subject, e: StepBegun) -> Finding:
     p.reference, p.tally = Planted(planted), Tally()  # type: ignore[assignment]
     try:
         model.loss(targets)
-        said = p.tally.figures()
+        said = p.tally.figures(sums.size // 2)
     finally:
         p.reference, p.tally = kept, tally
     given = be.to_host(model.buffers["loss"][: ids.size]).astype(np.float64)

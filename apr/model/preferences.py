@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..common.errors import Refused, UsageError
+from ..common.errors import AprError, Refused, UsageError
 from ..common.options import option
+from ..common.units import plural
 
 # Rows of a batch, and what their cross-entropies are weighted with: all rows, in order.
 Weights = list[tuple[slice, float]]
@@ -215,9 +216,13 @@ class Tally:
         for key, x in values.items():
             self.sums[key] = self.sums.get(key, 0.0) + x
 
-    def figures(self) -> dict[str, float]:
-        """Means over the pairs: the share that is ordered rightly, the difference of rewards (beta times what the loss
-        compares), rewards, log-probabilities of answers, and what they have gained on the reference, nats a token."""
+    def figures(self, pairs: int) -> dict[str, float]:
+        """Means over so many pairs: the share that is ordered rightly, the difference of rewards (beta times what the loss
+        compares), rewards, log-probabilities of answers, and what they have gained on the reference, nats a token.
+
+        Raises AprError where others were counted."""
+        if self.pairs != pairs:
+            raise AprError(f"{plural(self.pairs, 'pair')} counted, where the loss is a mean over {pairs:,}")
         if not self.pairs:
             return {}
         counts = {key: self.referred if key.endswith("_gain") else self.pairs for key in self.sums}

@@ -80,7 +80,7 @@ def evaluate(
             before = total
             apart.add(indices, targets, rows)
     error = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-    of_pairs = preferences.tally.figures() if preferences else {}
+    of_pairs = preferences.tally.figures(counted) if preferences else {}
     return Loss(before / counted, tokens, error, of_pairs, apart.line() if is_mixed else {})
 
 

@@ -192,7 +192,7 @@ class Trainer:
         if self.split:
             self.emit(self.split.computed(step))
         line |= of_sources() | opt.rates(lr)
-        line |= model.preferences.tally.figures() if model.preferences else {}
+        line |= model.preferences.tally.figures(counted) if model.preferences else {}
         self.emit(Measured(line))
         self.ranks.at(f"after step {step}", is_timed=self._steps_here > 1)
         return line

@@ -81,9 +81,7 @@ class _Written:
         said = ("system", "user", "assistant", "user", "assistant")
         for roles in (said, said[1:]):
             texts = [f" \n{chr(FIRST_MARK + i)}\n\n " for i in range(len(roles))]
-            messages: list[Message] = [
-                {"role": r, "content": t} for r, t in zip(roles, texts, strict=True)
-            ]
+            messages: list[Message] = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
             try:
                 whole = template.render(messages, False)
             except Refused:
@@ -225,13 +223,17 @@ def _record(value: Any) -> _Record | None:
         if role is None or len(texts) != 1 or any(turn.get(k) for k in BESIDE) or "think>" in texts[0]:
             return None
         is_context = any(k in turn and int(bool(turn[k])) == x for k, x in CONTEXT.items())
-        is_good &= out.say(role, texts[0], not (is_context or isinstance(asked, list)) and bool(texts[0].strip()))
+        is_good &= out.say(
+            role, texts[0], not (is_context or isinstance(asked, list)) and bool(texts[0].strip())
+        )
     if len(shape) > 1:
         if not isinstance(asked, list):
             for question, answer in value.get("history") or []:
                 is_good &= out.say("user", question) & out.say("assistant", answer)
             is_good &= out.say("user", asked)
-            is_good &= out.say("user", value["input"]) if shape[0] == "instruction" and value.get("input") else True
+            is_good &= (
+                out.say("user", value["input"]) if shape[0] == "instruction" and value.get("input") else True
+            )
         is_good &= out.say("assistant", value[shape[1]])
     if system is not None and out.messages[:1] and out.messages[0][0] != "system":
         out.messages.insert(0, ("system", system, False))
