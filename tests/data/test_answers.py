@@ -16,6 +16,7 @@ import pytest
 from apr.common.finding import FAIL, Finding
 from apr.data.conversations import answers, prepare, render
 from apr.data.conversations.answers import Frame, answers_kept
+from apr.data.conversations.contexts import records_kept
 from apr.data.conversations.examples import open_conversations
 from apr.data.conversations.packed import PackedShards
 from apr.data.conversations.prepare import prepare_conversations
@@ -101,6 +102,12 @@ def chat_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     return ChatTemplate(TEMPLATES[name], name, tokens)
 
 
+def whole(path: str, folder: Path, tok: Tokenizer, template: ChatTemplate | None, seq: int = 255) -> Finding:
+    made = prepare_conversations(path, folder, tok, template, seq, 0.2)
+    sides = {side: PackedShards(place, tok) for side, place in made.sides.items()}
+    return records_kept(open_conversations(path), sides, tok, template)
+
+
 def compared(
     path: str, folder: Path, tokenizer: Tokenizer, template: ChatTemplate | None, seq: int = 255
 ) -> Finding:
@@ -114,6 +121,9 @@ def test_sound_conversations_pass(tmp_path: Path, name: str, seq: int) -> None:
     tok = own()
     found = compared(write(tmp_path, chats()), tmp_path / "out", tok, chat_template(name, tok), seq)
     assert found.passed, found
+    assert (
+        whole(write(tmp_path, chats()), tmp_path / "out", tok, chat_template(name, tok), seq).verdict != FAIL
+    )
 
 
 @pytest.mark.parametrize("name", ["Qwen-Qwen2.5-7B-Instruct", "meta-llama-Llama-3.1-8B-Instruct"])
@@ -122,6 +132,7 @@ def test_real_templates_pass(tmp_path: Path, data: Any, name: str) -> None:
     made = ChatTemplate((data("chat-templates") / f"{name}.jinja").read_text(), name, {"bos_token": ""})
     found = compared(write(tmp_path, chats()), tmp_path / "out", tok, made)
     assert found.passed, found
+    assert whole(write(tmp_path, chats()), tmp_path / "out", tok, made).passed
 
 
 def test_sound_pairs_pass(tmp_path: Path, data: Any) -> None:
@@ -130,6 +141,7 @@ def test_sound_pairs_pass(tmp_path: Path, data: Any) -> None:
     for tok in (own(), Tokenizer.from_file(data("stories260K") / "hf")):
         found = compared(path, tmp_path / tok.format, tok, None)
         assert found.passed, found
+        assert whole(path, tmp_path / tok.format, tok, None).passed
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "tool_calls"])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_answers import PINNED, TEMPLATES, chat_template, chats, own, pairs, write
-from test_shapes import SOUND, varied
 
 from apr.common.finding import FAIL, Finding
 from apr.data.conversations import render, shapes
@@ -19,12 +18,22 @@ from apr.data.conversations.packed import PackedShards
 from apr.data.conversations.prepare import prepare_conversations
 from apr.tokenizer.chat_template import ChatTemplate
 from apr.tokenizer.tokenizer import Tokenizer
+from finetune_cases import own_tokenizer
 
+PINNED = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
 TOOLS = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + PINNED
 
 
-# Rows into which few conversations fit whole.
-SHORT = {"own": 63, "plain": 63}
+def own() -> Tokenizer:
+    return Tokenizer.from_json(own_tokenizer(), "own", "<|endoftext|>")
+
+
+def write(folder: Path, rows: list[Any]) -> str:
+    (folder / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(folder / "chats.jsonl")
 
 
 def compared(
@@ -66,21 +75,19 @@ def mixed() -> list[Any]:
     return rows
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_sound_conversations_pass(tmp_path: Path, name: str) -> None:
-    tok = own()
-    found = compared(
-        write(tmp_path, chats()), tmp_path / "out", tok, chat_template(name, tok), SHORT.get(name, 255)
-    )
-    assert found.verdict != FAIL, found
+@pytest.mark.parametrize("seq", [255, 79])
+def test_sound_records_pass(tmp_path: Path, seq: int) -> None:
+    """Also where many are cut. Templates and other shapes: test_answers.py, test_shapes.py."""
+    found = compared(write(tmp_path, mixed()), tmp_path / "out", own(), tools(), seq)
+    assert found.passed, found
 
 
-def test_sound_records_of_all_shapes_pass(tmp_path: Path, data: Any) -> None:
-    tok = own()
-    every = [r for record, keys, *_ in SOUND.values() if not keys for r in varied(record)]
-    assert compared(write(tmp_path, [*every, *mixed()]), tmp_path / "a", tok, tools()).passed
-    for vocabulary in (tok, Tokenizer.from_file(data("stories260K") / "hf")):
-        assert compared(write(tmp_path, pairs()), tmp_path / vocabulary.format, vocabulary, None).passed
+def test_a_template_that_writes_less_is_not_accused(tmp_path: Path) -> None:
+    bare = ChatTemplate(
+        "{% for m in messages if m.role != 'system' %}{{ m.content | trim }}{{ eos_token }}{% endfor %}", "bare",
+        {"eos_token": "<|endoftext|>"},
+    )  # fmt: skip
+    assert compared(write(tmp_path, mixed()), tmp_path / "out", own(), bare).verdict != FAIL
 
 
 def inputs_are_lost(m: pytest.MonkeyPatch) -> None:

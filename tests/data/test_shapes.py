@@ -29,6 +29,7 @@ from apr.data import open as opening
 from apr.data.conversations import answers, render, shapes
 from apr.data.conversations.answers import answers_kept
 from apr.data.conversations.beside import ASKED
+from apr.data.conversations.contexts import records_kept
 from apr.data.conversations.examples import open_conversations
 from apr.data.conversations.keys import KeyMap
 from apr.data.conversations.packed import PackedShards
@@ -188,12 +189,19 @@ def encoder(tok: Tokenizer) -> Encoder:
     return Encoder(tok, ChatTemplate(TOOLS, "tools"))
 
 
-def judged(path: str, folder: Path, tok: Tokenizer, text: str = TOOLS, keys: str | None = None) -> Finding:
+def judged(
+    path: str,
+    folder: Path,
+    tok: Tokenizer,
+    text: str = TOOLS,
+    keys: str | None = None,
+    check: Any = answers_kept,
+) -> Finding:
     """Prepare the files of a path; the finding of the check that reads them again."""
     template = ChatTemplate(text, "test")
     made = prepare_conversations(path, folder, tok, template, 255, 0.3, keys=keys)
     sides = {side: PackedShards(place, tok) for side, place in made.sides.items()}
-    return answers_kept(open_conversations(path, keys), sides, tok, template)
+    return check(open_conversations(path, keys), sides, tok, template)
 
 
 def lines(folder: Path, rows: list[Any], name: str = "chats.jsonl") -> str:
@@ -242,12 +250,15 @@ def test_a_shape_is_found_again_by_other_code(tmp_path: Path, tok: Tokenizer, na
     record, keys, *_ = SOUND[name]
     found = judged(lines(tmp_path, varied(record)), tmp_path / "out", tok, keys=keys)
     assert found.passed, found
+    again = judged(lines(tmp_path, varied(record)), tmp_path / "out", tok, keys=keys, check=records_kept)
+    assert again.verdict != FAIL, again
 
 
 def test_all_shapes_in_one_file_are_found_again_by_other_code(tmp_path: Path, tok: Tokenizer) -> None:
     rows = [r for record, keys, *_ in SOUND.values() if not keys for r in varied(record)]
-    found = judged(lines(tmp_path, rows), tmp_path / "out", tok)
-    assert found.passed, found
+    for check in (answers_kept, records_kept):
+        found = judged(lines(tmp_path, rows), tmp_path / "out", tok, check=check)
+        assert found.passed, found
 
 
 def test_every_shape_of_the_table_has_a_record_here() -> None:

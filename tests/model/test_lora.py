@@ -17,6 +17,7 @@ from apr.bisect import rule
 from apr.bisect.spot import spot_check
 from apr.checkpoints import peft_write as peft
 from apr.checkpoints.apr2 import read_apr
+from apr.checkpoints.peft import LoadedAdapter
 from apr.checkpoints.registry import open_any
 from apr.cli.main import main
 from apr.common.errors import UsageError
@@ -569,6 +570,35 @@ def test_an_adapter_goes_on(place, run, tmp_path):
     end = [m["val_loss"] for m in metrics(run) if "val_loss" in m][-1]
     assert abs(losses[0] - end) <= 1e-6
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("what", ["B is zero", "alpha is twice the rank"])
+def test_an_adapter_that_goes_on_otherwise_is_refused(place, run, tmp_path, monkeypatch, capsys, what):
+    if what == "B is zero":
+        right = loop.adapter_start
+
+        def start(layout, adapter):
+            flat = right(layout, adapter)
+            for _, b in layout.views(flat):
+                b[...] = 0
+            return flat
+
+        monkeypatch.setattr(loop, "adapter_start", start)
+    else:
+        right = LoadedAdapter.lora_config
+
+        def config(self, *a, **k):
+            found = right(self, *a, **k)
+            return dataclasses.replace(found, alpha=3.0 * found.alpha)
+
+        monkeypatch.setattr(LoadedAdapter, "lora_config", config)
+    adapter, more = run / "ckpt/epoch-002-adapter", ["--bounds", "pretrained_share=2"]
+    assert pretrain(place, tmp_path / "more", "--lora-init", adapter, *more) == 5
+    (gate,) = (
+        g for g in json.loads((tmp_path / "more/verdict.json").read_text())["gates"] if g["verdict"] == "FAIL"
+    )
+    assert gate["id"] == "before.weights"
+    assert ("is not that of" if what == "B is zero" else "the scale of") in gate["why"]
 
 
 FAULTS = {

@@ -12,16 +12,20 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from mutant_faults import FAULTS, Mutant  # noqa: E402
+from mutant_fifth import FIFTH  # noqa: E402
 from mutant_fourth import FOURTH  # noqa: E402
+from mutant_jobs import BEFORE, LINES  # noqa: E402
 from mutant_second import SECOND  # noqa: E402
 from mutant_third import THIRD  # noqa: E402
 from mutants import COMMANDS, JOBS, RESUMED, from_patch, rates, record  # noqa: E402
 from mutants import Outcome as MutantOutcome  # noqa: E402
 
 
-@pytest.mark.parametrize("mutant", [*FAULTS, *SECOND, *THIRD, *FOURTH], ids=lambda m: m.name)
+@pytest.mark.parametrize("mutant", [*FAULTS, *SECOND, *THIRD, *FOURTH, *FIFTH], ids=lambda m: m.name)
 def test_a_fault_can_be_planted(mutant):
-    assert mutant.job == COMMANDS or mutant.job.removeprefix(RESUMED) in JOBS
+    kind, _, names = mutant.job.partition(":")
+    assert kind == COMMANDS or kind.removeprefix(RESUMED) in JOBS
+    assert not names or not {*names.split(",")} - {*LINES}
     assert mutant.edits
     for path, old, new in mutant.edits:
         text = (ROOT / path).read_text(encoding="utf-8")
@@ -33,8 +37,12 @@ def test_a_fault_can_be_planted(mutant):
 
 
 def test_names_are_given_once():
-    every = [*FAULTS, *SECOND, *THIRD, *FOURTH]
+    every = [*FAULTS, *SECOND, *THIRD, *FOURTH, *FIFTH]
     assert len({m.name for m in every}) == len(every)
+
+
+def test_jobs_that_fill_a_cache_first_are_jobs():
+    assert not {*BEFORE} - {*JOBS}
 
 
 def test_a_patch_becomes_edits(tmp_path):

@@ -176,8 +176,8 @@ def _runs(ids: np.ndarray, trained: np.ndarray, end: int | None) -> list[slice]:
     edges = np.flatnonzero(np.diff(np.concatenate([[False], trained, [False]]).astype(np.int8)))
     out: list[slice] = []
     for first, last in edges.reshape(-1, 2).tolist():
-        cuts = np.flatnonzero(ids[first:last] == end) + 1 + first if end is not None else []
-        out += [slice(a, b) for a, b in pairwise(sorted({first, *map(int, cuts), last}))]
+        cuts = [] if end is None else (np.flatnonzero(ids[first:last] == end) + 1 + first).tolist()
+        out += [slice(a, b) for a, b in pairwise(sorted({first, *cuts, last}))]
     return out
 
 
