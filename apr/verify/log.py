@@ -15,7 +15,6 @@ from ..evidence.judge import ENDED, ended_as_asked, judge, near, target
 from ..evidence.ranks import read_ranks
 from ..model.schedule import Schedule
 from ..training.evaluate import epoch_facts
-from ..training.run import ENDED
 from .record import CUT, Record
 
 KINDS = ("train_loss", "val_loss", "spot_check", "passes", "tasks")  # keys of which each line has one
