@@ -104,6 +104,8 @@ class LoadedAdapter:
             why = "has an embedding and a head of their own, of a base where they are one matrix, of which --lora-init trains one"
         elif odd := [hf for hf in self.saved if hf.split(".")[-2] in LINEAR.values()]:
             why = f"trained {odd[0]} whole, of which --lora-init trains adapters only"
+        elif c.get("init_lora_weights") == "mica":
+            why = "is one of MiCA, whose B is not trained, and --lora-init trains A and B"
         elif c.get("use_dora") and set(names) & outside:
             why = "is one of DoRA of embedding or head, which --lora-init does not go on with"
         if why:

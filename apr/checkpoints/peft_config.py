@@ -34,7 +34,7 @@ HARMLESS = {
     "tie_word_embeddings", "use_dora", "modules_to_save",
 }  # fmt: skip
 # Initial values of A and B; others also change the base, so that the adapter does not belong to it.
-STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 MERGED = "PEFT's merge_and_unload merges what can be merged: import what that saves"
 # Methods that put trained vectors before a text, or before its keys and values.
 PROMPTS = (

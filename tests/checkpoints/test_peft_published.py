@@ -182,6 +182,17 @@ LEFT_OUT = {
 }
 
 
+def test_an_adapter_of_mica_is_merged_but_not_gone_on_with(bases, folder, tmp_path):
+    """PEFT leaves its base as it is, and trains A alone."""
+    cfg = open_any(str(bases("mistral")[0])).cfg
+    out = copied(folder, "whole", tmp_path)
+    plain = read_adapter(str(out), cfg)
+    change(out, init_lora_weights="mica")
+    assert read_adapter(str(out), cfg).sha256 == plain.sha256
+    with pytest.raises(Refused, match="MiCA, whose B is not trained"):
+        read_adapter(str(out), cfg).lora_config(cfg)
+
+
 @pytest.mark.parametrize("what", LEFT_OUT)
 def test_an_adapter_of_a_module_that_the_config_leaves_out_is_refused(bases, folder, tmp_path, what):
     """PEFT 0.21 passes such tensors over without a word, and its logits are others than those of the merged file."""
