@@ -19,6 +19,7 @@ from .gguf_rules import OTHERWISE, added_around, check_rules
 
 # Sum of the squares of the lengths of all tokens, which are split at every place; vocabularies in use have 1/50 of it.
 MAX_SPLIT_CHARACTERS = 1 << 30
+SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # llama.cpp's, where a header has no key
 # Says which normalizer a tokenizer had that the name of its rule does not say; llama.cpp normalizes nothing.
 NORMALIZER = "apr.tokenizer.normalizer"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
@@ -287,9 +288,13 @@ def tokenizer_json(keys: dict[str, Any], source: str) -> str | None:
 
 
 def special_of(keys: dict[str, Any], name: str, source: str) -> int | None:
-    """Read the id of bos or eos. Raises MalformedFile for one that is no token."""
+    """Read the id of bos or eos, or what llama.cpp takes without the key. Raises MalformedFile for one that is no token."""
     i = keys.get(f"tokenizer.ggml.{name}_token_id")
     tokens = keys.get("tokenizer.ggml.tokens") or []
+    kinds = keys.get("tokenizer.ggml.token_type")
+    if i is None and keys.get("tokenizer.ggml.model") == "llama" and isinstance(kinds, list):
+        default = SENTENCEPIECE_IDS.get(name, len(kinds))
+        return default if default < min(len(tokens), len(kinds)) and kinds[default] == CONTROL else None
     if i is not None and (type(i) is not int or not 0 <= i < len(tokens)):
         raise MalformedFile(
             f"{source}: {name}_token_id = {short(i)} is no id of its {plural(len(tokens), 'token')}"
@@ -340,13 +345,16 @@ def _sentencepiece_steps(prefix: bool, normalizer: dict[str, Any] | None) -> dic
 
 
 def _merges_of(vocab: dict[str, int], scores: list[float]) -> list[list[str]]:
-    """List every split of a token into two tokens, those of the highest score first."""
+    """List every split of a token into two tokens, those of the highest score first, of one score the longest left part.
+
+    llama.cpp and sentencepiece join the leftmost of those of one score, so what is left over of a run of spaces, the tokens of
+    which all have one score in Llama 2 and Mistral, is at its right end."""
     merges: list[tuple[float, int, int, list[str]]] = []
     for token, i in vocab.items():
         for at in range(1, len(token)):
             a, b = token[:at], token[at:]
             if a in vocab and b in vocab:
-                merges.append((-scores[i], vocab[a], vocab[b], [a, b]))
+                merges.append((-scores[i], -at, -len(b), [a, b]))
     return [pair for *_, pair in sorted(merges)]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import tokenizer_cases
 from apr.checkpoints.gguf_rules import space_note
-from apr.checkpoints.gguf_vocab import RULES, tokenizer_json, vocabulary_keys
+from apr.checkpoints.gguf_vocab import RULES, special_of, tokenizer_json, vocabulary_keys
 from apr.common.errors import Refused
 from apr.tokenizer.tokenizer import Tokenizer
 from apr.tokenizer.vocab_format import steps
@@ -203,3 +203,24 @@ def test_spaces_that_llama_cpp_puts_and_metaspace_does_not(scheme: str, words: s
     note = space_note(json.dumps(d), "t")
     assert (words in note) if note else not words
     assert space_note(json.dumps(sentencepiece()), "t") is None
+
+
+def test_ids_that_llama_cpp_takes_without_a_key() -> None:
+    """Of SentencePiece 1 and 2: its converter leaves the keys out where config.json names no such ids."""
+    d = tokenizer_cases.fallback()
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for token in d["model"]["vocab"]:
+        vocab.setdefault(token, len(vocab))
+    d["model"] |= {"vocab": vocab, "merges": ["\u2581 a", "a b"]}
+    d["added_tokens"] = [added(i, token) for token, i in list(vocab.items())[:3]]
+    d["post_processor"] = template("<s>", "A", pairs={"<s>": 1})
+    keys = keys_of(d)
+    bare = {
+        k: v
+        for k, v in keys.items()
+        if k.split(".")[-1] not in ("bos_token_id", "eos_token_id", "add_bos_token")
+    }
+    assert [special_of(bare, name, "b") for name in ("bos", "eos", "eot")] == [1, 2, None]
+    assert tokenizer_json(bare, "b") == tokenizer_json(keys, "b")
+    kinds = [1 if i in (1, 2) else kind for i, kind in enumerate(keys["tokenizer.ggml.token_type"])]
+    assert special_of(bare | {"tokenizer.ggml.token_type": kinds}, "eos", "b") is None

@@ -15,7 +15,7 @@ import numpy as np
 
 import interop_cases
 from apr.checkpoints.gguf import package, write_gguf
-from apr.checkpoints.gguf_vocab import RULES
+from apr.checkpoints.gguf_vocab import RULES, vocabulary_keys
 from apr.model.config import ModelConfig
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
@@ -74,8 +74,10 @@ def ids_of(name: str) -> np.ndarray:
 _MERGES = (
     "h e|\u2581 t|\u2581t he|i n|\u2581 a|a n|an d|\u2581 w|o r|\u2581w or|l d|\u2581wor ld|e r|r e|\u2581 \u2581"
     "|\u2581\u2581 \u2581\u2581|e l|l o|el lo|\u2581 H|\u2581H ello|in g|1 2|\u2581 1|d e|de f|n \u2581|t h|th e|l l"
-    "|ll \u2581"
+    "|ll \u2581|\u2581\u2581 \u2581|\u2581\u2581\u2581 \u2581\u2581|\u2581\u2581\u2581\u2581 \u2581\u2581\u2581\u2581"
+    "|\u2581\u2581\u2581\u2581 \u2581\u2581\u2581|\u2581\u2581\u2581\u2581\u2581\u2581\u2581\u2581 \u2581\u2581\u2581\u2581"
 )
+PUBLISHED = "llama, one score for runs of spaces"  # as of Llama 2 and Mistral, whose tokens of spaces alone all have -1e9
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEHKLRSTX0123456789.,:;'!?()_\u2581\u00e9\u4e2d"
 
 
@@ -83,9 +85,8 @@ def _sentencepiece(prefix: bool) -> dict[str, Any]:
     """As Llama 2 (prefix) and as Gemma: merges over the whole text, bytes for what has no piece."""
     merges = [m.split(" ") for m in _MERGES.split("|")]
     made = dict.fromkeys(["<unk>", *FALLBACK_BYTES, *_LETTERS, *(a + b for a, b in merges)])
-    splits = [
-        [t[:at], t[at:]] for t in made if len(t) > 1 and t[0] != "<" for at in range(1, len(t))
-    ]  # llama.cpp has no merges, and joins any two tokens whose text is a token
+    # llama.cpp has no merges, and joins any two tokens whose text is a token; the leftmost of those of one score.
+    splits = [[t[:at], t[at:]] for t in made if len(t) > 1 and t[0] != "<" for at in range(1, len(t))]
     order = {t: i for i, t in enumerate(made)}
     put = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
     first = [{"type": "Prepend", "prepend": SPACE_MARK}] if prefix else []
@@ -104,7 +105,7 @@ def _sentencepiece(prefix: bool) -> dict[str, Any]:
         "model": {
             "type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": order,
             "merges": sorted(([a, b] for a, b in splits if a in order and b in order),
-                             key=lambda m: (order[m[0] + m[1]], order[m[0]])),
+                             key=lambda m: (order[m[0] + m[1]], -len(m[0]))),
         },
     }  # fmt: skip
 
@@ -119,7 +120,19 @@ def tokenizers(folder: Path) -> dict[str, str]:
         out[rule] = json.dumps({**base, **normal, "model": model})
     for prefix in (True, False):
         out["llama" if prefix else "llama, no space before"] = json.dumps(_sentencepiece(prefix))
+    out[PUBLISHED] = out["llama"]
     return out
+
+
+def vocabulary(name: str, text: str) -> dict[str, Any]:
+    """Make the keys of a tokenizer; of PUBLISHED with scores that no tokenizer.json has."""
+    fields = json.loads(text)
+    ids = [*fields["model"]["vocab"].values(), *(t["id"] for t in fields["added_tokens"])]
+    keys = vocabulary_keys(text, name, max(ids) + 1, None)
+    if name == PUBLISHED:
+        rows = zip(keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.scores"], strict=True)
+        keys["tokenizer.ggml.scores"] = [-1e9 if set(t) == {SPACE_MARK} else score for t, score in rows]
+    return keys
 
 
 TEXTS = (
@@ -130,7 +143,8 @@ TEXTS = (
     "Caf\u00e9 e\u0301 \u212b \ufb01", "\U0001f600\U0001f44d\U0001f3fd\U0001f1e9\U0001f1ea", "\u00a0x\u3000y\u2028z\u0085\u200b",
     "\x00\x01\x1c\x7f", "\u2581 a\u2581b \u0120 \u010a", "def f(x):\n    return x**2  # the end\n\n\nif  a!=b:\n\tpass",
     "!!!??..., --== #$%^&*()[]{}", "http://a.example/b?c=d&e=f", "__init__ snake_case CamelCase", "''''' '' x'y", "x    y     z",
-    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>", "a<|im_start|> b</s>c", "</s", "\u02bcs it\u2019s \u01c5 \u00aa",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>", "a<|im_start|> b</s>c",
+    *("x" + " " * n + "y" for n in (3, 5, 6, 7, 10, 11, 17, 25)), "</s", "\u02bcs it\u2019s \u01c5 \u00aa",
 )  # fmt: skip
 
 

@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
 import llama_cpp_cases as cases
-from apr.checkpoints.gguf_vocab import vocabulary_keys
 
 GOLDEN = ROOT / "tests/golden/llama-cpp.json"
 
@@ -84,9 +83,7 @@ def made(folder: Path) -> dict[str, Any]:
         rows = [" ".join(f"{x:.6g}" for x in row) for row in found]
         out["models"][name] = {"file": cases.fingerprint(path), "logits": rows}
     for name, text in cases.tokenizers(folder / "tokenizer").items():
-        fields = json.loads(text)
-        ids = [*fields["model"]["vocab"].values(), *(t["id"] for t in fields["added_tokens"])]
-        cases.write_vocabulary(vocabulary_keys(text, name, max(ids) + 1, None), path)
+        cases.write_vocabulary(cases.vocabulary(name, text), path)
         opened = Opened(path, True)
         out["tokenizers"][name] = {
             "file": cases.fingerprint(path),
