@@ -15,7 +15,7 @@ OTHERWISE = "export --format hf"
 OPTIONS = ("continuing_subword_prefix", "end_of_word_suffix")
 # Of an added token: white space beside it becomes part of it, or it counts between word boundaries only.
 FLAGS = ("lstrip", "rstrip", "single_word")
-MAX_SPLIT = 256  # characters of a token before which it is split to look for two others
+MAX_SPLIT = 256  # places at which a token is split to look for others
 
 
 def check_rules(fields: dict[str, Any], is_sentencepiece: bool, source: str) -> None:
@@ -28,6 +28,7 @@ def check_rules(fields: dict[str, Any], is_sentencepiece: bool, source: str) -> 
     for token in fields.get("added_tokens") or []:
         if flag := next((flag for flag in FLAGS if token.get(flag)), None):
             raise _refused(source, f"{flag} = true of the added token {token['content']!r}")
+    _check_overlaps([token["content"] for token in fields.get("added_tokens") or []], source)
     if not is_sentencepiece:
         return
     if model.get("ignore_merges"):
@@ -52,6 +53,22 @@ def check_rules(fields: dict[str, Any], is_sentencepiece: bool, source: str) -> 
             f"{source}: model.byte_fallback is false: llama.cpp gives bytes for text without a token; {OTHERWISE}"
         )
     _check_reached(fields, source)
+
+
+def _check_overlaps(tokens: list[str], source: str) -> None:
+    """Raise Refused for an added token that begins within another and is no shorter: llama.cpp looks for the longest first,
+    the library takes what begins first. Runs of one character are the same either way."""
+    by_first: dict[str, list[str]] = {}
+    for token in tokens:
+        by_first.setdefault(token[:1], []).append(token)
+    for a in tokens:
+        for at in range(max(1, len(a) - MAX_SPLIT), len(a)):
+            for b in by_first.get(a[at], ()):
+                longer = b != a and len(b.encode()) >= len(a.encode())
+                if longer and b.startswith(a[at:]) and len({*a, *b}) > 1:
+                    raise _refused(
+                        source, f"the added tokens {a!r} and {b!r} overlap, and the first one wins"
+                    )
 
 
 def _check_reached(fields: dict[str, Any], source: str) -> None:

@@ -156,6 +156,22 @@ def test_a_token_that_no_merge_makes() -> None:
         keys_of(d)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "is_fine"),
+    [(("ab", "bcXYZ"), False), (("\t\n", "\n\n"), False), (("ab", "ba"), False), (("abcd", "bc"), True),
+     (("  ", "   ", "     "), True), (("<|a|>", "<|bb|>", "</s>"), True), (("aba",), True)],
+)  # fmt: skip
+def test_added_tokens_that_overlap(tokens: tuple[str, ...], is_fine: bool) -> None:
+    """Of "abcXYZ" with the tokens "ab" and "bcXYZ" llama.cpp makes a, bcXYZ, and the library ab, c, X, Y, Z."""
+    d = byte_level()
+    d["added_tokens"] += [added(259 + i, token, False) for i, token in enumerate(tokens)]
+    if is_fine:
+        assert keys_of(d)
+    else:
+        with pytest.raises(Refused, match=r"the added tokens '.*' and '.*' overlap"):
+            keys_of(d)
+
+
 def test_added_tokens_behind_a_normalizer_that_puts_a_mark_first() -> None:
     """The library finds "<im>" of such a tokenizer as U+2581<im>, so not within "a<im>"; llama.cpp finds it there."""
     d = sentencepiece()
