@@ -72,4 +72,4 @@ def run_dir(i: Inputs) -> RunDir:
         assert s.run_dir is not None
         return RunDir(Path(s.run_dir))
     name = "demo" if is_demo(s) else Path(str(s.model or s.init)).stem
-    return RunDir(make_folder(Path(s.run_dir) if s.run_dir else next_free(name)))
+    return RunDir(make_folder(Path(s.run_dir)) if s.run_dir else next_free(name))

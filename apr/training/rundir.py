@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from ..checkpoints.state import Snapshot, TrainingState
 from ..common.atomic import write_json
 from ..common.errors import InputNotFound, Interrupted, IOFailure, MalformedFile, Refused
 from ..common.events import REMOVED
-from ..common.files import read_json, short
+from ..common.files import make_folder, read_json, short
 from ..common.run_paths import run_of
 from ..common.shell import word
 from .callbacks import CallbackFailed
@@ -319,13 +320,19 @@ def how_to_go_on(run: RunDir) -> str:
 
 
 def next_free(name: str, root: Path = Path("runs")) -> Path:
-    """Find the first of runs/NAME, runs/NAME-2, runs/NAME-3 ... that holds no run."""
-    number = 1
-    while True:
-        path = root / (name if number == 1 else f"{name}-{number}")
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-            return path
-        number += 1
+    """Make the first of runs/NAME, runs/NAME-2, runs/NAME-3 ... that is not there. Raises IOFailure.
+
+    Runs that begin at the same moment get a folder each: one process alone makes a folder."""
+    make_folder(root)
+    for path in itertools.chain([root / name], (root / f"{name}-{n}" for n in itertools.count(2))):
+        try:
+            path.mkdir()
+            break
+        except FileExistsError:
+            continue
+        except OSError as e:
+            raise IOFailure(f"{path}: cannot make the folder: {e.strerror}") from None
+    return path
 
 
 def of_run(saved: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -722,6 +723,10 @@ def test_small_mistakes_are_answered_in_a_line(place, tmp_path, monkeypatch, cap
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "config").write_text("a file")
     assert next_free("config") == Path("runs/config-2")
+    # Runs that begin at the same moment.
+    with ThreadPoolExecutor(8) as pool:
+        found = {*pool.map(lambda _: next_free("config"), range(8))}
+    assert found == {Path(f"runs/config-{n}") for n in range(3, 11)}
 
 
 def test_advice_names_options_with_which_a_job_fits() -> None:
