@@ -532,6 +532,13 @@ def test_the_command_for_a_tree_writes_its_best_path(tmp_path: Path, name: str, 
     assert [m["content"] for m in json.loads(read.text or "")] == ["q", "good", "more?"]
 
 
+def test_a_list_for_each_key_is_no_list_of_messages() -> None:
+    """As a Sequence of datasets is stored in Parquet."""
+    with pytest.raises(Unusable) as e:
+        example_of("x", {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}})
+    assert "messages has a list for each of 'role', 'content'; write one list of objects" in e.value.detail
+
+
 def test_the_command_for_several_texts_writes_a_record_for_each(tmp_path: Path) -> None:
     path = lines(tmp_path, [{"prompt": "q", "completion": ["a", "b"]}])
     (skipped,) = open_conversations(path)

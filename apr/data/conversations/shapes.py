@@ -22,6 +22,7 @@ from .spoken import (
     is_texts,
     is_transcript,
     is_tree,
+    no_list,
     one_by_one,
     one_text,
     path_of,
@@ -278,7 +279,7 @@ def conversation(name: str, record: Record, turns: Any, where: str, context: int
     beginning are not trained on. Raises Unusable."""
     turns = from_transcript(turns, where) if is_transcript(turns) else _filled(_parsed(turns))
     if not isinstance(turns, list) or not turns:
-        raise Unusable("not a list", f"{where} is no list, or empty")
+        raise Unusable("not a list", no_list(turns, where))
     refuse_branches(turns, where)
     turns = [as_message(turn) for turn in one_by_one(turns, where)]
     messages, untrained = [], set()

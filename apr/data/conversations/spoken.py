@@ -223,6 +223,15 @@ def as_told(value: Any, key: str) -> Any:
     return told if is_told else value
 
 
+def no_list(value: Any, where: str) -> str:
+    """Say what stands in the place of a list of messages: a list for each of their keys, as a Sequence of datasets is stored."""
+    lists = [key for key, x in value.items() if isinstance(x, list)] if isinstance(value, dict) else []
+    if len(lists) < 2:
+        return f"{where} is no list, or empty"
+    wanted = ", ".join(f"{key!r}: ..." for key in lists)
+    return f"{where} has a list for each of {', '.join(map(repr, lists))}; write one list of objects, [{{{wanted}}}, ...]"
+
+
 def one_text(value: Any, key: str) -> Any:
     """Give the text of a list of one; any other value stays. Raises Unusable for several texts."""
     if not is_texts(value):
