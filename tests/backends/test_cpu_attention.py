@@ -194,7 +194,7 @@ def emulated(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     if dtype == "bfloat16":
         monkeypatch.setattr(sys.modules["apr.backends.cpu.low"], "products", own)
     else:
-        monkeypatch.setattr(ops, "_blocks", lambda: own)
+        monkeypatch.setattr(ops, "_vectors", lambda: own)
     yield dtype
     fault[0] = -1
 

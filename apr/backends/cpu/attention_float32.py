@@ -7,22 +7,19 @@ in two halves of 16 columns, in each term after term. A sum adds its terms in or
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from . import attention, softmax_float32
+from . import attention, fma, softmax_float32
+from .fma import FLAG, I64, put_16
 from .kernels import _row
 from .order import turn
-from .start import compile_all
-from .tiles import EDGE, SUMS_BYTES, has_vectors
+from .tiles import EDGE, SUMS_BYTES
 
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_SUMS = ir.VectorType(_F32, 16)
 ROWS = 8  # of sums that stay in registers
-TERMS = 4  # of a pass through the loop: LLVM reads ahead, and has no registers for more
+TERMS = 4  # of a pass through the loop: see products_float32.py
 HALF = SUMS_BYTES // 2  # bytes of 16 columns of a right operand's block
-_FLOATS, _NO_CONFIG = np.empty(1, np.float32), np.empty(0, np.uint8)
+_NO_CONFIG = np.empty(0, np.uint8)
 _kernels = []  # (kernel, signature)
 
 
@@ -54,59 +51,28 @@ def fma_turned(typing, sums, a, b, steps, adds):
 
 
 def _rows_function(module, is_turned, columns):
-    name = f"apr_fma_{'turned' if is_turned else 'rows'}_{columns}"
-    if name in module.globals:
-        return module.globals[name]
-    f = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * 4 + [ir.IntType(1)]), name)
-    f.linkage = "internal"
-    f.attributes.add("noinline")
-    start, loop, done = (f.append_basic_block(name) for name in ("start", "terms", "done"))
-    builder = ir.IRBuilder(start)
+    name = f"apr_block_{'turned' if is_turned else 'rows'}_{columns}"
+    f, builder = fma.function(module, name, [*[I64] * 4, FLAG])
+    if builder is None:
+        return f
     sums, a, b, steps, adds = f.args
-    name = "llvm.fma.v16f32"
-    fma = module.globals.get(name) or ir.Function(module, ir.FunctionType(_SUMS, [_SUMS] * 3), name)
     of_row, of_term = (4, 4 * EDGE) if is_turned else (4 * EDGE, 4)
-    places = [builder.add(sums, _I64(4 * EDGE * r + 64 * c)) for r in range(ROWS) for c in range(columns)]
+    places = [builder.add(sums, I64(4 * EDGE * r + 64 * c)) for r in range(ROWS) for c in range(columns)]
 
-    def load(address, kind):
-        x = builder.load(builder.inttoptr(address, kind.as_pointer()))
-        x.align = 4
-        return x
+    def body(n, sums):
+        of_block = builder.mul(builder.udiv(n, I64(EDGE // TERMS)), I64(SUMS_BYTES))
+        here = builder.urem(n, I64(EDGE // TERMS))
+        left, right = (
+            builder.add(base, builder.add(of_block, builder.mul(here, I64(TERMS * size))))
+            for base, size in ((a, of_term), (b, 64))
+        )
+        halves = [builder.add(right, I64(HALF * c)) for c in range(columns)]
+        return fma.add_terms(builder, sums, left, halves, TERMS, of_row, of_term)
 
-    def spread(x):
-        one = builder.insert_element(ir.Constant(_SUMS, ir.Undefined), x, _I32(0))
-        return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, 16), [0] * 16))
-
-    nothing = ir.Constant(_SUMS, [0.0] * 16)
-    before = [builder.select(adds, load(place, _SUMS), nothing) for place in places]
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    n = builder.phi(_I64)
-    n.add_incoming(_I64(0), start)
-    own = [builder.phi(_SUMS) for _ in before]
-    new = list(own)
-    of_block = builder.mul(builder.udiv(n, _I64(EDGE // TERMS)), _I64(SUMS_BYTES))
-    here = builder.urem(n, _I64(EDGE // TERMS))
-    a0, b0 = (
-        builder.add(base, builder.add(of_block, builder.mul(here, _I64(TERMS * size))))
-        for base, size in ((a, of_term), (b, 64))
-    )
-    for t in range(TERMS):
-        right = [load(builder.add(b0, _I64(64 * t + HALF * c)), _SUMS) for c in range(columns)]
-        for r in range(ROWS):
-            x = spread(load(builder.add(a0, _I64(of_row * r + of_term * t)), _F32))
-            for c, y in enumerate(right):
-                i = r * columns + c
-                new[i] = builder.call(fma, [x, y, new[i]])
-    following = builder.add(n, _I64(1))
-    n.add_incoming(following, loop)
-    for s, x, y in zip(own, before, new, strict=True):
-        s.add_incoming(x, start)
-        s.add_incoming(y, loop)
-    builder.cbranch(builder.icmp_unsigned("<", following, steps), loop, done)
-    builder.position_at_end(done)
-    for place, x in zip(places, new, strict=True):
-        builder.store(x, builder.inttoptr(place, _SUMS.as_pointer())).align = 4
+    before = zip(places, fma.zeros(len(places)), strict=True)
+    before = [builder.select(adds, fma.load(builder, place), nothing) for place, nothing in before]
+    for place, x in zip(places, fma.loop(builder, I64(0), steps, 1, before, body), strict=True):
+        fma.store(builder, x, place)
     builder.ret_void()
     return f
 
@@ -130,29 +96,13 @@ def block_turned(sums, a, b, terms, height, adds):
         fma_turned(np.uintp(sums + 4 * EDGE * r), np.uintp(a + 4 * r), b, (terms + TERMS - 1) // TERMS, adds)
 
 
-@njit(error_model="numpy", inline="always")
-def _put_16(to, at, n):
-    """Write n elements, and 0 behind them, as a vector."""
-    own = _row(_FLOATS, to, 16)
-    if n == 16:
-        row = _row(_FLOATS, at, 16)
-        for e in range(16):
-            own[e] = row[e]
-    else:
-        for e in range(16):
-            own[e] = 0
-        row = _row(_FLOATS, at, max(n, 0))
-        for e in range(n):
-            own[e] = row[e]
-
-
 @njit(error_model="numpy")
 def row_block(x, to, at, stride, height, width):
     """Row after row, 0 behind the edges: see order.py."""
     for r in range(EDGE):
         for h in range(2):
             n = min(16, width - 16 * h) if r < height else 0
-            _put_16(to + 4 * EDGE * r + 64 * h, at + r * stride + 64 * h, n)
+            put_16(to + 4 * EDGE * r + 64 * h, at + r * stride + 64 * h, n)
 
 
 @njit(error_model="numpy")
@@ -161,7 +111,7 @@ def term_block(x, to, at, stride, height, width, half):
     for h in range((width + 15) // 16):
         for r in range(EDGE):
             n = min(16, width - 16 * h) if r < height else 0
-            _put_16(to + HALF * h + 64 * r, at + r * stride + 64 * h, n)
+            put_16(to + HALF * h + 64 * r, at + r * stride + 64 * h, n)
 
 
 @njit(error_model="numpy")
@@ -230,7 +180,3 @@ def attention_fwd(*args):
 def attention_bwd(*args):
     """See attention.py."""
     _backward(*args, _NO_CONFIG)
-
-
-if has_vectors():
-    compile_all(_kernels, __name__, 15)

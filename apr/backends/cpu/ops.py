@@ -1,4 +1,4 @@
-"""The cpu backend: float32 or bfloat16, OpenBLAS for matrix products and Numba for the rest.
+"""The cpu backend: float32 or bfloat16, matrix products of the processor's own kind or OpenBLAS's, and Numba for the rest.
 
 The functions, their parameters and what they compute are those of reference.py, where the formulas
 stand; the loops are in kernels.py, and an op that is one kernel with the op's own arguments is not repeated here.
@@ -80,13 +80,13 @@ def _low() -> Any:
 
 
 @cache
-def _blocks() -> Any:
-    """What computes attention of more than a few rows in float32: by blocks, where the processor has vectors for that."""
+def _vectors() -> Any:
+    """Products and attention of float32 in vectors of 512 bits; None where the processor has none."""
     if not tiles.has_vectors():
-        return kernels
-    from . import attention_float32
+        return None
+    from . import vectors
 
-    return attention_float32
+    return vectors
 
 
 def _deep(x: Array) -> Array:
@@ -154,8 +154,12 @@ def set_threads(n: int) -> None:
 
 def gemm(out: Array, a: Array, b: Array, alpha: float, beta: float, trans_a: bool, trans_b: bool) -> None:
     """See reference.py."""
+    a, b = _wide(a), _wide(b)
+    if beta in (0, 1) and (v := _vectors()) and min(out.shape) >= v.LEAST:
+        v.multiply(out, a, b, alpha, beta == 1, trans_a, trans_b)
+        return
     rows, cols = kernels.grid(numba.get_num_threads(), *out.shape)
-    kernels.gemm(out, _wide(a), _wide(b), trans_a, trans_b, alpha, beta, rows, cols)
+    kernels.gemm(out, a, b, trans_a, trans_b, alpha, beta, rows, cols)
 
 
 def _like(x: Array) -> Array:
@@ -272,7 +276,7 @@ def attention_fwd(
         p.attention_fwd(y, lse, q, k, v, borders, window)
         return
     to, (q, k, v) = _like(y), map(_wide, (q, k, v))
-    (kernels if few else _blocks()).attention_fwd(to, lse, q, k, v, borders, window)
+    (kernels if few else _vectors() or kernels).attention_fwd(to, lse, q, k, v, borders, window)
     _put(y, to)
 
 
@@ -297,7 +301,7 @@ def attention_bwd(
         return
     to = [_like(x) for x in (dq, dk, dv)]
     dy, y, q, k, v = map(_wide, (dy, y, q, k, v))
-    (kernels if few else _blocks()).attention_bwd(*to, dy, y, lse, q, k, v, borders, window)
+    (kernels if few else _vectors() or kernels).attention_bwd(*to, dy, y, lse, q, k, v, borders, window)
     for x, wide in zip((dq, dk, dv), to, strict=True):
         _put(x, wide)
 

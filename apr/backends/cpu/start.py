@@ -44,7 +44,7 @@ _WARMING = "APR_COMPILES_KERNELS"  # in a process that fills Numba's cache: the 
 _COMPILED, _OTHERS_ENDED = "compiled", "others ended\n"
 MAX_PROCESSES = 4  # that compile, some 200 MB each
 PROGRESS_SECONDS = 15
-_KINDS = {"kernels": "", "attention_float32": " of attention"}
+_KINDS = {"kernels": "", "vectors": " in vectors of 512 bits"}
 _WITHOUT_KERNELS = {"__init__.py", "ops.py", "start.py"}
 
 

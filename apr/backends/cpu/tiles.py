@@ -5,7 +5,7 @@
 |-------------|---------------------------------|-------------------------------------------------------------|
 | amx         | tdpbf16ps, 16 x 16 sums         | 32 terms, those of even k and of odd k apart: amx.py        |
 | avx512_bf16 | vdpbf16ps, 16 sums at a time    | the two products of a pair, then pairs in the order of k    |
-| float32     | none: operands are widened      | OpenBLAS's                                                  |
+| float32     | none: operands are widened      | as in float32                                               |
 
 Subnormal operands and sums count as 0 in vdpbf16ps, and it rounds sums to the nearest even, the product of a pair not first.
 Every element is a sum in one order, whatever the threads and whatever stands beside it.
