@@ -5,7 +5,6 @@ A block is 32 rows of 32 float32. The left operand of a product lies row after r
 in two halves of 16 columns, in each term after term. A sum adds its terms in order, each in one fused operation.
 """
 
-import numba
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
@@ -19,8 +18,7 @@ from .tiles import EDGE, SUMS_BYTES
 ROWS = 8  # of sums that stay in registers
 TERMS = 4  # of a pass through the loop: see products_float32.py
 HALF = SUMS_BYTES // 2  # bytes of 16 columns of a right operand's block
-_NO_CONFIG = np.empty(0, np.uint8)
-_kernels = []  # (kernel, signature)
+kernels = []  # (kernel, signature)
 
 
 def _call(is_turned, columns):
@@ -166,17 +164,7 @@ kind = {
     "gradients": softmax_float32.gradients,
     "dot_blocks": softmax_float32.dot_blocks,
 }
-_forward, _backward = (
-    attention.compiled(f, "float32", _kernels, "float32", **kind)
+forward, backward = (
+    attention.compiled(f, "float32", kernels, "float32", **kind)
     for f in (attention.forward, attention.backward)
 )
-
-
-def attention_fwd(*args):
-    """See attention.py."""
-    _forward(*args, numba.get_num_threads(), _NO_CONFIG)
-
-
-def attention_bwd(*args):
-    """See attention.py."""
-    _backward(*args, _NO_CONFIG)

@@ -10,10 +10,6 @@ halves of 16, each term after term. Of the left operand it copies 12 rows at a t
 come next meanwhile; of a transposed one, what LEFT_BYTES hold.
 """
 
-from functools import cache
-from threading import local
-
-import numba
 import numpy as np
 from numba import njit, prange, types
 from numba.extending import intrinsic
@@ -30,10 +26,8 @@ UNROLLED = 4  # terms of a pass through the loop: LLVM reads ahead, and has no r
 RIGHT_BYTES, LEFT_BYTES = 512 * 1024, 256 * 1024
 SUMS_BYTES, SPARE_BYTES = 4 * ROWS * COLUMNS, 16 * LINE
 ROOM_BYTES = RIGHT_BYTES + LEFT_BYTES + SUMS_BYTES + SPARE_BYTES + LINE  # for a thread
-LEAST = 24  # rows and columns of a result: fewer would mostly be multiplied with nothing
 _FLOATS = np.empty(1, np.float32)
-_kernels = []  # (kernel, signature)
-_rooms = local()
+kernels = []  # (kernel, signature)
 
 
 def _calls(is_turned):
@@ -179,7 +173,7 @@ def _write_part(to, to_bytes, sums, adds, height, width):
 
 @_kernel(
     "void(act[:,:], act[:,:], boolean, act[:,:], boolean, float32, boolean, int64, int64, uint8[:,::1])",
-    into=_kernels,
+    into=kernels,
     dtype="float32",
 )
 def product(out, left, turns, right, by_columns, alpha, adds, rows, cols, rooms):
@@ -250,25 +244,3 @@ def product(out, left, turns, right, by_columns, alpha, adds, rows, cols, rooms)
                                 row = np.int64(4 * COLUMNS)
                                 _multiply(turns, sums, row, own, of_b, half, terms, alpha, False)
                                 _write_part(to, so, sums, more, height, width)
-
-
-@cache
-def _grid(parts, m, n):
-    """Cut (m,n) for `parts` threads: the grid whose largest piece is the smallest; each cut of columns reads A once more."""
-    m, n = -(-m // ROWS), -(-n // COLUMNS)
-    pairs = [(r, parts // r) for r in range(1, parts + 1) if parts % r == 0]
-    return min(pairs, key=lambda rc: (-(-m // rc[0]) * -(-n // rc[1]) * (1 + 0.04 * rc[1]), rc[1]))
-
-
-def _own_rooms(count):
-    """Room for so many threads, of this thread of Python alone: others may compute at the same time."""
-    rooms = getattr(_rooms, "all", None)
-    if rooms is None or len(rooms) < count:
-        rooms = _rooms.all = np.empty((count, ROOM_BYTES), np.uint8)
-    return rooms
-
-
-def multiply(out, a, b, alpha, adds, trans_a, trans_b):
-    """out = alpha op(a) op(b), or += it."""
-    threads = numba.get_num_threads()
-    product(out, a, trans_a, b, trans_b, alpha, adds, *_grid(threads, *out.shape), _own_rooms(threads))

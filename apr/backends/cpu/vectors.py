@@ -1,13 +1,54 @@
-"""What float32 computes in vectors of 512 bits: products and attention. Compiled where a processor has them."""
+# mypy: ignore-errors
+"""Compute products and attention of float32 in vectors of 512 bits. Compiled where the processor has them."""
 
-from __future__ import annotations
+from functools import cache
+from threading import local
+
+import numba
+import numpy as np
 
 from . import attention_float32, products_float32
+from .products_float32 import COLUMNS, ROOM_BYTES, ROWS
 from .start import compile_all
 from .tiles import has_vectors
 
-attention_fwd, attention_bwd = attention_float32.attention_fwd, attention_float32.attention_bwd
-LEAST, multiply = products_float32.LEAST, products_float32.multiply
+LEAST = 24  # rows and columns of a result: fewer would mostly be multiplied with nothing
+_NO_CONFIG = np.empty(0, np.uint8)
+_rooms = local()
+
+
+@cache
+def _grid(parts, m, n):
+    """Cut (m,n) for `parts` threads: the grid whose largest piece is the smallest; each cut of columns reads A once more."""
+    m, n = -(-m // ROWS), -(-n // COLUMNS)
+    pairs = [(r, parts // r) for r in range(1, parts + 1) if parts % r == 0]
+    return min(pairs, key=lambda rc: (-(-m // rc[0]) * -(-n // rc[1]) * (1 + 0.04 * rc[1]), rc[1]))
+
+
+def _own_rooms(count):
+    """Room for so many threads, of this thread of Python alone: others may compute at the same time."""
+    rooms = getattr(_rooms, "all", None)
+    if rooms is None or len(rooms) < count:
+        rooms = _rooms.all = np.empty((count, ROOM_BYTES), np.uint8)
+    return rooms
+
+
+def multiply(out, a, b, alpha, adds, trans_a, trans_b):
+    """out = alpha op(a) op(b), or += it."""
+    threads = numba.get_num_threads()
+    grid, rooms = _grid(threads, *out.shape), _own_rooms(threads)
+    products_float32.product(out, a, trans_a, b, trans_b, alpha, adds, *grid, rooms)
+
+
+def attention_fwd(*args):
+    """See attention.py."""
+    attention_float32.forward(*args, numba.get_num_threads(), _NO_CONFIG)
+
+
+def attention_bwd(*args):
+    """See attention.py."""
+    attention_float32.backward(*args, _NO_CONFIG)
+
 
 if has_vectors():
-    compile_all([*products_float32._kernels, *attention_float32._kernels], __name__, 20)
+    compile_all([*products_float32.kernels, *attention_float32.kernels], __name__, 20)
