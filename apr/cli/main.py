@@ -151,6 +151,9 @@ def _explained(e: BaseException) -> tuple[str, str, int] | None:
     """Describe an error: a message, a status in one word, the exit code; None for a fault of apr's own."""
     if isinstance(e, AprError):
         return str(e), e.status, e.exit_code
+    if isinstance(e, RuntimeError) and str(e) == "can't start new thread":
+        text = "the system gives no more threads: raise `ulimit -u`, or the limits of processes and memory of its container"
+        return text, Refused.status, Refused.exit_code
     if isinstance(e, MemoryError):
         return "out of memory; `apr plan` shows what a job needs", AprError.status, Refused.exit_code
     if isinstance(e, KeyboardInterrupt):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,8 @@ class MetricsLog:
         self.witnesses: dict[int, dict[str, Any]] = {}
         self.is_longer = False
         self._file: TextIO | None = None
+        # Bytes that are written, and what keeps apart two threads that use the file.
+        self._bytes, self._lock = 0, threading.Lock()
 
     def open(self, step: int, evaluated: int) -> None:
         """Open both files to add to them, without the lines that an interrupted run wrote after `step`, and after the step
@@ -54,16 +57,20 @@ class MetricsLog:
             samples = [line for line in read_lines(self.samples, strict=False) if line["step"] <= last]
             write_text(self.samples, "".join(json.dumps(line) + "\n" for line in samples))
         try:
-            self._file = check_output(self.path).open("a", encoding="utf-8")
+            self._file = check_output(self.path).open("a+", encoding="utf-8")
         except OSError as e:
             raise IOFailure(explain(self.path, e)) from None
+        self._bytes = os.fstat(self._file.fileno()).st_size
 
     def write(self, **line: Any) -> None:
         """Add a line to metrics.jsonl."""
         assert self._file is not None
         try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            with self._lock:
+                # ASCII: as many bytes as characters.
+                count = self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
+                self._bytes += count
         except OSError as e:
             raise IOFailure(explain(self.path, e)) from None
 
@@ -76,10 +83,30 @@ class MetricsLog:
             raise IOFailure(explain(self.samples, e)) from None
 
     def sync(self) -> None:
-        """Bring metrics.jsonl to the disk: lines that a saved state continues must outlive a power failure."""
-        if self._file is not None:
-            with suppress(OSError):
-                os.fsync(self._file.fileno())
+        """Bring metrics.jsonl to the disk: lines that a saved state continues must outlive a power failure.
+
+        One that was removed, or exchanged for another, is written again. Raises IOFailure: it was cut, and lines are lost."""
+        if self._file is None:
+            return
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
+        with self._lock:  # training goes on meanwhile
+            self._repair()
+
+    def _repair(self) -> None:
+        assert self._file is not None
+        fd = self._file.fileno()
+        size = os.fstat(fd).st_size
+        if size < self._bytes:
+            raise IOFailure(
+                f"{self.path}: was cut while the run writes it: {plural(size, 'byte')}, it had {self._bytes}; restore it, "
+                "and go on with --resume"
+            )
+        is_there = self.path.exists() and os.path.samestat(os.stat(self.path), os.fstat(fd))
+        if not is_there and self.path.parent.is_dir():
+            write_text(self.path, os.pread(fd, size, 0).decode())
+            self._file.close()
+            self._file = self.path.open("a+", encoding="utf-8")
 
     def close(self) -> None:
         """Close metrics.jsonl."""

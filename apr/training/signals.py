@@ -11,8 +11,10 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-# SIGHUP: the terminal is closed, or the connection to its machine is lost.
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# SIGHUP: the terminal is closed, or the connection to its machine is lost. SIGXCPU: the CPU time of `ulimit -t` is used up.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
+# Nobody who sends them twice asks for more: the kernel sends one and the shell another, or the kernel one each second.
+REPEATED = (signal.SIGHUP, signal.SIGXCPU)
 
 
 @contextmanager
@@ -76,8 +78,8 @@ class StopRequest:
         self.is_asked, self._says = False, says
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.is_asked and number == signal.SIGHUP:
-            return  # of a closed terminal the kernel sends one, and the shell another
+        if self.is_asked and number in REPEATED:
+            return
         if self.is_asked:
             raise KeyboardInterrupt
         self.is_asked = True

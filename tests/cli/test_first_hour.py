@@ -179,6 +179,7 @@ def test_json_of_every_kind_of_error(call: Call, monkeypatch: pytest.MonkeyPatch
     for error, code, words in (
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 5, "out of memory"),
+        (RuntimeError("can't start new thread"), 5, "the system gives no more threads: raise `ulimit -u`"),
         (OSError(28, "No space left on device", "x"), 7, "x: No space left on device"),
     ):
 

@@ -425,3 +425,22 @@ def test_a_folder_does_not_set_how_pictures_are_drawn(tmp_path, monkeypatch):
         drawn(lambda path: path.write_text(str(matplotlib.rcParams["text.usetex"])), tmp_path / "a.png")
         assert matplotlib.rcParams["text.usetex"]  # of the program that apr is a part of
     assert (tmp_path / "a.png").read_text() == "False"
+
+
+def test_a_log_that_is_removed_in_a_run_is_written_again(tmp_path):
+    """Each save looks: without the lines up to its step a state cannot be gone on from."""
+    log = MetricsLog(tmp_path)
+    log.open(-1, -1)
+    for step, harm in enumerate((log.path.unlink, log.path.unlink, lambda: None)):
+        log.write(step=step, val_loss=1.0)
+        harm()
+        log.sync()
+        log.write(step=step, train_loss=1.0)
+    (tmp_path / "other").write_text("{}")
+    (tmp_path / "other").replace(log.path)
+    log.sync()
+    assert [line["step"] for line in log.lines()] == [0, 0, 1, 1, 2, 2]
+    os.truncate(log.path, 20)
+    with pytest.raises(IOFailure, match="was cut while the run writes it: 20 bytes, it had"):
+        log.sync()
+    log.close()

@@ -304,7 +304,7 @@ OPENERS_OF_FILES = {
     "apr.tokenizer.import_hf": {"_made": "JSON that Tokenizer has checked"},
     "apr.training.loop": {"train": "no file: the log opens outputs"},
     "apr.training.metrics": {
-        "open": "an output", "write_sample": "an output", "read_lines": "lines of bounded length",
+        "open": "an output", "_repair": "an output", "write_sample": "an output", "read_lines": "lines of bounded length",
     },
 }  # fmt: skip
 

@@ -35,12 +35,13 @@ def test_a_signal_that_python_drops_comes_again(place, monkeypatch, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_closed_terminal_asks_once_for_a_stop(monkeypatch):
-    """The kernel sends SIGHUP, and so does the shell; nohup ignores it."""
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGXCPU])
+def test_a_closed_terminal_or_used_up_time_asks_once_for_a_stop(number):
+    """Of a closed terminal the kernel sends SIGHUP, and so does the shell; nohup ignores it."""
     stop = StopRequest(says=False)
     with handled(stop):
-        signal.raise_signal(signal.SIGHUP)
-        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(number)
+        signal.raise_signal(number)
         assert stop.is_asked
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
