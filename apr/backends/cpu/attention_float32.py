@@ -18,7 +18,7 @@ from .tiles import EDGE, SUMS_BYTES
 ROWS = 8  # of sums that stay in registers
 TERMS = 4  # of a pass through the loop: see products_float32.py
 HALF = SUMS_BYTES // 2  # bytes of 16 columns of a right operand's block
-kernels = []  # (kernel, signature)
+_kernels = []  # (kernel, signature)
 
 
 def _call(is_turned, columns):
@@ -165,6 +165,6 @@ kind = {
     "dot_blocks": softmax_float32.dot_blocks,
 }
 forward, backward = (
-    attention.compiled(f, "float32", kernels, "float32", **kind)
+    attention.compiled(f, "float32", _kernels, "float32", **kind)
     for f in (attention.forward, attention.backward)
 )

@@ -27,7 +27,7 @@ RIGHT_BYTES, LEFT_BYTES = 512 * 1024, 256 * 1024
 SUMS_BYTES, SPARE_BYTES = 4 * ROWS * COLUMNS, 16 * LINE
 ROOM_BYTES = RIGHT_BYTES + LEFT_BYTES + SUMS_BYTES + SPARE_BYTES + LINE  # for a thread
 _FLOATS = np.empty(1, np.float32)
-kernels = []  # (kernel, signature)
+_kernels = []  # (kernel, signature)
 
 
 def _calls(is_turned):
@@ -173,7 +173,7 @@ def _write_part(to, to_bytes, sums, adds, height, width):
 
 @_kernel(
     "void(act[:,:], act[:,:], boolean, act[:,:], boolean, float32, boolean, int64, int64, uint8[:,::1])",
-    into=kernels,
+    into=_kernels,
     dtype="float32",
 )
 def product(out, left, turns, right, by_columns, alpha, adds, rows, cols, rooms):

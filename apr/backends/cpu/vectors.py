@@ -51,4 +51,4 @@ def attention_bwd(*args):
 
 
 if has_vectors():
-    compile_all([*products_float32.kernels, *attention_float32.kernels], __name__, 20)
+    compile_all([*products_float32._kernels, *attention_float32._kernels], __name__, 20)
