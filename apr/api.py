@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from .backends.select import select
 from .checkpoints.registry import open_any
+from .common.errors import UsageError
 from .common.printable import printable
 from .inference.language_model import LanguageModel
 from .training import run
@@ -32,14 +34,20 @@ from .training.settings import Settings, check, read_config
 
 
 def load(
-    path: str | os.PathLike[str], device: str = "auto", dtype: str | None = None, threads: int | None = None
+    path: str | os.PathLike[str],
+    device: str | None = "auto",
+    dtype: str | None = None,
+    threads: int | None = None,
 ) -> LanguageModel:
     """Load a checkpoint on a device: an .apr or GGUF file or a Hugging Face folder.
 
     device: "auto", "cpu", "cuda" or "cuda:N". dtype: "float32" or "bfloat16" (default: the backend's first, bfloat16 on
     a GPU), or "int8": matrices rounded to 8 bits, for faster generation. threads: CPU
     threads. Raises InputNotFound, MalformedFile, Refused, DeviceError."""
-    backend = select(device, None if dtype == "int8" else dtype, threads)
+    if threads is not None and (not isinstance(threads, Integral) or isinstance(threads, bool)):
+        raise UsageError(f"threads is a whole number, not {threads!r}")
+    # An object of another library, which spells its device as apr does.
+    backend = select("auto" if device is None else str(device), None if dtype == "int8" else dtype, threads)
     return LanguageModel(open_any(_path(path)), backend, dtype or backend.dtypes[0])
 
 

@@ -18,7 +18,7 @@ import apr
 from apr.checkpoints.hf import write_hf
 from apr.checkpoints.registry import open_any, open_host
 from apr.cli.main import main
-from apr.common.errors import AprError, InputNotFound, Refused, UsageError
+from apr.common.errors import AprError, DeviceError, InputNotFound, Refused, UsageError
 from apr.evidence.seal import compare
 from apr.inference.sampling import Sampling
 from apr.model.params import Layout
@@ -176,6 +176,8 @@ def test_a_batch_equals_each_alone(model):
         ),
         (lambda m: m.generate("x", seed=True), UsageError, "--seed must be a whole number"),
         (lambda m: apr.load("no/such"), InputNotFound, "no/such"),
+        (lambda m: apr.load(m.source, threads="2"), UsageError, "threads is a whole number, not '2'"),
+        (lambda m: apr.load(m.source, device=7), DeviceError, "--device 7: choose auto, cpu"),
         (lambda m: m.loss("Once upon"), UsageError, r"model\.tokenizer\.encode\(text\) gives them"),
         (lambda m: m.tokenizer.decode([[1], [2]]), UsageError, "decode each row"),
         (lambda m: m.generate_batch(["x"], {"max_tokens": 5}), UsageError, "options by name"),
