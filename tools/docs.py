@@ -8,7 +8,7 @@ A page is written by hand but for its generated blocks, which stand between two 
   <!-- presets -->           preset names with their sizes
 each ended by <!-- end -->. Those of docs/faults.md come from tests, from the faults of the campaigns and from their record:
   <!-- edits of kernels -->, <!-- faults of gates -->, <!-- first campaign -->, <!-- second campaign -->, <!-- third campaign -->,
-  <!-- fourth campaign -->
+  <!-- fourth campaign -->, <!-- fifth campaign -->
 and those of docs/stories.md from the records of its runs:
   <!-- stories of toy -->, <!-- stories of real -->, <!-- steps of pretraining -->
 """
@@ -170,6 +170,7 @@ TABLES = {
     "second campaign": lambda: docs_faults.campaign_table("second"),
     "third campaign": lambda: docs_faults.campaign_table("third"),
     "fourth campaign": lambda: docs_faults.campaign_table("fourth"),
+    "fifth campaign": lambda: docs_faults.campaign_table("fifth"),
     "stories of toy": lambda: docs_stories.beside_table("toy"),
     "stories of real": lambda: docs_stories.beside_table("real"),
     "steps of pretraining": docs_stories.steps_table,

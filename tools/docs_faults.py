@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mutant_faults import FAULTS, Mutant
+from mutant_fifth import FIFTH
 from mutant_fourth import FOURTH
 from mutant_second import SECOND
 from mutant_third import THIRD
@@ -102,7 +103,7 @@ def _text(node: ast.expr) -> str:
 def campaign_table(name: str) -> str:
     """Make a table of a list of the campaign, with who saw each fault by the record."""
     record = json.loads(RECORD.read_text())
-    known = {"first": FAULTS, "second": SECOND, "third": THIRD, "fourth": FOURTH}[name]
+    known = {"first": FAULTS, "second": SECOND, "third": THIRD, "fourth": FOURTH, "fifth": FIFTH}[name]
     part = record if name == "first" else record.get(f"{name} list", {})
     found: dict[str, Any] = part.get("faults", {})
     lines = [f"| {m.what} | {m.job} | {_seen(m, found)} |" for m in known]

@@ -71,7 +71,7 @@ BASE = "runs/base/ckpt/epoch-002.apr"
 # Flags of a run of the faulty code that fills the cache first.
 BEFORE: dict[str, Flags] = {
     "cached": ("--val-fraction", "0.4", "--num-steps", "2", "--eval-every", "2", "--warmup-steps", "1"),
-    "cached-chats": ("--chat-template", "tools.jinja", "--num-steps", "2", "--eval-every", "2", "--warmup-steps", "1"),
+    "cached-chats": ("--chat-template", "other.jinja", "--num-steps", "2", "--eval-every", "2", "--warmup-steps", "1"),
 }  # fmt: skip
 SHORT = ("--max-tokens", "24", "--json")
 # {name: (line, standard input)}; OUT is the folder of the fault.
@@ -139,6 +139,8 @@ def more_inputs(r: Any) -> None:
         pinned_jobs.write(r, f"configs/{name}.json", json.dumps(config))
     pinned_jobs.write(r, "uneven.jsonl", pinned_jobs.jsonl(QUESTIONS))
     pinned_jobs.write(r, "tools.jinja", TOOLS)
+    others = pinned_jobs.TEMPLATE.replace("}}: ", "}}> ").replace("assistant:", "assistant>")
+    pinned_jobs.write(r, "other.jinja", others)
     texts = pinned_jobs.stories(r, 90)
     pinned_jobs.write(
         r, "separated.txt", "\n%%\n".join(f"{t}\nOf a hundred %%\nso many." for t in texts[:40])

@@ -220,8 +220,12 @@ def _several(model: LanguageModel, f: Flags, sampling: Sampling, prompts: list[s
             ),
             file=sys.stderr,
         )
-    first = rows[0]
-    return _judged(check(model, first["prompt_ids"], first["ids"], sampling, first["text"], f.stop))
+    # Prompt i is drawn with the seed + i.
+    of = {i: replace(sampling, seed=sampling.seed + i) for i in {0, len(rows) - 1}}
+    found = [
+        check(model, (r := rows[i])["prompt_ids"], r["ids"], s, r["text"], f.stop) for i, s in of.items()
+    ]
+    return max(map(_judged, found))
 
 
 def _judged(f: Finding) -> int:

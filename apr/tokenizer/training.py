@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 
-from ..common.errors import Refused
+from ..common.errors import AprError, Refused
 from ..common.progress import Progress
 from ..common.units import plural
 from .families import SPLIT
@@ -64,6 +64,11 @@ def train_tokenizer(
     engine.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     out_dir = Path(out_dir)
     tokenizer = Tokenizer(engine.to_str(pretty=True), str(out_dir / "tokenizer.json"), eos_token)
+    built = trainer.min_frequency, trainer.vocab_size, tokenizer.normalization.lower()
+    if built != (asked := (min_frequency, vocab_size - len(special), normalization)):
+        raise AprError(
+            f"the trainer has frequency, size and normalization {built}, asked for {asked}: a fault of apr"
+        )
     if eos_token is None:  # not one of special_tokens that happens to have a familiar name
         tokenizer.eos_token = tokenizer.eos_id = None
     tokenizer.made = {

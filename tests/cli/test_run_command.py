@@ -16,6 +16,7 @@ from apr.checkpoints.hf import write_hf
 from apr.cli.main import main
 from apr.cli.run import read_prompts
 from apr.common.errors import InputNotFound, Refused
+from apr.inference.language_model import LanguageModel
 from apr.model.params import Layout
 from apr.model.presets import PRESETS
 from apr.tokenizer.training import train_tokenizer
@@ -103,6 +104,17 @@ def test_prompts_in_another_form_are_no_lines_of_text(tmp_path):
     for name in ("a.JSONL", "a.ndjson"):
         (tmp_path / name).write_text('{"prompt": "x"}\n')
         assert read_prompts(tmp_path / name) == ["x"]
+
+
+def test_prompts_that_are_drawn_with_one_seed_are_a_fault(capsys, checkpoint, tmp_path, monkeypatch):
+    """The last of several is drawn again too."""
+    right = LanguageModel.each
+    (tmp_path / "p.txt").write_text("def f(x):\nclass\nx\n")
+    args = [checkpoint / "m.apr", "--prompts", tmp_path / "p.txt", "--max-tokens", 8, "--temperature", 1.5]
+    assert call(capsys, *args)[0] == 0
+    monkeypatch.setattr(LanguageModel, "each", lambda self, p, s, *a: right(self, p, [s] * len(p), *a))
+    code, _, err = call(capsys, *args)
+    assert (code, "the rule gives" in err) == (9, True)
 
 
 @pytest.mark.parametrize("form", ["lines", "jsonl"])

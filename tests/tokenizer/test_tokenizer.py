@@ -889,6 +889,17 @@ def test_progress_counts_documents(tmp_path: Path) -> None:
         calls.clear()
 
 
+def test_training_with_other_numbers_than_asked_for_is_a_fault(tmp_path: Path, monkeypatch: Any) -> None:
+    right = training.trainers.BpeTrainer
+    with monkeypatch.context() as m:
+        m.setattr(training.trainers, "BpeTrainer", lambda **k: right(**{**k, "min_frequency": 2}))
+        with pytest.raises(AprError, match="frequency, size and normalization"):
+            train_tokenizer(["a b"] * 9, 300, tmp_path / "a", min_frequency=3)
+    monkeypatch.setitem(training.NORMALIZERS, "nfc", None)
+    with pytest.raises(AprError, match="asked for"):
+        train_tokenizer(["a b"] * 9, 300, tmp_path / "b", normalization="nfc")
+
+
 def test_training_streams(tmp_path: Path) -> None:
     """No text is kept: those handed over are free again while later ones are read."""
 

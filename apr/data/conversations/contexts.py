@@ -25,7 +25,7 @@ from .examples import Conversations
 from .packed import PackedShards
 
 NAME = "records of the files"
-BOUND = "examples have the messages, tools and answers of their records"
+BOUND = "the messages, tools and trained answers of their records"
 # Records of other kinds, such as texts and trees, are passed over.
 SHAPES = (
     ("messages",),
@@ -127,7 +127,7 @@ def records_kept(
     why = "" if wrong <= TEMPLATE_SHARE * judged else f"{wrong:,} of {judged:,} examples: {first}"
     if not judged:
         return Finding.skipped(NAME, "no example of a record that this check reads was sampled", BOUND)
-    return Finding.of(NAME, not why, measured, BOUND, why)
+    return Finding.of(NAME, not why, why or measured, BOUND)
 
 
 def _differs(
