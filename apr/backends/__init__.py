@@ -3,7 +3,7 @@
 | name      | what it is                                        | dtypes           |
 |-----------|---------------------------------------------------|------------------|
 | reference | every op in plain NumPy: the specification        | float64, float32 |
-| cpu       | OpenBLAS and Numba kernels, one pool of threads   | float32, bfloat16|
+| cpu       | Numba kernels and OpenBLAS, one pool of threads   | float32, bfloat16|
 | cuda      | CuPy arrays, cuBLASLt and our own CUDA kernels    | float32, bfloat16|
 """
 
@@ -45,6 +45,11 @@ def get(name: str) -> ModuleType:
         if name != "cuda":
             raise
         raise DeviceError(f"backend cuda cannot be loaded: {e}") from e
+
+
+def is_loaded(name: str) -> bool:
+    """Say whether this process has used a backend: its number of threads is somebody's choice then."""
+    return f"{__name__}.{MODULES[name][0]}" in sys.modules
 
 
 @cache

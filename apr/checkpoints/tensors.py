@@ -62,8 +62,12 @@ class TensorFile(Mapping[str, np.ndarray]):
         self.entries = {e.name: e for e in entries}
         # {name: type in the file}, of tensors that are not arrays there.
         self.converted: dict[str, str] = {}
-        self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        self._map: mmap.mmap | None = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         self._bytes = np.frombuffer(self._map, np.uint8)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The bytes themselves: another process may not see the file, or another one by then."""
+        return {**vars(self), "_map": None, "_bytes": self._part(0, self._bytes.size).copy()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         e = self.entries[name]
@@ -72,7 +76,7 @@ class TensorFile(Mapping[str, np.ndarray]):
     def _part(self, offset: int, nbytes: int) -> np.ndarray:
         """Map bytes of the file, uint8 (nbytes,). Raises MalformedFile: the file has become shorter since it was opened, as by a
         copy over it. The kernel ends a process that reads a map beyond the end of its file."""
-        if self._map.size() < offset + nbytes:
+        if self._map is not None and self._map.size() < offset + nbytes:
             raise MalformedFile(
                 f"{self.path}: became shorter while it was read, {plural(self._map.size(), 'byte')}; restore it, and put a new "
                 "file in the place of one that is in use by renaming it"

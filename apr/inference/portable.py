@@ -6,6 +6,7 @@ import copy
 from types import ModuleType
 from typing import Any
 
+from .. import backends
 from ..backends.select import select
 from ..checkpoints.checkpoint import Checkpoint
 from ..common.errors import Refused
@@ -16,7 +17,7 @@ from .int8 import backend as int8_backend
 class Portable:
     """Copies of a LanguageModel on the CPU, by copy.deepcopy and pickle: each has weights of its own.
 
-    In another process it computes on the cpu backend with as many threads as there are cores. Raises Refused for a model on a
+    In a process that has not computed yet it does with as many threads as there are cores. Raises Refused for a model on a
     GPU, whose weights belong to this process."""
 
     checkpoint: Checkpoint
@@ -36,7 +37,7 @@ class Portable:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rounded = isinstance(state["weights"], Int8Weights)
-        cpu = select("cpu")
+        cpu = backends.get("cpu") if backends.is_loaded("cpu") else select("cpu")
         self._take(state, int8_backend(cpu) if rounded else cpu)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -46,6 +46,7 @@ SHAPES = [  # head sizes of one block, of several and of parts of one; odd lengt
     ("attention_documents", "2 123 4 2 32 0"),
     ("attention_documents", "2 97 2 1 96 17"),
 ]
+needs_vectors = pytest.mark.skipif(not has_vectors(), reason="this processor has no vectors of 512 bits")
 fault = np.full(1, -1)
 AT_FAULT = fault.ctypes.data
 
@@ -216,7 +217,7 @@ def test_planted_faults_are_seen(planted: str, emulated: str) -> None:
     assert {name.split()[0] for name in off(accuracy(cpu, row, emulated, values))} >= FAULTS[planted]
 
 
-@pytest.mark.skipif(not has_vectors(), reason="this processor has no vectors of 512 bits")
+@needs_vectors
 def test_products_of_float32() -> None:
     """Each element of the products of blocks, of so many terms and columns, or rows; whole numbers, so that sums are exact."""
     block, block_turned = attention_float32.block, attention_float32.block_turned
@@ -259,6 +260,23 @@ def test_threads_change_no_bit(kernels: Any) -> None:
         forward(y, lse, q, k, v, ops._NO_BORDERS, 0, threads, np.empty(0, np.uint8))
         got.append((y.tobytes(), lse.tobytes()))
     assert got[0] == got[1]
+
+
+@needs_vectors
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7F800001, 0x7FC000FF, 0xFFFFFFFF])
+def test_every_nan_stays_one(bits: int) -> None:
+    """Of an exponential the low bits of a NaN were taken for a number's, and its sign and exponent got lost."""
+    rng = np.random.default_rng(0)
+    q, k, v, dy = rng.standard_normal((4, 1, 40, 1, 32), f32)
+    k.view(np.uint32)[0, 5] = bits
+    y, lse, grads = np.zeros_like(q), np.zeros((1, 1, 40), f32), [np.zeros_like(q) for _ in range(3)]
+    cpu.attention_fwd(y, lse, q, k, v, None, 0)
+    cpu.attention_bwd(*grads, dy, y, lse, q, k, v, None, 0)
+    seeing = np.arange(40) >= 5
+    assert np.array_equal(np.isnan(lse[0, 0]), seeing)
+    assert np.array_equal(np.isnan(y[0, :, 0]).all(1), seeing)
+    for x in grads:
+        assert np.isnan(x).any()
 
 
 def test_logarithm_and_order_of_a_total() -> None:

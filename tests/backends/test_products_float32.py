@@ -147,6 +147,27 @@ def test_order_of_a_sum() -> None:
 
 
 @needs_vectors
+@pytest.mark.parametrize(("alpha", "adds"), [(0.3, False), (0.3, True), (1.0, True)])
+def test_edges_are_added_like_the_rest(alpha: float, adds: bool) -> None:
+    """A part of a tile is multiplied by alpha and added in one operation too, in every piece."""
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.standard_normal(shape, f32) for shape in ((36, 500), (500, 64), (36, 64)))
+    whole, part = c.copy(), c[:35, :63].copy()
+    multiply = ops._vectors().multiply
+    multiply(whole, a, b, alpha, adds, False, False)
+    multiply(part, a[:35], b[:, :63], alpha, adds, False, False)
+    assert part.tobytes() == whole[:35, :63].tobytes()
+
+
+@needs_vectors
+def test_a_product_without_terms() -> None:
+    for adds, want in ((False, 0), (True, 7)):
+        out = np.full((30, 40), 7, f32)
+        ops._vectors().multiply(out, np.ones((30, 0), f32), np.ones((0, 40), f32), 1.0, adds, False, False)
+        assert (out == want).all()
+
+
+@needs_vectors
 def test_threads_of_python_share_no_room() -> None:
     rng = np.random.default_rng(0)
     pairs = [[rng.integers(-4, 5, (150, 150)).astype(f32) for _ in range(2)] for _ in range(4)]

@@ -175,3 +175,9 @@ def test_errors_come_back_from_other_processes() -> None:
         error = pickle.loads(pickle.dumps(made))
         assert type(error) is kind
         assert (str(error), error.exit_code, error.status) == ("a: b", made.exit_code, made.status)
+
+
+def test_a_copy_leaves_the_number_of_threads(folder: Path) -> None:
+    model = apr.load(folder / "hf", device="cpu", threads=1)
+    for made in (copy.copy(model), pickle.loads(pickle.dumps(model))):
+        assert made.backend.describe()["threads"] == "1"

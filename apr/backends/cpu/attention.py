@@ -1,7 +1,7 @@
 # mypy: ignore-errors
-"""Attention of bfloat16 by blocks of 32 queries and 32 keys, with the products of tiled.py or of products.py.
+"""Attention by blocks of 32 queries and 32 keys: of bfloat16, with the products of tiled.py or of products.py, and of float32.
 
-As on a GPU, p without its divisor, and in backward p and ds, are rounded to bfloat16 for their second products; sums are
+In bfloat16, as on a GPU, p without its divisor, and in backward p and ds, are rounded for their second products; sums are
 float32. What a sum adds, and in which order, depends on the sequence alone. The functions here are bound to one kind of products
 and compiled by its module: `block` multiplies (see amx.tile_block), `begin` and `end` stand around its uses.
 """

@@ -20,6 +20,7 @@ import numpy as np
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 
+from . import tiles
 from .bfloat16 import bfloat16, kept, pointer, typed
 from .start import compile_all
 
@@ -52,7 +53,8 @@ def compiled_for():
     target = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
     address = llvmlite.binding.address_of_symbol("scipy_openblas_get_config64_")
     blas = ctypes.CFUNCTYPE(ctypes.c_char_p)(address)().decode()
-    return f"{target}, Numba {numba.__version__}, {' '.join(blas.split())}"
+    vectors = ", vectors of 512 bits" if tiles.has_vectors() else ""
+    return f"{target}, Numba {numba.__version__}, {' '.join(blas.split())}{vectors}"
 
 
 _load_openblas()

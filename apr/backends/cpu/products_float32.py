@@ -159,16 +159,12 @@ def _multiply(turns, to, to_bytes, a, b, half, terms, alpha, adds):
 
 
 @njit(error_model="numpy")
-def _write_part(to, to_bytes, sums, adds, height, width):
-    """Write, or add, the upper left part of 12 x 32 sums."""
+def _copy_part(to, to_bytes, at, at_bytes, height, width):
+    """Copy `height` rows of `width` elements."""
     for r in range(height):
-        own, some = _row(_FLOATS, to + r * to_bytes, width), _row(_FLOATS, sums + 4 * COLUMNS * r, width)
-        if adds:
-            for e in range(width):
-                own[e] += some[e]
-        else:
-            for e in range(width):
-                own[e] = some[e]
+        own, some = _row(_FLOATS, to + r * to_bytes, width), _row(_FLOATS, at + r * at_bytes, width)
+        for e in range(width):
+            own[e] = some[e]
 
 
 @_kernel(
@@ -242,5 +238,7 @@ def product(out, left, turns, right, by_columns, alpha, adds, rows, cols, rooms)
                                 _multiply(turns, to, so, own, of_b, half, terms, alpha, more)
                             else:
                                 row = np.int64(4 * COLUMNS)
-                                _multiply(turns, sums, row, own, of_b, half, terms, alpha, False)
-                                _write_part(to, so, sums, more, height, width)
+                                if more:  # added by the same operation as elsewhere
+                                    _copy_part(sums, row, to, so, height, width)
+                                _multiply(turns, sums, row, own, of_b, half, terms, alpha, more)
+                                _copy_part(to, so, sums, row, height, width)

@@ -30,9 +30,14 @@ _EXP2 = (1.0, 0.693147188, 0.240226508, 0.0555035711, 0.00961808256, 0.001339086
 _U, _L, _F = types.uintp, types.int64, types.float32
 
 
+def _power(builder, x):
+    """Emit 2^x; NaN, of any bits, stays NaN."""
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, _exp2(builder, x, _EXP2))
+
+
 def _exp(builder, x):
     """Emit e^x: the product is rounded, the difference x is not once more."""
-    return _exp2(builder, _mul(builder, x, _splat(_FLOATS, LOG2_E)), _EXP2)
+    return _power(builder, _mul(builder, x, _splat(_FLOATS, LOG2_E)))
 
 
 def _whole_row(builder, row, to):
@@ -61,7 +66,7 @@ def _dots(builder, i, args):
 @intrinsic
 def exponentials(typing, to, totals, scores, masks, tops, factor, goes_on):
     """exponentials() in float32."""
-    emit = partial(_exponentials, put_row=_whole_row, size=4, exp2=partial(_exp2, factors=_EXP2))
+    emit = partial(_exponentials, put_row=_whole_row, size=4, exp2=_power)
     kind = types.void(_U, _U, _U, _U, _U, _F, _L)
     return kind, _calls("apr_exponentials_float32", emit, EDGE // UNROLLED)
 

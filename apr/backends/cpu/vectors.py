@@ -15,6 +15,7 @@ from .tiles import has_vectors
 LEAST = 24  # rows and columns of a result: fewer would mostly be multiplied with nothing
 _NO_CONFIG = np.empty(0, np.uint8)
 _rooms = local()
+_kernels = [*products_float32._kernels, *attention_float32._kernels]  # (kernel, signature)
 
 
 @cache
@@ -35,6 +36,10 @@ def _own_rooms(count):
 
 def multiply(out, a, b, alpha, adds, trans_a, trans_b):
     """out = alpha op(a) op(b), or += it."""
+    if not a.size:  # no terms
+        if not adds:
+            out[...] = 0
+        return
     threads = numba.get_num_threads()
     grid, rooms = _grid(threads, *out.shape), _own_rooms(threads)
     products_float32.product(out, a, trans_a, b, trans_b, alpha, adds, *grid, rooms)
@@ -51,4 +56,4 @@ def attention_bwd(*args):
 
 
 if has_vectors():
-    compile_all([*products_float32._kernels, *attention_float32._kernels], __name__, 20)
+    compile_all(_kernels, __name__, 20)
