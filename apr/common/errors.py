@@ -86,3 +86,7 @@ class Interrupted(AprError):
 
     exit_code = 130
     status = "INTERRUPTED"
+
+
+_ALL: list[type[AprError]] = [AprError, *AprError.__subclasses__()]
+STATUSES = frozenset(c.status for c in _ALL)  # of runs that an error ended

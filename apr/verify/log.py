@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 
-from ..common.errors import AprError
+from ..common.errors import STATUSES, AprError
 from ..common.events import Line
 from ..common.finding import FAIL, PASS, SEVERITY, SKIPPED, Finding, verdict_of
 from ..common.provenance import code_sha256
@@ -15,7 +15,7 @@ from ..evidence.judge import ENDED, ended_as_asked, judge, near, target
 from ..evidence.ranks import read_ranks
 from ..model.schedule import Schedule
 from ..training.evaluate import epoch_facts
-from .record import CUT, Record
+from .record import Record
 
 KINDS = ("train_loss", "val_loss", "spot_check", "passes", "tasks")  # keys of which each line has one
 FIGURES = ("val_loss", "val_tokens", "val_bits_per_byte", "val_loss_stderr")  # of text and answers
@@ -133,7 +133,7 @@ def _wrong_status(r: Record) -> str:
     behind = len(losses) - 1 - losses.index(min(losses)) if losses else 0
     if status == "EARLY_STOP" and behind <= s.patience:
         return f"EARLY_STOP {plural(behind, 'evaluation')} behind the best one, patience = {s.patience}"
-    return "" if status in (*ENDED, *CUT) else f"status = {status!r}"
+    return "" if status in (*ENDED, *STATUSES) else f"status = {status!r}"
 
 
 def _later_gates(r: Record) -> set[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import MalformedFile, UsageError
+from ..common.errors import STATUSES, MalformedFile, UsageError
 from ..common.events import Line
 from ..common.files import read_bytes, short
 from ..common.finding import FAIL, SEVERITY, SKIPPED, Finding
@@ -23,7 +23,6 @@ from ..training.settings import Settings, check, is_due
 NONE_SAVED = "no checkpoint was saved"
 NO_SHARDS = "the shards are not there; --dataset says where they are now"
 UNMADE = "unmade"  # `where` of a finding that says that a check of every run could not be made of this one
-CUT = ("ABORTED", "INTERRUPTED", "FAILED")  # status words of runs that did not end at an evaluation
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Record:
     @property
     def is_cut(self) -> bool:
         """The run did not end at an evaluation: it may lack the line of its last step, or an evaluation after it."""
-        return self.verdict["status"] in CUT
+        return self.verdict["status"] in STATUSES
 
     @property
     def last(self) -> Path | None:

@@ -25,6 +25,7 @@ from apr.report import page
 from apr.training.rundir import RunDir
 from apr.training.settings import Settings
 from apr.verify import log, verifier
+from apr.verify.record import Options, Record
 from run_cases import (  # noqa: F401
     RECIPE,
     an_unused_weight_becomes_nan,
@@ -483,6 +484,15 @@ def test_what_was_checked_is_signed_and_not_what_lies_there_by_then(run, key, tm
     with pytest.raises(AprError):
         signer(run, signers, (run / "evidence.json").read_bytes())
     assert signer(run, signers, good) == "me@example.org"
+
+
+@pytest.mark.parametrize("status", sorted({"ABORTED", "INTERRUPTED", "FAILED", "REFUSED", "RANK_LOST"}))
+def test_every_word_that_a_run_can_end_with_is_known(run, capsys, status):
+    rewrite(run / "verdict.json", lambda v: v.update(status=status))
+    seal(run)
+    verdicts, measured, _ = checks(capsys, run, "--backend", "none")
+    assert verdicts["verdict"] == "PASS", measured
+    assert Record(run, Options(), print).is_cut
 
 
 def test_what_a_link_leads_to_is_evidence_too(run, tmp_path):
