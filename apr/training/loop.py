@@ -354,7 +354,9 @@ class Trainer:
             while not (status or self.is_stopping()) and (p.step < s.num_steps or self._epoch_is_over()):
                 status = self._step_and_save()
         except Exhausted as e:
-            self._save(self._end_epoch() if p.epoch_losses else None)
+            if epoch := self._end_epoch() if p.epoch_losses else None:
+                status = self._finished()
+            self._save(epoch)
             self.emit(Noted(str(e)))
         if self.is_stopping() and self._saved < p.step:
             self._save(None)

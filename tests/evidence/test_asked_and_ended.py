@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from apr.common.provenance import code_sha256
 from apr.evidence import unsaid
 from apr.evidence.asked import OF_THE_PROCESS
 from apr.evidence.judge import ended_as_asked
@@ -76,6 +77,7 @@ def log(*losses, every=2):
 def config(**settings):
     usual = {
         "num_steps": 8, "batch_size": 4, "on_exhausted": "cycle", "min_epochs": 2, "patience": 1, "target_val_loss": None,
+        "eval_every": 2,
     }  # fmt: skip
     return {"settings": usual | settings, "data": {"train_windows": 27}}
 
@@ -88,6 +90,13 @@ SOUND = {
     "the end of a pass": (
         [*log(5, 4, 3, 2), {"step": 6, "val_loss": 2}], config(on_exhausted="stop", patience=9), "DONE",
     ),
+    "the target at the end of a pass, by an older version": (
+        [*log(5, 4, 3), {"step": 6, "val_loss": 2}], config(on_exhausted="stop", eval_every=4, target_val_loss=2.5), "DONE",
+    ),
+    "the target at the end of a pass": (
+        [*log(5, 4, 3), {"step": 6, "val_loss": 2}], config(on_exhausted="stop", eval_every=4, target_val_loss=2.5),
+        "TARGET_REACHED",
+    ),
     "one step": (log(5, 4, every=1), config(num_steps=1, patience=0), "DONE"),
 }  # fmt: skip
 FAULTS = {
@@ -95,6 +104,16 @@ FAULTS = {
     "an evaluation too late": (log(5, 4, 3, 4, 4), config(num_steps=10), "DONE"),
     "before the least number": (log(5, 2), config(target_val_loss=2.5), "TARGET_REACHED"),
     "a batch before the end of a pass": (log(5, 4, 3), config(on_exhausted="stop", patience=9), "DONE"),
+    "past the target at an evaluation that is due": (
+        [*log(5, 4, 3), {"step": 6, "val_loss": 2}],
+        config(on_exhausted="stop", target_val_loss=2.5),
+        "DONE",
+    ),
+    "past the target at the end of a pass, by this version": (
+        [*log(5, 4, 3), {"step": 6, "val_loss": 2}],
+        config(on_exhausted="stop", eval_every=4, target_val_loss=2.5) | {"code_sha256": code_sha256()},
+        "DONE",
+    ),
     "steps left": (log(5, 4, 3), config(), "DONE"),
     "another word": (log(5, 4, 3, 2, 1), config(), "EARLY_STOP"),
 }

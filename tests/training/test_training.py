@@ -351,6 +351,9 @@ def test_data_that_ends(place, run, tmp_path, capsys):
     last = lines(tmp_path / "a")[-1]
     assert 0 < last["step"] < 10_000
     assert "val_loss" in last
+    reached = [*args, "--eval-every", 10_000, "--min-epochs", 1, "--target-val-loss", 100]
+    assert pretrain(place, tmp_path / "b", *reached, model=False) == 0
+    assert json.loads((tmp_path / "b" / "verdict.json").read_text())["status"] == "TARGET_REACHED"
 
 
 def test_each_pass_over_the_data_has_a_line(place, run, tmp_path, capsys):
