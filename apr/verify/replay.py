@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from .reload import checkpoint_loss, recorded
 
 OTHER_BACKEND = {"float32": 1e-4, "bfloat16": 5e-3}  # of a loss: two backends round in other places
 OTHER_STEP = {"float32": 1e-3, "bfloat16": 2e-2}  # of a training loss some steps after a saved state
-OF_ERRORS, OF_PAIRS = 0.1, 0.02  # of a standard error; of all pairs
+OF_ERRORS, OF_PAIRS, ONE_PAIR = 0.1, 0.02, 1.5  # of a standard error; of all pairs; one of few
 OF_MOMENTS = 10.0  # of that: averages of gradients and of their squares, in place of their norm
 SUM_ONLY = 1e-12  # relative, up to which a sum in float64 differs whose summands are the same
 COMPARED = ("train_loss", "grad_norm", "weight_norm", "lr", "tokens_seen")  # of a line of the log
@@ -181,7 +182,9 @@ def _other_figure(again: Line, said: Line, tolerance: float) -> str:
         elif "stderr" in key:
             most = OF_ERRORS * abs(x) + tolerance * abs(again["val_loss"])
         elif key == "val_accuracy":
-            most = OF_PAIRS  # of which one that is nearly undecided may change sides
+            # A pair that is nearly undecided may change sides: one of a few, any where the margin itself is rounding.
+            is_undecided = abs(said.get("val_margin", math.inf)) <= tolerance * sums
+            most = 1.0 if is_undecided else max(OF_PAIRS, ONE_PAIR / again["val_tokens"])
         else:
             most = tolerance * (abs(x) if key.startswith("val_loss") else sums)
         if key in said and not abs(x - said[key]) <= most:

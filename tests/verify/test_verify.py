@@ -26,6 +26,7 @@ from apr.training.rundir import RunDir
 from apr.training.settings import Settings
 from apr.verify import log, verifier
 from apr.verify.record import Options, Record
+from apr.verify.replay import _other_figure
 from run_cases import (  # noqa: F401
     RECIPE,
     an_unused_weight_becomes_nan,
@@ -502,6 +503,17 @@ def test_what_a_link_leads_to_is_evidence_too(run, tmp_path):
     assert compare(run) == []
     (run / "ckpt" / "epoch-002.metadata.json").write_text("{}")
     assert any("epoch-002.metadata.json was changed" in x for x in compare(run))
+
+
+def test_a_pair_of_a_few_may_change_sides():
+    def line(accuracy, margin=0.5, pairs=20):
+        return {"val_loss": 0.6, "val_tokens": pairs, "val_accuracy": accuracy, "val_margin": margin}
+
+    assert not _other_figure(line(0.55), line(0.60), 1e-4)
+    assert "val_accuracy" in _other_figure(line(0.50), line(0.60), 1e-4)
+    assert "val_accuracy" in _other_figure(line(0.55, pairs=400), line(0.60, pairs=400), 1e-4)
+    assert not _other_figure(line(0.0, 2e-5), line(0.6, 1e-5), 1e-4)  # no pair is decided
+    assert "val_accuracy" in _other_figure(line(0.55), line(0.60), 0)
 
 
 def test_a_link_to_everything_is_named_in_time(run, monkeypatch):
