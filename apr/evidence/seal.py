@@ -15,7 +15,8 @@ from ..common.errors import InputNotFound, MalformedFile
 from ..common.files import read_json, read_text, sha256_of
 from ..common.units import plural
 
-FORMAT, EVIDENCE = "apr-evidence-1", "evidence.json"
+FORMAT, EVIDENCE = "apr-evidence-2", "evidence.json"
+OLD_FORMAT = "apr-evidence-1"  # some have no files behind links
 MAX_FILES = 100_000  # in a run; a link may lead to the root of the file system
 SIGNATURE = EVIDENCE + ".sig"  # of evidence.json, by a key of the user's: signature.py
 
@@ -57,7 +58,11 @@ def _identity(path: Path, follow: bool = True) -> _Identity:
 
 def seal(run: Path, early: Early | None = None) -> None:
     """Write evidence.json for a run directory as it stands. early: hashes that were begun before. Raises IOFailure."""
-    write_text(run / EVIDENCE, _text(hashes(run, early)))
+    _write(run, hashes(run, early))
+
+
+def _write(run: Path, files: dict[str, dict[str, Any]], form: str = FORMAT) -> None:
+    write_text(run / EVIDENCE, _text(files, form))
     (run / SIGNATURE).unlink(missing_ok=True)  # of the evidence before
 
 
@@ -67,8 +72,10 @@ def resealed(run: Path, path: Path, text: str) -> None:
     Where anything else had changed the evidence stays as it was, so that the change is still found. Raises IOFailure."""
     whole = not compare(run)
     write_text(path, text)
-    if whole:
-        seal(run)
+    if whole:  # and it vouches for no file that it did not vouch for before
+        found, files = _recorded(run)
+        name = os.path.relpath(os.path.realpath(path), os.path.realpath(run))
+        _write(run, hashes(run, of={*files, name}), found)
 
 
 def hashes(
@@ -101,14 +108,17 @@ def _inside(folder: str, name: str) -> str:
 
 def _walk(run: Path, under: str = ".") -> Iterator[tuple[str, list[str]]]:
     """Yield each folder of a run, as its path inside, with the names of all in it that is no folder: also those that links
-    lead to, each once, for `ckpt` may lie on another disk. Raises MalformedFile: more than MAX_FILES."""
-    seen, links, count = set(), [under], 0
+    lead to, each once, for `ckpt` may lie on another disk; but not the run or what it lies in. Raises MalformedFile: more than
+    MAX_FILES."""
+    home = Path(os.path.realpath(run))
+    seen, links, count = set[str](), [under], 0
     for link in links:  # grows: first the run without its links, for most of them lead back into it
-        if os.path.realpath(run / link) in seen:
-            continue
         for path, folders, names in os.walk(run / link):
-            folder = os.path.relpath(path, run)
-            seen.add(os.path.realpath(path))
+            folder, here = os.path.relpath(path, run), os.path.realpath(path)
+            if here in seen or (link != "." and home.is_relative_to(here)):
+                folders.clear()
+                continue
+            seen.add(here)
             links += sorted(_inside(folder, x) for x in folders if os.path.islink(os.path.join(path, x)))
             count += len(names) + 1
             if count > MAX_FILES:
@@ -133,9 +143,9 @@ def _why_not(run: Path, name: str) -> str:
     return "" if os.path.isfile(run / name) else "is no regular file"
 
 
-def _text(files: dict[str, dict[str, Any]]) -> str:
+def _text(files: dict[str, dict[str, Any]], form: str) -> str:
     """Write evidence.json as text, in one way: any other byte in it is a change."""
-    body = {"format": FORMAT, "files": files}
+    body = {"format": form, "files": files}
     own = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return json.dumps({**body, "sha256": own}, indent=1) + "\n"
 
@@ -144,17 +154,13 @@ def compare(run: Path) -> list[str]:
     """List the differences between a run directory and its evidence.json.
 
     Raises InputNotFound where there is none: the run has not ended, or was killed."""
-    path = run / EVIDENCE
-    if not path.is_file():
-        raise InputNotFound(f"{path}: not there: the run has not ended, or it was killed; --resume ends it")
-    recorded = read_json(path)
-    files = recorded.get("files") if isinstance(recorded, dict) else None
-    if not isinstance(files, dict) or recorded.get("format") != FORMAT:
-        raise MalformedFile(f"{path}: not a record of {FORMAT}")
+    found_format, files = _recorded(run)
     out = []
-    if read_text(path) != _text(files):
+    if read_text(run / EVIDENCE) != _text(files, found_format):
         out.append(f"{EVIDENCE} was changed: its own SHA-256 is another one")
     there = {name: _why_not(run, name) for name in _names(run)}
+    for name in unlisted(run):
+        del there[name]
     out += [f"{name} {why}" for name, why in sorted(there.items()) if why]
     found = hashes(run, of=files)
     for name in sorted(files.keys() | {name for name, why in there.items() if not why}):
@@ -167,3 +173,27 @@ def compare(run: Path) -> list[str]:
                 f"{name} was changed: {plural(found[name]['bytes'], 'byte')}, SHA-256 {found[name]['sha256'][:12]}"
             )
     return out
+
+
+def unlisted(run: Path) -> list[str]:
+    """List the files behind links that evidence.json says nothing of, for an older version wrote it."""
+    found, files = _recorded(run)
+    if found != OLD_FORMAT:
+        return []
+    return [
+        name
+        for name in _names(run)
+        if name not in files and any(os.path.islink(run / folder) for folder in Path(name).parents[:-1])
+    ]
+
+
+def _recorded(run: Path) -> tuple[str, dict[str, Any]]:
+    """Read the format and the files of evidence.json. Raises InputNotFound, MalformedFile."""
+    path = run / EVIDENCE
+    if not path.is_file():
+        raise InputNotFound(f"{path}: not there: the run has not ended, or it was killed; --resume ends it")
+    recorded = read_json(path)
+    files = recorded.get("files") if isinstance(recorded, dict) else None
+    if not isinstance(files, dict) or recorded.get("format") not in (FORMAT, OLD_FORMAT):
+        raise MalformedFile(f"{path}: not a record of {FORMAT}")
+    return recorded["format"], files

@@ -26,7 +26,7 @@ from ..data.guards import Bounds
 from ..data.mixture import sources_of, stream
 from ..data.open import facts_of, mixture_facts, windows_of
 from ..evidence.adapters import checkpoint_merge_error
-from ..evidence.seal import EVIDENCE, compare, standing
+from ..evidence.seal import EVIDENCE, compare, standing, unlisted
 from ..evidence.signature import signer
 from ..model.params import Layout
 from ..training.rundir import epoch_of
@@ -42,6 +42,10 @@ def files(r: Record) -> Finding:
     count = 0 if differences else len(read_json(r.run.path / EVIDENCE)["files"])  # not hashed twice
     more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
     measured = "; ".join(differences[:3]) + more if differences else f"{plural(count, 'file')}"
+    if left := unlisted(r.run.path):
+        measured += (
+            f"; no hash of {plural(len(left), 'file')} behind links, which an older version did not list"
+        )
     return Finding.of("files", not differences, measured, "the SHA-256 of evidence.json")
 
 

@@ -505,6 +505,35 @@ def test_what_a_link_leads_to_is_evidence_too(run, tmp_path):
     assert any("epoch-002.metadata.json was changed" in x for x in compare(run))
 
 
+def test_a_link_to_what_the_run_lies_in_leads_nowhere(run, tmp_path):
+    (run / "up").symlink_to("..")
+    (run / "ckpt" / "state" / "self").symlink_to(run)
+    (tmp_path / "beside").write_text("not of the run")
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "apart" / "round").symlink_to(tmp_path)
+    (run / "apart").symlink_to(tmp_path / "apart")
+    seal(run)
+    assert compare(run) == []
+    names = json.loads((run / "evidence.json").read_text())["files"]
+    assert not [name for name in names if name.startswith(("up", "apart")) or "self" in name]
+
+
+def test_evidence_of_an_older_version_has_no_files_behind_links(run, tmp_path, capsys):
+    (run / "ckpt").rename(tmp_path / "on another disk")
+    inside = hashes(run)
+    (run / "evidence.json").write_text(evidence._text(inside, evidence.OLD_FORMAT))
+    (run / "ckpt").symlink_to(tmp_path / "on another disk")
+    assert compare(run) == []
+    verdicts, measured, code = checks(capsys, run, "--backend", "none")
+    assert (verdicts["files"], code) == ("PASS", 0), measured
+    assert "behind links, which an older version did not list" in measured["files"]
+    evidence.resealed(run, run / "report.html", "another page")  # vouches for no more than before
+    assert json.loads((run / "evidence.json").read_text())["files"].keys() == inside.keys()
+    assert compare(run) == []
+    (run / "extra").write_text("")
+    assert compare(run) == ["extra was added"]
+
+
 def test_a_pair_of_a_few_may_change_sides():
     def line(accuracy, margin=0.5, pairs=20):
         return {"val_loss": 0.6, "val_tokens": pairs, "val_accuracy": accuracy, "val_margin": margin}
