@@ -28,6 +28,7 @@ class Early:
 
     def __init__(self, run: Path) -> None:
         self.run, self._begun = run, dict[str, tuple[_Identity, Future[tuple[str, int]]]]()
+        self._pools: list[ThreadPoolExecutor] = []
 
     def begin(self, under: str) -> None:
         """Begin with the files in a folder of the run."""
@@ -37,12 +38,18 @@ class Early:
                 path = self.run / name
                 self._begun[name] = _identity(path), pool.submit(sha256_of, path)
         pool.shutdown(wait=False)
+        self._pools.append(pool)
+
+    def close(self) -> None:
+        """Begin no hash any more: the interpreter would wait for all of them before it ends."""
+        for pool in self._pools:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def sha256_of(self, name: str) -> tuple[str, int]:
         """Hash a file of the run, now if it is another one than it was, or has changed."""
         identity, found = self._begun.get(name, (None, None))
         path = self.run / name
-        if found is None or identity != _identity(path):
+        if found is None or found.cancelled() or identity != _identity(path):
             return sha256_of(path)
         return found.result()
 

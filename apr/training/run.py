@@ -6,7 +6,7 @@ import dataclasses
 import platform
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,8 @@ def train(
                     settings, threads=settings.threads or max(1, threads() // ranks.local)
                 )
             inputs = open_inputs(settings, show.preparing, ranks=ranks)
-            check_ranks(
-                ranks,
-                inputs.backend,
-                settings.batch_size,
-                inputs.micro,
-                bool(inputs.train.shards.facts.get("pairs")),
-            )
+            of_pairs = bool(inputs.train.shards.facts.get("pairs"))
+            check_ranks(ranks, inputs.backend, settings.batch_size, inputs.micro, of_pairs)
             disk.check(inputs)
             run = run_dir(inputs)
             with locked(run.path, "training in it"):
@@ -158,7 +153,7 @@ def _train(
     ranks: Communicator,
 ) -> tuple[dict[str, Any], CallbackFailed | None]:
     """Run in the locked folder, from the first gate to the last; returns the result, and a callback's last error."""
-    trainer, heard = None, list(callbacks)
+    trainer, heard, early = None, list(callbacks), Early(run.path)
     try:
         heard = [*callbacks, *loggers.open_all(inputs.settings.log, run.path)]
         ranks.on_end(lambda e: _record_end(run, show, gates, trainer, e, heard), lambda: how_to_go_on(run))
@@ -199,20 +194,22 @@ def _train(
             show.note("all steps of this run are done: nothing is trained, its last gates are asked again")
         status = trainer.train()
         say(show.stop)
-        result = _finish(trainer, subject, gates, show, status, start, early := Early(run.path))
+        result = _finish(trainer, subject, gates, show, status, start, early)
     except AprError as e:
-        _record_end(run, show, gates, trainer, e, heard)
+        _record_end(run, show, gates, trainer, e, heard, early)
         raise
     except OSError as e:
         error = IOFailure(f"{e.filename or run.path}: {e.strerror or e}")
-        _record_end(run, show, gates, trainer, error, heard)
+        _record_end(run, show, gates, trainer, error, heard, early)
         raise error from None
     except KeyboardInterrupt:
+        early.close()
         stopped = _stopped(run)
         if trainer is not None:
             _record_end(run, show, gates, trainer, stopped, heard, at_once=True)
         raise stopped from None
-    _publish(trainer, gates, show, heard, result, start, early)
+    with closing(early):
+        _publish(trainer, gates, show, heard, result, start, early)
     return result, trainer.failed
 
 
@@ -286,6 +283,7 @@ def _record_end(
     trainer: Trainer | None,
     e: AprError,
     heard: Sequence[Callback],
+    early: Early | None = None,
     at_once: bool = False,
 ) -> None:
     """Write the verdict of a run that did not finish, and if there is time, its page and its hashes."""
@@ -299,7 +297,7 @@ def _record_end(
         end = {"status": e.status, "verdict": word, "steps": p.step, "val_loss": val}
         Callbacks(heard, lambda error: None).ended({**end, "run_dir": str(run.path), "error": str(e)})
         if not at_once:
-            _close(run, show)
+            _close(run, show, early)
 
 
 def _close(run: RunDir, show: Display, early: Early | None = None) -> None:

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -572,6 +574,28 @@ def test_what_was_saved_is_hashed_once_beside_the_process_that_loads_it(job, run
     monkeypatch.undo()
     assert sorted(hashed) == sorted(f.name for f in run.glob("**/*") if f.is_file() and f.name != EVIDENCE)
     assert compare(run) == []
+
+
+def test_a_run_that_is_interrupted_at_its_end_hashes_no_more(job, run, monkeypatch):
+    go_on_hashing, hashed = threading.Event(), []
+
+    def slow(path):
+        hashed.append(path)
+        assert go_on_hashing.wait(60)
+        return "", 0
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sealing, "sha256_of", slow)
+    monkeypatch.setattr(sealing, "ThreadPoolExecutor", partial(ThreadPoolExecutor, 1))
+    monkeypatch.setattr(end, "in_fresh_process", interrupted)
+    assert start(job, run, "--num-steps", 4) == 130
+    go_on_hashing.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("sealing"):
+            thread.join()
+    assert len(hashed) <= 1
 
 
 def test_a_file_that_changed_after_it_was_hashed_is_hashed_again(tmp_path):
