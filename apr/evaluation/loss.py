@@ -226,7 +226,9 @@ def shard_windows(shards: TokenShards, seq: int, stride: int, max_tokens: int | 
         for number in range(take):
             i = number * every // take
             if number + 1 == take and every - i > ceil_div(every, take):
-                raise AprError(f"{shards.folder}: the last of {take:,} windows is number {i:,} of {every:,}")
+                raise AprError(
+                    f"{shards.folder}: the last of {plural(take, 'window')} is number {i:,} of {every:,}"
+                )
             shard = int(np.searchsorted(ends, i, side="right"))
             # Reading behind the end of a mapped file would end the process.
             shards.check_sizes(np.array([shard]))

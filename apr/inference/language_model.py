@@ -76,7 +76,7 @@ class LanguageModel(Portable):
         self._generator: Generator | None = None
 
     def __repr__(self) -> str:
-        size = f"{Layout(self.config).num_parameters:,} parameters"
+        size = plural(Layout(self.config).num_parameters, "parameter")
         kind = "int8" if isinstance(self.weights, int8.Int8Weights) else self.dtype
         return f"<LanguageModel {self.source}: {self.config.family}, {size}, {kind} on {self.backend.name}>"
 

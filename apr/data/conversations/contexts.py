@@ -124,7 +124,7 @@ def records_kept(
         if all(whys):
             wrong, first = wrong + 1, first or f"{whys[0]}: {text[:60]!r}"
     measured = f"{judged - wrong:,} of {plural(judged, 'example')} as their records"
-    why = "" if wrong <= TEMPLATE_SHARE * judged else f"{wrong:,} of {judged:,} examples: {first}"
+    why = "" if wrong <= TEMPLATE_SHARE * judged else f"{wrong:,} of {plural(judged, 'example')}: {first}"
     if not judged:
         return Finding.skipped(NAME, "no example of a record that this check reads was sampled", BOUND)
     return Finding.of(NAME, not why, why or measured, BOUND)
