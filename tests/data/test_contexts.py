@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from apr.common.finding import FAIL, Finding
-from apr.data.conversations import render, shapes
+from apr.data.conversations import contexts, render, shapes
+from apr.data.conversations.answers import Spelling
 from apr.data.conversations.contexts import records_kept
 from apr.data.conversations.examples import open_conversations
 from apr.data.conversations.packed import PackedShards
@@ -146,3 +147,85 @@ def test_a_planted_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     fault(monkeypatch)
     found = compared(write(tmp_path, mixed()), tmp_path / "out", own(), tools())
     assert found.passed is False, found
+
+
+def cut_short(m: pytest.MonkeyPatch, size: int) -> None:
+    m.setattr(contexts, "BUDGET_BYTES", size)
+
+
+@pytest.mark.parametrize(("size", "kinds"), [(600, 12), (3000, 2)])
+def test_records_that_are_not_read_are_not_taken_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, kinds: int
+) -> None:
+    """Classes have few answers: behind the budget, an answer is one of another record."""
+    cut_short(monkeypatch, size)
+    rows = [
+        {"prompt": f"What is {i} of?", "response": f"It is of kind {i % kinds if i % 10 else i % 100}."}
+        for i in range(120)
+    ]
+    assert compared(write(tmp_path, rows), tmp_path / "out", own(), tools()).passed
+
+
+@pytest.mark.parametrize("fault", [history_is_lost, systems_are_lost], ids=lambda f: f.__name__)
+def test_what_all_records_lose_is_found_in_the_first_part_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any
+) -> None:
+    rows = [
+        {"prompt": f"What is {i}?", "response": f"It is {i}.", "system": f"Be {i}.", "history": [[f"Q{i}", f"A{i}"]]}
+        for i in range(100)
+    ]  # fmt: skip
+    path = write(tmp_path, rows)
+    cut_short(monkeypatch, 2000)
+    assert compared(path, tmp_path / "sound", own(), tools()).passed
+    fault(monkeypatch)
+    found = compared(path, tmp_path / "out", own(), tools())
+    assert found.passed is False, found
+
+
+def test_records_that_are_passed_over_are_not_taken_for_others(tmp_path: Path) -> None:
+    """Also with a flag that is null, as Parquet has it, with one that is a number, and with messages in a text."""
+    rows: list[Any] = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(60)]
+    for i in range(20):
+        ask, answer = (
+            {"role": "user", "content": f"Tell me {i}."},
+            {"role": "assistant", "content": f"It is {i}."},
+        )
+        rows.append({"prompt": json.dumps([ask]), "completion": answer["content"]})
+        rows.append({"messages": [ask, answer | {"weight": None, "loss": 0, "reasoning_content": "Hm."}]})
+        rows.append({"messages": [ask, answer | {"content": f"It was {i}.", "weight": None, "loss": 0}]})
+    found = compared(write(tmp_path, rows), tmp_path / "out", own(), tools())
+    assert found.passed, found
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "trained"), [("weight", None, 2), ("loss", 0, 2), ("loss", False, 1), ("weight", 0, 1)]
+)
+def test_what_says_that_an_answer_is_context(key: str, value: Any, trained: int) -> None:
+    turns: list[Any] = [
+        {"role": "assistant", "content": "a", key: value},
+        {"role": "assistant", "content": "b"},
+    ]
+    record = contexts._record({"messages": turns})
+    assert record is not None
+    assert len(record.answers) == trained
+    example = shapes.example_of("chats", {"messages": turns})
+    assert 2 - len(example.untrained) == trained
+
+
+@pytest.mark.parametrize(
+    "more", [{"history": [["q"]]}, {"history": "none"}, {"history": 5}, {"prompt": '[{"role": "user"}]'}]
+)
+def test_records_of_other_forms_are_passed_over(more: dict[str, Any]) -> None:
+    assert contexts._record({"prompt": "p", "completion": "c", **more}) is None
+
+
+def test_records_that_are_passed_over_use_up_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_short(monkeypatch, 2000)
+    turns = [{"role": "user", "content": "x" * 50}, {"role": "assistant", "content": "y", "reasoning": "Hm."}]
+    path, met = write(tmp_path, [{"messages": turns}] * 400), []
+    right = contexts._record
+    monkeypatch.setattr(contexts, "_record", lambda value: met.append(value) or right(value))
+    contexts._read(open_conversations(path), set(), Spelling(own()))
+    assert len(met) < 60

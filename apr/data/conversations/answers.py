@@ -209,7 +209,7 @@ def _read(corpus: Conversations, spelling: Spelling, frame: Frame, tokenizer: To
             for number, (_, value) in enumerate(records(source, BUDGET_BYTES), 1):
                 if source.kind == "json" and number == 1 and value is None:
                     raise Unfollowed(f"{source.name} may hold no records")
-                said, texts = _said(value, names, speakers)
+                said, texts = said_in(value, names, speakers)
                 out.has_more |= any(m.get(key) for m in said for key in BESIDE) or bool(
                     texts and not frame.prompt
                 )
@@ -234,7 +234,7 @@ def _read(corpus: Conversations, spelling: Spelling, frame: Frame, tokenizer: To
     return out
 
 
-def _said(value: Any, names: dict[str, str], speakers: set[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def said_in(value: Any, names: dict[str, str], speakers: set[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """List what the assistant says in a record, as messages, and its texts that are rendered already."""
     said: list[dict[str, Any]] = []
     if not isinstance(value, dict):

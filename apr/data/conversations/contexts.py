@@ -3,6 +3,9 @@
 An example has a record of the files whose last answer it ends with; then every message of that record that the chat template
 writes must stand in it, with the white space that the template keeps, the names of its tools too, and as many answers must be
 trained as the record has that are not said to be context. What a template writes is found by rendering marks.
+
+An example whose record is passed over may end with the answer of another record, and is not judged. Nor is one alone where the
+files are longer than what is read: there, so many examples must be as their records as records were read.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from ...common.units import plural
 from ...tokenizer.chat_template import ChatTemplate, Message
 from ...tokenizer.tokenizer import Tokenizer
 from ..plain import Unfollowed, records
-from .answers import BESIDE, SPEAKERS, TEMPLATE_SHARE, Frame, Spelling, contents, sampled_rows
+from .answers import BESIDE, SPEAKERS, TEMPLATE_SHARE, Frame, Spelling, contents, said_in, sampled_rows
 from .examples import Conversations
-from .packed import PackedShards
+from .packed import PackedShards, PackManifest
+from .shapes import FLAGS, UNTRAINED
+from .spoken import SPELLED
 
 NAME = "records of the files"
 BOUND = "the messages, tools and trained answers of their records"
@@ -40,10 +45,12 @@ ROLES = {
     **dict.fromkeys(SPEAKERS, "assistant"),
 }
 SYSTEM = ("system", "system_prompt", "system_message", "systemPrompt", "system_instruction")
-# What says that a message is context alone, and the value that says so.
-CONTEXT = {"train": 0, "weight": 0, "training": 0, "trainable": 0, "loss": 0, "mask": 1, "masked": 1}
-# Bytes of records that are read, and records that may have one last answer.
-BUDGET_BYTES, MAX_ALIKE = 8 << 20, 32
+# Characters of records that are read, those that one of no JSON counts for, files that cannot be followed and use them up, and
+# records that may have one last answer.
+BUDGET_BYTES, UNREAD_BYTES, UNFOLLOWED, MAX_ALIKE = 8 << 20, 4096, 16, 32
+# Of files read in part: examples to expect of what was read, and their share that is to be as their records, for others than the
+# sampled ones may be among them.
+MIN_EXPECTED, RIGHT_SHARE = 40, 0.25
 FIRST_MARK, TOOL = 0xF1000, "tool_of_nobody"
 
 
@@ -63,6 +70,19 @@ class _Record:
     def answers(self) -> list[str]:
         """List the answers that are trained."""
         return [text for _, text, is_trained in self.messages if is_trained]
+
+
+@dataclass
+class _Read:
+    """Records by their last answers, of those that are wanted, and last answers of records that were passed over.
+
+    records   that were read and not passed over
+    is_whole  no file is longer than what was read"""
+
+    found: dict[str, list[_Record]] = field(default_factory=dict)
+    others: set[str] = field(default_factory=set)
+    records: int = 0
+    is_whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,23 +131,37 @@ def records_kept(
     spelling, written = Spelling(tokenizer), _Written.of(template)
     examples = [x for shards in sides.values() for x in _examples(shards, frame, tokenizer)]
     wanted = {key for ids, runs in examples for key in spelling.candidates(frame, ids[runs[-1]])}
-    found = _read(corpus, wanted, spelling)
-    is_cut, judged, wrong, first = any(m.cut for m in manifests), 0, 0, ""
+    read = _read(corpus, wanted, spelling)
+    is_cut, judged, right, wrong, first = any(m.cut for m in manifests), 0, 0, 0, ""
     for ids, runs in examples:
-        keys = spelling.candidates(frame, ids[runs[-1]])
-        alike = next((found[key] for key in keys if key in found), [])
-        if not alike or len(alike) > MAX_ALIKE:
+        keys = [*spelling.candidates(frame, ids[runs[-1]])]
+        alike = next((read.found[key] for key in keys if key in read.found), [])
+        if not alike or len(alike) > MAX_ALIKE or not read.others.isdisjoint(keys):
+            right += bool(alike)
             continue
         judged += 1
         text = tokenizer.decode(ids)
         whys = [_differs(x, text, len(runs), spelling, written, frame, is_cut) for x in alike]
         if all(whys):
             wrong, first = wrong + 1, first or f"{whys[0]}: {text[:60]!r}"
-    measured = f"{judged - wrong:,} of {plural(judged, 'example')} as their records"
-    why = "" if wrong <= TEMPLATE_SHARE * judged else f"{wrong:,} of {plural(judged, 'example')}: {first}"
+    right += judged - wrong
     if not judged:
         return Finding.skipped(NAME, "no example of a record that this check reads was sampled", BOUND)
-    return Finding.of(NAME, not why, why or measured, BOUND)
+    is_right = wrong <= TEMPLATE_SHARE * judged
+    if not read.is_whole:
+        expected = len(examples) * _share(read.records, manifests)
+        measured = f"{right:,} of about {plural(round(expected), 'example')} of the beginning of the files as their records"
+        is_right = is_right or expected < MIN_EXPECTED or right >= RIGHT_SHARE * expected
+        return Finding.of(NAME, is_right, measured if is_right else f"{measured}: {first}", BOUND)
+    measured = f"{judged - wrong:,} of {plural(judged, 'example')} as their records"
+    why = f"{wrong:,} of {plural(judged, 'example')}: {first}"
+    return Finding.of(NAME, is_right, measured if is_right else why, BOUND)
+
+
+def _share(records: int, manifests: list[PackManifest]) -> float:
+    """Bound the share of the examples that were made of so many records, from below: all that is not sampled is of these."""
+    lost = manifests[0].duplicates + sum(manifests[0].skipped.values()) + sum(m.cut for m in manifests)
+    return max(0, records - lost) / max(1, sum(m.examples for m in manifests))
 
 
 def _differs(
@@ -181,24 +215,46 @@ def _runs(ids: np.ndarray, trained: np.ndarray, end: int | None) -> list[slice]:
     return out
 
 
-def _read(corpus: Conversations, wanted: set[str], spelling: Spelling) -> dict[str, list[_Record]]:
+def _read(corpus: Conversations, wanted: set[str], spelling: Spelling) -> _Read:
     """Read records by their last answers, of those that are wanted."""
-    found: dict[str, list[_Record]] = {}
-    read = 0
+    out, read = _Read(), 0
     for source in corpus.sources:
         try:
             for _, value in records(source, BUDGET_BYTES):
+                read += _size(value) or UNREAD_BYTES
                 record = _record(value)
-                if record is None or not record.answers:
-                    continue
-                read += sum(len(text) for _, text, _ in record.messages)
-                if (key := spelling.key(record.answers[-1])) in wanted:
-                    found.setdefault(key, []).append(record)
+                if record is None:
+                    said, texts = said_in(value, {}, {*SPEAKERS})
+                    # Which part of a text is an answer, its chat template knows.
+                    out.is_whole &= not texts
+                    out.others |= wanted & {
+                        k for m in said for t in contents(m, {}) for k in spelling.keys(t)
+                    }
+                elif record.answers:
+                    out.records += 1
+                    if (key := spelling.key(record.answers[-1])) in wanted:
+                        out.found.setdefault(key, []).append(record)
                 if read > BUDGET_BYTES:
-                    return found
+                    out.is_whole = False
+                    break
         except Unfollowed:
-            continue
-    return found
+            # Up to BUDGET_BYTES were read of it, and not parsed.
+            out.is_whole, read = False, read + BUDGET_BYTES // UNFOLLOWED
+        if read > BUDGET_BYTES:
+            break
+    return out
+
+
+def _size(value: Any) -> int:
+    """Count the characters of the texts of a value, at any depth, and eight for each other value."""
+    size, left = 0, [value] if value is not None else []
+    while left:
+        x = left.pop()
+        if isinstance(x, dict | list):
+            left += x.values() if isinstance(x, dict) else x
+        else:
+            size += len(x) if isinstance(x, str) else 8
+    return size
 
 
 def _record(value: Any) -> _Record | None:
@@ -212,23 +268,30 @@ def _record(value: Any) -> _Record | None:
     system = next((value[k] for k in SYSTEM if isinstance(value.get(k), str) and value[k]), None)
     turns = value[shape[0]] if len(shape) == 1 else []
     asked = value[shape[0]] if len(shape) > 1 else None
+    history = value.get("history") or []
+    if shape[0] == "prompt" and any(isinstance(x := value[k], str) and SPELLED.match(x) for k in shape):
+        return None
+    if not isinstance(history, list) or not all(isinstance(x, list) and len(x) == 2 for x in history):
+        return None
     if isinstance(asked, list):
         turns = asked
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
         return None
     is_good = True
-    for turn in turns:
+    for turn in ({k: x for k, x in t.items() if x is not None} for t in turns):
         role = next((ROLES.get(str(turn[k]).lower()) for k in ("role", "from") if k in turn), None)
         texts = list(dict.fromkeys(contents(turn, {})))
         if role is None or len(texts) != 1 or any(turn.get(k) for k in BESIDE) or "think>" in texts[0]:
             return None
-        is_context = any(k in turn and int(bool(turn[k])) == x for k, x in CONTEXT.items())
+        is_context = any(turn.get(k) == x for k, x in UNTRAINED.items()) or any(
+            turn.get(k) is x for k, x in FLAGS.items()
+        )
         is_good &= out.say(
             role, texts[0], not (is_context or isinstance(asked, list)) and bool(texts[0].strip())
         )
     if len(shape) > 1:
         if not isinstance(asked, list):
-            for question, answer in value.get("history") or []:
+            for question, answer in history:
                 is_good &= out.say("user", question) & out.say("assistant", answer)
             is_good &= out.say("user", asked)
             is_good &= (
