@@ -221,7 +221,7 @@ def margin_without_beta(m):
     m.setattr(
         formulas.Tally,
         "figures",
-        lambda self: {k: x / 0.1 if k == "margin" else x for k, x in right(self).items()},
+        lambda self, *args: {k: x / 0.1 if k == "margin" else x for k, x in right(self, *args).items()},
     )
 
 

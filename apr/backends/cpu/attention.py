@@ -29,7 +29,7 @@ from .tiles import BLOCK_BYTES, EDGE, LINE, SUMS_BYTES
 PARTS_BYTES = 4 * EDGE * 16  # of sums in 16 parts for each query
 CHUNK = 4  # blocks of queries whose p and ds wait for the sums over queries
 SIZE = 2  # bytes of an element
-UNIT = LOG2_E  # of what gradients() takes exponentials of, in nats
+UNIT = LOG2_E  # of a kind's exponents, for one nat
 block = block_turned = begin = end = None  # of a kind of products: see bound()
 
 
@@ -128,7 +128,7 @@ def forward(y, lse, q, k, v, doc_start, window, threads, config):
     nb, nt, nh, d = q.shape
     ns, nk = k.shape[1], k.shape[2]
     past, db, sb = ns - nt, (d + EDGE - 1) // EDGE, (ns + EDGE - 1) // EDGE
-    scale, factor = np.float32(1 / np.sqrt(d)), np.float32(LOG2_E / np.sqrt(d))
+    scale, factor = np.float32(1 / np.sqrt(d)), np.float32(UNIT / np.sqrt(d))
     py, pq, pk, pv = y.ctypes.data, q.ctypes.data, k.ctypes.data, v.ctypes.data
     # Query heads that share keys follow each other, where threads have enough to do.
     parts = 1 if nb * nk >= 2 * threads else nh // nk

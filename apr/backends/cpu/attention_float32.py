@@ -32,7 +32,7 @@ def _call(is_turned, columns):
 
 @intrinsic
 def fma_rows(typing, sums, a, b, steps, adds):
-    """Compute ROWS rows of 32 sums of so many times TERMS terms, from 0 or from those that are there."""
+    """Compute ROWS rows of 32 sums of so many times TERMS terms, written, or added to those that are there."""
     return _call(False, 2)
 
 
@@ -67,10 +67,11 @@ def _rows_function(module, is_turned, columns):
         halves = [builder.add(right, I64(HALF * c)) for c in range(columns)]
         return fma.add_terms(builder, sums, left, halves, TERMS, of_row, of_term)
 
-    before = zip(places, fma.zeros(len(places)), strict=True)
-    before = [builder.select(adds, fma.load(builder, place), nothing) for place, nothing in before]
-    for place, x in zip(places, fma.loop(builder, I64(0), steps, 1, before, body), strict=True):
-        fma.store(builder, x, place)
+    # From 0 also where there are sums already: they are larger, and each term added to them would be rounded to their size.
+    new = fma.loop(builder, I64(0), steps, 1, fma.zeros(len(places)), body)
+    for place, x, nothing in zip(places, new, fma.zeros(len(places)), strict=True):
+        before = builder.select(adds, fma.load(builder, place), nothing)
+        fma.store(builder, builder.fadd(before, x), place)
     builder.ret_void()
     return f
 

@@ -99,7 +99,7 @@ def polynomial(builder, x, factors):
     return y
 
 
-def _exp2(builder, x, factors=_EXP2):
+def _exp2(builder, x):
     """Emit 2^x, x within -100..126 or NaN (of which the last bits are 0); others count as the next one within.
 
     2^-100 times a gradient is not subnormal, which would cost an Intel some hundred cycles."""
@@ -107,7 +107,7 @@ def _exp2(builder, x, factors=_EXP2):
         c = _splat(_FLOATS, limit)
         x = builder.select(builder.fcmp_ordered(order, x, c), c, x)
     shifted = _add(builder, x, _splat(_FLOATS, _ROUND))
-    p = polynomial(builder, _sub(builder, x, _sub(builder, shifted, _splat(_FLOATS, _ROUND))), factors)
+    p = polynomial(builder, _sub(builder, x, _sub(builder, shifted, _splat(_FLOATS, _ROUND))), _EXP2)
     exponent = builder.shl(builder.bitcast(shifted, _WORDS), _splat(_WORDS, 23))
     return builder.bitcast(builder.add(builder.bitcast(p, _WORDS), exponent), _FLOATS)
 
@@ -223,7 +223,7 @@ def _rounded_row(builder, row, to):
     _store(builder, narrow(builder, *row), to)
 
 
-def _exponentials(builder, i, args, put_row=_rounded_row, size=2, exp2=_exp2):
+def _exponentials(builder, i, args, put_row=_rounded_row, size=2, power=_exp2):
     to, totals, scores, masks, tops, factor, goes_on = args
     goes_on = builder.icmp_unsigned("!=", goes_on, _I64(0))
     factor = _lanes(builder, factor)
@@ -236,7 +236,7 @@ def _exponentials(builder, i, args, put_row=_rounded_row, size=2, exp2=_exp2):
             _flags(builder, builder.add(masks, builder.mul(r, _I64(4)))),
             strict=True,
         ):
-            x = exp2(builder, _mul(builder, _sub(builder, s, top), factor))
+            x = power(builder, _mul(builder, _sub(builder, s, top), factor))
             p.append(_seen(builder, flags, x))
         total = builder.add(totals, builder.mul(r, _I64(64)))
         before = builder.select(goes_on, _load(builder, total, _FLOATS), _splat(_FLOATS, 0.0))
@@ -263,7 +263,7 @@ def _put_pairs(builder, base, i, two):
         _store(builder, builder.shuffle_vector(both, both, order), place)
 
 
-def _gradients(builder, i, args, put_row=_rounded_row, put_two=_put_pairs, size=2, exp2=_exp2):
+def _gradients(builder, i, args, put_row=_rounded_row, put_two=_put_pairs, size=2, power=_exp2):
     rows, ds_pairs, p_pairs, scores, dprobs, masks, logs, dots, factor = args
     factor = _lanes(builder, factor)
     of_p, of_ds = [], []
@@ -274,7 +274,7 @@ def _gradients(builder, i, args, put_row=_rounded_row, put_two=_put_pairs, size=
         s, dp = (_row_of(builder, builder.add(at, builder.mul(r, _I64(4 * EDGE)))) for at in (scores, dprobs))
         p, ds = [], []
         for h, flags in enumerate(_flags(builder, builder.add(masks, word))):
-            x = exp2(builder, _fma(builder, s[h], factor, log))
+            x = power(builder, _fma(builder, s[h], factor, log))
             p.append(_seen(builder, flags, x))
             ds.append(_seen(builder, flags, _mul(builder, x, _sub(builder, dp[h], dot))))
         put_row(builder, ds, builder.add(rows, builder.mul(r, _I64(size * EDGE))))

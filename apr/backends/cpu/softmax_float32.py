@@ -9,35 +9,47 @@ from numba.extending import intrinsic
 from .softmax import (
     _FLOATS,
     _I64,
+    _LN2_HIGH,
+    _LN2_LOW,
+    _ROUND,
+    _WORDS,
     LOG2_E,
     UNROLLED,
     _at,
     _calls,
-    _exp2,
     _exponentials,
     _fma,
     _gradients,
     _load,
-    _mul,
     _row_of,
     _splat,
     _store,
+    _sub,
+    polynomial,
 )
 from .tiles import BLOCK_BYTES, EDGE
 
-# 2^x - 1 = x polynomial(x) for |x| <= 1/2, relative error of 2^x 5e-9: interpolated at the zeros of a Chebyshev polynomial.
-_EXP2 = (1.0, 0.693147188, 0.240226508, 0.0555035711, 0.00961808256, 0.00133908634, 0.000154531629)
+# e^r for |r| <= log(2)/2, relative error 1e-8: (e^r - 1 - r) / r^2 interpolated at the zeros of a Chebyshev polynomial.
+_EXP = (1.0, 1.0, 0.5, 0.166665768, 0.0416665544, 0.00836320297, 0.00139262135)
+_LEAST, _MOST = -69.31471, 87.33654  # 2^-100 and 2^126: see _exp2 of softmax.py
 _U, _L, _F = types.uintp, types.int64, types.float32
 
 
-def _power(builder, x):
-    """Emit 2^x; NaN, of any bits, stays NaN."""
-    return builder.select(builder.fcmp_unordered("uno", x, x), x, _exp2(builder, x, _EXP2))
-
-
 def _exp(builder, x):
-    """Emit e^x: the product is rounded, the difference x is not once more."""
-    return _power(builder, _mul(builder, x, _splat(_FLOATS, LOG2_E)))
+    """Emit e^x, x within its limits, others count as the next one within; relative error 1e-7. NaN, of any bits, stays NaN.
+
+    x - n log 2 keeps the bits of x, in two fused steps (Cody and Waite): a product with log2 e would be rounded."""
+    given = x
+    for limit, order in ((_LEAST, "<"), (_MOST, ">")):
+        c = _splat(_FLOATS, limit)
+        x = builder.select(builder.fcmp_ordered(order, x, c), c, x)
+    shifted = _fma(builder, x, _splat(_FLOATS, LOG2_E), _splat(_FLOATS, _ROUND))
+    n = _sub(builder, shifted, _splat(_FLOATS, _ROUND))
+    r = _fma(builder, n, _splat(_FLOATS, -_LN2_HIGH), x)
+    r = _fma(builder, n, _splat(_FLOATS, -_LN2_LOW), r)
+    exponent = builder.shl(builder.bitcast(shifted, _WORDS), _splat(_WORDS, 23))
+    bits = builder.add(builder.bitcast(polynomial(builder, r, _EXP), _WORDS), exponent)
+    return builder.select(builder.fcmp_unordered("uno", given, given), given, builder.bitcast(bits, _FLOATS))
 
 
 def _whole_row(builder, row, to):
@@ -65,17 +77,16 @@ def _dots(builder, i, args):
 
 @intrinsic
 def exponentials(typing, to, totals, scores, masks, tops, factor, goes_on):
-    """exponentials() in float32."""
-    emit = partial(_exponentials, put_row=_whole_row, size=4, exp2=_power)
+    """exponentials() in float32; p = e^(factor (score - top))."""
+    emit = partial(_exponentials, put_row=_whole_row, size=4, power=_exp)
     kind = types.void(_U, _U, _U, _U, _U, _F, _L)
     return kind, _calls("apr_exponentials_float32", emit, EDGE // UNROLLED)
 
 
 @intrinsic
 def gradients(typing, ds_rows, ds_terms, p_terms, scores, dprobs, masks, logs, dots, factor):
-    """gradients() in float32, in two halves of 16 columns row after row; p = exp(factor score + log), a difference that keeps
-    its bits where both are large."""
-    emit = partial(_gradients, put_row=_whole_row, put_two=_put_terms, size=4, exp2=_exp)
+    """gradients() in float32, in two halves of 16 columns row after row; p = e^(factor score + log)."""
+    emit = partial(_gradients, put_row=_whole_row, put_two=_put_terms, size=4, power=_exp)
     return types.void(*[_U] * 8, _F), _calls("apr_gradients_float32", emit, EDGE // 2)
 
 
