@@ -2,7 +2,8 @@
 """Attention of float32 by the blocks of attention.py, multiplied in vectors of 512 bits. Compiled where the processor has them.
 
 A block is 32 rows of 32 float32. The left operand of a product lies row after row, of queries or, turned, of terms; the right one
-in two halves of 16 columns, in each term after term. A sum adds its terms in order, each in one fused operation.
+in two halves of 16 columns, in each term after term. The sum of a product begins at 0 and adds its terms in order, each in one
+fused operation; then it is written, or added to what is there.
 """
 
 import numpy as np
