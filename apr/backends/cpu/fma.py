@@ -7,6 +7,11 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from .kernels import _row
+from .softmax import _fma as fused
+from .softmax import _lanes as spread
+from .softmax import _load
+from .softmax import _store as store
+from .tiles import prefetch_line
 
 FLAG, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
 SUMS, QUARTER = ir.VectorType(F32, 16), ir.VectorType(F32, 4)
@@ -15,27 +20,7 @@ _FLOATS = np.empty(1, np.float32)
 
 def load(builder, address, kind=SUMS):
     """Emit what lies at an address."""
-    x = builder.load(builder.inttoptr(address, kind.as_pointer()))
-    x.align = 4
-    return x
-
-
-def store(builder, x, address):
-    """Emit a store."""
-    builder.store(x, builder.inttoptr(address, x.type.as_pointer())).align = 4
-
-
-def spread(builder, x):
-    """Emit a float32 in all lanes."""
-    one = builder.insert_element(ir.Constant(SUMS, ir.Undefined), x, I32(0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, 16), [0] * 16))
-
-
-def fused(builder, x, y, z):
-    """Emit x y + z, rounded once."""
-    name, module = "llvm.fma.v16f32", builder.module
-    f = module.globals.get(name) or ir.Function(module, ir.FunctionType(SUMS, [SUMS] * 3), name)
-    return builder.call(f, [x, y, z])
+    return _load(builder, address, kind)
 
 
 def zeros(count):
@@ -90,20 +75,12 @@ def function(module, name, kinds):
     return f, ir.IRBuilder(f.append_basic_block())
 
 
-def prefetch_line(builder, address, to_write):
-    """Emit a request for the line of an address."""
-    pointer, name = ir.IntType(8).as_pointer(), "llvm.prefetch.p0i8"
-    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
-    f = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    builder.call(f, [builder.inttoptr(address, pointer), I32(int(to_write)), I32(3), I32(1)])
-
-
 @intrinsic
 def prefetch(typing, address):
     """Ask for the line of an address."""
 
     def generate(context, builder, signature, args):
-        prefetch_line(builder, args[0], False)
+        prefetch_line(builder, args[0], to_write=False)
         return context.get_dummy_value()
 
     return types.void(types.uintp), generate

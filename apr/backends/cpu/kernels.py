@@ -41,11 +41,15 @@ def _load_openblas():
         raise ImportError(str(e), name=name) from None
 
 
+def grids(parts):
+    """All grids of so many pieces: (rows, columns)."""
+    return [(r, parts // r) for r in range(1, parts + 1) if parts % r == 0]
+
+
 @cache
 def grid(parts, m, n):
     """Cut an (m,n) product for `parts` threads: the grid that packs the fewest rows and columns."""
-    pairs = [(r, parts // r) for r in range(1, parts + 1) if parts % r == 0]
-    return min(pairs, key=lambda rc: (rc[1] * m + rc[0] * n, rc))
+    return min(grids(parts), key=lambda rc: (rc[1] * m + rc[0] * n, rc))
 
 
 def compiled_for():

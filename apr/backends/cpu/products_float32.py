@@ -18,7 +18,7 @@ from . import fma
 from .fma import F32, FLAG, I64, copy_4, copy_16, prefetch, put_16
 from .kernels import _kernel, _row
 from .order import turn
-from .tiles import LINE
+from .tiles import LINE, prefetch_line
 
 ROWS, COLUMNS, TERMS = 12, 32, 384
 ROW_BYTES = 4 * (TERMS + 16)  # between rows of the left operand in order: not a power of two
@@ -62,7 +62,7 @@ def _rows_function(module, is_turned):
     rows = [builder.add(to, builder.mul(I64(r), to_bytes)) for r in range(ROWS)]
     places = [builder.add(row, I64(64 * c)) for row in rows for c in range(2)]
     for place in places:  # lines that will be written are on their way while the sums are made
-        fma.prefetch_line(builder, place, True)
+        prefetch_line(builder, place)
     of_row, of_term = (4, 4 * ROWS) if is_turned else (ROW_BYTES, 4)
 
     def body(count):

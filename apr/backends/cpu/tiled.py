@@ -9,6 +9,7 @@ from numba import njit
 
 from . import attention, blocked
 from .amx import CONFIG, begin_tiles, end_tiles, put_block, tile_block, tile_rows
+from .kernels import grids
 from .order import turned_block
 from .start import compile_all
 from .tiles import EDGE, path
@@ -57,8 +58,7 @@ product = blocked.compiled("tiles", _kernels, **kind, TERMS_IN_PLACE=64, LEFT_BL
 def _grid(parts, m, n):
     """Cut (m,n) for `parts` threads: the grid whose largest piece of blocks is the smallest, and then reads the least."""
     m, n = -(-m // EDGE), -(-n // EDGE)
-    pairs = [(r, parts // r) for r in range(1, parts + 1) if parts % r == 0]
-    return min(pairs, key=lambda rc: (-(-m // rc[0]) * -(-n // rc[1]), rc[1] * m + rc[0] * n, rc))
+    return min(grids(parts), key=lambda rc: (-(-m // rc[0]) * -(-n // rc[1]), rc[1] * m + rc[0] * n, rc))
 
 
 def multiply(out, left, right, k, bias=None, adds=False):

@@ -148,7 +148,7 @@ def _rows_function(module, is_low):
         for r in range(ROWS):
             for offset in range(0, 16 * size * COLUMNS, 64):
                 where = builder.add(to, builder.mul(_I64(r), to_bytes))
-                _prefetch(builder, builder.add(where, _I64(offset)))
+                prefetch_line(builder, builder.add(where, _I64(offset)))
     before = choose(
         goes_on,
         lambda: [load(place(i), _SUMS) for i in range(count)],
@@ -227,10 +227,10 @@ def _write_biased(builder, new, to, to_bytes, size, bias, load, store):
         store(rounded(builder, y, 16) if size == 2 else y, where)
 
 
-def _prefetch(builder, address):
-    """Emit a request for the line of an address, which will be written."""
+def prefetch_line(builder, address, to_write=True):
+    """Emit a request for the line of an address."""
     pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
     name = "llvm.prefetch.p0i8"
     kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
     f = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    builder.call(f, [builder.inttoptr(address, pointer), number(1), number(3), number(1)])
+    builder.call(f, [builder.inttoptr(address, pointer), number(int(to_write)), number(3), number(1)])

@@ -8,6 +8,7 @@ import numba
 import numpy as np
 
 from . import attention_float32, products_float32
+from .kernels import grids
 from .products_float32 import COLUMNS, ROOM_BYTES, ROWS
 from .start import compile_all
 from .tiles import has_vectors
@@ -22,8 +23,7 @@ _kernels = [*products_float32._kernels, *attention_float32._kernels]  # (kernel,
 def _grid(parts, m, n):
     """Cut (m,n) for `parts` threads: the grid whose largest piece is the smallest; each cut of columns reads A once more."""
     m, n = -(-m // ROWS), -(-n // COLUMNS)
-    pairs = [(r, parts // r) for r in range(1, parts + 1) if parts % r == 0]
-    return min(pairs, key=lambda rc: (-(-m // rc[0]) * -(-n // rc[1]) * (1 + 0.04 * rc[1]), rc[1]))
+    return min(grids(parts), key=lambda rc: (-(-m // rc[0]) * -(-n // rc[1]) * (1 + 0.04 * rc[1]), rc[1]))
 
 
 def _own_rooms(count):
